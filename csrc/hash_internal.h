@@ -1,0 +1,14 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+#ifndef PL_HASH_INTERNAL_H
+#define PL_HASH_INTERNAL_H
+
+#include <stddef.h>
+#include <stdint.h>
+
+#if defined(__x86_64__)
+#define PL_HAVE_AVX2 1
+/* Call only where the CPU has AVX2. */
+uint64_t pl_hash_avx2(const void *data, size_t len);
+#endif
+
+#endif

@@ -1,0 +1,79 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/* Whole transfers: EINTR and short counts end here. */
+#define _GNU_SOURCE
+#include <errno.h>
+#include <sys/mman.h>
+#include <unistd.h>
+
+#include "pl.h"
+
+int pl_pread_full(int fd, void *buf, size_t len, uint64_t pos)
+{
+	char *p = buf;
+
+	while (len) {
+		ssize_t n = pread(fd, p, len, (off_t)pos);
+
+		if (n < 0) {
+			if (errno == EINTR)
+				continue;
+			return -errno;
+		}
+		if (n == 0)
+			return -ENODATA;
+		p += n;
+		pos += (uint64_t)n;
+		len -= (size_t)n;
+	}
+	return 0;
+}
+
+int pl_pwrite_full(int fd, const void *buf, size_t len, uint64_t pos)
+{
+	const char *p = buf;
+
+	while (len) {
+		ssize_t n = pwrite(fd, p, len, (off_t)pos);
+
+		if (n < 0) {
+			if (errno == EINTR)
+				continue;
+			return -errno;
+		}
+		if (n == 0)
+			return -ENOSPC;
+		p += n;
+		pos += (uint64_t)n;
+		len -= (size_t)n;
+	}
+	return 0;
+}
+
+int pl_fdatasync(int fd)
+{
+	/* Not retried after a failure: the kernel reports an error of writeback
+	   once and a second call would claim success (fsync(2), NOTES). */
+	while (fdatasync(fd) < 0)
+		if (errno != EINTR)
+			return -errno;
+	return 0;
+}
+
+static size_t round_up(size_t len)
+{
+	return (len + PL_BLOCK - 1) & ~(size_t)(PL_BLOCK - 1);
+}
+
+void *pl_buf_new(size_t len)
+{
+	void *p = mmap(NULL, round_up(len), PROT_READ | PROT_WRITE,
+		       MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+
+	return p == MAP_FAILED ? NULL : p;
+}
+
+void pl_buf_free(void *buf, size_t len)
+{
+	if (buf)
+		munmap(buf, round_up(len));
+}

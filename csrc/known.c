@@ -1,0 +1,49 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/* What the target is known to hold: see pl.h. */
+#include <errno.h>
+#include <sys/mman.h>
+
+#include "pl.h"
+
+int pl_known_init(struct pl_known *k, uint64_t size, uint32_t shift)
+{
+	uint64_t n;
+	void *p;
+	int err;
+
+	if (shift < 12 || shift > 26 || size > INT64_MAX)
+		return -EINVAL;
+	n = (size + (1ull << shift) - 1) >> shift;
+	p = mmap(NULL, n ? n * 8 : 8, PROT_READ | PROT_WRITE,
+		 MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+	if (p == MAP_FAILED)
+		return -errno;
+	madvise(p, n * 8, MADV_NOHUGEPAGE);
+	*k = (struct pl_known){ .hash = p, .nchunks = n, .size = size,
+				.shift = shift };
+	err = pl_bitmap_init(&k->nonzero, size, 12);
+	if (err)
+		pl_known_fini(k);
+	return err;
+}
+
+void pl_known_fini(struct pl_known *k)
+{
+	if (!k)
+		return;
+	pl_bitmap_fini(&k->nonzero);
+	if (k->hash)
+		munmap(k->hash, k->nchunks ? k->nchunks * 8 : 8);
+	k->hash = NULL;
+}
+
+void pl_known_assume_data(struct pl_known *k, uint64_t start, uint64_t end)
+{
+	if (end > k->size)
+		end = k->size;
+	if (start >= end)
+		return;
+	pl_bitmap_set(&k->nonzero, start, end);
+	for (uint64_t c = start >> k->shift; c <= (end - 1) >> k->shift; c++)
+		k->hash[c] = PL_HASH_UNKNOWN;
+}

@@ -1,0 +1,434 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/*
+ * The sending pump: claim -> hook -> read -> classify -> emit.
+ *
+ * Slots are claimed in the order of the extents and, into a stream, emitted in
+ * that order.  Helper threads claim, read and classify; the calling thread
+ * emits, and claims too whenever the next slot in order is not ready yet: a
+ * machine with two cores then pays for no wake-up in the usual case.
+ *
+ * Invariant: the hook (which clears dirty marks) runs under the lock, in
+ * ascending order, before the range is read.  Clear, then read.
+ */
+#define _GNU_SOURCE
+#include <errno.h>
+#include <poll.h>
+#include <signal.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/eventfd.h>
+#include <sys/uio.h>
+#include <unistd.h>
+
+#include "pump_internal.h"
+
+static uint64_t widen(const struct pl_pump *p)
+{
+	return (p->flags & PL_PASS_CHANGED) ? 1ull << p->cfg.known->shift : PL_BLOCK;
+}
+
+/* The next piece of at most `room` bytes; false when the extents are used up. */
+static bool next_piece(struct pl_pump *p, uint32_t room, struct pl_extent *out)
+{
+	uint64_t unit = widen(p);
+
+	for (; p->next < p->n; p->next++, p->pos = 0) {
+		uint64_t start = p->ext[p->next].start, end = p->ext[p->next].end;
+
+		if (p->cfg.known) {
+			/* Whole blocks, so that `known` can judge them. */
+			start -= start % unit;
+			end += (unit - end % unit) % unit;
+			if (end > p->cfg.size)
+				end = p->cfg.size;
+			if (start < p->floor)
+				start = p->floor;
+		}
+		if (p->pos > start)
+			start = p->pos;
+		if (start >= end)
+			continue;
+		if (end - start > p->cfg.cluster)
+			end = start + p->cfg.cluster;
+		if (end - start > room)
+			return false;
+		*out = (struct pl_extent){ start, end };
+		return true;
+	}
+	return false;
+}
+
+/* Lock held.  A slot with fragments to read, or NULL. */
+static struct slot *claim(struct pl_pump *p)
+{
+	uint32_t align = p->cfg.align, used = 0;
+	struct pl_extent piece;
+	struct slot *s;
+
+	if (p->err || __atomic_load_n(&p->cancelled, __ATOMIC_RELAXED))
+		return NULL;
+	s = &p->slot[p->claimed % p->cfg.slots];
+	if (s->busy)
+		return NULL;
+	s->nfrags = 0;
+	s->bytes = 0;
+	while (s->nfrags < p->frags_per_slot &&
+	       next_piece(p, s->nfrags ? p->cfg.cluster - used : p->cfg.cluster,
+			  &piece)) {
+		uint32_t lead = (uint32_t)((p->cfg.src_base + piece.start) % align);
+		uint32_t len = (uint32_t)(piece.end - piece.start);
+		uint32_t need = (lead + len + align - 1) / align * align;
+
+		if (used + need > p->buf_size)
+			break;
+		if ((p->flags & PL_PASS_HOOK) && p->cfg.hook) {
+			int err = p->cfg.hook(p->cfg.hook_ctx, piece.start,
+					      piece.end);
+			if (err) {
+				p->err = err;
+				p->fault.stage = PL_STAGE_HOOK;
+				p->fault.pos = piece.start;
+				return NULL;
+			}
+		}
+		s->frag[s->nfrags++] = (struct frag){ piece.start, len, used + lead };
+		s->bytes += len;
+		/* Fragments start at PL_BLOCK in memory: O_DIRECT wants it. */
+		used += (need + PL_BLOCK - 1) / PL_BLOCK * PL_BLOCK;
+		p->pos = p->floor = piece.end;
+		if (used >= p->cfg.cluster)
+			break;
+	}
+	if (!s->nfrags)
+		return NULL;
+	s->busy = true;
+	s->ready = false;
+	p->claimed++;
+	p->processing++;
+	return s;
+}
+
+static int read_frag(struct pl_pump *p, struct slot *s, const struct frag *f)
+{
+	uint32_t align = p->cfg.align;
+	uint64_t pos = p->cfg.src_base + f->pos;
+	uint32_t lead = (uint32_t)(pos % align), got = 0;
+	uint32_t want = lead + f->len;
+	uint32_t ask = (want + align - 1) / align * align;
+	uint8_t *buf = s->buf + f->off - lead;
+
+	pos -= lead;
+	while (got < want) {
+		ssize_t n = pread(p->cfg.src_fd, buf + got, ask - got,
+				  (off_t)(pos + got));
+		if (n < 0 && errno == EINTR)
+			continue;
+		if (n < 0)
+			return -errno;
+		if (n == 0)
+			return -ENODATA;
+		got += (uint32_t)n;
+	}
+	STAT_ADD(p, read_bytes, f->len);
+	return 0;
+}
+
+/* No lock held. */
+static int fill(struct pl_pump *p, struct slot *s, struct pl_fault *fault)
+{
+	for (unsigned i = 0; i < s->nfrags; i++) {
+		const struct frag *f = &s->frag[i];
+		int err = 0;
+
+		if (!(p->flags & PL_PASS_HOLES))
+			err = read_frag(p, s, f);
+		else if (!pl_hole_is_known(p, f))
+			memset(s->buf + f->off, 0, f->len);
+		if (err) {
+			*fault = (struct pl_fault){ .stage = PL_STAGE_READ,
+						    .pos = f->pos };
+			return err;
+		}
+	}
+	pl_slot_classify(p, s);
+	return p->cfg.sink == PL_SINK_FILE ? pl_slot_emit(p, s, fault) : 0;
+}
+
+/* Lock held: the first failure is the one that is reported. */
+static void fail(struct pl_pump *p, int err, const struct pl_fault *fault)
+{
+	if (err && !p->err) {
+		p->err = err;
+		p->fault = *fault;
+	}
+}
+
+/* Lock held on entry and exit.  Bring one claimed slot to `ready`. */
+static void process(struct pl_pump *p, struct slot *s)
+{
+	struct pl_fault fault = { 0 };
+	int err;
+
+	/* More can be claimed: let one sleeping reader have it. */
+	if (p->sleeping && p->next < p->n)
+		pthread_cond_signal(&p->work);
+	pthread_mutex_unlock(&p->lock);
+	err = fill(p, s, &fault);
+	pthread_mutex_lock(&p->lock);
+	p->processing--;
+	fail(p, err, &fault);
+	if (p->cfg.sink == PL_SINK_FILE) {
+		STAT_ADD(p, done_bytes, s->bytes);
+		s->busy = false;
+	} else {
+		s->ready = true;
+	}
+	if (p->emitter_waits)
+		pthread_cond_signal(&p->done);
+}
+
+static void *reader(void *arg)
+{
+	struct pl_pump *p = arg;
+
+	pthread_mutex_lock(&p->lock);
+	while (!p->quit) {
+		struct slot *s = claim(p);
+
+		if (s) {
+			process(p, s);
+			continue;
+		}
+		p->sleeping++;
+		pthread_cond_wait(&p->work, &p->lock);
+		p->sleeping--;
+	}
+	pthread_mutex_unlock(&p->lock);
+	return NULL;
+}
+
+/* Lock held on entry and exit. */
+static void emit_next(struct pl_pump *p, struct slot *s)
+{
+	struct pl_fault fault = { 0 };
+	int err;
+
+	pthread_mutex_unlock(&p->lock);
+	err = pl_slot_emit(p, s, &fault);
+	pthread_mutex_lock(&p->lock);
+	fail(p, err, &fault);
+	STAT_ADD(p, done_bytes, s->bytes);
+	s->busy = s->ready = false;
+	p->emitted++;
+	if (p->sleeping && p->next < p->n)
+		pthread_cond_signal(&p->work);
+}
+
+static int check_pass(const struct pl_pump *p, const struct pl_extent *ext,
+		      size_t n, unsigned flags)
+{
+	uint64_t last = 0;
+
+	if ((flags & (PL_PASS_CHANGED | PL_PASS_SKIP_ZERO | PL_PASS_HOLES)) &&
+	    !p->cfg.known)
+		return -EINVAL;
+	for (size_t i = 0; i < n; i++) {
+		if (ext[i].start < last || ext[i].end <= ext[i].start ||
+		    ext[i].end > p->cfg.size)
+			return -EINVAL;
+		last = ext[i].end;
+	}
+	return 0;
+}
+
+int pl_pump_pass(struct pl_pump *p, const struct pl_extent *ext, size_t n,
+		 unsigned flags, struct pl_fault *fault)
+{
+	size_t share = n / (2 * (p->nthreads + 1));
+	int err = check_pass(p, ext, n, flags);
+
+	*fault = (struct pl_fault){ 0 };
+	if (err)
+		return err;
+	pthread_mutex_lock(&p->lock);
+	p->ext = ext;
+	p->n = n;
+	p->next = 0;
+	p->pos = p->floor = 0;
+	p->flags = flags;
+	p->claimed = p->emitted = 0;
+	p->err = 0;
+	p->fault = *fault;
+	/* Few extents are spread over the readers, many are batched. */
+	p->frags_per_slot = share < 1 ? 1 : share > PL_FRAGS ? PL_FRAGS :
+						(unsigned)share;
+	__atomic_store_n(&p->stats.done_bytes, 0, __ATOMIC_RELAXED);
+	for (;;) {
+		struct slot *head = &p->slot[p->emitted % p->cfg.slots];
+		struct slot *s;
+
+		if (__atomic_load_n(&p->cancelled, __ATOMIC_RELAXED) && !p->err)
+			p->err = -ECANCELED;
+		if (p->err) {
+			if (!p->processing)
+				break;
+		} else if (p->cfg.sink == PL_SINK_FRAMES && head->ready) {
+			emit_next(p, head);
+			continue;
+		} else if ((s = claim(p))) {
+			process(p, s);
+			continue;
+		} else if (p->err) {
+			continue;	/* the hook failed in claim() */
+		} else if (!p->processing && (p->cfg.sink == PL_SINK_FILE ||
+					      p->claimed == p->emitted)) {
+			break;
+		}
+		p->emitter_waits = true;
+		pthread_cond_wait(&p->done, &p->lock);
+		p->emitter_waits = false;
+	}
+	for (unsigned i = 0; i < p->cfg.slots; i++)
+		p->slot[i].busy = p->slot[i].ready = false;
+	p->n = p->next = 0;
+	err = p->err;
+	*fault = p->fault;
+	pthread_mutex_unlock(&p->lock);
+	return err;
+}
+
+int pl_pump_write(struct pl_pump *p, const void *buf, size_t len,
+		  struct pl_fault *fault)
+{
+	struct iovec iov = { (void *)buf, len };
+
+	*fault = (struct pl_fault){ 0 };
+	if (p->cfg.sink != PL_SINK_FRAMES)
+		return -EINVAL;
+	return pl_stream_write(p, &iov, 1, fault);
+}
+
+void pl_pump_cancel(struct pl_pump *p)
+{
+	uint64_t one = 1;
+
+	__atomic_store_n(&p->cancelled, true, __ATOMIC_RELAXED);
+	if (write(p->cancel_fd, &one, sizeof(one)) < 0)
+		return;		/* full counter: it is readable already */
+	pthread_mutex_lock(&p->lock);
+	pthread_cond_broadcast(&p->done);
+	pthread_mutex_unlock(&p->lock);
+}
+
+void pl_pump_stats(const struct pl_pump *p, struct pl_pump_stats *out)
+{
+	const uint64_t *from = (const uint64_t *)&p->stats;
+	uint64_t *to = (uint64_t *)out;
+
+	for (size_t i = 0; i < sizeof(*out) / sizeof(*to); i++)
+		to[i] = __atomic_load_n(&from[i], __ATOMIC_RELAXED);
+}
+
+static int check_cfg(const struct pl_pump_cfg *c)
+{
+	bool sink = c->sink == PL_SINK_FRAMES || c->sink == PL_SINK_FILE;
+
+	if (!sink || c->src_fd < 0 || c->out_fd < 0 || c->slots < 2 ||
+	    c->slots > 1024 || c->readers > 64 || !c->align ||
+	    (c->align & (c->align - 1)) || c->align > PL_BLOCK ||
+	    !c->cluster || c->cluster % PL_BLOCK || c->cluster > 64u << 20 ||
+	    c->size > INT64_MAX - c->src_base || c->stall_ms > INT32_MAX)
+		return -EINVAL;
+	if (c->known && (c->known->size != c->size ||
+			 c->cluster % (1ull << c->known->shift)))
+		return -EINVAL;
+	return 0;
+}
+
+static int start_threads(struct pl_pump *p)
+{
+	sigset_t all, old;
+	int err = 0;
+
+	/* Signals belong to the threads of the program, not to ours. */
+	sigfillset(&all);
+	pthread_sigmask(SIG_SETMASK, &all, &old);
+	while (p->nthreads < p->cfg.readers && !err) {
+		err = -pthread_create(&p->thread[p->nthreads], NULL, reader, p);
+		if (!err)
+			p->nthreads++;
+	}
+	pthread_sigmask(SIG_SETMASK, &old, NULL);
+	return err;
+}
+
+int pl_pump_new(struct pl_pump **out, const struct pl_pump_cfg *cfg)
+{
+	struct pl_pump *p;
+	int err = check_cfg(cfg);
+
+	if (err)
+		return err;
+	p = calloc(1, sizeof(*p));
+	if (!p)
+		return -ENOMEM;
+	p->cfg = *cfg;
+	p->cancel_fd = -1;
+	pthread_mutex_init(&p->lock, NULL);
+	pthread_cond_init(&p->work, NULL);
+	pthread_cond_init(&p->done, NULL);
+	/* A cluster, and what alignment adds before and after it. */
+	p->buf_size = cfg->cluster + 2 * PL_BLOCK;
+	/* Runs are apart by a block at least; or there is one per fragment. */
+	p->max_runs = cfg->cluster / PL_BLOCK / 2 + PL_FRAGS + 2;
+	p->slot = calloc(cfg->slots, sizeof(*p->slot));
+	p->thread = calloc(cfg->readers + 1, sizeof(*p->thread));
+	if (!p->slot || !p->thread)
+		goto nomem;
+	for (unsigned i = 0; i < cfg->slots; i++) {
+		struct slot *s = &p->slot[i];
+
+		s->buf = pl_buf_new(p->buf_size);
+		s->run = calloc(p->max_runs, sizeof(*s->run));
+		/* Twice: a run of 4 bytes takes two frames. */
+		s->hdr = calloc(2 * p->max_runs, sizeof(*s->hdr));
+		if (!s->buf || !s->run || !s->hdr)
+			goto nomem;
+	}
+	p->cancel_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
+	err = p->cancel_fd < 0 ? -errno : start_threads(p);
+	if (!err) {
+		*out = p;
+		return 0;
+	}
+	pl_pump_free(p);
+	return err;
+nomem:
+	pl_pump_free(p);
+	return -ENOMEM;
+}
+
+void pl_pump_free(struct pl_pump *p)
+{
+	if (!p)
+		return;
+	pthread_mutex_lock(&p->lock);
+	p->quit = true;
+	pthread_cond_broadcast(&p->work);
+	pthread_mutex_unlock(&p->lock);
+	for (unsigned i = 0; i < p->nthreads; i++)
+		pthread_join(p->thread[i], NULL);
+	for (unsigned i = 0; p->slot && i < p->cfg.slots; i++) {
+		pl_buf_free(p->slot[i].buf, p->buf_size);
+		free(p->slot[i].run);
+		free(p->slot[i].hdr);
+	}
+	free(p->slot);
+	free(p->thread);
+	if (p->cancel_fd >= 0)
+		close(p->cancel_fd);
+	pthread_cond_destroy(&p->done);
+	pthread_cond_destroy(&p->work);
+	pthread_mutex_destroy(&p->lock);
+	free(p);
+}

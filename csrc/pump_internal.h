@@ -1,0 +1,80 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/* The sending pump's own structures; pump.c tells how they move. */
+#ifndef PL_PUMP_INTERNAL_H
+#define PL_PUMP_INTERNAL_H
+
+#include <pthread.h>
+#include <sys/uio.h>
+
+#include "pl.h"
+
+#define PL_FRAGS 256u	/* fragments a slot holds at most */
+
+/* A part of the source in a slot's buffer. */
+struct frag {
+	uint64_t pos;		/* in the source */
+	uint32_t len;
+	uint32_t off;		/* of the first byte, in the buffer */
+};
+
+struct d1_header {
+	uint32_t mark, size;
+	uint64_t pos;
+};
+
+struct slot {
+	uint8_t *buf;
+	struct frag frag[PL_FRAGS];	/* what was claimed */
+	unsigned nfrags;
+	struct frag *run;		/* what must be sent */
+	struct d1_header *hdr;
+	unsigned nruns;
+	uint64_t bytes;			/* of the extents, for progress */
+	bool busy;			/* claimed and not yet emitted */
+	bool ready;			/* classified */
+};
+
+struct pl_pump {
+	struct pl_pump_cfg cfg;
+	size_t buf_size;
+	unsigned max_runs;
+	struct slot *slot;
+	int cancel_fd;			/* eventfd: readable once cancelled */
+	bool cancelled;			/* atomic */
+	struct pl_pump_stats stats;	/* atomic, field by field */
+	uint64_t rate_t0_ns, rate_bytes;	/* emitter only */
+
+	pthread_mutex_t lock;		/* guards all below */
+	pthread_cond_t work;		/* something to claim, or quit */
+	pthread_cond_t done;		/* a slot is ready, or a reader idle */
+	pthread_t *thread;
+	unsigned nthreads;
+	unsigned sleeping;		/* readers waiting on `work` */
+	bool emitter_waits;
+	bool quit;
+
+	/* of the pass */
+	const struct pl_extent *ext;
+	size_t next, n;			/* next extent to claim from */
+	uint64_t pos;			/* next byte to claim in it, or 0 */
+	uint64_t floor;			/* nothing below is claimed again */
+	unsigned flags;
+	unsigned frags_per_slot;
+	uint64_t claimed, emitted;	/* slots, this pass */
+	unsigned processing;		/* slots between claim and ready */
+	int err;
+	struct pl_fault fault;
+};
+
+#define STAT_ADD(p, field, n) \
+	__atomic_fetch_add(&(p)->stats.field, (n), __ATOMIC_RELAXED)
+
+/* pump_classify.c: decide what of a filled slot must be sent -> run[]. */
+bool pl_hole_is_known(const struct pl_pump *p, const struct frag *f);
+void pl_slot_classify(struct pl_pump *p, struct slot *s);
+/* pump_out.c: send run[]. */
+int pl_slot_emit(struct pl_pump *p, struct slot *s, struct pl_fault *fault);
+int pl_stream_write(struct pl_pump *p, struct iovec *iov, unsigned n,
+		    struct pl_fault *fault);
+
+#endif

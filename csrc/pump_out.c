@@ -1,0 +1,188 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/*
+ * The pump's end: D1 frames into a stream, or bytes into a file.
+ *
+ * The stream must not block the emitter in write(2), or a signal could not
+ * stop the copy while the peer is stuck; so it is non-blocking (or a socket,
+ * MSG_DONTWAIT) and the emitter waits in poll(2) together with the cancel
+ * descriptor.
+ */
+#define _GNU_SOURCE
+#include <errno.h>
+#include <fcntl.h>
+#include <limits.h>
+#include <poll.h>
+#include <sys/socket.h>
+#include <sys/uio.h>
+#include <time.h>
+
+#include "pump_internal.h"
+
+static uint64_t now_ns(void)
+{
+	struct timespec t;
+
+	clock_gettime(CLOCK_MONOTONIC, &t);
+	return (uint64_t)t.tv_sec * 1000000000u + (uint64_t)t.tv_nsec;
+}
+
+/* Until the stream takes more: 0, -ECANCELED, -ETIMEDOUT. */
+static int wait_writable(struct pl_pump *p, int fd, int timeout_ms)
+{
+	struct pollfd pfd[2] = {
+		{ .fd = p->cancel_fd, .events = POLLIN },
+		{ .fd = fd, .events = POLLOUT },
+	};
+	int n;
+
+	do
+		n = poll(pfd, fd < 0 ? 1 : 2, timeout_ms);
+	while (n < 0 && errno == EINTR);
+	if (n < 0)
+		return -errno;
+	if (pfd[0].revents)
+		return -ECANCELED;
+	/* POLLERR (reader gone) is left to write(2), which names it. */
+	return n == 0 && fd >= 0 ? -ETIMEDOUT : 0;
+}
+
+/* Token bucket of one second's burst at most; only the emitter calls it. */
+static int obey_rate(struct pl_pump *p, size_t bytes)
+{
+	uint64_t now, due;
+
+	if (!p->cfg.rate)
+		return 0;
+	now = now_ns();
+	due = p->rate_t0_ns +
+	      (uint64_t)((double)p->rate_bytes * 1e9 / (double)p->cfg.rate);
+	if (!p->rate_t0_ns || now > due + 1000000000u) {
+		p->rate_t0_ns = now;
+		p->rate_bytes = 0;
+		due = now;
+	}
+	p->rate_bytes += bytes;
+	while (now < due) {
+		int err = wait_writable(p, -1, (int)((due - now + 999999) / 1000000));
+
+		if (err)
+			return err;
+		now = now_ns();
+	}
+	return 0;
+}
+
+int pl_stream_write(struct pl_pump *p, struct iovec *iov, unsigned n,
+		    struct pl_fault *fault)
+{
+	int fd = p->cfg.out_fd, err = 0;
+	size_t total = 0;
+
+	for (unsigned i = 0; i < n; i++)
+		total += iov[i].iov_len;
+	err = obey_rate(p, total);
+	while (!err && n) {
+		struct msghdr msg = { .msg_iov = iov, .msg_iovlen = n };
+		ssize_t done;
+
+		if (__atomic_load_n(&p->cancelled, __ATOMIC_RELAXED)) {
+			err = -ECANCELED;
+			break;
+		}
+		done = sendmsg(fd, &msg, MSG_DONTWAIT | MSG_NOSIGNAL);
+		if (done < 0 && errno == ENOTSOCK)
+			done = writev(fd, iov, (int)n);
+		if (done < 0) {
+			if (errno == EAGAIN || errno == EWOULDBLOCK)
+				err = wait_writable(p, fd, p->cfg.stall_ms ?
+						    (int)p->cfg.stall_ms : -1);
+			else if (errno != EINTR)
+				err = -errno;
+			continue;
+		}
+		STAT_ADD(p, wire_bytes, (uint64_t)done);
+		while (n && (size_t)done >= iov->iov_len) {
+			done -= (ssize_t)iov->iov_len;
+			iov++;
+			n--;
+		}
+		if (n) {
+			iov->iov_base = (char *)iov->iov_base + done;
+			iov->iov_len -= (size_t)done;
+		}
+	}
+	if (err) {
+		fault->stage = PL_STAGE_WRITE;
+		fault->stream = __atomic_load_n(&p->stats.wire_bytes,
+						__ATOMIC_RELAXED);
+		fault->frame = __atomic_load_n(&p->stats.frames, __ATOMIC_RELAXED);
+	}
+	return err;
+}
+
+static int emit_frames(struct pl_pump *p, struct slot *s, struct pl_fault *fault)
+{
+	struct iovec iov[512];
+	unsigned i = 0, h = 0;
+	int err = 0;
+
+	while (i < s->nruns && !err) {
+		unsigned n = 0, frames = 0;
+		uint64_t bytes = 0;
+
+		fault->pos = s->run[i].pos;
+		/* Room for the two frames that one run may need. */
+		for (; i < s->nruns && n + 4 <= 512; i++) {
+			struct frag r = s->run[i];
+			/* A frame of 4 bytes means SYNC: send such a tail in
+			   two halves, which every receiver takes as data. */
+			uint32_t step = r.len == 4 ? 2 : r.len;
+
+			for (uint32_t at = 0; at < r.len; at += step) {
+				s->hdr[h] = (struct d1_header){
+					PL_D1_MARK, step, r.pos + at };
+				iov[n++] = (struct iovec){ &s->hdr[h++],
+							   sizeof(*s->hdr) };
+				iov[n++] = (struct iovec){ s->buf + r.off + at,
+							   step };
+				frames++;
+			}
+			bytes += r.len;
+		}
+		err = pl_stream_write(p, iov, n, fault);
+		if (!err) {
+			STAT_ADD(p, data_bytes, bytes);
+			STAT_ADD(p, frames, frames);
+		}
+	}
+	return err;
+}
+
+static int emit_file(struct pl_pump *p, struct slot *s, struct pl_fault *fault)
+{
+	for (unsigned i = 0; i < s->nruns; i++) {
+		struct frag *r = &s->run[i];
+		int err = pl_pwrite_full(p->cfg.out_fd, s->buf + r->off, r->len,
+					 r->pos);
+
+		if (err) {
+			fault->stage = PL_STAGE_WRITE;
+			fault->pos = r->pos;
+			return err;
+		}
+		/* Writeback starts at once, so that dirty pages do not pile up
+		   and the last fdatasync is short; its errors are kept for that. */
+		sync_file_range(p->cfg.out_fd, (off_t)r->pos, (off_t)r->len,
+				SYNC_FILE_RANGE_WRITE);
+		STAT_ADD(p, data_bytes, r->len);
+		STAT_ADD(p, wire_bytes, r->len);
+	}
+	STAT_ADD(p, frames, s->nruns);
+	return 0;
+}
+
+int pl_slot_emit(struct pl_pump *p, struct slot *s, struct pl_fault *fault)
+{
+	return p->cfg.sink == PL_SINK_FILE ? emit_file(p, s, fault) :
+					     emit_frames(p, s, fault);
+}

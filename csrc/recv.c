@@ -1,0 +1,402 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/*
+ * The receiving pump: stream -> slots -> file.
+ *
+ * The calling thread reads frames into slots; one helper writes them, in
+ * order (a block may be sent twice: the later one must win).  Small frames
+ * share a slot while the helper is busy.  Every read asks for the rest of the
+ * current payload and at most one header more, which is always there until
+ * END: so nothing behind END is ever taken from the stream.
+ */
+#define _GNU_SOURCE
+#include <errno.h>
+#include <poll.h>
+#include <signal.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/eventfd.h>
+#include <sys/uio.h>
+#include <unistd.h>
+
+#include "recv_internal.h"
+
+#define SYNC_SIZE 4u
+
+static void fail(struct pl_recv *r, int err, enum pl_stage stage, uint64_t pos)
+{
+	pthread_mutex_lock(&r->lock);
+	if (!r->err) {
+		r->err = err;
+		r->fault = (struct pl_fault){
+			.stage = stage, .pos = pos,
+			.stream = r->stats.stream_bytes, .frame = r->stats.frames,
+			.mark = r->head.mark, .size = r->head.size };
+	}
+	pthread_mutex_unlock(&r->lock);
+}
+
+static void *writer(void *arg)
+{
+	struct pl_recv *r = arg;
+
+	pthread_mutex_lock(&r->lock);
+	for (;;) {
+		struct recv_slot *s = &r->slot[r->written % r->cfg.slots];
+		uint64_t pos = 0;
+		int err = 0;
+
+		if (r->written == r->filled) {
+			if (r->quit)
+				break;
+			r->writer_idle = true;
+			pthread_cond_wait(&r->work, &r->lock);
+			r->writer_idle = false;
+			continue;
+		}
+		if (!r->err) {
+			pthread_mutex_unlock(&r->lock);
+			err = pl_recv_write_slot(r, s, &pos);
+			if (err)
+				fail(r, err, PL_STAGE_WRITE, pos);
+			pthread_mutex_lock(&r->lock);
+		}
+		s->nparts = s->used = 0;
+		r->written++;
+		if (r->reader_waits)
+			pthread_cond_signal(&r->done);
+	}
+	pthread_mutex_unlock(&r->lock);
+	return NULL;
+}
+
+/* Hand the current slot to the writer. */
+static void hand_over(struct pl_recv *r)
+{
+	pthread_mutex_lock(&r->lock);
+	r->filled++;
+	if (r->writer_idle)
+		pthread_cond_signal(&r->work);
+	pthread_mutex_unlock(&r->lock);
+}
+
+/* The slot to fill; waits for one.  NULL: a fault happened, or cancelled. */
+static struct recv_slot *current(struct pl_recv *r)
+{
+	struct recv_slot *s = NULL;
+
+	pthread_mutex_lock(&r->lock);
+	while (!r->err && r->filled - r->written >= r->cfg.slots) {
+		r->reader_waits = true;
+		pthread_cond_wait(&r->done, &r->lock);
+		r->reader_waits = false;
+	}
+	if (!r->err)
+		s = &r->slot[r->filled % r->cfg.slots];
+	pthread_mutex_unlock(&r->lock);
+	return s;
+}
+
+/* Everything that was read is written: 0, or the writer's error. */
+static int drain(struct pl_recv *r)
+{
+	int err;
+
+	pthread_mutex_lock(&r->lock);
+	/* A slot that is being filled goes as it is. */
+	if (r->filled - r->written < r->cfg.slots &&
+	    r->slot[r->filled % r->cfg.slots].nparts) {
+		r->filled++;
+		pthread_cond_signal(&r->work);
+	}
+	while (r->written != r->filled) {
+		r->reader_waits = true;
+		pthread_cond_wait(&r->done, &r->lock);
+		r->reader_waits = false;
+	}
+	err = r->err;
+	pthread_mutex_unlock(&r->lock);
+	return err;
+}
+
+static int wait_readable(struct pl_recv *r)
+{
+	struct pollfd pfd[2] = {
+		{ .fd = r->cancel_fd, .events = POLLIN },
+		{ .fd = r->cfg.in_fd, .events = POLLIN },
+	};
+	int n;
+
+	do
+		n = poll(pfd, 2, r->cfg.stall_ms ? (int)r->cfg.stall_ms : -1);
+	while (n < 0 && errno == EINTR);
+	if (n < 0)
+		return -errno;
+	if (pfd[0].revents)
+		return -ECANCELED;
+	return n == 0 ? -ETIMEDOUT : 0;
+}
+
+/*
+ * At least `must` bytes into the vector, at most all of it.  Returns the
+ * count, or -errno; -ENODATA at end of file.
+ */
+static ssize_t read_some(struct pl_recv *r, struct iovec *iov, int n, size_t must)
+{
+	size_t got = 0;
+
+	while (got < must) {
+		ssize_t k;
+		int err = wait_readable(r);
+
+		if (err)
+			return err;
+		k = readv(r->cfg.in_fd, iov, n);
+		if (k < 0) {
+			if (errno == EINTR || errno == EAGAIN)
+				continue;
+			return -errno;
+		}
+		if (k == 0)
+			return -ENODATA;
+		got += (size_t)k;
+		__atomic_fetch_add(&r->stats.stream_bytes, (uint64_t)k,
+				   __ATOMIC_RELAXED);
+		while (n && (size_t)k >= iov->iov_len) {
+			k -= (ssize_t)iov->iov_len;
+			iov++;
+			n--;
+		}
+		if (n) {
+			iov->iov_base = (char *)iov->iov_base + k;
+			iov->iov_len -= (size_t)k;
+		}
+	}
+	return (ssize_t)got;
+}
+
+/* Complete r->head, of which r->head_got bytes are here. */
+static int read_header(struct pl_recv *r)
+{
+	struct iovec iov = { (char *)&r->head + r->head_got,
+			     sizeof(r->head) - r->head_got };
+	ssize_t n;
+
+	if (!iov.iov_len)
+		return 0;
+	n = read_some(r, &iov, 1, iov.iov_len);
+	if (n < 0)
+		return (int)n;
+	r->head_got = sizeof(r->head);
+	return 0;
+}
+
+static int check_header(const struct pl_recv *r)
+{
+	const struct recv_header *h = &r->head;
+
+	if (h->mark != PL_D1_MARK)
+		return -EBADMSG;
+	if (h->size == 0 || h->size == SYNC_SIZE)
+		return 0;
+	if (h->size > r->cfg.max_frame)
+		return -EMSGSIZE;
+	if (h->pos > (uint64_t)INT64_MAX - h->size)
+		return -ERANGE;
+	return 0;
+}
+
+/* Payload of the frame r->head into slots, in parts of at most a slot. */
+static int read_payload(struct pl_recv *r)
+{
+	uint64_t pos = r->head.pos;
+	uint32_t left = r->head.size;
+
+	while (left) {
+		struct recv_slot *s = current(r);
+		struct recv_header next;
+		struct iovec iov[2];
+		uint32_t part;
+		ssize_t n;
+
+		if (!s)
+			return r->err;
+		/* Parts start at PL_BLOCK in memory, as they mostly do in the file. */
+		part = left < r->cfg.slot_size - s->used ?
+			       left : r->cfg.slot_size - s->used;
+		if (s->nparts == RECV_PARTS || (part < left && s->nparts)) {
+			hand_over(r);
+			continue;
+		}
+		iov[0] = (struct iovec){ s->buf + s->used, part };
+		iov[1] = (struct iovec){ &next, sizeof(next) };
+		n = read_some(r, iov, part == left ? 2 : 1, part);
+		if (n < 0)
+			return (int)n;
+		s->part[s->nparts++] = (struct recv_part){ pos, part, s->used };
+		s->used += (part + PL_BLOCK - 1) / PL_BLOCK * PL_BLOCK;
+		pos += part;
+		left -= part;
+		if (!left) {
+			r->head = next;
+			r->head_got = (uint32_t)n - part;
+		}
+		/* An idle writer gets what there is, a busy one gets more later. */
+		if (s->used >= r->cfg.slot_size ||
+		    __atomic_load_n(&r->writer_idle, __ATOMIC_RELAXED))
+			hand_over(r);
+	}
+	return 0;
+}
+
+static int event(struct pl_recv *r, struct pl_recv_msg *msg)
+{
+	struct iovec iov = { msg->data, sizeof(msg->data) };
+	int err;
+
+	msg->pos = r->head.pos;
+	if (r->head.size == 0) {
+		err = drain(r);
+		return err ? err : PL_RECV_END;
+	}
+	err = (int)read_some(r, &iov, 1, sizeof(msg->data));
+	if (err < 0)
+		return err;
+	r->head_got = 0;
+	err = drain(r);
+	return err ? err : PL_RECV_SYNC;
+}
+
+int pl_recv_run(struct pl_recv *r, struct pl_recv_msg *msg,
+		struct pl_fault *fault)
+{
+	enum pl_stage stage = PL_STAGE_READ;
+	int ret;
+
+	for (;;) {
+		ret = read_header(r);
+		if (ret)
+			break;
+		ret = check_header(r);
+		if (ret) {
+			stage = PL_STAGE_PROTOCOL;
+			break;
+		}
+		if (r->head.size == 0 || r->head.size == SYNC_SIZE) {
+			ret = event(r, msg);
+			break;
+		} else {
+			uint64_t end = r->head.pos + r->head.size;
+			uint32_t size = r->head.size;
+
+			ret = read_payload(r);
+			if (ret)
+				break;
+			__atomic_fetch_add(&r->stats.data_bytes, size,
+					   __ATOMIC_RELAXED);
+			__atomic_fetch_add(&r->stats.frames, 1, __ATOMIC_RELAXED);
+			if (end > r->stats.image_size)
+				__atomic_store_n(&r->stats.image_size, end,
+						 __ATOMIC_RELAXED);
+		}
+	}
+	if (ret < 0) {
+		fail(r, ret, stage, r->head.pos);
+		*fault = r->fault;
+		ret = r->err;
+	}
+	return ret;
+}
+
+void pl_recv_cancel(struct pl_recv *r)
+{
+	uint64_t one = 1;
+
+	fail(r, -ECANCELED, PL_STAGE_NONE, 0);
+	if (write(r->cancel_fd, &one, sizeof(one)) < 0)
+		return;		/* full counter: it is readable already */
+	pthread_mutex_lock(&r->lock);
+	pthread_cond_broadcast(&r->done);
+	pthread_mutex_unlock(&r->lock);
+}
+
+void pl_recv_stats(const struct pl_recv *r, struct pl_recv_stats *out)
+{
+	const uint64_t *from = (const uint64_t *)&r->stats;
+	uint64_t *to = (uint64_t *)out;
+
+	for (size_t i = 0; i < sizeof(*out) / sizeof(*to); i++)
+		to[i] = __atomic_load_n(&from[i], __ATOMIC_RELAXED);
+}
+
+static int start_writer(struct pl_recv *r)
+{
+	sigset_t all, old;
+	int err;
+
+	sigfillset(&all);
+	pthread_sigmask(SIG_SETMASK, &all, &old);
+	err = -pthread_create(&r->thread, NULL, writer, r);
+	pthread_sigmask(SIG_SETMASK, &old, NULL);
+	r->has_thread = !err;
+	return err;
+}
+
+int pl_recv_new(struct pl_recv **out, const struct pl_recv_cfg *c)
+{
+	struct pl_recv *r;
+	int err;
+
+	if (c->in_fd < 0 || c->out_fd < 0 || c->slots < 2 || c->slots > 1024 ||
+	    !c->slot_size || c->slot_size % PL_BLOCK || !c->max_frame ||
+	    c->stall_ms > INT32_MAX)
+		return -EINVAL;
+	r = calloc(1, sizeof(*r));
+	if (!r)
+		return -ENOMEM;
+	r->cfg = *c;
+	r->cancel_fd = -1;
+	pthread_mutex_init(&r->lock, NULL);
+	pthread_cond_init(&r->work, NULL);
+	pthread_cond_init(&r->done, NULL);
+	r->slot = calloc(c->slots, sizeof(*r->slot));
+	err = r->slot ? 0 : -ENOMEM;
+	for (unsigned i = 0; !err && i < c->slots; i++) {
+		r->slot[i].buf = pl_buf_new(c->slot_size);
+		if (!r->slot[i].buf)
+			err = -ENOMEM;
+	}
+	if (!err) {
+		r->cancel_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
+		err = r->cancel_fd < 0 ? -errno : start_writer(r);
+	}
+	if (err) {
+		pl_recv_free(r);
+		return err;
+	}
+	*out = r;
+	return 0;
+}
+
+void pl_recv_free(struct pl_recv *r)
+{
+	if (!r)
+		return;
+	pthread_mutex_lock(&r->lock);
+	r->quit = true;
+	/* What is still queued belongs to a stream that was given up. */
+	if (!r->err)
+		r->err = -ECANCELED;
+	pthread_cond_broadcast(&r->work);
+	pthread_mutex_unlock(&r->lock);
+	if (r->has_thread)
+		pthread_join(r->thread, NULL);
+	for (unsigned i = 0; r->slot && i < r->cfg.slots; i++)
+		pl_buf_free(r->slot[i].buf, r->cfg.slot_size);
+	free(r->slot);
+	if (r->cancel_fd >= 0)
+		close(r->cancel_fd);
+	pthread_cond_destroy(&r->done);
+	pthread_cond_destroy(&r->work);
+	pthread_mutex_destroy(&r->lock);
+	free(r);
+}

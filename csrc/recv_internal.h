@@ -1,0 +1,59 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/* The receiving pump's own structures; recv.c tells how they move. */
+#ifndef PL_RECV_INTERNAL_H
+#define PL_RECV_INTERNAL_H
+
+#include <pthread.h>
+
+#include "pl.h"
+
+#define RECV_PARTS 256u
+
+struct recv_header {
+	uint32_t mark, size;
+	uint64_t pos;
+};
+
+struct recv_part {
+	uint64_t pos;
+	uint32_t len;
+	uint32_t off;		/* in the slot's buffer */
+};
+
+struct recv_slot {
+	uint8_t *buf;
+	uint32_t used;
+	unsigned nparts;
+	struct recv_part part[RECV_PARTS];
+};
+
+struct pl_recv {
+	struct pl_recv_cfg cfg;
+	struct pl_recv_stats stats;	/* atomic, field by field */
+	struct recv_slot *slot;
+	int cancel_fd;
+	pthread_t thread;
+	bool has_thread;
+
+	/* reader only: the header that comes next, as far as it is here */
+	struct recv_header head;
+	uint32_t head_got;
+
+	/* writer only */
+	uint64_t written_end;	/* nothing was written at or past it */
+	uint64_t flush_start, flush_end;	/* written, writeback not started */
+	uint64_t flushing_start, flushing_end;	/* writeback under way */
+	uint64_t unflushed;
+
+	pthread_mutex_t lock;	/* guards all below */
+	pthread_cond_t work, done;
+	uint64_t filled, written;	/* slots handed over / finished */
+	bool writer_idle, reader_waits, quit;
+	int err;
+	struct pl_fault fault;
+};
+
+/* recv_out.c: write a slot's parts; on failure *pos is where. */
+int pl_recv_write_slot(struct pl_recv *r, struct recv_slot *s, uint64_t *pos);
+
+#endif

@@ -1,0 +1,180 @@
+# cython: language_level=3
+# SPDX-License-Identifier: Apache-2.0
+"""csrc/pl.h as Cython sees it."""
+from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
+
+
+cdef extern from "pl.h" nogil:
+    struct pl_extent:
+        uint64_t start
+        uint64_t end
+
+    struct pl_bitmap:
+        uint64_t *word
+        uint64_t nwords
+        uint64_t nbits
+        uint64_t size
+        uint32_t shift
+
+    int pl_bitmap_init(pl_bitmap *b, uint64_t size, uint32_t shift)
+    void pl_bitmap_fini(pl_bitmap *b)
+    void pl_bitmap_zero(pl_bitmap *b)
+    void pl_bitmap_set(pl_bitmap *b, uint64_t start, uint64_t end)
+    void pl_bitmap_clear(pl_bitmap *b, uint64_t start, uint64_t end)
+    int pl_bitmap_or_scaled(pl_bitmap *dst, const pl_bitmap *src)
+    uint64_t pl_bitmap_count(const pl_bitmap *b)
+    uint64_t pl_bitmap_bytes(const pl_bitmap *b)
+    int pl_bitmap_next(const pl_bitmap *b, uint64_t start, pl_extent *run)
+
+    int pl_fdatasync(int fd)
+
+    uint64_t pl_hash_block(const void *data, size_t len)
+    uint64_t pl_hash_block_ref(const void *data, size_t len)
+    bint pl_is_zero(const void *data, size_t len)
+    const char *pl_hash_kernel()
+
+    struct pl_known:
+        pl_bitmap nonzero
+        uint64_t *hash
+        uint64_t nchunks
+        uint64_t size
+        uint32_t shift
+
+    int pl_known_init(pl_known *k, uint64_t size, uint32_t shift)
+    void pl_known_fini(pl_known *k)
+    void pl_known_assume_data(pl_known *k, uint64_t start, uint64_t end)
+
+    ctypedef int (*pl_hook)(void *ctx, uint64_t start, uint64_t end)
+
+    enum pl_sink:
+        PL_SINK_FRAMES
+        PL_SINK_FILE
+
+    struct pl_pump_cfg:
+        int src_fd
+        uint64_t src_base
+        uint64_t size
+        uint32_t align
+        int out_fd
+        pl_sink sink
+        uint32_t cluster
+        uint32_t slots
+        uint32_t readers
+        uint32_t stall_ms
+        uint64_t rate
+        pl_known *known
+        pl_hook hook
+        void *hook_ctx
+
+    struct pl_pump_stats:
+        uint64_t read_bytes
+        uint64_t data_bytes
+        uint64_t wire_bytes
+        uint64_t zero_bytes
+        uint64_t same_bytes
+        uint64_t frames
+        uint64_t done_bytes
+
+    struct pl_fault:
+        int stage
+        uint64_t pos
+        uint64_t stream
+        uint64_t frame
+        uint32_t mark
+        uint32_t size
+
+    struct pl_pump:
+        pass
+
+    int pl_pump_new(pl_pump **out, const pl_pump_cfg *cfg)
+    void pl_pump_free(pl_pump *p)
+    int pl_pump_pass(pl_pump *p, const pl_extent *ext, size_t n,
+                     unsigned flags, pl_fault *fault)
+    int pl_pump_write(pl_pump *p, const void *buf, size_t len, pl_fault *fault)
+    void pl_pump_cancel(pl_pump *p)
+    void pl_pump_get_stats "pl_pump_stats"(const pl_pump *p, pl_pump_stats *out)
+
+    struct pl_recv_cfg:
+        int in_fd
+        int out_fd
+        uint32_t slots
+        uint32_t slot_size
+        uint32_t max_frame
+        uint32_t stall_ms
+        uint64_t window
+        uint32_t sparse
+
+    struct pl_recv_stats:
+        uint64_t stream_bytes
+        uint64_t data_bytes
+        uint64_t frames
+        uint64_t written_bytes
+        uint64_t hole_bytes
+        uint64_t image_size
+
+    struct pl_recv_msg:
+        uint64_t pos
+        uint8_t data[4]
+
+    struct pl_recv:
+        pass
+
+    int pl_recv_new(pl_recv **out, const pl_recv_cfg *cfg)
+    void pl_recv_free(pl_recv *r)
+    int pl_recv_run(pl_recv *r, pl_recv_msg *msg, pl_fault *fault)
+    void pl_recv_cancel(pl_recv *r)
+    void pl_recv_get_stats "pl_recv_stats"(const pl_recv *r, pl_recv_stats *out)
+
+    struct pl_ploop:
+        int fd
+
+    int pl_ploop_start(pl_ploop *t, uint64_t size)
+    int pl_ploop_setpos(void *t, uint64_t start, uint64_t end)
+    int pl_ploop_next(pl_ploop *t, pl_extent *dirty)
+    int pl_ploop_sync(pl_ploop *t)
+    int pl_ploop_stop(pl_ploop *t)
+    int pl_ploop_abort(pl_ploop *t)
+
+    enum pl_bpf_source:
+        PL_BPF_RQ
+        PL_BPF_BIO
+        PL_BPF_QUEUE
+
+    struct pl_bpf_cfg:
+        uint32_t major
+        uint32_t minor
+        uint64_t start
+        uint64_t end
+        uint32_t done_shift
+        uint32_t queued_shift
+        pl_bpf_source source
+
+    struct pl_bpf_counters:
+        uint64_t done_write
+        uint64_t done_discard
+        uint64_t queued_write
+        uint64_t queued_discard
+        uint64_t done_events
+        uint64_t queued_events
+        uint64_t everything
+
+    struct pl_bpf:
+        pass
+
+    int pl_bpf_open(pl_bpf **out, const pl_bpf_cfg *cfg, char *why, size_t why_len)
+    void pl_bpf_close(pl_bpf *t)
+    int pl_bpf_take_done(pl_bpf *t, pl_bitmap *into)
+    int pl_bpf_take_queued(pl_bpf *t, pl_bitmap *into)
+    uint64_t pl_bpf_peek_done(const pl_bpf *t)
+    int pl_bpf_forget(void *tracker, uint64_t start, uint64_t end)
+
+    struct pl_bpf_snapshot:
+        pl_bpf_counters before
+        pl_bpf_counters after
+        uint64_t stat_write
+        uint64_t stat_discard
+        uint64_t inflight
+        int stable
+
+    int pl_bpf_take_snapshot "pl_bpf_snapshot"(
+        const pl_bpf *t, int stat_fd, unsigned tries, pl_bpf_snapshot *out)

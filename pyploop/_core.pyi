@@ -1,0 +1,181 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Types of the native core; _core.pyx has the docstrings, csrc/pl.h the rules."""
+
+from collections.abc import Iterable, Iterator
+from typing import NamedTuple, final
+
+from typing_extensions import Buffer
+
+PASS_SKIP_ZERO: int
+PASS_CHANGED: int
+PASS_HOLES: int
+PASS_LAST: int
+PASS_HOOK: int
+RECV_SYNC: int
+RECV_END: int
+SINK_FRAMES: int
+SINK_FILE: int
+BPF_RQ: int
+BPF_BIO: int
+BPF_QUEUE: int
+
+class Fault(OSError):
+    errno: int
+    stage: str
+    pos: int
+    stream: int
+    frame: int
+    mark: int
+    size: int
+
+def fdatasync(fd: int) -> None: ...
+def hash_block(data: Buffer) -> int: ...
+def hash_block_ref(data: Buffer) -> int: ...
+def is_zero(data: Buffer) -> bool: ...
+def hash_kernel() -> str: ...
+
+@final
+class Extents:
+    @staticmethod
+    def of(pairs: Iterable[tuple[int, int]]) -> Extents: ...
+    def __len__(self) -> int: ...
+    def __iter__(self) -> Iterator[tuple[int, int]]: ...
+    @property
+    def bytes(self) -> int: ...
+
+@final
+class Bitmap:
+    def __init__(self, size: int, shift: int = 12) -> None: ...
+    def __buffer__(self, flags: int, /) -> memoryview: ...
+    @property
+    def size(self) -> int: ...
+    @property
+    def shift(self) -> int: ...
+    def zero(self) -> None: ...
+    def set(self, start: int, end: int) -> None: ...
+    def clear(self, start: int, end: int) -> None: ...
+    def update(self, other: Bitmap) -> None: ...
+    @property
+    def count(self) -> int: ...
+    @property
+    def bytes(self) -> int: ...
+    def extents(self) -> Extents: ...
+
+@final
+class Known:
+    def __init__(self, size: int, shift: int = 12) -> None: ...
+    @property
+    def chunk(self) -> int: ...
+    def assume_data(self, start: int, end: int) -> None: ...
+
+@final
+class Hook: ...
+
+class PumpStats(NamedTuple):
+    read: int
+    data: int
+    wire: int
+    zero: int
+    same: int
+    frames: int
+    done: int
+
+@final
+class Pump:
+    def __init__(
+        self,
+        *,
+        src_fd: int,
+        src_base: int,
+        size: int,
+        align: int,
+        out_fd: int,
+        sink: int,
+        cluster: int,
+        slots: int,
+        readers: int,
+        stall_ms: int = 0,
+        rate: int = 0,
+        known: Known | None = None,
+        hook: Hook | None = None,
+    ) -> None: ...
+    def run(self, extents: Extents, flags: int = 0) -> None: ...
+    def write(self, data: bytes) -> None: ...
+    def cancel(self) -> None: ...
+    @property
+    def stats(self) -> PumpStats: ...
+
+class RecvStats(NamedTuple):
+    stream: int
+    data: int
+    frames: int
+    written: int
+    holes: int
+    image_size: int
+
+@final
+class Receiver:
+    def __init__(
+        self,
+        *,
+        in_fd: int,
+        out_fd: int,
+        slots: int,
+        slot_size: int,
+        max_frame: int,
+        stall_ms: int = 0,
+        window: int = 0,
+        sparse: bool = True,
+    ) -> None: ...
+    def run(self) -> tuple[int, int, bytes]: ...
+    def cancel(self) -> None: ...
+    @property
+    def stats(self) -> RecvStats: ...
+
+@final
+class PloopTracking:
+    def __init__(self, fd: int) -> None: ...
+    def start(self, size: int) -> None: ...
+    def hook(self) -> Hook: ...
+    def take(self, into: Bitmap) -> int: ...
+    def next(self) -> tuple[int, int] | None: ...
+    def sync(self) -> None: ...
+    def stop(self) -> None: ...
+    def abort(self) -> None: ...
+
+class Counters(NamedTuple):
+    done_write: int
+    done_discard: int
+    queued_write: int
+    queued_discard: int
+    done_events: int
+    queued_events: int
+    everything: int
+
+class Snapshot(NamedTuple):
+    before: Counters
+    after: Counters
+    stat_write: int
+    stat_discard: int
+    inflight: int
+    stable: bool
+
+@final
+class BpfTracking:
+    def __init__(
+        self,
+        *,
+        major: int,
+        minor: int,
+        start: int,
+        end: int,
+        done_shift: int,
+        queued_shift: int,
+        source: int,
+    ) -> None: ...
+    def close(self) -> None: ...
+    def take_done(self, into: Bitmap) -> None: ...
+    def take_queued(self, into: Bitmap) -> None: ...
+    def peek_done(self) -> int: ...
+    def hook(self) -> Hook: ...
+    def snapshot(self, stat_fd: int, tries: int = 100) -> Snapshot: ...
