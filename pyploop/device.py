@@ -1,0 +1,284 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The source of a copy: what it is, how it is read, what is mounted from it.
+
+Invariant: a device is never read through its own page cache.  With a file
+system mounted on it that cache is stale; O_DIRECT is right, and so is the
+backing file of a loop device, which is where the loop driver itself reads.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import stat
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from pyploop import kernel, sysblock
+from pyploop.errors import DeviceError, FormatError, OpenError, ParameterError
+from pyploop.sysblock import BlockDevice, Mount
+from pyploop.units import BLOCK, MIB, SECTOR
+
+Kind = Literal["block", "file", "ploop"]
+ReadPath = Literal["auto", "device", "backing"]
+
+
+@dataclass
+class Source:
+    """An open source.  All positions of the copy count from its first byte,
+    which is byte `base` of `fd`."""
+
+    path: str
+    kind: Kind
+    size: int
+    fd: int
+    base: int = 0
+    align: int = 1
+    """Alignment of reads from `fd`, bytes; 1: buffered."""
+    io_mode: str = ""
+    """How it is read, in words, for the log and the summary."""
+    sparse_fd: int | None = None
+    """A file that knows the holes (SEEK_HOLE), or None."""
+    sparse_base: int = 0
+    """Where the source starts in `sparse_fd`."""
+    block: BlockDevice | None = None
+    mounts: list[Mount] = field(default_factory=list)
+    cluster: int = MIB
+    image: str = ""
+    """What is being sent, for `Sending IMAGE`."""
+    image_format: str = "raw"
+    control_fd: int = -1
+    """The open device that takes ioctls, when `fd` is another file."""
+    _owned: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)
+
+    def close(self) -> None:
+        self._owned.close()
+
+    def holes(self) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
+        """(data, holes): both ascending and disjoint, together the whole
+        source.  Without a file that knows, everything is data."""
+        data: list[tuple[int, int]] = []
+        if self.sparse_fd is None:
+            return ([(0, self.size)] if self.size else []), []
+        holes: list[tuple[int, int]] = []
+        base = pos = self.sparse_base
+        end = base + self.size
+        while pos < end:
+            start = _seek(self.sparse_fd, pos, os.SEEK_DATA, end)
+            if start > pos:
+                holes.append((pos - base, start - base))
+            pos = _seek(self.sparse_fd, start, os.SEEK_HOLE, end) if start < end else end
+            if pos > start:
+                data.append((start - base, pos - base))
+        return data, holes
+
+
+def _seek(fd: int, pos: int, whence: int, end: int) -> int:
+    try:
+        return min(os.lseek(fd, pos, whence), end)
+    except OSError as e:
+        if e.errno == errno.ENXIO:  # nothing but a hole until the end
+            return end
+        raise
+
+
+def open_source(path: str, read: ReadPath = "auto", mount: str | None = None) -> Source:
+    """Open a block device, /dev/ploopN, an image file, or the image file of an
+    attached loop device (then the device is the source).
+
+    read: how a loop device is read: `backing` from its backing file, `device`
+    with O_DIRECT from the device, `auto` the first where it can be shown to be
+    the same data.  mount: a mount point that replaces the ones found.
+    """
+    try:
+        st = os.stat(path)
+    except OSError as e:
+        raise DeviceError.of(f"cannot open the source {path}", e) from e
+    if stat.S_ISREG(st.st_mode):
+        loops = sysblock.loop_device_of(path)
+        if len(loops) > 1:
+            raise DeviceError(f"{path} is attached to {', '.join(loops)}: name the device to copy")
+        if not loops:
+            return _open_file(path)
+        path = loops[0]
+        st = os.stat(path)
+    if not stat.S_ISBLK(st.st_mode):
+        raise DeviceError(f"the source {path} is neither a block device nor a file")
+    if Path(path).name.startswith("ploop") and _ploop_sysfs(path).is_dir():
+        source = _open_ploop(path)
+    else:
+        source = _open_block(path, (os.major(st.st_rdev), os.minor(st.st_rdev)), read)
+    try:
+        _find_mounts(source, mount)
+    except BaseException:
+        source.close()
+        raise
+    return source
+
+
+def _open(path: str, flags: int, owned: contextlib.ExitStack, what: str) -> int:
+    try:
+        fd = os.open(path, flags | os.O_CLOEXEC)
+    except OSError as e:
+        raise DeviceError.of(f"cannot open {what} {path}", e) from e
+    owned.callback(os.close, fd)
+    return fd
+
+
+def _open_file(path: str) -> Source:
+    owned = contextlib.ExitStack()
+    fd = _open(path, os.O_RDONLY, owned, "the source")
+    size = os.fstat(fd).st_size
+    return Source(
+        path,
+        "file",
+        size,
+        fd,
+        io_mode="file, buffered",
+        sparse_fd=fd,
+        image=path,
+        _owned=owned,
+    )
+
+
+def _open_block(path: str, dev: tuple[int, int], read: ReadPath) -> Source:
+    owned = contextlib.ExitStack()
+    try:
+        fd = _open(path, os.O_RDONLY | os.O_DIRECT, owned, "the source")
+        size = kernel.device_size(fd, path)
+        block = sysblock.find(dev)
+        source = Source(
+            path,
+            "block",
+            size,
+            fd,
+            align=kernel.logical_block_size(fd, path),
+            io_mode="device, O_DIRECT",
+            block=block,
+            image=path,
+            _owned=owned,
+        )
+        if size == 0:
+            raise DeviceError(f"the source {path} has no size (nothing attached to it?)")
+        if block.disk.startswith("loop"):
+            _use_backing(source, block, read)
+        elif read == "backing":
+            raise ParameterError(f"{path} is not a loop device: it has no backing file to read")
+    except BaseException:
+        owned.close()
+        raise
+    return source
+
+
+def _use_backing(source: Source, block: BlockDevice, read: ReadPath) -> None:
+    """Find the loop device's backing file; take the holes from it, and read it
+    unless `device` was asked for."""
+    disk = f"/dev/{block.disk}"
+    why = ""
+    fd = -1
+    try:
+        status_fd = source.fd
+        if block.is_partition:
+            status_fd = os.open(disk, os.O_RDONLY | os.O_CLOEXEC)
+            source._owned.callback(os.close, status_fd)
+        status = kernel.loop_status(status_fd, disk)
+        name = sysblock.attribute(Path("/sys/block") / block.disk / "loop/backing_file")
+        # The loop's own mode decides how: behind a direct-io loop the page
+        # cache of the file is cold, behind a buffered one it is the truth.
+        fd = os.open(name, os.O_RDONLY | os.O_CLOEXEC | (os.O_DIRECT if status.direct_io else 0))
+        st = os.fstat(fd)
+        same = (os.major(st.st_dev), os.minor(st.st_dev)), st.st_ino
+        if same != (status.device, status.inode):
+            why = f"{name} is another file now, or a file of another mount namespace"
+        elif not stat.S_ISREG(st.st_mode):
+            why = f"{name} is not a regular file"
+    except (OSError, DeviceError) as e:
+        why = str(e)
+    if why:
+        if fd >= 0:
+            os.close(fd)
+        if read == "backing":
+            raise OpenError(f"cannot read the backing file of {disk}: {why}")
+        source.io_mode += f" (backing file not used: {why})"
+        return
+    source._owned.callback(os.close, fd)
+    base = status.offset + block.start
+    source.sparse_fd, source.sparse_base = fd, base
+    if read == "device":
+        return
+    source.fd, source.base = fd, base
+    if status.direct_io:
+        source.align = BLOCK
+        source.io_mode = f"backing file {name}, O_DIRECT"
+    else:
+        source.align = 1
+        source.io_mode = f"backing file {name}, buffered"
+
+
+def _ploop_sysfs(path: str) -> Path:
+    return Path("/sys/block") / Path(path).name
+
+
+def _open_ploop(path: str) -> Source:
+    owned = contextlib.ExitStack()
+    try:
+        fd = _open(path, os.O_RDONLY | os.O_DIRECT, owned, "the source")
+        sysfs = _ploop_sysfs(path)
+        top = sysblock.attribute(sysfs / "pstate/top")
+        cluster = int(sysblock.attribute(sysfs / "pstate/block_size")) * SECTOR
+        delta = sysfs / "pdelta" / top
+        image = sysblock.attribute(delta / "image")
+        fmt = sysblock.attribute(delta / "format")
+        if fmt not in ("raw", "ploop1"):
+            raise FormatError(f"{image}: delta format {fmt!r} cannot be copied (raw, ploop1 can)")
+        # The image file is what is copied, and the driver tracks its bytes.
+        image_fd = _open_image(image, owned)
+        st = os.stat(path)
+        block = sysblock.find((os.major(st.st_rdev), os.minor(st.st_rdev)))
+        return Source(
+            path,
+            "ploop",
+            os.fstat(image_fd).st_size,
+            image_fd,
+            align=BLOCK,
+            io_mode=f"delta {image}, O_DIRECT",
+            block=block,
+            cluster=cluster,
+            image=image,
+            image_format=fmt,
+            _owned=owned,
+            control_fd=fd,
+        )
+    except BaseException:
+        owned.close()
+        raise
+
+
+def _open_image(image: str, owned: contextlib.ExitStack) -> int:
+    try:
+        fd = os.open(image, os.O_RDONLY | os.O_DIRECT | os.O_CLOEXEC)
+    except OSError as e:
+        raise OpenError.of(f"cannot open the top delta {image}", e) from e
+    owned.callback(os.close, fd)
+    return fd
+
+
+def _find_mounts(source: Source, mount: str | None) -> None:
+    if mount is not None:
+        source.mounts = [Mount(mount, "?", source.path)]
+        return
+    if source.block is None:
+        return
+    devices = sysblock.stacked_on(source.block)
+    source.mounts = sysblock.mounts_of(devices, Path("/proc/self/mountinfo"))
+    if source.mounts or source.kind == "ploop":
+        return
+    elsewhere = sysblock.mounted_elsewhere(devices)
+    if elsewhere:
+        pid, there = elsewhere
+        raise OpenError(
+            f"{source.path} is mounted in another mount namespace (process {pid}, {there.point}), "
+            f"so it cannot be frozen from here; use --mount /proc/{pid}/root{there.point}"
+        )

@@ -1,0 +1,115 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every expected failure, with the exit code that `ploop` 1.15 has for it.
+
+The numbers are the `SYSEXIT_*` contract of libploop (docs/exit-codes.md).  A
+message says what failed, on which file, peer or offset, what was left behind,
+and what to do; `str(error)` is one line.
+"""
+
+from __future__ import annotations
+
+import os
+
+
+class PyploopError(Exception):
+    """An expected failure; `exit_code` is the process's status."""
+
+    exit_code = 1
+
+    @classmethod
+    def of(cls, what: str, error: OSError) -> PyploopError:
+        """`what: reason`, the reason being the errno's text."""
+        reason = os.strerror(error.errno) if error.errno else str(error)
+        return cls(f"{what}: {reason}")
+
+
+class CreateError(PyploopError):
+    """The target cannot be created, or exists."""
+
+    exit_code = 1
+
+
+class DeviceError(PyploopError):
+    """The source device is missing or cannot be read."""
+
+    exit_code = 2
+
+
+class DeviceControlError(PyploopError):
+    """A tracking, freeze or sync request failed."""
+
+    exit_code = 3
+
+
+class OpenError(PyploopError):
+    """Something that belongs to the source cannot be opened or found."""
+
+    exit_code = 4
+
+
+class TooLargeError(PyploopError):
+    """A size from the stream is larger than this side allows."""
+
+    exit_code = 5
+
+
+class ReadError(PyploopError):
+    """Reading the source or the stream failed, or it ended early."""
+
+    exit_code = 6
+
+
+class WriteError(PyploopError):
+    """Writing the target or the stream failed."""
+
+    exit_code = 7
+
+
+class SysfsError(PyploopError):
+    """A sysfs attribute is missing or cannot be understood."""
+
+    exit_code = 9
+
+
+class FormatError(PyploopError):
+    """The image format is not one that can be copied."""
+
+    exit_code = 11
+
+
+class CommandError(PyploopError):
+    """A command given by the user failed."""
+
+    exit_code = 12
+
+
+class ProtocolError(PyploopError):
+    """The peer said something that is not in the protocol."""
+
+    exit_code = 13
+
+
+class LoopError(PyploopError):
+    """The source is still being written although it should be frozen."""
+
+    exit_code = 14
+
+
+class SyncError(PyploopError):
+    """Data could not be made durable, here or at the peer."""
+
+    exit_code = 16
+
+
+class ParameterError(PyploopError):
+    """The command line, or a descriptor it names, is wrong."""
+
+    exit_code = 38
+
+
+class Interrupted(BaseException):
+    """A signal asked to stop; everything is undone before it takes effect."""
+
+    def __init__(self, signum: int) -> None:
+        super().__init__(f"signal {signum}")
+        self.signum = signum

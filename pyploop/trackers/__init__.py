@@ -1,0 +1,88 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Dirty-block trackers behind one small protocol.
+
+Invariant: clear, then read.  `take` clears the marks it hands out, and the
+caller reads the blocks after that; a write that completes later sets its mark
+again.  In the first pass the pump's hook does the same for each range.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal, Protocol
+
+from pyploop._core import Extents, Hook
+
+TRACKERS = ("auto", "bpf", "ploop", "dm", "scan")
+
+Completeness = Literal["complete", "undecided", "lossy", "busy", "unknown"]
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What a tracker can prove about its own completeness.
+
+    complete: the kernel's counters agree with the events, nothing was missed.
+    lossy: events were missed, at least `missed` bytes of them.
+    undecided: writes were going on during the check; between `missed` and
+    `at_most` bytes may be missing.
+    busy: writes stay in flight although nothing should write any more.
+    unknown: this tracker has nothing to compare with.
+    """
+
+    state: Completeness
+    missed: int = 0
+    at_most: int = 0
+    why: str = ""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Blocks to send.  changed: send only what differs from what was sent
+    last; holes: the extents are holes of the source."""
+
+    extents: Extents
+    changed: bool = False
+    holes: bool = False
+
+
+@dataclass(frozen=True)
+class Repair:
+    """Blocks that may have been missed, to be compared by hash and sent when
+    they differ.  `scope` says in words what they are."""
+
+    batches: list[Batch] = field(default_factory=list)
+    scope: str = ""
+
+
+class Tracker(Protocol):
+    """One way to learn which blocks were written."""
+
+    name: str
+    why: str
+    """Why this one was taken, for the log."""
+    needs_hashes: bool
+    """The pump must keep hashes of what it sent."""
+
+    def start(self) -> None:
+        """Begin to track, before the first block is read."""
+
+    def hook(self) -> Hook | None:
+        """What the pump calls before each read of the first pass."""
+
+    def pending(self) -> int | None:
+        """Bytes that are dirty now, without taking them; None: not known."""
+
+    def take(self) -> list[Batch]:
+        """Hand out and clear what is dirty."""
+
+    def check(self, quiesced: bool) -> Verdict:
+        """Prove completeness so far; `quiesced`: nothing is being written."""
+
+    def repair(self, quiesced: bool) -> Repair | None:
+        """After a verdict that is not `complete`: what to compare, or None
+        when nothing can be done about it."""
+
+    def stop(self, ok: bool) -> None:
+        """End tracking; `ok`: everything was handed out.  Never raises when
+        ok is false."""

@@ -1,0 +1,322 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Tracking in the kernel by BPF programs, for every block device.
+
+Two kinds of marks (csrc/pl.h): `done`, set when a write has completed, is what
+is sent.  `queued`, set when it is submitted, is the safety net: on some
+machines completion events get lost (docs/tracking.md), so the sectors that the
+programs saw are compared with the kernel's own accounting in
+/sys/block/X/stat.  When they agree nothing was missed.  When they do not, the
+missed blocks are among those queued since the last proof, if the queued
+sectors agree; else they can be anywhere, and everything is compared by hash.
+
+Invariants:
+1. A proof counts from an exact base only: a moment at which counters and
+   accounting stood still.
+2. Queued marks are forgotten only at a moment at which completion is proven
+   and nothing is in flight; those read out at that moment are kept until the
+   next one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from pyploop import _core
+from pyploop._core import Bitmap, BpfTracking, Extents, Hook, Snapshot
+from pyploop.device import Source
+from pyploop.errors import DeviceControlError
+from pyploop.sysblock import BlockDevice, is_bio_based
+from pyploop.trackers import Batch, Repair, Verdict
+from pyploop.units import SECTOR
+
+QUIET_DEADLINE = 5.0
+"""Seconds to wait for writes in flight after the freeze."""
+BASE_DEADLINE = 0.25
+"""Seconds to look for an exact base before the first pass."""
+MAX_BITMAP = 64 << 20
+"""Bytes of one bitmap; a larger device gets a coarser granule."""
+
+# Bio-based drivers whose bios complete unchanged; others (dm, md) may have
+# advanced or remapped them by then, so only their submission can be trusted.
+_PLAIN_BIO = ("zram", "ram", "pmem", "btt")
+
+
+@dataclass
+class _Base:
+    """Sectors at an exact moment: kernel accounting minus events."""
+
+    done_gap: int
+    queued_gap: int | None
+    """None: something was in flight, so submissions cannot be balanced."""
+
+
+class BpfTracker:
+    """`--tracker bpf`."""
+
+    name = "bpf"
+    needs_hashes = True
+
+    def __init__(self, source: Source, why: str = "asked for") -> None:
+        if source.block is None:
+            raise DeviceControlError(
+                f"{source.path} is a plain file: --tracker bpf follows block devices (use scan)"
+            )
+        self.why = why
+        self._block: BlockDevice = source.block
+        self._source = source
+        self._size = source.size
+        disk = self._block.disk
+        if not is_bio_based(disk):
+            self._mode = _core.BPF_RQ
+        elif disk.startswith(_PLAIN_BIO):
+            self._mode = _core.BPF_BIO
+        else:
+            self._mode = _core.BPF_QUEUE
+        self._shift = 12
+        while (self._size >> self._shift) // 8 > MAX_BITMAP:
+            self._shift += 1
+        self._queued_shift = self._shift if self._mode == _core.BPF_QUEUE else self._shift + 4
+        # zram completes discards without accounting them.
+        self._count_discards = not disk.startswith("zram")
+        self._tracking: BpfTracking | None = None
+        self._stat_fd = -1
+        self._restore_iostats = False
+        self._base: _Base | None = None
+        self._owes_proof = False
+        self._queued = Bitmap(self._size, self._queued_shift)
+        """Queued since the proof before the last (invariant 2)."""
+        self._carry: Bitmap | None = None
+
+    # ---- life
+
+    def start(self) -> None:
+        self._want_iostats()
+        try:
+            self._tracking = BpfTracking(
+                major=self._block.disk_dev[0],
+                minor=self._block.disk_dev[1],
+                start=self._block.start,
+                end=self._block.start + self._size,
+                done_shift=self._shift,
+                queued_shift=self._queued_shift,
+                source=self._mode,
+            )
+            self._stat_fd = os.open(self._block.stat_path, os.O_RDONLY | os.O_CLOEXEC)
+        except OSError as e:
+            self.stop(ok=False)
+            raise DeviceControlError(
+                f"cannot track {self._source.path} with BPF: {e.strerror}"
+            ) from e
+        self._find_base()
+
+    def _want_iostats(self) -> None:
+        """Completeness is proven against the accounting, so it must be on."""
+        knob = Path("/sys/block") / self._block.disk / "queue/iostats"
+        with contextlib.suppress(OSError):
+            if knob.read_text().strip() == "0":
+                knob.write_text("1")
+                self._restore_iostats = True
+
+    def _find_base(self) -> None:
+        deadline = time.monotonic() + BASE_DEADLINE
+        while True:
+            shot = self._snapshot()
+            if shot.stable:
+                quiet = self._writes_in_flight() == 0 and self._same(shot, self._snapshot())
+                self._base = _Base(self._done_gap(shot), self._queued_gap(shot) if quiet else None)
+                if quiet:
+                    return
+            if time.monotonic() >= deadline:
+                return
+
+    def stop(self, ok: bool) -> None:
+        if self._tracking is not None:
+            self._tracking.close()
+            self._tracking = None
+        if self._stat_fd >= 0:
+            os.close(self._stat_fd)
+            self._stat_fd = -1
+        if self._restore_iostats:
+            self._restore_iostats = False
+            with contextlib.suppress(OSError):
+                (Path("/sys/block") / self._block.disk / "queue/iostats").write_text("0")
+
+    @property
+    def _t(self) -> BpfTracking:
+        assert self._tracking is not None, "not started"
+        return self._tracking
+
+    # ---- marks
+
+    def hook(self) -> Hook | None:
+        return None if self._mode == _core.BPF_QUEUE else self._t.hook()
+
+    def pending(self) -> int | None:
+        if self._mode == _core.BPF_QUEUE:
+            return None
+        return self._t.peek_done() << self._shift
+
+    def take(self) -> list[Batch]:
+        dirty = Bitmap(self._size, self._shift)
+        if self._mode != _core.BPF_QUEUE:
+            self._t.take_done(dirty)
+            return [Batch(dirty.extents())]
+        # A submitted write may land after the read, so it is sent again until
+        # a moment with nothing in flight has passed.
+        fresh = Bitmap(self._size, self._shift)
+        quiet = self._writes_in_flight() == 0
+        self._t.take_queued(fresh)
+        dirty.update(fresh)
+        if self._carry is not None:
+            dirty.update(self._carry)
+            if not quiet:
+                fresh.update(self._carry)
+        self._carry = fresh
+        if quiet and self._writes_in_flight() == 0 and self._t_queued_unchanged(fresh):
+            self._carry = None
+        return [Batch(dirty.extents())]
+
+    def _t_queued_unchanged(self, taken: Bitmap) -> bool:
+        """Nothing was submitted since `taken` was read out."""
+        late = Bitmap(self._size, self._queued_shift)
+        self._t.take_queued(late)
+        if late.count == 0:
+            return True
+        taken.update(late)
+        return False
+
+    # ---- completeness
+
+    def _snapshot(self, tries: int = 200) -> Snapshot:
+        return self._t.snapshot(self._stat_fd, tries)
+
+    def _accounted(self, shot: Snapshot) -> int:
+        return shot.stat_write + (shot.stat_discard if self._count_discards else 0)
+
+    def _done_gap(self, shot: Snapshot, late: bool = True) -> int:
+        c = shot.after if late else shot.before
+        seen = c.done_write + (c.done_discard if self._count_discards else 0)
+        return self._accounted(shot) - seen
+
+    def _queued_gap(self, shot: Snapshot) -> int:
+        c = shot.after
+        seen = c.queued_write + (c.queued_discard if self._count_discards else 0)
+        return self._accounted(shot) - seen
+
+    def _same(self, a: Snapshot, b: Snapshot) -> bool:
+        return (
+            b.stable
+            and a.after == b.after
+            and (a.stat_write, a.stat_discard) == (b.stat_write, b.stat_discard)
+        )
+
+    def _writes_in_flight(self) -> int:
+        path = Path("/sys/block") / self._block.disk / "inflight"
+        return int(path.read_text().split()[1])
+
+    def _wait_quiet(self) -> bool:
+        deadline = time.monotonic() + QUIET_DEADLINE
+        while self._writes_in_flight():
+            if time.monotonic() >= deadline:
+                return False
+            time.sleep(0.0005)
+        return True
+
+    def check(self, quiesced: bool) -> Verdict:
+        if quiesced and not self._wait_quiet():
+            return Verdict("busy", 0, self._size, "writes stay in flight")
+        shot = self._snapshot()
+        if self._base is None:
+            return Verdict("undecided", 0, self._size, "the device was never still enough to count")
+        if self._mode == _core.BPF_QUEUE:
+            return self._check_queued(shot, quiesced)
+        low = (self._done_gap(shot, late=True) - self._base.done_gap) * SECTOR
+        high = (self._done_gap(shot, late=False) - self._base.done_gap) * SECTOR
+        if low > 0:
+            return Verdict("lossy", low, high)
+        if not shot.stable:
+            return Verdict("undecided", 0, max(high, 0), "writes during the check")
+        if low < 0:
+            return Verdict("undecided", 0, self._size, "the kernel accounted less than was seen")
+        return self._check_still(shot)
+
+    def _check_still(self, shot: Snapshot) -> Verdict:
+        """The events balance; see whether more follows from this moment."""
+        assert self._base is not None
+        still = self._writes_in_flight() == 0 and self._same(shot, self._snapshot(20))
+        if self._owes_proof:
+            # An earlier loss was repaired among the submitted blocks only,
+            # which is right if no submission was missed either.
+            if not still:
+                return Verdict("undecided", 0, 0, "repaired; proof needs a still moment")
+            if self._queued_gap(shot) != self._base.queued_gap:
+                self._base.queued_gap = None
+                return Verdict("lossy", SECTOR, self._size, "submissions were missed too")
+            self._owes_proof = False
+        if still:
+            if self._base.queued_gap is None:
+                self._base.queued_gap = self._queued_gap(shot)
+            # What this exchange returns was submitted before or just after
+            # the moment; either way it is kept until the next proof.
+            self._queued.zero()
+            self._t.take_queued(self._queued)
+        return Verdict("complete")
+
+    def _check_queued(self, shot: Snapshot, quiesced: bool) -> Verdict:
+        assert self._base is not None
+        if self._base.queued_gap is None:
+            return Verdict("undecided", 0, self._size, "writes were in flight at the start")
+        gap = (self._queued_gap(shot) - self._base.queued_gap) * SECTOR
+        if shot.stable and gap == 0:
+            return Verdict("complete")
+        if quiesced and gap > 0:
+            return Verdict("lossy", gap, gap)
+        return Verdict("undecided", 0, abs(gap), "writes in flight")
+
+    def repair(self, quiesced: bool) -> Repair | None:
+        if self._mode == _core.BPF_QUEUE:
+            return self._compare_all("submissions cannot be proven complete") if quiesced else None
+        shot = self._snapshot()
+        if not quiesced and not shot.stable:
+            return None  # no exact moment to count from: left to the freeze
+        queued_gap = self._base.queued_gap if self._base else None
+        if quiesced and queued_gap is not None and self._queued_gap(shot) != queued_gap:
+            queued_gap = None
+        # Whatever was missed had completed before this moment, so the
+        # comparison that follows finds it, and counting starts anew.
+        self._base = _Base(self._done_gap(shot), queued_gap)
+        if queued_gap is None:
+            self._owes_proof = False
+            return self._compare_all("submissions cannot be proven complete")
+        self._t.take_queued(self._queued)
+        self._owes_proof = not quiesced
+        return Repair(
+            [Batch(self._queued.extents(), changed=True)], "blocks submitted since the last proof"
+        )
+
+    def _compare_all(self, why: str) -> Repair:
+        data, holes = self._source.holes()
+        batches = [Batch(Extents.of(data), changed=True)]
+        if holes:
+            batches.append(Batch(Extents.of(holes), changed=True, holes=True))
+        return Repair(batches, f"the whole source ({why})")
+
+
+def usable(source: Source) -> str:
+    """Empty when BPF can track this source, else why it cannot."""
+    if source.block is None:
+        return "a plain file"
+    if source.size % SECTOR or source.block.start % SECTOR:
+        return "not made of sectors"
+    zoned = Path("/sys/block") / source.block.disk / "queue/zoned"
+    if zoned.exists() and zoned.read_text().strip() != "none":
+        return "a zoned device (a zone reset changes data without an event)"
+    if os.geteuid() != 0:
+        return "needs root (or CAP_BPF and CAP_PERFMON)"
+    if not Path("/sys/kernel/btf/vmlinux").exists():
+        return "the kernel has no BTF (/sys/kernel/btf/vmlinux)"
+    return ""
