@@ -1,0 +1,201 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`pyploop copy`: the options of `ploop copy` 1.15, and long ones of our own.
+
+The order of the checks is ploop's, because callers probe for it: options,
+then the target (1) or the descriptors (38), then the source.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import os
+import stat
+import sys
+from collections.abc import Iterator
+from typing import IO
+
+from pyploop import device, transport
+from pyploop.cli.arguments import Parser, parsed
+from pyploop.errors import Interrupted, ParameterError, PyploopError
+from pyploop.events import JsonRenderer, ProgressRenderer, Reporter, TextRenderer
+from pyploop.outputs import open_output
+from pyploop.receiver import receive
+from pyploop.sender import Options, Sender
+from pyploop.trackers import TRACKERS
+from pyploop.trackers.choose import choose
+from pyploop.units import parse_size, parse_time
+
+SYNC_WAIT = 5.0
+"""Seconds given to a peer that cannot answer (the C tool's)."""
+ANSWER_TIMEOUT = 600.0
+"""Seconds for a peer to answer one SYNC: a slow disk's flush, not for ever."""
+STALL = 600.0
+"""Seconds in which the peer neither takes nor gives a byte."""
+
+
+def parser() -> Parser:
+    p = Parser(
+        prog="pyploop copy",
+        allow_abbrev=False,
+        usage="pyploop copy -s DEVICE [-F STOPCMD] { [-d FILE] | [-o OFD] [-f FFD] } [options]\n"
+        "       pyploop copy -d FILE [-i IFD] [-f FFD] [options]",
+        description="Copy a block device or image file that is in use, or receive such a copy.",
+    )
+    add = p.add_argument
+    add("-s", dest="source", metavar="DEVICE", help="block device or image file to copy")
+    add("-F", dest="stop", metavar="STOPCMD", help="command that stops what writes to the source")
+    add("-d", dest="target", metavar="FILE", help="new file: target of a local copy, or to receive")
+    add("-o", dest="out", type=int, default=1, metavar="OFD", help="descriptor to send to (1)")
+    add("-i", dest="inp", type=int, default=0, metavar="IFD", help="descriptor to receive from (0)")
+    add("-f", dest="feedback", type=int, metavar="FFD", help="feedback descriptor")
+    g = p.add_argument_group("sending")
+    add = g.add_argument
+    add("--tracker", choices=TRACKERS, default="auto", help="how to learn what was written (auto)")
+    add(
+        "--read",
+        choices=("auto", "device", "backing"),
+        default="auto",
+        help="how a loop device is read: from the device, or from its backing file (auto)",
+    )
+    add("--mount", metavar="DIR", help="mount point to freeze, instead of those found")
+    add(
+        "--sync-wait",
+        type=parsed(parse_time, "time"),
+        default=SYNC_WAIT,
+        metavar="TIME",
+        help="wait for a peer that cannot answer (5)",
+    )
+    add(
+        "--bwlimit",
+        type=parsed(parse_size, "size"),
+        default=0,
+        metavar="RATE",
+        help="bytes per second into the stream at most (K, M, G)",
+    )
+    add("--readers", type=int, metavar="N", help="reading threads beside the sending one (0..64)")
+    add(
+        "--before-thaw",
+        metavar="CMD",
+        help="command to run when the target is durable and the source still frozen",
+    )
+    g = p.add_argument_group("both ends")
+    add = g.add_argument
+    add(
+        "--timeout",
+        type=parsed(parse_time, "time"),
+        default=STALL,
+        metavar="TIME",
+        help="give a silent peer up after this (600)",
+    )
+    add("--progress", action="store_true", help="a progress bar on stderr")
+    add(
+        "--json",
+        nargs="?",
+        const="-",
+        metavar="FILE",
+        help="events as NDJSON to FILE; without FILE to stdout, or to stderr when stdout is taken",
+    )
+    return p
+
+
+def run(args: list[str], level: int) -> int:
+    p = parser()
+    o = p.parse_args(args)
+    if o.source is None and o.target is None:
+        print("Either -s or -d is required", file=sys.stderr)
+        p.print_usage(sys.stderr)
+        return ParameterError.exit_code
+    if o.readers is not None and not 0 <= o.readers <= 64:
+        p.error("--readers is 0 to 64")
+    with _reporter(o, level) as report:
+        try:
+            if o.source is None:
+                _receive(o, report)
+            else:
+                _send(o, report)
+        except PyploopError as e:
+            report.error(str(e))
+            return e.exit_code
+        except Interrupted as e:
+            report.error(f"Interrupted by signal {e.signum}: everything was undone, no target made")
+            raise
+    return 0
+
+
+def _receive(o: argparse.Namespace, report: Reporter) -> None:
+    transport.check_stream(o.inp, "-i")
+    if o.feedback is not None:
+        transport.check_stream(o.feedback, "-f")
+    receive(o.target, o.inp, o.feedback, report, o.timeout)
+
+
+def _send(o: argparse.Namespace, report: Reporter) -> None:
+    local = o.target is not None
+    if not local:
+        _check_output(o.out)
+        if o.feedback is not None:
+            transport.check_stream(o.feedback, "-f")
+    options = Options(
+        stop_command=o.stop,
+        before_thaw=o.before_thaw,
+        stall=o.timeout,
+        rate=o.bwlimit,
+        readers=o.readers,
+    )
+    with (
+        open_output(
+            target=o.target,
+            out_fd=o.out,
+            feedback=None if local else o.feedback,
+            report=report,
+            sync_wait=o.sync_wait,
+            answer_timeout=o.timeout or ANSWER_TIMEOUT,
+        ) as out,
+        contextlib.closing(device.open_source(o.source, o.read, o.mount)) as source,
+    ):
+        Sender(source, choose(o.tracker, source), out, options, report).run()
+
+
+def _check_output(fd: int) -> None:
+    mode = transport.check_open(fd, "-o").st_mode
+    if not (stat.S_ISREG(mode) or transport.is_stream(fd)):
+        raise ParameterError(f"output descriptor {fd} must be a file, a pipe or a socket")
+
+
+@contextlib.contextmanager
+def _reporter(o: argparse.Namespace, level: int) -> Iterator[Reporter]:
+    """Text to stdout and stderr, unless the stream or the feedback is there."""
+    taken: set[int] = {o.feedback} if o.feedback is not None else set()
+    if o.source is not None and o.target is None:
+        taken.add(o.out)
+    elif o.source is None:
+        taken.add(o.inp)
+    out = _usable(1, sys.stdout, taken)
+    err = _usable(2, sys.stderr, taken)
+    report = Reporter()
+    with contextlib.ExitStack() as files:
+        files.callback(report.close)
+        if o.json is None:
+            report.add(TextRenderer(level, out or err, err))
+        elif o.json == "-":
+            to = out or err
+            if to is None:
+                raise ParameterError("--json: stdout and stderr are both taken; name a file")
+            report.add(JsonRenderer(to))
+            if to is not err:
+                report.add(TextRenderer(level, None, err))
+        else:
+            try:
+                handle = files.enter_context(open(o.json, "w"))
+            except OSError as e:
+                raise ParameterError.of(f"--json {o.json}", e) from e
+            report.add(JsonRenderer(handle))
+            report.add(TextRenderer(level, out or err, err))
+        if o.progress and err is not None and os.isatty(2):
+            report.add(ProgressRenderer())
+        yield report
+
+
+def _usable(fd: int, stream: IO[str] | None, taken: set[int]) -> IO[str] | None:
+    return None if fd in taken or stream is None else stream

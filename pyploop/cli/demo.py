@@ -1,0 +1,2 @@
+def run(args: list[str], level: int) -> int:
+    return 0

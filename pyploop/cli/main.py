@@ -1,0 +1,108 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`pyploop [-v…] COMMAND …`: the global options, as ploop has them."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from types import FrameType
+
+from pyploop import __version__
+from pyploop.errors import Interrupted, ParameterError, PyploopError
+
+DEFAULT_LEVEL = 3
+USAGE = """\
+Usage: pyploop [-v...] [--version] COMMAND ...
+       -v      one more level of messages (default 3; from 4 on with times)
+       -vN     level N; -v-1 errors only, -v-2 silent
+Commands:
+       copy    copy a disk that is in use, or receive such a copy
+       sync    fsync files, as vzfsync does
+       demo    copy a throw-away disk live, and compare
+'pyploop COMMAND --help' tells more."""
+
+Command = Callable[[list[str], int], int]
+
+
+def _commands() -> dict[str, Command]:
+    from pyploop.cli import copy, demo, sync
+
+    return {"copy": copy.run, "sync": sync.run, "demo": demo.run}
+
+
+def parse_globals(args: list[str]) -> tuple[int, list[str]]:
+    """(message level, the rest from the command on).  ParameterError for an
+    unknown global option."""
+    level = DEFAULT_LEVEL
+    for i, arg in enumerate(args):
+        if not arg.startswith("-") or arg == "-":
+            return level, args[i:]
+        if m := re.fullmatch(r"-v(-?\d+)", arg):
+            level = int(m[1])
+        elif re.fullmatch(r"-v+", arg):
+            level += len(arg) - 1
+        else:
+            raise ParameterError(f"unknown option {arg}")
+    return level, []
+
+
+@contextlib.contextmanager
+def signals_raise() -> Iterator[None]:
+    """SIGINT, SIGTERM, SIGHUP and SIGQUIT become Interrupted, once: what is
+    being undone is not interrupted again.  SIGPIPE is an error of write."""
+    names = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
+
+    def handler(signum: int, frame: FrameType | None) -> None:
+        for s in names:
+            signal.signal(s, signal.SIG_IGN)
+        raise Interrupted(signum)
+
+    old = {s: signal.signal(s, handler) for s in names if signal.getsignal(s) != signal.SIG_IGN}
+    # A full file is an error of write too, not a death (RLIMIT_FSIZE).
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    signal.signal(signal.SIGPIPE, signal.SIG_IGN)
+    try:
+        yield
+    finally:
+        for s, previous in old.items():
+            signal.signal(s, previous)
+
+
+def _die_by(signum: int) -> int:
+    """End as the signal would have ended us, so that a shell can tell."""
+    signal.signal(signum, signal.SIG_DFL)
+    os.kill(os.getpid(), signum)
+    return 128 + signum
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = sys.argv[1:] if argv is None else argv
+    if args in (["--help"], ["-h"]):
+        print(USAGE)
+        return 0
+    if args == ["--version"]:
+        print(f"pyploop {__version__}")
+        return 0
+    try:
+        level, rest = parse_globals(args)
+        commands = _commands()
+        if not rest or rest[0] not in commands:
+            if rest:
+                print(f"pyploop: unknown command {rest[0]!r}", file=sys.stderr)
+            print(USAGE, file=sys.stderr)
+            return ParameterError.exit_code
+        with signals_raise():
+            return commands[rest[0]](rest[1:], level)
+    except PyploopError as e:
+        print(f"pyploop: {e}", file=sys.stderr)
+        return e.exit_code
+    except Interrupted as e:
+        return _die_by(e.signum)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

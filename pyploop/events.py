@@ -1,0 +1,174 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a copy tells while it runs: one stream of events, rendered as text with
+ploop's levels and timestamps, as NDJSON, or as a progress bar.
+
+Levels are ploop's: -1 errors, 0 the important lines, 3 (default) what a user
+follows, 4 and more details, and from 4 on every line carries the time since
+the start, `[%2u.%06u] ` (seconds, microseconds).
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from typing import IO, Any, Protocol
+
+SCHEMA = "pyploop.events/1"
+"""Name and version in each NDJSON line's `schema`; the number changes when a
+field changes its meaning or goes away (docs/events.md)."""
+
+ERROR, NOTE, INFO, DETAIL, DEBUG = -1, 0, 3, 4, 5
+
+
+class Renderer(Protocol):
+    """Something that shows events."""
+
+    def event(self, name: str, at: float, fields: dict[str, Any]) -> None:
+        """`at`: seconds since the start."""
+
+    def line(self, level: int, at: float, text: str) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class Reporter:
+    """Hands each event and line to the renderers."""
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._start = clock()
+        self._renderers: list[Renderer] = []
+
+    def add(self, renderer: Renderer) -> None:
+        self._renderers.append(renderer)
+
+    def now(self) -> float:
+        """Seconds since the start."""
+        return self._clock() - self._start
+
+    def event(self, name: str, /, **fields: Any) -> None:
+        """Numbers are bytes and seconds."""
+        at = self.now()
+        for r in self._renderers:
+            r.event(name, at, fields)
+
+    def line(self, level: int, text: str) -> None:
+        at = self.now()
+        for r in self._renderers:
+            r.line(level, at, text)
+
+    def error(self, text: str) -> None:
+        self.line(ERROR, text)
+
+    def note(self, text: str) -> None:
+        self.line(NOTE, text)
+
+    def info(self, text: str) -> None:
+        self.line(INFO, text)
+
+    def detail(self, text: str) -> None:
+        self.line(DETAIL, text)
+
+    def close(self) -> None:
+        for r in self._renderers:
+            r.close()
+
+
+class TextRenderer:
+    """Lines at or below the level.  Errors go to `err`, others to `out`;
+    None: nowhere, that descriptor belongs to the stream."""
+
+    def __init__(self, level: int, out: IO[str] | None, err: IO[str] | None) -> None:
+        self._level, self._out, self._err = level, out, err
+
+    def event(self, name: str, at: float, fields: dict[str, Any]) -> None:
+        if name == "sending" and self._level >= NOTE:
+            self._print(self._err, at, f"Sending {fields['image']}")
+
+    def line(self, level: int, at: float, text: str) -> None:
+        if level <= self._level:
+            self._print(self._err if level == ERROR else self._out, at, text)
+
+    def _print(self, to: IO[str] | None, at: float, text: str) -> None:
+        if to is None:
+            return
+        if self._level >= DETAIL:
+            text = f"[{int(at):2}.{int(at * 1e6) % 1000000:06}] {text}"
+        try:
+            print(text, file=to, flush=True)
+        except OSError:
+            # Nobody reads the log any more; the copy matters more than that.
+            return
+
+    def close(self) -> None:
+        pass
+
+
+class JsonRenderer:
+    """One JSON object a line; errors too, as event `error`."""
+
+    def __init__(self, out: IO[str]) -> None:
+        self._out = out
+
+    def event(self, name: str, at: float, fields: dict[str, Any]) -> None:
+        if name == "progress":
+            return
+        record = {"schema": SCHEMA, "event": name, "time": round(at, 6), **fields}
+        try:
+            print(json.dumps(record), file=self._out, flush=True)
+        except OSError:
+            return
+
+    def line(self, level: int, at: float, text: str) -> None:
+        if level == ERROR:
+            self.event("error", at, {"message": text})
+
+    def close(self) -> None:
+        pass
+
+
+class ProgressRenderer:
+    """A bar on stderr: round, percent, rate, dirty rate, time left."""
+
+    def __init__(self) -> None:
+        # Only here: rich is large, and a copy without a bar needs none of it.
+        from rich.console import Console
+        from rich.progress import (
+            BarColumn,
+            DownloadColumn,
+            Progress,
+            TextColumn,
+            TimeRemainingColumn,
+            TransferSpeedColumn,
+        )
+
+        self._progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            DownloadColumn(binary_units=True),
+            TransferSpeedColumn(),
+            TextColumn("{task.fields[dirty]}"),
+            TimeRemainingColumn(),
+            console=Console(stderr=True),
+            refresh_per_second=5,
+        )
+        self._task = self._progress.add_task("starting", total=None, dirty="")
+        self._progress.start()
+
+    def event(self, name: str, at: float, fields: dict[str, Any]) -> None:
+        if name == "phase":
+            total = fields.get("bytes")
+            self._progress.reset(
+                self._task, description=fields["phase"], total=total, dirty=fields.get("dirty", "")
+            )
+        elif name == "progress":
+            self._progress.update(self._task, completed=fields["done"], dirty=fields["dirty"])
+        elif name == "summary":
+            self._progress.update(self._task, description="done")
+
+    def line(self, level: int, at: float, text: str) -> None:
+        pass
+
+    def close(self) -> None:
+        self._progress.stop()

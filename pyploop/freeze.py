@@ -1,0 +1,193 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The stop command, and freezing of file systems that always ends in a thaw.
+
+Invariant: whatever freezes, thaws on every path.  Exceptions and signals are
+the context manager's; SIGKILL of this process is the watchdog's, a process
+that holds the mount points open and thaws when its parent is gone.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from pyploop import kernel, watchdog
+from pyploop.errors import CommandError, DeviceControlError, OpenError
+from pyploop.events import Reporter
+from pyploop.sysblock import Mount
+
+WATCHDOG_DEADLINE = 10.0
+"""Seconds for the watchdog to start."""
+KILL_GRACE = 2.0
+
+
+def run_command(command: str, what: str) -> None:
+    """Run a shell command of the user's; CommandError unless it exits 0.
+
+    Its stdin is /dev/null and its stdout our stderr: the stream stays clean.
+    On an exception (a signal's) its process group is ended.
+    """
+    process = subprocess.Popen(
+        ["/bin/sh", "-c", command],
+        stdin=subprocess.DEVNULL,
+        stdout=sys.stderr.fileno() if _stderr_open() else subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    try:
+        code = process.wait()
+    except BaseException:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, 15)
+        try:
+            process.wait(KILL_GRACE)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, 9)
+            process.wait()
+        raise
+    if code > 0:
+        raise CommandError(f"{what} {command!r} exited with {code}")
+    if code < 0:
+        raise CommandError(f"{what} {command!r} was killed by signal {-code}")
+
+
+def _stderr_open() -> bool:
+    try:
+        os.fstat(2)
+    except OSError:
+        return False
+    return True
+
+
+class FileSystems:
+    """The mounted file systems of the source, open, in freezing order."""
+
+    def __init__(self, mounts: list[Mount], report: Reporter) -> None:
+        self._report = report
+        self._stack = contextlib.ExitStack()
+        self._open: list[tuple[Mount, int]] = []
+        for mount in mounts:
+            try:
+                fd = os.open(mount.point, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+            except OSError as e:
+                self._stack.close()
+                raise OpenError.of(f"cannot open the mount point {mount.point}", e) from e
+            self._stack.callback(os.close, fd)
+            self._open.append((mount, fd))
+        self._watchdog: subprocess.Popen[bytes] | None = None
+        self._line: socket.socket | None = None
+        self._frozen: list[tuple[Mount, int]] = []
+
+    def __len__(self) -> int:
+        return len(self._open)
+
+    def close(self) -> None:
+        """Thaw what is frozen, end the watchdog, close the mount points."""
+        self.thaw()
+        if self._line is not None:
+            self._line.close()
+        if self._watchdog is not None:
+            try:
+                self._watchdog.wait(WATCHDOG_DEADLINE)
+            except subprocess.TimeoutExpired:
+                self._watchdog.kill()
+                self._watchdog.wait()
+        self._stack.close()
+
+    def sync(self) -> None:
+        """Write back what is dirty, while running or after the stop command."""
+        for mount, fd in self._open:
+            try:
+                kernel.syncfs(fd, mount.point)
+            except OSError as e:
+                raise DeviceControlError.of(f"cannot sync {mount.point}", e) from e
+
+    def guard(self) -> None:
+        """Start the watchdog; before the stop command, so that its start costs
+        no frozen time."""
+        if not self._open or self._watchdog is not None:
+            return
+        ours, theirs = socket.socketpair()
+        fds = [fd for _, fd in self._open]
+        args = [sys.executable, "-I", "-S", str(Path(watchdog.__file__))]
+        args += [str(kernel.FITHAW), str(theirs.fileno()), *map(str, fds)]
+        with theirs:
+            self._watchdog = subprocess.Popen(
+                args,
+                pass_fds=[theirs.fileno(), *fds],
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
+                start_new_session=True,
+            )
+        ours.settimeout(WATCHDOG_DEADLINE)
+        self._line = ours
+        try:
+            ready = ours.recv(1)
+        except TimeoutError:
+            ready = b""
+        if ready != b"r":
+            raise DeviceControlError("the thaw watchdog did not start; nothing was frozen")
+
+    def freeze(self) -> None:
+        """Freeze each; one that is frozen already (by the stop command) is
+        left as it is, also at the end."""
+        if not self._open:
+            return
+        self.guard()
+        assert self._line is not None
+        self._line.sendall(b"f")
+        for mount, fd in self._open:
+            try:
+                kernel.fifreeze(fd, mount.point)
+            except OSError as e:
+                if e.errno == errno.EBUSY:
+                    self._report.info(f"{mount.point} is frozen already, and will be left so")
+                    continue
+                raise DeviceControlError.of(f"cannot freeze {mount.point}", e) from e
+            self._frozen.append((mount, fd))
+
+    def thaw(self) -> None:
+        """Thaw what `freeze` froze, in reverse order."""
+        failed: list[str] = []
+        while self._frozen:
+            mount, fd = self._frozen.pop()
+            try:
+                kernel.fithaw(fd, mount.point)
+            except OSError as e:
+                failed.append(
+                    f"{mount.point}: {os.strerror(e.errno or 0)} (fsfreeze -u {mount.point})"
+                )
+        if self._line is not None:
+            with contextlib.suppress(OSError):
+                self._line.sendall(b"d")
+        if failed:
+            raise DeviceControlError(f"cannot thaw {'; '.join(failed)}")
+
+
+class Timeline:
+    """Named steps and their seconds, in order."""
+
+    def __init__(self) -> None:
+        self.steps: dict[str, float] = {}
+        self._start = time.monotonic()
+
+    @contextlib.contextmanager
+    def step(self, name: str) -> Iterator[None]:
+        """Add the time of the body to `name`."""
+        start = time.monotonic()
+        try:
+            yield
+        finally:
+            self.steps[name] = self.steps.get(name, 0.0) + time.monotonic() - start
+
+    @property
+    def total(self) -> float:
+        """Seconds since the timeline began."""
+        return time.monotonic() - self._start

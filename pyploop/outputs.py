@@ -1,0 +1,251 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Where a copy goes: a D1 stream to a peer, or a file here.
+
+Both make the same promises to the sender: `sync` returns when all that was
+sent is durable at the other end, as far as that can be known, and says how it
+knows; `finish` likewise for the finished image under its final name.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import select
+import stat
+import time
+from collections.abc import Callable, Iterator
+from typing import Protocol
+
+from pyploop import _core, transport
+from pyploop._core import Fault, Known, Pump
+from pyploop.errors import ProtocolError, PyploopError, SyncError, WriteError
+from pyploop.events import Reporter
+from pyploop.sink import Sink
+from pyploop.units import BLOCK, format_size
+from pyploop.wire import d1
+from pyploop.worker import run_cancellable
+
+HELLO_WAIT = 2.0
+"""Seconds to wait for an answer on a socket that may have no receiver behind
+it that answers."""
+
+
+class Output(Protocol):
+    """The target of a copy, as the sender sees it."""
+
+    fd: int
+    sink: int
+    dialect: str
+
+    def prepare(self, known: Known | None) -> None:
+        """Before the first block: what the target may hold already."""
+
+    def hello(self, pump: Pump) -> None:
+        """Before the first block: find out what the peer can do."""
+
+    def sync(self, pump: Pump, waiting: bool) -> str:
+        """'acknowledged', 'local', 'waited' or 'unknown'.  waiting: without an
+        answer, give the peer the agreed time."""
+
+    def header(self, pump: Pump, data: bytes) -> None:
+        """Write `data` at position 0, last of all blocks."""
+
+    def finish(self, pump: Pump, size: int) -> str:
+        """No block follows.  Answers as `sync`."""
+
+
+class StreamOutput:
+    """D1 frames into a pipe or socket, answers from the feedback descriptor."""
+
+    sink = _core.SINK_FRAMES
+
+    def __init__(
+        self,
+        fd: int,
+        feedback: int | None,
+        report: Reporter,
+        *,
+        two_way: bool,
+        sync_wait: float,
+        answer_timeout: float,
+    ) -> None:
+        """fd: never blocks in write.  two_way: `fd` is a socket that may answer
+        even without a feedback descriptor.  Times in seconds."""
+        self.fd = fd
+        self.dialect = "D1"
+        self._feedback = feedback
+        self._answers = feedback if feedback is not None else (fd if two_way else None)
+        self._report = report
+        self._sync_wait = sync_wait
+        self._timeout = answer_timeout
+        self._native = False
+
+    def prepare(self, known: Known | None) -> None:
+        # A receiver before 1.11 writes HELLO's bytes at 0: block 0 goes anyway.
+        if known is not None and self._answers is not None:
+            known.assume_data(0, BLOCK)
+
+    def hello(self, pump: Pump) -> None:
+        if self._answers is None:
+            self._report.info(
+                "No way back from the peer (no -f, not a socket): nothing it does is acknowledged"
+            )
+            return
+        _write(pump, d1.sync(d1.HELLO))
+        if self._feedback is None:
+            deadline = time.monotonic() + HELLO_WAIT
+            if not _readable_before(self._answers, deadline):
+                self._answers = None
+                self._report.info("The peer does not answer: nothing it does is acknowledged")
+                return
+        answer = self._read(self._answers)
+        if answer == d1.HELLO_REPLY:
+            self._native = True
+            self.dialect = "D1, pyploop peer"
+        elif answer == d1.FAILURE:
+            raise SyncError("the receiver cannot sync its target")
+        elif answer != d1.SUCCESS:
+            raise ProtocolError(f"the receiver answered {answer!r} to the first SYNC")
+        self._report.detail(f"Peer: {self.dialect}")
+
+    def _read(self, fd: int) -> bytes:
+        deadline = time.monotonic() + self._timeout
+        return transport.read_exactly(fd, d1.REPLY_SIZE, deadline, "reading the feedback")
+
+    def _answer(self, fd: int, about: str) -> None:
+        answer = self._read(fd)
+        if answer == d1.FAILURE:
+            raise SyncError(f"the receiver failed to make its target durable ({about})")
+        if answer != d1.SUCCESS:
+            raise ProtocolError(f"the receiver answered {answer!r} to {about}")
+
+    def sync(self, pump: Pump, waiting: bool) -> str:
+        _write(pump, d1.sync())
+        if self._answers is not None:
+            self._answer(self._answers, "SYNC")
+            return "acknowledged"
+        if not waiting or not self._sync_wait:
+            return "unknown"
+        self._report.info(
+            f"Waiting {self._sync_wait:g} s for a peer that cannot say when it has synced "
+            "(--sync-wait; -f makes this needless)"
+        )
+        time.sleep(self._sync_wait)
+        return "waited"
+
+    def header(self, pump: Pump, data: bytes) -> None:
+        _write(pump, d1.data(0, data))
+
+    def finish(self, pump: Pump, size: int) -> str:
+        _write(pump, d1.end())
+        if self._native and self._answers is not None:
+            self._answer(self._answers, "END")
+            return "acknowledged"
+        return "unknown"
+
+
+class FileOutput:
+    """In place into a file here: a Sink of ours, or a descriptor that the user
+    redirected (`copy -s DEVICE > IMAGE`)."""
+
+    sink = _core.SINK_FILE
+    dialect = "local file"
+
+    def __init__(self, target: Sink | int) -> None:
+        self._sink = target if isinstance(target, Sink) else None
+        self.fd = target.fd if isinstance(target, Sink) else target
+
+    def prepare(self, known: Known | None) -> None:
+        if known is not None:
+            known.assume_data(0, os.fstat(self.fd).st_size)
+
+    def hello(self, pump: Pump) -> None:
+        pass
+
+    def sync(self, pump: Pump, waiting: bool) -> str:
+        self._durable(lambda: _core.fdatasync(self.fd))
+        return "local"
+
+    def header(self, pump: Pump, data: bytes) -> None:
+        try:
+            os.pwrite(self.fd, data, 0)
+        except OSError as e:
+            raise WriteError.of("cannot write the image header", e) from e
+
+    def finish(self, pump: Pump, size: int) -> str:
+        if self._sink is not None:
+            self._sink.set_size(size)
+            run_cancellable(self._sink.commit)
+            return "local"
+        try:
+            if os.fstat(self.fd).st_size != size:
+                os.ftruncate(self.fd, size)
+        except OSError as e:
+            raise WriteError.of(f"cannot set the size of the output to {size}", e) from e
+        self._durable(lambda: os.fsync(self.fd))
+        return "local"
+
+    def _durable(self, call: Callable[[], None]) -> None:
+        try:
+            run_cancellable(call)
+        except OSError as e:
+            raise SyncError.of("cannot sync the target", e) from e
+
+
+def _readable_before(fd: int, deadline: float) -> bool:
+    while (left := deadline - time.monotonic()) > 0:
+        if select.select([fd], [], [], min(left, transport.POLL_SLICE))[0]:
+            return True
+    return False
+
+
+def _write(pump: Pump, frame: bytes) -> None:
+    try:
+        run_cancellable(lambda: pump.write(frame), pump.cancel)
+    except Fault as fault:
+        raise explain_write(fault) from fault
+
+
+def explain_write(fault: Fault) -> PyploopError:
+    """The sending pump's failure to write, as an error to act on."""
+    if fault.errno == errno.EPIPE:
+        return WriteError(
+            f"the receiver closed the stream after {format_size(fault.stream)} "
+            "(see its own message); the source was not changed"
+        )
+    return WriteError.of(f"cannot write the stream after {format_size(fault.stream)}", fault)
+
+
+@contextlib.contextmanager
+def open_output(
+    *,
+    target: str | None,
+    out_fd: int,
+    feedback: int | None,
+    report: Reporter,
+    sync_wait: float,
+    answer_timeout: float,
+) -> Iterator[Output]:
+    """The output that `-d`, `-o` and `-f` name.  ParameterError for one that
+    cannot take an image."""
+    if target is not None:
+        with Sink(target) as sink:
+            yield FileOutput(sink)
+        return
+    mode = transport.check_open(out_fd, "-o").st_mode
+    if stat.S_ISREG(mode):
+        yield FileOutput(out_fd)
+        return
+    size = transport.enlarge_pipe(out_fd)
+    if size:
+        report.detail(f"Pipe buffer: {format_size(size)}")
+    with transport.nonblocking(out_fd) as fd:
+        yield StreamOutput(
+            fd,
+            feedback,
+            report,
+            two_way=transport.is_socket(out_fd),
+            sync_wait=sync_wait,
+            answer_timeout=answer_timeout,
+        )

@@ -1,0 +1,134 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Descriptors that carry the stream and the feedback.
+
+Invariant: nothing waits without a deadline.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import os
+import select
+import socket
+import stat
+import time
+from collections.abc import Iterator
+
+from pyploop import kernel
+from pyploop.errors import ParameterError, ProtocolError, ReadError, WriteError
+from pyploop.units import MIB
+
+PIPE_SIZE = MIB
+POLL_SLICE = 0.1
+"""Seconds between looks at a cancelled flag while waiting for a peer."""
+
+
+def is_stream(fd: int) -> bool:
+    """A pipe or a socket."""
+    mode = os.fstat(fd).st_mode
+    return stat.S_ISFIFO(mode) or stat.S_ISSOCK(mode)
+
+
+def is_socket(fd: int) -> bool:
+    return stat.S_ISSOCK(os.fstat(fd).st_mode)
+
+
+def check_open(fd: int, option: str) -> os.stat_result:
+    """The descriptor named by an option; ParameterError when it is not open."""
+    try:
+        return os.fstat(fd)
+    except OSError as e:
+        raise ParameterError.of(f"{option} {fd}", e) from e
+
+
+def check_stream(fd: int, option: str) -> None:
+    """ParameterError unless it is an open pipe or socket."""
+    check_open(fd, option)
+    if not is_stream(fd):
+        raise ParameterError(f"{option} {fd} is not a pipe or a socket")
+
+
+def enlarge_pipe(fd: int) -> int | None:
+    """Give a pipe 1 MiB of buffer, or what the user may have; returns its size,
+    None when it is not a pipe."""
+    if not stat.S_ISFIFO(os.fstat(fd).st_mode):
+        return None
+    size = PIPE_SIZE
+    while size > 65536:
+        try:
+            return kernel.set_pipe_size(fd, size)
+        except OSError:
+            size //= 2
+    return None
+
+
+@contextlib.contextmanager
+def nonblocking(fd: int) -> Iterator[int]:
+    """A descriptor for the same pipe or socket that never blocks in write.
+
+    O_NONBLOCK belongs to the open file description, which other processes
+    may share (our stdout is the shell's, too): so a pipe is opened anew
+    through /proc.  Where that is forbidden the flag is set, and taken off
+    again at the end.  A socket needs none: MSG_DONTWAIT is per call.
+    """
+    if is_socket(fd):
+        yield fd
+        return
+    try:
+        own = os.open(f"/proc/self/fd/{fd}", os.O_WRONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    except OSError:
+        flags = fcntl.fcntl(fd, fcntl.F_GETFL)
+        fcntl.fcntl(fd, fcntl.F_SETFL, flags | os.O_NONBLOCK)
+        try:
+            yield fd
+        finally:
+            fcntl.fcntl(fd, fcntl.F_SETFL, flags)
+        return
+    try:
+        yield own
+    finally:
+        os.close(own)
+
+
+def read_exactly(fd: int, size: int, deadline: float, what: str) -> bytes:
+    """`size` bytes from a pipe or socket before `deadline` (time.monotonic()).
+
+    ProtocolError when the peer closes first, ReadError when it is too late.
+    Short waits, so that a signal's exception is raised soon.
+    """
+    got = b""
+    while len(got) < size:
+        left = deadline - time.monotonic()
+        if left <= 0:
+            raise ReadError(f"{what}: no answer from the peer in time (it may be dead or stuck)")
+        if not select.select([fd], [], [], min(left, POLL_SLICE))[0]:
+            continue
+        try:
+            part = os.read(fd, size - len(got))
+        except BlockingIOError:
+            continue
+        except OSError as e:
+            if e.errno == errno.ECONNRESET:
+                part = b""
+            else:
+                raise ReadError.of(what, e) from e
+        if not part:
+            raise ProtocolError(f"{what}: the peer closed the channel after {len(got)} bytes")
+        got += part
+    return got
+
+
+def write_all(fd: int, data: bytes, what: str) -> None:
+    """A small message into a pipe or socket; WriteError when the peer is gone."""
+    try:
+        while data:
+            if is_socket(fd):
+                with socket.socket(fileno=os.dup(fd)) as s:
+                    n = s.send(data, socket.MSG_NOSIGNAL)
+            else:
+                n = os.write(fd, data)
+            data = data[n:]
+    except OSError as e:
+        raise WriteError.of(what, e) from e

@@ -1,0 +1,2 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Wire dialects: bytes to frames and back, no I/O."""

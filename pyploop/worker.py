@@ -1,0 +1,52 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Run something that blocks in C without keeping signals from being seen."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from typing import TypeVar
+
+T = TypeVar("T")
+
+TICK = 0.1
+"""Seconds between two calls of `tick`."""
+
+
+def run_cancellable(
+    work: Callable[[], T],
+    cancel: Callable[[], None] | None = None,
+    tick: Callable[[], None] | None = None,
+) -> T:
+    """Run `work` in a thread of its own while this one stays open to signals.
+
+    When an exception is raised here (a signal's), `cancel` is called, `work`
+    is waited for, and the exception goes on.  `tick` is called every 0.1 s.
+    """
+    done = threading.Event()
+    result: list[T] = []
+    failure: list[BaseException] = []
+
+    def body() -> None:
+        try:
+            result.append(work())
+        except BaseException as e:
+            failure.append(e)
+        finally:
+            done.set()
+
+    thread = threading.Thread(target=body, daemon=True)
+    thread.start()
+    try:
+        while not done.wait(TICK):
+            if tick is not None:
+                tick()
+    except BaseException:
+        if cancel is not None:
+            cancel()
+        thread.join()
+        raise
+    thread.join()
+    if failure:
+        raise failure[0]
+    return result[0]
