@@ -81,27 +81,31 @@ def _die_by(signum: int) -> int:
 
 def main(argv: list[str] | None = None) -> int:
     args = sys.argv[1:] if argv is None else argv
+    try:
+        with signals_raise():
+            return _run(args)
+    except PyploopError as e:
+        print(f"pyploop: {e}", file=sys.stderr)
+        return e.exit_code
+    except Interrupted as e:
+        return _die_by(e.signum)
+
+
+def _run(args: list[str]) -> int:
     if args in (["--help"], ["-h"]):
         print(USAGE)
         return 0
     if args == ["--version"]:
         print(f"pyploop {__version__}")
         return 0
-    try:
-        level, rest = parse_globals(args)
-        commands = _commands()
-        if not rest or rest[0] not in commands:
-            if rest:
-                print(f"pyploop: unknown command {rest[0]!r}", file=sys.stderr)
-            print(USAGE, file=sys.stderr)
-            return ParameterError.exit_code
-        with signals_raise():
-            return commands[rest[0]](rest[1:], level)
-    except PyploopError as e:
-        print(f"pyploop: {e}", file=sys.stderr)
-        return e.exit_code
-    except Interrupted as e:
-        return _die_by(e.signum)
+    level, rest = parse_globals(args)
+    commands = _commands()
+    if rest and rest[0] in commands:
+        return commands[rest[0]](rest[1:], level)
+    if rest:
+        print(f"pyploop: unknown command {rest[0]!r}", file=sys.stderr)
+    print(USAGE, file=sys.stderr)
+    return ParameterError.exit_code
 
 
 if __name__ == "__main__":

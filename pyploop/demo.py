@@ -1,0 +1,187 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The main job on a throw-away disk: make one, write to it, copy it live through
+a pipe, compare while it is frozen, clean up - also when interrupted.
+
+As root an ext4 on a loop device, tracked by BPF.  Without root a plain file,
+tracked by scanning, because loop devices and freezing need privileges.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pyploop.errors import CommandError
+from pyploop.units import format_size
+
+TOOL_PATH = os.environ.get("PATH", "") + ":/usr/sbin:/sbin"
+FILL = 0.25
+"""Part of the disk that has data before the copy."""
+
+_WRITER = """
+import os, random, sys
+path, size = sys.argv[1], int(sys.argv[2])
+fd = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
+if os.fstat(fd).st_size < size:
+    os.ftruncate(fd, size)
+rng = random.Random(1)
+print("writing", flush=True)
+n = 0
+while True:
+    length = rng.choice((4096, 16384, 65536))
+    os.pwrite(fd, rng.randbytes(length), rng.randrange((size - length) // 4096) * 4096)
+    n += 1
+    if n % 16 == 0:
+        os.fdatasync(fd)
+"""
+
+
+@dataclass
+class Disk:
+    """A throw-away source: `device` to copy, `image` to compare with, `file`
+    to write to."""
+
+    device: str
+    image: Path
+    file: Path
+    file_size: int
+    what: str
+
+
+def _tool(name: str, package: str) -> str:
+    found = shutil.which(name, path=TOOL_PATH)
+    if found is None:
+        raise CommandError(f"the demo needs {name} (Debian package {package})")
+    return found
+
+
+def _run(*args: str) -> str:
+    done = subprocess.run(args, capture_output=True, text=True, check=False)
+    if done.returncode:
+        reason = (done.stderr.strip().splitlines() or ["no message"])[-1]
+        raise CommandError(f"{' '.join(args)} failed: {reason}")
+    return done.stdout.strip()
+
+
+@contextlib.contextmanager
+def loop_disk(folder: Path, size: int) -> Iterator[Disk]:
+    """ext4 on a loop device over a sparse image, mounted."""
+    image, mount_point = folder / "disk.img", folder / "mnt"
+    mkfs, losetup = _tool("mkfs.ext4", "e2fsprogs"), _tool("losetup", "mount")
+    mount, umount = _tool("mount", "mount"), _tool("umount", "mount")
+    mount_point.mkdir()
+    with open(image, "wb") as f:
+        f.truncate(size)
+    _run(mkfs, "-q", "-F", str(image))
+    with contextlib.ExitStack() as undo:
+        device = _run(losetup, "--find", "--show", str(image))
+        undo.callback(_run, losetup, "--detach", device)
+        _run(mount, device, str(mount_point))
+        undo.callback(_run, umount, str(mount_point))
+        yield Disk(
+            device, image, mount_point / "data", int(size * FILL), f"ext4 on {device}, mounted"
+        )
+
+
+@contextlib.contextmanager
+def file_disk(folder: Path, size: int) -> Iterator[Disk]:
+    """A plain sparse file."""
+    image = folder / "disk.img"
+    with open(image, "wb") as f:
+        f.truncate(size)
+    yield Disk(str(image), image, image, int(size * FILL), f"plain file {image}")
+
+
+@contextlib.contextmanager
+def writer(disk: Disk) -> Iterator[int]:
+    """A process that writes random blocks and syncs; yields its PID."""
+    process = subprocess.Popen(
+        [sys.executable, "-c", _WRITER, str(disk.file), str(disk.file_size)],
+        stdout=subprocess.PIPE,
+        stdin=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    try:
+        assert process.stdout is not None
+        if not process.stdout.readline():
+            raise CommandError("the demo's writer did not start")
+        yield process.pid
+    finally:
+        process.kill()
+        process.wait()
+        if process.stdout is not None:
+            process.stdout.close()
+
+
+def copy_live(disk: Disk, target: Path, events: Path, pid: int) -> tuple[int, int]:
+    """Sender and receiver as they are used, with a pipe for the stream and one
+    for the feedback; (sender's, receiver's exit code)."""
+    # -P: a folder that happens to be called pyploop here is not the package.
+    command = [sys.executable, "-P", "-m", "pyploop.cli.main"]
+    stream_r, stream_w = os.pipe()
+    answer_r, answer_w = os.pipe()
+    compare = f"cmp '{disk.image}' '{target}'"
+    sender = [*command, "copy", "-s", disk.device, "-o", str(stream_w), "-f", str(answer_r)]
+    sender += ["-F", f"kill -STOP {pid}", "--before-thaw", compare, "--json", str(events)]
+    receiver = [*command, "-v-1", "copy", "-d", str(target), "-i", str(stream_r)]
+    receiver += ["-f", str(answer_w)]
+    processes: list[subprocess.Popen[bytes]] = []
+    try:
+        processes.append(subprocess.Popen(sender, pass_fds=(stream_w, answer_r)))
+        processes.append(subprocess.Popen(receiver, pass_fds=(stream_r, answer_w)))
+        for fd in (stream_r, stream_w, answer_r, answer_w):
+            os.close(fd)
+        return processes[0].wait(), processes[1].wait()
+    finally:
+        for p in processes:
+            if p.poll() is None:
+                p.terminate()
+                p.wait()
+
+
+def table(summary: dict[str, Any]) -> str:
+    """The steps of the frozen time, in milliseconds."""
+    lines = ["", "Frozen time, step by step:"]
+    lines += [f"  {name:>20}: {1000 * s:8.2f} ms" for name, s in summary["frozen"].items()]
+    lines.append("  " + "-" * 34)
+    lines.append(f"  {'Total':>20}: {1000 * summary['frozen_total']:8.2f} ms")
+    lines.append(
+        f"\nSent {format_size(summary['data_bytes'])} of a disk of "
+        f"{format_size(summary['size'])} in {1 + len(summary['rounds'])} passes, "
+        f"{format_size(summary['frozen_bytes'])} of it frozen; tracker {summary['tracker']} "
+        f"({summary['completeness']}), {summary['io_mode']}; {summary['dialect']}, "
+        f"{summary['acknowledged']}"
+    )
+    return "\n".join(lines)
+
+
+def run_demo(size: int, folder: str | None) -> None:
+    """The whole demo; CommandError when the copy fails or differs."""
+    root = os.geteuid() == 0
+    with contextlib.ExitStack() as undo:
+        work = Path(tempfile.mkdtemp(prefix="pyploop-demo-", dir=folder))
+        undo.callback(shutil.rmtree, work)
+        disk = undo.enter_context((loop_disk if root else file_disk)(work, size))
+        if not root:
+            print("Not root: no loop device, no freeze; a plain file, tracked by scanning.")
+        print(f"Source: {disk.what}, {format_size(size)}", flush=True)
+        pid = undo.enter_context(writer(disk))
+        target, events = work / "copy.img", work / "events.ndjson"
+        codes = copy_live(disk, target, events, pid)
+        if codes != (0, 0):
+            raise CommandError(f"the copy failed: sender exited {codes[0]}, receiver {codes[1]}")
+        summary = json.loads(events.read_text().splitlines()[-1])
+        print(table(summary))
+        # The sender's --before-thaw compared them, and would have failed.
+        print(f"\nSource and copy were compared while the source was frozen: identical{os.linesep}")
+
+
