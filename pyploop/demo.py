@@ -183,5 +183,3 @@ def run_demo(size: int, folder: str | None) -> None:
         print(table(summary))
         # The sender's --before-thaw compared them, and would have failed.
         print(f"\nSource and copy were compared while the source was frozen: identical{os.linesep}")
-
-

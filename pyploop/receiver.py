@@ -92,6 +92,18 @@ def receive(
             f"Received {path}: {format_size(stats.image_size)}, {format_size(stats.data)} of data "
             f"in {stats.frames} frames"
         )
+        report.event(
+            "received",
+            target=path,
+            image_size=stats.image_size,
+            data_bytes=stats.data,
+            stream_bytes=stats.stream,
+            frames=stats.frames,
+            written_bytes=stats.written,
+            hole_bytes=stats.holes,
+            syncs=syncs,
+            native_peer=native,
+        )
         return Received(stats, syncs, native)
 
 

@@ -260,7 +260,8 @@ class Sender:
         self._report.event("round", **self.summary.rounds[-1])
         self._report.info(
             f"Round {number}: {format_size(sent)} in {seconds:.3f} s, "
-            f"dirtied at {format_size(result.dirty_rate)}/s, tracking {_words(verdict)}"
+            f"dirtied at {format_size(result.dirty_rate)}/s"
+            + ("" if verdict.state == "unknown" else f", tracking {_words(verdict)}")
         )
         return result
 
