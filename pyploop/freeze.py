@@ -144,26 +144,30 @@ class FileSystems:
         assert self._line is not None
         self._line.sendall(b"f")
         for mount, fd in self._open:
+            # Noted first: a signal right after the freeze must find it.
+            self._frozen.append((mount, fd))
             try:
                 kernel.fifreeze(fd, mount.point)
             except OSError as e:
+                self._frozen.pop()
                 if e.errno == errno.EBUSY:
                     self._report.info(f"{mount.point} is frozen already, and will be left so")
                     continue
                 raise DeviceControlError.of(f"cannot freeze {mount.point}", e) from e
-            self._frozen.append((mount, fd))
 
     def thaw(self) -> None:
         """Thaw what `freeze` froze, in reverse order."""
         failed: list[str] = []
         while self._frozen:
-            mount, fd = self._frozen.pop()
+            mount, fd = self._frozen[-1]
             try:
                 kernel.fithaw(fd, mount.point)
             except OSError as e:
                 failed.append(
                     f"{mount.point}: {os.strerror(e.errno or 0)} (fsfreeze -u {mount.point})"
                 )
+            # Forgotten last: thawing twice is harmless, not at all is not.
+            self._frozen.pop()
         if self._line is not None:
             with contextlib.suppress(OSError):
                 self._line.sendall(b"d")

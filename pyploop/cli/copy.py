@@ -17,7 +17,13 @@ from typing import IO
 
 from pyploop import device, transport
 from pyploop.cli.arguments import Parser, parsed
-from pyploop.errors import Interrupted, ParameterError, PyploopError
+from pyploop.errors import (
+    Interrupted,
+    ParameterError,
+    PyploopError,
+    ReadError,
+    TooLargeError,
+)
 from pyploop.events import JsonRenderer, ProgressRenderer, Reporter, TextRenderer
 from pyploop.outputs import open_output
 from pyploop.receiver import receive
@@ -117,6 +123,13 @@ def run(args: list[str], level: int) -> int:
         except PyploopError as e:
             report.error(str(e))
             return e.exit_code
+        except OSError as e:
+            # A device that vanished under us, say: not foreseen one by one.
+            report.error(f"{e.filename or o.source or o.target}: {e.strerror}; no target was made")
+            return ReadError.exit_code
+        except MemoryError:
+            report.error("out of memory; no target was made")
+            return TooLargeError.exit_code
         except Interrupted as e:
             report.error(f"Interrupted by signal {e.signum}: everything was undone, no target made")
             raise
