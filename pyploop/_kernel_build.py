@@ -31,6 +31,7 @@ ffi.cdef(
     int pk_ioctl_int(int fd, unsigned long request, int *value);
     int pk_loop_status(int fd, struct loop_info64 *info);
     int pk_syncfs(int fd);
+    int pk_write_back(int fd);
     int pk_set_pipe_size(int fd, int bytes);
     int pk_rename_noreplace(int dirfd, const char *from, const char *to);
     """
@@ -64,6 +65,9 @@ ffi.set_source(
     { return result(ioctl(fd, LOOP_GET_STATUS64, info)); }
     static int pk_syncfs(int fd)
     { return result(syncfs(fd)); }
+    static int pk_write_back(int fd)
+    { return result(sync_file_range(fd, 0, 0, SYNC_FILE_RANGE_WAIT_BEFORE |
+        SYNC_FILE_RANGE_WRITE | SYNC_FILE_RANGE_WAIT_AFTER)); }
     static int pk_set_pipe_size(int fd, int bytes)
     { return result(fcntl(fd, F_SETPIPE_SZ, bytes)); }
     static int pk_rename_noreplace(int dirfd, const char *from, const char *to)

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Literal
 
 from pyploop import kernel, sysblock
-from pyploop.errors import DeviceError, FormatError, OpenError, ParameterError
+from pyploop.errors import DeviceControlError, DeviceError, FormatError, OpenError, ParameterError
 from pyploop.sysblock import BlockDevice, Mount
 from pyploop.units import BLOCK, MIB, SECTOR
 
@@ -51,10 +51,22 @@ class Source:
     image_format: str = "raw"
     control_fd: int = -1
     """The open device that takes ioctls, when `fd` is another file."""
+    caches: list[tuple[str, int]] = field(default_factory=list)
+    """Block devices (path, open descriptor) through whose page cache the
+    source can be written: itself, its partitions, what is stacked on them."""
     _owned: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)
 
     def close(self) -> None:
         self._owned.close()
+
+    def write_back(self) -> None:
+        """Write back what was written through a device's own page cache; until
+        then neither a tracker nor a read of ours knows of it."""
+        for path, fd in self.caches:
+            try:
+                kernel.write_back(fd, path)
+            except OSError as e:
+                raise DeviceControlError.of(f"cannot write back the page cache of {path}", e) from e
 
     def holes(self) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
         """(data, holes): both ascending and disjoint, together the whole
@@ -162,6 +174,7 @@ def _open_block(path: str, dev: tuple[int, int], read: ReadPath) -> Source:
         )
         if size == 0:
             raise DeviceError(f"the source {path} has no size (nothing attached to it?)")
+        _open_caches(source, block)
         if block.disk.startswith("loop"):
             _use_backing(source, block, read)
         elif read == "backing":
@@ -170,6 +183,23 @@ def _open_block(path: str, dev: tuple[int, int], read: ReadPath) -> Source:
         owned.close()
         raise
     return source
+
+
+def _open_caches(source: Source, block: BlockDevice) -> None:
+    """The source's own descriptor, and one for each device on top of it."""
+    source.caches.append((source.path, source.fd))
+    for device in sysblock.stacked_on(block):
+        if device.dev == block.dev:
+            continue
+        path = "/dev/" + device.name.replace("!", "/")
+        try:
+            fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        except OSError as e:
+            if e.errno in (errno.ENOENT, errno.ENXIO, errno.ENOMEDIUM):
+                continue
+            raise DeviceError.of(f"cannot open {path}, which lies on {source.path}", e) from e
+        source._owned.callback(os.close, fd)
+        source.caches.append((path, fd))
 
 
 def _use_backing(source: Source, block: BlockDevice, read: ReadPath) -> None:

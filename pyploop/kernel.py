@@ -38,6 +38,12 @@ def syncfs(fd: int, path: str) -> None:
     _check(_lib.pk_syncfs(fd), path)
 
 
+def write_back(fd: int, path: str) -> None:
+    """Write back all that is dirty in the page cache of the block device `fd`,
+    and wait until it has landed; no flush of the disk's own cache."""
+    _check(_lib.pk_write_back(fd), path)
+
+
 def device_size(fd: int, path: str) -> int:
     """Bytes of a block device."""
     value = _ffi.new("uint64_t *")

@@ -233,7 +233,7 @@ class Sender:
     def _round(self, mounts: FileSystems) -> Round:
         """What was dirtied until now, file system's page cache included."""
         start = time.monotonic()
-        run_cancellable(mounts.sync)
+        run_cancellable(lambda: self._write_back(mounts))
         batches = self._tracker.take()
         window_start, self._window_start = self._window_start, time.monotonic()
         number = len(self.summary.rounds) + 1
@@ -264,6 +264,11 @@ class Sender:
             + ("" if verdict.state == "unknown" else f", tracking {_words(verdict)}")
         )
         return result
+
+    def _write_back(self, mounts: FileSystems) -> None:
+        """What is dirty in page caches becomes writes, which trackers see."""
+        mounts.sync()
+        self._source.write_back()
 
     def _repair(self, quiesced: bool) -> int | None:
         """Compare what may have been missed; returns the bytes that differed,
@@ -298,11 +303,14 @@ class Sender:
         report.event("phase", phase="frozen", bytes=None)
         before = self._pump.stats.data
         time_line = Timeline()
+        if mounts or (options.stop_command and self._tracker.name != "scan"):
+            # A scan compares all there is after the stop: as long as it takes.
+            self._deadline = self._out.deadline = time.monotonic() + options.freeze_limit
         if options.stop_command:
             with time_line.step("stop command"):
-                run_command(options.stop_command, "the stop command")
+                run_command(options.stop_command, "the stop command", options.freeze_limit)
         with time_line.step("source sync"):
-            run_cancellable(mounts.sync)
+            run_cancellable(lambda: self._write_back(mounts))
         with time_line.step("freeze"):
             mounts.freeze()
         self._last_blocks(time_line, stopped=bool(mounts or options.stop_command))

@@ -258,11 +258,15 @@ class BpfTracker:
                 return Verdict("lossy", SECTOR, self._size, "submissions were missed too")
             self._owes_proof = False
         if still:
+            gap = self._queued_gap(shot)
             if self._base.queued_gap is None:
-                self._base.queued_gap = self._queued_gap(shot)
+                self._base.queued_gap = gap
             # What this exchange returns was submitted before or just after
-            # the moment; either way it is kept until the next proof.
-            self._queued.zero()
+            # the moment; either way it is kept until the next proof.  What
+            # was submitted and not accounted yet (in a scheduler, say) may be
+            # among the older marks: those stay until the sums agree.
+            if gap == self._base.queued_gap:
+                self._queued.zero()
             self._t.take_queued(self._queued)
         return Verdict("complete")
 
@@ -278,9 +282,18 @@ class BpfTracker:
         return Verdict("undecided", 0, abs(gap), "writes in flight")
 
     def repair(self, quiesced: bool) -> Repair | None:
-        if self._mode == _core.BPF_QUEUE:
-            return self._compare_all("submissions cannot be proven complete") if quiesced else None
         shot = self._snapshot()
+        if self._mode == _core.BPF_QUEUE:
+            if not quiesced:
+                return None
+            # Counting starts anew here, as below; else no proof ever follows.
+            still = (
+                shot.stable
+                and self._writes_in_flight() == 0
+                and self._same(shot, self._snapshot(20))
+            )
+            self._base = _Base(self._done_gap(shot), self._queued_gap(shot) if still else None)
+            return self._compare_all("submissions cannot be proven complete")
         if not quiesced and not shot.stable:
             return None  # no exact moment to count from: left to the freeze
         queued_gap = self._base.queued_gap if self._base else None
@@ -315,6 +328,9 @@ def usable(source: Source) -> str:
     zoned = Path("/sys/block") / source.block.disk / "queue/zoned"
     if zoned.exists() and zoned.read_text().strip() != "none":
         return "a zoned device (a zone reset changes data without an event)"
+    dax = Path("/sys/block") / source.block.disk / "queue/dax"
+    if dax.exists() and dax.read_text().strip() == "1":
+        return "a DAX device (what is mapped from it is written without an event)"
     if os.geteuid() != 0:
         return "needs root (or CAP_BPF and CAP_PERFMON)"
     if not Path("/sys/kernel/btf/vmlinux").exists():
