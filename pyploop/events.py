@@ -9,9 +9,11 @@ the start, `[%2u.%06u] ` (seconds, microseconds).
 
 from __future__ import annotations
 
+import contextlib
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import IO, Any, Protocol
 
 SCHEMA = "pyploop.events/1"
@@ -39,6 +41,7 @@ class Reporter:
         self._clock = clock
         self._start = clock()
         self._renderers: list[Renderer] = []
+        self._held: list[Callable[[], None]] | None = None
 
     def add(self, renderer: Renderer) -> None:
         self._renderers.append(renderer)
@@ -51,12 +54,33 @@ class Reporter:
         """Numbers are bytes and seconds."""
         at = self.now()
         for r in self._renderers:
-            r.event(name, at, fields)
+            self._show(partial(r.event, name, at, fields))
 
     def line(self, level: int, text: str) -> None:
         at = self.now()
         for r in self._renderers:
-            r.line(level, at, text)
+            self._show(partial(r.line, level, at, text))
+
+    def _show(self, show: Callable[[], None]) -> None:
+        if self._held is None:
+            show()
+        else:
+            self._held.append(show)
+
+    @contextlib.contextmanager
+    def held(self) -> Iterator[None]:
+        """Keep everything back until the end of the body.
+
+        While a file system is frozen: the log may be a file on it, and writing
+        it would wait for a thaw that waits for us.
+        """
+        self._held = []
+        try:
+            yield
+        finally:
+            held, self._held = self._held, None
+            for show in held or []:
+                show()
 
     def error(self, text: str) -> None:
         self.line(ERROR, text)

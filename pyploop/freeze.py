@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -28,8 +29,9 @@ WATCHDOG_DEADLINE = 10.0
 KILL_GRACE = 2.0
 
 
-def run_command(command: str, what: str) -> None:
-    """Run a shell command of the user's; CommandError unless it exits 0.
+def run_command(command: str, what: str, timeout: float | None = None) -> None:
+    """Run a shell command of the user's; CommandError unless it exits 0 within
+    `timeout` seconds.
 
     Its stdin is /dev/null and its stdout our stderr: the stream stays clean.
     On an exception (a signal's) its process group is ended.
@@ -41,20 +43,28 @@ def run_command(command: str, what: str) -> None:
         start_new_session=True,
     )
     try:
-        code = process.wait()
+        code = process.wait(timeout)
+    except subprocess.TimeoutExpired:
+        _end(process)
+        raise CommandError(f"{what} {command!r} did not end within {timeout:g} s") from None
     except BaseException:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, 15)
-        try:
-            process.wait(KILL_GRACE)
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, 9)
-            process.wait()
+        _end(process)
         raise
     if code > 0:
         raise CommandError(f"{what} {command!r} exited with {code}")
     if code < 0:
         raise CommandError(f"{what} {command!r} was killed by signal {-code}")
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    """End a command and what it started."""
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGTERM)
+    try:
+        process.wait(KILL_GRACE)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
 
 
 def _stderr_open() -> bool:
@@ -86,6 +96,13 @@ class FileSystems:
 
     def __len__(self) -> int:
         return len(self._open)
+
+    def holding(self, st_dev: int) -> str | None:
+        """The mount point of the file system with this st_dev, or None."""
+        for mount, fd in self._open:
+            if os.fstat(fd).st_dev == st_dev:
+                return mount.point
+        return None
 
     def close(self) -> None:
         """Thaw what is frozen, end the watchdog, close the mount points."""

@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import math
 import os
-import select
 import stat
 import time
 from collections.abc import Callable, Iterator
@@ -19,8 +19,9 @@ from typing import Protocol
 
 from pyploop import _core, transport
 from pyploop._core import Fault, Known, Pump
-from pyploop.errors import ProtocolError, PyploopError, SyncError, WriteError
+from pyploop.errors import ParameterError, ProtocolError, PyploopError, SyncError, WriteError
 from pyploop.events import Reporter
+from pyploop.freeze import FileSystems
 from pyploop.sink import Sink
 from pyploop.units import BLOCK, format_size
 from pyploop.wire import d1
@@ -37,6 +38,11 @@ class Output(Protocol):
     fd: int
     sink: int
     dialect: str
+    deadline: float
+    """time.monotonic() at which waiting for an answer ends, whatever else."""
+
+    def check_apart(self, mounts: FileSystems) -> None:
+        """ParameterError when the target lies on what will be frozen."""
 
     def prepare(self, known: Known | None) -> None:
         """Before the first block: what the target may hold already."""
@@ -44,9 +50,10 @@ class Output(Protocol):
     def hello(self, pump: Pump) -> None:
         """Before the first block: find out what the peer can do."""
 
-    def sync(self, pump: Pump, waiting: bool) -> str:
+    def sync(self, pump: Pump, waiting: bool, start: bytes) -> str:
         """'acknowledged', 'local', 'waited' or 'unknown'.  waiting: without an
-        answer, give the peer the agreed time."""
+        answer, give the peer the agreed time.  start: the image's first four
+        bytes, which receivers before 1.11 write at position 0."""
 
     def header(self, pump: Pump, data: bytes) -> None:
         """Write `data` at position 0, last of all blocks."""
@@ -80,6 +87,10 @@ class StreamOutput:
         self._sync_wait = sync_wait
         self._timeout = answer_timeout
         self._native = False
+        self.deadline = math.inf
+
+    def check_apart(self, mounts: FileSystems) -> None:
+        pass  # where the peer writes is not known here
 
     def prepare(self, known: Known | None) -> None:
         # A receiver before 1.11 writes HELLO's bytes at 0: block 0 goes anyway.
@@ -110,7 +121,7 @@ class StreamOutput:
         self._report.detail(f"Peer: {self.dialect}")
 
     def _read(self, fd: int) -> bytes:
-        deadline = time.monotonic() + self._timeout
+        deadline = min(time.monotonic() + self._timeout, self.deadline)
         return transport.read_exactly(fd, d1.REPLY_SIZE, deadline, "reading the feedback")
 
     def _answer(self, fd: int, about: str) -> None:
@@ -120,8 +131,8 @@ class StreamOutput:
         if answer != d1.SUCCESS:
             raise ProtocolError(f"the receiver answered {answer!r} to {about}")
 
-    def sync(self, pump: Pump, waiting: bool) -> str:
-        _write(pump, d1.sync())
+    def sync(self, pump: Pump, waiting: bool, start: bytes) -> str:
+        _write(pump, d1.sync(start))
         if self._answers is not None:
             self._answer(self._answers, "SYNC")
             return "acknowledged"
@@ -155,6 +166,15 @@ class FileOutput:
     def __init__(self, target: Sink | int) -> None:
         self._sink = target if isinstance(target, Sink) else None
         self.fd = target.fd if isinstance(target, Sink) else target
+        self.deadline = math.inf
+
+    def check_apart(self, mounts: FileSystems) -> None:
+        point = mounts.holding(os.fstat(self.fd).st_dev)
+        if point is not None:
+            raise ParameterError(
+                f"the target lies on {point}, which is part of the source and will be frozen: "
+                "writing it would never end"
+            )
 
     def prepare(self, known: Known | None) -> None:
         if known is not None:
@@ -163,7 +183,7 @@ class FileOutput:
     def hello(self, pump: Pump) -> None:
         pass
 
-    def sync(self, pump: Pump, waiting: bool) -> str:
+    def sync(self, pump: Pump, waiting: bool, start: bytes) -> str:
         self._durable(lambda: _core.fdatasync(self.fd))
         return "local"
 
@@ -195,7 +215,7 @@ class FileOutput:
 
 def _readable_before(fd: int, deadline: float) -> bool:
     while (left := deadline - time.monotonic()) > 0:
-        if select.select([fd], [], [], min(left, transport.POLL_SLICE))[0]:
+        if transport.readable(fd, min(left, transport.POLL_SLICE)):
             return True
     return False
 
@@ -235,6 +255,10 @@ def open_output(
         return
     mode = transport.check_open(out_fd, "-o").st_mode
     if stat.S_ISREG(mode):
+        if fcntl.fcntl(out_fd, fcntl.F_GETFL) & os.O_APPEND:
+            raise ParameterError(
+                f"-o {out_fd} is a file opened for appending (>>): an image is written in place"
+            )
         yield FileOutput(out_fd)
         return
     size = transport.enlarge_pipe(out_fd)

@@ -8,6 +8,7 @@ after the file is durable under its final name; a failure leaves nothing there.
 from __future__ import annotations
 
 import errno
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from pyploop import _core, transport
@@ -86,7 +87,7 @@ def receive(
             _answer(sink.sync, channel if feedback_fd is not None or native else None)
             report.detail(f"Synced {path}: {format_size(pump.stats.data)} so far")
         sink.set_size(pump.stats.image_size)
-        _answer(sink.commit, channel if native else None)
+        _answer(sink.commit, channel if native else None, sink.keep)
         stats = pump.stats
         report.detail(
             f"Received {path}: {format_size(stats.image_size)}, {format_size(stats.data)} of data "
@@ -107,8 +108,11 @@ def receive(
         return Received(stats, syncs, native)
 
 
-def _answer(durable: object, channel: int | None) -> None:
-    """Do what makes the data durable, and tell the peer how it went."""
+def _answer(
+    durable: object, channel: int | None, before: Callable[[], None] | None = None
+) -> None:
+    """Do what makes the data durable, and tell the peer how it went; `before`
+    is called just before it is told of success."""
     assert callable(durable)
     try:
         run_cancellable(durable)
@@ -116,6 +120,8 @@ def _answer(durable: object, channel: int | None) -> None:
         if channel is not None:
             transport.write_all(channel, d1.FAILURE, "cannot answer the sender")
         raise
+    if before is not None:
+        before()
     if channel is not None:
         transport.write_all(channel, d1.SUCCESS, "cannot answer the sender")
 

@@ -62,6 +62,8 @@ class Options:
     stall: float = 0.0
     rate: int = 0
     readers: int | None = None
+    freeze_limit: float = 60.0
+    """From the stop command on; then the copy fails and everything is undone."""
 
 
 @dataclass
@@ -101,6 +103,8 @@ class Sender:
         out.prepare(self._known)
         self._hook_used = False
         self._window_start = time.monotonic()
+        self._deadline: float | None = None
+        """Of the freeze, once it has begun."""
         self.summary = Summary(
             source.path,
             source.size,
@@ -118,6 +122,7 @@ class Sender:
         if source.kind == "ploop" and not source.mounts:
             raise OpenError(f"{source.path} has no mount point, so it cannot be frozen")
         mounts = FileSystems(source.mounts, report)
+        self._out.check_apart(mounts)
         with contextlib.ExitStack() as undo:
             undo.callback(mounts.close)
             self._tracker.start()
@@ -129,7 +134,10 @@ class Sender:
             self._rounds(first, mounts)
             if mounts or self._options.stop_command:
                 self._sync_before_freeze(mounts)
-            self._freeze_and_finish(mounts)
+            with contextlib.ExitStack() as held:
+                held.enter_context(report.held())
+                held.callback(mounts.thaw)
+                self._freeze_and_finish(mounts)
         stats = self._pump.stats
         s = self.summary
         s.data_bytes, s.wire_bytes, s.read_bytes = stats.data, stats.wire, stats.read
@@ -181,6 +189,11 @@ class Sender:
             raise self._explain(fault) from fault
 
     def _tick(self) -> None:
+        if self._deadline is not None and time.monotonic() > self._deadline:
+            raise LoopError(
+                f"frozen for more than {self._options.freeze_limit:g} s (--freeze-limit); thawed, "
+                "no target was made"
+            )
         pending = self._tracker.pending()
         dirty = ""
         if pending is not None:
@@ -204,7 +217,7 @@ class Sender:
         return explain_write(fault)
 
     def _first_pass(self) -> Round:
-        data, _ = self._source.holes()
+        data, holes = self._source.holes()
         size = self._source.size
         # The last block carries the exact size, so it goes in any case.
         if not data or data[-1][1] < size:
@@ -213,6 +226,9 @@ class Sender:
         self._report.event("phase", phase="first pass", bytes=extents.bytes)
         start = self._window_start = time.monotonic()
         sent = self._send([Batch(extents)], _core.PASS_LAST | _core.PASS_HOOK)
+        if holes:
+            # The target may hold something there (Output.prepare).
+            sent += self._send([Batch(Extents.of(holes), holes=True)])
         seconds = time.monotonic() - start
         self.summary.first_pass = seconds
         self._report.info(
@@ -288,7 +304,7 @@ class Sender:
     def _sync_before_freeze(self, mounts: FileSystems) -> None:
         self._report.event("phase", phase="sync", bytes=None)
         start = time.monotonic()
-        how = self._out.sync(self._pump, waiting=True)
+        how = self._out.sync(self._pump, waiting=True, start=self._first_sector()[:4])
         self._report.info(
             f"Target synced before the freeze ({how}, {time.monotonic() - start:.3f} s)"
         )
@@ -315,15 +331,17 @@ class Sender:
             mounts.freeze()
         self._last_blocks(time_line, stopped=bool(mounts or options.stop_command))
         with time_line.step("last blocks"):
+            start = self._first_sector()[:4]
+            # Before END: the ploop driver refuses when blocks are unread.
+            self._tracker.stop(True)
             if self._source.image_format == "ploop1":
                 self._out.header(self._pump, self._ploop1_header())
         with time_line.step("target sync"):
-            self._out.sync(self._pump, waiting=False)
+            self._out.sync(self._pump, waiting=False, start=start)
         with time_line.step("target commit"):
             self.summary.acknowledged = self._out.finish(self._pump, self._source.size)
         if options.before_thaw:
             run_command(options.before_thaw, "the command before the thaw")
-        self._tracker.stop(True)
         with time_line.step("thaw"):
             mounts.thaw()
         s = self.summary
@@ -376,11 +394,20 @@ class Sender:
         """Modification time of a plain file: scan has no other witness."""
         return os.fstat(self._source.fd).st_mtime_ns if self._source.kind == "file" else 0
 
+    def _first_sector(self) -> bytes:
+        """The first 512 bytes, zeroes where there are fewer."""
+        base = self._source.base
+        lead = base % self._source.align
+        with mmap.mmap(-1, 8192) as page:  # aligned, as O_DIRECT wants it
+            try:
+                os.preadv(self._source.fd, [page], base - lead)
+            except OSError as e:
+                raise ReadError.of(f"cannot read {self._source.path} at byte 0", e) from e
+            return page[lead : lead + PLOOP1_HEADER]
+
     def _ploop1_header(self) -> bytes:
         """The first sector of the image, not in use."""
-        with mmap.mmap(-1, 4096) as page:  # aligned, as O_DIRECT wants it
-            os.preadv(self._source.fd, [page], self._source.base)
-            header = bytearray(page[:PLOOP1_HEADER])
+        header = bytearray(self._first_sector())
         header[PLOOP1_IN_USE] = bytes(4)
         return bytes(header)
 

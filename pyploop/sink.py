@@ -31,7 +31,14 @@ class Sink:
         target = Path(path)
         self._name = target.name
         self._temp: str | None = None
-        if target.exists() or target.is_symlink():
+        self._revocable = False
+        try:
+            os.lstat(path)
+        except FileNotFoundError:
+            pass
+        except OSError as e:
+            raise CreateError.of(f"cannot create {path}", e) from e
+        else:
             raise CreateError(f"cannot create {path}: File exists (it was not touched)")
         try:
             self._dir_fd = os.open(target.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
@@ -51,7 +58,9 @@ class Sink:
         except OSError as e:
             if e.errno not in (errno.EOPNOTSUPP, errno.EISDIR, errno.EINVAL, errno.ENOENT):
                 raise
-        self._temp = f".{self._name[:200]}.{secrets.token_hex(4)}.part"
+        # At most 255 bytes, which may be fewer characters.
+        stem = os.fsdecode(os.fsencode(self._name)[:200])
+        self._temp = f".{stem}.{secrets.token_hex(4)}.part"
         flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
         return os.open(self._temp, flags, MODE, dir_fd=self._dir_fd)
 
@@ -96,17 +105,25 @@ class Sink:
                 f"the copy is complete, but cannot be named {self.path}; it was dropped", e
             ) from e
         self._temp = None
+        self._revocable = True
         try:
             os.fsync(self._dir_fd)
         except OSError as e:
             raise SyncError.of(f"{self.path} is complete, but its folder is not synced", e) from e
 
+    def keep(self) -> None:
+        """The finished file stays from now on, also when something fails yet:
+        somebody may have been told that it is there."""
+        self._revocable = False
+
     def __enter__(self) -> Sink:
         return self
 
-    def __exit__(self, *exc: object) -> None:
+    def __exit__(self, kind: object, *exc: object) -> None:
+        # A signal in the middle of `commit` takes the name back.
+        leftover = self._name if self._revocable and kind is not None else self._temp
         os.close(self.fd)
-        if self._temp is not None:
+        if leftover is not None:
             with contextlib.suppress(OSError):
-                os.unlink(self._temp, dir_fd=self._dir_fd)
+                os.unlink(leftover, dir_fd=self._dir_fd)
         os.close(self._dir_fd)

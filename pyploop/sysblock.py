@@ -110,9 +110,11 @@ def mounts_of(devices: list[BlockDevice], mountinfo: Path) -> list[Mount]:
     """Mounted file systems of these devices, one mount point for each."""
     wanted = {d.dev for d in devices}
     result: dict[tuple[int, int], Mount] = {}
-    for line in mountinfo.read_text(errors="surrogateescape").splitlines():
+    # Bytes: a name may hold anything but what the kernel escapes, also what
+    # str.split and str.splitlines take for a space or the end of a line.
+    for line in os.fsdecode(mountinfo.read_bytes()).split("\n"):
         left, _, right = line.partition(" - ")
-        fields, rest = left.split(), right.split()
+        fields, rest = left.split(" "), right.split(" ")
         if len(fields) < 5 or len(rest) < 2:
             continue
         dev = _parse_dev(fields[2])

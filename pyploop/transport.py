@@ -92,6 +92,13 @@ def nonblocking(fd: int) -> Iterator[int]:
         os.close(own)
 
 
+def readable(fd: int, seconds: float) -> bool:
+    """Something, or the end, can be read within this time."""
+    poll = select.poll()  # select(2) ends at descriptor 1023
+    poll.register(fd, select.POLLIN)
+    return bool(poll.poll(seconds * 1000))
+
+
 def read_exactly(fd: int, size: int, deadline: float, what: str) -> bytes:
     """`size` bytes from a pipe or socket before `deadline` (time.monotonic()).
 
@@ -103,7 +110,7 @@ def read_exactly(fd: int, size: int, deadline: float, what: str) -> bytes:
         left = deadline - time.monotonic()
         if left <= 0:
             raise ReadError(f"{what}: no answer from the peer in time (it may be dead or stuck)")
-        if not select.select([fd], [], [], min(left, POLL_SLICE))[0]:
+        if not readable(fd, min(left, POLL_SLICE)):
             continue
         try:
             part = os.read(fd, size - len(got))

@@ -3,12 +3,14 @@
 
 from __future__ import annotations
 
+import signal
 import threading
 from collections.abc import Callable
 from typing import TypeVar
 
 T = TypeVar("T")
 
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
 TICK = 0.1
 """Seconds between two calls of `tick`."""
 
@@ -36,8 +38,15 @@ def run_cancellable(
             done.set()
 
     thread = threading.Thread(target=body, daemon=True)
-    thread.start()
+    # No signal between the start and the `try` that cancels.
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
     try:
+        thread.start()
+    except BaseException:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        raise
+    try:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         while not done.wait(TICK):
             if tick is not None:
                 tick()

@@ -36,6 +36,7 @@ SYNC_WAIT = 5.0
 """Seconds given to a peer that cannot answer (the C tool's)."""
 ANSWER_TIMEOUT = 600.0
 """Seconds for a peer to answer one SYNC: a slow disk's flush, not for ever."""
+FREEZE_LIMIT = 60.0
 STALL = 600.0
 """Seconds in which the peer neither takes nor gives a byte."""
 
@@ -84,6 +85,13 @@ def parser() -> Parser:
         "--before-thaw",
         metavar="CMD",
         help="command to run when the target is durable and the source still frozen",
+    )
+    add(
+        "--freeze-limit",
+        type=parsed(parse_time, "time"),
+        default=FREEZE_LIMIT,
+        metavar="TIME",
+        help="give up, and undo everything, when the freeze lasts longer (60)",
     )
     g = p.add_argument_group("both ends")
     add = g.add_argument
@@ -155,6 +163,7 @@ def _send(o: argparse.Namespace, report: Reporter) -> None:
         stall=o.timeout,
         rate=o.bwlimit,
         readers=o.readers,
+        freeze_limit=o.freeze_limit,
     )
     with (
         open_output(
