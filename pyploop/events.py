@@ -153,9 +153,13 @@ class JsonRenderer:
 
 
 class ProgressRenderer:
-    """A bar on stderr: round, percent, rate, dirty rate, time left."""
+    """A bar on stderr: round, percent, rate, dirty rate, time left.
 
-    def __init__(self) -> None:
+    From then on sys.stderr (with `stdout_too` also sys.stdout) is a proxy that
+    prints lines above the bar.
+    """
+
+    def __init__(self, stdout_too: bool) -> None:
         # Only here: rich is large, and a copy without a bar needs none of it.
         from rich.console import Console
         from rich.progress import (
@@ -176,6 +180,7 @@ class ProgressRenderer:
             TimeRemainingColumn(),
             console=Console(stderr=True),
             refresh_per_second=5,
+            redirect_stdout=stdout_too,
         )
         self._task = self._progress.add_task("starting", total=None, dirty="")
         self._progress.start()
@@ -189,7 +194,10 @@ class ProgressRenderer:
         elif name == "progress":
             self._progress.update(self._task, completed=fields["done"], dirty=fields["dirty"])
         elif name == "summary":
-            self._progress.update(self._task, description="done")
+            size = fields["size"]
+            self._progress.update(
+                self._task, description="done", total=size, completed=size, dirty=""
+            )
 
     def line(self, level: int, at: float, text: str) -> None:
         pass

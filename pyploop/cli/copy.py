@@ -193,9 +193,13 @@ def _reporter(o: argparse.Namespace, level: int) -> Iterator[Reporter]:
         taken.add(o.out)
     elif o.source is None:
         taken.add(o.inp)
+    report = Reporter()
+    if o.progress and 2 not in taken and os.isatty(2):
+        # First, because it replaces sys.stderr and sys.stdout.
+        text_on_stdout = 1 not in taken and o.json != "-" and os.isatty(1)
+        report.add(ProgressRenderer(stdout_too=text_on_stdout))
     out = _usable(1, sys.stdout, taken)
     err = _usable(2, sys.stderr, taken)
-    report = Reporter()
     with contextlib.ExitStack() as files:
         files.callback(report.close)
         if o.json is None:
@@ -214,8 +218,6 @@ def _reporter(o: argparse.Namespace, level: int) -> Iterator[Reporter]:
                 raise ParameterError.of(f"--json {o.json}", e) from e
             report.add(JsonRenderer(handle))
             report.add(TextRenderer(level, out or err, err))
-        if o.progress and err is not None and os.isatty(2):
-            report.add(ProgressRenderer())
         yield report
 
 
