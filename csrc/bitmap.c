@@ -127,6 +127,12 @@ uint64_t pl_bitmap_bytes(const struct pl_bitmap *b)
 	return n;
 }
 
+/* The pump's threads set other bits of the word meanwhile. */
+static uint64_t load(const uint64_t *word)
+{
+	return __atomic_load_n(word, __ATOMIC_RELAXED);
+}
+
 /* The first bit equal to `want` in [bit, nbits), or nbits. */
 static uint64_t find(const struct pl_bitmap *b, uint64_t bit, bool want)
 {
@@ -134,11 +140,11 @@ static uint64_t find(const struct pl_bitmap *b, uint64_t bit, bool want)
 
 	if (bit >= b->nbits)
 		return b->nbits;
-	x = (want ? b->word[w] : ~b->word[w]) & (~0ull << (bit % 64));
+	x = (want ? load(&b->word[w]) : ~load(&b->word[w])) & (~0ull << (bit % 64));
 	while (!x) {
 		if (++w >= b->nwords)
 			return b->nbits;
-		x = want ? b->word[w] : ~b->word[w];
+		x = want ? load(&b->word[w]) : ~load(&b->word[w]);
 	}
 	bit = w * 64 + (uint64_t)__builtin_ctzll(x);
 	return bit < b->nbits ? bit : b->nbits;

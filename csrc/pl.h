@@ -138,9 +138,12 @@ enum pl_pass_flags {
 	/* Send only chunks that differ from what was sent last (needs `known`);
 	   extents are widened to whole chunks. */
 	PL_PASS_CHANGED = 2,
-	/* The extents are holes of the source: do not read, they are zeroes. */
+	/* The extents are holes of the source: do not read, they are zeroes.
+	   They are narrowed to whole chunks, as the extents of the data between
+	   them are widened (CHANGED, LAST). */
 	PL_PASS_HOLES = 4,
-	/* Send the source's last byte whatever it is: it carries the size. */
+	/* Send the source's last byte whatever it is: it carries the size.  The
+	   first pass: with `known`, extents are widened to whole chunks. */
 	PL_PASS_LAST = 8,
 	/* Call the hook before each read. */
 	PL_PASS_HOOK = 16,

@@ -24,7 +24,13 @@
 
 static uint64_t widen(const struct pl_pump *p)
 {
-	return (p->flags & PL_PASS_CHANGED) ? 1ull << p->cfg.known->shift : PL_BLOCK;
+	/* A hash covers a chunk: those of the first pass are to be known too, and
+	   what is data and what is a hole must part at the same places. */
+	unsigned whole = PL_PASS_CHANGED | PL_PASS_HOLES | PL_PASS_LAST;
+
+	if (p->cfg.known && (p->flags & whole))
+		return 1ull << p->cfg.known->shift;
+	return PL_BLOCK;
 }
 
 /* The next piece of at most `room` bytes; false when the extents are used up. */
@@ -35,7 +41,15 @@ static bool next_piece(struct pl_pump *p, uint32_t room, struct pl_extent *out)
 	for (; p->next < p->n; p->next++, p->pos = 0) {
 		uint64_t start = p->ext[p->next].start, end = p->ext[p->next].end;
 
-		if (p->cfg.known) {
+		if (p->flags & PL_PASS_HOLES) {
+			/* Whole blocks, but none that has data in it: the pass
+			   over the data, widened, has sent those. */
+			start += (unit - start % unit) % unit;
+			if (end != p->cfg.size)
+				end -= end % unit;
+			if (start > end)
+				start = end;
+		} else if (p->cfg.known) {
 			/* Whole blocks, so that `known` can judge them. */
 			start -= start % unit;
 			end += (unit - end % unit) % unit;

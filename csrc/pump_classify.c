@@ -82,10 +82,10 @@ static void classify_part(struct pl_pump *p, struct slot *s,
 		add_run(s, pos, len, part.off + at, pos != f->pos);
 		sent = true;
 	}
-	if (part.whole)
-		*known_hash = hash;
-	else if (sent)
-		*known_hash = PL_HASH_UNKNOWN;
+	/* Two slots can have parts of one chunk: both forget its hash. */
+	if (part.whole || sent)
+		__atomic_store_n(known_hash, part.whole ? hash : PL_HASH_UNKNOWN,
+				 __ATOMIC_RELAXED);
 }
 
 /* Nothing to send of this hole: the target has zeroes there too, as it mostly

@@ -29,8 +29,15 @@ static void fail(struct pl_recv *r, int err, enum pl_stage stage, uint64_t pos)
 		r->err = err;
 		r->fault = (struct pl_fault){
 			.stage = stage, .pos = pos,
-			.stream = r->stats.stream_bytes, .frame = r->stats.frames,
-			.mark = r->head.mark, .size = r->head.size };
+			.stream = __atomic_load_n(&r->stats.stream_bytes,
+						  __ATOMIC_RELAXED),
+			.frame = __atomic_load_n(&r->stats.frames,
+						 __ATOMIC_RELAXED) };
+		/* The header is the reader's, and only its faults name it. */
+		if (stage == PL_STAGE_READ || stage == PL_STAGE_PROTOCOL) {
+			r->fault.mark = r->head.mark;
+			r->fault.size = r->head.size;
+		}
 	}
 	pthread_mutex_unlock(&r->lock);
 }
@@ -48,9 +55,9 @@ static void *writer(void *arg)
 		if (r->written == r->filled) {
 			if (r->quit)
 				break;
-			r->writer_idle = true;
+			__atomic_store_n(&r->writer_idle, true, __ATOMIC_RELAXED);
 			pthread_cond_wait(&r->work, &r->lock);
-			r->writer_idle = false;
+			__atomic_store_n(&r->writer_idle, false, __ATOMIC_RELAXED);
 			continue;
 		}
 		if (!r->err) {

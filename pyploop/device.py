@@ -12,7 +12,7 @@ import contextlib
 import errno
 import os
 import stat
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
@@ -303,6 +303,9 @@ def _find_mounts(source: Source, mount: str | None) -> None:
         return
     devices = sysblock.stacked_on(source.block)
     source.mounts = sysblock.mounts_of(devices, Path("/proc/self/mountinfo"))
+    if source.kind == "ploop":
+        # The driver's partitions may be numbered apart from what sysfs tells.
+        source.mounts = [replace(m, dev=None) for m in source.mounts]
     if source.mounts or source.kind == "ploop":
         return
     elsewhere = sysblock.mounted_elsewhere(devices)

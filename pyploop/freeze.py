@@ -39,7 +39,7 @@ def run_command(command: str, what: str, timeout: float | None = None) -> None:
     process = subprocess.Popen(
         ["/bin/sh", "-c", command],
         stdin=subprocess.DEVNULL,
-        stdout=sys.stderr.fileno() if _stderr_open() else subprocess.DEVNULL,
+        stdout=2 if _stderr_open() else subprocess.DEVNULL,
         start_new_session=True,
     )
     try:
@@ -89,6 +89,12 @@ class FileSystems:
                 self._stack.close()
                 raise OpenError.of(f"cannot open the mount point {mount.point}", e) from e
             self._stack.callback(os.close, fd)
+            if not mount.is_at(os.fstat(fd)):
+                self._stack.close()
+                raise OpenError(
+                    f"{mount.point} is hidden under another mount, so {mount.source} cannot be "
+                    "frozen there; use --mount with a folder where it is visible"
+                )
             self._open.append((mount, fd))
         self._watchdog: subprocess.Popen[bytes] | None = None
         self._line: socket.socket | None = None

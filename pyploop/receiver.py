@@ -26,8 +26,9 @@ from pyploop.units import MIB, format_size
 from pyploop.wire import d1
 from pyploop.worker import run_cancellable
 
-SLOTS = 8
-SLOT_SIZE = MIB
+SLOTS = 16
+SLOT_SIZE = 256 * 1024
+"""Bytes of one write at most: stays in the cache, needs no large folios."""
 MAX_FRAME = 64 * MIB
 """The largest frame taken, bytes: the largest cluster ploop can have."""
 WINDOW = 32 * MIB
@@ -108,9 +109,7 @@ def receive(
         return Received(stats, syncs, native)
 
 
-def _answer(
-    durable: object, channel: int | None, before: Callable[[], None] | None = None
-) -> None:
+def _answer(durable: object, channel: int | None, before: Callable[[], None] | None = None) -> None:
     """Do what makes the data durable, and tell the peer how it went; `before`
     is called just before it is told of success."""
     assert callable(durable)

@@ -41,6 +41,8 @@ from pyploop.worker import run_cancellable
 
 MEMORY = 16 * MIB
 """Bytes of read buffers, whatever the source's size."""
+PIECE = 256 * 1024
+"""Bytes of one read, and frame, from a page cache."""
 HASH_MEMORY = 16 * MIB
 """Bytes of hashes above which a hash covers more than a block (at most 64 KiB)."""
 FINAL_PASSES = 3
@@ -147,7 +149,11 @@ class Sender:
 
     def _make_pump(self) -> Pump:
         source, options = self._source, self._options
-        cluster = min(max(source.cluster, MIB), 64 * MIB) if source.kind == "ploop" else MIB
+        # A buffered source in pieces that stay in the core's cache; the peer
+        # then writes in such pieces too, which needs no large folios.
+        cluster = PIECE if source.align == 1 else MIB
+        if source.kind == "ploop":
+            cluster = min(max(source.cluster, MIB), 64 * MIB)
         # Buffered reads copy in the reader itself, so one helper keeps two
         # cores busy; O_DIRECT needs requests in flight.
         readers = options.readers
@@ -161,7 +167,7 @@ class Sender:
             out_fd=self._out.fd,
             sink=self._out.sink,
             cluster=cluster,
-            slots=max(4, min(MEMORY // cluster, 16)),
+            slots=max(4, min(MEMORY // cluster, 8 if cluster == PIECE else 16)),
             readers=readers,
             stall_ms=int(options.stall * 1000),
             rate=options.rate,
@@ -222,6 +228,9 @@ class Sender:
         # The last block carries the exact size, so it goes in any case.
         if not data or data[-1][1] < size:
             data.append((max(size - 1, data[-1][1] if data else 0), size))
+            # So it is no hole any more: what was written there since then
+            # must not be followed by zeroes, its mark is gone.
+            holes = [(a, min(b, size - 1)) for a, b in holes if a < size - 1]
         extents = Extents.of(data if size else [])
         self._report.event("phase", phase="first pass", bytes=extents.bytes)
         start = self._window_start = time.monotonic()

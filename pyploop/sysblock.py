@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import re
+import stat
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -44,6 +45,19 @@ class Mount:
     point: str
     fstype: str
     source: str
+    dev: tuple[int, int] | None = None
+    """`st_dev` of files on it; None: cannot be told (btrfs has its own)."""
+
+    def is_at(self, st: os.stat_result) -> bool:
+        """This folder lies on the file system, not on another that hides it."""
+        here = os.major(st.st_dev), os.minor(st.st_dev)
+        return stat.S_ISDIR(st.st_mode) and self.dev in (None, here)
+
+    def is_visible(self) -> bool:
+        try:
+            return self.is_at(os.stat(self.point))
+        except OSError:
+            return False
 
 
 def attribute(path: Path) -> str:
@@ -133,7 +147,9 @@ def mounts_of(devices: list[BlockDevice], mountinfo: Path) -> list[Mount]:
         point = _unescape(fields[4])
         # A file system mounted twice is frozen once; a later mount may hide
         # an earlier point, so the first that can still be opened as it is.
-        result.setdefault(dev, Mount(point, rest[0], source))
+        mount = Mount(point, rest[0], source, None if rest[0] == "btrfs" else dev)
+        if dev not in result or (mount.is_visible() and not result[dev].is_visible()):
+            result[dev] = mount
     return list(result.values())
 
 

@@ -151,12 +151,27 @@ def _receive(o: argparse.Namespace, report: Reporter) -> None:
     receive(o.target, o.inp, o.feedback, report, o.timeout)
 
 
+def _clear_stderr(o: argparse.Namespace) -> None:
+    """A stream or feedback on descriptor 2 moves elsewhere: commands that the
+    user gave would write their messages into it."""
+    moved = None
+    for name in ("out", "feedback"):
+        if getattr(o, name) == 2:
+            moved = os.dup(2) if moved is None else moved
+            setattr(o, name, moved)
+    if moved is not None:
+        null = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(null, 2)
+        os.close(null)
+
+
 def _send(o: argparse.Namespace, report: Reporter) -> None:
     local = o.target is not None
     if not local:
         _check_output(o.out)
         if o.feedback is not None:
             transport.check_stream(o.feedback, "-f")
+        _clear_stderr(o)
     options = Options(
         stop_command=o.stop,
         before_thaw=o.before_thaw,

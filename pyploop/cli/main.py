@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import os
 import re
 import signal
@@ -79,8 +80,43 @@ def _die_by(signum: int) -> int:
     return 128 + signum
 
 
+def _guard_standard_streams() -> None:
+    """Descriptors 0 to 2 are never something else that we open: where one is
+    closed, a command's messages would end up in the stream."""
+    for fd in range(3):
+        try:
+            os.fstat(fd)
+        except OSError:
+            # The lowest free number, so this one.
+            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)
+    for text in (sys.stdout, sys.stderr):
+        if isinstance(text, io.TextIOWrapper):
+            # A file name need not be UTF-8.
+            text.reconfigure(errors="backslashreplace")
+
+
+def _drop_unwritten() -> None:
+    """What cannot be written to stdout or stderr does not change the exit code
+    (the interpreter would end with 120)."""
+    for fd, text in ((1, sys.stdout), (2, sys.stderr)):
+        try:
+            if text is not None:
+                text.flush()
+        except OSError:
+            null = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(null, fd)
+            os.close(null)
+
+
 def main(argv: list[str] | None = None) -> int:
-    args = sys.argv[1:] if argv is None else argv
+    _guard_standard_streams()
+    try:
+        return _main(sys.argv[1:] if argv is None else argv)
+    finally:
+        _drop_unwritten()
+
+
+def _main(args: list[str]) -> int:
     try:
         with signals_raise():
             return _run(args)
