@@ -1,0 +1,505 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Units, rounds, D1 control frames, events, mountinfo, transports, the sink,
+and the trackers without a kernel."""
+
+from __future__ import annotations
+
+import errno
+import io
+import itertools
+import json
+import os
+import socket
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import support
+
+from pyploop import kernel, sysblock, transport
+from pyploop._core import Extents
+from pyploop.cli.main import parse_globals
+from pyploop.device import Source, open_source
+from pyploop.errors import (
+    CreateError,
+    DeviceControlError,
+    Interrupted,
+    OpenError,
+    ParameterError,
+    ProtocolError,
+    ReadError,
+    WriteError,
+)
+from pyploop.events import JsonRenderer, Reporter, TextRenderer
+from pyploop.freeze import FileSystems
+from pyploop.rounds import Policy, Round, decide
+from pyploop.sink import Sink
+from pyploop.sysblock import BlockDevice, Mount
+from pyploop.trackers.dm import DmTracker, has_tracking
+from pyploop.trackers.scan import ScanTracker
+from pyploop.units import format_size, parse_size, parse_time
+from pyploop.wire import d1
+from pyploop.worker import run_cancellable
+
+# ---- units
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [
+        ("0", 0),
+        ("4096", 4096),
+        ("64K", 65536),
+        ("1MiB", 1 << 20),
+        ("2.5G", 5 << 29),
+        ("1tb", 1 << 40),
+    ],
+)
+def test_sizes_are_read_as_people_write_them(text: str, size: int) -> None:
+    assert parse_size(text) == size
+
+
+@pytest.mark.parametrize("text", ["", "-1", "K", "1X", "1e3", "nan", "1 2"])
+def test_what_is_no_size_is_refused(text: str) -> None:
+    with pytest.raises(ValueError, match="is not a size"):
+        parse_size(text)
+
+
+def test_times_are_read_and_sizes_are_written() -> None:
+    assert [parse_time(t) for t in ("5", "0.5s", "200ms", "2m", "3us")] == [5, 0.5, 0.2, 120, 3e-6]
+    with pytest.raises(ValueError, match="is not a time"):
+        parse_time("-5")
+    assert [format_size(n) for n in (17, 4096, 1 << 31, 1 << 50)] == [
+        "17 B", "4.0 KiB", "2.0 GiB", "1024.0 TiB",
+    ]  # fmt: skip
+
+
+# ---- rounds
+
+MIB = 1 << 20
+FIRST = Round(1000 * MIB, 10, 10)
+
+
+def freeze_after(sent: list[int]) -> int | None:
+    """The number of rounds of this trace after which it freezes."""
+    for n in range(len(sent) + 1):
+        if decide(FIRST, [Round(s, 0.1, 1) for s in sent[:n]], Policy()).freeze:
+            return n
+    return None
+
+
+@pytest.mark.parametrize(
+    ("trace", "rounds"),
+    [
+        ([0], 1),
+        ([MIB], 1),
+        ([2 * MIB], 1),
+        ([900 * MIB, 400 * MIB, 100 * MIB, 10 * MIB, MIB], 5),
+        ([100 * MIB, 100 * MIB, 100 * MIB, 100 * MIB], 3),
+        ([100 * MIB, 10 * MIB, 90 * MIB, 9 * MIB, 80 * MIB], 3),
+        ([int(2**40 * 0.5**n) for n in range(20)], 10),
+        ([], None),
+    ],
+    ids=["idle", "small", "small for the rate", "shrinking", "steady", "bursty", "ten", "none"],
+)
+def test_rounds_end_when_more_do_not_help(trace: list[int], rounds: int | None) -> None:
+    assert freeze_after(trace) == rounds
+
+
+def test_a_round_without_time_has_no_rate() -> None:
+    assert (Round(5, 0, 0).rate, Round(5, 0, 0).dirty_rate) == (0, 0)
+    assert decide(Round(0, 0, 0), [Round(0, 0, 0)], Policy()).freeze
+
+
+# ---- D1
+
+
+def test_control_frames_have_the_bytes_of_the_c_tool() -> None:
+    assert d1.end() == bytes.fromhex("3dacc04c 00000000 0000000000000000")
+    assert d1.sync(b"abcd") == bytes.fromhex("3dacc04c 04000000 0000000000000000") + b"abcd"
+    assert d1.data(1 << 40, b"xyz") == support.d1_frame(1 << 40, b"xyz")
+    for bad in (b"", b"abc", b"abcde"):
+        with pytest.raises(ValueError, match="4 bytes"):
+            d1.sync(bad)
+    for bad in (b"", b"abcd"):
+        with pytest.raises(ValueError, match="cannot have"):
+            d1.data(0, bad)
+    assert len(d1.HELLO_REPLY) == len(d1.SUCCESS) == len(d1.FAILURE) == d1.REPLY_SIZE
+
+
+# ---- events
+
+
+def test_global_verbosity_is_ploops() -> None:
+    assert parse_globals(["-v", "-vv", "copy", "-v"]) == (6, ["copy", "-v"])
+    assert parse_globals(["-v-1", "copy"]) == (-1, ["copy"])
+    assert parse_globals(["-v7", "-v"]) == (8, [])
+    with pytest.raises(ParameterError):
+        parse_globals(["-q"])
+
+
+@pytest.mark.parametrize(
+    ("level", "out", "err"),
+    [
+        (-2, "", ""),
+        (-1, "", "bad\n"),
+        (0, "note\n", "Sending /image\nbad\n"),
+        (3, "note\ninfo\n", "Sending /image\nbad\n"),
+        (4, "[ 7.000042] note\n[ 7.000042] info\n[ 7.000042] detail\n",
+         "[ 7.000042] Sending /image\n[ 7.000042] bad\n"),
+    ],
+)  # fmt: skip
+def test_text_follows_ploops_levels_and_timestamps(level: int, out: str, err: str) -> None:
+    clock = iter([100.0, *[107.0000421] * 9])
+    report = Reporter(lambda: next(clock))
+    to, errors = io.StringIO(), io.StringIO()
+    report.add(TextRenderer(level, to, errors))
+    report.event("sending", image="/image")
+    report.note("note")
+    report.info("info")
+    report.detail("detail")
+    report.error("bad")
+    assert (to.getvalue(), errors.getvalue()) == (out, err)
+
+
+def test_each_event_is_one_json_object_with_its_schema() -> None:
+    report, out = Reporter(), io.StringIO()
+    report.add(JsonRenderer(out))
+    report.event("round", number=1, sent=5)
+    report.event("progress", done=1, dirty="")
+    report.info("not an event")
+    report.error("bad\nthing \udcff")
+    records = [json.loads(line) for line in out.getvalue().splitlines()]
+    assert [r["event"] for r in records] == ["round", "error"]
+    assert all(r["schema"] == "pyploop.events/1" and r["time"] >= 0 for r in records)
+    assert (records[0]["number"], records[1]["message"]) == (1, "bad\nthing \udcff")
+
+
+def test_a_log_that_nobody_reads_does_not_stop_the_copy() -> None:
+    class Full(io.StringIO):
+        def write(self, text: str, /) -> int:
+            raise OSError(errno.ENOSPC, "full")
+
+    report = Reporter()
+    report.add(TextRenderer(9, Full(), Full()))
+    report.add(JsonRenderer(Full()))
+    report.error("bad")
+
+
+# ---- mountinfo
+
+
+@pytest.mark.parametrize(
+    ("escaped", "name"),
+    [
+        ("/a\\040b", "/a b"),
+        ("/t\\011n\\012b\\134", "/t\tn\nb\\"),
+        ("/caf\u00e9", "/caf\u00e9"),
+        ("/nb\u00a0sp", "/nb\u00a0sp"),
+        ("/ls\u2028x\x0b\x0c\x1c\x85y", "/ls\u2028x\x0b\x0c\x1c\x85y"),
+        ("/cr\rx", "/cr\rx"),
+        ("/\\040-\\040", "/ - "),
+    ],
+)
+def test_a_mount_is_found_whatever_its_name(tmp_path: Path, escaped: str, name: str) -> None:
+    device = BlockDevice("sda1", (8, 1), "sda", (8, 0), 0, 0)
+    text = f"""22 1 0:21 / /proc rw - proc proc rw
+30 1 8:1 / {escaped} rw,relatime shared:1 master:2 - ext4 /dev/sda1 rw
+31 1 8:1 /sub /elsewhere rw - ext4 /dev/sda1 rw
+nonsense
+"""
+    (tmp_path / "mountinfo").write_bytes(text.encode())
+    found = sysblock.mounts_of([device], tmp_path / "mountinfo")
+    assert [(os.fsencode(m.point), m.fstype) for m in found] == [(name.encode(), "ext4")]
+
+
+def test_a_mount_point_that_is_not_utf8_is_found(tmp_path: Path) -> None:
+    device = BlockDevice("sda", (8, 0), "sda", (8, 0), 0, 0)
+    (tmp_path / "m").write_bytes(b"1 1 8:0 / /x\xff rw - xfs /dev/sda rw\n")
+    assert os.fsencode(sysblock.mounts_of([device], tmp_path / "m")[0].point) == b"/x\xff"
+
+
+@pytest.mark.root
+def test_the_wrong_file_system_is_never_frozen_when_a_mount_hides_another(tmp_path: Path) -> None:
+    support.needs("root", "loop", "mkfs.ext4")
+    for name in "ab":
+        support.run("truncate", "-s", "16M", tmp_path / name)
+        support.run("mkfs.ext4", "-q", tmp_path / name)
+    with (
+        support.loop_device(tmp_path / "a") as a,
+        support.loop_device(tmp_path / "b") as b,
+        support.mounted(a, tmp_path / "m"),
+        support.mounted(b, tmp_path / "m"),
+        pytest.raises(OpenError, match="hidden"),
+    ):
+        source = open_source(a)
+        try:
+            FileSystems(source.mounts, Reporter()).close()
+        finally:
+            source.close()
+
+
+# ---- transports
+
+
+def test_reading_is_exact_and_ends_with_the_peer_or_the_deadline() -> None:
+    r, w = os.pipe()
+    os.write(w, b"12345")
+    assert transport.read_exactly(r, 3, time.monotonic() + 5, "x") == b"123"
+    with pytest.raises(ReadError, match="no answer"):
+        transport.read_exactly(r, 3, time.monotonic() + 0.05, "x")
+    os.close(w)
+    with pytest.raises(ProtocolError, match="after 0 bytes"):
+        transport.read_exactly(r, 3, time.monotonic() + 5, "x")
+    os.close(r)
+
+
+def test_writing_to_a_peer_that_is_gone_is_an_error_and_no_signal() -> None:
+    a, b = socket.socketpair()
+    b.close()
+    with a, pytest.raises(WriteError):
+        transport.write_all(a.fileno(), b"x", "x")
+
+
+def test_nonblocking_leaves_the_shared_description_alone() -> None:
+    r, w = os.pipe()
+    with transport.nonblocking(w) as fd:
+        assert os.get_blocking(w)
+        assert not os.get_blocking(fd)
+        os.write(fd, b"x")
+    assert os.read(r, 1) == b"x"
+    os.close(r)
+    with transport.nonblocking(w) as fd:  # no reader: cannot be opened anew
+        assert not os.get_blocking(fd)
+    assert os.get_blocking(w)
+    os.close(w)
+
+
+def test_a_stream_is_a_pipe_or_a_socket(tmp_path: Path) -> None:
+    with (tmp_path / "f").open("w") as f, pytest.raises(ParameterError):
+        transport.check_stream(f.fileno(), "-i")
+    with pytest.raises(ParameterError, match="-f 999"):
+        transport.check_stream(999, "-f")
+
+
+# ---- sink
+
+
+@pytest.fixture(params=["nameless", "named"])
+def any_sink(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """With O_TMPFILE, and on a file system that has none."""
+    if request.param == "named":
+        real = os.open
+
+        def no_tmpfile(path: Any, flags: int, *args: Any, **more: Any) -> int:
+            if flags & os.O_TMPFILE == os.O_TMPFILE:
+                raise OSError(errno.EOPNOTSUPP, "no O_TMPFILE")
+            return real(path, flags, *args, **more)
+
+        monkeypatch.setattr(os, "open", no_tmpfile)
+    return str(request.param)
+
+
+def test_a_target_has_no_name_until_it_is_complete(tmp_path: Path, any_sink: str) -> None:
+    with Sink(str(tmp_path / "image")) as sink:
+        os.write(sink.fd, b"data")
+        assert not (tmp_path / "image").exists()
+        assert (sink.temporary is None) == (any_sink == "nameless")
+        assert len(list(tmp_path.iterdir())) == (any_sink == "named")
+        sink.set_size(6)
+        sink.commit()
+    assert (tmp_path / "image").read_bytes() == b"data\0\0"
+    assert list(tmp_path.iterdir()) == [tmp_path / "image"]
+    assert (tmp_path / "image").stat().st_mode & 0o7777 == 0o600
+
+
+def test_an_unfinished_target_leaves_nothing(tmp_path: Path, any_sink: str) -> None:
+    with pytest.raises(ZeroDivisionError), Sink(str(tmp_path / "image")):
+        raise ZeroDivisionError
+    with Sink(str(tmp_path / "image")):
+        pass
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_file_that_appears_meanwhile_is_not_replaced(tmp_path: Path, any_sink: str) -> None:
+    with pytest.raises(CreateError, match="File exists"), Sink(str(tmp_path / "image")) as sink:
+        (tmp_path / "image").write_text("mine")
+        sink.commit()
+    assert (tmp_path / "image").read_text() == "mine"
+    assert list(tmp_path.iterdir()) == [tmp_path / "image"]
+
+
+def test_a_signal_in_the_commit_takes_the_name_back(tmp_path: Path, any_sink: str) -> None:
+    with pytest.raises(Interrupted), Sink(str(tmp_path / "image")) as sink:
+        sink.commit()
+        raise Interrupted(15)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_target_that_somebody_was_told_of_stays(tmp_path: Path, any_sink: str) -> None:
+    with pytest.raises(Interrupted), Sink(str(tmp_path / "image")) as sink:
+        sink.commit()
+        sink.keep()
+        raise Interrupted(15)
+    assert list(tmp_path.iterdir()) == [tmp_path / "image"]
+
+
+@pytest.mark.parametrize("name", ["n" * 255, "\u6f22" * 85])
+def test_the_longest_names_work(tmp_path: Path, any_sink: str, name: str) -> None:
+    with Sink(str(tmp_path / name)) as sink:
+        sink.commit()
+    assert (tmp_path / name).exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [("n" * 256, "too long"), ("no/image", "No such"), ("f/image", "Not a dir"), ("f", "exists")],
+)
+def test_a_target_that_cannot_be_made_is_an_error_of_its_own(
+    tmp_path: Path, name: str, words: str
+) -> None:
+    (tmp_path / "f").touch()
+    with pytest.raises(CreateError, match=words):
+        Sink(str(tmp_path / name))
+
+
+# ---- worker, freeze
+
+
+def test_an_exception_of_the_work_comes_out_and_a_signal_cancels_it() -> None:
+    with pytest.raises(ZeroDivisionError):
+        run_cancellable(lambda: 1 // 0)
+    calls: list[str] = []
+
+    def tick() -> None:
+        raise Interrupted(2)
+
+    def work() -> None:
+        while not calls:
+            time.sleep(0.01)
+        calls.append("done")
+
+    with pytest.raises(Interrupted):
+        run_cancellable(work, lambda: calls.append("cancel"), tick)
+    assert calls == ["cancel", "done"]
+
+
+def test_a_signal_at_the_moment_of_the_freeze_still_thaws(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    frozen: list[str] = []
+
+    def fifreeze(fd: int, path: str) -> None:
+        frozen.append(path)
+        raise Interrupted(15)  # the handler runs as the ioctl returns
+
+    monkeypatch.setattr(kernel, "fifreeze", fifreeze)
+    monkeypatch.setattr(kernel, "fithaw", lambda fd, path: frozen.remove(path))
+    systems = FileSystems([Mount(str(tmp_path), "ext4", "/dev/x")], Reporter())
+    with pytest.raises(Interrupted):
+        systems.freeze()
+    systems.close()
+    assert frozen == []
+
+
+def test_a_file_system_that_was_frozen_before_is_left_frozen(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fifreeze(fd: int, path: str) -> None:
+        raise OSError(errno.EBUSY, "busy")
+
+    thawed: list[str] = []
+    monkeypatch.setattr(kernel, "fifreeze", fifreeze)
+    monkeypatch.setattr(kernel, "fithaw", lambda fd, path: thawed.append(path))
+    systems = FileSystems([Mount(str(tmp_path), "ext4", "/dev/x")], Reporter())
+    systems.freeze()
+    systems.close()
+    assert thawed == []
+
+
+# ---- trackers without a kernel
+
+
+def test_scan_compares_all_data_and_all_holes(tmp_path: Path) -> None:
+    with (tmp_path / "f").open("wb") as f:
+        f.truncate(1 << 20)
+        f.seek(512 << 10)
+        f.write(b"x" * 4096)
+    source = open_source(str(tmp_path / "f"))
+    batches = ScanTracker(source).take()
+    source.close()
+    assert all(b.changed for b in batches)
+    assert [b.holes for b in batches] == [False, True]
+    whole = sorted(pair for b in batches for pair in b.extents)
+    assert whole[0][0] == 0
+    assert whole[-1][1] == 1 << 20
+    assert all(a[1] == b[0] for a, b in itertools.pairwise(whole))
+    assert sum(b.extents.bytes for b in batches) == 1 << 20
+
+
+class Target:
+    """A device-mapper target that tracks."""
+
+    def __init__(self, answers: list[str]) -> None:
+        self.answers, self.calls = answers, list[list[str]]()
+
+    def __call__(self, args: list[str]) -> str:
+        self.calls.append(args)
+        if args[-1] == "tracking_get_next":
+            return self.answers.pop(0) if self.answers else ""
+        return ""
+
+
+@pytest.fixture
+def dm_source(monkeypatch: pytest.MonkeyPatch) -> Source:
+    monkeypatch.setattr("pyploop.trackers.dm.device_name", lambda source: "ct101")
+    dev = BlockDevice("dm-0", (253, 0), "dm-0", (253, 0), 0, (5 << 20) + 512)
+    return Source("/dev/dm-0", "block", (5 << 20) + 512, -1, block=dev)
+
+
+def test_dm_asks_until_nothing_is_dirty(dm_source: Source) -> None:
+    run = Target(["3\n", "0\n", "5\n", ""])
+    t = DmTracker(dm_source, run=run)
+    t.start()
+    (batch,) = t.take()
+    assert list(batch.extents) == [(0, 1 << 20), (3 << 20, 4 << 20), (5 << 20, (5 << 20) + 512)]
+    t.stop(ok=True)
+    t.stop(ok=True)
+    assert [c[3:] for c in run.calls] == [
+        ["tracking_start"], *[["tracking_get_next"]] * 4, ["tracking_stop"],
+    ]  # fmt: skip
+    assert t.check(True).state == "unknown"
+    assert t.repair(True) is None
+
+
+@pytest.mark.parametrize("answer", ["six", "-1", "6", "99999999999999999999"])
+def test_dm_does_not_believe_a_wrong_answer(dm_source: Source, answer: str) -> None:
+    t = DmTracker(dm_source, run=Target([answer]))
+    t.start()
+    with pytest.raises(DeviceControlError):
+        t.take()
+
+
+def test_dm_stop_after_a_failure_never_raises(dm_source: Source) -> None:
+    def run(args: list[str]) -> str:
+        if args[-1] == "tracking_stop":
+            raise DeviceControlError("gone")
+        return ""
+
+    t = DmTracker(dm_source, run=run)
+    t.start()
+    t.stop(ok=False)
+    t.start()
+    with pytest.raises(DeviceControlError):
+        t.stop(ok=True)
+
+
+def test_dm_knows_the_targets_that_track(dm_source: Source) -> None:
+    assert has_tracking(dm_source, lambda args: "0 100 ploop 11 @4\n")
+    assert has_tracking(dm_source, lambda args: "0 100 qcow2 4\n")
+    assert not has_tracking(dm_source, lambda args: "0 100 linear 8:0 0\n")
+
+
+def test_extents_count_their_bytes() -> None:
+    assert Extents.of([(0, 5), (7, 9)]).bytes == 7
