@@ -22,6 +22,7 @@
  */
 struct pl_btf {
 	unsigned char *blob;	/* owned */
+	size_t mapped;		/* bytes to unmap; 0: malloced */
 	const char *str;	/* string section, ends in NUL */
 	uint32_t str_len;
 	uint32_t *off;		/* owned; offset in blob of type id, [1, ntypes) */
@@ -58,15 +59,21 @@ const char *pl_btf_name(const struct pl_btf *b, uint32_t id);
 
 /* ---------------------------------------------------------- bpf_prog.c */
 
-/* One side's counters, in a cache line of their own. */
-struct pl_bpf_side {
-	uint64_t write, discard, events;
-	uint64_t pad[5];
+/*
+ * Sums of one kind of events.  CPUs that complete and submit at the same time
+ * would fight for one cache line, at a cost of several times the rest of the
+ * program; so each has a line of its own (above PL_BPF_LANES CPUs they share,
+ * hence still atomics), and the reader adds them up.
+ */
+#define PL_BPF_LANES 32u
+struct pl_bpf_lane {
+	uint64_t write, discard;
+	uint64_t pad[6];
 };
 
-/* The first page of the map. */
+/* The first pages of the map. */
 struct pl_bpf_page {
-	struct pl_bpf_side done, queued;
+	struct pl_bpf_lane done[PL_BPF_LANES], queued[PL_BPF_LANES];
 	uint64_t everything;
 };
 
@@ -88,7 +95,13 @@ struct pl_bpf_marks {
 	uint32_t off;		/* of the bitmap, bytes */
 	uint32_t nwords;
 	uint32_t shift;		/* of a granule, bytes */
-	uint32_t side;		/* offset of its struct pl_bpf_side */
+	uint32_t lanes;		/* offset of its sums */
+	/*
+	 * Look before setting: cheaper where most bits are set already.  Not for
+	 * done marks, where the atomic is also the barrier between the data
+	 * and a reader that has just cleared the bit.
+	 */
+	bool look_first;
 };
 
 struct pl_bpf_target {

@@ -35,12 +35,14 @@ void pl_bpf_counters(const struct pl_bpf *t, struct pl_bpf_counters *out)
 {
 	const struct pl_bpf_page *p = t->page;
 
-	out->done_write = get(&p->done.write);
-	out->done_discard = get(&p->done.discard);
-	out->queued_write = get(&p->queued.write);
-	out->queued_discard = get(&p->queued.discard);
-	out->done_events = get(&p->done.events);
-	out->queued_events = get(&p->queued.events);
+	/* Sums only grow: two equal readings mean that none grew in between. */
+	*out = (struct pl_bpf_counters){ 0 };
+	for (unsigned i = 0; i < PL_BPF_LANES; i++) {
+		out->done_write += get(&p->done[i].write);
+		out->done_discard += get(&p->done[i].discard);
+		out->queued_write += get(&p->queued[i].write);
+		out->queued_discard += get(&p->queued[i].discard);
+	}
 	out->everything = get(&p->everything);
 }
 

@@ -50,7 +50,7 @@ const char pl_bpf_licence[] = "GPL";
 
 enum { R0, R1, R2, R3, R4, R5, R6, R7, R8, R9, R10 };
 
-enum label { L_LOW, L_HIGH, L_MANY, L_SUM, L_DISCARD, L_EVENT,
+enum label { L_LOW, L_HIGH, L_MANY, L_SUM, L_DISCARD,
 	     L_EVERYTHING, L_OUT, L_COUNT };
 
 struct as {
@@ -242,6 +242,11 @@ static void mark(struct as *a, const struct pl_bpf_target *t,
 	alu(a, BPF_ADD, R5, R0);
 	jump_r(a, BPF_JNE, R3, R4, L_MANY);
 	alu(a, BPF_AND, R1, R2);
+	if (m->look_first) {
+		load(a, BPF_DW, R2, R5, 0);
+		alu(a, BPF_AND, R2, R1);
+		jump_r(a, BPF_JEQ, R2, R1, L_SUM);
+	}
 	atomic(a, BPF_OR, R5, 0, R1);
 	jump(a, L_SUM);
 
@@ -271,17 +276,18 @@ static void sum(struct as *a, const struct pl_bpf_target *t,
 		const struct pl_bpf_marks *m)
 {
 	alu_i(a, BPF_RSH, R7, SECTOR_SHIFT);
-	map_value(a, R1, t->map_fd, m->side);
+	emit(a, BPF_JMP | BPF_CALL, 0, 0, 0, BPF_FUNC_get_smp_processor_id);
+	alu_i(a, BPF_AND, R0, PL_BPF_LANES - 1);
+	alu_i(a, BPF_LSH, R0, 6);	/* sizeof(struct pl_bpf_lane) */
+	map_value(a, R1, t->map_fd, m->lanes);
+	alu(a, BPF_ADD, R1, R0);
 	jump_i(a, BPF_JEQ, R8, OP_DISCARD, L_DISCARD);
 	if (t->zeroes_with_discards)
 		jump_i(a, BPF_JEQ, R8, OP_WRITE_ZEROES, L_DISCARD);
-	atomic(a, BPF_ADD, R1, offsetof(struct pl_bpf_side, write), R7);
-	jump(a, L_EVENT);
+	atomic(a, BPF_ADD, R1, offsetof(struct pl_bpf_lane, write), R7);
+	jump(a, L_OUT);
 	label(a, L_DISCARD);
-	atomic(a, BPF_ADD, R1, offsetof(struct pl_bpf_side, discard), R7);
-	label(a, L_EVENT);
-	alu_i(a, BPF_MOV, R2, 1);
-	atomic(a, BPF_ADD, R1, offsetof(struct pl_bpf_side, events), R2);
+	atomic(a, BPF_ADD, R1, offsetof(struct pl_bpf_lane, discard), R7);
 }
 
 uint32_t pl_bpf_ones_words(uint32_t shift)

@@ -13,7 +13,7 @@
  *   - All state in the kernel hangs on descriptors (closed on exec) and on
  *     the mapping: a crash detaches everything.
  *
- * The map is one value: a page of counters, the done bitmap, the queued
+ * The map is one value: pages of counters, the done bitmap, the queued
  * bitmap, and the area of ones that bpf_prog.c copies from; each on a page
  * of its own.  User space works in the same memory, without system calls.
  */
@@ -82,7 +82,7 @@ static int check_cfg(const struct pl_bpf_cfg *c, char *why, size_t why_len)
 }
 
 /* Give one bitmap its place at *off, a page boundary before and after. */
-static void place(struct pl_bpf_bits *m, uint64_t size, uint32_t shift, size_t side,
+static void place(struct pl_bpf_bits *m, uint64_t size, uint32_t shift, size_t lanes,
 		  uint64_t page, uint64_t *off)
 {
 	uint64_t nwords;
@@ -91,7 +91,7 @@ static void place(struct pl_bpf_bits *m, uint64_t size, uint32_t shift, size_t s
 	nwords = nwords / 64 + !!(nwords % 64);
 	m->in_map = (struct pl_bpf_marks){
 		.off = (uint32_t)*off, .nwords = (uint32_t)nwords,
-		.shift = shift, .side = (uint32_t)side,
+		.shift = shift, .lanes = (uint32_t)lanes,
 	};
 	*off = (*off + nwords * 8 + page - 1) / page * page;
 }
@@ -112,12 +112,13 @@ static int plan(struct pl_bpf *t, char *why, size_t why_len)
 		goto too_large;
 
 	page = (uint64_t)sysconf(_SC_PAGESIZE);
-	off = page;
+	off = (sizeof(struct pl_bpf_page) + page - 1) / page * page;
 	if (t->cfg.source != PL_BPF_QUEUE)
 		place(&t->done, size, t->cfg.done_shift,
 		      offsetof(struct pl_bpf_page, done), page, &off);
 	place(&t->queued, size, t->cfg.queued_shift,
 	      offsetof(struct pl_bpf_page, queued), page, &off);
+	t->queued.in_map.look_first = true;
 	/*
 	 * The ones come last.  To the verifier a bitmap's last word and the
 	 * most words to set are independent of each other; their sum must

@@ -12,6 +12,8 @@
 #include <fcntl.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/mman.h>
+#include <sys/stat.h>
 #include <unistd.h>
 
 /* Nobody's vmlinux comes near; a bound keeps a bad file from eating memory. */
@@ -106,7 +108,7 @@ static int index_types(struct pl_btf *b, uint64_t pos, uint64_t end)
 	return 0;
 }
 
-int pl_btf_parse(struct pl_btf *b, void *blob, size_t len)
+static int parse(struct pl_btf *b, void *blob, size_t len, size_t mapped)
 {
 	const struct btf_header *h = blob;
 	uint64_t type, type_end, str, str_end;
@@ -114,6 +116,7 @@ int pl_btf_parse(struct pl_btf *b, void *blob, size_t len)
 
 	memset(b, 0, sizeof(*b));
 	b->blob = blob;
+	b->mapped = mapped;
 	/* Another byte order shows as a wrong magic, and is refused with it. */
 	if (len < sizeof(*h) || len > BTF_MAX_BLOB || h->magic != BTF_MAGIC ||
 	    h->version != BTF_VERSION || h->hdr_len < sizeof(*h))
@@ -139,6 +142,28 @@ bad:
 	return ret;
 }
 
+int pl_btf_parse(struct pl_btf *b, void *blob, size_t len)
+{
+	return parse(b, blob, len, 0);
+}
+
+/*
+ * Linux 6.16 can map its BTF; before, sysfs hands it out a page a read, which
+ * takes several times as long as all the rest of opening a tracker.
+ */
+static int map_blob(struct pl_btf *b, int fd)
+{
+	struct stat st;
+	void *blob;
+
+	if (fstat(fd, &st) < 0 || st.st_size <= 0 || st.st_size > BTF_MAX_BLOB)
+		return -ENODEV;
+	blob = mmap(NULL, (size_t)st.st_size, PROT_READ, MAP_PRIVATE, fd, 0);
+	if (blob == MAP_FAILED)
+		return -ENODEV;
+	return parse(b, blob, (size_t)st.st_size, (size_t)st.st_size);
+}
+
 int pl_btf_load(struct pl_btf *b, const char *path)
 {
 	size_t len = 0, room = 8u << 20;
@@ -150,6 +175,11 @@ int pl_btf_load(struct pl_btf *b, const char *path)
 	fd = open(path, O_RDONLY | O_CLOEXEC);
 	if (fd < 0)
 		return -errno;
+	ret = map_blob(b, fd);
+	if (ret != -ENODEV) {
+		close(fd);
+		return ret;
+	}
 	blob = malloc(room);
 	ret = blob ? 0 : -ENOMEM;
 	while (!ret) {
@@ -184,7 +214,10 @@ int pl_btf_load(struct pl_btf *b, const char *path)
 
 void pl_btf_free(struct pl_btf *b)
 {
-	free(b->blob);
+	if (b->mapped)
+		munmap(b->blob, b->mapped);
+	else
+		free(b->blob);
 	free(b->off);
 	memset(b, 0, sizeof(*b));
 }

@@ -302,7 +302,6 @@ struct pl_bpf_cfg {
 struct pl_bpf_counters {
 	uint64_t done_write, done_discard;	/* sectors completed */
 	uint64_t queued_write, queued_discard;	/* sectors submitted */
-	uint64_t done_events, queued_events;	/* events counted above */
 	uint64_t everything;			/* times "all is dirty" was declared */
 };
 

@@ -154,8 +154,6 @@ cdef extern from "pl.h" nogil:
         uint64_t done_discard
         uint64_t queued_write
         uint64_t queued_discard
-        uint64_t done_events
-        uint64_t queued_events
         uint64_t everything
 
     struct pl_bpf:

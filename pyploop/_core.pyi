@@ -148,8 +148,6 @@ class Counters(NamedTuple):
     done_discard: int
     queued_write: int
     queued_discard: int
-    done_events: int
-    queued_events: int
     everything: int
 
 class Snapshot(NamedTuple):

@@ -406,13 +406,11 @@ cdef class PloopTracking:
 
 
 class Counters(NamedTuple):
-    """512-byte sectors of the whole disk, and events, since the start."""
+    """512-byte sectors of the whole disk since the start; `everything` in times."""
     done_write: int
     done_discard: int
     queued_write: int
     queued_discard: int
-    done_events: int
-    queued_events: int
     everything: int
 
 
@@ -428,8 +426,7 @@ class Snapshot(NamedTuple):
 
 cdef _counters(pl_bpf_counters *c):
     return Counters(c.done_write, c.done_discard, c.queued_write,
-                    c.queued_discard, c.done_events, c.queued_events,
-                    c.everything)
+                    c.queued_discard, c.everything)
 
 
 cdef class BpfTracking:

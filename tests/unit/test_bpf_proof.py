@@ -78,7 +78,7 @@ class Kernel:
         if self.restless:
             self.done += SECTORS
             self.stat += SECTORS
-        c = Counters(self.done, 0, self.queued, 0, 0, 0, 0)
+        c = Counters(self.done, 0, self.queued, 0, 0)
         return Snapshot(c, c, self.stat, 0, self.inflight, not self.restless)
 
 
