@@ -93,14 +93,23 @@ static void classify_part(struct pl_pump *p, struct slot *s,
 bool pl_hole_is_known(const struct pl_pump *p, const struct frag *f)
 {
 	const struct pl_known *k = p->cfg.known;
-	struct pl_extent run;
+	uint64_t block = f->pos / PL_BLOCK;
+	uint64_t end = (f->pos + f->len + PL_BLOCK - 1) / PL_BLOCK;
 
 	if (!(p->flags & PL_PASS_SKIP_ZERO))
 		return false;
 	if ((p->flags & PL_PASS_LAST) && f->pos + f->len == k->size)
 		return false;
-	return !pl_bitmap_next(&k->nonzero, f->pos, &run) ||
-	       run.start >= f->pos + f->len;
+	/* Not by pl_bitmap_next: it would look through all of a sparse source for
+	   each piece of it. */
+	while (block < end) {
+		if (block % 64 == 0 &&
+		    !__atomic_load_n(&k->nonzero.word[block / 64], __ATOMIC_RELAXED))
+			block += 64;
+		else if (is_nonzero(&k->nonzero, block++))
+			return false;
+	}
+	return true;
 }
 
 void pl_slot_classify(struct pl_pump *p, struct slot *s)
