@@ -257,7 +257,7 @@ def _open_ploop(path: str) -> Source:
         fd = _open(path, os.O_RDONLY | os.O_DIRECT, owned, "the source")
         sysfs = _ploop_sysfs(path)
         top = sysblock.attribute(sysfs / "pstate/top")
-        cluster = int(sysblock.attribute(sysfs / "pstate/block_size")) * SECTOR
+        cluster = sysblock.number(sysfs / "pstate/block_size") * SECTOR
         delta = sysfs / "pdelta" / top
         image = sysblock.attribute(delta / "image")
         fmt = sysblock.attribute(delta / "format")

@@ -136,10 +136,11 @@ class FileSystems:
         no frozen time."""
         if not self._open or self._watchdog is not None:
             return
-        ours, theirs = socket.socketpair()
+        # Packets: one message each, whatever its length.
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         fds = [fd for _, fd in self._open]
         args = [sys.executable, "-I", "-S", str(Path(watchdog.__file__))]
-        args += [str(kernel.FITHAW), str(theirs.fileno()), *map(str, fds)]
+        args += [str(kernel.FITHAW), str(theirs.fileno())]
         with theirs:
             self._watchdog = subprocess.Popen(
                 args,
@@ -152,10 +153,10 @@ class FileSystems:
         ours.settimeout(WATCHDOG_DEADLINE)
         self._line = ours
         try:
-            ready = ours.recv(1)
+            ready = ours.recv(watchdog.LONGEST)
         except TimeoutError:
             ready = b""
-        if ready != b"r":
+        if ready != watchdog.READY:
             raise DeviceControlError("the thaw watchdog did not start; nothing was frozen")
 
     def freeze(self) -> None:
@@ -164,19 +165,23 @@ class FileSystems:
         if not self._open:
             return
         self.guard()
-        assert self._line is not None
-        self._line.sendall(b"f")
         for mount, fd in self._open:
             # Noted first: a signal right after the freeze must find it.
             self._frozen.append((mount, fd))
+            self._tell(watchdog.FREEZE, fd)
             try:
                 kernel.fifreeze(fd, mount.point)
             except OSError as e:
                 self._frozen.pop()
+                self._tell(watchdog.THAWED, fd)
                 if e.errno == errno.EBUSY:
                     self._report.info(f"{mount.point} is frozen already, and will be left so")
                     continue
                 raise DeviceControlError.of(f"cannot freeze {mount.point}", e) from e
+
+    def _tell(self, word: bytes, fd: int) -> None:
+        assert self._line is not None
+        self._line.send(b"%s %d" % (word, fd))
 
     def thaw(self) -> None:
         """Thaw what `freeze` froze, in reverse order."""
@@ -191,9 +196,8 @@ class FileSystems:
                 )
             # Forgotten last: thawing twice is harmless, not at all is not.
             self._frozen.pop()
-        if self._line is not None:
             with contextlib.suppress(OSError):
-                self._line.sendall(b"d")
+                self._tell(watchdog.THAWED, fd)
         if failed:
             raise DeviceControlError(f"cannot thaw {'; '.join(failed)}")
 

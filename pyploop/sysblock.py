@@ -68,6 +68,15 @@ def attribute(path: Path) -> str:
         raise SysfsError.of(f"cannot read {path}", e) from e
 
 
+def number(path: Path) -> int:
+    """A sysfs attribute that is one number; SysfsError when it is not."""
+    text = attribute(path)
+    try:
+        return int(text)
+    except ValueError:
+        raise SysfsError(f"{path} holds {text[:40]!r}, not a number") from None
+
+
 def _parse_dev(text: str) -> tuple[int, int]:
     major, _, minor = text.partition(":")
     return int(major), int(minor)
@@ -80,11 +89,11 @@ def find(dev: tuple[int, int]) -> BlockDevice:
         node = link.resolve(strict=True)
     except OSError as e:
         raise SysfsError.of(f"cannot find block device {dev[0]}:{dev[1]} in sysfs", e) from e
-    size = int(attribute(node / "size")) * SECTOR
+    size = number(node / "size") * SECTOR
     if not (node / "partition").exists():
         return BlockDevice(node.name, dev, node.name, dev, 0, size)
     disk = node.parent
-    start = int(attribute(node / "start")) * SECTOR
+    start = number(node / "start") * SECTOR
     return BlockDevice(node.name, dev, disk.name, _parse_dev(attribute(disk / "dev")), start, size)
 
 

@@ -21,6 +21,8 @@ from pyploop.errors import ParameterError, ProtocolError, ReadError, WriteError
 from pyploop.units import MIB
 
 PIPE_SIZE = MIB
+ANSWER_TIMEOUT = 60.0
+"""Seconds for a peer to take a few bytes."""
 POLL_SLICE = 0.1
 """Seconds between looks at a cancelled flag while waiting for a peer."""
 
@@ -127,10 +129,15 @@ def read_exactly(fd: int, size: int, deadline: float, what: str) -> bytes:
     return got
 
 
-def write_all(fd: int, data: bytes, what: str) -> None:
-    """A small message into a pipe or socket; WriteError when the peer is gone."""
+def write_all(fd: int, data: bytes, what: str, timeout: float = ANSWER_TIMEOUT) -> None:
+    """A small message into a pipe or socket; WriteError when the peer is gone,
+    or has not made room for it within `timeout` seconds."""
+    poll = select.poll()
+    poll.register(fd, select.POLLOUT)
     try:
         while data:
+            if not poll.poll(timeout * 1000):
+                raise WriteError(f"{what}: it does not read what it is answered")
             if is_socket(fd):
                 with socket.socket(fileno=os.dup(fd)) as s:
                     n = s.send(data, socket.MSG_NOSIGNAL)

@@ -80,6 +80,12 @@ def parser() -> Parser:
         metavar="RATE",
         help="bytes per second into the stream at most (K, M, G)",
     )
+    add(
+        "--cluster",
+        type=parsed(parse_size, "size"),
+        metavar="SIZE",
+        help="cluster of a device-mapper target, for --tracker dm",
+    )
     add("--readers", type=int, metavar="N", help="reading threads beside the sending one (0..64)")
     add(
         "--before-thaw",
@@ -113,9 +119,26 @@ def parser() -> Parser:
     return p
 
 
+def _attached(args: list[str]) -> list[str]:
+    """Values of short options that begin with a dash, attached to them: getopt
+    takes the next word whatever it is, argparse does not."""
+    result: list[str] = []
+    words = iter(args)
+    for word in words:
+        if word in ("-s", "-F", "-d", "-o", "-i", "-f"):
+            value = next(words, None)
+            if value is not None and value.startswith("-"):
+                result.append(word + value)
+                continue
+            result += [word] if value is None else [word, value]
+        else:
+            result.append(word)
+    return result
+
+
 def run(args: list[str], level: int) -> int:
     p = parser()
-    o = p.parse_args(args)
+    o = p.parse_args(_attached(args))
     if o.source is None and o.target is None:
         print("Either -s or -d is required", file=sys.stderr)
         p.print_usage(sys.stderr)
@@ -139,7 +162,7 @@ def run(args: list[str], level: int) -> int:
             report.error("out of memory; no target was made")
             return TooLargeError.exit_code
         except Interrupted as e:
-            report.error(f"Interrupted by signal {e.signum}: everything was undone, no target made")
+            report.error(f"Interrupted by signal {e.signum}; everything was undone here")
             raise
     return 0
 
@@ -191,7 +214,7 @@ def _send(o: argparse.Namespace, report: Reporter) -> None:
         ) as out,
         contextlib.closing(device.open_source(o.source, o.read, o.mount)) as source,
     ):
-        Sender(source, choose(o.tracker, source), out, options, report).run()
+        Sender(source, choose(o.tracker, source, o.cluster), out, options, report).run()
 
 
 def _check_output(fd: int) -> None:

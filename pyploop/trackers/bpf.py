@@ -251,12 +251,14 @@ class BpfTracker:
             return Verdict("undecided", 0, max(high, 0), "writes during the check")
         if low < 0:
             return Verdict("undecided", 0, self._size, "the kernel accounted less than was seen")
-        return self._check_still(shot)
+        return self._check_still(shot, quiesced)
 
-    def _check_still(self, shot: Snapshot) -> Verdict:
+    def _check_still(self, shot: Snapshot, quiesced: bool) -> Verdict:
         """The events balance; see whether more follows from this moment."""
         assert self._base is not None
         still = self._writes_in_flight() == 0 and self._same(shot, self._snapshot(20))
+        if quiesced and not still and not self._balanced_again():
+            return Verdict("undecided", 0, self._size, "writes elsewhere on the disk")
         if self._owes_proof:
             # An earlier loss was repaired among the submitted blocks only,
             # which is right if no submission was missed either.
@@ -278,6 +280,17 @@ class BpfTracker:
                 self._queued.zero()
             self._t.take_queued(self._queued)
         return Verdict("complete")
+
+    def _balanced_again(self) -> bool:
+        """Another partition stays busy.  A request of its own between event
+        and accounting could balance a loss, but not at three moments apart."""
+        assert self._base is not None
+        for _ in range(2):
+            time.sleep(0.001)
+            shot = self._snapshot(2000)
+            if not shot.stable or self._done_gap(shot) != self._base.done_gap:
+                return False
+        return True
 
     def _check_queued(self, shot: Snapshot, quiesced: bool) -> Verdict:
         assert self._base is not None

@@ -11,8 +11,14 @@ from pyploop.trackers.ploop import PloopTracker
 from pyploop.trackers.scan import ScanTracker
 
 
-def choose(name: str, source: Source) -> Tracker:
-    """The tracker called `name`, made for the source, not started."""
+def choose(name: str, source: Source, cluster: int | None = None) -> Tracker:
+    """The tracker called `name`, made for the source, not started.
+
+    cluster: bytes of a cluster of a device-mapper target, which nothing else
+    tells; a wrong one would lose data, so there is no default.
+    """
+    if cluster is not None:
+        source.cluster = cluster
     if name not in TRACKERS:
         raise ParameterError(f"unknown tracker {name!r} (one of {', '.join(TRACKERS)})")
     if name == "bpf":
@@ -23,16 +29,19 @@ def choose(name: str, source: Source) -> Tracker:
     if name == "ploop":
         return PloopTracker(source)
     if name == "dm":
+        if cluster is None:
+            raise ParameterError("--tracker dm needs --cluster: the target does not tell its own")
         return dm.DmTracker(source)
     if name == "scan":
         return ScanTracker(source)
-    return _auto(source)
+    return _auto(source, cluster is not None)
 
 
-def _auto(source: Source) -> Tracker:
+def _auto(source: Source, cluster_known: bool) -> Tracker:
     if source.kind == "ploop":
         return PloopTracker(source, "a ploop device has its own tracking")
-    if source.block and source.block.disk.startswith("dm-") and dm.has_tracking(source):
+    is_dm = source.block is not None and source.block.disk.startswith("dm-")
+    if is_dm and cluster_known and dm.has_tracking(source):
         return dm.DmTracker(source, "the device-mapper target has its own tracking")
     reason = bpf.usable(source)
     if not reason:
