@@ -107,6 +107,12 @@ class ParameterError(PyploopError):
     exit_code = 38
 
 
+class DescriptorError(PyploopError):
+    """A DiskDescriptor.xml does not describe one chain of deltas."""
+
+    exit_code = 39
+
+
 class Interrupted(BaseException):
     """A signal asked to stop; everything is undone before it takes effect."""
 

@@ -33,6 +33,7 @@ from pyploop.errors import (
 )
 from pyploop.events import Reporter
 from pyploop.freeze import FileSystems, Timeline, run_command
+from pyploop.image import HEADER_FRAME, clear_in_use
 from pyploop.outputs import Output, explain_write
 from pyploop.rounds import Policy, Round, decide
 from pyploop.trackers import Batch, Tracker, Verdict
@@ -49,9 +50,6 @@ FINAL_PASSES = 3
 """Passes with dirty blocks inside the freeze before it is called a loop."""
 UNSTOPPED_PASSES = 20
 """The same when nothing stops the writer."""
-PLOOP1_HEADER = 512
-PLOOP1_IN_USE = slice(44, 48)
-"""`m_DiskInUse` of a ploop1 header (ploop1_image.h); zero in a copy."""
 
 
 @dataclass
@@ -412,13 +410,11 @@ class Sender:
                 os.preadv(self._source.fd, [page], base - lead)
             except OSError as e:
                 raise ReadError.of(f"cannot read {self._source.path} at byte 0", e) from e
-            return page[lead : lead + PLOOP1_HEADER]
+            return page[lead : lead + HEADER_FRAME]
 
     def _ploop1_header(self) -> bytes:
         """The first sector of the image, not in use."""
-        header = bytearray(self._first_sector())
-        header[PLOOP1_IN_USE] = bytes(4)
-        return bytes(header)
+        return clear_in_use(self._first_sector())
 
 
 def _hash_shift(size: int) -> int:

@@ -12,7 +12,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
-import secrets
 from pathlib import Path
 
 from pyploop import kernel
@@ -60,7 +59,7 @@ class Sink:
                 raise
         # At most 255 bytes, which may be fewer characters.
         stem = os.fsdecode(os.fsencode(self._name)[:200])
-        self._temp = f".{stem}.{secrets.token_hex(4)}.part"
+        self._temp = f".{stem}.{os.urandom(4).hex()}.part"
         flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
         return os.open(self._temp, flags, MODE, dir_fd=self._dir_fd)
 
