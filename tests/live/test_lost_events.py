@@ -1,0 +1,340 @@
+# SPDX-License-Identifier: Apache-2.0
+"""B: completion events get lost on some machines.  Here they are lost on
+purpose, between the kernel and the tracker, and the copy must be right all the
+same, and say so.
+
+The loss is as the kernel has it: a mark that never appears, and counters that
+never count it, both from the moment at which the write completes."""
+
+from __future__ import annotations
+
+import contextlib
+import mmap
+import os
+import random
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support import MIB, loop_device, needs
+from support_live import random_file, same, work_dir
+
+from pyploop import device, sender
+from pyploop._core import Bitmap, BpfTracking, Counters, Hook, Snapshot
+from pyploop.errors import LoopError
+from pyploop.events import Reporter
+from pyploop.outputs import FileOutput
+from pyploop.sender import Options, Sender, Summary
+from pyploop.sink import Sink
+from pyploop.trackers import bpf
+
+pytestmark = pytest.mark.root
+
+BLOCK = 4096
+SECTORS = BLOCK // 512
+SIZE = 24 * MIB
+
+
+class Loss:
+    """What is lost: `done` and `queued` are the parts of all events while
+    `on`; `counted` false: the counters lose them too, as they really do;
+    `early`: also what no check has looked at before it is taken."""
+
+    def __init__(
+        self,
+        done: float = 0.0,
+        queued: float = 0.0,
+        counted: bool = False,
+        early: bool = False,
+    ) -> None:
+        self.done, self.queued, self.counted, self.early = done, queued, counted, early
+        self.on = True
+        self.lost_done = self.lost_queued = 0
+        self.dice = random.Random(1)
+
+
+class LossyTracking:
+    """BpfTracking, some of whose events get lost before each look at it."""
+
+    loss: Loss
+
+    def __init__(self, **settings: Any) -> None:
+        self._real = BpfTracking(**settings)
+        size = settings["end"] - settings["start"]
+        self._done = Bitmap(size, settings["done_shift"])
+        self._queued = Bitmap(size, settings["queued_shift"])
+        self._minus = {"done_write": 0, "queued_write": 0}
+
+    def _lose(self, taken: Bitmap, into: Bitmap, part: float, counter: str) -> int:
+        """Move `taken` into what the tracker will get, except what is lost."""
+        lost = 0
+        granule = 1 << taken.shift
+        for start, end in taken.extents():
+            for at in range(start, end, granule):
+                if self.loss.on and self.loss.dice.random() < part:
+                    lost += 1
+                else:
+                    into.set(at, at + 1)
+        if not self.loss.counted:
+            self._minus[counter] += lost * SECTORS
+        return lost
+
+    def snapshot(self, stat_fd: int, tries: int = 100) -> Snapshot:
+        done, queued = self._like(self._done), self._like(self._queued)
+        self._real.take_done(done)
+        self._real.take_queued(queued)
+        self.loss.lost_done += self._lose(done, self._done, self.loss.done, "done_write")
+        self.loss.lost_queued += self._lose(queued, self._queued, self.loss.queued, "queued_write")
+        shot = self._real.snapshot(stat_fd, tries)
+        return shot._replace(before=self._less(shot.before), after=self._less(shot.after))
+
+    def _less(self, c: Counters) -> Counters:
+        return c._replace(**{k: getattr(c, k) - v for k, v in self._minus.items()})
+
+    @staticmethod
+    def _like(b: Bitmap) -> Bitmap:
+        return Bitmap(b.size, b.shift)
+
+    def take_done(self, into: Bitmap) -> None:
+        into.update(self._done)
+        self._done.zero()
+        if not self.loss.early:
+            self._real.take_done(into)
+            return
+        late = self._like(into)
+        self._real.take_done(late)
+        self.loss.lost_done += self._lose(late, into, self.loss.done, "done_write")
+
+    def take_queued(self, into: Bitmap) -> None:
+        into.update(self._queued)
+        self._queued.zero()
+        self._real.take_queued(into)
+
+    def peek_done(self) -> int:
+        return self._real.peek_done()
+
+    def hook(self) -> Hook:
+        return self._real.hook()
+
+    def close(self) -> None:
+        self._real.close()
+
+
+class Direct:
+    """Writes of random blocks, past the page cache."""
+
+    def __init__(self, path: str) -> None:
+        self._fd = os.open(path, os.O_WRONLY | os.O_DIRECT)
+        self._page = mmap.mmap(-1, BLOCK)
+        self._dice = random.Random(2)
+
+    def write(self, blocks: int) -> None:
+        for number in self._dice.sample(range(SIZE // BLOCK), blocks):
+            self._page[:] = self._dice.randbytes(BLOCK)
+            os.pwrite(self._fd, self._page, number * BLOCK)
+
+    def close(self) -> None:
+        os.close(self._fd)
+        self._page.close()
+
+
+class Script:
+    """A renderer that acts at the copy's phases; at "frozen", whose event is
+    held back until the thaw, the stop command acts (Lab.copy)."""
+
+    def __init__(self, act: Callable[[str], None]) -> None:
+        self._act = act
+        self.repairs: list[dict[str, Any]] = []
+        self.verdicts: list[str] = []
+
+    def event(self, name: str, at: float, fields: dict[str, Any]) -> None:
+        if name == "phase" and fields["phase"] != "frozen":
+            self._act(fields["phase"])
+        elif name == "repair":
+            self.repairs.append(fields)
+        elif name == "round" and fields["number"]:
+            self.verdicts.append(fields["verdict"])
+
+    def line(self, level: int, at: float, text: str) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+
+class Lab:
+    """One loop device, copied with losses while a script writes to it."""
+
+    def __init__(self, folder: Path, path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+        self._folder, self.path, self._monkeypatch = folder, path, monkeypatch
+        self.target = folder / "target"
+        self.writer = Direct(path)
+
+    def copy(self, loss: Loss, act: Callable[[str], None]) -> tuple[Summary, Script]:
+        tracking = type("Lossy", (LossyTracking,), {"loss": loss})
+        self._monkeypatch.setattr(bpf, "BpfTracking", tracking)
+        self._monkeypatch.setattr(sender, "run_command", lambda *_: act("frozen"))
+        self.target.unlink(missing_ok=True)
+        script = Script(act)
+        report = Reporter()
+        report.add(script)
+        with (
+            contextlib.closing(device.open_source(self.path)) as source,
+            Sink(str(self.target)) as sink,
+        ):
+            out, options = FileOutput(sink), Options(stop_command="the script")
+            summary = Sender(source, bpf.BpfTracker(source), out, options, report).run()
+        return summary, script
+
+    def identical(self) -> bool:
+        return same(self.path, self.target, SIZE, direct=True)
+
+
+@pytest.fixture
+def lab(monkeypatch: pytest.MonkeyPatch) -> Iterator[Lab]:
+    needs("loop")
+    with work_dir() as folder:
+        image = random_file(folder / "image", SIZE)
+        with loop_device(image) as path:
+            made = Lab(folder, path, monkeypatch)
+            try:
+                yield made
+            finally:
+                made.writer.close()
+
+
+def everywhere(lab: Lab, blocks: int = 300) -> Callable[[str], None]:
+    """Write in every round and at the beginning of the freeze."""
+
+    def act(phase: str) -> None:
+        if phase.startswith(("round", "frozen")):
+            lab.writer.write(blocks)
+
+    return act
+
+
+def test_lost_completions_are_found_among_the_submitted_blocks(lab: Lab) -> None:
+    loss = Loss(done=0.3)
+    summary, script = lab.copy(loss, everywhere(lab))
+    assert lab.identical()
+    assert loss.lost_done > 100
+    assert summary.completeness == "complete"
+    assert summary.repairs == len(script.repairs) >= 2
+    assert summary.repaired_bytes >= loss.lost_done // 2 * BLOCK
+    assert "lossy" in script.verdicts
+    assert all("submitted" in r["scope"] for r in script.repairs)
+    assert any(r["frozen"] for r in script.repairs) and not all(r["frozen"] for r in script.repairs)
+
+
+def test_when_submissions_are_lost_too_everything_is_compared(lab: Lab) -> None:
+    loss = Loss(done=0.3, queued=0.5)
+    summary, script = lab.copy(loss, everywhere(lab))
+    assert lab.identical()
+    assert loss.lost_done and loss.lost_queued
+    assert summary.completeness == "complete"
+    assert any("whole source" in r["scope"] for r in script.repairs)
+
+
+def test_a_loss_in_the_freeze_alone_is_repaired_in_the_freeze(lab: Lab) -> None:
+    loss = Loss(done=1.0)
+    loss.on = False
+
+    def act(phase: str) -> None:
+        loss.on = phase == "frozen"
+        if phase.startswith("round") or loss.on:
+            lab.writer.write(200)
+
+    summary, script = lab.copy(loss, act)
+    assert lab.identical()
+    assert loss.lost_done == 200
+    assert [r["frozen"] for r in script.repairs] == [True]
+    # All but those few that the last round had dirtied too.
+    assert summary.repaired_bytes >= 150 * BLOCK
+    assert "lossy" not in script.verdicts and summary.completeness == "complete"
+
+
+def test_a_loss_while_running_is_repaired_while_running(lab: Lab) -> None:
+    loss = Loss(done=1.0)
+
+    def act(phase: str) -> None:
+        loss.on = phase.startswith("round")
+        if loss.on:
+            lab.writer.write(200)
+
+    summary, script = lab.copy(loss, act)
+    assert lab.identical()
+    assert script.repairs and not any(r["frozen"] for r in script.repairs)
+    assert summary.repaired_bytes >= 200 * BLOCK
+    assert summary.completeness == "complete"
+
+
+def test_submissions_alone_may_be_lost_without_a_repair(lab: Lab) -> None:
+    summary, script = lab.copy(Loss(queued=1.0), everywhere(lab))
+    assert lab.identical()
+    assert summary.completeness == "complete" and not script.repairs
+
+
+def test_a_single_lost_event_is_noticed(lab: Lab) -> None:
+    loss = Loss(done=1.0)
+
+    def act(phase: str) -> None:
+        loss.on = phase == "round 1"
+        if phase.startswith("round"):
+            lab.writer.write(1)
+
+    summary, script = lab.copy(loss, act)
+    assert lab.identical()
+    assert loss.lost_done == 1
+    assert [r["sent"] for r in script.repairs] == [BLOCK]
+    assert summary.completeness == "complete"
+
+
+def test_losses_in_the_first_pass_are_repaired(lab: Lab) -> None:
+    loss = Loss(done=1.0, early=True)
+    over = threading.Event()
+
+    def churn() -> None:
+        while not over.is_set():
+            lab.writer.write(20)
+
+    thread = threading.Thread(target=churn)
+
+    def act(phase: str) -> None:
+        loss.on = phase == "first pass"
+        if loss.on:
+            thread.start()
+        else:
+            # "round 1" comes when the marks of the first pass were taken.
+            over.set()
+            thread.join()
+
+    summary, script = lab.copy(loss, act)
+    assert lab.identical()
+    assert loss.lost_done > 0
+    assert script.verdicts[0] == "lossy" and script.repairs and not script.repairs[0]["frozen"]
+    assert summary.completeness == "complete"
+
+
+def test_without_the_counters_a_loss_would_show_in_the_comparison(lab: Lab) -> None:
+    """The control: the losses above are real ones."""
+    loss = Loss(done=0.5, counted=True, early=True)
+    summary, _ = lab.copy(loss, everywhere(lab))
+    assert loss.lost_done
+    assert summary.repairs == 0
+    assert not lab.identical()
+
+
+def test_a_source_that_is_written_for_ever_after_the_stop_makes_no_target(lab: Lab) -> None:
+    tracker_take = bpf.BpfTracker.take
+
+    def take(self: bpf.BpfTracker) -> Any:
+        lab.writer.write(5)
+        return tracker_take(self)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(bpf.BpfTracker, "take", take)
+        with pytest.raises(LoopError):
+            lab.copy(Loss(), lambda _: None)
+    assert not lab.target.exists()
