@@ -249,8 +249,8 @@ def arguments() -> argparse.Namespace:
     add(
         "--c-image",
         choices=("auto", "device", "file"),
-        default="auto",
-        help="what the C tool reads (auto: the faster one for it)",
+        default="device",
+        help="what the C tool reads (device: as the others do; auto: the faster one for it)",
     )
     add("--pyploop", type=shlex.split, default=[sys.executable, "-m", "pyploop.cli.main"])
     add("--extra", type=shlex.split, default=[], help="options for our sender")
