@@ -106,6 +106,18 @@ def pyploop_env(extra: Mapping[str, str] | None = None) -> dict[str, str]:
     return {**os.environ, "PYTHONPATH": path, **(extra or {})}
 
 
+def as_nobody() -> list[str]:
+    """Prefix of a command that runs without privileges.  Skips where nobody else
+    can read the interpreter or the package, below a private home say."""
+    needs("root", "setpriv")
+    prefix = ["setpriv", f"--reuid={NOBODY}", f"--regid={NOBODY}", "--clear-groups"]
+    probe = [*prefix, sys.executable, "-c", "import pyploop.kernel"]
+    done = subprocess.run(probe, env=pyploop_env(), capture_output=True, check=False)
+    if done.returncode:
+        pytest.skip(f"{sys.executable} or pyploop cannot be read without privileges")
+    return prefix
+
+
 def wait_until(condition: Callable[[], object], what: str, seconds: float = 20) -> None:
     """Poll until the condition holds; a failure names it."""
     deadline = time.monotonic() + seconds

@@ -556,7 +556,8 @@ def test_a_source_that_is_none_ends_with_2(tmp_path: Path, name: str) -> None:
 
 @pytest.mark.root
 def test_a_source_that_nobody_may_read_ends_with_2(tmp_path: Path) -> None:
-    support.needs("root", "loop", "setpriv")
+    support.needs("root", "loop")
+    who = support.as_nobody()
     import tempfile
 
     (tmp_path / "img").write_bytes(bytes(1 << 20))
@@ -565,8 +566,6 @@ def test_a_source_that_nobody_may_read_ends_with_2(tmp_path: Path) -> None:
         tempfile.TemporaryDirectory(dir="/tmp") as folder,
     ):
         Path(folder).chmod(0o777)
-        who = ["setpriv", f"--reuid={support.NOBODY}", f"--regid={support.NOBODY}",
-               "--clear-groups"]  # fmt: skip
         got = pyploop("copy", "-s", loop, "-d", f"{folder}/image", prefix=who)
         assert got.code == 2, got.err
         got.one_line("Permission denied")

