@@ -38,9 +38,11 @@ def run_cancellable(
             done.set()
 
     thread = threading.Thread(target=body, daemon=True)
-    # No signal between the start and the `try` that cancels.
-    mask = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+    # No signal between the start and the `try` that cancels.  One that came
+    # before raises in the second call, which looks for it: hence two.
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, ())
     try:
+        signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
         thread.start()
     except BaseException:
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)

@@ -81,6 +81,7 @@ def signals_raise() -> Iterator[None]:
 def _die_by(signum: int) -> int:
     """End as the signal would have ended us, so that a shell can tell."""
     signal.signal(signum, signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signum})
     os.kill(os.getpid(), signum)
     return 128 + signum
 
