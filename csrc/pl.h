@@ -112,7 +112,7 @@ void pl_known_fini(struct pl_known *k);
 /* The target may hold anything in [start, end): zeroes must be sent there. */
 void pl_known_assume_data(struct pl_known *k, uint64_t start, uint64_t end);
 
-/* ------------------------------------------------- pump.c, pump_out.c
+/* ---------------------------------------------------------- pump*.c
  * The sending pump: reads extents of a source with several reads in flight,
  * compares it with what the target is known to hold, and writes what must be sent -
  * in order as D1 frames into a stream, or in place into a file.
@@ -209,7 +209,7 @@ int pl_pump_write(struct pl_pump *p, const void *buf, size_t len,
 void pl_pump_cancel(struct pl_pump *p);			/* any thread */
 void pl_pump_stats(const struct pl_pump *p, struct pl_pump_stats *out); /* any */
 
-/* -------------------------------------------------------------- recv.c
+/* ---------------------------------------------------------- recv*.c
  * The receiving pump: stream -> ring -> file.  The calling thread reads, one
  * helper writes, so that the two overlap.  Never reads past END.
  */

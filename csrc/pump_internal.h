@@ -69,6 +69,11 @@ struct pl_pump {
 #define STAT_ADD(p, field, n) \
 	__atomic_fetch_add(&(p)->stats.field, (n), __ATOMIC_RELAXED)
 
+/* pump_claim.c.  Lock held: a slot with fragments to read, or NULL; a hook's
+   failure is in p->err. */
+struct slot *pl_slot_claim(struct pl_pump *p);
+/* No lock held: read and classify it (into a file: write it too). */
+int pl_slot_fill(struct pl_pump *p, struct slot *s, struct pl_fault *fault);
 /* pump_classify.c: decide what of a filled slot must be sent -> run[]. */
 bool pl_hole_is_known(const struct pl_pump *p, const struct frag *f);
 void pl_slot_classify(struct pl_pump *p, struct slot *s);

@@ -10,7 +10,6 @@
  */
 #define _GNU_SOURCE
 #include <errno.h>
-#include <poll.h>
 #include <signal.h>
 #include <stdlib.h>
 #include <string.h>
@@ -125,62 +124,6 @@ static int drain(struct pl_recv *r)
 	return err;
 }
 
-static int wait_readable(struct pl_recv *r)
-{
-	struct pollfd pfd[2] = {
-		{ .fd = r->cancel_fd, .events = POLLIN },
-		{ .fd = r->cfg.in_fd, .events = POLLIN },
-	};
-	int n;
-
-	do
-		n = poll(pfd, 2, r->cfg.stall_ms ? (int)r->cfg.stall_ms : -1);
-	while (n < 0 && errno == EINTR);
-	if (n < 0)
-		return -errno;
-	if (pfd[0].revents)
-		return -ECANCELED;
-	return n == 0 ? -ETIMEDOUT : 0;
-}
-
-/*
- * At least `must` bytes into the vector, at most all of it.  Returns the
- * count, or -errno; -ENODATA at end of file.
- */
-static ssize_t read_some(struct pl_recv *r, struct iovec *iov, int n, size_t must)
-{
-	size_t got = 0;
-
-	while (got < must) {
-		ssize_t k;
-		int err = wait_readable(r);
-
-		if (err)
-			return err;
-		k = readv(r->cfg.in_fd, iov, n);
-		if (k < 0) {
-			if (errno == EINTR || errno == EAGAIN)
-				continue;
-			return -errno;
-		}
-		if (k == 0)
-			return -ENODATA;
-		got += (size_t)k;
-		__atomic_fetch_add(&r->stats.stream_bytes, (uint64_t)k,
-				   __ATOMIC_RELAXED);
-		while (n && (size_t)k >= iov->iov_len) {
-			k -= (ssize_t)iov->iov_len;
-			iov++;
-			n--;
-		}
-		if (n) {
-			iov->iov_base = (char *)iov->iov_base + k;
-			iov->iov_len -= (size_t)k;
-		}
-	}
-	return (ssize_t)got;
-}
-
 /* Complete r->head, of which r->head_got bytes are here. */
 static int read_header(struct pl_recv *r)
 {
@@ -190,7 +133,7 @@ static int read_header(struct pl_recv *r)
 
 	if (!iov.iov_len)
 		return 0;
-	n = read_some(r, &iov, 1, iov.iov_len);
+	n = pl_recv_read(r, &iov, 1, iov.iov_len);
 	if (n < 0)
 		return (int)n;
 	r->head_got = sizeof(r->head);
@@ -236,7 +179,7 @@ static int read_payload(struct pl_recv *r)
 		}
 		iov[0] = (struct iovec){ s->buf + s->used, part };
 		iov[1] = (struct iovec){ &next, sizeof(next) };
-		n = read_some(r, iov, part == left ? 2 : 1, part);
+		n = pl_recv_read(r, iov, part == left ? 2 : 1, part);
 		if (n < 0)
 			return (int)n;
 		s->part[s->nparts++] = (struct recv_part){ pos, part, s->used };
@@ -265,7 +208,7 @@ static int event(struct pl_recv *r, struct pl_recv_msg *msg)
 		err = drain(r);
 		return err ? err : PL_RECV_END;
 	}
-	err = (int)read_some(r, &iov, 1, sizeof(msg->data));
+	err = (int)pl_recv_read(r, &iov, 1, sizeof(msg->data));
 	if (err < 0)
 		return err;
 	r->head_got = 0;

@@ -4,6 +4,7 @@
 #define PL_RECV_INTERNAL_H
 
 #include <pthread.h>
+#include <sys/uio.h>
 
 #include "pl.h"
 
@@ -53,6 +54,11 @@ struct pl_recv {
 	struct pl_fault fault;
 };
 
+/*
+ * recv_in.c: at least `must` bytes into the vector, at most all of it.  Returns
+ * the count, or -errno; -ENODATA at end of file.
+ */
+ssize_t pl_recv_read(struct pl_recv *r, struct iovec *iov, int n, size_t must);
 /* recv_out.c: write a slot's parts; on failure *pos is where. */
 int pl_recv_write_slot(struct pl_recv *r, struct recv_slot *s, uint64_t *pos);
 

@@ -17,8 +17,6 @@ import errno
 import mmap
 import os
 import time
-from dataclasses import dataclass, field
-from typing import Any
 
 from pyploop import _core
 from pyploop._core import Extents, Fault, Known, Pump
@@ -35,7 +33,8 @@ from pyploop.events import Reporter
 from pyploop.freeze import FileSystems, Timeline, run_command
 from pyploop.image import HEADER_FRAME, clear_in_use
 from pyploop.outputs import Output, explain_write
-from pyploop.rounds import Policy, Round, decide
+from pyploop.rounds import Round, decide
+from pyploop.summary import Options, Summary
 from pyploop.trackers import Batch, Tracker, Verdict
 from pyploop.units import MIB, format_size
 from pyploop.worker import run_cancellable
@@ -50,45 +49,6 @@ FINAL_PASSES = 3
 """Passes with dirty blocks inside the freeze before it is called a loop."""
 UNSTOPPED_PASSES = 20
 """The same when nothing stops the writer."""
-
-
-@dataclass
-class Options:
-    """What the user may choose; times in seconds, sizes in bytes."""
-
-    stop_command: str | None = None
-    before_thaw: str | None = None
-    policy: Policy = field(default_factory=Policy)
-    stall: float = 0.0
-    rate: int = 0
-    readers: int | None = None
-    freeze_limit: float = 60.0
-    """From the stop command on; then the copy fails and everything is undone."""
-
-
-@dataclass
-class Summary:
-    """What a finished copy was.  Sizes in bytes, times in seconds."""
-
-    source: str
-    size: int
-    tracker: str
-    io_mode: str
-    dialect: str
-    hash_kernel: str
-    data_bytes: int = 0
-    wire_bytes: int = 0
-    read_bytes: int = 0
-    frames: int = 0
-    first_pass: float = 0.0
-    rounds: list[dict[str, Any]] = field(default_factory=list)
-    frozen: dict[str, float] = field(default_factory=dict)
-    frozen_total: float = 0.0
-    frozen_bytes: int = 0
-    completeness: str = "unknown"
-    repaired_bytes: int = 0
-    repairs: int = 0
-    acknowledged: str = "unknown"
 
 
 class Sender:

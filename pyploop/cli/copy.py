@@ -27,7 +27,8 @@ from pyploop.errors import (
 from pyploop.events import JsonRenderer, ProgressRenderer, Reporter, TextRenderer
 from pyploop.outputs import open_output
 from pyploop.receiver import receive
-from pyploop.sender import Options, Sender
+from pyploop.sender import Sender
+from pyploop.summary import Options
 from pyploop.trackers import TRACKERS
 from pyploop.trackers.choose import choose
 from pyploop.units import parse_size, parse_time

@@ -26,8 +26,9 @@ from pyploop._core import Bitmap, BpfTracking, Counters, Hook, Snapshot
 from pyploop.errors import LoopError
 from pyploop.events import Reporter
 from pyploop.outputs import FileOutput
-from pyploop.sender import Options, Sender, Summary
+from pyploop.sender import Sender
 from pyploop.sink import Sink
+from pyploop.summary import Options, Summary
 from pyploop.trackers import bpf
 
 pytestmark = pytest.mark.root

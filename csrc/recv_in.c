@@ -1,0 +1,60 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/* The receiver's front: bytes from the stream, or a reason why not. */
+#define _GNU_SOURCE
+#include <errno.h>
+#include <poll.h>
+#include <unistd.h>
+
+#include "recv_internal.h"
+
+static int wait_readable(struct pl_recv *r)
+{
+	struct pollfd pfd[2] = {
+		{ .fd = r->cancel_fd, .events = POLLIN },
+		{ .fd = r->cfg.in_fd, .events = POLLIN },
+	};
+	int n;
+
+	do
+		n = poll(pfd, 2, r->cfg.stall_ms ? (int)r->cfg.stall_ms : -1);
+	while (n < 0 && errno == EINTR);
+	if (n < 0)
+		return -errno;
+	if (pfd[0].revents)
+		return -ECANCELED;
+	return n == 0 ? -ETIMEDOUT : 0;
+}
+
+ssize_t pl_recv_read(struct pl_recv *r, struct iovec *iov, int n, size_t must)
+{
+	size_t got = 0;
+
+	while (got < must) {
+		ssize_t k;
+		int err = wait_readable(r);
+
+		if (err)
+			return err;
+		k = readv(r->cfg.in_fd, iov, n);
+		if (k < 0) {
+			if (errno == EINTR || errno == EAGAIN)
+				continue;
+			return -errno;
+		}
+		if (k == 0)
+			return -ENODATA;
+		got += (size_t)k;
+		__atomic_fetch_add(&r->stats.stream_bytes, (uint64_t)k,
+				   __ATOMIC_RELAXED);
+		while (n && (size_t)k >= iov->iov_len) {
+			k -= (ssize_t)iov->iov_len;
+			iov++;
+			n--;
+		}
+		if (n) {
+			iov->iov_base = (char *)iov->iov_base + k;
+			iov->iov_len -= (size_t)k;
+		}
+	}
+	return (ssize_t)got;
+}

@@ -1,0 +1,48 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a copy is asked for, and what it was."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from pyploop.rounds import Policy
+
+
+@dataclass
+class Options:
+    """What the user may choose; times in seconds, sizes in bytes."""
+
+    stop_command: str | None = None
+    before_thaw: str | None = None
+    policy: Policy = field(default_factory=Policy)
+    stall: float = 0.0
+    rate: int = 0
+    readers: int | None = None
+    freeze_limit: float = 60.0
+    """From the stop command on; then the copy fails and everything is undone."""
+
+
+@dataclass
+class Summary:
+    """What a finished copy was.  Sizes in bytes, times in seconds."""
+
+    source: str
+    size: int
+    tracker: str
+    io_mode: str
+    dialect: str
+    hash_kernel: str
+    data_bytes: int = 0
+    wire_bytes: int = 0
+    read_bytes: int = 0
+    frames: int = 0
+    first_pass: float = 0.0
+    rounds: list[dict[str, Any]] = field(default_factory=list)
+    frozen: dict[str, float] = field(default_factory=dict)
+    frozen_total: float = 0.0
+    frozen_bytes: int = 0
+    completeness: str = "unknown"
+    repaired_bytes: int = 0
+    repairs: int = 0
+    acknowledged: str = "unknown"
