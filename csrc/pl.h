@@ -163,7 +163,7 @@ struct pl_pump_cfg {
 	uint32_t readers;	/* helper threads, 0..64 */
 	uint32_t stall_ms;	/* give up (-ETIMEDOUT) when the stream has taken
 				   nothing for so long; 0: never */
-	uint64_t rate;		/* bytes per second into the stream, 0: no limit */
+	uint64_t rate;		/* bytes per second to the target, 0: no limit */
 	struct pl_known *known;	/* borrowed; NULL: send all, remember nothing */
 	pl_hook hook;
 	void *hook_ctx;

@@ -238,6 +238,7 @@ int pl_pump_new(struct pl_pump **out, const struct pl_pump_cfg *cfg)
 	p->cfg = *cfg;
 	p->cancel_fd = -1;
 	pthread_mutex_init(&p->lock, NULL);
+	pthread_mutex_init(&p->rate_lock, NULL);
 	pthread_cond_init(&p->work, NULL);
 	pthread_cond_init(&p->done, NULL);
 	/* A cluster, and what alignment adds before and after it. */
@@ -292,6 +293,7 @@ void pl_pump_free(struct pl_pump *p)
 		close(p->cancel_fd);
 	pthread_cond_destroy(&p->done);
 	pthread_cond_destroy(&p->work);
+	pthread_mutex_destroy(&p->rate_lock);
 	pthread_mutex_destroy(&p->lock);
 	free(p);
 }

@@ -42,7 +42,8 @@ struct pl_pump {
 	int cancel_fd;			/* eventfd: readable once cancelled */
 	bool cancelled;			/* atomic */
 	struct pl_pump_stats stats;	/* atomic, field by field */
-	uint64_t rate_t0_ns, rate_bytes;	/* emitter only */
+	pthread_mutex_t rate_lock;		/* guards the two */
+	uint64_t rate_t0_ns, rate_bytes;
 
 	pthread_mutex_t lock;		/* guards all below */
 	pthread_cond_t work;		/* something to claim, or quit */

@@ -46,14 +46,11 @@ static int wait_writable(struct pl_pump *p, int fd, int timeout_ms)
 	return n == 0 && fd >= 0 ? -ETIMEDOUT : 0;
 }
 
-/* Token bucket of one second's burst at most; only the emitter calls it. */
-static int obey_rate(struct pl_pump *p, size_t bytes)
+/* Wait until the bytes sent so far are due; rate_lock held. */
+static int wait_due(struct pl_pump *p, size_t bytes)
 {
-	uint64_t now, due;
+	uint64_t now = now_ns(), due;
 
-	if (!p->cfg.rate)
-		return 0;
-	now = now_ns();
 	due = p->rate_t0_ns +
 	      (uint64_t)((double)p->rate_bytes * 1e9 / (double)p->cfg.rate);
 	if (!p->rate_t0_ns || now > due + 1000000000u) {
@@ -70,6 +67,19 @@ static int obey_rate(struct pl_pump *p, size_t bytes)
 		now = now_ns();
 	}
 	return 0;
+}
+
+/* A token bucket of one second's burst at most, shared by all writers. */
+static int obey_rate(struct pl_pump *p, size_t bytes)
+{
+	int err;
+
+	if (!p->cfg.rate)
+		return 0;
+	pthread_mutex_lock(&p->rate_lock);
+	err = wait_due(p, bytes);
+	pthread_mutex_unlock(&p->rate_lock);
+	return err;
 }
 
 int pl_stream_write(struct pl_pump *p, struct iovec *iov, unsigned n,
@@ -162,9 +172,11 @@ static int emit_file(struct pl_pump *p, struct slot *s, struct pl_fault *fault)
 {
 	for (unsigned i = 0; i < s->nruns; i++) {
 		struct frag *r = &s->run[i];
-		int err = pl_pwrite_full(p->cfg.out_fd, s->buf + r->off, r->len,
-					 r->pos);
+		int err = obey_rate(p, r->len);
 
+		if (!err)
+			err = pl_pwrite_full(p->cfg.out_fd, s->buf + r->off,
+					     r->len, r->pos);
 		if (err) {
 			fault->stage = PL_STAGE_WRITE;
 			fault->pos = r->pos;

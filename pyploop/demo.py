@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shlex
 import shutil
 import subprocess
 import sys
@@ -108,6 +109,7 @@ def writer(disk: Disk) -> Iterator[int]:
         [sys.executable, "-c", _WRITER, str(disk.file), str(disk.file_size)],
         stdout=subprocess.PIPE,
         stdin=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
         start_new_session=True,
     )
     try:
@@ -129,7 +131,7 @@ def copy_live(disk: Disk, target: Path, events: Path, pid: int) -> tuple[int, in
     command = [sys.executable, "-P", "-m", "pyploop.cli.main"]
     stream_r, stream_w = os.pipe()
     answer_r, answer_w = os.pipe()
-    compare = f"cmp '{disk.image}' '{target}'"
+    compare = shlex.join(["cmp", str(disk.image), str(target)])
     sender = [*command, "copy", "-s", disk.device, "-o", str(stream_w), "-f", str(answer_r)]
     sender += ["-F", f"kill -STOP {pid}", "--before-thaw", compare, "--json", str(events)]
     receiver = [*command, "-v-1", "copy", "-d", str(target), "-i", str(stream_r)]
@@ -166,6 +168,13 @@ def table(summary: dict[str, Any]) -> str:
 
 def run_demo(size: int, folder: str | None) -> None:
     """The whole demo; CommandError when the copy fails or differs."""
+    try:
+        _demo(size, folder)
+    except OSError as e:
+        raise CommandError(f"the demo cannot make its disk: {e}") from e
+
+
+def _demo(size: int, folder: str | None) -> None:
     root = os.geteuid() == 0
     with contextlib.ExitStack() as undo:
         work = Path(tempfile.mkdtemp(prefix="pyploop-demo-", dir=folder))

@@ -11,13 +11,22 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import re
 import stat
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
 from pyploop import kernel, sysblock
-from pyploop.errors import DeviceControlError, DeviceError, FormatError, OpenError, ParameterError
+from pyploop.errors import (
+    DeviceControlError,
+    DeviceError,
+    FormatError,
+    LoopError,
+    OpenError,
+    ParameterError,
+    ReadError,
+)
 from pyploop.sysblock import BlockDevice, Mount
 from pyploop.units import BLOCK, MIB, SECTOR
 
@@ -45,6 +54,8 @@ class Source:
     """Where the source starts in `sparse_fd`."""
     block: BlockDevice | None = None
     mounts: list[Mount] = field(default_factory=list)
+    mount_given: bool = False
+    """The user named the mount point."""
     cluster: int = MIB
     image: str = ""
     """What is being sent, for `Sending IMAGE`."""
@@ -58,6 +69,23 @@ class Source:
 
     def close(self) -> None:
         self._owned.close()
+
+    def check_same(self) -> None:
+        """Fails when the source's size, or what is mounted from it, is not what
+        it was when it was opened: nothing of that was tracked."""
+        path, fd = self.caches[0] if self.caches else (self.path, self.fd)
+        size = kernel.device_size(fd, path) if self.caches else os.fstat(fd).st_size
+        if size != self.size:
+            raise ReadError(f"{path} had {self.size} bytes at the start and has {size} now")
+        if self.kind != "block" or self.mount_given or self.block is None:
+            return
+        devices = sysblock.stacked_on(self.block)
+        known = {m.source for m in self.mounts}
+        for mount in sysblock.mounts_of(devices, Path("/proc/self/mountinfo")):
+            if mount.source not in known:
+                raise LoopError(
+                    f"{mount.source} was mounted at {mount.point} during the copy; start again"
+                )
 
     def write_back(self) -> None:
         """Write back what was written through a device's own page cache; until
@@ -96,13 +124,16 @@ def _seek(fd: int, pos: int, whence: int, end: int) -> int:
         raise
 
 
-def open_source(path: str, read: ReadPath = "auto", mount: str | None = None) -> Source:
+def open_source(
+    path: str, read: ReadPath = "auto", mount: str | None = None, *, to_freeze: bool = True
+) -> Source:
     """Open a block device, /dev/ploopN, an image file, or the image file of an
     attached loop device (then the device is the source).
 
     read: how a loop device is read: `backing` from its backing file, `device`
     with O_DIRECT from the device, `auto` the first where it can be shown to be
     the same data.  mount: a mount point that replaces the ones found.
+    to_freeze: find what must be frozen; OpenError when some of it cannot be.
     """
     try:
         st = os.stat(path)
@@ -114,6 +145,7 @@ def open_source(path: str, read: ReadPath = "auto", mount: str | None = None) ->
             raise DeviceError(f"{path} is attached to {', '.join(loops)}: name the device to copy")
         if not loops:
             return _open_file(path)
+        _check_whole(path, st.st_size, loops[0])
         path = loops[0]
         st = os.stat(path)
     if not stat.S_ISBLK(st.st_mode):
@@ -123,11 +155,23 @@ def open_source(path: str, read: ReadPath = "auto", mount: str | None = None) ->
     else:
         source = _open_block(path, (os.major(st.st_rdev), os.minor(st.st_rdev)), read)
     try:
-        _find_mounts(source, mount)
+        if to_freeze:
+            _find_mounts(source, mount)
     except BaseException:
         source.close()
         raise
     return source
+
+
+def _check_whole(path: str, size: int, loop: str) -> None:
+    """DeviceError when the loop device shows only a part of the file."""
+    with contextlib.ExitStack() as owned:
+        shown = kernel.device_size(_open(loop, os.O_RDONLY, owned, "the loop device"), loop)
+    if shown != size:
+        raise DeviceError(
+            f"{path} ({size} bytes) is attached to {loop} only in part ({shown} bytes): "
+            "name the device to copy that part"
+        )
 
 
 def _open(path: str, flags: int, owned: contextlib.ExitStack, what: str) -> int:
@@ -298,6 +342,8 @@ def _open_image(image: str, owned: contextlib.ExitStack) -> int:
 def _find_mounts(source: Source, mount: str | None) -> None:
     if mount is not None:
         source.mounts = [Mount(mount, "?", source.path)]
+        source.mount_given = True
+        _check_mount(source, mount)
         return
     if source.block is None:
         return
@@ -306,12 +352,34 @@ def _find_mounts(source: Source, mount: str | None) -> None:
     if source.kind == "ploop":
         # The driver's partitions may be numbered apart from what sysfs tells.
         source.mounts = [replace(m, dev=None) for m in source.mounts]
-    if source.mounts or source.kind == "ploop":
+    if source.kind == "ploop":
         return
-    elsewhere = sysblock.mounted_elsewhere(devices)
+    here = {m.device() for m in source.mounts}
+    elsewhere = sysblock.mounted_elsewhere([d for d in devices if d.dev not in here])
     if elsewhere:
         pid, there = elsewhere
         raise OpenError(
             f"{source.path} is mounted in another mount namespace (process {pid}, {there.point}), "
             f"so it cannot be frozen from here; use --mount /proc/{pid}/root{there.point}"
         )
+
+
+def _check_mount(source: Source, mount: str) -> None:
+    """OpenError unless the folder lies on a file system of the source."""
+    try:
+        st = os.stat(mount)
+    except OSError as e:
+        raise OpenError.of(f"cannot open the mount point {mount}", e) from e
+    if source.kind != "block" or source.block is None:
+        return
+    devices = sysblock.stacked_on(source.block)
+    if (os.major(st.st_dev), os.minor(st.st_dev)) in {d.dev for d in devices}:
+        return
+    # btrfs has a device number of its own: go by the mount point.
+    process, point = "self", os.path.realpath(mount)
+    if m := re.match(r"/proc/(\d+)/root(/.*)?$", mount):
+        process, point = m[1], m[2] or "/"
+    for known in sysblock.mounts_of(devices, Path(f"/proc/{process}/mountinfo")):
+        if known.fstype == "btrfs" and known.point == point:
+            return
+    raise OpenError(f"{mount} is not on a file system of {source.path}")

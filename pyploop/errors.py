@@ -9,12 +9,21 @@ and what to do; `str(error)` is one line.
 from __future__ import annotations
 
 import os
+import re
+
+
+def one_line(text: str) -> str:
+    """Control characters (of a file name, say) escaped."""
+    return re.sub(r"[\x00-\x1f\x7f]", lambda m: repr(m[0])[1:-1], text)
 
 
 class PyploopError(Exception):
     """An expected failure; `exit_code` is the process's status."""
 
     exit_code = 1
+
+    def __str__(self) -> str:
+        return one_line(super().__str__())
 
     @classmethod
     def of(cls, what: str, error: OSError) -> PyploopError:
@@ -99,6 +108,12 @@ class SyncError(PyploopError):
     """Data could not be made durable, here or at the peer."""
 
     exit_code = 16
+
+
+class BusyError(PyploopError):
+    """Somebody else is at the same work."""
+
+    exit_code = 17
 
 
 class ParameterError(PyploopError):

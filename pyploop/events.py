@@ -16,11 +16,13 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from typing import IO, Any, Protocol
 
+from pyploop.errors import one_line
+
 SCHEMA = "pyploop.events/1"
 """Name and version in each NDJSON line's `schema`; the number changes when a
 field changes its meaning or goes away (docs/events.md)."""
 
-ERROR, NOTE, INFO, DETAIL, DEBUG = -1, 0, 3, 4, 5
+ERROR, NOTE, INFO, DETAIL = -1, 0, 3, 4
 
 
 class Renderer(Protocol):
@@ -59,7 +61,7 @@ class Reporter:
     def line(self, level: int, text: str) -> None:
         at = self.now()
         for r in self._renderers:
-            self._show(partial(r.line, level, at, text))
+            self._show(partial(r.line, level, at, one_line(text)))
 
     def _show(self, show: Callable[[], None]) -> None:
         if self._held is None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import os
 import signal
 import socket
@@ -20,10 +21,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from pyploop import kernel, watchdog
-from pyploop.errors import CommandError, DeviceControlError, OpenError
+from pyploop.errors import BusyError, CommandError, DeviceControlError, LoopError, OpenError
 from pyploop.events import Reporter
 from pyploop.sysblock import Mount
 
+LOCK_DEADLINE = 120.0
+"""Seconds to wait for another copy's freeze of the same file system."""
 WATCHDOG_DEADLINE = 10.0
 """Seconds for the watchdog to start."""
 KILL_GRACE = 2.0
@@ -99,6 +102,7 @@ class FileSystems:
         self._watchdog: subprocess.Popen[bytes] | None = None
         self._line: socket.socket | None = None
         self._frozen: list[tuple[Mount, int]] = []
+        self._frozen_by_others: list[tuple[Mount, int]] = []
 
     def __len__(self) -> int:
         return len(self._open)
@@ -132,10 +136,11 @@ class FileSystems:
                 raise DeviceControlError.of(f"cannot sync {mount.point}", e) from e
 
     def guard(self) -> None:
-        """Start the watchdog; before the stop command, so that its start costs
-        no frozen time."""
+        """Lock the file systems against the freeze of another copy, and start
+        the watchdog; before the stop command, so that neither costs frozen time."""
         if not self._open or self._watchdog is not None:
             return
+        self._lock()
         # Packets: one message each, whatever its length.
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         fds = [fd for _, fd in self._open]
@@ -159,6 +164,35 @@ class FileSystems:
         if ready != watchdog.READY:
             raise DeviceControlError("the thaw watchdog did not start; nothing was frozen")
 
+    def _lock(self) -> None:
+        """Two copies of one file system must not rely on each other's freeze."""
+        deadline = time.monotonic() + LOCK_DEADLINE
+        for mount, fd in self._open:
+            while True:
+                try:
+                    fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    break
+                except BlockingIOError:
+                    if time.monotonic() > deadline:
+                        raise BusyError(
+                            f"another copy keeps {mount.point} frozen, or is about to"
+                        ) from None
+                    time.sleep(0.02)
+
+    def check_frozen(self) -> None:
+        """What somebody else froze must still be frozen: LoopError if not."""
+        for mount, fd in self._frozen_by_others:
+            try:
+                kernel.fifreeze(fd, mount.point)
+            except OSError as e:
+                if e.errno == errno.EBUSY:
+                    continue
+                raise DeviceControlError.of(f"cannot freeze {mount.point}", e) from e
+            kernel.fithaw(fd, mount.point)
+            raise LoopError(
+                f"{mount.point} was frozen by somebody else, and thawed during the last blocks"
+            )
+
     def freeze(self) -> None:
         """Freeze each; one that is frozen already (by the stop command) is
         left as it is, also at the end."""
@@ -175,6 +209,7 @@ class FileSystems:
                 self._frozen.pop()
                 self._tell(watchdog.THAWED, fd)
                 if e.errno == errno.EBUSY:
+                    self._frozen_by_others.append((mount, fd))
                     self._report.info(f"{mount.point} is frozen already, and will be left so")
                     continue
                 raise DeviceControlError.of(f"cannot freeze {mount.point}", e) from e
@@ -198,6 +233,8 @@ class FileSystems:
             self._frozen.pop()
             with contextlib.suppress(OSError):
                 self._tell(watchdog.THAWED, fd)
+        for _, fd in self._open:
+            fcntl.flock(fd, fcntl.LOCK_UN)
         if failed:
             raise DeviceControlError(f"cannot thaw {'; '.join(failed)}")
 
@@ -207,7 +244,6 @@ class Timeline:
 
     def __init__(self) -> None:
         self.steps: dict[str, float] = {}
-        self._start = time.monotonic()
 
     @contextlib.contextmanager
     def step(self, name: str) -> Iterator[None]:
@@ -217,8 +253,3 @@ class Timeline:
             yield
         finally:
             self.steps[name] = self.steps.get(name, 0.0) + time.monotonic() - start
-
-    @property
-    def total(self) -> float:
-        """Seconds since the timeline began."""
-        return time.monotonic() - self._start

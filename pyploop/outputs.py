@@ -123,7 +123,7 @@ class StreamOutput:
 
     def _read(self, fd: int) -> bytes:
         deadline = min(time.monotonic() + self._timeout, self.deadline)
-        return transport.read_exactly(fd, d1.REPLY_SIZE, deadline, "reading the feedback")
+        return transport.read_exactly(fd, d1.REPLY_SIZE, deadline, "reading the feedback", self.fd)
 
     def _answer(self, fd: int, about: str) -> None:
         answer = self._read(fd)

@@ -7,6 +7,7 @@ after the file is durable under its final name; a failure leaves nothing there.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -81,8 +82,7 @@ def receive(
                 if channel is None and transport.is_socket(in_fd):
                     channel = in_fd
                 if channel is not None:
-                    native = True
-                    transport.write_all(channel, d1.HELLO_REPLY, "cannot answer the sender")
+                    native = _greet(channel, guessed=feedback_fd is None)
                     continue
             syncs += 1
             _answer(sink.sync, channel if feedback_fd is not None or native else None)
@@ -109,15 +109,29 @@ def receive(
         return Received(stats, syncs, native)
 
 
-def _answer(durable: object, channel: int | None, before: Callable[[], None] | None = None) -> None:
+def _greet(channel: int, guessed: bool) -> bool:
+    """Tell the sender who we are; false when a guessed channel has no reader:
+    the sender has sent all and gone."""
+    try:
+        transport.write_all(channel, d1.HELLO_REPLY, "cannot answer the sender")
+    except WriteError:
+        if not guessed:
+            raise
+        return False
+    return True
+
+
+def _answer(
+    durable: Callable[[], None], channel: int | None, before: Callable[[], None] | None = None
+) -> None:
     """Do what makes the data durable, and tell the peer how it went; `before`
     is called just before it is told of success."""
-    assert callable(durable)
     try:
         run_cancellable(durable)
     except PyploopError:
         if channel is not None:
-            transport.write_all(channel, d1.FAILURE, "cannot answer the sender")
+            with contextlib.suppress(WriteError):  # the first error is the one to tell
+                transport.write_all(channel, d1.FAILURE, "cannot answer the sender")
         raise
     if before is not None:
         before()

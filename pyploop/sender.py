@@ -61,7 +61,6 @@ class Sender:
         self._options, self._report = options, report
         self._known = Known(source.size, _hash_shift(source.size))
         out.prepare(self._known)
-        self._hook_used = False
         self._window_start = time.monotonic()
         self._deadline: float | None = None
         """Of the freeze, once it has begun."""
@@ -286,17 +285,21 @@ class Sender:
         report.event("phase", phase="frozen", bytes=None)
         before = self._pump.stats.data
         time_line = Timeline()
-        if mounts or (options.stop_command and self._tracker.name != "scan"):
+        stopped = bool(mounts or options.stop_command)
+        if options.freeze_limit and (mounts or (stopped and self._tracker.name != "scan")):
             # A scan compares all there is after the stop: as long as it takes.
             self._deadline = self._out.deadline = time.monotonic() + options.freeze_limit
         if options.stop_command:
             with time_line.step("stop command"):
-                run_command(options.stop_command, "the stop command", options.freeze_limit)
+                run_command(options.stop_command, "the stop command", self._time_left())
+        self._source.check_same()
         with time_line.step("source sync"):
             run_cancellable(lambda: self._write_back(mounts))
         with time_line.step("freeze"):
             mounts.freeze()
-        self._last_blocks(time_line, stopped=bool(mounts or options.stop_command))
+        self._last_blocks(time_line, stopped)
+        self._source.check_same()
+        mounts.check_frozen()
         with time_line.step("last blocks"):
             start = self._first_sector()[:4]
             # Before END: the ploop driver refuses when blocks are unread.
@@ -308,7 +311,9 @@ class Sender:
         with time_line.step("target commit"):
             self.summary.acknowledged = self._out.finish(self._pump, self._source.size)
         if options.before_thaw:
-            run_command(options.before_thaw, "the command before the thaw")
+            with time_line.step("before thaw"):
+                what = "the target is complete, but the command before the thaw"
+                run_command(options.before_thaw, what, self._time_left())
         with time_line.step("thaw"):
             mounts.thaw()
         s = self.summary
@@ -320,6 +325,12 @@ class Sender:
             f"Frozen for {s.frozen_total:.3f} s ({format_size(s.frozen_bytes)} sent): "
             + ", ".join(f"{k} {v:.3f}" for k, v in time_line.steps.items())
         )
+
+    def _time_left(self) -> float | None:
+        """Seconds of the freeze that are left to a command."""
+        if self._deadline is None:
+            return None
+        return max(self._deadline - time.monotonic(), 0.0)
 
     def _last_blocks(self, time_line: Timeline, stopped: bool) -> None:
         """Send what is dirty until nothing is, and no event is missing."""

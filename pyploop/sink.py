@@ -27,6 +27,8 @@ class Sink:
 
     def __init__(self, path: str) -> None:
         self.path = path
+        if not path or path.endswith("/"):
+            raise CreateError(f"cannot create {path!r}: not the name of a file")
         target = Path(path)
         self._name = target.name
         self._temp: str | None = None

@@ -48,6 +48,16 @@ class Mount:
     dev: tuple[int, int] | None = None
     """`st_dev` of files on it; None: cannot be told (btrfs has its own)."""
 
+    def device(self) -> tuple[int, int] | None:
+        """The block device that is mounted."""
+        if self.dev is not None:
+            return self.dev
+        try:
+            rdev = os.stat(self.source).st_rdev
+        except OSError:
+            return None
+        return os.major(rdev), os.minor(rdev)
+
     def is_at(self, st: os.stat_result) -> bool:
         """This folder lies on the file system, not on another that hides it."""
         here = os.major(st.st_dev), os.minor(st.st_dev)
@@ -165,7 +175,7 @@ def mounts_of(devices: list[BlockDevice], mountinfo: Path) -> list[Mount]:
 def mounted_elsewhere(devices: list[BlockDevice]) -> tuple[int, Mount] | None:
     """A process that sees one of the devices mounted in its own mount
     namespace, and that mount; None when no process does."""
-    seen: set[str] = set()
+    seen = {str(Path("/proc/self/ns/mnt").readlink())}
     for proc in Path("/proc").glob("[0-9]*"):
         try:
             namespace = str((proc / "ns/mnt").readlink())

@@ -101,18 +101,30 @@ def readable(fd: int, seconds: float) -> bool:
     return bool(poll.poll(seconds * 1000))
 
 
-def read_exactly(fd: int, size: int, deadline: float, what: str) -> bytes:
+def is_closed(fd: int) -> bool:
+    """Nobody reads this pipe or socket any more."""
+    poll = select.poll()
+    poll.register(fd, 0)  # errors and hang-ups are always told
+    return bool(poll.poll(0))
+
+
+def read_exactly(fd: int, size: int, deadline: float, what: str, stream: int = -1) -> bytes:
     """`size` bytes from a pipe or socket before `deadline` (time.monotonic()).
 
     ProtocolError when the peer closes first, ReadError when it is too late.
-    Short waits, so that a signal's exception is raised soon.
+    stream: what the same peer reads; when it closes that, WriteError, since a
+    feedback pipe may be held open by others.  Short waits, so that a signal's
+    exception is raised soon.
     """
     got = b""
     while len(got) < size:
         left = deadline - time.monotonic()
         if left <= 0:
             raise ReadError(f"{what}: no answer from the peer in time (it may be dead or stuck)")
-        if not readable(fd, min(left, POLL_SLICE)):
+        closed = stream >= 0 and is_closed(stream)
+        if not readable(fd, min(left, 0 if closed else POLL_SLICE)):
+            if closed:
+                raise WriteError(f"{what}: the receiver is gone (see its own message)")
             continue
         try:
             part = os.read(fd, size - len(got))

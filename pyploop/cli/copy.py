@@ -42,6 +42,16 @@ STALL = 600.0
 """Seconds in which the peer neither takes nor gives a byte."""
 
 
+def _descriptor(text: str) -> int:
+    fd = int(text)
+    if not -1 <= fd <= 1 << 20:
+        raise ValueError(f"{text} is not a descriptor")
+    return fd
+
+
+DESCRIPTOR = parsed(_descriptor, "descriptor")
+
+
 def parser() -> Parser:
     p = Parser(
         prog="pyploop copy",
@@ -54,9 +64,29 @@ def parser() -> Parser:
     add("-s", dest="source", metavar="DEVICE", help="block device or image file to copy")
     add("-F", dest="stop", metavar="STOPCMD", help="command that stops what writes to the source")
     add("-d", dest="target", metavar="FILE", help="new file: target of a local copy, or to receive")
-    add("-o", dest="out", type=int, default=1, metavar="OFD", help="descriptor to send to (1)")
-    add("-i", dest="inp", type=int, default=0, metavar="IFD", help="descriptor to receive from (0)")
-    add("-f", dest="feedback", type=int, metavar="FFD", help="feedback descriptor")
+    add(
+        "-o",
+        dest="out",
+        type=DESCRIPTOR,
+        default=1,
+        metavar="OFD",
+        help="descriptor to send to (1)",
+    )
+    add(
+        "-i",
+        dest="inp",
+        type=DESCRIPTOR,
+        default=0,
+        metavar="IFD",
+        help="descriptor to receive from (0)",
+    )
+    add(
+        "-f",
+        dest="feedback",
+        type=DESCRIPTOR,
+        metavar="FFD",
+        help="feedback descriptor",
+    )
     g = p.add_argument_group("sending")
     add = g.add_argument
     add("--tracker", choices=TRACKERS, default="auto", help="how to learn what was written (auto)")
@@ -79,7 +109,7 @@ def parser() -> Parser:
         type=parsed(parse_size, "size"),
         default=0,
         metavar="RATE",
-        help="bytes per second into the stream at most (K, M, G)",
+        help="bytes per second to the target at most (K, M, G)",
     )
     add(
         "--cluster",
@@ -98,7 +128,7 @@ def parser() -> Parser:
         type=parsed(parse_time, "time"),
         default=FREEZE_LIMIT,
         metavar="TIME",
-        help="give up, and undo everything, when the freeze lasts longer (60)",
+        help="give up, and undo everything, when the freeze lasts longer (60; 0: never)",
     )
     g = p.add_argument_group("both ends")
     add = g.add_argument
@@ -252,12 +282,19 @@ def _reporter(o: argparse.Namespace, level: int) -> Iterator[Reporter]:
                 report.add(TextRenderer(level, None, err))
         else:
             try:
-                handle = files.enter_context(open(o.json, "w"))
+                handle = open(o.json, "w")  # noqa: SIM115 - closed by _close
             except OSError as e:
                 raise ParameterError.of(f"--json {o.json}", e) from e
+            files.callback(_close, handle)
             report.add(JsonRenderer(handle))
             report.add(TextRenderer(level, out or err, err))
         yield report
+
+
+def _close(handle: IO[str]) -> None:
+    """A log that cannot be written does not spoil the copy."""
+    with contextlib.suppress(OSError):
+        handle.close()
 
 
 def _usable(fd: int, stream: IO[str] | None, taken: set[int]) -> IO[str] | None:

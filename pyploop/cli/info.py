@@ -238,8 +238,7 @@ def _open(report: Report, path: str) -> Source:
         return open_source(path)
     except OpenError as e:
         # Mounted where this process cannot freeze it: the rest is still true.
-        source = open_source(path, mount="?")
-        source.mounts = []
+        source = open_source(path, to_freeze=False)
         report["notes"].append(str(e))
         return source
 

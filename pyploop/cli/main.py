@@ -64,7 +64,8 @@ def signals_raise() -> Iterator[None]:
 
     def handler(signum: int, frame: FrameType | None) -> None:
         for s in names:
-            signal.signal(s, signal.SIG_IGN)
+            # Not SIG_IGN: one that is under way already would be complained about.
+            signal.signal(s, lambda *_: None)
         raise Interrupted(signum)
 
     old = {s: signal.signal(s, handler) for s in names if signal.getsignal(s) != signal.SIG_IGN}

@@ -17,8 +17,8 @@ def choose(name: str, source: Source, cluster: int | None = None) -> Tracker:
     cluster: bytes of a cluster of a device-mapper target, which nothing else
     tells; a wrong one would lose data, so there is no default.
     """
-    if cluster is not None:
-        source.cluster = cluster
+    if cluster is not None and name not in ("auto", "dm"):
+        raise ParameterError(f"--cluster is for --tracker dm, not {name}")
     if name not in TRACKERS:
         raise ParameterError(f"unknown tracker {name!r} (one of {', '.join(TRACKERS)})")
     if name == "bpf":
@@ -31,17 +31,19 @@ def choose(name: str, source: Source, cluster: int | None = None) -> Tracker:
     if name == "dm":
         if cluster is None:
             raise ParameterError("--tracker dm needs --cluster: the target does not tell its own")
+        source.cluster = cluster
         return dm.DmTracker(source)
     if name == "scan":
         return ScanTracker(source)
-    return _auto(source, cluster is not None)
+    return _auto(source, cluster)
 
 
-def _auto(source: Source, cluster_known: bool) -> Tracker:
+def _auto(source: Source, cluster: int | None) -> Tracker:
     if source.kind == "ploop":
         return PloopTracker(source, "a ploop device has its own tracking")
     is_dm = source.block is not None and source.block.disk.startswith("dm-")
-    if is_dm and cluster_known and dm.has_tracking(source):
+    if is_dm and cluster is not None and dm.has_tracking(source):
+        source.cluster = cluster
         return dm.DmTracker(source, "the device-mapper target has its own tracking")
     reason = bpf.usable(source)
     if not reason:
