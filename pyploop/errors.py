@@ -116,6 +116,12 @@ class BusyError(PyploopError):
     exit_code = 17
 
 
+class CancelledError(PyploopError):
+    """Another thread of this process gave the copy up."""
+
+    exit_code = 29
+
+
 class ParameterError(PyploopError):
     """The command line, or a descriptor it names, is wrong."""
 

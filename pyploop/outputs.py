@@ -122,8 +122,14 @@ class StreamOutput:
         self._report.detail(f"Peer: {self.dialect}")
 
     def _read(self, fd: int) -> bytes:
-        deadline = min(time.monotonic() + self._timeout, self.deadline)
-        return transport.read_exactly(fd, d1.REPLY_SIZE, deadline, "reading the feedback", self.fd)
+        limit = time.monotonic() + self._timeout
+        return transport.read_exactly(
+            fd,
+            d1.REPLY_SIZE,
+            lambda: min(limit, self.deadline),  # which a cancel moves
+            "reading the feedback",
+            self.fd,
+        )
 
     def _answer(self, fd: int, about: str) -> None:
         answer = self._read(fd)

@@ -14,7 +14,7 @@ import select
 import socket
 import stat
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from pyploop import kernel
 from pyploop.errors import ParameterError, ProtocolError, ReadError, WriteError
@@ -108,8 +108,11 @@ def is_closed(fd: int) -> bool:
     return bool(poll.poll(0))
 
 
-def read_exactly(fd: int, size: int, deadline: float, what: str, stream: int = -1) -> bytes:
-    """`size` bytes from a pipe or socket before `deadline` (time.monotonic()).
+def read_exactly(
+    fd: int, size: int, deadline: Callable[[], float], what: str, stream: int = -1
+) -> bytes:
+    """`size` bytes from a pipe or socket before `deadline` (time.monotonic();
+    asked again at each wait).
 
     ProtocolError when the peer closes first, ReadError when it is too late.
     stream: what the same peer reads; when it closes that, WriteError, since a
@@ -118,7 +121,7 @@ def read_exactly(fd: int, size: int, deadline: float, what: str, stream: int = -
     """
     got = b""
     while len(got) < size:
-        left = deadline - time.monotonic()
+        left = deadline() - time.monotonic()
         if left <= 0:
             raise ReadError(f"{what}: no answer from the peer in time (it may be dead or stuck)")
         closed = stream >= 0 and is_closed(stream)

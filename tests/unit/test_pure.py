@@ -4,6 +4,7 @@ and the trackers without a kernel."""
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import io
 import itertools
@@ -22,6 +23,7 @@ from pyploop._core import Extents
 from pyploop.cli.main import parse_globals
 from pyploop.device import Source, open_source
 from pyploop.errors import (
+    CancelledError,
     CreateError,
     DeviceControlError,
     Interrupted,
@@ -33,8 +35,11 @@ from pyploop.errors import (
 )
 from pyploop.events import JsonRenderer, Reporter, TextRenderer
 from pyploop.freeze import FileSystems
+from pyploop.outputs import FileOutput
 from pyploop.rounds import Policy, Round, decide
+from pyploop.sender import Sender
 from pyploop.sink import Sink
+from pyploop.summary import Options
 from pyploop.sysblock import BlockDevice, Mount
 from pyploop.trackers.dm import DmTracker, has_tracking
 from pyploop.trackers.scan import ScanTracker
@@ -246,13 +251,30 @@ def test_the_wrong_file_system_is_never_frozen_when_a_mount_hides_another(tmp_pa
 def test_reading_is_exact_and_ends_with_the_peer_or_the_deadline() -> None:
     r, w = os.pipe()
     os.write(w, b"12345")
-    assert transport.read_exactly(r, 3, time.monotonic() + 5, "x") == b"123"
+    late = time.monotonic() + 5
+    assert transport.read_exactly(r, 3, lambda: late, "x") == b"123"
+    soon = time.monotonic() + 0.05
     with pytest.raises(ReadError, match="no answer"):
-        transport.read_exactly(r, 3, time.monotonic() + 0.05, "x")
+        transport.read_exactly(r, 3, lambda: soon, "x")
     os.close(w)
     with pytest.raises(ProtocolError, match="after 0 bytes"):
-        transport.read_exactly(r, 3, time.monotonic() + 5, "x")
+        transport.read_exactly(r, 3, lambda: late, "x")
     os.close(r)
+
+
+def test_a_copy_cancelled_by_another_thread_fails_with_its_own_exit_code(tmp_path: Path) -> None:
+    (tmp_path / "source").write_bytes(b"x" * 8192)
+    out = FileOutput(os.open(tmp_path / "target", os.O_RDWR | os.O_CREAT))
+    source = open_source(str(tmp_path / "source"))
+    with (
+        contextlib.closing(source),
+        Sender(source, ScanTracker(source), out, Options(), Reporter()) as sender,
+    ):
+        sender.cancel()
+        with pytest.raises(CancelledError) as caught:
+            sender.first_pass()
+    assert caught.value.exit_code == 29
+    os.close(out.fd)
 
 
 def test_writing_to_a_peer_that_is_gone_is_an_error_and_no_signal() -> None:
