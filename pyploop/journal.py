@@ -1,0 +1,275 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What was done and must be undone, on disk, for a later process.
+
+One JSON file per process and undertaking in /run/pyploop (0700), written
+before each act and removed when nothing is left to undo (docs/freeze.md has
+the format).  A file whose owner lives belongs to that owner; one whose owner
+has died is replayed, in reverse, by `pyploop thaw`.
+
+    journal = Journal.create("copy of /dev/loop0")
+    entry = journal.add({"kind": "write", "path": …, "value": …})   # then act
+    journal.done(entry)                                              # undone
+    journal.close()
+
+An entry is a dict with a `kind`; who has kinds of his own registers how each
+is undone by hand:
+
+    journal.register("remote file", undo, outlives_boot=True)
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+import stat
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pyploop.errors import BusyError, DeviceControlError, OpenError, PyploopError
+
+SCHEMA = "pyploop.journal/1"
+"""In each file's `schema`; the number changes when a field changes its meaning."""
+ENVIRONMENT = "PYPLOOP_RUN"
+"""Names another folder for the journals."""
+
+Entry = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Kind:
+    """How one kind of entry is undone by hand: `undo` raises OSError or
+    PyploopError.  outlives_boot: it is still there after a reboot."""
+
+    undo: Callable[[Entry], None]
+    outlives_boot: bool
+
+
+_kinds: dict[str, Kind] = {}
+
+
+def register(kind: str, undo: Callable[[Entry], None], *, outlives_boot: bool = False) -> None:
+    """Tell how entries of this kind are undone by `Record.replay`."""
+    _kinds[kind] = Kind(undo, outlives_boot)
+
+
+def folder() -> Path:
+    """Where journals are: /run/pyploop for root, else below XDG_RUNTIME_DIR.
+    OpenError when this user has no such place."""
+    if given := os.environ.get(ENVIRONMENT):
+        return Path(given)
+    if os.geteuid() == 0:
+        return Path("/run/pyploop")
+    if own := os.environ.get("XDG_RUNTIME_DIR"):
+        return Path(own) / "pyploop"
+    raise OpenError(
+        f"no folder for undo journals: not root, and no XDG_RUNTIME_DIR ({ENVIRONMENT})"
+    )
+
+
+def start_time(pid: int) -> int | None:
+    """When the process started, in ticks since the boot; None: it is gone."""
+    try:
+        with open(f"/proc/{pid}/stat") as f:
+            fields = f.read().rpartition(")")[2].split()
+    except OSError:
+        return None
+    return None if fields[0] in "ZX" else int(fields[19])
+
+
+def boot_id() -> str:
+    with open("/proc/sys/kernel/random/boot_id") as f:
+        return f.read().strip()
+
+
+def _save(path: Path, record: dict[str, Any]) -> None:
+    """Replace the file at once; a reader sees the old one or the new one."""
+    new = path.with_name(path.name + ".new")
+    with open(os.open(new, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600), "w") as f:
+        json.dump(record, f)
+    os.replace(new, path)
+
+
+class Journal:
+    """The journal of one undertaking of this process."""
+
+    def __init__(self, path: Path, record: dict[str, Any]) -> None:
+        self.path = path
+        self._record = record
+        self._entries: list[Entry] = record["entries"]
+
+    @classmethod
+    def create(cls, what: str, where: Path | None = None, **fields: Any) -> Journal:
+        """`what`: for a person, in `pyploop thaw --list`.  `fields`: more of
+        the record, for the undertaking's own use.  OpenError: no file there."""
+        where = where or folder()
+        try:
+            where.mkdir(mode=0o700, exist_ok=True)
+            st = os.lstat(where)
+            if not stat.S_ISDIR(st.st_mode) or st.st_uid != os.geteuid() or st.st_mode & 0o077:
+                raise OpenError(f"{where} is not a folder of our own (0700): no undo journal there")
+            path = _claim(where)
+        except OSError as e:
+            raise OpenError.of(f"cannot write an undo journal in {where}", e) from e
+        record = {
+            **fields,
+            "schema": SCHEMA,
+            "what": what,
+            "boot": boot_id(),
+            "started": round(time.time(), 3),
+            "owners": [_identity(os.getpid())],
+            "entries": [],
+        }
+        journal = cls(path, record)
+        journal.save()
+        return journal
+
+    @property
+    def id(self) -> str:
+        return self.path.stem
+
+    def save(self) -> None:
+        try:
+            _save(self.path, self._record)
+        except OSError as e:
+            raise DeviceControlError.of(f"cannot write the undo journal {self.path}", e) from e
+
+    def set_owners(self, *pids: int) -> None:
+        """The processes that undo it themselves as long as one of them lives."""
+        self._record["owners"] = [_identity(pid) for pid in pids]
+        self.save()
+
+    def add(self, entry: Entry) -> Entry:
+        """Before the act.  Returns the entry, for `done`."""
+        self._entries.append(entry)
+        self.save()
+        return entry
+
+    def done(self, entry: Entry) -> None:
+        """It is undone, or is somebody else's from now on."""
+        self._entries[:] = [e for e in self._entries if e is not entry]
+        self.save()
+
+    @property
+    def entries(self) -> list[Entry]:
+        return list(self._entries)
+
+    def close(self) -> None:
+        """Remove the file, unless something in it is not undone."""
+        if not self._entries:
+            with contextlib.suppress(OSError):
+                self.path.unlink()
+
+
+def _claim(where: Path) -> Path:
+    """A new empty file of this process: PID.json, PID-2.json and so on."""
+    number = 1
+    while True:
+        path = where / (f"{os.getpid()}.json" if number == 1 else f"{os.getpid()}-{number}.json")
+        with contextlib.suppress(FileExistsError):
+            os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))
+            return path
+        number += 1
+
+
+def _identity(pid: int) -> dict[str, int]:
+    return {"pid": pid, "start": start_time(pid) or 0}
+
+
+@dataclass
+class Record:
+    """A journal as found by another process."""
+
+    path: Path
+    fields: dict[str, Any]
+
+    @property
+    def id(self) -> str:
+        return self.path.stem
+
+    @property
+    def what(self) -> str:
+        return str(self.fields.get("what", "?"))
+
+    @property
+    def entries(self) -> list[Entry]:
+        return list(self.fields.get("entries", []))
+
+    @property
+    def of_this_boot(self) -> bool:
+        return bool(self.fields.get("boot") == boot_id())
+
+    def owner(self) -> int | None:
+        """A process that lives and undoes this itself."""
+        if self.of_this_boot:
+            for owner in self.fields.get("owners", []):
+                if start_time(owner["pid"]) == owner["start"]:
+                    return int(owner["pid"])
+        return None
+
+    def replay(self) -> list[str]:
+        """Undo in reverse; what fails stays, and is returned in words.
+        BusyError when the owner lives."""
+        pid = self.owner()
+        if pid is not None:
+            raise BusyError(f"{self.id} belongs to process {pid}, which undoes it itself")
+        failed: list[str] = []
+        left: list[Entry] = []
+        for entry in reversed(self.entries):
+            try:
+                self._undo(entry)
+            except (OSError, PyploopError) as e:
+                why = str(e) if isinstance(e, PyploopError) else e.strerror
+                failed.append(f"{describe(entry)}: {why}")
+                left.insert(0, entry)
+        if left:
+            self.fields["entries"] = left
+            _save(self.path, self.fields)
+        else:
+            self.path.unlink(missing_ok=True)
+        return failed
+
+    def _undo(self, entry: Entry) -> None:
+        kind = _kinds.get(entry["kind"])
+        if kind is None:
+            raise DeviceControlError(f"entries of kind {entry['kind']!r} are not undone here")
+        if self.of_this_boot or kind.outlives_boot:
+            kind.undo(entry)
+
+
+def describe(entry: Entry) -> str:
+    """One entry in words: its own `what`, else its kind."""
+    return str(entry.get("what") or entry["kind"])
+
+
+def records(where: Path | None = None) -> list[Record]:
+    """All journals, by age; those that cannot be read are left out."""
+    found = []
+    for path in (where or folder()).glob("*.json"):
+        with contextlib.suppress(OSError, ValueError):
+            fields = json.loads(path.read_text())
+            if isinstance(fields, dict) and fields.get("schema") == SCHEMA:
+                found.append(Record(path, fields))
+    return sorted(found, key=lambda r: (r.fields.get("started", 0), r.id))
+
+
+@contextlib.contextmanager
+def replaying(where: Path | None = None) -> Iterator[None]:
+    """Keep other replays out meanwhile.  BusyError when one is under way."""
+    try:
+        fd = os.open(where or folder(), os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    except FileNotFoundError:
+        yield  # no journals either
+        return
+    try:
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise BusyError("another `pyploop thaw` is at work") from None
+        yield
+    finally:
+        os.close(fd)
