@@ -214,12 +214,28 @@ class FileSystems:
                     continue
                 raise DeviceControlError.of(f"cannot freeze {mount.point}", e) from e
 
+    def warm_up(self) -> None:
+        """Freeze and thaw once, while running: what a freeze costs is waiting
+        for RCU grace periods (20 to 50 ms), and for some milliseconds after
+        one those are short.  The page cache is flushed by it, too."""
+        with self._report.held():
+            self.freeze()
+            self._thaw_ours()
+        self._frozen_by_others.clear()  # freeze() looks again
+
     def _tell(self, word: bytes, fd: int) -> None:
         assert self._line is not None
         self._line.send(b"%s %d" % (word, fd))
 
     def thaw(self) -> None:
-        """Thaw what `freeze` froze, in reverse order."""
+        """Thaw what `freeze` froze, in reverse order, and let others freeze."""
+        try:
+            self._thaw_ours()
+        finally:
+            for _, fd in self._open:
+                fcntl.flock(fd, fcntl.LOCK_UN)
+
+    def _thaw_ours(self) -> None:
         failed: list[str] = []
         while self._frozen:
             mount, fd = self._frozen[-1]
@@ -233,8 +249,6 @@ class FileSystems:
             self._frozen.pop()
             with contextlib.suppress(OSError):
                 self._tell(watchdog.THAWED, fd)
-        for _, fd in self._open:
-            fcntl.flock(fd, fcntl.LOCK_UN)
         if failed:
             raise DeviceControlError(f"cannot thaw {'; '.join(failed)}")
 

@@ -59,8 +59,9 @@ class Output(Protocol):
     def header(self, pump: Pump, data: bytes) -> None:
         """Write `data` at position 0, last of all blocks."""
 
-    def finish(self, pump: Pump, size: int) -> str:
-        """No block follows.  Answers as `sync`."""
+    def finish(self, pump: Pump, size: int, start: bytes) -> str:
+        """No block follows: all is durable when this returns, as far as it can
+        be known.  Answers, and takes `start`, as `sync`."""
 
 
 class StreamOutput:
@@ -155,11 +156,14 @@ class StreamOutput:
     def header(self, pump: Pump, data: bytes) -> None:
         _write(pump, d1.data(0, data))
 
-    def finish(self, pump: Pump, size: int) -> str:
-        _write(pump, d1.end())
+    def finish(self, pump: Pump, size: int, start: bytes) -> str:
         if self._native and self._answers is not None:
+            # One round trip: the answer to END says all that SYNC's would.
+            _write(pump, d1.end())
             self._answer(self._answers, "END")
             return "acknowledged"
+        self.sync(pump, waiting=False, start=start)
+        _write(pump, d1.end())
         return "unknown"
 
 
@@ -200,7 +204,7 @@ class FileOutput:
         except OSError as e:
             raise WriteError.of("cannot write the image header", e) from e
 
-    def finish(self, pump: Pump, size: int) -> str:
+    def finish(self, pump: Pump, size: int, start: bytes) -> str:
         if self._sink is not None:
             self._sink.set_size(size)
             run_cancellable(self._sink.commit)

@@ -210,6 +210,7 @@ class Sender:
         self._mounts.guard()
         # What was dirtied meanwhile must not wait for the freeze.
         self.round()
+        self._mounts.warm_up()
 
     # ---- frozen
 
@@ -277,10 +278,9 @@ class Sender:
             self._tracker.stop(True)
             if self._source.image_format == "ploop1":
                 self._out.header(pump, clear_in_use(start))
-        with step("target sync"):
-            self._out.sync(pump, waiting=False, start=start[:4])
         with step("target commit"):
-            self.summary.acknowledged = self._out.finish(pump, self._source.size)
+            size = self._source.size
+            self.summary.acknowledged = self._out.finish(pump, size, start[:4])
 
     def _tell(self, sent: int) -> None:
         """The summary's figures, and the events about them."""
