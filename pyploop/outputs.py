@@ -20,6 +20,7 @@ from typing import Protocol
 
 from pyploop import _core, transport
 from pyploop._core import Fault, Known, Pump
+from pyploop.compat import EXACT, NATIVE, PERHAPS_PLOOP, PLOOP, PYPLOOP, Compat, Framing
 from pyploop.errors import ParameterError, ProtocolError, PyploopError, SyncError, WriteError
 from pyploop.events import Reporter
 from pyploop.freeze import FileSystems
@@ -39,22 +40,26 @@ class Output(Protocol):
     fd: int
     sink: int
     dialect: str
+    framing: Framing
+    """Of a stream; known after `hello`."""
     deadline: float
     """time.monotonic() at which waiting for an answer ends, whatever else."""
 
     def check_apart(self, mounts: FileSystems) -> None:
         """ParameterError when the target lies on what will be frozen."""
 
-    def prepare(self, known: Known | None) -> None:
-        """Before the first block: what the target may hold already."""
+    def hello(self) -> int:
+        """Before all else: find out what the peer can do, and so the framing.
+        Returns the bytes that this wrote."""
 
-    def hello(self, pump: Pump) -> None:
-        """Before the first block: find out what the peer can do."""
+    def prepare(self, known: Known | None) -> None:
+        """After `hello`, before the first block: what the target may hold."""
 
     def sync(self, pump: Pump, waiting: bool, start: bytes) -> str:
-        """'acknowledged', 'local', 'waited' or 'unknown'.  waiting: without an
-        answer, give the peer the agreed time.  start: the image's first four
-        bytes, which receivers before 1.11 write at position 0."""
+        """'acknowledged', 'local', 'waited' or 'unknown'.  waiting: the SYNC
+        before the freeze, for which a peer that cannot answer gets the agreed
+        time.  start: the image's first four bytes, which receivers before 1.11
+        write at position 0."""
 
     def header(self, pump: Pump, data: bytes) -> None:
         """Write `data` at position 0, last of all blocks."""
@@ -78,49 +83,71 @@ class StreamOutput:
         two_way: bool,
         sync_wait: float,
         answer_timeout: float,
+        compat: Compat = "auto",
     ) -> None:
         """fd: never blocks in write.  two_way: `fd` is a socket that may answer
         even without a feedback descriptor.  Times in seconds."""
         self.fd = fd
         self.dialect = "D1"
+        self.framing = NATIVE
+        self._compat = compat
         self._feedback = feedback
         self._answers = feedback if feedback is not None else (fd if two_way else None)
         self._report = report
         self._sync_wait = sync_wait
         self._timeout = answer_timeout
-        self._native = False
+        self._greeted = False
         self.deadline = math.inf
 
     def check_apart(self, mounts: FileSystems) -> None:
         pass  # where the peer writes is not known here
 
-    def prepare(self, known: Known | None) -> None:
-        # A receiver before 1.11 writes HELLO's bytes at 0: block 0 goes anyway.
-        if known is not None and self._answers is not None:
-            known.assume_data(0, BLOCK)
+    def hello(self) -> int:
+        self.framing = self._find_framing()
+        self.dialect = f"D1, {self.framing.name}"
+        return len(d1.sync(d1.HELLO)) if self._greeted else 0
 
-    def hello(self, pump: Pump) -> None:
+    def _find_framing(self) -> Framing:
+        if self._compat == "ploop":
+            # On a socket alone the C tool never looks for an answer.
+            self._answers = self._feedback
+            return EXACT
+        unknown = NATIVE if self._compat == "native" else PERHAPS_PLOOP
         if self._answers is None:
             self._report.info(
                 "No way back from the peer (no -f, not a socket): nothing it does is acknowledged"
             )
-            return
-        _write(pump, d1.sync(d1.HELLO))
+            return unknown
+        answer = self._greet(self._answers)
+        if answer is None:
+            self._answers = None
+            self._report.info("The peer does not answer: nothing it does is acknowledged")
+            return unknown
+        if answer == d1.HELLO_REPLY:
+            return PYPLOOP
+        if answer == d1.FAILURE:
+            raise SyncError("the receiver cannot sync its target")
+        if answer != d1.SUCCESS:
+            raise ProtocolError(f"the receiver answered {answer!r} to the first SYNC")
+        return NATIVE if self._compat == "native" else PLOOP
+
+    def _greet(self, answers: int) -> bytes | None:
+        """Say HELLO; the answer, None when a socket that promises none has none."""
+        closed = "the receiver closed the stream before anything was sent (see its own message)"
+        if transport.is_closed(self.fd):
+            raise WriteError(closed)
+        transport.write_all(self.fd, d1.sync(d1.HELLO), closed)
+        self._greeted = True
         if self._feedback is None:
             deadline = time.monotonic() + HELLO_WAIT
-            if not _readable_before(self._answers, deadline):
-                self._answers = None
-                self._report.info("The peer does not answer: nothing it does is acknowledged")
-                return
-        answer = self._read(self._answers)
-        if answer == d1.HELLO_REPLY:
-            self._native = True
-            self.dialect = "D1, pyploop peer"
-        elif answer == d1.FAILURE:
-            raise SyncError("the receiver cannot sync its target")
-        elif answer != d1.SUCCESS:
-            raise ProtocolError(f"the receiver answered {answer!r} to the first SYNC")
-        self._report.detail(f"Peer: {self.dialect}")
+            if not _readable_before(answers, deadline):
+                return None
+        return self._read(answers)
+
+    def prepare(self, known: Known | None) -> None:
+        # A receiver before 1.11 writes HELLO's bytes at 0: block 0 goes anyway.
+        if known is not None and self._greeted:
+            known.assume_data(0, BLOCK)
 
     def _read(self, fd: int) -> bytes:
         limit = time.monotonic() + self._timeout
@@ -140,6 +167,8 @@ class StreamOutput:
             raise ProtocolError(f"the receiver answered {answer!r} to {about}")
 
     def sync(self, pump: Pump, waiting: bool, start: bytes) -> str:
+        if self.framing.exact and not waiting:
+            return "unknown"  # the C tool has no SYNC after its last block
         _write(pump, d1.sync(start))
         if self._answers is not None:
             self._answer(self._answers, "SYNC")
@@ -157,7 +186,7 @@ class StreamOutput:
         _write(pump, d1.data(0, data))
 
     def finish(self, pump: Pump, size: int, start: bytes) -> str:
-        if self._native and self._answers is not None:
+        if self.framing is PYPLOOP and self._answers is not None:
             # One round trip: the answer to END says all that SYNC's would.
             _write(pump, d1.end())
             self._answer(self._answers, "END")
@@ -173,6 +202,7 @@ class FileOutput:
 
     sink = _core.SINK_FILE
     dialect = "local file"
+    framing = NATIVE
 
     def __init__(self, target: Sink | int) -> None:
         self._sink = target if isinstance(target, Sink) else None
@@ -191,8 +221,8 @@ class FileOutput:
         if known is not None:
             known.assume_data(0, os.fstat(self.fd).st_size)
 
-    def hello(self, pump: Pump) -> None:
-        pass
+    def hello(self) -> int:
+        return 0
 
     def sync(self, pump: Pump, waiting: bool, start: bytes) -> str:
         self._durable(lambda: _core.fdatasync(self.fd))
@@ -257,6 +287,7 @@ def open_output(
     report: Reporter,
     sync_wait: float,
     answer_timeout: float,
+    compat: Compat = "auto",
 ) -> Iterator[Output]:
     """The output that `-d`, `-o` and `-f` name.  ParameterError for one that
     cannot take an image."""
@@ -283,4 +314,5 @@ def open_output(
             two_way=transport.is_socket(out_fd),
             sync_wait=sync_wait,
             answer_timeout=answer_timeout,
+            compat=compat,
         )

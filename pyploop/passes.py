@@ -7,6 +7,7 @@ after that).
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import mmap
 import os
@@ -14,6 +15,7 @@ import time
 
 from pyploop import _core
 from pyploop._core import Extents, Fault, Known, Pump, PumpStats
+from pyploop.compat import PIECE, Extent
 from pyploop.device import Source
 from pyploop.errors import (
     CancelledError,
@@ -28,13 +30,11 @@ from pyploop.image import HEADER_FRAME
 from pyploop.outputs import Output, explain_write
 from pyploop.summary import Options
 from pyploop.trackers import Batch, Tracker
-from pyploop.units import MIB, format_size
+from pyploop.units import BLOCK, MIB, format_size
 from pyploop.worker import run_cancellable
 
 MEMORY = 16 * MIB
 """Bytes of read buffers, whatever the source's size."""
-PIECE = 256 * 1024
-"""Bytes of one read, and frame, from a page cache."""
 HASH_MEMORY = 16 * MIB
 """Bytes of hashes above which a hash covers more than a block (at most 64 KiB)."""
 
@@ -47,30 +47,42 @@ class Passes:
     ) -> None:
         self._source, self._tracker, self._out = source, tracker, out
         self._options, self._report = options, report
-        known = Known(source.size, _hash_shift(source.size))
-        out.prepare(known)
+        self._known: Known | None = None
+        self._greeting = 0
+        self._cancelled = False
         self.window_start = time.monotonic()
         """When the marks that are now set began to be collected."""
         self.deadline: float | None = None
         """time.monotonic() at which a pass fails: the freeze's."""
-        self.pump = self._make_pump(known)
+        self.pump: Pump
+
+    def greet(self) -> None:
+        """Find out about the peer, which decides what it gets; before all else."""
+        self._greeting = self._out.hello()
+        framing = self._out.framing
+        unit = BLOCK
+        if framing.needs_hashes(self._tracker.needs_hashes):
+            self._known = Known(self._source.size, _hash_shift(self._source.size))
+            unit = self._known.chunk
+        self._out.prepare(self._known)
+        self.pump = self._make_pump(framing.cluster(self._source, unit))
+        if self._cancelled:
+            self.pump.cancel()
 
     @property
     def stats(self) -> PumpStats:
-        return self.pump.stats
+        stats = self.pump.stats
+        return stats._replace(wire=stats.wire + self._greeting)
 
     def cancel(self) -> None:
         """From any thread: what runs, and all that would, fails at once."""
+        self._cancelled = True
         self._out.deadline = 0.0
-        self.pump.cancel()
+        with contextlib.suppress(AttributeError):  # not greeted yet
+            self.pump.cancel()
 
-    def _make_pump(self, known: Known) -> Pump:
+    def _make_pump(self, cluster: int) -> Pump:
         source, options = self._source, self._options
-        # A buffered source in pieces that stay in the core's cache; the peer
-        # then writes in such pieces too, which needs no large folios.
-        cluster = PIECE if source.align == 1 else MIB
-        if source.kind == "ploop":
-            cluster = min(max(source.cluster, MIB), 64 * MIB)
         # Buffered reads copy in the reader itself, so one helper keeps two
         # cores busy; O_DIRECT needs requests in flight.
         readers = options.readers
@@ -88,7 +100,7 @@ class Passes:
             readers=readers,
             stall_ms=int(options.stall * 1000),
             rate=options.rate,
-            known=known,
+            known=self._known,
             hook=self._tracker.hook(),
         )
 
@@ -96,11 +108,18 @@ class Passes:
         """Send the batches; returns the bytes of payload that this took."""
         before = self.pump.stats.data
         for batch in batches:
-            bits = flags | _core.PASS_SKIP_ZERO
-            bits |= _core.PASS_CHANGED if batch.changed else 0
-            bits |= _core.PASS_HOLES if batch.holes else 0
-            self._run_pass(batch.extents, bits)
+            self._run_pass(batch.extents, flags | self._out.framing.flags(batch))
         return self.pump.stats.data - before
+
+    def parts(self) -> tuple[list[Extent], list[Extent]]:
+        """(data, holes) of the source, as the first pass treats them."""
+        framing = self._out.framing
+        data, holes = framing.parts(self._source)
+        if framing.as_ploop and self._known is not None:
+            # A block of zeroes that is no hole is sent, as the C tool does.
+            for start, end in data:
+                self._known.assume_data(start, end)
+        return data, holes
 
     def _run_pass(self, extents: Extents, flags: int) -> None:
         pump = self.pump

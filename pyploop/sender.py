@@ -89,8 +89,9 @@ class Sender:
             self._tracker.start()
             undo.callback(self._tracker.stop, False)
             self._passes = Passes(source, self._tracker, self._out, self._options, report)
-            self._out.hello(self._passes.pump)
+            self._passes.greet()
             self.summary.dialect = self._out.dialect
+            report.info(f"Dialect: {self._out.dialect}")
             self._undo = undo.pop_all()
         return self
 
@@ -105,7 +106,7 @@ class Sender:
 
     def first_pass(self) -> Round:
         """All data of the source, and what may not be zero at the target."""
-        data, holes = self._source.holes()
+        data, holes = self._passes.parts()
         size = self._source.size
         # The last block carries the exact size, so it goes in any case.
         if not data or data[-1][1] < size:

@@ -13,10 +13,12 @@ import os
 import stat
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import IO
 
 from pyploop import device, transport
 from pyploop.cli.arguments import Parser, parsed
+from pyploop.compat import COMPATS
 from pyploop.errors import (
     Interrupted,
     ParameterError,
@@ -103,6 +105,12 @@ def parser() -> Parser:
         default=SYNC_WAIT,
         metavar="TIME",
         help="wait for a peer that cannot answer (5)",
+    )
+    add(
+        "--compat",
+        choices=COMPATS,
+        default="auto",
+        help="whose stream to send: the C tool's (ploop), ours (native), or as the peer is (auto)",
     )
     add(
         "--bwlimit",
@@ -242,10 +250,15 @@ def _send(o: argparse.Namespace, report: Reporter) -> None:
             report=report,
             sync_wait=o.sync_wait,
             answer_timeout=o.timeout or ANSWER_TIMEOUT,
+            compat=o.compat,
         ) as out,
         contextlib.closing(device.open_source(o.source, o.read, o.mount)) as source,
     ):
-        Sender(source, choose(o.tracker, source, o.cluster), out, options, report).run()
+        tracker = choose(o.tracker, source, o.cluster)
+        if o.compat == "ploop" and tracker.name == "ploop":
+            # The C tool reads the driver's marks until there are none, once.
+            options.policy = replace(options.policy, max_rounds=1)
+        Sender(source, tracker, out, options, report).run()
 
 
 def _check_output(fd: int) -> None:

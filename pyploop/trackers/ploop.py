@@ -8,12 +8,16 @@ of the first pass tells it how far the pass has come.
 from __future__ import annotations
 
 import contextlib
+import errno
 
-from pyploop._core import Bitmap, Hook, PloopTracking
+from pyploop._core import Extents, Hook, PloopTracking
 from pyploop.device import Source
 from pyploop.errors import DeviceControlError
 from pyploop.trackers import Batch, Repair, Verdict
-from pyploop.units import BLOCK
+
+MAX_LAPS = 10
+"""Times that one `take` goes on when the driver goes back to an earlier
+position: a device that is dirtied faster than it is read has no end."""
 
 
 class PloopTracker:
@@ -30,6 +34,8 @@ class PloopTracker:
         self._size = source.size
         self._tracking = PloopTracking(source.control_fd)
         self._active = False
+        self._held: tuple[int, int] | None = None
+        """Handed out by the driver, and left to the next `take`."""
 
     def start(self) -> None:
         try:
@@ -45,12 +51,43 @@ class PloopTracker:
         return None
 
     def take(self) -> list[Batch]:
-        dirty = Bitmap(self._size, BLOCK.bit_length() - 1)
-        try:
-            self._tracking.take(dirty)
-        except OSError as e:
-            raise DeviceControlError.of(f"TRACK_READ failed on {self._path}", e) from e
-        return [Batch(dirty.extents())]
+        """The extents as the driver gives them, a batch for each time that it
+        goes back to an earlier position; until it has none, or as long as the C
+        tool goes on."""
+        batches: list[Batch] = []
+        lap: list[tuple[int, int]] = []
+        total = 0
+        while (extent := self._next()) is not None:
+            start, end = extent
+            if lap and start < lap[-1][1]:
+                batches.append(Batch(Extents.of(lap)))
+                lap = []
+                n = len(batches)
+                if n > MAX_LAPS or (n > 1 and total > self._size):
+                    self._held = extent
+                    break
+            lap.append(extent)
+            total += end - start
+        if lap or not batches:
+            batches.append(Batch(Extents.of(lap)))
+        return batches
+
+    def _next(self) -> tuple[int, int] | None:
+        """The next dirty extent within the image, which is clear from now on."""
+        if self._held is not None:
+            extent, self._held = self._held, None
+            return extent
+        while True:
+            try:
+                found = self._tracking.next()
+            except OSError as e:
+                raise DeviceControlError.of(f"TRACK_READ failed on {self._path}", e) from e
+            if found is None:
+                return None
+            # The driver's last cluster may reach past the end of the file.
+            start, end = found[0], min(found[1], self._size)
+            if start < end:
+                return start, end
 
     def check(self, quiesced: bool) -> Verdict:
         if quiesced:
@@ -72,6 +109,8 @@ class PloopTracker:
                 self._tracking.abort()
             return
         try:
+            if self._held is not None:  # so says the driver of unread blocks, too
+                raise OSError(errno.EBUSY, "dirty blocks are left")
             self._tracking.stop()
         except OSError as e:
             with contextlib.suppress(OSError):

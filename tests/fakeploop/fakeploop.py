@@ -7,6 +7,7 @@ import contextlib
 import hashlib
 import io
 import os
+import socket
 import struct
 import subprocess
 from collections.abc import Iterator, Mapping, Sequence
@@ -195,30 +196,42 @@ def capture(
     verbose: int | None = None,
     device: str = DEVICE,
     program: Sequence[str] = ("ploop",),
+    more: Sequence[str] = (),
+    one_socket: bool = False,
     timeout: float = 60,
 ) -> Capture:
     """Run a sender with its stream on a descriptor of its own and record it.
 
     feedback is what the peer answers (written beforehand, then the pipe is
-    closed); None runs the sender without feedback.
+    closed); None runs the sender without feedback.  more: further options.
+    one_socket: the stream, and the feedback, on a socket instead of pipes.
     """
     with contextlib.ExitStack() as stack:
-        stream_r, stream_w = _pipe(stack)
-        fb_r, fb_w = _pipe(stack)
-        fb_w.write(feedback or b"")
-        fb_w.close()
+        if one_socket:
+            ends = (stack.enter_context(s) for s in socket.socketpair())
+            stream_r, stream_w = (io.FileIO(s.detach(), "r+") for s in ends)
+            stack.callback(stream_r.close)
+            stack.callback(stream_w.close)
+            stream_r.write(feedback or b"")
+            fb_r = stream_w
+        else:
+            stream_r, stream_w = _pipe(stack)
+            fb_r, fb_w = _pipe(stack)
+            fb_w.write(feedback or b"")
+            fb_w.close()
         cat = subprocess.Popen(["cat"], stdin=stream_r, stdout=subprocess.PIPE)
         stack.callback(_reap, cat)
         stream_r.close()
+        command = c_sender_cmd(
+            stop=stop,
+            ofd=stream_w.fileno(),
+            ffd=None if feedback is None else fb_r.fileno(),
+            verbose=verbose,
+            device=device,
+            program=program,
+        )
         sender = subprocess.Popen(
-            c_sender_cmd(
-                stop=stop,
-                ofd=stream_w.fileno(),
-                ffd=None if feedback is None else fb_r.fileno(),
-                verbose=verbose,
-                device=device,
-                program=program,
-            ),
+            [*command, *more],
             env=dict(environ),
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,

@@ -98,6 +98,16 @@ def test_a_sparse_device_of_64_gib_costs_what_its_data_cost(folder: Path, layout
         assert memory[1][side] <= memory[0][side] + 20 * MIB, memory
 
 
+@pytest.mark.parametrize("tracker", ["bpf", "scan"])
+def test_a_sparse_device_costs_no_more_without_a_way_back(folder: Path, tracker: str) -> None:
+    """The peer may be a C ploop, yet holes are left out."""
+    needs("loop")
+    image, target = fill(folder / "image", 64 * GIB, "scattered"), folder / "target"
+    with loop_device(image) as device:
+        got = copy(device, target, "--tracker", tracker, "--sync-wait", "0", via="mute")
+    check_sparse(got, image, target, 64 * GIB, f"sparse device 64 GiB mute {tracker}")
+
+
 @pytest.mark.parametrize("layout", ["contiguous", "scattered"])
 def test_a_sparse_file_of_64_gib_is_scanned_in_little_memory(folder: Path, layout: str) -> None:
     image, target = fill(folder / "image", 64 * GIB, layout), folder / "target"

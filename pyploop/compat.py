@@ -1,0 +1,77 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Whose frames a peer gets: ours, or those of the C tool.  No I/O.
+
+A C receiver takes any D1 stream, so this is no matter of being understood.  It
+is what `ploop copy` is known to send, zeroes and all, to a program of which
+nothing else is known (docs/protocol.md has the reasons).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from pyploop import _core
+from pyploop.device import Source
+from pyploop.trackers import Batch
+from pyploop.units import MIB
+
+Compat = Literal["auto", "ploop", "native"]
+COMPATS: tuple[Compat, ...] = ("auto", "ploop", "native")
+
+PIECE = 256 * 1024
+"""Bytes of one read, and frame, from a page cache."""
+MAX_CLUSTER = 64 * MIB
+
+Extent = tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Framing:
+    """How the blocks of a copy are cut into frames, and which are sent."""
+
+    name: str
+    """In words, for the log and the summary."""
+    as_ploop: bool
+    """In clusters, and dirty extents as they are, zero or not."""
+    holes_left_out: bool
+    """What is a hole in the source, or has become zero where the target is
+    known to hold zeroes, is not sent."""
+    exact: bool = False
+    """No frame at all that the C tool would not send: no HELLO, one SYNC."""
+
+    def cluster(self, source: Source, unit: int) -> int:
+        """Bytes of the largest frame; a multiple of `unit`."""
+        if self.as_ploop:
+            return max(min(source.cluster, MAX_CLUSTER) // unit, 1) * unit
+        if source.kind == "ploop":
+            return min(max(source.cluster, MIB), MAX_CLUSTER)
+        # In pieces that stay in the core's cache; the peer then writes in such
+        # pieces too, which needs no large folios.
+        return PIECE if source.align == 1 else MIB
+
+    def parts(self, source: Source) -> tuple[list[Extent], list[Extent]]:
+        """(data, holes) of the source, as the first pass treats them."""
+        if self.as_ploop and not self.holes_left_out:
+            return ([(0, source.size)] if source.size else []), []
+        return source.holes()
+
+    def needs_hashes(self, tracker_needs: bool) -> bool:
+        """Whether the pump must know what the target holds.  Knowing, it widens
+        extents to whole blocks, which the C tool does not."""
+        return tracker_needs or not self.exact
+
+    def flags(self, batch: Batch) -> int:
+        """Of the pass over this batch, beside what the caller wants."""
+        bits = _core.PASS_CHANGED if batch.changed else 0
+        bits |= _core.PASS_HOLES if batch.holes else 0
+        if self.holes_left_out or batch.holes:
+            bits |= _core.PASS_SKIP_ZERO
+        return bits
+
+
+NATIVE = Framing("native", as_ploop=False, holes_left_out=True)
+PYPLOOP = Framing("pyploop peer", as_ploop=False, holes_left_out=True)
+PLOOP = Framing("ploop peer", as_ploop=True, holes_left_out=False)
+PERHAPS_PLOOP = Framing("perhaps a ploop peer", as_ploop=True, holes_left_out=True)
+EXACT = Framing("as ploop sends it", as_ploop=True, holes_left_out=False, exact=True)
