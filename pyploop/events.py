@@ -41,7 +41,8 @@ class Reporter:
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
-        self._start = clock()
+        self.start = clock()
+        """CLOCK_MONOTONIC of the moment from which events count their time."""
         self._renderers: list[Renderer] = []
         self._held: list[Callable[[], None]] | None = None
 
@@ -50,7 +51,7 @@ class Reporter:
 
     def now(self) -> float:
         """Seconds since the start."""
-        return self._clock() - self._start
+        return self._clock() - self.start
 
     def event(self, name: str, /, **fields: Any) -> None:
         """Numbers are bytes and seconds."""

@@ -77,7 +77,7 @@ class Sender:
     def __enter__(self) -> Sender:
         """Tracking begins, and the peer is found out about."""
         source, report = self._source, self._report
-        report.event("sending", image=source.image, size=source.size)
+        report.event("sending", image=source.image, size=source.size, clock=report.start)
         report.info(f"Source: {source.path}, {format_size(source.size)}, read by {source.io_mode}")
         report.info(f"Tracker: {self._tracker.name} ({self._tracker.why})")
         if source.kind == "ploop" and not source.mounts:
