@@ -33,6 +33,19 @@ struct pl_extent {
 /* Called just before [start, end) of the source is read; 0 or -errno. */
 typedef int (*pl_hook)(void *ctx, uint64_t start, uint64_t end);
 
+/* Stream dialects (docs/protocol.md); D3 is D2 with features agreed. */
+enum pl_dialect { PL_DIALECT_NONE, PL_DIALECT_D1, PL_DIALECT_D2 };
+#define PL_D1_MARK 0x4cc0ac3du
+#define PL_D2_MARK 0x4cc0ac3eu
+
+/*
+ * A digest (MD5) of data that comes in pieces, computed by the caller's code:
+ * none is built in.  With `out`, these were the last: write the digest there,
+ * and begin anew.  0 or -errno.
+ */
+#define PL_DIGEST 16u
+typedef int (*pl_digest)(void *ctx, const void *data, size_t len, uint8_t *out);
+
 /* ------------------------------------------------------------ bitmap.c
  * One bit per granule of (1 << shift) bytes of a source of `size` bytes.
  * Words are 64 bits, little-endian bit order (bit i is word[i/64] >> i%64).
@@ -123,8 +136,6 @@ void pl_known_assume_data(struct pl_known *k, uint64_t start, uint64_t end);
  * reads too, so on a machine with few cores nobody waits for a wake-up.
  * Memory is slots * slot_size, whatever the size of the source.
  */
-#define PL_D1_MARK 0x4cc0ac3du
-
 enum pl_sink {
 	PL_SINK_FRAMES = 1,	/* D1 frames into out_fd, which is O_NONBLOCK or
 				   a socket */
@@ -182,13 +193,14 @@ struct pl_pump_stats {
 
 /* Where a pass failed. */
 enum pl_stage { PL_STAGE_NONE, PL_STAGE_READ, PL_STAGE_WRITE, PL_STAGE_HOOK,
-		PL_STAGE_PROTOCOL };
+		PL_STAGE_PROTOCOL, PL_STAGE_REPLY };
 struct pl_fault {
 	enum pl_stage stage;
 	uint64_t pos;		/* in the source (READ) or image (WRITE) */
 	uint64_t stream;	/* bytes of the stream before the fault */
 	uint64_t frame;		/* frames before the fault */
 	uint32_t mark, size;	/* the offending header (PROTOCOL) */
+	uint32_t type, command;	/* of D2's, the same */
 };
 
 struct pl_pump;
@@ -211,7 +223,10 @@ void pl_pump_stats(const struct pl_pump *p, struct pl_pump_stats *out); /* any *
 
 /* ---------------------------------------------------------- recv*.c
  * The receiving pump: stream -> ring -> file.  The calling thread reads, one
- * helper writes, so that the two overlap.  Never reads past END.
+ * helper writes, so that the two overlap.  Never reads past END.  The first
+ * marker decides the dialect; another one later is -EBADMSG.  In D2 the helper
+ * answers DATA once it is written; SYNC, END and failures are the caller's to
+ * answer, and nobody else writes to reply_fd while a run returns.
  */
 enum pl_recv_event {
 	PL_RECV_SYNC = 1,	/* everything before it is written (not durable) */
@@ -227,6 +242,9 @@ struct pl_recv_cfg {
 	uint64_t window;	/* dirty bytes of the target kept unwritten at
 				   most, roughly; 0: no rolling writeback */
 	uint32_t sparse;	/* 1: the file is new, so zero blocks become holes */
+	int reply_fd;		/* socket that D2 is answered on; -1: D2 is refused */
+	pl_digest digest;	/* or NULL */
+	void *digest_ctx;
 };
 
 struct pl_recv_stats {
@@ -236,7 +254,7 @@ struct pl_recv_stats {
 
 struct pl_recv_msg {
 	uint64_t pos;
-	uint8_t data[4];	/* SYNC's payload */
+	uint8_t data[4];	/* SYNC's payload (in D2 a command of zero) */
 };
 
 struct pl_recv;
@@ -245,10 +263,17 @@ void pl_recv_free(struct pl_recv *r);
 /*
  * Run until a SYNC or END frame: returns the event, or -errno with *fault.
  * -ENODATA: the stream ended before END.  -EBADMSG: bad marker.  -EMSGSIZE:
- * frame too large.  -ERANGE: position past 2^63 - size.
+ * frame too large.  -ERANGE: position past 2^63 - size.  D2: -EOPNOTSUPP: a type
+ * or command that is not taken.  -EPROTO: a command of the wrong size.  -EBADE:
+ * wrong digest.  -ENOTSOCK: no reply_fd.
  */
 int pl_recv_run(struct pl_recv *r, struct pl_recv_msg *msg,
 		struct pl_fault *fault);
+/* Of what was received so far. */
+enum pl_dialect pl_recv_dialect(const struct pl_recv *r);
+/* Between two runs: every packet from now on carries a digest.  -EINVAL unless
+   this is D2 and the configuration has one. */
+int pl_recv_expect_digests(struct pl_recv *r);
 void pl_recv_cancel(struct pl_recv *r);			/* any thread */
 void pl_recv_stats(const struct pl_recv *r, struct pl_recv_stats *out);	/* any */
 

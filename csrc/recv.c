@@ -1,14 +1,16 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
- * The receiving pump: stream -> slots -> file.
+ * The receiving pump: stream -> slots -> file (-> replies, in D2).
  *
  * The calling thread reads frames into slots; one helper writes them, in
- * order (a block may be sent twice: the later one must win).  Small frames
- * share a slot while the helper is busy.  Every read asks for the rest of the
- * current payload and at most one header more, which is always there until
- * END: so nothing behind END is ever taken from the stream.
+ * order (a block may be sent twice: the later one must win), and answers them
+ * where the dialect has answers.  Small frames share a slot while the helper
+ * is busy.  Every read asks for the rest of the current payload and at most
+ * one header more, which is always there until END: so nothing behind END is
+ * ever taken from the stream.
  */
 #define _GNU_SOURCE
+#include <endian.h>
 #include <errno.h>
 #include <signal.h>
 #include <stdlib.h>
@@ -18,8 +20,6 @@
 #include <unistd.h>
 
 #include "recv_internal.h"
-
-#define SYNC_SIZE 4u
 
 static void fail(struct pl_recv *r, int err, enum pl_stage stage, uint64_t pos)
 {
@@ -36,9 +36,20 @@ static void fail(struct pl_recv *r, int err, enum pl_stage stage, uint64_t pos)
 		if (stage == PL_STAGE_READ || stage == PL_STAGE_PROTOCOL) {
 			r->fault.mark = r->head.mark;
 			r->fault.size = r->head.size;
+			r->fault.type = r->head.type;
+			r->fault.command = r->command;
 		}
 	}
 	pthread_mutex_unlock(&r->lock);
+}
+
+/* The reader waits for a peer, who may wait for an answer that will not come. */
+static void wake_reader(struct pl_recv *r)
+{
+	uint64_t one = 1;
+
+	if (write(r->cancel_fd, &one, sizeof(one)) < 0)
+		return;		/* full counter: it is readable already */
 }
 
 static void *writer(void *arg)
@@ -64,9 +75,13 @@ static void *writer(void *arg)
 			err = pl_recv_write_slot(r, s, &pos);
 			if (err)
 				fail(r, err, PL_STAGE_WRITE, pos);
+			else if (s->replies && (err = pl_recv_reply(r, s->replies)))
+				fail(r, err, PL_STAGE_REPLY, 0);
+			if (err)
+				wake_reader(r);
 			pthread_mutex_lock(&r->lock);
 		}
-		s->nparts = s->used = 0;
+		s->nparts = s->used = s->replies = 0;
 		r->written++;
 		if (r->reader_waits)
 			pthread_cond_signal(&r->done);
@@ -124,37 +139,6 @@ static int drain(struct pl_recv *r)
 	return err;
 }
 
-/* Complete r->head, of which r->head_got bytes are here. */
-static int read_header(struct pl_recv *r)
-{
-	struct iovec iov = { (char *)&r->head + r->head_got,
-			     sizeof(r->head) - r->head_got };
-	ssize_t n;
-
-	if (!iov.iov_len)
-		return 0;
-	n = pl_recv_read(r, &iov, 1, iov.iov_len);
-	if (n < 0)
-		return (int)n;
-	r->head_got = sizeof(r->head);
-	return 0;
-}
-
-static int check_header(const struct pl_recv *r)
-{
-	const struct recv_header *h = &r->head;
-
-	if (h->mark != PL_D1_MARK)
-		return -EBADMSG;
-	if (h->size == 0 || h->size == SYNC_SIZE)
-		return 0;
-	if (h->size > r->cfg.max_frame)
-		return -EMSGSIZE;
-	if (h->pos > (uint64_t)INT64_MAX - h->size)
-		return -ERANGE;
-	return 0;
-}
-
 /* Payload of the frame r->head into slots, in parts of at most a slot. */
 static int read_payload(struct pl_recv *r)
 {
@@ -163,10 +147,11 @@ static int read_payload(struct pl_recv *r)
 
 	while (left) {
 		struct recv_slot *s = current(r);
-		struct recv_header next;
+		uint8_t next[sizeof(r->raw)];
 		struct iovec iov[2];
 		uint32_t part;
 		ssize_t n;
+		int err;
 
 		if (!s)
 			return r->err;
@@ -178,92 +163,127 @@ static int read_payload(struct pl_recv *r)
 			continue;
 		}
 		iov[0] = (struct iovec){ s->buf + s->used, part };
-		iov[1] = (struct iovec){ &next, sizeof(next) };
+		iov[1] = (struct iovec){ next, pl_recv_head_size(r) };
 		n = pl_recv_read(r, iov, part == left ? 2 : 1, part);
 		if (n < 0)
 			return (int)n;
+		err = pl_recv_digest(r, s->buf + s->used, part, part == left);
+		if (err)
+			return err;
 		s->part[s->nparts++] = (struct recv_part){ pos, part, s->used };
 		s->used += (part + PL_BLOCK - 1) / PL_BLOCK * PL_BLOCK;
 		pos += part;
 		left -= part;
 		if (!left) {
-			r->head = next;
-			r->head_got = (uint32_t)n - part;
+			r->raw_got = (uint32_t)n - part;
+			memcpy(r->raw, next, r->raw_got);
+			s->replies += r->dialect == PL_DIALECT_D2 &&
+				      r->head.type == PL_PACKET_DATA;
 		}
-		/* An idle writer gets what there is, a busy one gets more later. */
+		/* An idle writer gets what there is, a busy one gets more later.
+		   But a sender may wait for the answer before it goes on. */
 		if (s->used >= r->cfg.slot_size ||
+		    (s->replies && r->raw_got < pl_recv_head_size(r)) ||
 		    __atomic_load_n(&r->writer_idle, __ATOMIC_RELAXED))
 			hand_over(r);
 	}
 	return 0;
 }
 
-static int event(struct pl_recv *r, struct pl_recv_msg *msg)
+/* END, or a command with its data, of which the first four bytes matter. */
+static int event(struct pl_recv *r, struct pl_recv_msg *msg, enum pl_stage *stage)
 {
 	struct iovec iov = { msg->data, sizeof(msg->data) };
 	int err;
 
 	msg->pos = r->head.pos;
-	if (r->head.size == 0) {
-		err = drain(r);
-		return err ? err : PL_RECV_END;
+	if (r->head.size) {
+		err = (int)pl_recv_read(r, &iov, 1, sizeof(msg->data));
+		if (err < 0)
+			return err;
 	}
-	err = (int)pl_recv_read(r, &iov, 1, sizeof(msg->data));
-	if (err < 0)
-		return err;
-	r->head_got = 0;
+	*stage = PL_STAGE_PROTOCOL;
+	if (r->dialect == PL_DIALECT_D2 && r->head.size) {
+		memcpy(&r->command, msg->data, sizeof(r->command));
+		r->command = le32toh(r->command);
+		if (r->command)
+			return -EOPNOTSUPP;
+		if (r->head.size != PL_SYNC_SIZE)
+			return -EPROTO;
+	}
+	/* Asked again after END, it says so again: that header stays. */
+	if (!r->ended) {
+		err = pl_recv_digest(r, msg->data, r->head.size, true);
+		if (err)
+			return err;
+	}
 	err = drain(r);
-	return err ? err : PL_RECV_SYNC;
+	if (err)
+		return err;
+	if (!r->head.size) {
+		r->ended = true;
+		return PL_RECV_END;
+	}
+	r->raw_got = 0;
+	return PL_RECV_SYNC;
 }
 
 int pl_recv_run(struct pl_recv *r, struct pl_recv_msg *msg,
 		struct pl_fault *fault)
 {
-	enum pl_stage stage = PL_STAGE_READ;
+	enum pl_stage stage;
 	int ret;
 
 	for (;;) {
-		ret = read_header(r);
+		uint64_t end;
+
+		ret = pl_recv_head(r, &stage);
 		if (ret)
 			break;
-		ret = check_header(r);
+		stage = PL_STAGE_READ;
+		if (!r->head.size || r->head.type == PL_PACKET_CMD) {
+			ret = event(r, msg, &stage);
+			break;
+		}
+		end = r->head.pos + r->head.size;
+		ret = read_payload(r);
 		if (ret) {
-			stage = PL_STAGE_PROTOCOL;
+			stage = ret == -EBADE ? PL_STAGE_PROTOCOL : stage;
 			break;
 		}
-		if (r->head.size == 0 || r->head.size == SYNC_SIZE) {
-			ret = event(r, msg);
-			break;
-		} else {
-			uint64_t end = r->head.pos + r->head.size;
-			uint32_t size = r->head.size;
-
-			ret = read_payload(r);
-			if (ret)
-				break;
-			__atomic_fetch_add(&r->stats.data_bytes, size,
-					   __ATOMIC_RELAXED);
-			__atomic_fetch_add(&r->stats.frames, 1, __ATOMIC_RELAXED);
-			if (end > r->stats.image_size)
-				__atomic_store_n(&r->stats.image_size, end,
-						 __ATOMIC_RELAXED);
-		}
+		__atomic_fetch_add(&r->stats.data_bytes, r->head.size, __ATOMIC_RELAXED);
+		__atomic_fetch_add(&r->stats.frames, 1, __ATOMIC_RELAXED);
+		if (end > r->stats.image_size)
+			__atomic_store_n(&r->stats.image_size, end, __ATOMIC_RELAXED);
 	}
 	if (ret < 0) {
 		fail(r, ret, stage, r->head.pos);
+		/* The writer is done, so that who tells the peer of the failure
+		   does not talk between its answers. */
+		drain(r);
 		*fault = r->fault;
 		ret = r->err;
 	}
 	return ret;
 }
 
+enum pl_dialect pl_recv_dialect(const struct pl_recv *r)
+{
+	return r->dialect;
+}
+
+int pl_recv_expect_digests(struct pl_recv *r)
+{
+	if (r->dialect != PL_DIALECT_D2 || !r->cfg.digest)
+		return -EINVAL;
+	r->digests = true;
+	return 0;
+}
+
 void pl_recv_cancel(struct pl_recv *r)
 {
-	uint64_t one = 1;
-
 	fail(r, -ECANCELED, PL_STAGE_NONE, 0);
-	if (write(r->cancel_fd, &one, sizeof(one)) < 0)
-		return;		/* full counter: it is readable already */
+	wake_reader(r);
 	pthread_mutex_lock(&r->lock);
 	pthread_cond_broadcast(&r->done);
 	pthread_mutex_unlock(&r->lock);
@@ -296,7 +316,7 @@ int pl_recv_new(struct pl_recv **out, const struct pl_recv_cfg *c)
 	struct pl_recv *r;
 	int err;
 
-	if (c->in_fd < 0 || c->out_fd < 0 || c->slots < 2 || c->slots > 1024 ||
+	if (c->in_fd < 0 || c->out_fd < 0 || c->reply_fd < -1 || c->slots < 2 || c->slots > 1024 ||
 	    !c->slot_size || c->slot_size % PL_BLOCK || !c->max_frame ||
 	    c->stall_ms > INT32_MAX)
 		return -EINVAL;

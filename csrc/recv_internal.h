@@ -10,8 +10,16 @@
 
 #define RECV_PARTS 256u
 
+#define PL_D1_HEADER 16u
+#define PL_D2_HEADER 24u	/* and PL_DIGEST bytes more once agreed */
+#define PL_SYNC_SIZE 4u		/* of a SYNC, in either dialect */
+
+enum recv_packet {	/* D2's types; a SYNC of D1 is a command too */
+	PL_PACKET_DATA = 0, PL_PACKET_CMD = 1, PL_PACKET_DATA_ASYNC = 2,
+};
+
 struct recv_header {
-	uint32_t mark, size;
+	uint32_t mark, type, size;
 	uint64_t pos;
 };
 
@@ -25,6 +33,7 @@ struct recv_slot {
 	uint8_t *buf;
 	uint32_t used;
 	unsigned nparts;
+	unsigned replies;	/* packets that end here and are answered */
 	struct recv_part part[RECV_PARTS];
 };
 
@@ -36,9 +45,15 @@ struct pl_recv {
 	pthread_t thread;
 	bool has_thread;
 
-	/* reader only: the header that comes next, as far as it is here */
+	/* reader only: the header that comes next, as far as it is here; and
+	   what the last complete one said */
+	uint8_t raw[PL_D2_HEADER + PL_DIGEST];
+	uint32_t raw_got;
 	struct recv_header head;
-	uint32_t head_got;
+	enum pl_dialect dialect;
+	uint32_t command;	/* of a CMD that is refused */
+	bool ended;
+	bool digests;		/* each packet carries one from now on */
 
 	/* writer only */
 	uint64_t written_end;	/* nothing was written at or past it */
@@ -59,6 +74,18 @@ struct pl_recv {
  * the count, or -errno; -ENODATA at end of file.
  */
 ssize_t pl_recv_read(struct pl_recv *r, struct iovec *iov, int n, size_t must);
+/*
+ * recv_head.c: complete and check the next header -> r->head; on failure
+ * *stage is READ or PROTOCOL.
+ */
+int pl_recv_head(struct pl_recv *r, enum pl_stage *stage);
+/* Bytes that a header has now. */
+uint32_t pl_recv_head_size(const struct pl_recv *r);
+/* Data of the packet r->head; `last`: all of it was given, -EBADE if it is not
+   what its digest says.  Nothing where none was agreed. */
+int pl_recv_digest(struct pl_recv *r, const void *data, uint32_t len, bool last);
+/* recv_reply.c: answer `count` packets, RECV_PARTS at most, with success. */
+int pl_recv_reply(struct pl_recv *r, unsigned count);
 /* recv_out.c: write a slot's parts; on failure *pos is where. */
 int pl_recv_write_slot(struct pl_recv *r, struct recv_slot *s, uint64_t *pos);
 

@@ -26,6 +26,17 @@ cdef extern from "pl.h" nogil:
     uint64_t pl_bitmap_bytes(const pl_bitmap *b)
     int pl_bitmap_next(const pl_bitmap *b, uint64_t start, pl_extent *run)
 
+    enum pl_dialect:
+        PL_DIALECT_NONE
+        PL_DIALECT_D1
+        PL_DIALECT_D2
+
+    enum:
+        PL_DIGEST
+
+    ctypedef int (*pl_digest)(void *ctx, const void *data, size_t len,
+                              uint8_t *out) noexcept
+
     int pl_fdatasync(int fd)
 
     uint64_t pl_hash_block(const void *data, size_t len)
@@ -82,6 +93,8 @@ cdef extern from "pl.h" nogil:
         uint64_t frame
         uint32_t mark
         uint32_t size
+        uint32_t type
+        uint32_t command
 
     struct pl_pump:
         pass
@@ -103,6 +116,9 @@ cdef extern from "pl.h" nogil:
         uint32_t stall_ms
         uint64_t window
         uint32_t sparse
+        int reply_fd
+        pl_digest digest
+        void *digest_ctx
 
     struct pl_recv_stats:
         uint64_t stream_bytes
@@ -122,6 +138,8 @@ cdef extern from "pl.h" nogil:
     int pl_recv_new(pl_recv **out, const pl_recv_cfg *cfg)
     void pl_recv_free(pl_recv *r)
     int pl_recv_run(pl_recv *r, pl_recv_msg *msg, pl_fault *fault)
+    pl_dialect pl_recv_dialect(const pl_recv *r)
+    int pl_recv_expect_digests(pl_recv *r)
     void pl_recv_cancel(pl_recv *r)
     void pl_recv_get_stats "pl_recv_stats"(const pl_recv *r, pl_recv_stats *out)
 

@@ -15,6 +15,9 @@ RECV_SYNC: int
 RECV_END: int
 SINK_FRAMES: int
 SINK_FILE: int
+DIALECT_NONE: int
+DIALECT_D1: int
+DIALECT_D2: int
 BPF_RQ: int
 BPF_BIO: int
 BPF_QUEUE: int
@@ -27,6 +30,8 @@ class Fault(OSError):
     frame: int
     mark: int
     size: int
+    type: int
+    command: int
 
 def fdatasync(fd: int) -> None: ...
 def hash_block(data: Buffer) -> int: ...
@@ -126,8 +131,12 @@ class Receiver:
         stall_ms: int = 0,
         window: int = 0,
         sparse: bool = True,
+        reply_fd: int = -1,
     ) -> None: ...
     def run(self) -> tuple[int, int, bytes]: ...
+    @property
+    def dialect(self) -> int: ...
+    def expect_digests(self) -> None: ...
     def cancel(self) -> None: ...
     @property
     def stats(self) -> RecvStats: ...

@@ -2,12 +2,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """The only door to csrc: the GIL is released around everything that waits,
 and -errno becomes OSError in `_check` / `Fault`, nowhere else."""
+import hashlib
 import os
 from typing import NamedTuple
 
+from libc.errno cimport ENOMEM
 from libc.stdlib cimport free, realloc
-from libc.string cimport memset
+from libc.string cimport memcpy, memset
+from cpython.buffer cimport PyBUF_READ
 from cpython.bytes cimport PyBytes_FromStringAndSize
+from cpython.memoryview cimport PyMemoryView_FromMemory
 
 
 PASS_SKIP_ZERO = 1
@@ -26,17 +30,21 @@ BPF_RQ = <int>PL_BPF_RQ
 BPF_BIO = <int>PL_BPF_BIO
 BPF_QUEUE = <int>PL_BPF_QUEUE
 
-_STAGES = ("none", "read", "write", "hook", "protocol")
+DIALECT_NONE = <int>PL_DIALECT_NONE
+DIALECT_D1 = <int>PL_DIALECT_D1
+DIALECT_D2 = <int>PL_DIALECT_D2
+
+_STAGES = ("none", "read", "write", "hook", "protocol", "reply")
 
 
 class Fault(OSError):
     """A failure inside a pump, with the place: `stage` ('read', 'write',
-    'hook', 'protocol', 'none'), `pos` (byte of the image), `stream` (bytes of
-    the stream before it), `frame` (frames before it), `mark` and `size` (of
-    the offending header)."""
+    'hook', 'protocol', 'reply', 'none'), `pos` (byte of the image), `stream`
+    (bytes of the stream before it), `frame` (frames before it), `mark`, `size`,
+    `type` and `command` (of the offending header)."""
 
     stage = "none"
-    pos = stream = frame = mark = size = 0
+    pos = stream = frame = mark = size = type = command = 0
 
 
 cdef _fault(int err, pl_fault *f):
@@ -44,6 +52,7 @@ cdef _fault(int err, pl_fault *f):
     exc.stage = _STAGES[f.stage]
     exc.pos, exc.stream, exc.frame = f.pos, f.stream, f.frame
     exc.mark, exc.size = f.mark, f.size
+    exc.type, exc.command = f.type, f.command
     return exc
 
 
@@ -299,6 +308,30 @@ cdef class Pump:
                          s.same_bytes, s.frames, s.done_bytes)
 
 
+cdef class _Md5:
+    """D3's digest for the pumps.  hashlib's: it needs the GIL only to begin."""
+    cdef object md5
+
+    def __cinit__(self):
+        self.md5 = hashlib.md5(usedforsecurity=False)
+
+
+cdef int _md5(void *ctx, const void *data, size_t size, uint8_t *out) noexcept with gil:
+    cdef _Md5 self = <_Md5>ctx
+    cdef const char *digest
+    try:
+        if size:
+            self.md5.update(PyMemoryView_FromMemory(<char *>data, size, PyBUF_READ))
+        if out != NULL:
+            value = self.md5.digest()
+            digest = value
+            memcpy(out, digest, PL_DIGEST)
+            self.md5 = hashlib.md5(usedforsecurity=False)
+    except BaseException:
+        return -ENOMEM
+    return 0
+
+
 class RecvStats(NamedTuple):
     """Monotonic counters of a receiving pump, in bytes (`frames` in frames)."""
     stream: int
@@ -312,15 +345,18 @@ class RecvStats(NamedTuple):
 cdef class Receiver:
     """The receiving pump (csrc/recv.c).  Borrowed descriptors stay open."""
     cdef pl_recv *r
+    cdef _Md5 md5
 
     def __cinit__(self, *, int in_fd, int out_fd, uint32_t slots,
                   uint32_t slot_size, uint32_t max_frame, uint32_t stall_ms=0,
-                  uint64_t window=0, bint sparse=True):
+                  uint64_t window=0, bint sparse=True, int reply_fd=-1):
         cdef pl_recv_cfg cfg
+        self.md5 = _Md5()
         memset(&cfg, 0, sizeof(cfg))
         cfg.in_fd, cfg.out_fd = in_fd, out_fd
         cfg.slots, cfg.slot_size, cfg.max_frame = slots, slot_size, max_frame
         cfg.stall_ms, cfg.window, cfg.sparse = stall_ms, window, sparse
+        cfg.reply_fd, cfg.digest, cfg.digest_ctx = reply_fd, _md5, <void *>self.md5
         _check(pl_recv_new(&self.r, &cfg))
 
     def __dealloc__(self):
@@ -342,6 +378,15 @@ cdef class Receiver:
         if ret < 0:
             raise _fault(ret, &fault)
         return ret, msg.pos, PyBytes_FromStringAndSize(<char *>msg.data, 4)
+
+    @property
+    def dialect(self):
+        """DIALECT_D1 or DIALECT_D2 once a marker was seen, else DIALECT_NONE."""
+        return <int>pl_recv_dialect(self.r)
+
+    def expect_digests(self):
+        """Between two runs: D3's MD5 was agreed, every packet has one now."""
+        _check(pl_recv_expect_digests(self.r))
 
     def cancel(self):
         """From any thread: a run ends at once with ECANCELED."""

@@ -5,75 +5,7 @@
 #include <sys/resource.h>
 #include <sys/socket.h>
 
-#include "testing.h"
-
-struct header {
-	uint32_t mark, size;
-	uint64_t pos;
-};
-
-struct stream {
-	uint8_t *data;
-	size_t len, room;
-};
-
-static void add(struct stream *s, const void *data, size_t len)
-{
-	if (s->len + len > s->room) {
-		s->room = (s->len + len) * 2;
-		s->data = realloc(s->data, s->room);
-		OK(s->data);
-	}
-	if (len)
-		memcpy(s->data + s->len, data, len);
-	s->len += len;
-}
-
-static void frame(struct stream *s, uint64_t pos, const void *data, uint32_t len)
-{
-	struct header h = { PL_D1_MARK, len, pos };
-
-	add(s, &h, sizeof(h));
-	add(s, data, len);
-}
-
-/* Feeds a stream in pieces, then closes, or waits to be told. */
-struct feeder {
-	pthread_t thread;
-	const uint8_t *data;
-	size_t len, piece, split;
-	int fd;
-};
-
-static void put(int fd, const uint8_t *p, size_t n)
-{
-	while (n) {
-		ssize_t k = write(fd, p, n);
-
-		if (k < 0 && (errno == EPIPE || errno == ECONNRESET))
-			return;
-		OK(k >= 0);
-		p += k;
-		n -= (size_t)k;
-	}
-}
-
-static void *feeder_main(void *arg)
-{
-	struct feeder *f = arg;
-
-	if (f->split) {
-		put(f->fd, f->data, f->split);
-		usleep(300);
-		put(f->fd, f->data + f->split, f->len - f->split);
-	} else {
-		for (size_t at = 0; at < f->len; at += f->piece)
-			put(f->fd, f->data + at,
-			    f->len - at < f->piece ? f->len - at : f->piece);
-	}
-	close(f->fd);
-	return NULL;
-}
+#include "stream.h"
 
 static struct pl_recv *new_recv(int in, int out, uint32_t slot, uint32_t max,
 				uint32_t sparse)
@@ -81,26 +13,12 @@ static struct pl_recv *new_recv(int in, int out, uint32_t slot, uint32_t max,
 	struct pl_recv_cfg cfg = {
 		.in_fd = in, .out_fd = out, .slots = 3, .slot_size = slot,
 		.max_frame = max, .window = 64 * KiB, .sparse = sparse,
+		.reply_fd = -1,
 	};
 	struct pl_recv *r;
 
 	EQ(pl_recv_new(&r, &cfg), 0);
 	return r;
-}
-
-static int open_feed(struct feeder *f, const struct stream *s, size_t piece,
-		     size_t split, bool sock)
-{
-	int fd[2];
-
-	if (sock)
-		OK(socketpair(AF_UNIX, SOCK_STREAM, 0, fd) == 0);
-	else
-		OK(pipe(fd) == 0);
-	*f = (struct feeder){ .data = s->data, .len = s->len, .piece = piece,
-			      .split = split, .fd = fd[1] };
-	OK(pthread_create(&f->thread, NULL, feeder_main, f) == 0);
-	return fd[0];
 }
 
 /* A stream that ends well gives the image, however it arrives. */
@@ -307,7 +225,7 @@ static void *cancel_later(void *arg)
 static void waiting(void)
 {
 	struct pl_recv_cfg cfg = { .slots = 2, .slot_size = 4096, .max_frame = 4096,
-				   .stall_ms = 30 };
+				   .stall_ms = 30, .reply_fd = -1 };
 	struct header h = { PL_D1_MARK, 1000, 0 };
 	struct pl_recv_msg msg;
 	struct pl_fault fault;
@@ -404,6 +322,7 @@ static void bad_configs(void)
 #define REFUSED(change) do { c = good_cfg; change; EQ(pl_recv_new(&r, &c), -EINVAL); } while (0)
 	REFUSED(c.in_fd = -1);
 	REFUSED(c.out_fd = -1);
+	REFUSED(c.reply_fd = -2);
 	REFUSED(c.slots = 1);
 	REFUSED(c.slots = 1025);
 	REFUSED(c.slot_size = 0);

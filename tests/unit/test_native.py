@@ -71,6 +71,8 @@ def _run(name: str, kind: str, folder: Path, timeout: float) -> subprocess.Compl
         ("test_pump", "tsan"),
         ("test_recv", "asan"),
         ("test_recv", "tsan"),
+        ("test_recv_d2", "asan"),
+        ("test_recv_d2", "tsan"),
     ],
 )
 def test_native_code_is_right_and_clean_under_sanitizers(

@@ -1,0 +1,131 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/*
+ * The receiver's headers: which dialect, what kind of packet, within bounds.
+ * No byte is asked for before the bytes ahead of it say that it will come.
+ */
+#define _GNU_SOURCE
+#include <endian.h>
+#include <errno.h>
+#include <string.h>
+
+#include "recv_internal.h"
+
+static uint32_t get32(const uint8_t *p)
+{
+	uint32_t v;
+
+	memcpy(&v, p, sizeof(v));
+	return le32toh(v);
+}
+
+static uint64_t get64(const uint8_t *p)
+{
+	uint64_t v;
+
+	memcpy(&v, p, sizeof(v));
+	return le64toh(v);
+}
+
+uint32_t pl_recv_head_size(const struct pl_recv *r)
+{
+	if (r->dialect != PL_DIALECT_D2)
+		return PL_D1_HEADER;
+	return r->digests ? PL_D2_HEADER + PL_DIGEST : PL_D2_HEADER;
+}
+
+/* Until `size` bytes of the header are here. */
+static int fill(struct pl_recv *r, uint32_t size)
+{
+	struct iovec iov;
+	ssize_t n;
+
+	if (r->raw_got >= size)
+		return 0;
+	iov.iov_base = r->raw + r->raw_got;
+	iov.iov_len = size - r->raw_got;
+	n = pl_recv_read(r, &iov, 1, iov.iov_len);
+	if (n < 0)
+		return (int)n;
+	r->raw_got = size;
+	return 0;
+}
+
+static int check_data(const struct pl_recv *r)
+{
+	if (r->head.size > r->cfg.max_frame)
+		return -EMSGSIZE;
+	if (r->head.pos > (uint64_t)INT64_MAX - r->head.size)
+		return -ERANGE;
+	return 0;
+}
+
+static int parse_d1(struct pl_recv *r)
+{
+	struct recv_header *h = &r->head;
+
+	h->size = get32(r->raw + 4);
+	h->pos = get64(r->raw + 8);
+	h->type = h->size == PL_SYNC_SIZE ? PL_PACKET_CMD : PL_PACKET_DATA;
+	return h->size == 0 || h->type == PL_PACKET_CMD ? 0 : check_data(r);
+}
+
+static int parse_d2(struct pl_recv *r)
+{
+	struct recv_header *h = &r->head;
+
+	h->type = get32(r->raw + 4);
+	h->size = get32(r->raw + 8);
+	h->pos = get64(r->raw + 16);
+	if (h->size == 0)
+		return 0;
+	switch (h->type) {
+	case PL_PACKET_DATA:
+	case PL_PACKET_DATA_ASYNC:
+		return check_data(r);
+	case PL_PACKET_CMD:
+		/* What it is stands in its data. */
+		return h->size < PL_SYNC_SIZE ? -EPROTO : 0;
+	}
+	return -EOPNOTSUPP;
+}
+
+int pl_recv_head(struct pl_recv *r, enum pl_stage *stage)
+{
+	int err = fill(r, PL_D1_HEADER);
+
+	*stage = PL_STAGE_READ;
+	if (err)
+		return err;
+	*stage = PL_STAGE_PROTOCOL;
+	r->head = (struct recv_header){ .mark = get32(r->raw) };
+	if (r->dialect == PL_DIALECT_NONE && r->head.mark == PL_D1_MARK)
+		r->dialect = PL_DIALECT_D1;
+	if (r->dialect == PL_DIALECT_NONE && r->head.mark == PL_D2_MARK)
+		r->dialect = PL_DIALECT_D2;
+	if (r->dialect == PL_DIALECT_NONE ||
+	    r->head.mark != (r->dialect == PL_DIALECT_D2 ? PL_D2_MARK : PL_D1_MARK))
+		return -EBADMSG;
+	if (r->dialect == PL_DIALECT_D1)
+		return parse_d1(r);
+	if (r->cfg.reply_fd < 0)
+		return -ENOTSOCK;
+	err = fill(r, pl_recv_head_size(r));
+	if (err) {
+		*stage = PL_STAGE_READ;
+		return err;
+	}
+	return parse_d2(r);
+}
+
+int pl_recv_digest(struct pl_recv *r, const void *data, uint32_t len, bool last)
+{
+	uint8_t got[PL_DIGEST];
+	int err;
+
+	if (!r->digests)
+		return 0;
+	err = r->cfg.digest(r->cfg.digest_ctx, data, len, last ? got : NULL);
+	if (err || !last)
+		return err;
+	return memcmp(got, r->raw + PL_D2_HEADER, PL_DIGEST) ? -EBADE : 0;
+}
