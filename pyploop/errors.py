@@ -128,6 +128,12 @@ class ParameterError(PyploopError):
     exit_code = 38
 
 
+class NotSupportedError(PyploopError):
+    """The peer asks for something that pyploop does not do."""
+
+    exit_code = 38
+
+
 class DescriptorError(PyploopError):
     """A DiskDescriptor.xml does not describe one chain of deltas."""
 

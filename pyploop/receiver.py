@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The receiving end of D1: stream -> file, with replies on the feedback channel.
+"""The receiving end: stream -> file, with answers in the dialect of the stream.
 
 Invariants: the answer to a SYNC comes after fdatasync; the answer to END comes
 after the file is durable under its final name; a failure leaves nothing there.
@@ -7,14 +7,15 @@ after the file is durable under its final name; a failure leaves nothing there.
 
 from __future__ import annotations
 
-import contextlib
 import errno
-from collections.abc import Callable
 from dataclasses import dataclass
 
 from pyploop import _core, transport
-from pyploop._core import Fault, RecvStats
+from pyploop._core import Fault, Receiver, RecvStats
+from pyploop.answers import Answers, Feedback, NoAnswers, Replies
 from pyploop.errors import (
+    NotSupportedError,
+    ParameterError,
     ProtocolError,
     PyploopError,
     ReadError,
@@ -24,7 +25,7 @@ from pyploop.errors import (
 from pyploop.events import Reporter
 from pyploop.sink import Sink
 from pyploop.units import MIB, format_size
-from pyploop.wire import d1
+from pyploop.wire import d1, d2
 from pyploop.worker import run_cancellable
 
 SLOTS = 16
@@ -44,59 +45,116 @@ class Received:
     syncs: int
     native: bool
     """The peer was a pyploop sender and has END acknowledged."""
+    dialect: str
 
 
 def receive(
-    path: str, in_fd: int, feedback_fd: int | None, report: Reporter, stall: float = 0.0
+    path: str,
+    in_fd: int,
+    feedback_fd: int | None,
+    report: Reporter,
+    stall: float = 0.0,
+    *,
+    expected: Answers | None = None,
 ) -> Received:
-    """Receive one image into a new file `path`.
+    """Receive one image into a new file `path`, in the dialect of its marker.
 
     in_fd: pipe or socket, read until END and not further.  feedback_fd: where
-    each SYNC is answered, or None.  stall: seconds without a byte after which
-    the peer is given up, 0: never.
+    each SYNC of D1 is answered, or None.  stall: seconds without a byte after
+    which the peer is given up, 0: never.  expected: who is told of a failure
+    before the first marker.
     """
-    with Sink(path) as sink:
-        size = transport.enlarge_pipe(in_fd)
-        report.detail(f"Receiving into {path}" + (f", pipe of {format_size(size)}" if size else ""))
-        pump = _core.Receiver(
-            in_fd=in_fd,
-            out_fd=sink.fd,
-            slots=SLOTS,
-            slot_size=SLOT_SIZE,
-            max_frame=MAX_FRAME,
-            stall_ms=int(stall * 1000),
-            window=WINDOW,
-            sparse=True,
-        )
-        channel = feedback_fd
-        native, syncs = False, 0
+    receipt = _Receipt(path, in_fd, feedback_fd, report, expected)
+    try:
+        return receipt.run(stall)
+    except PyploopError as e:
+        # The unfinished target is gone by now, also when the peer hears of it.
+        receipt.answers.failed(receipt.event, e)
+        raise
+
+
+class _Receipt:
+    """One receipt; `event` and `answers` outlive its failure."""
+
+    def __init__(
+        self,
+        path: str,
+        in_fd: int,
+        feedback_fd: int | None,
+        report: Reporter,
+        expected: Answers | None,
+    ) -> None:
+        self._path, self._in_fd, self._feedback = path, in_fd, feedback_fd
+        self._report = report
+        self.answers: Answers = expected or NoAnswers()
+        self.event = 0
+        """The SYNC or END that is being served, or 0."""
+
+    def run(self, stall: float) -> Received:
+        path, report = self._path, self._report
+        with Sink(path) as sink:
+            size = transport.enlarge_pipe(self._in_fd)
+            pipe = f", pipe of {format_size(size)}" if size else ""
+            report.detail(f"Receiving into {path}{pipe}")
+            pump = _core.Receiver(
+                in_fd=self._in_fd,
+                out_fd=sink.fd,
+                slots=SLOTS,
+                slot_size=SLOT_SIZE,
+                max_frame=MAX_FRAME,
+                stall_ms=int(stall * 1000),
+                window=WINDOW,
+                sparse=True,
+                reply_fd=self._in_fd if transport.is_socket(self._in_fd) else -1,
+            )
+            syncs = self._serve(pump, sink)
+            sink.set_size(pump.stats.image_size)
+            run_cancellable(sink.commit)
+            sink.keep()
+            self.answers.done(self.event)
+            return self._finished(pump.stats, syncs)
+
+    def _serve(self, pump: Receiver, sink: Sink) -> int:
+        """Until END; returns the number of SYNCs."""
+        syncs, dialect = 0, _core.DIALECT_NONE
         while True:
+            self.event = 0
             try:
-                kind, _, payload = run_cancellable(pump.run, pump.cancel)
+                event, pos, payload = run_cancellable(pump.run, pump.cancel)
             except Fault as fault:
-                raise explain(fault, path) from fault
-            if kind == _core.RECV_END:
-                break
-            if payload == d1.HELLO and not syncs and pump.stats.frames == 0:
-                # A socket can carry the answer back even without -f.
-                if channel is None and transport.is_socket(in_fd):
-                    channel = in_fd
-                if channel is not None:
-                    native = _greet(channel, guessed=feedback_fd is None)
-                    continue
+                self._choose(pump, dialect)
+                raise explain(fault, self._path, pump.dialect) from fault
+            dialect = self._choose(pump, dialect)
+            if event == _core.RECV_END:
+                self.event = event
+                return syncs
+            if self.answers.greeted(pos, payload):
+                self._report.detail(f"The sender speaks {self.answers.dialect}")
+                continue
+            self.event = event
             syncs += 1
-            _answer(sink.sync, channel if feedback_fd is not None or native else None)
-            report.detail(f"Synced {path}: {format_size(pump.stats.data)} so far")
-        sink.set_size(pump.stats.image_size)
-        _answer(sink.commit, channel if native else None, sink.keep)
-        stats = pump.stats
-        report.detail(
-            f"Received {path}: {format_size(stats.image_size)}, {format_size(stats.data)} of data "
-            f"in {stats.frames} frames"
+            run_cancellable(sink.sync)
+            self.answers.done(event)
+            self._report.detail(f"Synced {self._path}: {format_size(pump.stats.data)} so far")
+
+    def _choose(self, pump: Receiver, before: int) -> int:
+        """The way back, once the marker has told the dialect."""
+        if pump.dialect != before:
+            if pump.dialect == _core.DIALECT_D1:
+                self.answers = Feedback(pump, self._in_fd, self._feedback)
+            elif transport.is_socket(self._in_fd):
+                self.answers = Replies(self._in_fd, pump)
+        return pump.dialect
+
+    def _finished(self, stats: RecvStats, syncs: int) -> Received:
+        native = self.answers.native
+        self._report.detail(
+            f"Received {self._path}: {format_size(stats.image_size)}, "
+            f"{format_size(stats.data)} of data in {stats.frames} frames"
         )
-        report.event(
+        self._report.event(
             "received",
-            target=path,
+            target=self._path,
             image_size=stats.image_size,
             data_bytes=stats.data,
             stream_bytes=stats.stream,
@@ -105,51 +163,22 @@ def receive(
             hole_bytes=stats.holes,
             syncs=syncs,
             native_peer=native,
+            dialect=self.answers.dialect,
         )
-        return Received(stats, syncs, native)
+        return Received(stats, syncs, native, self.answers.dialect)
 
 
-def _greet(channel: int, guessed: bool) -> bool:
-    """Tell the sender who we are; false when a guessed channel has no reader:
-    the sender has sent all and gone."""
-    try:
-        transport.write_all(channel, d1.HELLO_REPLY, "cannot answer the sender")
-    except WriteError:
-        if not guessed:
-            raise
-        return False
-    return True
-
-
-def _answer(
-    durable: Callable[[], None], channel: int | None, before: Callable[[], None] | None = None
-) -> None:
-    """Do what makes the data durable, and tell the peer how it went; `before`
-    is called just before it is told of success."""
-    try:
-        run_cancellable(durable)
-    except PyploopError:
-        if channel is not None:
-            with contextlib.suppress(WriteError):  # the first error is the one to tell
-                transport.write_all(channel, d1.FAILURE, "cannot answer the sender")
-        raise
-    if before is not None:
-        before()
-    if channel is not None:
-        transport.write_all(channel, d1.SUCCESS, "cannot answer the sender")
-
-
-def explain(fault: Fault, path: str) -> PyploopError:
+def explain(fault: Fault, path: str, dialect: int) -> PyploopError:
     """The receiving pump's fault as an error that a person can act on."""
     where = f"frame {fault.frame}, byte {fault.stream} of the stream"
     left = f"; {path} was not created"
+    code = fault.errno
     if fault.stage == "write":
         return WriteError.of(f"cannot write {path} at {fault.pos}{left}", fault)
-    code = fault.errno
+    if fault.stage == "reply":
+        return WriteError.of(f"cannot answer the sender at {where}{left}", fault)
     if code == errno.EBADMSG:
-        return ProtocolError(
-            f"bad marker 0x{fault.mark:08x} instead of 0x{d1.MARK:08x} at {where}{left}"
-        )
+        return ProtocolError(f"{_bad_marker(fault.mark, dialect)} at {where}{left}")
     if code == errno.EMSGSIZE:
         return TooLargeError(
             f"frame of {fault.size} bytes is larger than {MAX_FRAME} at {where}{left}"
@@ -159,8 +188,29 @@ def explain(fault: Fault, path: str) -> PyploopError:
             f"position {fault.pos} with size {fault.size} is past what a file can hold, "
             f"at {where}{left}"
         )
+    if code == errno.EOPNOTSUPP:
+        what = d2.name_of(fault.type, fault.command)
+        return NotSupportedError(f"{what} is not supported, at {where}{left}")
+    if code == errno.EPROTO:
+        return ProtocolError(f"a command of {fault.size} bytes at {where}{left}")
+    if code == errno.EBADE:
+        return ProtocolError(f"the MD5 of the data is not the one sent, at {where}{left}")
+    if code == errno.ENOTSOCK:
+        return ParameterError(
+            f"a D2 stream is answered on its own socket, and this is a pipe{left}"
+        )
     if code == errno.ENODATA:
         return ReadError(f"the stream ended without END at {where} (did the sender fail?){left}")
     if code == errno.ETIMEDOUT:
         return ReadError(f"the sender fell silent at {where}{left}")
     return ReadError.of(f"cannot read the stream at {where}{left}", fault)
+
+
+def _bad_marker(mark: int, dialect: int) -> str:
+    names = {d1.MARK: "D1", d2.MARK: "D2"}
+    if dialect == _core.DIALECT_NONE:
+        return f"bad marker 0x{mark:08x} instead of 0x{d1.MARK:08x} or 0x{d2.MARK:08x}"
+    expected = d1.MARK if dialect == _core.DIALECT_D1 else d2.MARK
+    if mark in names:
+        return f"a {names[mark]} frame in a {names[expected]} stream"
+    return f"bad marker 0x{mark:08x} instead of 0x{expected:08x}"

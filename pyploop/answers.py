@@ -1,0 +1,143 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a receiver answers, and where: D1's feedback, D2's replies."""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+from typing import Protocol
+
+from pyploop import transport
+from pyploop._core import RECV_END, RECV_SYNC, Receiver
+from pyploop.errors import PyploopError, WriteError
+from pyploop.wire import d1, d2, d3
+
+CANNOT = "cannot answer the sender"
+
+
+class Answers(Protocol):
+    """One dialect's way back to the sender.  `event` is the SYNC or END that
+    an answer is about (RECV_SYNC, RECV_END; 0: neither)."""
+
+    dialect: str
+    native: bool
+    """The peer is a pyploop sender."""
+
+    def greeted(self, pos: int, payload: bytes) -> bool:
+        """A SYNC came: true when it was a greeting, which is answered now."""
+
+    def done(self, event: int) -> None:
+        """It is durable.  WriteError when the peer cannot be told."""
+
+    def failed(self, event: int, error: PyploopError) -> None:
+        """The copy failed.  Never raises: that is not the error to tell."""
+
+
+class NoAnswers:
+    """Before the first marker."""
+
+    dialect = "unknown"
+    native = False
+
+    def greeted(self, pos: int, payload: bytes) -> bool:
+        return False
+
+    def done(self, event: int) -> None:
+        pass
+
+    def failed(self, event: int, error: PyploopError) -> None:
+        pass
+
+
+class Feedback:
+    """D1: eight bytes for each SYNC on the feedback descriptor; for a pyploop
+    sender END too, and without a descriptor back on the stream's own socket."""
+
+    def __init__(self, pump: Receiver, in_fd: int, feedback: int | None) -> None:
+        self.dialect = "D1"
+        self.native = False
+        self._pump, self._guessed = pump, feedback is None
+        self._first = True
+        self._channel = feedback
+        if feedback is None and transport.is_socket(in_fd):
+            self._channel = in_fd
+
+    def greeted(self, pos: int, payload: bytes) -> bool:
+        first, self._first = self._first, False
+        if not first or payload != d1.HELLO or self._pump.stats.frames:
+            return False
+        if self._channel is None:
+            return False
+        try:
+            transport.write_all(self._channel, d1.HELLO_REPLY, CANNOT)
+        except WriteError:
+            if not self._guessed:
+                raise
+            return True  # it has sent all and gone, and waits for nothing
+        self.native = True
+        return True
+
+    def _channel_for(self, event: int) -> int | None:
+        """Only a pyploop sender reads answers to END, or on its own socket."""
+        known = self.native or (event == RECV_SYNC and not self._guessed)
+        return self._channel if known else None
+
+    def done(self, event: int) -> None:
+        channel = self._channel_for(event)
+        if channel is None:
+            return
+        try:
+            transport.write_all(channel, d1.SUCCESS, CANNOT)
+        except WriteError:
+            self._channel = None
+            raise
+
+    def failed(self, event: int, error: PyploopError) -> None:
+        channel = self._channel_for(event) if event in (RECV_SYNC, RECV_END) else None
+        if channel is not None:
+            with contextlib.suppress(WriteError):
+                transport.write_all(channel, d1.FAILURE, CANNOT)
+
+
+class Replies:
+    """D2 and D3: an int32 on the same socket.  Those to DATA are the pump's."""
+
+    def __init__(self, fd: int, pump: Receiver | None = None) -> None:
+        """pump: None before the first packet: then it can only fail."""
+        self.dialect = "D2"
+        self.native = False
+        self._fd, self._pump = fd, pump
+        self._broken = False
+
+    def greeted(self, pos: int, payload: bytes) -> bool:
+        if pos == 0 or self._pump is None:
+            return False
+        reply, features = d3.answer(pos)
+        self._say(reply)
+        if features & d3.MD5:
+            self._pump.expect_digests()
+            self.dialect = "D3, MD5"
+        self.native = bool(features & d3.PYPLOOP)
+        return True
+
+    def done(self, event: int) -> None:
+        self._say(0)
+
+    def _say(self, code: int) -> None:
+        try:
+            transport.write_all(self._fd, d2.reply(code), CANNOT)
+        except WriteError:
+            self._broken = True
+            raise
+
+    def failed(self, event: int, error: PyploopError) -> None:
+        with contextlib.suppress(WriteError):
+            if not self._broken:
+                self._say(error.exit_code)
+        hang_up(self._fd)
+
+
+def hang_up(fd: int) -> None:
+    """End the conversation on a socket that is somebody else's to close."""
+    with contextlib.suppress(OSError), socket.fromfd(fd, socket.AF_UNIX, socket.SOCK_STREAM) as s:
+        s.shutdown(socket.SHUT_RDWR)

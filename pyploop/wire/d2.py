@@ -1,0 +1,56 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Dialect D2, packets and replies on one socket: bytes, no I/O (docs/protocol.md).
+
+Data packets are made and parsed in C (csrc/pump_frame.c, csrc/recv_head.c); what
+is here are the control packets and the replies.  D3 is D2 with features agreed
+(wire/d3.py); with MD5 agreed every packet carries a digest of its data.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import struct
+
+HEADER = struct.Struct("<IIIIQ")
+"""marker, type, size, padding u32, pos u64: 24 bytes, little-endian."""
+REPLY = struct.Struct("<i")
+"""0, or the code of a failure."""
+MARK = 0x4CC0AC3E
+DIGEST_SIZE = 16
+
+DATA, CMD, DATA_ASYNC = 0, 1, 2
+TYPES = {0: "DATA", 1: "CMD", 2: "DATA_ASYNC", 3: "DATA_DEVICE", 4: "DATA_CBT"}
+SYNC = 0
+COMMANDS = {0: "SYNC", 1: "FINISH", 2: "INIT_PLOOP", 3: "INIT_QCOW", 4: "MOUNT", 5: "UMOUNT"}
+HEADER_PACKET = 4096
+"""Bytes of the DATA packet that ends a ploop1 image."""
+
+
+def packet(kind: int, pos: int, payload: bytes, digest: bool = False) -> bytes:
+    """One packet; digest: with the MD5 of the payload (D3)."""
+    head = HEADER.pack(MARK, kind, len(payload), 0, pos)
+    return (
+        head + (hashlib.md5(payload, usedforsecurity=False).digest() if digest else b"") + payload
+    )
+
+
+def sync(features: int = 0, digest: bool = False) -> bytes:
+    """A SYNC; with `features` it is D3's handshake."""
+    return packet(CMD, features, struct.pack("<I", SYNC), digest)
+
+
+def end(digest: bool = False) -> bytes:
+    """END, as D3's FINISH: a command of no bytes."""
+    return packet(CMD, 0, b"", digest)
+
+
+def reply(code: int) -> bytes:
+    """The answer to one packet."""
+    return REPLY.pack(code)
+
+
+def name_of(kind: int, command: int) -> str:
+    """A packet's type, or its command, for a message."""
+    if kind == CMD:
+        return f"command {command} ({COMMANDS.get(command, 'unknown')})"
+    return f"packet type {kind} ({TYPES.get(kind, 'unknown')})"
