@@ -7,8 +7,12 @@ import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
+
+if TYPE_CHECKING:
+    from lab.hosts import Lab
 
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE / "fakeploop"), str(HERE.parent)]
@@ -31,3 +35,13 @@ def no_descriptor_is_left() -> Iterator[None]:
         if os.path.exists(f"/proc/self/fd/{fd}")
     }
     assert not names, f"descriptors left open: {names}"
+
+
+@pytest.fixture
+def two_hosts() -> Iterator[Lab]:
+    """Two hosts for a migration; skips where there can be none, fails on CI."""
+    from lab import hosts, requirements
+
+    requirements.check()
+    with hosts.lab() as made:
+        yield made

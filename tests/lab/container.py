@@ -1,0 +1,153 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The container that is moved: runc, its root an ext4 on a loop device, in it the
+processes of guest.c.  The same paths on each host (hosts.py)."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from lab.hosts import CONTAINER_NETNS, Host, Lab, run
+
+NAME = "ct"
+BUNDLE = Path("/srv/ct")
+IMAGE, ROOTFS = BUNDLE / "root.img", BUNDLE / "rootfs"
+CRIU_CONFIG, UNLOCK = BUNDLE / "criu.conf", BUNDLE / "network-unlock"
+LINK_UP, LINK_DOWN = "ip link set ct0 up", "ip link set ct0 down"
+IMAGE_BYTES = 512 << 20
+
+# The network namespace exists before the container and outlives it, so CRIU must
+# not lock it (the lock would stay behind): the link is taken down instead, and comes
+# up when the restored sockets are in place and before they speak.
+_CRIU_CONFIG = f"network-lock skip\naction-script {UNLOCK}\n"
+_UNLOCK = f"""#!/bin/sh
+[ "$CRTOOLS_SCRIPT_ACTION" != network-unlock ] || exec {LINK_UP}
+"""
+
+
+def config(append_interval_ms: int) -> dict[str, object]:
+    """config.json: what `runc spec` writes, but no terminal, no rlimits, a writable
+    root, and the network namespace that is already there."""
+    spec = tempfile.mkdtemp(prefix="pyploop-spec-")
+    try:
+        run(["runc", "spec", "--bundle", spec])
+        made = json.loads((Path(spec) / "config.json").read_text())
+    finally:
+        shutil.rmtree(spec)
+    made["process"] |= {"terminal": False, "rlimits": [], "cwd": "/"}
+    made["process"]["args"] = ["/guest", str(append_interval_ms)]
+    made["root"] = {"path": str(ROOTFS), "readonly": False}
+    made["hostname"] = NAME
+    for namespace in made["linux"]["namespaces"]:
+        if namespace["type"] == "network":
+            namespace["path"] = CONTAINER_NETNS
+    made["annotations"] = {"org.criu.config": str(CRIU_CONFIG)}
+    return dict(made)
+
+
+def build_guest(folder: Path) -> Path:
+    """The container's program, statically linked."""
+    out = folder / "guest"
+    source = Path(__file__).with_name("guest.c")
+    words = ["gcc", "-O2", "-Wall", "-static", "-o", str(out), str(source)]
+    run([*words, "-lsqlite3", "-lm", "-lpthread"], timeout=120)
+    return out
+
+
+def write_bundle(host: Host, append_interval_ms: int = 5) -> None:
+    """What a host needs to run the container, except its image."""
+    folder = host.outside(BUNDLE)
+    host.outside(ROOTFS).mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(config(append_interval_ms), indent=1))
+    host.outside(CRIU_CONFIG).write_text(_CRIU_CONFIG)
+    host.outside(UNLOCK).write_text(_UNLOCK)
+    host.outside(UNLOCK).chmod(0o755)
+
+
+def make_image(host: Host, guest: Path, size: int = IMAGE_BYTES) -> None:
+    """The container's disk: a sparse raw image with an ext4 in it."""
+    image = host.outside(IMAGE)
+    with image.open("wb") as f:
+        f.truncate(size)
+    with tempfile.TemporaryDirectory(prefix="pyploop-root-") as name:
+        root = Path(name)
+        for folder in ("data", "proc", "dev", "sys", "tmp"):
+            (root / folder).mkdir()
+        shutil.copy2(guest, root / "guest")
+        options = ["-E", "lazy_itable_init=0,lazy_journal_init=0", "-d", str(root)]
+        run(["mkfs.ext4", "-q", "-F", *options, str(image)])
+
+
+def attach(host: Host) -> None:
+    """Mount the image on a loop device, which goes when it is unmounted."""
+    host.run("mount", "-o", "loop", IMAGE, ROOTFS)
+
+
+def detach(host: Host) -> None:
+    """Undo `attach`; nothing if it is not attached."""
+    if str(ROOTFS) in host.mounts():
+        host.run("umount", ROOTFS)
+    for device in loops(host):
+        run(["losetup", "--detach", device], check=False)
+
+
+def loops(host: Host) -> list[str]:
+    """Loop devices on the host's image, whoever attached them."""
+    image = host.folder / "srv" / IMAGE.relative_to("/srv")
+    if not image.exists():
+        return []
+    return run(["losetup", "-nO", "NAME", "--associated", str(image)]).split()
+
+
+def start(host: Host) -> None:
+    null = subprocess.DEVNULL
+    # Not host.run: the container's processes keep the descriptors they are given.
+    done = subprocess.run(
+        host.command("runc", "--log", BUNDLE / "run.log", "run", "-d", "-b", BUNDLE, NAME),
+        stdin=null,
+        stdout=null,
+        stderr=null,
+        timeout=60,
+        check=False,
+    )
+    if done.returncode:
+        raise RuntimeError(f"runc run: {host.outside(BUNDLE / 'run.log').read_text()}")
+    host.run("sh", "-c", LINK_UP)
+
+
+def state(host: Host) -> str:
+    """runc's word for the container's state on the host: 'running', 'paused',
+    'stopped', or 'absent'."""
+    listed = json.loads(host.run("runc", "list", "--format", "json")) or []
+    found = [str(c["status"]) for c in listed if c["id"] == NAME]
+    return found[0] if found else "absent"
+
+
+def remove(host: Host) -> None:
+    """Kill and remove the container, whatever state it is in."""
+    if state(host) == "paused":
+        host.run("runc", "resume", NAME, check=False)
+    if state(host) != "absent":
+        host.run("runc", "delete", "--force", NAME)
+    host.run("sh", "-c", LINK_DOWN)
+
+
+@contextlib.contextmanager
+def container(lab: Lab, append_interval_ms: int = 5, size: int = IMAGE_BYTES) -> Iterator[None]:
+    """The container, running on host a; at the end removed from both hosts."""
+    guest = build_guest(lab.folder)
+    for host in (lab.a, lab.b):
+        write_bundle(host, append_interval_ms)
+    make_image(lab.a, guest, size)
+    with contextlib.ExitStack() as stack:
+        for host in (lab.a, lab.b):
+            stack.callback(detach, host)
+            stack.callback(remove, host)
+        attach(lab.a)
+        start(lab.a)
+        yield
