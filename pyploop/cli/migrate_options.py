@@ -1,0 +1,169 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The options of `pyploop migrate`: vzmigrate's, and long ones of our own."""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+from dataclasses import dataclass
+
+from pyploop.cli.arguments import Parser, parsed
+from pyploop.units import parse_size, parse_time
+
+RUNTIMES = ("vzctl", "runc", "command")
+NODEPS = ("cpu", "ipv6")
+"""Checks that `--nodeps=` can leave out by name."""
+
+
+@dataclass(frozen=True)
+class MigrateOptions:
+    """What the user asked for; times in seconds, sizes in bytes."""
+
+    host: str
+    container: str
+    runtime: str | None
+    config: str | None
+    live: bool
+    check_only: bool
+    remove_area: bool
+    """Destroy the source's private area once the target runs (`-r`)."""
+    keep_dst: bool
+    nodeps: frozenset[str]
+    ssh: tuple[str, ...]
+    rsync: tuple[str, ...]
+    times: bool
+    verbose: int
+    max_freeze: float | None
+    deadline: float | None
+    bwlimit: int
+    timeout: float
+    json: str | None
+    trace: str | None
+    recover: bool
+
+
+class _Parser(Parser):
+    exit_status = 1  # vzmigrate's for usage
+
+
+def parser() -> Parser:
+    p = _Parser(
+        prog="pyploop migrate",
+        allow_abbrev=False,
+        usage="pyploop migrate [--live] [-t] [options] HOST CT\n"
+        "       pyploop migrate --recover [options] [HOST CT]",
+        description="Move a container to another host; with --live without stopping it.",
+    )
+    add = p.add_argument
+    add("host", nargs="?", metavar="HOST", help="[user@]host, as ssh takes it")
+    add("container", nargs="?", metavar="CT", help="container: its ID or name")
+    g = p.add_argument_group("as vzmigrate has them")
+    add = g.add_argument
+    add("--live", "--online", action="store_true", help="without stopping it")
+    add("--check-only", "--dry-run", action="store_true", help="check both sides, change nothing")
+    add(
+        "-r",
+        "--remove-area",
+        choices=("yes", "no"),
+        default="yes",
+        help="remove the container from the source afterwards (yes)",
+    )
+    add("--keep-dst", action="store_true", help="keep what was copied when the migration fails")
+    add(
+        "-f",
+        "--nodeps",
+        action="append",
+        default=[],
+        metavar="[=]cpu,ipv6",
+        help="leave out these checks of compatibility; without a list all of them",
+    )
+    add("--ssh", action="append", default=[], metavar="OPTS", help="more options for ssh")
+    add("--ssh-mux", action="store_true", help="accepted: there is one connection in any case")
+    add("--rsync", action="append", default=[], metavar="OPTS", help="more options for rsync")
+    add("-t", "--times", action="store_true", help="print where the suspended time went")
+    add("-v", dest="verbose", action="count", default=0, help="more messages (up to four)")
+    g = p.add_argument_group("pyploop's own")
+    add = g.add_argument
+    add("--runtime", choices=RUNTIMES, help="what runs the container (from the configuration)")
+    add("--config", metavar="FILE", help="how containers look on this host")
+    add("--max-freeze", type=parsed(parse_time, "time"), metavar="TIME", help="disk frozen at most")
+    add(
+        "--deadline",
+        type=parsed(parse_time, "time"),
+        metavar="TIME",
+        help="iterate at most so long for --max-freeze",
+    )
+    add(
+        "--bwlimit",
+        type=parsed(parse_size, "size"),
+        default=0,
+        metavar="RATE",
+        help="bytes per second of a disk while the container runs",
+    )
+    add(
+        "--timeout",
+        type=parsed(parse_time, "time"),
+        default=600.0,
+        metavar="TIME",
+        help="give a silent peer up after this (600)",
+    )
+    add("--json", nargs=1, metavar="FILE", help="events as NDJSON to FILE, - for stdout")
+    add("--trace", metavar="FILE", help="a Chrome trace of both hosts")
+    add("--recover", action="store_true", help="undo, or finish, what a killed migration left")
+    return p
+
+
+def _spelled_out(args: list[str]) -> list[str]:
+    """`-f` and `--nodeps` have a value only with `=`; argparse would take HOST."""
+    return ["--nodeps=all" if a in ("-f", "--nodeps") else a for a in args]
+
+
+def parse(args: list[str]) -> MigrateOptions:
+    """SystemExit (1) with the usage on stderr for a wrong command line."""
+    p = parser()
+    o = p.parse_args(_spelled_out(args))
+    if not o.recover and (o.host is None or o.container is None):
+        p.error("HOST and CT are needed")
+    if o.host is not None and (o.host.startswith("-") or not o.host.strip()):
+        p.error(f"{o.host!r} is no host")
+    if o.recover and (o.live or o.check_only):
+        p.error("--recover goes without --live and --check-only")
+    return MigrateOptions(
+        host=o.host or "",
+        container=o.container or "",
+        runtime=o.runtime,
+        config=o.config,
+        live=o.live,
+        check_only=o.check_only,
+        remove_area=o.remove_area == "yes",
+        keep_dst=o.keep_dst,
+        nodeps=_nodeps(p, o.nodeps),
+        ssh=_words(p, o.ssh),
+        rsync=_words(p, o.rsync),
+        times=o.times,
+        verbose=min(o.verbose, 4),
+        max_freeze=o.max_freeze,
+        deadline=o.deadline,
+        bwlimit=o.bwlimit,
+        timeout=o.timeout,
+        json=o.json[0] if o.json else None,
+        trace=o.trace,
+        recover=o.recover,
+    )
+
+
+def _nodeps(p: argparse.ArgumentParser, given: list[str]) -> frozenset[str]:
+    names: set[str] = set()
+    for text in given:
+        names.update(NODEPS if text == "all" else text.split(","))
+    unknown = names.difference(NODEPS)
+    if unknown:
+        p.error(f"--nodeps takes {', '.join(NODEPS)}, not {', '.join(sorted(unknown))}")
+    return frozenset(names)
+
+
+def _words(p: argparse.ArgumentParser, given: list[str]) -> tuple[str, ...]:
+    try:
+        return tuple(word for text in given for word in shlex.split(text))
+    except ValueError as e:
+        p.error(f"options for ssh or rsync: {e}")

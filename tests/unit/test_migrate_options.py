@@ -1,0 +1,55 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The command line of `pyploop migrate`."""
+
+from __future__ import annotations
+
+import pytest
+
+from pyploop.cli.migrate_options import NODEPS, parse
+
+
+def test_vzmigrate_s_command_line_is_taken_as_it_is() -> None:
+    o = parse(["-r", "no", "--online", "-t", "-vv", "--ssh=-p22", "--keep-dst", "-f", "dst", "101"])
+    assert (o.host, o.container) == ("dst", "101")
+    assert o.live and o.times and o.keep_dst and not o.remove_area
+    assert o.verbose == 2
+    assert o.ssh == ("-p22",)
+    assert o.nodeps == frozenset(NODEPS)
+
+
+@pytest.mark.parametrize(
+    ("given", "named"), [("--nodeps=cpu", {"cpu"}), ("--nodeps=cpu,ipv6", {"cpu", "ipv6"})]
+)
+def test_nodeps_takes_names_only_behind_an_equals_sign(given: str, named: set[str]) -> None:
+    assert parse([given, "dst", "101"]).nodeps == named
+
+
+def test_options_for_ssh_are_words_as_a_shell_splits_them() -> None:
+    o = parse(["--ssh", "-o 'User=some one' -F /etc/x", "--ssh=-4", "h", "1"])
+    assert o.ssh == ("-o", "User=some one", "-F", "/etc/x", "-4")
+
+
+@pytest.mark.parametrize(
+    "args",
+    [
+        [],
+        ["dst"],
+        ["-x", "dst", "1"],
+        ["--nodeps=gpu", "dst", "1"],
+        ["--ssh='", "dst", "1"],
+        ["--recover", "--live", "dst", "1"],
+        ["--", "-oProxyCommand=true", "1"],
+        ["-r", "maybe"],
+    ],
+)
+def test_a_wrong_command_line_exits_with_vzmigrate_s_code(
+    args: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as end:
+        parse(args)
+    assert end.value.code == 1
+    assert "usage" in capsys.readouterr().err.lower()
+
+
+def test_recovering_needs_no_names() -> None:
+    assert parse(["--recover"]).recover
