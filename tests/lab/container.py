@@ -17,16 +17,17 @@ from lab.hosts import CONTAINER_NETNS, Host, Lab, run
 NAME = "ct"
 BUNDLE = Path("/srv/ct")
 IMAGE, ROOTFS = BUNDLE / "root.img", BUNDLE / "rootfs"
-CRIU_CONFIG, UNLOCK = BUNDLE / "criu.conf", BUNDLE / "network-unlock"
+CRIU_CONFIG, ACTION = BUNDLE / "criu.conf", BUNDLE / "criu-action"
 LINK_UP, LINK_DOWN = "ip link set ct0 up", "ip link set ct0 down"
 IMAGE_BYTES = 512 << 20
 
 # The network namespace exists before the container and outlives it, so CRIU must
 # not lock it (the lock would stay behind): the link is taken down instead, and comes
-# up when the restored sockets are in place and before they speak.
-_CRIU_CONFIG = f"network-lock skip\naction-script {UNLOCK}\n"
-_UNLOCK = f"""#!/bin/sh
-[ "$CRTOOLS_SCRIPT_ACTION" != network-unlock ] || exec {LINK_UP}
+# up when the restored sockets are in place and before they speak.  Not at
+# `network-unlock`: a dump that leaves the container alive comes by there, too.
+_CRIU_CONFIG = f"network-lock skip\naction-script {ACTION}\n"
+_ACTION = f"""#!/bin/sh
+[ "$CRTOOLS_SCRIPT_ACTION" != post-restore ] || exec {LINK_UP}
 """
 
 
@@ -65,8 +66,8 @@ def write_bundle(host: Host, append_interval_ms: int = 5) -> None:
     host.outside(ROOTFS).mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps(config(append_interval_ms), indent=1))
     host.outside(CRIU_CONFIG).write_text(_CRIU_CONFIG)
-    host.outside(UNLOCK).write_text(_UNLOCK)
-    host.outside(UNLOCK).chmod(0o755)
+    host.outside(ACTION).write_text(_ACTION)
+    host.outside(ACTION).chmod(0o755)
 
 
 def make_image(host: Host, guest: Path, size: int = IMAGE_BYTES) -> None:
