@@ -24,6 +24,7 @@ from pyploop import kernel, watchdog
 from pyploop.errors import BusyError, CommandError, DeviceControlError, LoopError, OpenError
 from pyploop.events import Reporter
 from pyploop.sysblock import Mount
+from pyploop.worker import wait_for
 
 LOCK_DEADLINE = 120.0
 """Seconds to wait for another copy's freeze of the same file system."""
@@ -46,7 +47,7 @@ def run_command(command: str, what: str, timeout: float | None = None) -> None:
         start_new_session=True,
     )
     try:
-        code = process.wait(timeout)
+        code = wait_for(process, timeout)
     except subprocess.TimeoutExpired:
         _end(process)
         raise CommandError(f"{what} {command!r} did not end within {timeout:g} s") from None

@@ -3,7 +3,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
+import select
 import signal
+import subprocess
 import threading
 from collections.abc import Callable
 from typing import TypeVar
@@ -61,3 +65,22 @@ def run_cancellable(
     if failure:
         raise failure[0]
     return result[0]
+
+
+def wait_for(process: subprocess.Popen[bytes], timeout: float | None) -> int:
+    """`process.wait(timeout)` that returns when the process ends.
+
+    That one naps between looks, for as long again as the process has taken (at
+    most 50 ms), and a container would stand still for it.
+    """
+    with contextlib.suppress(OSError):  # Linux before 5.3, or it is forbidden
+        fd = os.pidfd_open(process.pid)
+        try:
+            poll = select.poll()
+            poll.register(fd, select.POLLIN)
+            if not poll.poll(None if timeout is None else timeout * 1000):
+                raise subprocess.TimeoutExpired(process.args, timeout or 0.0)
+        finally:
+            os.close(fd)
+        return process.wait()
+    return process.wait(timeout)

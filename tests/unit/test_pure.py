@@ -11,6 +11,7 @@ import itertools
 import json
 import os
 import socket
+import subprocess
 import time
 from pathlib import Path
 from typing import Any
@@ -45,7 +46,7 @@ from pyploop.trackers.dm import DmTracker, has_tracking
 from pyploop.trackers.scan import ScanTracker
 from pyploop.units import format_size, parse_size, parse_time
 from pyploop.wire import d1
-from pyploop.worker import run_cancellable
+from pyploop.worker import run_cancellable, wait_for
 
 # ---- units
 
@@ -405,6 +406,25 @@ def test_an_exception_of_the_work_comes_out_and_a_signal_cancels_it() -> None:
     with pytest.raises(Interrupted):
         run_cancellable(work, lambda: calls.append("cancel"), tick)
     assert calls == ["cancel", "done"]
+
+
+@pytest.mark.parametrize("pidfds", [True, False])
+def test_a_process_is_waited_for_until_it_ends_or_the_time_is_over(
+    pidfds: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not pidfds:
+
+        def forbidden(pid: int) -> int:
+            raise PermissionError(errno.EPERM, "forbidden")
+
+        monkeypatch.setattr(os, "pidfd_open", forbidden)
+    with subprocess.Popen(["sh", "-c", "read x; exit 3"], stdin=subprocess.PIPE) as process:
+        assert process.stdin is not None
+        with pytest.raises(subprocess.TimeoutExpired):
+            wait_for(process, 0.05)
+        process.stdin.close()
+        assert wait_for(process, 60) == 3
+        assert wait_for(process, None) == 3
 
 
 def test_a_signal_at_the_moment_of_the_freeze_still_thaws(
