@@ -13,6 +13,10 @@ ffi.cdef(
     static const unsigned long BLKGETSIZE64, BLKSSZGET;
     static const unsigned long LOOP_GET_STATUS64;
     static const int RENAME_NOREPLACE;
+    static const unsigned long MS_RDONLY, MS_NOSUID, MS_NODEV, MS_NOEXEC, MS_SYNCHRONOUS;
+    static const unsigned long MS_NOATIME, MS_NODIRATIME, MS_RELATIME, MS_STRICTATIME;
+    static const unsigned long MS_LAZYTIME, MS_DIRSYNC;
+    static const int MNT_DETACH;
 
     struct loop_info64 {
         uint64_t lo_device;
@@ -34,6 +38,15 @@ ffi.cdef(
     int pk_write_back(int fd);
     int pk_set_pipe_size(int fd, int bytes);
     int pk_rename_noreplace(int dirfd, const char *from, const char *to);
+    int pk_mount(const char *source, const char *point, const char *type,
+                 unsigned long flags, const char *data);
+    int pk_umount(const char *point, int flags);
+    int pk_loop_free(int control_fd);
+    int pk_loop_attach(int loop_fd, int file_fd, const char *name);
+    int pk_loop_detach(int loop_fd);
+    int pk_flush_buffers(int fd);
+    int pk_pidfd_getfd(int pidfd, int fd);
+    int pk_tcp_repair(int fd, int on);
     """
 )
 ffi.set_source(
@@ -43,9 +56,15 @@ ffi.set_source(
     #include <fcntl.h>
     #include <linux/fs.h>
     #include <linux/loop.h>
+    #include <netinet/in.h>
+    #include <netinet/tcp.h>
     #include <stdint.h>
     #include <stdio.h>
+    #include <string.h>
     #include <sys/ioctl.h>
+    #include <sys/mount.h>
+    #include <sys/socket.h>
+    #include <sys/syscall.h>
     #include <unistd.h>
 
     #ifndef RENAME_NOREPLACE
@@ -72,6 +91,29 @@ ffi.set_source(
     { return result(fcntl(fd, F_SETPIPE_SZ, bytes)); }
     static int pk_rename_noreplace(int dirfd, const char *from, const char *to)
     { return result(renameat2(dirfd, from, dirfd, to, RENAME_NOREPLACE)); }
+    static int pk_mount(const char *source, const char *point, const char *type,
+                        unsigned long flags, const char *data)
+    { return result(mount(source, point, type, flags, data)); }
+    static int pk_umount(const char *point, int flags)
+    { return result(umount2(point, flags)); }
+    static int pk_loop_free(int control_fd)
+    { return result(ioctl(control_fd, LOOP_CTL_GET_FREE)); }
+    /* Detaches by itself with its last user, so a killed process leaves none. */
+    static int pk_loop_attach(int loop_fd, int file_fd, const char *name)
+    {
+        struct loop_config config = { .fd = (uint32_t)file_fd };
+        config.info.lo_flags = LO_FLAGS_AUTOCLEAR;
+        strncpy((char *)config.info.lo_file_name, name, LO_NAME_SIZE - 1);
+        return result(ioctl(loop_fd, LOOP_CONFIGURE, &config));
+    }
+    static int pk_loop_detach(int loop_fd)
+    { return result(ioctl(loop_fd, LOOP_CLR_FD)); }
+    static int pk_pidfd_getfd(int pidfd, int fd)
+    { return result((int)syscall(SYS_pidfd_getfd, pidfd, fd, 0)); }
+    static int pk_tcp_repair(int fd, int on)
+    { return result(setsockopt(fd, IPPROTO_TCP, TCP_REPAIR, &on, sizeof on)); }
+    static int pk_flush_buffers(int fd)
+    { return result(ioctl(fd, BLKFLSBUF, 0)); }
     """,
     define_macros=[("_GNU_SOURCE", "1")],
 )

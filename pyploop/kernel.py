@@ -6,6 +6,7 @@ Each raises OSError(errno, text, path); nothing here decides anything.
 
 from __future__ import annotations
 
+import errno
 import os
 from typing import NamedTuple
 
@@ -93,3 +94,75 @@ def set_pipe_size(fd: int, size: int) -> int:
 def rename_noreplace(dir_fd: int, old: str, new: str) -> None:
     """Rename within a folder; EEXIST when `new` is there."""
     _check(_lib.pk_rename_noreplace(dir_fd, os.fsencode(old), os.fsencode(new)), new)
+
+
+MOUNT_FLAGS: dict[str, int] = {
+    "ro": _lib.MS_RDONLY,
+    "nosuid": _lib.MS_NOSUID,
+    "nodev": _lib.MS_NODEV,
+    "noexec": _lib.MS_NOEXEC,
+    "sync": _lib.MS_SYNCHRONOUS,
+    "dirsync": _lib.MS_DIRSYNC,
+    "noatime": _lib.MS_NOATIME,
+    "nodiratime": _lib.MS_NODIRATIME,
+    "relatime": _lib.MS_RELATIME,
+    "strictatime": _lib.MS_STRICTATIME,
+    "lazytime": _lib.MS_LAZYTIME,
+}
+"""Options of mount(8) that mount(2) takes as flags; others go to the file system."""
+
+
+def mount(source: str, point: str, fstype: str, options: str) -> None:
+    """mount(2); options as mount(8) has them, comma-separated."""
+    flags, data = 0, []
+    for option in options.split(","):
+        if option in MOUNT_FLAGS:
+            flags |= MOUNT_FLAGS[option]
+        elif option not in ("", "rw", "defaults", "suid", "dev", "exec", "async", "loop"):
+            data.append(option)
+    words = [os.fsencode(w) for w in (source, point, fstype)]
+    _check(_lib.pk_mount(*words, flags, os.fsencode(",".join(data))), point)
+
+
+def umount(point: str, *, lazy: bool = False) -> None:
+    """EINVAL: nothing is mounted there.  EBUSY: it is in use."""
+    _check(_lib.pk_umount(os.fsencode(point), _lib.MNT_DETACH if lazy else 0), point)
+
+
+def attach_loop(file_fd: int, name: str) -> tuple[str, int]:
+    """A loop device on the open file: its path and an open descriptor.  It
+    detaches by itself when it is neither open nor mounted any more."""
+    control = os.open("/dev/loop-control", os.O_RDWR | os.O_CLOEXEC)
+    try:
+        while True:
+            path = f"/dev/loop{_check(_lib.pk_loop_free(control), '/dev/loop-control')}"
+            fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+            ret = _lib.pk_loop_attach(fd, file_fd, os.fsencode(name))
+            if ret == 0:
+                return path, fd
+            os.close(fd)
+            if ret != -errno.EBUSY:  # else somebody else was faster
+                _check(ret, path)
+    finally:
+        os.close(control)
+
+
+def detach_loop(fd: int, path: str) -> None:
+    """ENXIO: nothing is attached."""
+    _check(_lib.pk_loop_detach(fd), path)
+
+
+def flush_buffers(fd: int, path: str) -> None:
+    """Write back and drop a block device's page cache."""
+    _check(_lib.pk_flush_buffers(fd), path)
+
+
+def take_descriptor(pidfd: int, fd: int) -> int:
+    """A duplicate, here, of another process's descriptor."""
+    return _check(_lib.pk_pidfd_getfd(pidfd, fd))
+
+
+def tcp_repair(fd: int) -> None:
+    """From here on the connection is closed without a packet.  EPERM: it
+    listens; ENOPROTOOPT, EOPNOTSUPP: it is no TCP socket."""
+    _check(_lib.pk_tcp_repair(fd, 1))
