@@ -1,0 +1,308 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One connection that carries control messages and numbered data channels.
+
+Each channel is one end of a socket pair here, so that who reads and writes it
+needs to know nothing of this; threads move the bytes in large pieces.
+
+Invariants: the reader of the connection never waits for a channel (a sender
+has at most WINDOW bytes under way in it, which are kept here), so no channel
+holds up another; a peer that says nothing for `silence` seconds is gone.
+"""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import os
+import queue
+import select
+import socket
+import threading
+import time
+from collections.abc import Callable
+
+from pyploop.errors import ProtocolError, PyploopError, ReadError, WriteError
+from pyploop.units import MIB
+from pyploop.wire import mux as wire
+from pyploop.wire.mux import Message
+
+PING_EVERY = 2.0
+SILENCE = 30.0
+"""Seconds without a byte from the peer, which pings, until it is given up."""
+
+
+class Mux:
+    """rfd, wfd: the connection, owned by the caller.  early: bytes that were
+    read from it already.  on_dead: called once, from a thread, with the cause."""
+
+    def __init__(
+        self,
+        rfd: int,
+        wfd: int,
+        early: bytes = b"",
+        *,
+        silence: float = SILENCE,
+        on_dead: Callable[[PyploopError], None] | None = None,
+    ) -> None:
+        self._rfd, self._wfd, self._early = rfd, wfd, early
+        self._silence, self._on_dead = silence, on_dead
+        self._out = threading.Lock()
+        self._channels: dict[int, _Channel] = {}
+        self._inbox: queue.SimpleQueue[Message | None] = queue.SimpleQueue()
+        self._stop_r, self._stop_w = os.pipe()
+        self._stopping = threading.Event()
+        self._lock = threading.Lock()
+        self.failure: PyploopError | None = None
+        """Why the connection is dead, or None."""
+        os.set_blocking(wfd, False)
+        self._threads = [
+            threading.Thread(target=self._read_loop, daemon=True),
+            threading.Thread(target=self._ping_loop, daemon=True),
+        ]
+        for t in self._threads:
+            t.start()
+
+    # ---- messages
+
+    def send(self, message: Message) -> None:
+        """WriteError when the connection is dead."""
+        self._write([wire.encode(message)])
+
+    def receive(self, timeout: float | None) -> Message:
+        """The next message.  ReadError: none in time; the connection's own
+        error when it is dead and all that came is taken."""
+        try:
+            message = self._inbox.get(timeout=timeout)
+        except queue.Empty:
+            raise ReadError(f"no answer within {timeout:g} s") from None
+        if message is None:
+            self._inbox.put(None)
+            raise self.failure or ReadError("the connection ended")
+        return message
+
+    # ---- channels
+
+    def open(self, number: int) -> int:
+        """A descriptor (a socket's) for the channel, owned by the caller.
+        ProtocolError when the number is in use or out of range."""
+        if not 0 < number < wire.MAX_CHANNELS:
+            raise ProtocolError(f"agent protocol: no channel {number!r}")
+        ours, theirs = socket.socketpair()
+        for s in (ours, theirs):
+            s.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, MIB)
+        with self._lock:
+            if number in self._channels or self.failure:
+                ours.close()
+                theirs.close()
+                raise self.failure or ProtocolError(f"agent protocol: channel {number} is open")
+            self._channels[number] = _Channel(number, ours, self._write, self._forget)
+        return theirs.detach()
+
+    def _forget(self, number: int) -> None:
+        with self._lock:
+            self._channels.pop(number, None)
+
+    # ---- the connection
+
+    def close(self) -> None:
+        """End all channels and threads; the descriptors stay the caller's."""
+        self._die(ReadError("the connection was closed"))
+        self._stopping.set()
+        with contextlib.suppress(OSError):
+            os.write(self._stop_w, b"x")
+        for t in self._threads:
+            if t is not threading.current_thread():
+                t.join()
+        os.close(self._stop_r)
+        os.close(self._stop_w)
+
+    def _die(self, cause: PyploopError) -> None:
+        with self._lock:
+            if self.failure is not None:
+                return
+            self.failure = cause
+            channels = list(self._channels.values())
+        for c in channels:
+            c.reset()
+        self._inbox.put(None)
+        self._stopping.set()
+        if self._on_dead is not None:
+            self._on_dead(cause)
+
+    def _write(self, parts: list[bytes]) -> None:
+        """Whole frames, from any thread."""
+        deadline = time.monotonic() + self._silence
+        poll = select.poll()
+        poll.register(self._wfd, select.POLLOUT)
+        with self._out:
+            left = [memoryview(p) for p in parts]
+            while left:
+                if self.failure:
+                    raise WriteError(f"the connection is dead: {self.failure}")
+                try:
+                    n = os.writev(self._wfd, left)
+                except BlockingIOError:
+                    poll.poll(200)
+                    if time.monotonic() > deadline:
+                        self._die(WriteError(f"the peer took nothing for {self._silence:g} s"))
+                    continue
+                except OSError as e:
+                    cause = WriteError.of("the connection to the peer broke", e)
+                    self._die(cause)
+                    raise cause from e
+                while left and n >= len(left[0]):
+                    n -= len(left.pop(0))
+                if left:
+                    left[0] = left[0][n:]
+
+    def _ping_loop(self) -> None:
+        while not self._stopping.wait(PING_EVERY):
+            with contextlib.suppress(PyploopError):
+                self._write([wire.frame(wire.PING, 0, 0)])
+
+    def _read(self, size: int) -> bytearray:
+        """Exactly so many bytes of the connection."""
+        data = bytearray(size)
+        view, got = memoryview(data), min(size, len(self._early))
+        view[:got] = self._early[:got]
+        self._early = self._early[got:]
+        poll = select.poll()
+        poll.register(self._rfd, select.POLLIN)
+        poll.register(self._stop_r, select.POLLIN)
+        while got < size:
+            ready = dict(poll.poll(self._silence * 1000))
+            if self._stop_r in ready:
+                raise ReadError("the connection was closed")
+            if not ready:
+                raise ReadError(f"nothing came from the peer for {self._silence:g} s")
+            try:
+                n = os.readv(self._rfd, [view[got:]])
+            except BlockingIOError:
+                continue
+            except OSError as e:
+                raise ReadError.of("the connection to the peer broke", e) from e
+            if n == 0:
+                raise ReadError("the peer ended the connection")
+            got += n
+        return data
+
+    def _read_loop(self) -> None:
+        try:
+            while True:
+                self._take(wire.parse(bytes(self._read(wire.HEADER_SIZE))))
+        except PyploopError as e:
+            self._die(e)
+
+    def _take(self, frame: wire.Frame) -> None:
+        payload = bytes(self._read(frame.length)) if frame.length else b""
+        if frame.kind == wire.CONTROL:
+            self._inbox.put(wire.decode(payload))
+            return
+        channel = self._channels.get(frame.channel)
+        if channel is None:
+            return  # closed here a moment ago, or a ping
+        if frame.kind == wire.DATA:
+            channel.deliver(payload)
+        elif frame.kind == wire.CREDIT:
+            channel.credit(int.from_bytes(payload, "little"))
+        elif frame.kind == wire.END:
+            channel.deliver(b"")
+        elif frame.kind == wire.RESET:
+            channel.reset()
+
+
+class _Channel:
+    """Two threads: socket -> frames as credit allows, frames -> socket."""
+
+    def __init__(
+        self,
+        number: int,
+        sock: socket.socket,
+        write: Callable[[list[bytes]], None],
+        forget: Callable[[int], None],
+    ) -> None:
+        self._number, self._sock, self._write, self._forget = number, sock, write, forget
+        self._changed = threading.Condition()
+        self._credit = wire.WINDOW
+        self._incoming: collections.deque[bytes] = collections.deque()
+        self._held = 0
+        self._reset = False
+        self._running = 2
+        for body in (self._outward, self._inward):
+            threading.Thread(target=self._run, args=(body,), daemon=True).start()
+
+    def deliver(self, data: bytes) -> None:
+        """Bytes from the peer; empty: no more will come."""
+        with self._changed:
+            self._held += len(data)
+            if self._held > wire.WINDOW:
+                raise ProtocolError(f"agent protocol: more than the credit on {self._number}")
+            self._incoming.append(data)
+            self._changed.notify_all()
+
+    def credit(self, n: int) -> None:
+        with self._changed:
+            self._credit += n
+            if self._credit > wire.WINDOW:
+                raise ProtocolError(f"agent protocol: credit of {self._credit} on {self._number}")
+            self._changed.notify_all()
+
+    def reset(self) -> None:
+        """Nothing more in either direction; whoever uses the socket sees its end."""
+        with self._changed:
+            self._reset = True
+            self._changed.notify_all()
+        with contextlib.suppress(OSError):
+            self._sock.shutdown(socket.SHUT_RDWR)
+
+    def _run(self, body: Callable[[], None]) -> None:
+        with contextlib.suppress(PyploopError):  # the connection's end is told elsewhere
+            body()
+        with self._changed:
+            self._running -= 1
+            last = self._running == 0
+        if last:
+            self._sock.close()
+            self._forget(self._number)
+
+    def _outward(self) -> None:
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._credit > 0 or self._reset)
+                if self._reset:
+                    return
+                room = min(self._credit, wire.MAX_DATA)
+            try:
+                data = self._sock.recv(room)
+            except OSError:
+                data = b""
+            if self._reset:
+                return
+            if not data:
+                self._write([wire.frame(wire.END, self._number, 0)])
+                return
+            with self._changed:
+                self._credit -= len(data)
+            self._write([wire.frame(wire.DATA, self._number, len(data)), data])
+
+    def _inward(self) -> None:
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._incoming or self._reset)
+                if self._reset:
+                    return
+                data = self._incoming.popleft()
+            try:
+                if not data:
+                    self._sock.shutdown(socket.SHUT_WR)
+                    return
+                self._sock.sendall(data)
+            except OSError:
+                # Nobody reads it here any more: say so, or the peer goes on.
+                self._write([wire.frame(wire.RESET, self._number, 0)])
+                self.reset()
+                return
+            with self._changed:
+                self._held -= len(data)
+            amount = len(data).to_bytes(4, "little")
+            self._write([wire.frame(wire.CREDIT, self._number, 4), amount])

@@ -1,0 +1,113 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Frames of the agent's protocol (docs/agent-protocol.md): bytes <-> frames, no I/O.
+
+Invariant: a frame's length is checked against its kind before anything is
+allocated for it.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import struct
+from typing import Any, NamedTuple
+
+from pyploop.errors import ProtocolError
+from pyploop.units import KIB, MIB
+
+MAJOR = 1
+"""Of the protocol; both ends must have the same."""
+
+HEADER = struct.Struct("<BBHI")
+"""kind u8, zero u8, channel u16, length u32 of the payload that follows."""
+HEADER_SIZE: int = HEADER.size
+
+CONTROL, DATA, CREDIT, END, RESET, PING = range(1, 7)
+MAX_CONTROL = 256 * KIB
+MAX_DATA = 256 * KIB
+WINDOW = 2 * MIB
+"""Bytes of one channel that may be under way in one direction."""
+MAX_CHANNELS = 64
+HELLO_LIMIT = 64 * KIB
+"""Bytes that a login shell may print before the hello."""
+
+_LIMITS = {CONTROL: MAX_CONTROL, DATA: MAX_DATA, CREDIT: 4, END: 0, RESET: 0, PING: 0}
+_HELLO = re.compile(rb"(?:\A|\n)PYPLOOP-AGENT (\d{1,4}) ([0-9A-Za-z.+-]{1,40})\n")
+
+Message = dict[str, Any]
+
+
+class Frame(NamedTuple):
+    """A checked header."""
+
+    kind: int
+    channel: int
+    length: int
+
+
+def frame(kind: int, channel: int, length: int) -> bytes:
+    """The header of a frame whose payload is `length` bytes."""
+    return HEADER.pack(kind, 0, channel, length)
+
+
+def parse(header: bytes) -> Frame:
+    """ProtocolError unless it is a frame that may come."""
+    kind, zero, channel, length = HEADER.unpack(header)
+    limit = _LIMITS.get(kind)
+    if limit is None or zero:
+        raise ProtocolError(f"agent protocol: unknown frame {header.hex()}")
+    if length > limit or (kind == CREDIT and length != 4):
+        raise ProtocolError(f"agent protocol: frame of kind {kind} with {length} bytes")
+    with_channel = kind in (DATA, CREDIT, END, RESET)
+    if with_channel != (channel > 0) or channel >= MAX_CHANNELS:
+        raise ProtocolError(f"agent protocol: frame of kind {kind} on channel {channel}")
+    return Frame(kind, channel, length)
+
+
+def encode(message: Message) -> bytes:
+    """One control message; ProtocolError when it is longer than allowed."""
+    payload = json.dumps(message).encode()
+    if len(payload) > MAX_CONTROL:
+        raise ProtocolError(f"agent protocol: message of {len(payload)} bytes")
+    return frame(CONTROL, 0, len(payload)) + payload
+
+
+def decode(payload: bytes) -> Message:
+    """ProtocolError unless it is a JSON object."""
+    try:
+        message = json.loads(payload)
+    except (ValueError, RecursionError) as e:
+        raise ProtocolError(f"agent protocol: message is not JSON ({e})") from None
+    if not isinstance(message, dict):
+        raise ProtocolError("agent protocol: message is not an object")
+    return message
+
+
+def hello(version: str) -> bytes:
+    """The first line that either end sends."""
+    return f"PYPLOOP-AGENT {MAJOR} {version}\n".encode()
+
+
+class Hello(NamedTuple):
+    """Protocol major, pyploop's version, and where the frames begin."""
+
+    major: int
+    version: str
+    end: int
+
+
+def find_hello(data: bytes) -> Hello | None:
+    """The peer's hello, after what a shell may have printed before it."""
+    found = _HELLO.search(data)
+    if found is None:
+        return None
+    return Hello(int(found[1]), found[2].decode(), found.end())
+
+
+def mismatch(peer: Hello, version: str) -> str | None:
+    """Why the two ends cannot work together, or None."""
+    if peer.major != MAJOR:
+        return f"it speaks agent protocol {peer.major}, this is {MAJOR}"
+    if peer.version.split(".")[0] != version.split(".", maxsplit=1)[0]:
+        return f"it is pyploop {peer.version}, this is {version}: another major version"
+    return None
