@@ -140,6 +140,14 @@ class DescriptorError(PyploopError):
     exit_code = 39
 
 
+class MigrateError(PyploopError):
+    """A migration ended; the code is one of vzmigrate's (docs/migrate.md)."""
+
+    def __init__(self, exit_code: int, text: str) -> None:
+        super().__init__(text)
+        self.exit_code = exit_code
+
+
 class Interrupted(BaseException):
     """A signal asked to stop; everything is undone before it takes effect."""
 

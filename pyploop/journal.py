@@ -143,6 +143,14 @@ class Journal:
         self._record["owners"] = [_identity(pid) for pid in pids]
         self.save()
 
+    def get(self, field: str) -> Any:
+        return self._record.get(field)
+
+    def set(self, **fields: Any) -> None:
+        """More fields of the record, for the undertaking's own use."""
+        self._record.update(fields)
+        self.save()
+
     def add(self, entry: Entry) -> Entry:
         """Before the act.  Returns the entry, for `done`."""
         self._entries.append(entry)
@@ -211,6 +219,15 @@ class Record:
                     return int(owner["pid"])
         return None
 
+    def adopt(self) -> Journal:
+        """Ours from now on.  BusyError when the owner lives."""
+        pid = self.owner()
+        if pid is not None and pid != os.getpid():
+            raise BusyError(f"{self.id} belongs to process {pid}, which undoes it itself")
+        journal = Journal(self.path, self.fields)
+        journal.set_owners(os.getpid())
+        return journal
+
     def replay(self) -> list[str]:
         """Undo in reverse; what fails stays, and is returned in words.
         BusyError when the owner lives."""
@@ -234,11 +251,21 @@ class Record:
         return failed
 
     def _undo(self, entry: Entry) -> None:
-        kind = _kinds.get(entry["kind"])
-        if kind is None:
-            raise DeviceControlError(f"entries of kind {entry['kind']!r} are not undone here")
+        kind = _kind(entry)
         if self.of_this_boot or kind.outlives_boot:
             kind.undo(entry)
+
+
+def _kind(entry: Entry) -> Kind:
+    kind = _kinds.get(entry["kind"])
+    if kind is None:
+        raise DeviceControlError(f"entries of kind {entry['kind']!r} are not undone here")
+    return kind
+
+
+def undo(entry: Entry) -> None:
+    """Undo one entry now, as `Record.replay` would."""
+    _kind(entry).undo(entry)
 
 
 def describe(entry: Entry) -> str:

@@ -26,6 +26,7 @@ from pyploop.errors import (
     WriteError,
 )
 from pyploop.events import Reporter
+from pyploop.image import HEADER_FRAME
 from pyploop.outputs import Output, explain_write
 from pyploop.summary import Options
 from pyploop.trackers import Batch, Tracker
@@ -101,9 +102,6 @@ class Passes:
             rate=options.rate,
             known=self._known,
             hook=self._tracker.hook(),
-            async_packets=self._out.packets.unanswered,
-            window=self._out.packets.window,
-            digests=self._out.packets.digests,
         )
 
     def send(self, batches: list[Batch], flags: int = 0) -> int:
@@ -160,8 +158,8 @@ class Passes:
             return WriteError.of(f"cannot write the target at byte {fault.pos}", fault)
         return explain_write(fault)
 
-    def first_bytes(self, size: int) -> bytes:
-        """The first `size` bytes, 4096 at most; zeroes where there are fewer."""
+    def first_sector(self) -> bytes:
+        """The first 512 bytes, zeroes where there are fewer."""
         base = self._source.base
         lead = base % self._source.align
         with mmap.mmap(-1, 8192) as page:  # aligned, as O_DIRECT wants it
@@ -169,7 +167,7 @@ class Passes:
                 os.preadv(self._source.fd, [page], base - lead)
             except OSError as e:
                 raise ReadError.of(f"cannot read {self._source.path} at byte 0", e) from e
-            return page[lead : lead + size]
+            return page[lead : lead + HEADER_FRAME]
 
 
 def _hash_shift(size: int) -> int:

@@ -23,6 +23,8 @@ Usage: pyploop [-v...] [--version] COMMAND ...
        -vN     level N; -v-1 errors only, -v-2 silent
 Commands:
        copy    copy a disk that is in use, or receive such a copy
+       migrate move a container to another host, live
+       agent   the target's end of that
        sync    fsync files, as vzfsync does
        info    tell what an image, a device or a DiskDescriptor.xml is
        demo    copy a throw-away disk live, and compare
@@ -31,7 +33,7 @@ Commands:
 Command = Callable[[list[str], int], int]
 
 
-COMMANDS = ("copy", "sync", "info", "demo")
+COMMANDS = ("copy", "migrate", "agent", "sync", "info", "demo")
 
 
 def _command(name: str) -> Command:

@@ -1,0 +1,293 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`pyploop agent`: the target's end of a migration (docs/agent-protocol.md).
+
+Serves one connection on stdin and stdout, request by request.  When it ends
+before the commit, everything is undone; after it, nothing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import platform
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from pyploop import __version__, ctlock, journal, landing, transport, undoing, verdict
+from pyploop.errors import BusyError, MigrateError, ProtocolError, PyploopError
+from pyploop.events import Reporter
+from pyploop.hostconf import NAME, HostConfig
+from pyploop.landing import Landing
+from pyploop.mux import Mux
+from pyploop.runtimes import CPU, LOCKED, USAGE, Facts, Runtime, volumes
+from pyploop.runtimes.choose import make_runtime
+from pyploop.wire import mux as wire
+
+HELLO_WAIT = 30.0
+IDLE = 24 * 3600.0
+"""Seconds without a request, pings notwithstanding, until it gives up."""
+SETTLE_WAIT = 60.0
+"""Seconds to wait for one who may still decide."""
+
+
+class Events:
+    """What happens here, sent to the source."""
+
+    def __init__(self, mux: Mux) -> None:
+        self._mux = mux
+
+    def event(self, name: str, at: float, fields: dict[str, Any]) -> None:
+        with contextlib.suppress(PyploopError):  # the connection's end is told elsewhere
+            self._mux.send({"event": name, "at": time.monotonic(), "fields": fields})
+
+    def line(self, level: int, at: float, text: str) -> None:
+        self.event("line", at, {"level": level, "text": text})
+
+    def close(self) -> None:
+        pass
+
+
+def cpu_flags() -> list[str]:
+    """What this CPU can, as the kernel names it."""
+    with open("/proc/cpuinfo") as f:
+        for line in f:
+            if line.startswith(("flags", "Features")):
+                return sorted(line.split(":", 1)[1].split())
+    return []
+
+
+class Agent:
+    """One connection."""
+
+    def __init__(self, host: HostConfig, rfd: int, wfd: int) -> None:
+        self._host = host
+        self._runtime: Runtime | None = None
+        self._landing: Landing | None = None
+        self._keep = False
+        self._facts: Facts = {}
+        self._locks = contextlib.ExitStack()
+        self._mux = Mux(rfd, wfd, greet(rfd, wfd))
+        self._report = Reporter()
+        self._report.add(Events(self._mux))
+        self._requests: dict[str, Callable[..., dict[str, Any]]] = {
+            "clock": self._clock,
+            "check": self._check,
+            "begin": self._begin,
+            "items": self._items,
+            "disk": self._disk,
+            "dump": self._dump,
+            "join": self._join,
+            "restore": self._restore,
+            "start": self._start,
+            "finish": self._finish,
+            "undo": self._undo,
+            "settle": self._settle,
+            "forget": self._forget,
+        }
+
+    def serve(self) -> None:
+        """Until the connection ends."""
+        try:
+            while True:
+                try:
+                    request = self._mux.receive(IDLE)
+                except PyploopError:
+                    return
+                self._answer(request)
+        finally:
+            self._end()
+
+    def _answer(self, request: wire.Message) -> None:
+        number = request.get("id")
+        try:
+            handler = self._requests.get(str(request.get("op")))
+            args = request.get("args")
+            if handler is None or not isinstance(args, dict):
+                raise ProtocolError(f"agent protocol: no request {str(request)[:80]!r}")
+            answer: wire.Message = {"id": number, "ok": handler(**args)}
+        except PyploopError as e:
+            answer = {"id": number, "error": {"code": vz_code(e), "message": str(e)}}
+        except OSError as e:
+            text = f"{e.filename}: {e.strerror}" if e.filename else str(e.strerror)
+            answer = {"id": number, "error": {"code": USAGE, "message": text}}
+        except (TypeError, ValueError, KeyError) as e:
+            text = f"agent protocol: {request.get('op')!r} with wrong arguments ({e})"
+            answer = {"id": number, "error": {"code": USAGE, "message": text}}
+        with contextlib.suppress(PyploopError):  # a dead connection ends serve()
+            self._mux.send(answer)
+
+    def _end(self) -> None:
+        failed: list[str] = []
+        if self._landing is not None:
+            done, self._landing = self._landing, None
+            failed = done.complete() if done.committed else done.undo(self._keep)
+        self._mux.close()
+        self._locks.close()
+        for text in failed:
+            os.write(2, f"pyploop agent: not undone: {text}\n".encode())
+
+    # ---- requests
+
+    def _clock(self) -> dict[str, Any]:
+        return {"monotonic": time.monotonic()}
+
+    def _check(
+        self,
+        *,
+        container: str,
+        runtime: str,
+        live: bool,
+        facts: Facts,
+        sizes: list[int],
+        nodeps: list[str],
+    ) -> dict[str, Any]:
+        if not NAME.fullmatch(container):
+            raise ProtocolError(f"{container[:40]!r} is no container's name")
+        self._runtime = chosen = make_runtime(self._host, runtime, container)
+        self._facts = facts
+        self._lock(chosen)
+        if platform.machine() != facts.get("machine"):
+            raise MigrateError(CPU, f"{platform.machine()} here, {facts.get('machine')} there")
+        if live and "cpu" not in nodeps:
+            missing = set(facts.get("cpu") or ()) - set(cpu_flags())
+            if missing:
+                raise MigrateError(
+                    CPU, f"the CPU lacks {' '.join(sorted(missing))} (--nodeps=cpu goes on)"
+                )
+        chosen.check_target({**facts, "nodeps": nodeps}, live)
+        disks = chosen.disks(source=False)
+        if len(disks) != len(sizes):
+            raise ProtocolError(f"{len(sizes)} disks there, {len(disks)} here")
+        for disk, size in zip(disks, sizes, strict=True):
+            volumes.check_free(disk, int(size))
+        return {"disks": [d.image for d in disks]}
+
+    def _lock(self, runtime: Runtime) -> None:
+        folder = Path(self._host.lock_dir)
+        try:
+            self._locks.enter_context(ctlock.host_slot(folder, self._host.migrations, 0))
+            if runtime.name != "vzctl":  # which locks by itself in what it does
+                self._locks.enter_context(ctlock.container_lock(folder, runtime.container))
+        except BusyError as e:
+            raise MigrateError(LOCKED, str(e)) from e
+
+    def _begin(self, migration: str, stall: float, keep: bool) -> dict[str, Any]:
+        if self._runtime is None or self._landing is not None:
+            raise ProtocolError("agent protocol: begin comes after check, once")
+        self._keep = keep
+        self._landing = Landing(
+            self._host,
+            self._runtime,
+            verdict.check_id(migration),
+            self._facts,
+            stall=float(stall),
+            report=self._report,
+        )
+        return {}
+
+    def _begun(self) -> Landing:
+        if self._landing is None:
+            raise ProtocolError("agent protocol: begin comes first")
+        return self._landing
+
+    def _items(self, channel: int) -> dict[str, Any]:
+        self._begun().take_items(self._mux.open(channel))
+        return {}
+
+    def _disk(self, index: int, channel: int) -> dict[str, Any]:
+        self._begun().take_disk(index, self._mux.open(channel))
+        return {}
+
+    def _dump(self, channel: int) -> dict[str, Any]:
+        self._begun().take_dump(self._mux.open(channel))
+        return {}
+
+    def _join(self, name: str, timeout: float) -> dict[str, Any]:
+        return {"ended": self._begun().join(name, timeout)}
+
+    def _alive(self) -> None:
+        if self._mux.failure is not None:
+            raise self._mux.failure
+
+    def _restore(self, timeout: float) -> dict[str, Any]:
+        return {"moments": self._begun().restore(self._alive, timeout)}
+
+    def _start(self, timeout: float, run: bool) -> dict[str, Any]:
+        self._begun().start(self._alive, timeout, run)
+        return {}
+
+    def _finish(self) -> dict[str, Any]:
+        done = self._begun()
+        if not done.committed:
+            raise ProtocolError("agent protocol: finish comes after restore")
+        self._landing = None
+        return {"failed": done.complete()}
+
+    def _undo(self) -> dict[str, Any]:
+        done = self._begun()
+        if done.committed:
+            raise ProtocolError("agent protocol: what is committed is not undone")
+        self._landing = None
+        return {"failed": done.undo(self._keep)}
+
+    def _settle(self, migration: str) -> dict[str, Any]:
+        return settle(self._host, verdict.check_id(migration))
+
+    def _forget(self, migration: str) -> dict[str, Any]:
+        """The source has done what the verdict asks of it."""
+        path = Path(self._host.state_dir) / f"{verdict.check_id(migration)}.target"
+        path.unlink(missing_ok=True)
+        return {}
+
+
+def settle(host: HostConfig, migration: str) -> dict[str, Any]:
+    """What became of a migration to this host: {"verdict": "committed"}, and
+    the container runs here, or "aborted", and nothing of it is left.  BusyError
+    while one may still decide."""
+    folder = Path(host.state_dir)
+    with verdict.held(folder, migration, SETTLE_WAIT) as record:
+        if record is None:
+            return {"verdict": verdict.ABORTED, "failed": []}
+        logs = [r for r in journal.records(folder) if r.fields.get("migration") == migration]
+        log = next((r for r in logs if r.fields.get("side") == "target"), None)
+        if record.read() == verdict.COMMITTED:
+            if log is None:
+                return {"verdict": verdict.COMMITTED, "failed": []}
+            state = undoing.runtime_of(log.fields).state()
+            if state.running and not state.suspended:
+                failed = landing.complete(log.adopt())
+                return {"verdict": verdict.COMMITTED, "failed": failed}
+        # Committed and not running: its end came before it could run.
+        failed = undoing.undo_all(log.adopt()) if log else []
+        record.write(verdict.ABORTED)
+        if not failed:
+            record.path.unlink(missing_ok=True)
+        return {"verdict": verdict.ABORTED, "failed": failed}
+
+
+def vz_code(error: PyploopError) -> int:
+    """vzmigrate's exit code for what failed here."""
+    if isinstance(error, MigrateError):
+        return error.exit_code
+    return LOCKED if isinstance(error, BusyError) else 6
+
+
+def greet(rfd: int, wfd: int) -> bytes:
+    """Both hellos; returns what came after the peer's.  ProtocolError when it
+    does not fit, which the peer sees by our hello."""
+    transport.write_all(wfd, wire.hello(__version__), "cannot say hello")
+    deadline = time.monotonic() + HELLO_WAIT
+    data = b""
+    while not data.endswith(b"\n"):
+        # Byte by byte: what follows belongs to the frames.
+        data += transport.read_exactly(rfd, 1, lambda: deadline, "waiting for a hello")
+        if len(data) > 128:
+            raise ProtocolError("agent protocol: that is no hello (pyploop migrate starts it)")
+    peer = wire.find_hello(data)
+    if peer is None:
+        raise ProtocolError("agent protocol: that is no hello (pyploop migrate starts it)")
+    if why := wire.mismatch(peer, __version__):
+        raise ProtocolError(f"the source does not fit: {why}")
+    return b""

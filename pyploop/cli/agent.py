@@ -1,0 +1,36 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`pyploop agent`: started on the target by `pyploop migrate`, through ssh."""
+
+from __future__ import annotations
+
+import os
+import sys
+
+from pyploop import hostconf
+from pyploop.agent import Agent
+from pyploop.cli.arguments import Parser
+
+
+def parser() -> Parser:
+    p = Parser(
+        prog="pyploop agent",
+        allow_abbrev=False,
+        description="The target's end of a migration, on stdin and stdout.",
+    )
+    p.add_argument("--config", metavar="FILE", help="how containers look on this host")
+    return p
+
+
+def run(args: list[str], level: int) -> int:
+    o = parser().parse_args(args)
+    host = hostconf.load(o.config)
+    # Frames go to stdout: nothing else may, whoever prints it.
+    rfd, wfd = os.dup(0), os.dup(1)
+    os.dup2(2, 1)
+    null = os.open(os.devnull, os.O_RDONLY)
+    os.dup2(null, 0)
+    os.close(null)
+    # Several threads take turns in the frozen time: soon, not after 5 ms.
+    sys.setswitchinterval(0.0005)
+    Agent(host, rfd, wfd).serve()
+    return 0

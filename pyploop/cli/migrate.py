@@ -1,0 +1,109 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`pyploop migrate`: vzmigrate's exit codes for what happens."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+from pyploop import ctlock, hostconf, recover, times
+from pyploop.cli import migrate_options
+from pyploop.cli.migrate_options import MigrateOptions
+from pyploop.errors import BusyError, Interrupted, MigrateError, PyploopError
+from pyploop.events import JsonRenderer, Reporter, TextRenderer
+from pyploop.hostconf import HostConfig
+from pyploop.migrate import Result, Wish, migrate
+from pyploop.runtimes import COPY_FAILED, DUMP_FAILED, LOCKED, USAGE, Runtime
+from pyploop.runtimes.choose import make_runtime
+from pyploop.summary import Options
+
+
+def run(args: list[str], level: int) -> int:
+    o = migrate_options.parse(args)
+    sys.setswitchinterval(0.0005)  # as the agent does
+    with _reporter(o, level + o.verbose) as report:
+        try:
+            return _run(o, report)
+        except MigrateError as e:
+            report.error(str(e))
+            return e.exit_code
+        except PyploopError as e:
+            report.error(str(e))
+            return COPY_FAILED
+        except OSError as e:
+            report.error(f"{e.filename or 'migrate'}: {e.strerror}; undone")
+            return COPY_FAILED
+        except Interrupted as e:
+            report.error(f"Interrupted by signal {e.signum}; everything was undone")
+            raise
+
+
+def _run(o: MigrateOptions, report: Reporter) -> int:
+    host = hostconf.load(o.config)
+    if o.recover:
+        failed = recover.recover(host, o.container or None, report)
+        for text in failed:
+            report.error(f"not undone: {text}")
+        return DUMP_FAILED if failed else 0
+    runtime = make_runtime(host, o.runtime, o.container)
+    with _locked(host, runtime):
+        if failed := recover.recover(host, runtime.container, report):
+            raise MigrateError(LOCKED, f"an earlier migration is not undone: {'; '.join(failed)}")
+        result = migrate(host, runtime, _wish(o), report)
+    if o.times and result.moments is not None:
+        print(times.table(result.moments.rows(), result.moments.total))
+    return _told(result)
+
+
+def _told(result: Result) -> int:
+    """The container moved; what is left over is not nothing."""
+    return DUMP_FAILED if result.failed else 0
+
+
+@contextlib.contextmanager
+def _locked(host: HostConfig, runtime: Runtime) -> Iterator[None]:
+    """This container's lock, and a place among the host's migrations."""
+    try:
+        with (
+            ctlock.host_slot(Path(host.lock_dir), host.migrations, 0),
+            ctlock.container_lock(Path(runtime.lock_dir), runtime.container),
+        ):
+            yield
+    except BusyError as e:
+        raise MigrateError(LOCKED, str(e)) from e
+
+
+def _wish(o: MigrateOptions) -> Wish:
+    if o.max_freeze is not None and not o.live:
+        raise MigrateError(USAGE, "--max-freeze goes with --live")
+    return Wish(
+        host=o.host,
+        live=o.live,
+        remove_area=o.remove_area,
+        keep_dst=o.keep_dst,
+        check_only=o.check_only,
+        nodeps=o.nodeps,
+        ssh_options=o.ssh,
+        copy=Options(stall=o.timeout, rate=o.bwlimit),
+    )
+
+
+@contextlib.contextmanager
+def _reporter(o: MigrateOptions, level: int) -> Iterator[Reporter]:
+    report = Reporter()
+    with contextlib.ExitStack() as files:
+        files.callback(report.close)
+        if o.json == "-":
+            report.add(JsonRenderer(sys.stdout))
+            report.add(TextRenderer(level, sys.stderr, sys.stderr))
+        else:
+            if o.json is not None:
+                try:
+                    handle = files.enter_context(open(o.json, "w"))
+                except OSError as e:
+                    raise MigrateError(USAGE, f"--json {o.json}: {e.strerror}") from e
+                report.add(JsonRenderer(handle))
+            report.add(TextRenderer(level, sys.stdout, sys.stderr))
+        yield report

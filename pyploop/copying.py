@@ -1,0 +1,102 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The source's disks of one migration, copied at the same time through channels
+of one connection: each step of the senders for all of them."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator, Sequence
+
+from pyploop import device
+from pyploop.device import Source
+from pyploop.errors import MigrateError
+from pyploop.events import Reporter
+from pyploop.jobs import in_parallel
+from pyploop.outputs import StreamOutput
+from pyploop.remote import Remote
+from pyploop.runtimes import COPY_FAILED, Disk
+from pyploop.sender import Sender
+from pyploop.summary import Options, Summary
+from pyploop.trackers.choose import choose
+
+REQUEST = 30.0
+"""Seconds for a request that starts something."""
+
+
+@contextlib.contextmanager
+def opened(disks: Sequence[Disk]) -> Iterator[list[Source]]:
+    """The disks as sources of copies."""
+    with contextlib.ExitStack() as stack:
+        sources = []
+        for disk in disks:
+            source = device.open_source(disk.source)
+            stack.callback(source.close)
+            sources.append(source)
+        yield sources
+
+
+class Disks:
+    """A sender for each source; a context manager, in which tracking is on."""
+
+    def __init__(
+        self, remote: Remote, sources: Sequence[Source], options: Options, report: Reporter
+    ) -> None:
+        self._stack = contextlib.ExitStack()
+        self._senders: list[Sender] = []
+        self._wanted = (remote, sources, options, report)
+
+    def __enter__(self) -> Disks:
+        remote, sources, options, report = self._wanted
+        with self._stack:
+            for index, source in enumerate(sources):
+                number, fd = remote.open_channel()
+                self._stack.callback(os.close, fd)
+                remote.call("disk", REQUEST, index=index, channel=number)
+                out = StreamOutput(
+                    fd,
+                    fd,
+                    report,
+                    two_way=True,
+                    sync_wait=0,
+                    answer_timeout=options.stall,
+                    compat="native",
+                )
+                sender = Sender(source, choose("auto", source), out, options, report)
+                self._senders.append(self._stack.enter_context(sender))
+            self._stack = self._stack.pop_all()
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._stack.close()
+
+    def _cancel(self) -> None:
+        for sender in self._senders:
+            sender.cancel()
+
+    def copy_while_running(self) -> None:
+        """First pass, rounds, and what must be ready before the freeze."""
+
+        def one(sender: Sender) -> None:
+            sender.first_pass()
+            sender.converge()
+            sender.prepare_freeze()
+
+        in_parallel([lambda s=s: one(s) for s in self._senders], self._cancel)  # type: ignore[misc]
+
+    def finish(self) -> list[Summary]:
+        """All frozen together, the last blocks, durable at the target; thawed
+        then.  Nothing may write to them any more, frozen or not."""
+        with contextlib.ExitStack() as frozen:
+            for sender in self._senders:
+                frozen.enter_context(sender.frozen())
+
+            def one(sender: Sender) -> None:
+                sender.last_blocks()
+                sender.finish()
+
+            in_parallel([lambda s=s: one(s) for s in self._senders], self._cancel)  # type: ignore[misc]
+        for sender in self._senders:
+            if sender.summary.acknowledged != "acknowledged":
+                raise MigrateError(COPY_FAILED, "the target did not say that its disk is durable")
+        return [s.summary for s in self._senders]

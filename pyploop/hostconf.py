@@ -1,0 +1,212 @@
+# SPDX-License-Identifier: Apache-2.0
+"""/etc/pyploop/migrate.toml: how containers look on this host (docs/migrate.md).
+
+Each host has its own; nothing of it travels, so a peer can never name a path
+or a command that is not written here.
+"""
+
+from __future__ import annotations
+
+import re
+import tomllib
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from pyploop.errors import MigrateError
+
+DEFAULT = "/etc/pyploop/migrate.toml"
+USAGE = 1
+NO_CONTAINER = 10
+
+
+@dataclass(frozen=True)
+class DiskConfig:
+    """A disk of a container: its image file, and where and how it is mounted."""
+
+    image: str
+    mount: str
+    fstype: str = "ext4"
+    options: str = "rw"
+
+
+@dataclass(frozen=True)
+class ContainerConfig:
+    """One [container.NAME]; commands are words, never a shell's line."""
+
+    name: str
+    runtime: str = "runc"
+    bundle: str = ""
+    cgroup: str = ""
+    netns: str = ""
+    link_up: tuple[str, ...] = ()
+    link_down: tuple[str, ...] = ()
+    options: tuple[str, ...] = ("--tcp-established", "--file-locks")
+    stop_timeout: float = 30.0
+    disks: tuple[DiskConfig, ...] = ()
+    commands: dict[str, tuple[str, ...]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class HostConfig:
+    """All of it, with its defaults."""
+
+    path: str | None = None
+    state_dir: str = "/var/lib/pyploop/migrate"
+    lock_dir: str = "/run/lock/pyploop"
+    images_dir: str = "/dev/shm"
+    migrations: int = 2
+    ssh: tuple[str, ...] = ("ssh",)
+    agent: tuple[str, ...] = ("pyploop", "agent")
+    command_timeout: float = 120.0
+    runc: str = "runc"
+    runc_root: str = "/run/runc"
+    criu: str = "criu"
+    vz_conf: str = "/etc/vz/vz.conf"
+    vz_conf_dir: str = "/etc/vz/conf"
+    vzctl: str = "vzctl"
+    vzlist: str = "vzlist"
+    ploop_sysfs: str = "/sys/block"
+    containers: dict[str, ContainerConfig] = field(default_factory=dict)
+
+    def container(self, name: str) -> ContainerConfig:
+        """MigrateError(10) when this host knows no such container."""
+        try:
+            return self.containers[name]
+        except KeyError:
+            where = self.path or f"{DEFAULT}, which is not there"
+            raise MigrateError(NO_CONTAINER, f"no [container.{name}] in {where}") from None
+
+
+_TOP = {
+    "state_dir": str,
+    "lock_dir": str,
+    "images_dir": str,
+    "migrations": int,
+    "command_timeout": float,
+}
+_SECTIONS: dict[str, dict[str, tuple[str, type]]] = {
+    "remote": {"ssh": ("ssh", tuple), "agent": ("agent", tuple)},
+    "runc": {"command": ("runc", str), "root": ("runc_root", str), "criu": ("criu", str)},
+    "vzctl": {
+        "vz_conf": ("vz_conf", str),
+        "conf_dir": ("vz_conf_dir", str),
+        "command": ("vzctl", str),
+        "vzlist": ("vzlist", str),
+    },
+}
+_CONTAINER: dict[str, type] = {
+    "runtime": str,
+    "bundle": str,
+    "cgroup": str,
+    "netns": str,
+    "link_up": tuple,
+    "link_down": tuple,
+    "options": tuple,
+    "stop_timeout": float,
+}
+_DISK: dict[str, type] = {"image": str, "mount": str, "fstype": str, "options": str}
+COMMANDS = (
+    "status",
+    "suspend",
+    "resume",
+    "dump",
+    "undump",
+    "resume_restored",
+    "kill",
+    "abandon",
+    "start",
+    "stop",
+)
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
+
+
+def load(path: str | None) -> HostConfig:
+    """Read it; without `path` the usual one, or the defaults when that is not
+    there.  MigrateError(1) names what is wrong in it."""
+    file = path or DEFAULT
+    try:
+        text = Path(file).read_bytes()
+    except FileNotFoundError:
+        if path is None:
+            return HostConfig()
+        raise MigrateError(USAGE, f"--config {path}: no such file") from None
+    except OSError as e:
+        raise MigrateError(USAGE, f"--config {file}: {e.strerror}") from e
+    try:
+        return parse(tomllib.loads(text.decode()), file)
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as e:
+        raise MigrateError(USAGE, f"{file} is not TOML: {e}") from None
+
+
+def parse(table: dict[str, Any], path: str) -> HostConfig:
+    """The parsed file; every key must be known and of its type."""
+    values: dict[str, Any] = {}
+    for key, value in table.items():
+        if key in _TOP:
+            values[key] = _typed(value, _TOP[key], f"{path}: {key}")
+        elif key in _SECTIONS:
+            for name, v in _table(value, f"{path}: [{key}]").items():
+                if name not in _SECTIONS[key]:
+                    raise MigrateError(USAGE, f"{path}: [{key}] has no {name!r}")
+                field_name, kind = _SECTIONS[key][name]
+                values[field_name] = _typed(v, kind, f"{path}: {key}.{name}")
+        elif key != "container":
+            raise MigrateError(USAGE, f"{path}: unknown key {key!r}")
+    containers = {
+        name: _container(name, _table(t, f"{path}: [container.{name}]"), path)
+        for name, t in _table(table.get("container", {}), f"{path}: [container]").items()
+    }
+    return HostConfig(path=path, containers=containers, **values)
+
+
+def _container(name: str, table: dict[str, Any], path: str) -> ContainerConfig:
+    where = f"{path}: [container.{name}]"
+    if not NAME.fullmatch(name):
+        raise MigrateError(USAGE, f"{where}: not a name")
+    values: dict[str, Any] = {}
+    disks: list[DiskConfig] = []
+    commands: dict[str, tuple[str, ...]] = {}
+    for key, value in table.items():
+        if key == "disk":
+            disks = [_disk(d, where) for d in (value if isinstance(value, list) else [value])]
+        elif key == "commands":
+            for word, argv in _table(value, f"{where}.commands").items():
+                if word not in COMMANDS:
+                    raise MigrateError(USAGE, f"{where}.commands has no {word!r}")
+                commands[word] = _typed(argv, tuple, f"{where}.commands.{word}")
+        elif key in _CONTAINER:
+            values[key] = _typed(value, _CONTAINER[key], f"{where}.{key}")
+        else:
+            raise MigrateError(USAGE, f"{where} has no {key!r}")
+    return ContainerConfig(name, disks=tuple(disks), commands=commands, **values)
+
+
+def _disk(value: Any, where: str) -> DiskConfig:
+    table = _table(value, f"{where}.disk")
+    for key in table:
+        if key not in _DISK:
+            raise MigrateError(USAGE, f"{where}.disk has no {key!r}")
+    texts = {k: _typed(v, str, f"{where}.disk.{k}") for k, v in table.items()}
+    for key in ("image", "mount"):
+        if not str(texts.get(key, "")).startswith("/"):
+            raise MigrateError(USAGE, f"{where}.disk.{key} must be an absolute path")
+    return DiskConfig(**texts)
+
+
+def _table(value: Any, where: str) -> dict[str, Any]:
+    if not isinstance(value, dict):
+        raise MigrateError(USAGE, f"{where} must be a table")
+    return value
+
+
+def _typed(value: Any, kind: type, where: str) -> Any:
+    if kind is tuple:
+        if isinstance(value, list) and value and all(isinstance(v, str) and v for v in value):
+            return tuple(value)
+        raise MigrateError(USAGE, f"{where} must be a list of words")
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if not isinstance(value, kind) or isinstance(value, bool):
+        raise MigrateError(USAGE, f"{where} must be a {kind.__name__}")
+    return value

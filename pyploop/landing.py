@@ -1,0 +1,215 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The target's side of one migration: what was made for it, and its undoing.
+
+Invariants: whatever is made is in the journal before; paths and commands come
+from this host's configuration, of the peer's names only labels and positions
+are used, and are checked; nothing that is committed is undone here.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from pyploop import pieces, undoing
+from pyploop.errors import MigrateError, ProtocolError
+from pyploop.events import Reporter
+from pyploop.hostconf import HostConfig
+from pyploop.jobs import Job
+from pyploop.journal import Journal
+from pyploop.receiver import receive
+from pyploop.runtimes import COPY_FAILED, Facts, Runtime
+from pyploop.verdict import ABORTED, COMMITTED, Verdict
+
+
+class Landing:
+    """One migration that comes to this host."""
+
+    def __init__(
+        self,
+        host: HostConfig,
+        runtime: Runtime,
+        migration: str,
+        facts: Facts,
+        *,
+        stall: float,
+        report: Reporter,
+    ) -> None:
+        """facts: what the source told; stall: seconds without a byte after
+        which a stream is given up."""
+        self._host, self._runtime, self._facts = host, runtime, facts
+        self._stall, self._report = stall, report
+        self._disks = runtime.disks(source=False)
+        self._jobs: dict[str, Job[None]] = {}
+        self.committed = False
+        self.verdict = Verdict.create(Path(host.state_dir), migration)
+        runtime.keep_fds = (self.verdict.fd,)
+        self._journal = Journal.create(
+            f"migration of {runtime.container} to this host",
+            Path(host.state_dir),
+            migration=migration,
+            side="target",
+            **undoing.naming(host, runtime),
+        )
+        self._folder = Path(host.images_dir) / f"pyploop-{migration}"
+        self._log("remove-tree", path=str(self._folder), transient=True)
+        self._folder.mkdir(mode=0o700)
+        (self._folder / "images").mkdir()
+
+    def _log(self, kind: str, **fields: Any) -> None:
+        self._journal.add({"kind": kind, **fields})
+
+    def _make_parent(self, path: str) -> None:
+        undoing.make_folders(self._journal, Path(path).parent)
+
+    # ---- what comes by channels
+
+    def take_items(self, fd: int) -> None:
+        """The container's files, each to where its label belongs."""
+        self._jobs["items"] = Job(lambda: self._items(fd))
+
+    def _items(self, fd: int) -> None:
+        def create(label: str) -> int:
+            path = self._runtime.destination(label)
+            self._make_parent(path)
+            if os.path.lexists(path):
+                saved = f"{path}.pyploop-saved"
+                self._log("put-back", path=path, saved=saved)
+                os.replace(path, saved)
+            else:
+                self._log("remove", path=path, keep=True)
+            return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+
+        pieces.receive(fd, self._stall, create, durable=True)
+        self._runtime.placed(self._facts)
+
+    def take_disk(self, index: int, fd: int) -> None:
+        """One disk's stream; mounted as soon as it is durable."""
+        if not 0 <= index < len(self._disks) or f"disk {index}" in self._jobs:
+            raise ProtocolError(f"agent protocol: no disk {index!r} to receive")
+        disk = self._disks[index]
+        self._make_parent(disk.image)
+        self._log("remove", path=disk.image, keep=True)
+        if disk.mount:
+            undoing.make_folders(self._journal, Path(disk.mount))
+            for entry in self._runtime.attach(disk):
+                self._journal.add(entry)
+
+        def work() -> None:
+            try:
+                receive(disk.image, fd, None, self._report, self._stall)
+            finally:
+                os.close(fd)
+            self._runtime.mount(disk)
+
+        self._jobs[f"disk {index}"] = Job(work)
+
+    def take_dump(self, fd: int) -> None:
+        """The memory, into tmpfs, as it is written at the source."""
+        images = self._folder / "images"
+
+        def create(name: str) -> int:
+            if not name or "/" in name or name.startswith("."):
+                raise ProtocolError(f"{name!r} is no image")
+            flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
+            return os.open(images / name, flags, 0o600)
+
+        def work() -> None:
+            pieces.receive(fd, self._stall, create, durable=False)
+
+        self._jobs["dump"] = Job(work)
+
+    def join(self, name: str, timeout: float) -> float:
+        """Wait for one of these; returns when it ended (time.monotonic())."""
+        if name not in self._jobs:
+            raise ProtocolError(f"agent protocol: nothing called {name!r} is received")
+        try:
+            self._jobs[name].join(timeout)
+        except TimeoutError as e:
+            raise MigrateError(COPY_FAILED, f"{name}: {e}") from e
+        return self._jobs[name].ended
+
+    # ---- the turning point
+
+    def restore(self, alive: Callable[[], None], timeout: float) -> dict[str, float]:
+        """Let the container run here.  alive: raises when the source is gone,
+        for then it may have decided otherwise.  Returns moments (monotonic)."""
+        moments = {f"{name} ended": self.join(name, timeout) for name in list(self._jobs)}
+        self._need_disks()
+        self._log("abandon", **undoing.naming(self._host, self._runtime))
+        moments["restore"] = time.monotonic()
+
+        def commit() -> None:
+            alive()
+            self.verdict.write(COMMITTED)
+            self.committed = True
+            moments["committed"] = time.monotonic()
+
+        try:
+            self._runtime.undump(self._folder / "images", commit)
+        except BaseException:
+            self._withdraw()
+            raise
+        moments["running"] = time.monotonic()
+        return moments
+
+    def start(self, alive: Callable[[], None], timeout: float, run: bool) -> None:
+        """The same without a dump; run: the container ran on the source."""
+        for name in list(self._jobs):
+            self.join(name, timeout)
+        self._need_disks()
+        self._log("abandon", **undoing.naming(self._host, self._runtime))
+        alive()
+        try:
+            if run:
+                self._runtime.start()
+            self.verdict.write(COMMITTED)
+            self.committed = True
+        except BaseException:
+            self._withdraw()
+            raise
+
+    def _need_disks(self) -> None:
+        if any(f"disk {n}" not in self._jobs for n in range(len(self._disks))):
+            raise ProtocolError("agent protocol: not all disks were sent")
+
+    def _withdraw(self) -> None:
+        """The restore failed before the container could run."""
+        self._runtime.abandon()
+        self.verdict.write(ABORTED)
+        self.committed = False
+
+    # ---- ends
+
+    def complete(self) -> list[str]:
+        """It stays: forget how it is undone, drop what was needed on the way."""
+        failed = complete(self._journal)
+        self.verdict.close()
+        return failed
+
+    def undo(self, keep: bool) -> list[str]:
+        """It goes, or with `keep` what was copied stays.  Returns what could
+        not be undone, which a later process may try again."""
+        for job in self._jobs.values():
+            try:
+                job.join(self._stall)
+            except BaseException:
+                continue  # what it made is in the journal
+        failed = undoing.undo_all(self._journal, keep)
+        if not failed:
+            self.verdict.write(ABORTED)
+        self.verdict.close(remove=not failed)
+        return failed
+
+
+def complete(log: Journal) -> list[str]:
+    """Undo only what was needed on the way, and forget the rest."""
+    for entry in log.entries:
+        if entry["kind"] == "put-back":
+            Path(entry["saved"]).unlink(missing_ok=True)
+        if not entry.get("transient"):
+            log.done(entry)
+    return undoing.undo_all(log)

@@ -1,0 +1,261 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The story of one migration, top to bottom; the only module that sees both hosts.
+
+    checks of both sides -> files and disks copied while it runs -> suspended:
+    dump, streamed as it is written, at the same time as the last blocks ->
+    the target restores, and says that it runs -> the source is killed
+
+Invariants: the source's container stays as it is until the target has said that
+it runs; after the target was asked to restore, only its verdict lets the source
+run again (verdict.py).  docs/migrate.md has the order and the commit point.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import platform
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from pyploop import agent, pieces, recover, undoing, verdict
+from pyploop.copying import REQUEST, Disks, opened
+from pyploop.errors import MigrateError, PyploopError
+from pyploop.events import Reporter
+from pyploop.hostconf import HostConfig
+from pyploop.jobs import Job
+from pyploop.journal import Journal
+from pyploop.remote import Remote
+from pyploop.runtimes import NO_CONTAINER, STOPPED, Runtime
+from pyploop.summary import Options, Summary
+from pyploop.times import Moments
+
+CHECKING = 120.0
+"""Seconds for the target's checks: a probe of CRIU is among them."""
+RESTORING = 300.0
+"""Seconds for the target to restore, or to start, the container."""
+
+
+@dataclass(frozen=True)
+class Wish:
+    """What the user asked for."""
+
+    host: str
+    live: bool
+    remove_area: bool = True
+    keep_dst: bool = False
+    check_only: bool = False
+    nodeps: frozenset[str] = frozenset()
+    ssh_options: tuple[str, ...] = ()
+    copy: Options = field(default_factory=Options)
+
+
+@dataclass
+class Result:
+    """What a migration was; moments are of time.monotonic() here."""
+
+    moments: Moments | None = None
+    steps: dict[str, float] = field(default_factory=dict)
+    """Name -> seconds of a step of the suspended time; they overlap."""
+    disks: list[Summary] = field(default_factory=list)
+    failed: list[str] = field(default_factory=list)
+    """What is left to do by hand on either side."""
+
+
+def connect(host: HostConfig, wish: Wish, report: Reporter) -> Remote:
+    """The agent; its events become ours."""
+
+    def on_event(message: dict[str, Any]) -> None:
+        fields = message.get("fields")
+        fields = fields if isinstance(fields, dict) else {}
+        if message.get("event") == "line":
+            level, text = fields.get("level"), fields.get("text")
+            if isinstance(level, int):
+                report.line(level, f"{wish.host}: {text}")
+        else:
+            at = message.get("at")
+            report.event("target", name=str(message.get("event")), monotonic=at, fields=fields)
+
+    return Remote(wish.host, host.ssh, wish.ssh_options, host.agent, on_event)
+
+
+def migrate(host: HostConfig, runtime: Runtime, wish: Wish, report: Reporter) -> Result:
+    """Move the container; when this returns it runs on the target (or would,
+    check_only).  On an exception it runs here as before, unless the message
+    says that the target could not be asked."""
+    state = runtime.state()
+    if not state.exists:
+        raise MigrateError(NO_CONTAINER, f"there is no container {runtime.container}")
+    if wish.live and not state.running:
+        raise MigrateError(STOPPED, f"container {runtime.container} is stopped")
+    if state.suspended:
+        raise MigrateError(
+            STOPPED, f"container {runtime.container} is suspended (pyploop migrate --recover?)"
+        )
+    facts = runtime.check_source(wish.live)
+    facts |= {"machine": platform.machine(), "cpu": agent.cpu_flags()}
+    with opened(runtime.disks(source=True)) as sources, connect(host, wish, report) as remote:
+        sizes = [_allocated(s.sparse_fd if s.sparse_fd is not None else s.fd) for s in sources]
+        remote.call(
+            "check",
+            CHECKING,
+            container=runtime.container,
+            runtime=runtime.name,
+            live=wish.live,
+            facts=facts,
+            sizes=sizes,
+            nodeps=sorted(wish.nodeps),
+        )
+        report.info(f"Both sides are checked; {wish.host} has pyploop {remote.version}")
+        if wish.check_only:
+            return Result()
+        move = _Move(host, runtime, wish, report, remote)
+        try:
+            _copy_items(runtime, remote, wish)
+            with Disks(remote, sources, wish.copy, report) as disks:
+                disks.copy_while_running()
+                if wish.live:
+                    move.live(disks)
+                else:
+                    move.stopped(disks, state.running)
+        except BaseException as e:
+            if not move.lost(e):
+                raise
+        move.arrived()
+        return move.result
+
+
+def _allocated(fd: int) -> int:
+    """Bytes that a copy without holes needs."""
+    st = os.fstat(fd)
+    return st.st_blocks * 512
+
+
+def _copy_items(runtime: Runtime, remote: Remote, wish: Wish) -> None:
+    """Configuration and lower deltas, durable on the target."""
+    number, fd = remote.open_channel()
+    with pieces.Writer(fd, wish.copy.stall) as out:
+        remote.call("items", REQUEST, channel=number)
+        for item in runtime.items():
+            out.file(item.label, item.path)
+        out.end()
+        remote.call("join", wish.copy.stall, name="items", timeout=wish.copy.stall)
+
+
+class _Move:
+    """From the first change on either side to the last."""
+
+    def __init__(
+        self, host: HostConfig, runtime: Runtime, wish: Wish, report: Reporter, remote: Remote
+    ) -> None:
+        self._host, self._runtime, self._wish = host, runtime, wish
+        self._report, self._remote = report, remote
+        self.result = Result()
+        self.id = verdict.new_id()
+        folder = Path(host.state_dir)
+        self._lock = verdict.Verdict.create(folder, self.id, "source")
+        runtime.keep_fds = (self._lock.fd,)
+        self._journal = Journal.create(
+            f"migration of {runtime.container} to {wish.host}",
+            folder,
+            migration=self.id,
+            side="source",
+            host=wish.host,
+            ssh_options=list(wish.ssh_options),
+            remove_area=wish.remove_area,
+            stage=recover.COPYING,
+            **undoing.naming(host, runtime),
+        )
+        self._jobs: list[Job[None]] = []
+        remote.call("begin", REQUEST, migration=self.id, stall=wish.copy.stall, keep=wish.keep_dst)
+
+    def _log(self, kind: str) -> None:
+        self._journal.add({"kind": kind, **undoing.naming(self._host, self._runtime)})
+
+    def live(self, disks: Disks) -> None:
+        """Suspend, dump and last blocks at once, restore on the target."""
+        runtime, remote = self._runtime, self._remote
+        folder = Path(self._host.images_dir) / f"pyploop-{self.id}-out"
+        self._journal.add({"kind": "remove-tree", "path": str(folder)})
+        images = folder / "images"
+        images.mkdir(mode=0o700, parents=True)
+        number, fd = remote.open_channel()
+        with pieces.Writer(fd, self._wish.copy.stall) as out:
+            remote.call("dump", REQUEST, channel=number)
+            self._log("resume")
+            start = time.monotonic()
+            runtime.suspend()
+            suspended = time.monotonic()
+            dump = Job(lambda: runtime.dump(images))
+            stream = Job(lambda: pieces.stream_dump(images, out, dump))
+            self._jobs += [dump, stream]
+            self.result.disks = disks.finish()
+            copied = time.monotonic()
+            dump.join()
+            stream.join()
+            moments = self._ask("restore", timeout=RESTORING)["moments"]
+        resumed = time.monotonic()
+        self.result.moments = Moments(start, copied, dump.ended, stream.ended, resumed)
+        running, asked = float(moments["running"]), float(moments["restore"])
+        self.result.steps = {
+            "suspend": suspended - start,
+            "dump": dump.ended - suspended,
+            "dump sent": stream.ended - suspended,
+            "disks": copied - suspended,
+            "restore": running - asked,
+            "total": resumed - start,
+        }
+        self._report.event("moved", steps=self.result.steps, dump_bytes=out.sent)
+
+    def stopped(self, disks: Disks, running: bool) -> None:
+        """Stop, last blocks, start on the target."""
+        if running:
+            self._log("start")
+            self._runtime.stop()
+        self.result.disks = disks.finish()
+        self._ask("start", timeout=RESTORING, run=running)
+
+    def _ask(self, op: str, timeout: float, **args: Any) -> dict[str, Any]:
+        """From here on the target decides."""
+        self._journal.set(stage=recover.ASKED)
+        return self._remote.call(op, timeout, timeout=timeout, **args)
+
+    def lost(self, cause: BaseException) -> bool:
+        """After a failure: false when it runs here again, true when it turns
+        out that it runs on the target.  MigrateError: that cannot be known."""
+        for job in self._jobs:
+            job.over.wait()  # CRIU, ended in the midst of a dump, spoils the container
+        if self._journal.get("stage") == recover.ASKED and self._settle(cause):
+            self._report.note(f"Went wrong after the target had it: {cause}")
+            return True
+        self._tell(undoing.undo_all(self._journal))
+        self._lock.close(remove=True)
+        # What the connection's end would do anyway, but now its result is known.
+        with contextlib.suppress(PyploopError):
+            self._tell(self._remote.call("undo", REQUEST).get("failed", []))
+        return False
+
+    def _settle(self, cause: BaseException) -> bool:
+        with contextlib.suppress(PyploopError):
+            self._tell(self._remote.call("undo", RESTORING).get("failed", []))
+            return False  # it was not committed, and will not be
+        self._remote.close()
+        return recover.settled(self._host, self._journal, cause, self._report)
+
+    def _tell(self, failed: Sequence[str]) -> None:
+        for text in failed:
+            self.result.failed.append(text)
+            self._report.error(f"not undone: {text}")
+
+    def arrived(self) -> None:
+        """It runs on the target: end it here, and tidy both sides."""
+        self._journal.set(stage=recover.MOVED)
+        if self._remote.alive():
+            self._tell(self._remote.call("finish", REQUEST)["failed"])
+        self._tell(recover.finish_source(self._journal, self._runtime, self._wish.remove_area))
+        self._lock.close(remove=True)
+        if self._remote.alive():
+            self._remote.call("forget", REQUEST, migration=self.id)

@@ -1,0 +1,116 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a killed migration left at its source: undone or finished, as its target
+says (`pyploop migrate --recover`, and before each new migration)."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+from pyploop import hostconf, journal, undoing, verdict
+from pyploop.errors import BusyError, MigrateError, PyploopError
+from pyploop.events import Reporter
+from pyploop.hostconf import HostConfig
+from pyploop.journal import Journal
+from pyploop.remote import Remote
+from pyploop.runtimes import CANNOT_CONNECT, LOCKED, Runtime
+
+COPYING, ASKED, MOVED = "copying", "asked", "moved"
+"""Stages of a source's record: the target was not asked to restore; it was,
+and its answer is not known; it runs there."""
+ATTEMPTS = 60.0
+"""Seconds in which a target that does not answer is asked again."""
+RETRY = 2.0
+SETTLING = 120.0
+DUMP_WAIT = 180.0
+"""Seconds for a dump whose orchestrator was killed to end."""
+
+
+def finish_source(log: Journal, runtime: Runtime, remove: bool) -> list[str]:
+    """End the container that runs on the target now; what failed, in words."""
+    failed = []
+    for entry in log.entries:
+        if entry["kind"] in ("resume", "start"):
+            log.done(entry)
+    try:
+        runtime.kill()
+        runtime.discard(remove)
+    except (OSError, PyploopError) as e:
+        failed.append(f"the container left on the source: {e}")
+    return failed + undoing.undo_all(log)
+
+
+def settled(host: HostConfig, log: Journal, cause: object, report: Reporter) -> bool:
+    """Whether the target has committed, asked through a new connection.
+    MigrateError(4) when it cannot be asked: the source stays suspended."""
+    deadline = time.monotonic() + ATTEMPTS
+    while True:
+        try:
+            answer = _ask(host, log)
+            break
+        except PyploopError as e:
+            if time.monotonic() + RETRY > deadline:
+                raise MigrateError(
+                    CANNOT_CONNECT,
+                    f"{cause}; {log.get('host')} cannot be asked whether the container runs there "
+                    f"({e}): it stays suspended here until `pyploop migrate --recover` can ask",
+                ) from e
+            time.sleep(RETRY)
+    for text in answer.get("failed", []):
+        report.error(f"{log.get('host')}: not undone: {text}")
+    return bool(answer.get("verdict") == verdict.COMMITTED)
+
+
+def _ask(host: HostConfig, log: Journal) -> dict[str, Any]:
+    with Remote(log.get("host"), host.ssh, log.get("ssh_options") or [], host.agent) as remote:
+        return remote.call("settle", SETTLING, migration=log.get("migration"))
+
+
+def _forget(host: HostConfig, log: Journal) -> None:
+    with Remote(log.get("host"), host.ssh, log.get("ssh_options") or [], host.agent) as remote:
+        remote.call("forget", SETTLING, migration=log.get("migration"))
+
+
+def recover(host: HostConfig, container: str | None, report: Reporter) -> list[str]:
+    """Settle all migrations from this host whose orchestrator is dead (of one
+    container, or all); returns what could not be undone."""
+    folder = Path(host.state_dir)
+    failed: list[str] = []
+    for record in journal.records(folder):
+        fields = record.fields
+        if fields.get("side") != "source" or container not in (None, fields.get("container")):
+            continue
+        if record.owner() is not None:
+            if container is None:
+                continue
+            raise MigrateError(LOCKED, f"{record.what} is under way (process {record.owner()})")
+        failed += _one(host, record.adopt(), report)
+    return failed
+
+
+def _one(host: HostConfig, log: Journal, report: Reporter) -> list[str]:
+    what = f"{log.get('what')}"
+    own = hostconf.load(log.get("config")) if log.get("config") else host
+    migration = verdict.check_id(log.get("migration"))
+    try:
+        with verdict.held(Path(host.state_dir), migration, DUMP_WAIT, "source") as lock:
+            moved = log.get("stage") == MOVED
+            if log.get("stage") == ASKED:
+                moved = settled(own, log, what, report)
+            if moved:
+                log.set(stage=MOVED)
+                report.note(f"Finished: {what}; the container runs there")
+                runtime = undoing.runtime_of(
+                    {k: log.get(k) for k in ("config", "runtime", "container")}
+                )
+                failed = finish_source(log, runtime, bool(log.get("remove_area")))
+                _forget(own, log)
+            else:
+                report.note(f"Undone: {what}")
+                failed = undoing.undo_all(log)
+            if lock is not None and not failed:
+                lock.path.unlink(missing_ok=True)
+            return failed
+    except BusyError as e:
+        raise MigrateError(LOCKED, str(e)) from e

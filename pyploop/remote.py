@@ -1,0 +1,204 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The agent on the other host, over one ssh connection.
+
+Nothing here asks a person anything: BatchMode, host keys as ssh_config has them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shlex
+import subprocess
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from pyploop import __version__, transport
+from pyploop.errors import MigrateError, ProtocolError, PyploopError
+from pyploop.mux import Mux
+from pyploop.wire import mux as wire
+
+CONNECT = 30.0
+"""Seconds until the agent must have said hello."""
+ENDING = 10.0
+"""Seconds for the agent to undo and end, after which ssh is killed."""
+CANNOT_CONNECT = 4
+SSH_OPTIONS = (
+    "-T",
+    "-oBatchMode=yes",
+    "-oConnectTimeout=15",
+    "-oServerAliveInterval=5",
+    "-oServerAliveCountMax=4",
+)
+OnEvent = Callable[[wire.Message], None]
+
+
+class Remote:
+    """An agent at work; a context manager that ends the connection."""
+
+    def __init__(
+        self,
+        host: str,
+        ssh: Sequence[str],
+        options: Sequence[str],
+        agent: Sequence[str],
+        on_event: OnEvent = lambda _: None,
+    ) -> None:
+        """ssh: program and arguments; options: of the user's, before ours.
+        agent: the command on the target, as words.  MigrateError(4) when there
+        is no agent, or one that does not fit."""
+        if host.startswith("-"):
+            raise MigrateError(1, f"{host!r} is not a host")
+        self.host = host
+        self._on_event = on_event
+        self._lock = threading.Lock()
+        self._channel = 0
+        self._request = 0
+        self._errors = tempfile.TemporaryFile()  # noqa: SIM115 - closed by close()
+        # ssh hands one string to the login shell there: quoted for it here.
+        command = [*ssh, *options, *SSH_OPTIONS, "--", host, shlex.join(agent)]
+        try:
+            self._process = subprocess.Popen(
+                command,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=self._errors,
+                start_new_session=True,  # a ^C is ours to handle
+            )
+        except OSError as e:
+            raise MigrateError(CANNOT_CONNECT, f"cannot run {ssh[0]}: {e.strerror}") from e
+        assert self._process.stdin is not None and self._process.stdout is not None
+        self._wfd, self._rfd = self._process.stdin.fileno(), self._process.stdout.fileno()
+        for fd in (self._wfd, self._rfd):
+            transport.enlarge_pipe(fd)
+        self._mux: Mux | None = None
+        try:
+            early = self._greet()
+            self._mux = Mux(self._rfd, self._wfd, early)
+        except BaseException:
+            self.close()
+            raise
+
+    def _greet(self) -> bytes:
+        """Both hellos; returns what came after the peer's."""
+        deadline = time.monotonic() + CONNECT
+        data = b""
+        while (peer := wire.find_hello(data)) is None:
+            if len(data) > wire.HELLO_LIMIT:
+                raise self._no_agent("its login shell prints too much")
+            left = deadline - time.monotonic()
+            if left <= 0:
+                raise self._no_agent(f"no hello within {CONNECT:g} s")
+            if not transport.readable(self._rfd, min(left, transport.POLL_SLICE)):
+                continue
+            part = os.read(self._rfd, 4096)
+            if not part:
+                raise self._no_agent("the connection ended before its hello")
+            data += part
+        self.version = peer.version
+        if why := wire.mismatch(peer, __version__):
+            raise MigrateError(CANNOT_CONNECT, f"the agent on {self.host} does not fit: {why}")
+        with contextlib.suppress(BrokenPipeError):  # told by the next read
+            os.write(self._wfd, wire.hello(__version__))
+        return data[peer.end :]
+
+    def _no_agent(self, why: str) -> MigrateError:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._process.wait(0.5)
+        said = self.stderr()
+        text = f"no pyploop agent on {self.host}: {why}" + (f" ({said})" if said else "")
+        return MigrateError(CANNOT_CONNECT, text)
+
+    def stderr(self) -> str:
+        """The end of what ssh and the agent printed, as one line."""
+        size = os.fstat(self._errors.fileno()).st_size
+        text = os.pread(self._errors.fileno(), 1000, max(0, size - 1000))
+        return "; ".join(text.decode(errors="replace").split("\n")).strip("; \r")
+
+    # ---- requests
+
+    def call(self, op: str, timeout: float, /, **args: Any) -> dict[str, Any]:
+        """One request.  MigrateError as the agent raised it, or PyploopError
+        when the connection is dead or the answer late."""
+        mux = self._live()
+        with self._lock:
+            self._request += 1
+            number = self._request
+            mux.send({"id": number, "op": op, "args": args})
+            deadline = time.monotonic() + timeout
+            while True:
+                message = self._next(mux, op, deadline)
+                if "event" in message:
+                    self._on_event(message)
+                elif message.get("id") == number:
+                    break
+                # else: the late answer to a request that was given up
+        error = message.get("error")
+        if isinstance(error, dict):
+            code, text = error.get("code"), str(error.get("message"))
+            code = code if isinstance(code, int) and 0 < code < 128 else 1
+            raise MigrateError(code, f"{self.host}: {text}")
+        result = message.get("ok")
+        if not isinstance(result, dict):
+            raise ProtocolError(f"agent protocol: no answer in {str(message)[:80]!r}")
+        return result
+
+    def _next(self, mux: Mux, op: str, deadline: float) -> wire.Message:
+        try:
+            return mux.receive(max(deadline - time.monotonic(), 0.0))
+        except PyploopError as e:
+            said = self.stderr()
+            raise type(e)(
+                f"{op} on {self.host}: {e}" + (f" (it said: {said})" if said else "")
+            ) from e
+
+    def _live(self) -> Mux:
+        assert self._mux is not None, "connected"
+        return self._mux
+
+    def open_channel(self) -> tuple[int, int]:
+        """(number for a request, descriptor): the caller closes it."""
+        self._channel += 1
+        return self._channel, self._live().open(self._channel)
+
+    def alive(self) -> bool:
+        """A request would be sent."""
+        return self._mux is not None and self._mux.failure is None
+
+    # ---- end
+
+    def close(self) -> None:
+        """End the connection; the agent undoes what is not committed, and then
+        ends, which is waited for."""
+        process = self._process
+        assert process.stdin is not None and process.stdout is not None
+        if process.stdin.closed:
+            return
+        if self._mux is not None:
+            # The agent sees our end of stdin, and we see its: that it has undone.
+            self._mux.close()
+            self._mux = None
+        process.stdin.close()
+        deadline = time.monotonic() + ENDING
+        with contextlib.suppress(OSError):
+            while time.monotonic() < deadline:
+                if transport.readable(self._rfd, transport.POLL_SLICE) and not os.read(
+                    self._rfd, 65536
+                ):
+                    break
+        try:
+            process.wait(max(deadline - time.monotonic(), 0.1))
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+        process.stdout.close()
+        self._errors.close()
+
+    def __enter__(self) -> Remote:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()

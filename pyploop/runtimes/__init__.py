@@ -1,0 +1,122 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Container runtimes as a migration drives them: one small interface.
+
+The same class serves on both hosts, each time with its own host's
+configuration.  A runtime decides nothing about the order of a migration; it
+knows how one step is done, and its undoing steps can be repeated.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+Facts = dict[str, Any]
+"""What the source tells the target before anything starts; JSON."""
+
+# vzmigrate's exit codes.
+USAGE, STOPPED, CANNOT_CONNECT, COPY_FAILED = 1, 2, 4, 6
+RESTORE_FAILED, DUMP_FAILED, EXISTS, NO_CONTAINER = 7, 8, 9, 10
+IP_IN_USE, QUOTA, NO_KERNEL, BAD_CONFIG, NO_PLOOP = 12, 13, 14, 15, 16
+CHECKPOINT_VERSION, CPU, NO_VZ_CONF, LOCKED = 17, 18, 19, 20
+
+
+@dataclass(frozen=True)
+class State:
+    """Of a container on this host."""
+
+    exists: bool
+    running: bool = False
+    """Its processes are there, suspended or not."""
+    suspended: bool = False
+    mounted: bool = False
+
+
+@dataclass(frozen=True)
+class Disk:
+    """A disk of the container on this host."""
+
+    image: str
+    """The file that travels: the image, or the top delta."""
+    mount: str
+    fstype: str
+    options: str
+    source: str = ""
+    """What is opened for copying; on the target empty."""
+
+
+@dataclass(frozen=True)
+class Item:
+    """A file that is copied while the container runs: its label says what it
+    is, and the target's runtime where it goes."""
+
+    label: str
+    path: str
+
+
+class Runtime(Protocol):
+    """Steps raise MigrateError, with the code of what failed."""
+
+    name: str
+    container: str
+    keep_fds: tuple[int, ...]
+    """Inherited by commands: a lock that lasts until they have ended."""
+
+    lock_dir: str
+    """Where the container's lock file lies."""
+
+    def state(self) -> State: ...
+
+    def disks(self, source: bool) -> list[Disk]:
+        """source: with what is opened for copying."""
+
+    # ---- on the source
+
+    def check_source(self, live: bool) -> Facts:
+        """All that can be known before anything starts."""
+
+    def items(self) -> list[Item]: ...
+
+    def suspend(self) -> None:
+        """No process of it runs and no packet of it goes, until `resume`."""
+
+    def resume(self) -> None:
+        """Undo `suspend`, also a half-done one, and what a failed `dump` left."""
+
+    def dump(self, images: Path) -> None:
+        """The suspended container's memory into the folder; it stays suspended."""
+
+    def kill(self) -> None:
+        """End the suspended container, for it runs on the target."""
+
+    def stop(self) -> None: ...
+
+    def start(self) -> None: ...
+
+    def discard(self, remove: bool) -> None:
+        """What is left on the source after `kill` or `stop`."""
+
+    # ---- on the target
+
+    def check_target(self, facts: Facts, live: bool) -> None: ...
+
+    def destination(self, label: str) -> str:
+        """Where an item goes; MigrateError for a label that is none."""
+
+    def placed(self, facts: Facts) -> None:
+        """All items are there: fit them to this host."""
+
+    def attach(self, disk: Disk) -> list[dict[str, Any]]:
+        """Journal entries for what `mount` is about to do."""
+
+    def mount(self, disk: Disk) -> None: ...
+
+    def undump(self, images: Path, commit: Callable[[], None]) -> None:
+        """Restore and resume.  Calls `commit` when all that may fail is done,
+        before the container runs or answers; when that raises, the container
+        does not run."""
+
+    def abandon(self) -> None:
+        """Undo a restore, done or half-done."""

@@ -1,0 +1,92 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The OCI bundle of a runc container, fitted to the host that it comes to."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from pyploop.errors import MigrateError
+from pyploop.hostconf import ContainerConfig
+from pyploop.runtimes import BAD_CONFIG
+
+CONFIG = "config.json"
+CRIU = "criu.conf"
+"""Beside it; what the annotation org.criu.config names."""
+LARGEST = 1 << 17
+"""Bytes of a config.json: it travels in a message."""
+
+
+def read(bundle: str) -> dict[str, Any]:
+    """MigrateError(15) when it is no config.json."""
+    path = Path(bundle) / CONFIG
+    try:
+        data = path.read_bytes()
+        config = json.loads(data)
+    except (OSError, ValueError) as e:
+        raise MigrateError(BAD_CONFIG, f"cannot read {path}: {e}") from e
+    if not isinstance(config, dict) or len(data) > LARGEST:
+        raise MigrateError(BAD_CONFIG, f"{path} is not a container's configuration")
+    return config
+
+
+def write(bundle: str, config: dict[str, Any]) -> None:
+    """Durable, and in one step."""
+    _replace(Path(bundle) / CONFIG, json.dumps(config, indent=1))
+    write_criu(bundle, None)
+
+
+def write_criu(bundle: str, script: Path | None) -> None:
+    """CRIU's options for this container.  It must not lock the network itself,
+    since that lock stays in a namespace which is not the container's own."""
+    lines = ["network-lock skip"]
+    if script is not None:
+        lines.append(f"action-script {script}")
+    (Path(bundle) / CRIU).write_text("\n".join(lines) + "\n")
+
+
+def _replace(path: Path, text: str) -> None:
+    new = path.with_name(path.name + ".new")
+    with open(new, "w") as f:
+        f.write(text)
+        f.flush()
+        os.fsync(f.fileno())
+    new.replace(path)
+
+
+def adapt(config: Any, mounts: dict[str, str], ours: ContainerConfig) -> dict[str, Any]:
+    """The source's configuration with our paths, cgroup and network namespace.
+
+    mounts: mount points of the source's disks -> ours.  MigrateError(15) when
+    it would run commands here, or asks for what no checkpoint can hold.
+    """
+    try:
+        result: dict[str, Any] = json.loads(json.dumps(config))
+        if result.get("hooks"):
+            raise MigrateError(
+                BAD_CONFIG, "config.json has hooks: commands of another host are not run here"
+            )
+        result["root"]["path"] = _moved(result["root"]["path"], mounts)
+        for mount in result.get("mounts", []):
+            if isinstance(mount.get("source"), str):
+                mount["source"] = _moved(mount["source"], mounts)
+        linux = result.setdefault("linux", {})
+        if ours.cgroup:
+            linux["cgroupsPath"] = ours.cgroup
+        if ours.netns:
+            for namespace in linux.get("namespaces", []):
+                if namespace.get("type") == "network":
+                    namespace["path"] = ours.netns
+        result.setdefault("annotations", {})["org.criu.config"] = f"{ours.bundle}/{CRIU}"
+    except (KeyError, TypeError, AttributeError, ValueError) as e:
+        raise MigrateError(BAD_CONFIG, f"config.json lacks what runc needs ({e!r})") from None
+    return result
+
+
+def _moved(path: str, mounts: dict[str, str]) -> str:
+    for theirs, ours in mounts.items():
+        if path == theirs or path.startswith(theirs.rstrip("/") + "/"):
+            return ours + path[len(theirs) :]
+    return path

@@ -1,0 +1,25 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which runtime has a container."""
+
+from __future__ import annotations
+
+from pyploop.errors import MigrateError
+from pyploop.hostconf import HostConfig
+from pyploop.runtimes import USAGE, Runtime
+
+RUNTIMES = ("runc",)
+
+
+def make_runtime(host: HostConfig, name: str | None, container: str) -> Runtime:
+    """`name`, or what the configuration says for this container; a number that
+    it does not know is vzctl's."""
+    if name is None:
+        known = host.containers.get(container)
+        if known is None and not container.isdecimal():
+            host.container(container)  # says what is missing
+        name = known.runtime if known else "vzctl"
+    if name == "runc":
+        from pyploop.runtimes.runc import Runc
+
+        return Runc(host, container)
+    raise MigrateError(USAGE, f"no runtime {name!r} (there are {', '.join(RUNTIMES)})")

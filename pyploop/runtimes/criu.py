@@ -1,0 +1,133 @@
+# SPDX-License-Identifier: Apache-2.0
+"""CRIU itself: its version, whether it works on this kernel, and the hook by
+which a restore asks before the container answers and runs.
+
+The hook is a shell script of ours that CRIU calls (action-script).  It finds
+us through /proc, so that it fails at once when we are gone; then, or when we
+say no, it ends the half-restored container, which has not run yet.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import select
+import shutil
+import socket
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from pyploop.errors import MigrateError
+from pyploop.runtimes import NO_KERNEL
+from pyploop.runtimes.process import Command, last_words, run
+
+OLDEST = (4, 2)
+PROBE_TIMEOUT = 30.0
+_HOOK = """#!/bin/sh
+case $CRTOOLS_SCRIPT_ACTION in network-unlock|pre-resume) ;; *) exit 0 ;; esac
+if echo "$CRTOOLS_SCRIPT_ACTION" > /proc/{pid}/fd/{say} &&
+   read -r answer < /proc/{pid}/fd/{hear} && [ "$answer" = go ]; then exit 0; fi
+kill -9 "$CRTOOLS_INIT_PID" "$PPID"
+exit 1
+"""
+
+
+def version(criu: str) -> tuple[int, ...]:
+    """MigrateError(14) when it cannot be run or is too old."""
+    said = run([criu, "--version"], NO_KERNEL, PROBE_TIMEOUT)
+    found = re.search(r"Version:\s*(\d+)\.(\d+)", said)
+    if not found:
+        raise MigrateError(NO_KERNEL, f"{criu} --version says {last_words(said)!r}")
+    result = int(found[1]), int(found[2])
+    if result < OLDEST:
+        raise MigrateError(
+            NO_KERNEL, f"{criu} is {result[0]}.{result[1]}; {OLDEST[0]}.{OLDEST[1]} is needed"
+        )
+    return result
+
+
+def probe(criu: str) -> None:
+    """`criu check`, and a dump of a process with an inet socket, which some
+    versions pass the check and fail.  MigrateError(14) says what failed."""
+    run([criu, "check"], NO_KERNEL, PROBE_TIMEOUT)
+    with tempfile.TemporaryDirectory() as folder, socket.socket() as listening:
+        listening.bind(("127.0.0.1", 0))
+        listening.listen()
+        sleeper = subprocess.Popen(
+            [shutil.which("sleep") or "sleep", "60"],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            pass_fds=[listening.fileno()],
+            start_new_session=True,
+        )
+        try:
+            command = [criu, "dump", "-t", str(sleeper.pid), "-D", folder]
+            command += ["--network-lock", "skip"]
+            run(command, NO_KERNEL, PROBE_TIMEOUT)
+        finally:
+            sleeper.kill()
+            sleeper.wait()
+
+
+def errors_of(log: Path) -> str:
+    """The errors in a log of CRIU's, as one line."""
+    try:
+        lines = log.read_text(errors="replace").splitlines()
+    except OSError:
+        return ""
+    return "; ".join(x.split(") ", 1)[-1].strip() for x in lines if "Error" in x)[-400:]
+
+
+class Hook:
+    """Answers the restore that runs; a context manager that withdraws it."""
+
+    def __init__(self, folder: Path, unlock: Callable[[], None]) -> None:
+        """unlock: when the network is about to work again; raising refuses."""
+        self._unlock = unlock
+        self.refusal: BaseException | None = None
+        self.unlocked = False
+        self.resuming = False
+        """From here on the container may have run."""
+        self._hear_r, self._hear_w = os.pipe2(os.O_CLOEXEC)
+        self._say_r, self._say_w = os.pipe2(os.O_CLOEXEC)
+        self.script = folder / "hook"
+        text = _HOOK.format(pid=os.getpid(), say=self._say_w, hear=self._hear_r)
+        self.script.write_text(text)
+        self.script.chmod(0o700)
+
+    def serve(self, command: Command, timeout: float) -> tuple[int, str]:
+        """Answer until the command has ended; as `Command.wait`."""
+        deadline = time.monotonic() + timeout
+        poll = select.poll()
+        poll.register(self._say_r, select.POLLIN)
+        while not command.ended() and time.monotonic() < deadline:
+            # The command's end has no descriptor of ours: a short wait.
+            if poll.poll(2):
+                for word in os.read(self._say_r, 256).decode().split():
+                    os.write(self._hear_w, b"go\n" if self._allow(word) else b"no\n")
+        return command.wait(max(deadline - time.monotonic(), 0.1))
+
+    def _allow(self, word: str) -> bool:
+        try:
+            if word == "network-unlock":
+                self._unlock()
+                self.unlocked = True
+            self.resuming = self.resuming or word == "pre-resume"
+        except BaseException as e:
+            self.refusal = e
+            return False
+        return True
+
+    def __enter__(self) -> Hook:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        for fd in (self._hear_r, self._hear_w, self._say_r, self._say_w):
+            os.close(fd)
+        with contextlib.suppress(OSError):
+            self.script.unlink()

@@ -1,0 +1,73 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Commands of a runtime: words, no shell, a deadline, their last words in the error."""
+
+from __future__ import annotations
+
+import subprocess
+import tempfile
+from collections.abc import Sequence
+
+from pyploop.errors import MigrateError
+
+
+class Command:
+    """A started command, in a session of its own: a ^C at the terminal reaches
+    only us, and an undumped memory image is worse than a late answer."""
+
+    def __init__(
+        self, argv: Sequence[str], keep_fds: Sequence[int] = (), silent: bool = False
+    ) -> None:
+        """silent: its output goes to /dev/null, for a container inherits it and
+        could not be checkpointed with a file of this host.  OSError when it
+        cannot be run."""
+        self.argv = list(argv)
+        self._output = tempfile.TemporaryFile()  # noqa: SIM115 - closed by wait()
+        try:
+            self._process = subprocess.Popen(
+                self.argv,
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL if silent else self._output,
+                stderr=subprocess.DEVNULL if silent else self._output,
+                pass_fds=tuple(keep_fds),
+                start_new_session=True,
+            )
+        except BaseException:
+            self._output.close()
+            raise
+
+    def wait(self, timeout: float) -> tuple[int, str]:
+        """(exit status, what it said); TimeoutError, and killed, if it is late."""
+        try:
+            status = self._process.wait(timeout)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.wait()
+            raise TimeoutError(f"it did not end within {timeout:g} s") from None
+        with self._output as f:
+            f.seek(0)
+            return status, f.read().decode(errors="replace")
+
+    def ended(self) -> bool:
+        return self._process.poll() is not None
+
+
+def run(
+    argv: Sequence[str],
+    code: int,
+    timeout: float,
+    keep_fds: Sequence[int] = (),
+    silent: bool = False,
+) -> str:
+    """What it printed; MigrateError(code) unless it exits with 0."""
+    try:
+        status, said = Command(argv, keep_fds, silent).wait(timeout)
+    except OSError as e:  # TimeoutError is one
+        raise MigrateError(code, f"{' '.join(argv)}: {e.strerror or e}") from e
+    if status:
+        raise MigrateError(code, f"{' '.join(argv)} ended with {status}: {last_words(said)}")
+    return said
+
+
+def last_words(text: str) -> str:
+    """The last lines of some output, as one."""
+    return "; ".join(line.strip() for line in text.strip().splitlines()[-3:]) or "(silent)"

@@ -1,0 +1,301 @@
+# SPDX-License-Identifier: Apache-2.0
+"""runc and CRIU.
+
+The container is suspended by its cgroup's freezer, written directly; it stays
+so through the dump (--leave-running), and is killed, or thawed, afterwards:
+nothing but this host decides that it runs here again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from pyploop import journal
+from pyploop.errors import MigrateError, PyploopError
+from pyploop.hostconf import HostConfig
+from pyploop.runtimes import (
+    BAD_CONFIG,
+    CHECKPOINT_VERSION,
+    COPY_FAILED,
+    DUMP_FAILED,
+    EXISTS,
+    NO_CONTAINER,
+    RESTORE_FAILED,
+    USAGE,
+    Disk,
+    Facts,
+    Item,
+    State,
+    bundles,
+    criu,
+    volumes,
+)
+from pyploop.runtimes.cgroup import Freezer
+from pyploop.runtimes.process import Command, last_words, run
+
+PREVIEW = 0.25
+"""Part of the memory that a dump may be larger than what is in use."""
+
+
+class Runc:
+    """One container of one host."""
+
+    name = "runc"
+
+    def __init__(self, host: HostConfig, container: str) -> None:
+        self.container = container
+        self.keep_fds: tuple[int, ...] = ()
+        self.lock_dir = host.lock_dir
+        self._host = host
+        self._config = host.container(container)
+        if not self._config.bundle.startswith("/") or not self._config.disks:
+            raise MigrateError(
+                USAGE, f"[container.{container}] needs an absolute bundle and a disk"
+            )
+
+    # ---- what there is
+
+    def _record(self) -> dict[str, Any] | None:
+        """runc's own state file, which names the first process and the cgroups."""
+        path = Path(self._host.runc_root) / self.container / "state.json"
+        try:
+            record = json.loads(path.read_bytes())
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError) as e:
+            raise MigrateError(NO_CONTAINER, f"cannot read {path}: {e}") from e
+        return record if isinstance(record, dict) else None
+
+    def _freezer(self) -> Freezer | None:
+        record = self._record()
+        if record is None:
+            return None
+        paths = record.get("cgroup_paths") or {}
+        folder = paths.get("freezer") or paths.get("")
+        return Freezer(folder) if folder and Path(folder).is_dir() else None
+
+    def state(self) -> State:
+        record = self._record()
+        mounted = any(volumes.is_mounted(d.mount) for d in self._config.disks)
+        if record is None:
+            return State(False, mounted=mounted)
+        started = journal.start_time(int(record.get("init_process_pid") or 0))
+        running = started is not None and started == record.get("init_process_start")
+        freezer = self._freezer()
+        frozen = running and freezer is not None and freezer.is_frozen()
+        return State(True, running, frozen, mounted)
+
+    def disks(self, source: bool) -> list[Disk]:
+        result = []
+        for d in self._config.disks:
+            opened = (volumes.device_of(d.mount) or d.image) if source else ""
+            result.append(Disk(d.image, d.mount, d.fstype, d.options, opened))
+        return result
+
+    # ---- source
+
+    def check_source(self, live: bool) -> Facts:
+        config = bundles.read(self._config.bundle)
+        facts: Facts = {"mounts": [d.mount for d in self._config.disks], "config": config}
+        if live:
+            facts["criu"] = list(criu.version(self._host.criu))
+            criu.probe(self._host.criu)
+            freezer = self._freezer()
+            if freezer is None:
+                raise MigrateError(DUMP_FAILED, f"{self.container} has no freezer cgroup")
+            facts["memory"] = sum(_resident(pid) for pid in freezer.pids())
+        return facts
+
+    def items(self) -> list[Item]:
+        return [Item("config.json", f"{self._config.bundle}/{bundles.CONFIG}")]
+
+    def suspend(self) -> None:
+        freezer = self._freezer()
+        if freezer is None:
+            raise MigrateError(DUMP_FAILED, f"{self.container} has no freezer cgroup")
+        # A packet taken in after its socket is dumped would be lost.
+        link = self._start_link(self._config.link_down)
+        freezer.freeze()
+        self._end_link(link, DUMP_FAILED)
+
+    def _start_link(self, argv: tuple[str, ...]) -> Command | None:
+        try:
+            return Command(argv) if argv else None
+        except OSError as e:
+            raise MigrateError(DUMP_FAILED, f"{argv[0]}: {e.strerror}") from e
+
+    def _end_link(self, link: Command | None, code: int) -> None:
+        if link is None:
+            return
+        try:
+            status, said = link.wait(self._host.command_timeout)
+        except TimeoutError as e:
+            raise MigrateError(code, f"{' '.join(link.argv)}: {e}") from e
+        if status:
+            raise MigrateError(
+                code, f"{' '.join(link.argv)} ended with {status}: {last_words(said)}"
+            )
+
+    def resume(self) -> None:
+        # Both, whatever fails: a checkpoint that failed leaves both behind.
+        try:
+            self._end_link(self._start_link(self._config.link_up), DUMP_FAILED)
+        finally:
+            if freezer := self._freezer():
+                freezer.thaw()
+
+    def dump(self, images: Path) -> None:
+        work = images.parent / "dump-work"
+        work.mkdir(mode=0o700)
+        command = [*self._runc(), "checkpoint", "--leave-running"]
+        command += ["--image-path", str(images), "--work-path", str(work)]
+        command += [*self._config.options, self.container]
+        self._criu(command, work / "dump.log", DUMP_FAILED, "cannot checkpoint")
+
+    def _runc(self) -> list[str]:
+        return [self._host.runc, "--root", self._host.runc_root, "--criu", self._host.criu]
+
+    def _criu(self, argv: list[str], log: Path, code: int, what: str) -> None:
+        try:
+            run(argv, code, self._host.command_timeout, self.keep_fds)
+        except MigrateError as e:
+            why = criu.errors_of(log) or str(e)
+            raise MigrateError(code, f"{what} {self.container}: {why}") from e
+
+    def kill(self) -> None:
+        if freezer := self._freezer():
+            freezer.kill()
+        if self._record() is not None:
+            run([*self._runc(), "delete", "--force", self.container], DUMP_FAILED, 30)
+
+    def stop(self) -> None:
+        record = self._record()
+        pid = int((record or {}).get("init_process_pid") or 0)
+        if pid and self.state().running:
+            os.kill(pid, signal.SIGTERM)
+            deadline = time.monotonic() + self._config.stop_timeout
+            while self.state().running and time.monotonic() < deadline:
+                time.sleep(0.02)
+        self.kill()
+
+    def start(self) -> None:
+        for disk in self.disks(source=False):
+            if not volumes.is_mounted(disk.mount):
+                volumes.mount(disk)
+        if self.state().exists:
+            return
+        command = [*self._runc(), "run", "--detach", "--bundle", self._config.bundle]
+        command.append(self.container)
+        run(command, RESTORE_FAILED, self._host.command_timeout, self.keep_fds, silent=True)
+
+    def discard(self, remove: bool) -> None:
+        config = Path(self._config.bundle) / bundles.CONFIG
+        for disk in self._config.disks:
+            volumes.unmount({"mount": disk.mount, "image": disk.image})
+            if remove:
+                Path(disk.image).unlink(missing_ok=True)
+                with contextlib.suppress(OSError):
+                    Path(disk.mount).rmdir()
+        if remove:
+            config.unlink(missing_ok=True)
+            (config.parent / bundles.CRIU).unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                config.parent.rmdir()
+        elif config.exists():
+            config.rename(config.with_name(bundles.CONFIG + ".migrated"))
+
+    # ---- target
+
+    def check_target(self, facts: Facts, live: bool) -> None:
+        if self._record() is not None:
+            raise MigrateError(EXISTS, f"{self.container} exists")
+        if Path(self._config.bundle, bundles.CONFIG).exists():
+            raise MigrateError(EXISTS, f"{self._config.bundle} holds a {bundles.CONFIG}")
+        mounts = facts.get("mounts")
+        if not isinstance(mounts, list) or len(mounts) != len(self._config.disks):
+            raise MigrateError(BAD_CONFIG, "the two hosts configure another number of disks")
+        bundles.adapt(facts.get("config"), self._mapping(facts), self._config)
+        if not live:
+            return
+        ours, theirs = criu.version(self._host.criu), tuple(facts.get("criu") or ())
+        if ours < theirs:
+            raise MigrateError(
+                CHECKPOINT_VERSION, f"CRIU {ours} here is older than the source's {theirs}"
+            )
+        criu.probe(self._host.criu)
+        need = int(int(facts.get("memory") or 0) * (1 + PREVIEW))
+        st = os.statvfs(self._host.images_dir)
+        if st.f_bavail * st.f_frsize < need:
+            raise MigrateError(
+                COPY_FAILED, f"{self._host.images_dir} has no room for {need >> 20} MiB of memory"
+            )
+
+    def _mapping(self, facts: Facts) -> dict[str, str]:
+        """Mount points of the source's disks -> ours."""
+        return dict(zip(facts["mounts"], (d.mount for d in self._config.disks), strict=True))
+
+    def destination(self, label: str) -> str:
+        if label != "config.json":
+            raise MigrateError(COPY_FAILED, f"no item {label!r} belongs to a runc container")
+        return f"{self._config.bundle}/{bundles.CONFIG}"
+
+    def placed(self, facts: Facts) -> None:
+        bundle = self._config.bundle
+        config = bundles.adapt(bundles.read(bundle), self._mapping(facts), self._config)
+        bundles.write(bundle, config)
+        # Nothing may answer in its place before the restore.
+        self._end_link(self._start_link(self._config.link_down), BAD_CONFIG)
+
+    def attach(self, disk: Disk) -> list[dict[str, Any]]:
+        return [{"kind": "unmount", "mount": disk.mount, "image": disk.image}]
+
+    def mount(self, disk: Disk) -> None:
+        volumes.mount(disk)
+
+    def undump(self, images: Path, commit: Callable[[], None]) -> None:
+        work = images.parent / "restore-work"
+        work.mkdir(mode=0o700)
+        argv = [*self._runc(), "restore", "--detach", "--bundle", self._config.bundle]
+        argv += ["--image-path", str(images), "--work-path", str(work)]
+        argv += [*self._config.options, self.container]
+
+        def unlock() -> None:
+            commit()
+            self._end_link(self._start_link(self._config.link_up), RESTORE_FAILED)
+
+        with criu.Hook(images.parent, unlock) as hook:
+            bundles.write_criu(self._config.bundle, hook.script)
+            try:
+                command = Command(argv, self.keep_fds, silent=True)
+                status, said = hook.serve(command, self._host.command_timeout)
+            except OSError as e:
+                status, said = -1, str(e)
+            bundles.write_criu(self._config.bundle, None)
+        if status == 0 and hook.unlocked:
+            return
+        if isinstance(hook.refusal, PyploopError):
+            raise hook.refusal
+        why = criu.errors_of(work / "restore.log") or last_words(said)
+        raise MigrateError(RESTORE_FAILED, f"cannot restore {self.container}: {why}")
+
+    def abandon(self) -> None:
+        # Down first: nothing of what ends here may reach the peers.
+        try:
+            self._end_link(self._start_link(self._config.link_down), RESTORE_FAILED)
+        finally:
+            self.kill()
+
+
+def _resident(pid: int) -> int:
+    """Bytes of memory of a process."""
+    try:
+        return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGESIZE")
+    except (OSError, IndexError, ValueError):
+        return 0

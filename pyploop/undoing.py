@@ -1,0 +1,87 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How the steps of a migration are undone, by the process that did them or by
+a later one: the kinds of journal entries, on both hosts.
+
+Each can be repeated, and is well when there is nothing (left) to undo.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+from pyploop import hostconf, journal
+from pyploop.errors import PyploopError
+from pyploop.journal import Entry, Journal
+from pyploop.runtimes import Runtime, volumes
+from pyploop.runtimes.choose import make_runtime
+
+
+def _remove(entry: Entry) -> None:
+    Path(entry["path"]).unlink(missing_ok=True)
+
+
+def _rmdir(entry: Entry) -> None:
+    with contextlib.suppress(OSError):  # not empty: somebody else's things
+        os.rmdir(entry["path"])
+
+
+def _remove_tree(entry: Entry) -> None:
+    with contextlib.suppress(FileNotFoundError):
+        shutil.rmtree(entry["path"])
+
+
+def _put_back(entry: Entry) -> None:
+    if os.path.lexists(entry["saved"]):
+        os.replace(entry["saved"], entry["path"])
+
+
+def runtime_of(entry: Entry) -> Runtime:
+    """The runtime that an entry, or a journal's record, names."""
+    return make_runtime(hostconf.load(entry["config"]), entry["runtime"], entry["container"])
+
+
+def naming(host: hostconf.HostConfig, runtime: Runtime) -> dict[str, Any]:
+    """The fields that `runtime_of` reads."""
+    return {"config": host.path, "runtime": runtime.name, "container": runtime.container}
+
+
+journal.register("remove", _remove, outlives_boot=True)
+journal.register("put-back", _put_back, outlives_boot=True)
+journal.register("rmdir", _rmdir, outlives_boot=True)
+journal.register("remove-tree", _remove_tree, outlives_boot=True)
+journal.register("unmount", volumes.unmount)
+journal.register("resume", lambda e: runtime_of(e).resume())
+journal.register("start", lambda e: runtime_of(e).start())
+journal.register("abandon", lambda e: runtime_of(e).abandon())
+
+
+def make_folders(log: Journal, path: Path) -> None:
+    """A folder and those above it, each to be removed again."""
+    missing = []
+    while not path.is_dir():
+        missing.append(path)
+        path = path.parent
+    for folder in reversed(missing):
+        log.add({"kind": "rmdir", "path": str(folder)})
+        folder.mkdir()
+
+
+def undo_all(log: Journal, keep: bool = False) -> list[str]:
+    """Undo the journal's entries in reverse; returns what could not be undone,
+    which stays in it.  keep: leave those marked so (--keep-dst)."""
+    failed = []
+    for entry in reversed(log.entries):
+        if not (keep and entry.get("keep")):
+            try:
+                journal.undo(entry)
+            except (OSError, PyploopError) as e:
+                why = str(e) if isinstance(e, PyploopError) else e.strerror
+                failed.append(f"{journal.describe(entry)}: {why}")
+                continue
+        log.done(entry)
+    log.close()
+    return failed

@@ -1,0 +1,116 @@
+# SPDX-License-Identifier: Apache-2.0
+"""On which host a container runs: the record at the target that decides it.
+
+Invariant: exactly one host runs the container.  The source lets it run again
+only after the target has said `aborted`, or was never asked to restore; the
+target lets it run only after `committed` is durable here.  Who asks later
+waits until the one who might still decide has ended: a lock on the record,
+which his commands inherit, tells.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import re
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from pyploop._core import fdatasync
+from pyploop.errors import BusyError, CreateError, ProtocolError, SyncError
+
+PENDING, COMMITTED, ABORTED = "pending", "committed", "aborted"
+_SIZE = 16
+_NAME = re.compile(r"[0-9a-f]{16}")
+POLL = 0.05
+
+
+def new_id() -> str:
+    """Of a migration; unguessable, so that nobody else's is asked about."""
+    return os.urandom(8).hex()
+
+
+def check_id(text: object) -> str:
+    """ProtocolError unless it is one of ours: it becomes a file's name."""
+    if isinstance(text, str) and _NAME.fullmatch(text):
+        return text
+    raise ProtocolError(f"{str(text)[:40]!r} is no migration")
+
+
+class Verdict:
+    """The open, locked record of one migration."""
+
+    def __init__(self, path: Path, fd: int) -> None:
+        self.path, self.fd = path, fd
+
+    @classmethod
+    def create(cls, folder: Path, migration: str, side: str = "target") -> Verdict:
+        """A new one, `pending`; CreateError when it cannot be made.  The
+        source has one too, for its lock only: a dump must have ended before
+        anything is undone."""
+        path = folder / f"{migration}.{side}"
+        try:
+            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+            fcntl.flock(fd, fcntl.LOCK_EX)
+            verdict = cls(path, fd)
+            # Its block is allocated now: the one write that counts is short.
+            verdict.write(PENDING)
+            _sync_folder(folder)
+        except OSError as e:
+            raise CreateError.of(f"cannot make {path}", e) from e
+        return verdict
+
+    def write(self, word: str) -> None:
+        """Durable when this returns; SyncError when that is not sure."""
+        try:
+            os.pwrite(self.fd, word.ljust(_SIZE - 1).encode() + b"\n", 0)
+            fdatasync(self.fd)
+        except OSError as e:
+            raise SyncError.of(f"cannot write {self.path}", e) from e
+
+    def read(self) -> str:
+        return os.pread(self.fd, _SIZE, 0).decode(errors="replace").strip()
+
+    def close(self, remove: bool = False) -> None:
+        if remove:
+            self.path.unlink(missing_ok=True)
+        os.close(self.fd)
+
+
+@contextlib.contextmanager
+def held(
+    folder: Path, migration: str, wait: float, side: str = "target"
+) -> Iterator[Verdict | None]:
+    """The record as its owner left it; None when there is none.  BusyError when
+    he, or a command of his, has not ended within `wait` seconds."""
+    path = folder / f"{migration}.{side}"
+    try:
+        fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+    except FileNotFoundError:
+        yield None
+        return
+    verdict = Verdict(path, fd)
+    try:
+        deadline = time.monotonic() + wait
+        while True:
+            try:
+                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() > deadline:
+                    raise BusyError(f"{path} is in use: that migration is still at work") from None
+                time.sleep(POLL)
+        yield verdict
+    finally:
+        verdict.close()
+
+
+def _sync_folder(folder: Path) -> None:
+    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
