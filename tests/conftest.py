@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from lab.hosts import Lab
 
 HERE = Path(__file__).resolve().parent
-sys.path[:0] = [str(HERE), str(HERE / "fakeploop"), str(HERE.parent)]
+sys.path[:0] = [str(HERE), str(HERE / "fakeploop"), str(HERE / "fuzz"), str(HERE.parent)]
 
 
 @pytest.fixture(autouse=True)

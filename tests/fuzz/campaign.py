@@ -1,0 +1,107 @@
+#!/usr/bin/env python3
+# SPDX-License-Identifier: Apache-2.0
+"""Fuzz the receiving pump: build the harness with clang, start from the corpus of
+the tree, run for a while, and say how it went.
+
+    tests/fuzz/campaign.py [--seconds N] [--jobs N] [--save]
+
+--save minimises what was found interesting and writes it to the tree's corpus.
+Exit code 1 when there is a finding; its input is left in the folder named.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+CSRC = HERE.parents[1] / "csrc"
+CORPUS = HERE / "recv.corpus"
+PRODUCT = ("recv", "recv_head", "recv_out", "hash", "hash_avx2")
+"""Of csrc/; the harness stands in for what these call."""
+COMMON = ["-g", "-O1", "-std=gnu11", "-Wall", "-Wextra", "-pthread"]
+SANITIZE = "address,undefined"
+MAX_LEN = 600
+ENVIRONMENT = {**os.environ, "ASAN_OPTIONS": "detect_stack_use_after_return=0"}
+
+
+def build(folder: Path, csrc: Path, cc: str, sanitize: str, *more: str) -> Path:
+    """The harness around these sources, compiled into the folder."""
+    flags = [*COMMON, f"-I{csrc}", f"-fsanitize={sanitize}", "-fno-sanitize-recover=all", *more]
+    objects = []
+    for name in PRODUCT:
+        objects.append(folder / f"{name}.o")
+        source = [str(csrc / f"{name}.c"), "-o", str(objects[-1])]
+        subprocess.run([cc, *flags, "-include", str(HERE / "seams.h"), "-c", *source], check=True)
+    program = folder / "fuzz_recv"
+    command = [cc, *flags, str(HERE / "fuzz_recv.c"), *map(str, objects), "-o", str(program)]
+    subprocess.run(command, check=True)
+    return program
+
+
+def build_replay(folder: Path, csrc: Path = CSRC) -> Path:
+    """The harness that reads a corpus from stdin; needs no libFuzzer."""
+    return build(folder, csrc, os.environ.get("CC", "cc"), SANITIZE, "-DREPLAY")
+
+
+def unpack(folder: Path) -> None:
+    folder.mkdir(exist_ok=True)
+    for number, line in enumerate(CORPUS.read_text().split()):
+        (folder / f"{number:05}").write_bytes(bytes.fromhex(line))
+
+
+def pack(folder: Path) -> int:
+    inputs = sorted((p.read_bytes() for p in folder.iterdir()), key=lambda b: (len(b), b))
+    CORPUS.write_text("".join(f"{data.hex()}\n" for data in inputs))
+    return len(inputs)
+
+
+def fuzz(program: Path, corpus: Path, seconds: int, job: int) -> subprocess.Popen[str]:
+    command = [
+        "nice", "-n", "19", str(program), str(corpus), f"-max_len={MAX_LEN}", f"-seed={job + 1}",
+        f"-max_total_time={seconds}", "-timeout=5", "-print_final_stats=1", "-reload=1",
+        f"-artifact_prefix={corpus.parent}/finding-",
+    ]  # fmt: skip
+    return subprocess.Popen(command, env=ENVIRONMENT, stderr=subprocess.PIPE, text=True)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description="Fuzz the receiving pump.")
+    parser.add_argument("--seconds", type=int, default=60)
+    parser.add_argument("--jobs", type=int, default=1)
+    parser.add_argument("--save", action="store_true", help="write the minimised corpus back")
+    o = parser.parse_args()
+    folder = Path(tempfile.mkdtemp(prefix="pyploop-fuzz-"))
+    program = build(folder, CSRC, "clang", f"fuzzer,{SANITIZE}")
+    corpus = folder / "corpus"
+    unpack(corpus)
+    jobs = [fuzz(program, corpus, o.seconds, job) for job in range(o.jobs)]
+    executed, found = 0, False
+    for job in jobs:
+        _, text = job.communicate()
+        units = re.findall(r"number_of_executed_units: (\d+)", text)
+        executed += int(units[-1]) if units else 0
+        if job.returncode:
+            found = True
+            print(text[-3000:])
+        for line in re.findall(r"#\d+\s+DONE.*", text):
+            print(line)
+    print(
+        f"{executed} executions, {len(list(corpus.iterdir()))} inputs, finding: {found}; {folder}"
+    )
+    if o.save and not found:
+        small = folder / "small"
+        small.mkdir()
+        merge = [str(program), "-set_cover_merge=1", str(small), str(corpus)]
+        subprocess.run(merge, env=ENVIRONMENT, check=True, capture_output=True)
+        print(f"{pack(small)} inputs saved to {CORPUS}")
+    return found
+
+
+if __name__ == "__main__":
+    sys.exit(main())

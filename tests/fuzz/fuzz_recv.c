@@ -1,0 +1,568 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/*
+ * libFuzzer harness for the receiving pump: hostile streams against a replay.
+ *
+ * It stands in for recv_in.c, recv_reply.c, io.c and, through seams.h, for the
+ * threads and the system: bytes come from memory and go to memory, slots have the
+ * sanitizer's red zones around them, and the helper runs when the input says so.
+ * Parser, ring, and the cutting into runs and holes are the product's code.  What
+ * the target holds, the event or error, the counters and the number of answers
+ * must be what a plain replay of the stream onto an array says (`model`); so a
+ * wrong byte is a finding, not only a crash.
+ *
+ * Input: byte 0 and 1 choose the configuration; the rest is a stream as it is
+ * (RAW), or a list of packets that are built well (see build).
+ */
+#define _GNU_SOURCE
+#include <errno.h>
+#include <fcntl.h>
+#include <setjmp.h>
+#include <stddef.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+
+#include "recv_internal.h"
+
+#define SPACE (1u << 18)	/* of the target: what the model compares */
+#define STREAM (1u << 19)	/* the longest stream that is built */
+
+enum { RAW = 1, SPARSE = 2, SHORT_READS = 4, NO_REPLIES = 8, DIGESTS = 16,
+       BIG_SLOTS = 32, MORE_SLOTS = 64, D2 = 128 };
+enum { DATA, CMD, ASYNC };
+
+#define CHECK(x) do { if (!(x)) { \
+	fprintf(stderr, "FINDING line %d: %s\n", __LINE__, #x); abort(); } } while (0)
+
+static struct {
+	const uint8_t *data;
+	size_t len, at;
+	bool greedy;
+	unsigned replies;
+	uint32_t order;		/* of reader and helper: the next choices */
+} in;
+
+static struct {
+	uint8_t space[SPACE];
+	uint32_t end;		/* zero from here on */
+} target;
+
+/* ---- in place of recv_in.c, recv_reply.c, io.c and system calls */
+
+ssize_t pl_recv_read(struct pl_recv *r, struct iovec *iov, int n, size_t must)
+{
+	size_t want = must, got = 0;
+
+	/* An idle helper is given each slot at once, a busy one full slots. */
+	in.order = in.order * 1103515245 + 12345;
+	r->writer_idle = in.order >> 16 & 1;
+	for (int i = 0; in.greedy && i < n; i++)
+		want = i ? want + iov[i].iov_len : iov[0].iov_len;
+	if (want > in.len - in.at)
+		want = in.len - in.at;
+	for (int i = 0; i < n && got < want; i++) {
+		size_t k = iov[i].iov_len < want - got ? iov[i].iov_len : want - got;
+
+		memcpy(iov[i].iov_base, in.data + in.at, k);
+		in.at += k;
+		got += k;
+	}
+	__atomic_fetch_add(&r->stats.stream_bytes, got, __ATOMIC_RELAXED);
+	return got < must ? -ENODATA : (ssize_t)got;
+}
+
+int pl_recv_reply(struct pl_recv *r, unsigned count)
+{
+	(void)r;
+	in.replies += count;
+	return 0;
+}
+
+int pl_pwrite_full(int fd, const void *buf, size_t len, uint64_t pos)
+{
+	(void)fd;
+	CHECK(len && pos <= (uint64_t)INT64_MAX - len);
+	if (pos + len > SPACE)
+		return -EFBIG;
+	memcpy(target.space + pos, buf, len);
+	if (pos + len > target.end)
+		target.end = (uint32_t)(pos + len);
+	return 0;
+}
+
+int fuzz_fallocate(int fd, int mode, off_t pos, off_t len)
+{
+	(void)fd;
+	CHECK(mode == (FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE));
+	CHECK(pos >= 0 && len > 0 && pos + len <= SPACE);
+	memset(target.space + pos, 0, (size_t)len);
+	return 0;
+}
+
+int fuzz_sync_file_range(int fd, off_t pos, off_t len, unsigned flags)
+{
+	(void)fd;
+	(void)flags;
+	CHECK(pos >= 0 && len > 0 && pos + len <= SPACE);
+	return 0;
+}
+
+int fuzz_eventfd(unsigned count, int flags)
+{
+	(void)count;
+	(void)flags;
+	return 0;
+}
+
+int fuzz_close(int fd)
+{
+	return fd;
+}
+
+ssize_t fuzz_write(int fd, const void *buf, size_t len)
+{
+	(void)fd;
+	(void)buf;
+	return (ssize_t)len;
+}
+
+int fuzz_sigmask(int how, const sigset_t *set, sigset_t *old)
+{
+	(void)how;
+	(void)set;
+	(void)old;
+	return 0;
+}
+
+/* Slots are kept for the next execution: allocating them is most of one. */
+static struct {
+	void *buf;
+	size_t len;
+} spare[16];
+
+void *pl_buf_new(size_t len)
+{
+	for (unsigned i = 0; i < 16; i++)
+		if (spare[i].buf && spare[i].len == len) {
+			void *buf = spare[i].buf;
+
+			spare[i].buf = NULL;
+			return buf;
+		}
+	return malloc(len);
+}
+
+void pl_buf_free(void *buf, size_t len)
+{
+	for (unsigned i = 0; buf && i < 16; i++)
+		if (!spare[i].buf) {
+			spare[i].buf = buf;
+			spare[i].len = len;
+			return;
+		}
+	free(buf);
+}
+
+/* ---- the helper thread, as a coroutine: it leaves where it would wait */
+
+static struct {
+	void *(*main)(void *);
+	struct pl_recv *r;
+	jmp_buf left;
+} helper;
+
+int fuzz_thread_create(pthread_t *t, const pthread_attr_t *attr, void *(*start)(void *),
+		       void *arg)
+{
+	(void)t;
+	(void)attr;
+	helper.main = start;
+	helper.r = arg;
+	return 0;
+}
+
+int fuzz_thread_join(pthread_t t, void **result)
+{
+	(void)t;
+	(void)result;
+	helper.main(helper.r);
+	return 0;
+}
+
+/* Lock held, before and after. */
+static void run_helper(void)
+{
+	pthread_mutex_unlock(&helper.r->lock);
+	if (!setjmp(helper.left)) {
+		helper.main(helper.r);
+		CHECK(!"the helper ended");
+	}
+}
+
+int fuzz_cond_wait(pthread_cond_t *cond, pthread_mutex_t *lock)
+{
+	CHECK(lock == &helper.r->lock);
+	if (cond == &helper.r->work)
+		longjmp(helper.left, 1);
+	run_helper();
+	return 0;
+}
+
+int fuzz_cond_signal(pthread_cond_t *cond)
+{
+	if (cond == &helper.r->work)
+		run_helper();
+	return 0;
+}
+
+/* A digest that costs little; the order of the words matters.  Only the last
+   piece can have a length that is no multiple of a word. */
+#ifdef __clang__
+__attribute__((no_sanitize("coverage")))	/* not what is fuzzed */
+#endif
+static int digest(void *ctx, const void *data, size_t len, uint8_t *out)
+{
+	const uint8_t *p = data;
+	uint64_t *sum = ctx;
+
+	for (; len; p += 8) {
+		size_t n = len < 8 ? len : 8;
+		uint64_t word = 0;
+
+		memcpy(&word, p, n);
+		*sum = *sum * 31 + word + n;
+		len -= n;
+	}
+	if (out) {
+		memset(out, 0xdd, PL_DIGEST);
+		memcpy(out, sum, sizeof(*sum));
+		*sum = 0;
+	}
+	return 0;
+}
+
+/* ---- the model: one pass over the bytes, one step for each run of the pump */
+
+struct model {
+	uint8_t space[SPACE];
+	size_t at;
+	uint64_t frames, image_size;
+	unsigned answered;
+	int dialect;		/* 1, 2 */
+	bool digests, ended;
+	bool wild;		/* a write may have failed: past the space */
+	uint32_t max_frame;
+	bool replies;
+};
+
+static uint32_t u32(const uint8_t *p)
+{
+	return (uint32_t)p[0] | (uint32_t)p[1] << 8 | (uint32_t)p[2] << 16 |
+	       (uint32_t)p[3] << 24;
+}
+
+static uint64_t u64(const uint8_t *p)
+{
+	return u32(p) | (uint64_t)u32(p + 4) << 32;
+}
+
+static bool digest_is_right(const struct model *m, const uint8_t *want,
+			    const uint8_t *data, size_t len)
+{
+	uint64_t sum = 0;
+	uint8_t got[PL_DIGEST];
+
+	if (!m->digests)
+		return true;
+	digest(&sum, data, len, got);
+	return !memcmp(got, want, PL_DIGEST);
+}
+
+static void put(struct model *m, uint64_t pos, const uint8_t *data, uint32_t size)
+{
+	if (pos + size > SPACE) {
+		m->wild = true;
+		if (pos >= SPACE)
+			return;
+		size = SPACE - (uint32_t)pos;
+	}
+	memcpy(m->space + pos, data, size);
+}
+
+/* PL_RECV_SYNC (with its position), PL_RECV_END, or -errno. */
+static int step(struct model *m, const uint8_t *s, size_t len, uint64_t *sync_pos)
+{
+	while (!m->ended) {
+		size_t left = len - m->at, head = 16;
+		const uint8_t *h = s + m->at;
+		uint32_t type = DATA, size;
+		uint64_t pos;
+
+		if (left < 16)
+			return -ENODATA;
+		if (!m->dialect)
+			m->dialect = u32(h) == PL_D1_MARK ? 1 : u32(h) == PL_D2_MARK ? 2 : 0;
+		if (!m->dialect || u32(h) != (m->dialect == 1 ? PL_D1_MARK : PL_D2_MARK))
+			return -EBADMSG;
+		size = u32(h + 4);
+		pos = u64(h + 8);
+		if (m->dialect == 1 && size == 4)
+			type = CMD;
+		if (m->dialect == 2) {
+			head = m->digests ? 40 : 24;
+			if (!m->replies)
+				return -ENOTSOCK;
+			if (left < head)
+				return -ENODATA;
+			type = size;
+			size = u32(h + 8);
+			pos = u64(h + 16);
+		}
+		left -= head;
+		if (!size) {
+			if (!digest_is_right(m, h + 24, NULL, 0))
+				return -EBADE;
+			m->at += head;
+			m->ended = true;
+			break;
+		}
+		if (type > ASYNC)
+			return -EOPNOTSUPP;
+		if (type == CMD) {
+			if (size < 4)
+				return -EPROTO;
+			if (left < 4)
+				return -ENODATA;
+			if (m->dialect == 2 && u32(h + head))
+				return -EOPNOTSUPP;
+			if (size != 4)
+				return -EPROTO;
+			if (!digest_is_right(m, h + 24, h + head, 4))
+				return -EBADE;
+			m->at += head + 4;
+			*sync_pos = pos;
+			return PL_RECV_SYNC;
+		}
+		if (size > m->max_frame)
+			return -EMSGSIZE;
+		if (pos > (uint64_t)INT64_MAX - size)
+			return -ERANGE;
+		if (left < size) {
+			m->wild |= pos + size > SPACE;
+			return -ENODATA;
+		}
+		if (!digest_is_right(m, h + 24, h + head, size)) {
+			m->wild |= pos + size > SPACE;
+			return -EBADE;
+		}
+		put(m, pos, h + head, size);
+		m->frames++;
+		m->answered += m->dialect == 2 && type == DATA;
+		if (pos + size > m->image_size)
+			m->image_size = pos + size;
+		m->at += head + size;
+	}
+	return PL_RECV_END;
+}
+
+/* ---- streams that are well built, so that the fuzzer reaches what lies deep */
+
+struct builder {
+	uint8_t data[STREAM];
+	size_t len;
+	bool digests;
+};
+
+static void add(struct builder *b, const void *data, size_t len)
+{
+	if (b->len + len <= STREAM) {
+		memcpy(b->data + b->len, data, len);
+		b->len += len;
+	}
+}
+
+static void packet(struct builder *b, int dialect, uint32_t type, uint64_t pos,
+		   const uint8_t *data, uint32_t size, bool wrong)
+{
+	struct { uint32_t mark, size; uint64_t pos; } d1 = { PL_D1_MARK, size, pos };
+	struct { uint32_t mark, type, size, pad; uint64_t pos; } d2 = {
+		PL_D2_MARK, type, size, wrong, pos };
+	uint64_t sum = 0;
+	uint8_t out[PL_DIGEST];
+
+	if (b->len + 40 + size > STREAM)
+		return;
+	add(b, dialect == 1 ? (void *)&d1 : (void *)&d2, dialect == 1 ? 16 : 24);
+	if (dialect == 2 && b->digests) {
+		digest(&sum, data, size, out);
+		out[size % PL_DIGEST] ^= wrong;
+		add(b, out, sizeof(out));
+	}
+	add(b, data, size);
+}
+
+/*
+ * Seven bytes a packet: what, size u16, position u16, fill, scale.  The scales
+ * make blocks and odd bytes alike; a packet of raw bytes breaks the rules.
+ */
+static void build(struct builder *b, int dialect, bool digests, const uint8_t *p, size_t n)
+{
+	static const uint64_t edge[] = {
+		INT64_MAX, INT64_MAX - 1ull, 1ull << 62, UINT64_MAX - 2, UINT32_MAX,
+		SPACE, 1ull << 63, INT64_MAX - 4096ull };
+	static uint8_t payload[SPACE];
+
+	for (; n >= 7; p += 7, n -= 7) {
+		uint32_t size = (uint32_t)(p[1] | p[2] << 8) % 5000 << (p[6] & 3);
+		uint64_t pos = (uint64_t)(p[3] | p[4] << 8) << (p[6] >> 2 & 3);
+
+		if (p[6] & 16)
+			size = size % 20 * 4096;
+		if (p[6] & 32)
+			pos = pos % 64 * 4096;
+		if (p[6] & 64)
+			size = size % 9;
+		memset(payload, p[5], size);
+		if (p[5] & 1 && size)	/* one byte among zeroes */
+			memset(payload, 0, size), payload[p[4] * 257u % size] = p[5];
+		switch (p[0] % 8) {
+		case 0: case 1: case 2:
+			packet(b, dialect, DATA, pos, payload, size, false);
+			break;
+		case 3:
+			packet(b, dialect, ASYNC, pos, payload, size, false);
+			break;
+		case 4:
+			memset(payload, 0, 4);
+			packet(b, dialect, CMD, pos, payload, 4, false);
+			b->digests |= digests && dialect == 2 && (pos & 1);
+			break;
+		case 5:
+			packet(b, dialect, p[5] % 3, pos, payload, 0, false);
+			break;
+		case 6:		/* any type, a far position, a wrong digest */
+			packet(b, dialect, p[5] % 8, edge[p[3] % 8] + p[4] % 4 - size % 5000,
+			       payload, size, p[2] & 1);
+			break;
+		case 7:
+			add(b, p, 7);
+			break;
+		}
+	}
+	add(b, p, n);
+}
+
+/* ---- one execution */
+
+static void compare(const struct model *m, const struct pl_recv *r)
+{
+	struct pl_recv_stats stats;
+
+	CHECK(target.end <= m->image_size);
+	CHECK(!memcmp(target.space, m->space,
+		      m->image_size < SPACE ? m->image_size : SPACE));
+	pl_recv_stats(r, &stats);
+	CHECK(stats.frames == m->frames);
+	CHECK(stats.image_size == m->image_size);
+	CHECK(stats.stream_bytes == in.at);
+	CHECK(stats.written_bytes + stats.hole_bytes == stats.data_bytes);
+}
+
+static void run(struct pl_recv *r, struct model *m, bool digests)
+{
+	struct pl_recv_msg msg;
+	struct pl_fault fault;
+	int got, want;
+
+	do {
+		uint64_t pos = 0;
+
+		got = pl_recv_run(r, &msg, &fault);
+		want = step(m, in.data, in.len, &pos);
+		/* A write far away may have failed, and is then told instead. */
+		if (m->wild && got < 0 && fault.stage == PL_STAGE_WRITE)
+			return;
+		CHECK(got == want);
+		if (got < 0) {
+			CHECK(fault.stage == (got == -ENODATA ? PL_STAGE_READ :
+							       PL_STAGE_PROTOCOL));
+			CHECK(fault.frame == m->frames);
+			CHECK(fault.stream == in.at);
+			CHECK(in.replies <= m->answered);
+			CHECK(pl_recv_run(r, &msg, &fault) == got);
+			return;
+		}
+		CHECK(in.at == m->at);	/* nothing past it was taken */
+		CHECK(in.replies == m->answered);
+		compare(m, r);
+		if (got == PL_RECV_SYNC) {
+			CHECK(msg.pos == pos);
+			if (digests && (pos & 1) && m->dialect == 2) {
+				CHECK(!pl_recv_expect_digests(r));
+				m->digests = true;
+			}
+		}
+	} while (got == PL_RECV_SYNC);
+	CHECK(pl_recv_run(r, &msg, &fault) == PL_RECV_END);
+}
+
+int LLVMFuzzerTestOneInput(const uint8_t *data, size_t len)
+{
+	static struct builder built;
+	static struct model model;
+	struct pl_recv *r;
+	uint64_t sum = 0;
+	unsigned flags;
+
+	if (len < 2)
+		return -1;
+	flags = data[0];
+	memset(target.space, 0, target.end);
+	target.end = 0;
+	memset(model.space, 0, model.image_size < SPACE ? model.image_size : SPACE);
+	memset(&model.at, 0, sizeof(model) - offsetof(struct model, at));
+	built.len = 0;
+	built.digests = false;
+	if (flags & RAW)
+		add(&built, data + 2, len - 2);
+	else
+		build(&built, flags & D2 ? 2 : 1, flags & DIGESTS, data + 2, len - 2);
+	in.data = built.data;
+	in.len = built.len;
+	in.at = in.replies = 0;
+	in.greedy = !(flags & SHORT_READS);
+	in.order = data[1];
+	model.max_frame = flags & BIG_SLOTS ? 200000 : 12288 + data[1];
+	model.replies = !(flags & NO_REPLIES);
+	CHECK(!pl_recv_new(&r, &(struct pl_recv_cfg){
+		.in_fd = 0, .out_fd = 0, .reply_fd = model.replies ? 0 : -1,
+		.slots = flags & MORE_SLOTS ? 5 : 2,
+		.slot_size = flags & BIG_SLOTS ? 131072 : 4096,
+		.max_frame = model.max_frame, .window = 32768,
+		.sparse = !!(flags & SPARSE), .digest = digest, .digest_ctx = &sum,
+	}));
+	run(r, &model, flags & DIGESTS);
+	pl_recv_free(r);
+	return 0;
+}
+
+#ifdef REPLAY
+/* Without libFuzzer: one input a line, in hexadecimal, on stdin. */
+int main(void)
+{
+	static char line[8192];
+	static uint8_t input[sizeof(line) / 2];
+	unsigned count = 0;
+
+	while (fgets(line, sizeof(line), stdin)) {
+		size_t n = 0;
+
+		for (const char *p = line; sscanf(p, "%2hhx", &input[n]) == 1; p += 2)
+			n++;
+		LLVMFuzzerTestOneInput(input, n);
+		count++;
+	}
+	printf("%u\n", count);
+	return 0;
+}
+#endif
