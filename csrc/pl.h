@@ -172,8 +172,8 @@ struct pl_pump_cfg {
 				   multiple of PL_BLOCK, at most 64 MiB */
 	uint32_t slots;		/* >= 2 */
 	uint32_t readers;	/* helper threads, 0..64 */
-	uint32_t stall_ms;	/* give up (-ETIMEDOUT) when the stream has taken
-				   nothing for so long; 0: never */
+	uint32_t stall_ms;	/* give up (-ETIMEDOUT) when the stream took less
+				   than 64 KiB in so long (patience.h); 0: never */
 	uint64_t rate;		/* bytes per second to the target, 0: no limit */
 	struct pl_known *known;	/* borrowed; NULL: send all, remember nothing */
 	pl_hook hook;
@@ -238,7 +238,8 @@ struct pl_recv_cfg {
 	int out_fd;
 	uint32_t slots, slot_size;	/* memory is the product */
 	uint32_t max_frame;	/* larger sizes are refused (-EMSGSIZE) */
-	uint32_t stall_ms;	/* no byte for so long: -ETIMEDOUT; 0: never */
+	uint32_t stall_ms;	/* less than 64 KiB, or no END, in so long a wait:
+				   -ETIMEDOUT (patience.h); 0: never */
 	uint64_t window;	/* dirty bytes of the target kept unwritten at
 				   most, roughly; 0: no rolling writeback */
 	uint32_t sparse;	/* 1: the file is new, so zero blocks become holes */

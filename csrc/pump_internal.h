@@ -6,6 +6,7 @@
 #include <pthread.h>
 #include <sys/uio.h>
 
+#include "patience.h"
 #include "pl.h"
 
 #define PL_FRAGS 256u	/* fragments a slot holds at most */
@@ -42,6 +43,7 @@ struct pl_pump {
 	int cancel_fd;			/* eventfd: readable once cancelled */
 	bool cancelled;			/* atomic */
 	struct pl_pump_stats stats;	/* atomic, field by field */
+	struct pl_patience peer_takes;	/* emitter only */
 	pthread_mutex_t rate_lock;		/* guards the two */
 	uint64_t rate_t0_ns, rate_bytes;
 

@@ -11,7 +11,6 @@
 #include <errno.h>
 #include <fcntl.h>
 #include <limits.h>
-#include <poll.h>
 #include <sys/socket.h>
 #include <sys/uio.h>
 #include <time.h>
@@ -27,23 +26,29 @@ static uint64_t now_ns(void)
 }
 
 /* Until the stream takes more: 0, -ECANCELED, -ETIMEDOUT. */
-static int wait_writable(struct pl_pump *p, int fd, int timeout_ms)
+static int wait_writable(struct pl_pump *p)
 {
 	struct pollfd pfd[2] = {
 		{ .fd = p->cancel_fd, .events = POLLIN },
-		{ .fd = fd, .events = POLLOUT },
+		{ .fd = p->cfg.out_fd, .events = POLLOUT },
 	};
-	int n;
+	int n = pl_patient_poll(&p->peer_takes, pfd, 2, p->cfg.stall_ms);
 
-	do
-		n = poll(pfd, fd < 0 ? 1 : 2, timeout_ms);
-	while (n < 0 && errno == EINTR);
 	if (n < 0)
-		return -errno;
-	if (pfd[0].revents)
-		return -ECANCELED;
+		return n;
 	/* POLLERR (reader gone) is left to write(2), which names it. */
-	return n == 0 && fd >= 0 ? -ETIMEDOUT : 0;
+	return pfd[0].revents ? -ECANCELED : 0;
+}
+
+/* 0, or -ECANCELED. */
+static int sleep_ms(struct pl_pump *p, int ms)
+{
+	struct pollfd pfd = { .fd = p->cancel_fd, .events = POLLIN };
+	int n = poll(&pfd, 1, ms);
+
+	if (n < 0)
+		return errno == EINTR ? 0 : -errno;
+	return n ? -ECANCELED : 0;
 }
 
 /* Wait until the bytes sent so far are due; rate_lock held. */
@@ -60,7 +65,7 @@ static int wait_due(struct pl_pump *p, size_t bytes)
 	}
 	p->rate_bytes += bytes;
 	while (now < due) {
-		int err = wait_writable(p, -1, (int)((due - now + 999999) / 1000000));
+		int err = sleep_ms(p, (int)((due - now + 999999) / 1000000));
 
 		if (err)
 			return err;
@@ -104,13 +109,13 @@ int pl_stream_write(struct pl_pump *p, struct iovec *iov, unsigned n,
 			done = writev(fd, iov, (int)n);
 		if (done < 0) {
 			if (errno == EAGAIN || errno == EWOULDBLOCK)
-				err = wait_writable(p, fd, p->cfg.stall_ms ?
-						    (int)p->cfg.stall_ms : -1);
+				err = wait_writable(p);
 			else if (errno != EINTR)
 				err = -errno;
 			continue;
 		}
 		STAT_ADD(p, wire_bytes, (uint64_t)done);
+		pl_patience_moved(&p->peer_takes, (size_t)done);
 		while (n && (size_t)done >= iov->iov_len) {
 			done -= (ssize_t)iov->iov_len;
 			iov++;

@@ -13,16 +13,11 @@ static int wait_readable(struct pl_recv *r)
 		{ .fd = r->cancel_fd, .events = POLLIN },
 		{ .fd = r->cfg.in_fd, .events = POLLIN },
 	};
-	int n;
+	int n = pl_patient_poll(&r->peer_gives, pfd, 2, r->cfg.stall_ms);
 
-	do
-		n = poll(pfd, 2, r->cfg.stall_ms ? (int)r->cfg.stall_ms : -1);
-	while (n < 0 && errno == EINTR);
 	if (n < 0)
-		return -errno;
-	if (pfd[0].revents)
-		return -ECANCELED;
-	return n == 0 ? -ETIMEDOUT : 0;
+		return n;
+	return pfd[0].revents ? -ECANCELED : 0;
 }
 
 ssize_t pl_recv_read(struct pl_recv *r, struct iovec *iov, int n, size_t must)
@@ -44,6 +39,7 @@ ssize_t pl_recv_read(struct pl_recv *r, struct iovec *iov, int n, size_t must)
 		if (k == 0)
 			return -ENODATA;
 		got += (size_t)k;
+		pl_patience_moved(&r->peer_gives, (size_t)k);
 		__atomic_fetch_add(&r->stats.stream_bytes, (uint64_t)k,
 				   __ATOMIC_RELAXED);
 		while (n && (size_t)k >= iov->iov_len) {

@@ -6,6 +6,7 @@
 #include <pthread.h>
 #include <sys/uio.h>
 
+#include "patience.h"
 #include "pl.h"
 
 #define RECV_PARTS 256u
@@ -52,6 +53,7 @@ struct pl_recv {
 	struct recv_header head;
 	enum pl_dialect dialect;
 	uint32_t command;	/* of a CMD that is refused */
+	struct pl_patience peer_gives;
 	bool ended;
 	bool digests;		/* each packet carries one from now on */
 
@@ -60,6 +62,7 @@ struct pl_recv {
 	uint64_t flush_start, flush_end;	/* written, writeback not started */
 	uint64_t flushing_start, flushing_end;	/* writeback under way */
 	uint64_t unflushed;
+	struct pl_patience peer_takes;	/* the answers */
 
 	pthread_mutex_t lock;	/* guards all below */
 	pthread_cond_t work, done;

@@ -14,16 +14,11 @@ static int wait_writable(struct pl_recv *r)
 		{ .fd = r->cancel_fd, .events = POLLIN },
 		{ .fd = r->cfg.reply_fd, .events = POLLOUT },
 	};
-	int n;
+	int n = pl_patient_poll(&r->peer_takes, pfd, 2, r->cfg.stall_ms);
 
-	do
-		n = poll(pfd, 2, r->cfg.stall_ms ? (int)r->cfg.stall_ms : -1);
-	while (n < 0 && errno == EINTR);
 	if (n < 0)
-		return -errno;
-	if (pfd[0].revents)
-		return -ECANCELED;
-	return n == 0 ? -ETIMEDOUT : 0;
+		return n;
+	return pfd[0].revents ? -ECANCELED : 0;
 }
 
 int pl_recv_reply(struct pl_recv *r, unsigned count)
@@ -46,6 +41,7 @@ int pl_recv_reply(struct pl_recv *r, unsigned count)
 		}
 		if (n < 0)
 			return -errno;
+		pl_patience_moved(&r->peer_takes, (size_t)n);
 		p += n;
 		left -= (size_t)n;
 	}

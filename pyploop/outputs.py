@@ -275,6 +275,11 @@ def explain_write(fault: Fault) -> PyploopError:
             f"the receiver closed the stream after {format_size(fault.stream)} "
             "(see its own message); the source was not changed"
         )
+    if fault.errno == errno.ETIMEDOUT:
+        return WriteError(
+            f"the receiver takes nothing, or next to nothing (--timeout), after "
+            f"{format_size(fault.stream)}"
+        )
     return WriteError.of(f"cannot write the stream after {format_size(fault.stream)}", fault)
 
 

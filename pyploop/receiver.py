@@ -202,7 +202,7 @@ def explain(fault: Fault, path: str, dialect: int) -> PyploopError:
     if code == errno.ENODATA:
         return ReadError(f"the stream ended without END at {where} (did the sender fail?){left}")
     if code == errno.ETIMEDOUT:
-        return ReadError(f"the sender fell silent at {where}{left}")
+        return ReadError(f"the sender fell silent, or nearly so (--timeout), at {where}{left}")
     return ReadError.of(f"cannot read the stream at {where}{left}", fault)
 
 

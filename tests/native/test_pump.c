@@ -457,6 +457,40 @@ static void *cancel_later(void *arg)
 	return NULL;
 }
 
+static bool dripped_enough;	/* atomic */
+
+static void *drip_main(void *arg)
+{
+	char page[4096];
+
+	/* Whole pages: a pipe has no room before one is free. */
+	while (!__atomic_load_n(&dripped_enough, __ATOMIC_RELAXED)) {
+		if (read(*(int *)arg, page, sizeof(page)) <= 0)
+			break;
+		usleep(20000);
+	}
+	return NULL;
+}
+
+static void dripping(int src, int *fd)
+{
+	struct pl_pump_cfg cfg = config(src, MiB, fd[1], PL_SINK_FRAMES);
+	const struct pl_extent all = { 0, MiB };
+	struct pl_fault fault;
+	struct pl_pump *p;
+	pthread_t thread;
+
+	cfg.stall_ms = 100;
+	p = new_pump(&cfg);
+	OK(pthread_create(&thread, NULL, drip_main, fd) == 0);
+	EQ(pl_pump_pass(p, &all, 1, 0, &fault), -ETIMEDOUT);
+	EQ(fault.stage, PL_STAGE_WRITE);
+	OK(fault.stream < 256 * KiB);
+	__atomic_store_n(&dripped_enough, true, __ATOMIC_RELAXED);
+	pthread_join(thread, NULL);
+	pl_pump_free(p);
+}
+
 static void faults(void)
 {
 	struct pl_extent all = { 0, MiB }, bad[] = { { 4096, 8192 }, { 0, 4096 } };
@@ -498,6 +532,9 @@ static void faults(void)
 	EQ(fault.stream, 65536);
 	EQ(pl_pump_write(p, "x", 1, &fault), -ETIMEDOUT);
 	pl_pump_free(p);
+
+	/* A reader that drips is given up too, though it never stops. */
+	dripping(src, fd);
 
 	/* Cancelled while the pipe is full, and for good. */
 	cfg.stall_ms = 0;

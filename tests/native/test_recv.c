@@ -278,6 +278,49 @@ static void waiting(void)
 	close(out);
 }
 
+struct drip {
+	pthread_t thread;
+	int fd;
+};
+
+static void *drip_main(void *arg)
+{
+	struct drip *d = arg;
+	struct header h = { PL_D1_MARK, 1000000, 0 };
+
+	/* For ever: only the receiver ends it. */
+	for (size_t i = 0; write(d->fd, (char *)&h + i % sizeof(h), 1) == 1; i++)
+		usleep(2000);
+	return NULL;
+}
+
+/* A byte now and then is no progress: it does not start the timer anew. */
+static void dripping(void)
+{
+	struct pl_recv_cfg cfg = { .slots = 2, .slot_size = 4096, .max_frame = 1000000,
+				   .stall_ms = 100, .reply_fd = -1 };
+	struct pl_recv_msg msg;
+	struct pl_fault fault;
+	struct pl_recv *r;
+	struct drip d;
+	int fd[2], out = temp_file(NULL, 0);
+
+	OK(pipe(fd) == 0);
+	cfg.in_fd = fd[0];
+	cfg.out_fd = out;
+	d.fd = fd[1];
+	EQ(pl_recv_new(&r, &cfg), 0);
+	OK(pthread_create(&d.thread, NULL, drip_main, &d) == 0);
+	EQ(pl_recv_run(r, &msg, &fault), -ETIMEDOUT);
+	EQ(fault.stage, PL_STAGE_READ);
+	OK(fault.stream < PL_BLOCK);
+	close(fd[0]);
+	pthread_join(d.thread, NULL);
+	close(fd[1]);
+	close(out);
+	pl_recv_free(r);
+}
+
 /* Zero blocks become holes in the file, and overwrite what was there. */
 static void holes(void)
 {
@@ -344,6 +387,7 @@ int main(void)
 	nothing_past_end();
 	faults();
 	waiting();
+	dripping();
 	holes();
 	return 0;
 }
