@@ -166,6 +166,11 @@ class Journal:
     def entries(self) -> list[Entry]:
         return list(self._entries)
 
+    def clear(self) -> None:
+        """Remove the file, whatever is in it."""
+        self._entries.clear()
+        self.close()
+
     def close(self) -> None:
         """Remove the file, unless something in it is not undone."""
         if not self._entries:

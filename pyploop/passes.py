@@ -12,6 +12,7 @@ import errno
 import mmap
 import os
 import time
+from collections.abc import Callable
 
 from pyploop import _core
 from pyploop._core import Extents, Fault, Known, Pump, PumpStats
@@ -54,6 +55,8 @@ class Passes:
         """When the marks that are now set began to be collected."""
         self.deadline: float | None = None
         """time.monotonic() at which a pass fails: the freeze's."""
+        self.watch: Callable[[], None] = lambda: None
+        """Called now and then during a pass; what it raises ends the pass."""
         self.pump: Pump
 
     def greet(self) -> None:
@@ -80,6 +83,12 @@ class Passes:
         self._out.deadline = 0.0
         with contextlib.suppress(AttributeError):  # not greeted yet
             self.pump.cancel()
+
+    def extend(self, deadline: float) -> None:
+        """Only the peer's last answer is waited for, until then."""
+        self.deadline = deadline
+        if self._out.deadline:  # 0: cancelled
+            self._out.deadline = deadline
 
     def _make_pump(self, cluster: int) -> Pump:
         source, options = self._source, self._options
@@ -131,9 +140,10 @@ class Passes:
     def _tick(self) -> None:
         if self.deadline is not None and time.monotonic() > self.deadline:
             raise LoopError(
-                f"frozen for more than {self._options.freeze_limit:g} s (--freeze-limit); thawed, "
-                "no target was made"
+                f"frozen until the limit of {self._options.freeze_limit:g} s (--freeze-limit) was "
+                "near; thawed, no target was made"
             )
+        self.watch()
         pending = self._tracker.pending()
         dirty = ""
         if pending is not None:

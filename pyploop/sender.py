@@ -23,9 +23,12 @@ from pyploop.device import Source
 from pyploop.errors import DeviceControlError, LoopError, OpenError
 from pyploop.events import Reporter
 from pyploop.freeze import FileSystems, Timeline, run_command
+from pyploop.freeze.hold import Hold, Limits
+from pyploop.freeze.stoppers import Spec
 from pyploop.image import clear_in_use
 from pyploop.outputs import Output
 from pyploop.passes import Passes
+from pyploop.plan import Plan
 from pyploop.rounds import Round, decide
 from pyploop.summary import Options, Summary
 from pyploop.trackers import Batch, Tracker, Verdict
@@ -83,10 +86,13 @@ class Sender:
         if source.kind == "ploop" and not source.mounts:
             raise OpenError(f"{source.path} has no mount point, so it cannot be frozen")
         with contextlib.ExitStack() as undo:
-            self._mounts = FileSystems(source.mounts, report)
+            self._plan = Plan(f"copy of {source.path}", report)
+            undo.callback(self._plan.close)
+            self._mounts = FileSystems(source.mounts, report, self._plan)
             undo.callback(self._mounts.close)
+            self._hold = Hold(self._specs(), self._mounts, self._plan, report)
             self._out.check_apart(self._mounts)
-            self._tracker.start()
+            self._tracker.start(self._plan)
             undo.callback(self._tracker.stop, False)
             self._passes = Passes(source, self._tracker, self._out, self._options, report)
             self._passes.greet()
@@ -94,6 +100,10 @@ class Sender:
             report.info(f"Dialect: {self._out.dialect}")
             self._undo = undo.pop_all()
         return self
+
+    def _specs(self) -> list[Spec]:
+        command = self._options.stop_command
+        return [*self._options.stops, *([Spec("cmd", command)] if command else [])]
 
     def __exit__(self, *exc: object) -> None:
         self._undo.close()
@@ -208,7 +218,7 @@ class Sender:
         self._report.info(
             f"Target synced before the freeze ({how}, {time.monotonic() - start:.3f} s)"
         )
-        self._mounts.guard()
+        self._hold.prepare()
         # What was dirtied meanwhile must not wait for the freeze.
         self.round()
         self._mounts.warm_up()
@@ -217,7 +227,7 @@ class Sender:
 
     @property
     def _stops(self) -> bool:
-        return bool(self._mounts or self._options.stop_command)
+        return bool(self._hold)
 
     @contextlib.contextmanager
     def frozen(self) -> Iterator[None]:
@@ -227,7 +237,7 @@ class Sender:
         before = self._passes.stats.data
         with contextlib.ExitStack() as held:
             held.enter_context(report.held())
-            held.callback(self._mounts.thaw)
+            held.enter_context(self._hold.undone())
             self._stop_and_freeze()
             yield
             if self._options.before_thaw:
@@ -235,20 +245,22 @@ class Sender:
                     what = "the target is complete, but the command before the thaw"
                     run_command(self._options.before_thaw, what, self._time_left())
             with step("thaw"):
-                self._mounts.thaw()
+                self._hold.release(self._options.resume)
             self._passes.deadline = None
             self._tell(self._passes.stats.data - before)
 
     def _stop_and_freeze(self) -> None:
         options, step = self._options, self._time_line.step
         scanned = self._tracker.name == "scan" and not self._mounts
+        limits = None
         if options.freeze_limit and self._stops and not scanned:
             # A scan compares all there is after the stop: as long as it takes.
-            self._passes.deadline = time.monotonic() + options.freeze_limit
+            limits = Limits.of(options.freeze_limit)
+            self._passes.deadline = time.monotonic() + limits.own
+            self._passes.watch = self._plan.watch
             self._out.deadline = min(self._out.deadline, self._passes.deadline)
-        if options.stop_command:
-            with step("stop command"):
-                run_command(options.stop_command, "the stop command", self._time_left())
+        with step("stop command") if self._specs() else contextlib.nullcontext():
+            self._hold.stop(limits)
         self._source.check_same()
         with step("source sync"):
             run_cancellable(self._write_back)
@@ -267,7 +279,7 @@ class Sender:
         if self._stops and self._stamp() != stamp:
             raise self._still_written()
         self._source.check_same()
-        self._mounts.check_frozen()
+        self._hold.check()
 
     def finish(self) -> None:
         """The end of the image; returns when the target is durable, as far as
@@ -280,6 +292,9 @@ class Sender:
             if self._source.image_format == "ploop1":
                 self._out.header(pump, clear_in_use(start))
         with step("target commit"):
+            self._hold.commit()
+            if self._hold.last is not None:
+                self._passes.extend(self._hold.last)
             size = self._source.size
             self.summary.acknowledged = self._out.finish(pump, size, start[:4])
 

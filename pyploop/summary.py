@@ -3,9 +3,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from pyploop.freeze.stoppers import Spec
 from pyploop.rounds import Policy
 
 
@@ -14,13 +16,18 @@ class Options:
     """What the user may choose; times in seconds, sizes in bytes."""
 
     stop_command: str | None = None
+    """What stops the writer; more by `stops`, in order, before it."""
+    stops: Sequence[Spec] = ()
+    resume: bool = False
+    """Resume what was stopped also after success."""
     before_thaw: str | None = None
     policy: Policy = field(default_factory=Policy)
     stall: float = 0.0
     rate: int = 0
     readers: int | None = None
     freeze_limit: float = 60.0
-    """From the stop command on; then the copy fails and everything is undone."""
+    """From the stop command on the copy fails and everything is undone before
+    so many seconds have passed; 0: never."""
 
 
 @dataclass

@@ -172,6 +172,29 @@ def mounts_of(devices: list[BlockDevice], mountinfo: Path) -> list[Mount]:
     return list(result.values())
 
 
+def mount_points(dev: str) -> list[str]:
+    """Where the file system with this device number ('8:1') is mounted here."""
+    found = []
+    for line in os.fsdecode(Path("/proc/self/mountinfo").read_bytes()).split("\n"):
+        fields = line.split(" ")
+        if len(fields) > 4 and fields[2] == dev:
+            found.append(_unescape(fields[4]))
+    return found
+
+
+def cgroup_mounts() -> list[tuple[str, list[str] | None]]:
+    """Mounted cgroup hierarchies: (folder, controllers), None for v2."""
+    found: list[tuple[str, list[str] | None]] = []
+    for line in os.fsdecode(Path("/proc/self/mountinfo").read_bytes()).split("\n"):
+        left, _, right = line.partition(" - ")
+        fields, rest = left.split(" "), right.split(" ")
+        if rest[0] == "cgroup2":
+            found.append((_unescape(fields[4]), None))
+        elif rest[0] == "cgroup" and len(rest) > 2:
+            found.append((_unescape(fields[4]), rest[2].split(",")))
+    return found
+
+
 def mounted_elsewhere(devices: list[BlockDevice]) -> tuple[int, Mount] | None:
     """A process that sees one of the devices mounted in its own mount
     namespace, and that mount; None when no process does."""

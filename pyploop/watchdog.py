@@ -1,44 +1,193 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The process that thaws when its parent cannot: its whole main program.
+"""The process that undoes when its parent cannot: its whole main program.
 
 Started as a script of its own (python -I -S), in a session of its own, so that
 neither SIGKILL of the sender nor a signal to its process group reaches it.
-Only the standard library, and of that as little as starts quickly.
+Only the standard library.
 
-argv: FITHAW's number and the descriptor of a packet socket to the parent.  The
-parent sends `freeze FD` before it freezes the mount point open at FD, which
-this process has too, and `thawed FD` when that is over.  When the socket ends,
-what is still frozen is thawed.
+argv: FITHAW's number, the descriptor of a packet socket to the parent, the
+parent's journal file ('' for none).  Messages of the parent, one JSON object
+per packet:
+
+    {"op": "add", "id": N, "entry": {…}}   N is about to be done; a descriptor
+                                           comes along with a `thaw`
+    {"op": "done", "id": N}                N is undone, or stays as it is
+    {"op": "limit", "seconds": S}          undo everything S seconds from now
+    {"op": "ask", "seconds": S}            answer `held` and set a new limit, or
+                                           `undone` (S null: no limit)
+
+Entries (docs/freeze.md) are undone in reverse when the socket ends, and when
+the limit passes; then the parent is told `undone`.
 """
 
 import contextlib
+import errno
 import fcntl
+import json
+import os
+import select
 import signal
 import socket
+import subprocess
 import sys
+import time
+from typing import Any
 
-READY, FREEZE, THAWED = b"ready", b"freeze", b"thawed"
-LONGEST = 64
+READY, HELD, UNDONE = b"ready", b"held", b"undone"
+LONGEST = 1 << 17
+"""Bytes of one message at most."""
+LATE = 0.5
+"""Seconds that remain to what is added after the limit has passed: the parent
+was asleep, and does not know yet."""
+RETRY = 0.05
+"""Seconds between two thaws of a file system that was still being frozen."""
+
+Entry = dict[str, Any]
+
+
+def write_value(entry: Entry) -> None:
+    """Kind `write`: `value` into the file `path`; what has gone, or is another
+    file now (`inode`), or holds something else than `only_if`, is left."""
+    try:
+        fd = os.open(entry["path"], os.O_RDWR | os.O_CLOEXEC)
+    except OSError as e:
+        if e.errno in (errno.ENOENT, errno.ENODEV):
+            return
+        raise
+    try:
+        if entry.get("inode") not in (None, os.fstat(fd).st_ino):
+            return
+        expected = entry.get("only_if")
+        if expected is not None and os.read(fd, 4096).decode().strip() != expected:
+            return
+        os.pwrite(fd, entry["value"].encode(), 0)
+    except OSError as e:
+        if e.errno != errno.ENODEV:  # a cgroup that is removed just now
+            raise
+    finally:
+        os.close(fd)
+
+
+def run(entry: Entry) -> None:
+    """Kind `run`: `argv`, for `timeout` seconds at most.  Its stdout is our
+    stderr: in a sender stdout may be the stream."""
+    # In a session of its own, so that what it started ends with it.
+    process = subprocess.Popen(
+        entry["argv"], stdin=subprocess.DEVNULL, stdout=2, start_new_session=True
+    )
+    try:
+        code = process.wait(entry["timeout"])
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        raise OSError(errno.ETIMEDOUT, os.strerror(errno.ETIMEDOUT)) from None
+    if code not in entry.get("codes", [0]):
+        raise OSError(errno.ECHILD, f"exit code {code}")
+
+
+class Plan:
+    """What must be undone, oldest first."""
+
+    def __init__(self, fithaw: int, journal: str) -> None:
+        self._fithaw, self._journal = fithaw, journal
+        self._held: dict[int, tuple[Entry, int]] = {}
+
+    def add(self, number: int, entry: Entry, fd: int) -> None:
+        self._held[number] = entry, fd
+
+    def done(self, number: int) -> None:
+        _, fd = self._held.pop(number, ({}, -1))
+        if fd >= 0:
+            os.close(fd)
+
+    def undo(self) -> bool:
+        """Undo in reverse.  True when something has to be tried again: a thaw
+        that found nothing frozen, because the freeze is still under way."""
+        again = False
+        undone: list[int] = []
+        failed: dict[int, str] = {}
+        for number in reversed(list(self._held)):
+            entry, fd = self._held[number]
+            try:
+                if entry["kind"] == "thaw":
+                    fcntl.ioctl(fd, self._fithaw, 0)
+                elif entry["kind"] == "write":
+                    write_value(entry)
+                else:
+                    run(entry)
+            except OSError as e:
+                if entry["kind"] == "thaw" and e.errno == errno.EINVAL:
+                    again = True
+                    continue
+                failed[number] = e.strerror or str(e)
+            else:
+                undone.append(number)
+            self.done(number)
+        if self._journal and (undone or failed):
+            with contextlib.suppress(OSError, ValueError):
+                self._note(undone, failed)
+        return again
+
+    def _note(self, undone: list[int], failed: dict[int, str]) -> None:
+        """Leave in the journal what could not be undone, with the reason."""
+        with open(self._journal) as f:
+            record = json.load(f)
+        left = [e for e in record["entries"] if e.get("id") not in undone]
+        for entry in left:
+            if entry.get("id") in failed:
+                entry["error"] = failed[entry["id"]]
+        if not left:
+            os.unlink(self._journal)
+            return
+        with open(self._journal + ".new", "w") as f:
+            json.dump({**record, "entries": left}, f)
+        os.replace(self._journal + ".new", self._journal)
+
+
+def serve(line: socket.socket, plan: Plan) -> None:
+    """Until the socket ends."""
+    deadline: float | None = None
+    fired = False
+    while True:
+        wait = None if deadline is None else max(deadline - time.monotonic(), 0.0)
+        if not select.select([line], [], [], wait)[0]:
+            again = plan.undo()
+            deadline = time.monotonic() + RETRY if again else None
+            if not fired:
+                fired = True
+                with contextlib.suppress(BlockingIOError):  # it asks, later
+                    line.send(UNDONE, socket.MSG_DONTWAIT)
+            continue
+        try:
+            data, fds, _, _ = socket.recv_fds(line, LONGEST, 1)
+        except ConnectionResetError:
+            continue  # it left something unread; what it sent before comes next
+        if not data:
+            return
+        message = json.loads(data)
+        if message["op"] == "add":
+            plan.add(message["id"], message["entry"], fds[0] if fds else -1)
+            if fired:
+                deadline = time.monotonic() + LATE
+        elif message["op"] == "done":
+            plan.done(message["id"])
+        elif not fired:
+            seconds = message["seconds"]
+            deadline = None if seconds is None else time.monotonic() + seconds
+        if message["op"] == "ask":
+            line.send(UNDONE if fired else HELD)
 
 
 def main() -> None:
-    request = int(sys.argv[1])
+    for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGQUIT", "SIGPIPE"):
+        # Not SIG_IGN: the commands it runs would inherit that.
+        signal.signal(getattr(signal, name), lambda *_: None)
     line = socket.socket(fileno=int(sys.argv[2]))
-    for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGQUIT"):
-        signal.signal(getattr(signal, name), signal.SIG_IGN)
+    plan = Plan(int(sys.argv[1]), sys.argv[3])
     line.send(READY)
-    frozen: list[int] = []
-    while message := line.recv(LONGEST):
-        word, _, number = message.partition(b" ")
-        fd = int(number)
-        if word == FREEZE:
-            frozen.append(fd)
-        elif fd in frozen:
-            frozen.remove(fd)
-    for fd in reversed(frozen):
-        # EINVAL: it was not frozen yet, or is thawed already.
-        with contextlib.suppress(OSError):
-            fcntl.ioctl(fd, request, 0)
+    with contextlib.suppress(OSError):
+        serve(line, plan)
+    plan.undo()
 
 
 if __name__ == "__main__":

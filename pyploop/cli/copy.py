@@ -18,6 +18,7 @@ from typing import IO
 
 from pyploop import device, transport
 from pyploop.cli.arguments import Parser, parsed
+from pyploop.cli.stops import StopAction
 from pyploop.compat import COMPATS
 from pyploop.errors import (
     Interrupted,
@@ -64,7 +65,13 @@ def parser() -> Parser:
     )
     add = p.add_argument
     add("-s", dest="source", metavar="DEVICE", help="block device or image file to copy")
-    add("-F", dest="stop", metavar="STOPCMD", help="command that stops what writes to the source")
+    add(
+        "-F",
+        dest="stops",
+        action=StopAction,
+        metavar="STOPCMD",
+        help="command that stops what writes to the source",
+    )
     add("-d", dest="target", metavar="FILE", help="new file: target of a local copy, or to receive")
     add(
         "-o",
@@ -99,6 +106,21 @@ def parser() -> Parser:
         help="how a loop device is read: from the device, or from its backing file (auto)",
     )
     add("--mount", metavar="DIR", help="mount point to freeze, instead of those found")
+    add(
+        "--freeze",
+        dest="stops",
+        action=StopAction,
+        metavar="SPEC",
+        help="what to stop: vzctl:CTID, cgroup:PATH, fs[:MOUNT] or cmd:COMMAND; several in order",
+    )
+    add(
+        "--undo",
+        dest="stops",
+        action=StopAction,
+        metavar="CMD",
+        help="command that undoes the -F or --freeze cmd: before it, after a failure",
+    )
+    add("--resume", action="store_true", help="resume what was stopped also after success")
     add(
         "--sync-wait",
         type=parsed(parse_time, "time"),
@@ -235,7 +257,8 @@ def _send(o: argparse.Namespace, report: Reporter) -> None:
             transport.check_stream(o.feedback, "-f")
         _clear_stderr(o)
     options = Options(
-        stop_command=o.stop,
+        stops=o.stops or (),
+        resume=o.resume,
         before_thaw=o.before_thaw,
         stall=o.timeout,
         rate=o.bwlimit,

@@ -26,6 +26,7 @@ Commands:
        migrate move a container to another host, live
        agent   the target's end of that
        sync    fsync files, as vzfsync does
+       thaw    undo what killed copies left frozen
        info    tell what an image, a device or a DiskDescriptor.xml is
        demo    copy a throw-away disk live, and compare
 'pyploop COMMAND --help' tells more."""
@@ -33,7 +34,7 @@ Commands:
 Command = Callable[[list[str], int], int]
 
 
-COMMANDS = ("copy", "migrate", "agent", "sync", "info", "demo")
+COMMANDS = ("copy", "migrate", "agent", "sync", "thaw", "info", "demo")
 
 
 def _command(name: str) -> Command:

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
 from pyploop._core import Extents, Hook
+from pyploop.plan import Plan
 
 TRACKERS = ("auto", "bpf", "ploop", "dm", "scan")
 
@@ -64,8 +65,9 @@ class Tracker(Protocol):
     needs_hashes: bool
     """The pump must keep hashes of what it sent."""
 
-    def start(self) -> None:
-        """Begin to track, before the first block is read."""
+    def start(self, plan: Plan | None = None) -> None:
+        """Begin to track, before the first block is read.  plan: for what
+        must be undone also after SIGKILL; None: its own."""
 
     def hook(self) -> Hook | None:
         """What the pump calls before each read of the first pass."""

@@ -29,6 +29,8 @@ from pyploop import _core
 from pyploop._core import Bitmap, BpfTracking, Extents, Hook, Snapshot
 from pyploop.device import Source
 from pyploop.errors import DeviceControlError
+from pyploop.events import Reporter
+from pyploop.plan import Held, Plan
 from pyploop.sysblock import BlockDevice, is_bio_based
 from pyploop.trackers import Batch, Repair, Verdict
 from pyploop.units import SECTOR
@@ -84,7 +86,9 @@ class BpfTracker:
         self._count_discards = not disk.startswith("zram")
         self._tracking: BpfTracking | None = None
         self._stat_fd = -1
-        self._restore_iostats = False
+        self._plan: Plan | None = None
+        self._own_plan: Plan | None = None
+        self._iostats: Held | None = None
         self._base: _Base | None = None
         self._owes_proof = False
         self._queued = Bitmap(self._size, self._queued_shift)
@@ -93,8 +97,8 @@ class BpfTracker:
 
     # ---- life
 
-    def start(self) -> None:
-        self._want_iostats()
+    def start(self, plan: Plan | None = None) -> None:
+        self._want_iostats(plan)
         try:
             self._tracking = BpfTracking(
                 major=self._block.disk_dev[0],
@@ -113,13 +117,18 @@ class BpfTracker:
             ) from e
         self._find_base()
 
-    def _want_iostats(self) -> None:
+    def _want_iostats(self, plan: Plan | None) -> None:
         """Completeness is proven against the accounting, so it must be on."""
-        knob = Path("/sys/block") / self._block.disk / "queue/iostats"
+        disk = self._block.disk
+        if plan is None:
+            plan = self._own_plan = Plan(f"tracking of {self._source.path}", Reporter())
+        self._plan = plan
         with contextlib.suppress(OSError):
-            if knob.read_text().strip() == "0":
-                knob.write_text("1")
-                self._restore_iostats = True
+            self._iostats = self._plan.set_file(
+                f"/sys/block/{disk}/queue/iostats",
+                "1",
+                f"switch the accounting of {disk} off again",
+            )
 
     def _find_base(self) -> None:
         deadline = time.monotonic() + BASE_DEADLINE
@@ -140,10 +149,12 @@ class BpfTracker:
         if self._stat_fd >= 0:
             os.close(self._stat_fd)
             self._stat_fd = -1
-        if self._restore_iostats:
-            self._restore_iostats = False
-            with contextlib.suppress(OSError):
-                (Path("/sys/block") / self._block.disk / "queue/iostats").write_text("0")
+        if self._iostats is not None and self._plan is not None:
+            held, self._iostats = self._iostats, None
+            with contextlib.suppress(DeviceControlError):
+                self._plan.undo(held)
+        if self._own_plan is not None:
+            self._own_plan.close()
 
     @property
     def _t(self) -> BpfTracking:

@@ -18,6 +18,7 @@ from pathlib import Path
 from pyploop._core import Bitmap, Hook
 from pyploop.device import Source
 from pyploop.errors import DeviceControlError
+from pyploop.plan import Plan
 from pyploop.sysblock import attribute
 from pyploop.trackers import Batch, Repair, Verdict
 
@@ -62,7 +63,7 @@ class DmTracker:
     def _message(self, *words: str) -> str:
         return self._run(["message", self._device, "0", *words])
 
-    def start(self) -> None:
+    def start(self, plan: Plan | None = None) -> None:
         self._message("tracking_start")
         self._active = True
 

@@ -13,6 +13,7 @@ import errno
 from pyploop._core import Extents, Hook, PloopTracking
 from pyploop.device import Source
 from pyploop.errors import DeviceControlError
+from pyploop.plan import Plan
 from pyploop.trackers import Batch, Repair, Verdict
 
 MAX_LAPS = 10
@@ -37,7 +38,7 @@ class PloopTracker:
         self._held: tuple[int, int] | None = None
         """Handed out by the driver, and left to the next `take`."""
 
-    def start(self) -> None:
+    def start(self, plan: Plan | None = None) -> None:
         try:
             self._tracking.start(self._size)
         except OSError as e:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from pyploop._core import Extents, Hook
 from pyploop.device import Source
+from pyploop.plan import Plan
 from pyploop.trackers import Batch, Repair, Verdict
 
 
@@ -24,7 +25,7 @@ class ScanTracker:
         self._source = source
         self.why = why
 
-    def start(self) -> None:
+    def start(self, plan: Plan | None = None) -> None:
         pass
 
     def hook(self) -> Hook | None:

@@ -16,6 +16,7 @@ import pytest
 from pyploop import _core
 from pyploop._core import Bitmap, Counters, Snapshot
 from pyploop.device import Source
+from pyploop.plan import Plan
 from pyploop.sysblock import BlockDevice
 from pyploop.trackers import Batch, Repair, bpf
 
@@ -96,7 +97,7 @@ class Made(bpf.BpfTracker):
         super().__init__(Source("/dev/made", "block", SIZE, -1, block=dev))
         self.kernel = kernel
 
-    def start(self) -> None:
+    def start(self, plan: Plan | None = None) -> None:
         self._tracking = cast(Any, self.kernel)
         self._find_base()
 

@@ -1,0 +1,83 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`pyploop thaw`: undo by hand what killed copies left, from their journals."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+
+from pyploop import undo  # noqa: F401 - registers how entries are undone
+from pyploop.cli.arguments import Parser
+from pyploop.errors import BusyError, DeviceControlError, OpenError, PyploopError
+from pyploop.journal import Record, describe, folder, records, replaying
+
+
+def parser() -> Parser:
+    p = Parser(
+        prog="pyploop thaw",
+        allow_abbrev=False,
+        description="Undo what copies that were killed, watchdog and all, have left: thaw file "
+        "systems and cgroups, resume containers, take throttles off. Without arguments, list it. "
+        "What belongs to a living copy is never touched.",
+    )
+    p.add_argument("--list", action="store_true", help="list the journals, and what is in them")
+    p.add_argument("--all", action="store_true", help="undo everything whose copy has died")
+    p.add_argument("ids", nargs="*", metavar="ID", help="journals to undo, as --list names them")
+    return p
+
+
+def run(args: list[str], level: int) -> int:
+    p = parser()
+    o = p.parse_args(args)
+    if o.ids and (o.all or o.list):
+        p.error("an ID, --all or --list")
+    try:
+        if not (o.ids or o.all):
+            return _list(records())
+        with replaying():
+            return _undo(_chosen(o, records()), level)
+    except PyploopError as e:
+        print(f"pyploop thaw: {e}", file=sys.stderr)
+        return e.exit_code
+
+
+def _list(found: list[Record]) -> int:
+    for record in found:
+        pid = record.owner()
+        whose = "left behind" if pid is None else f"belongs to process {pid}"
+        started = time.strftime("%F %T", time.localtime(record.fields.get("started", 0)))
+        print(f"{record.id}  {record.what}, {started}, {whose}")
+        for entry in record.entries:
+            why = f" (failed: {entry['error']})" if "error" in entry else ""
+            print(f"    {describe(entry)}{why}")
+    return 0
+
+
+def _chosen(o: argparse.Namespace, found: list[Record]) -> list[Record]:
+    if o.all:
+        return [r for r in found if r.owner() is None]
+    by_id = {r.id: r for r in found}
+    for name in o.ids:
+        if name not in by_id:
+            raise OpenError(f"there is no journal {name} in {folder()}")
+    return [by_id[name] for name in dict.fromkeys(o.ids)]
+
+
+def _undo(chosen: list[Record], level: int) -> int:
+    """The exit code: that of the last failure."""
+    code = 0
+    for record in chosen:
+        entries = record.entries
+        try:
+            failed = record.replay()
+        except BusyError as e:
+            failed, entries, code = [str(e)], [], e.exit_code
+        else:
+            code = DeviceControlError.exit_code if failed else code
+        for words in failed:
+            print(f"pyploop thaw: {words}", file=sys.stderr)
+        if not failed and level >= 0:
+            done = ", ".join(describe(e) for e in reversed(entries)) or "nothing was left"
+            print(f"{record.id}  {done}")
+    return code

@@ -1,0 +1,214 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The cgroup freezer, v1 (freezer.state) and v2 (cgroup.freeze).
+
+A frozen task stands at the border of the kernel, so it holds no lock of a file
+system; a task that waits for a frozen file system cannot be frozen any more
+(it stays in state D).  Hence: cgroups first, then file systems.
+"""
+
+from __future__ import annotations
+
+import os
+import select
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from pyploop.errors import CommandError, LoopError, OpenError, ParameterError
+from pyploop.events import Reporter
+from pyploop.plan import Held, Plan
+from pyploop.sysblock import cgroup_mounts
+
+FREEZE_DEADLINE = 10.0
+"""Seconds for a cgroup to be really frozen."""
+LONGEST_POLL = 0.005
+"""Seconds between two looks at a v1 freezer, which has no notification."""
+
+
+@dataclass(frozen=True)
+class Freezer:
+    """One cgroup's freezer.  v2: the unified hierarchy."""
+
+    folder: Path
+    v2: bool
+
+    @property
+    def knob(self) -> Path:
+        return self.folder / ("cgroup.freeze" if self.v2 else "freezer.state")
+
+    @property
+    def freeze_word(self) -> str:
+        return "1" if self.v2 else "FROZEN"
+
+    @property
+    def thaw_word(self) -> str:
+        return "0" if self.v2 else "THAWED"
+
+    def asked(self) -> bool:
+        """Somebody has asked for this very cgroup to be frozen; what its
+        parents are does not count."""
+        knob = self.knob if self.v2 else self.folder / "freezer.self_freezing"
+        return knob.read_text().strip() == "1"
+
+    def frozen(self) -> bool:
+        """Every task in it, and in the cgroups below it, stands still."""
+        if self.v2:
+            return "frozen 1" in (self.folder / "cgroup.events").read_text().splitlines()
+        return self.knob.read_text().strip() == "FROZEN"
+
+    def wait(self, deadline: float) -> bool:
+        """Until it is frozen, or the deadline (time.monotonic()) has passed."""
+        if self.v2:
+            return self._wait_for_event(deadline)
+        pause = LONGEST_POLL / 32
+        while not self.frozen():
+            if time.monotonic() >= deadline:
+                return False
+            time.sleep(pause)
+            pause = min(pause * 2, LONGEST_POLL)
+        return True
+
+    def _wait_for_event(self, deadline: float) -> bool:
+        with (self.folder / "cgroup.events").open() as f:
+            poll = select.poll()
+            poll.register(f, select.POLLPRI)
+            while True:
+                f.seek(0)
+                if "frozen 1" in f.read().splitlines():
+                    return True
+                left = deadline - time.monotonic()
+                if left <= 0:
+                    return False
+                poll.poll(min(left, 0.1) * 1000)
+
+    def processes(self) -> list[int]:
+        """Of this cgroup and those below it."""
+        found: list[int] = []
+        for procs in [self.folder / "cgroup.procs", *self.folder.rglob("cgroup.procs")]:
+            try:
+                found += [int(line) for line in procs.read_text().split()]
+            except OSError:  # removed, or threaded
+                continue
+        return sorted(set(found))
+
+
+def find(path: str) -> Freezer:
+    """The freezer of a cgroup, given by its folder or relative to its
+    hierarchy.  OpenError: there is none; ParameterError: two."""
+    if (here := Path(path)).is_absolute() and (found := _freezer_in(here)):
+        return found
+    candidates = []
+    for root, controllers in cgroup_mounts():
+        if controllers is None or "freezer" in controllers:
+            folder = Path(root) / path.lstrip("/")
+            if ".." not in Path(path).parts and (found := _freezer_in(folder)):
+                candidates.append(found)
+    # Managers make the same cgroup in each hierarchy; processes tell which.
+    populated = [c for c in candidates if c.processes()] or candidates
+    if not populated:
+        raise OpenError(f"no cgroup {path} with a freezer (the root of a hierarchy has none)")
+    if len(populated) > 1:
+        names = " and ".join(str(c.folder) for c in populated)
+        raise ParameterError(f"cgroup {path} is both {names}: give the whole path")
+    return populated[0]
+
+
+def _freezer_in(folder: Path) -> Freezer | None:
+    for v2 in (False, True):
+        freezer = Freezer(folder, v2)
+        if freezer.knob.exists():
+            return freezer
+    return None
+
+
+class CgroupStopper:
+    """Freezes one cgroup with all below it; one that somebody else has frozen
+    is left so."""
+
+    def __init__(self, path: str, report: Reporter) -> None:
+        self.name = f"cgroup:{path}"
+        self._path, self._report = path, report
+        self._plan: Plan | None = None
+        self._freezer: Freezer | None = None
+        self._foreseen: Held | None = None
+        self._stopped = False
+
+    @property
+    def freezer(self) -> Freezer:
+        assert self._freezer is not None, "prepared"
+        return self._freezer
+
+    def prepare(self, plan: Plan) -> None:
+        self._plan = plan
+        freezer = self._freezer = find(self._path)
+        processes = freezer.processes()
+        if os.getpid() in processes:
+            raise ParameterError(
+                f"{freezer.folder} holds this process too, which would freeze itself"
+            )
+        if not processes:
+            self._report.note(f"{freezer.folder} holds no process: freezing it stops nothing")
+        plan.start()
+        # Journaled now, to cost nothing later: thawing what is not frozen is harmless.
+        self._foreseen = plan.foresee(
+            {
+                "kind": "write",
+                "path": str(freezer.knob),
+                "inode": freezer.knob.stat().st_ino,
+                "value": freezer.thaw_word,
+                "what": f"thaw cgroup {freezer.folder}",
+                "by_hand": f"echo {freezer.thaw_word} > {freezer.knob}",
+            }
+        )
+
+    def stop(self, timeout: float | None) -> None:
+        freezer, plan = self.freezer, self._plan
+        assert plan is not None and self._foreseen is not None
+        seconds = FREEZE_DEADLINE if timeout is None else min(timeout, FREEZE_DEADLINE)
+        try:
+            if freezer.asked():
+                self._report.info(f"{freezer.folder} is frozen already, and will be left so")
+                plan.done(self._foreseen)
+                self._foreseen = None
+            else:
+                plan.add(self._foreseen)
+                freezer.knob.write_text(freezer.freeze_word)
+            self._stopped = True
+            if freezer.wait(time.monotonic() + seconds):
+                return
+        except OSError as e:
+            raise CommandError.of(f"cannot freeze cgroup {freezer.folder}", e) from e
+        raise CommandError(
+            f"cgroup {freezer.folder} did not freeze within {seconds:g} s{self._who()}"
+        )
+
+    def _who(self) -> str:
+        """Who does not stand still: a task in an uninterruptible wait."""
+        for pid in self.freezer.processes():
+            try:
+                text = Path(f"/proc/{pid}/stat").read_text()
+            except OSError:
+                continue
+            left, _, right = text.rpartition(")")
+            if right.split()[0] == "D":
+                name = left.partition("(")[2]
+                return f": process {pid} ({name}) is in an uninterruptible wait"
+        return ""
+
+    def check(self) -> None:
+        if self._stopped and not self.freezer.frozen():
+            raise LoopError(f"cgroup {self.freezer.folder} was thawed during the last blocks")
+
+    def leave(self) -> None:
+        self._stopped = False
+        if self._foreseen is not None and self._plan is not None:
+            self._plan.done(self._foreseen)
+
+    def undo(self) -> None:
+        if self._foreseen is not None and self._plan is not None:
+            self._stopped = False
+            if not self._plan.undo(self._foreseen):
+                self._plan.done(self._foreseen)
+
+    def by_hand(self) -> str | None:
+        return None  # Plan.undo's own message says it

@@ -1,0 +1,161 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Everything that is held for the last blocks: stopped in the order given, the
+file systems frozen last, undone in reverse.
+
+How long: `Limits`.  This process gives up first, the watchdog a little later;
+once the end of the stream may be sent, the watchdog waits until the hard limit
+for the peer's acknowledgement.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+from pyploop.errors import LoopError, OpenError, PyploopError
+from pyploop.events import Reporter
+from pyploop.freeze.filesystems import FileSystems
+from pyploop.freeze.stoppers import Spec, Stopper, build
+from pyploop.journal import folder
+from pyploop.plan import Plan
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Seconds from the first stop on.  own: this process gives up; watchdog:
+    it undoes, unless END is out; last: this process waits no longer for the
+    peer's answer to END; hard: the watchdog undoes in any case."""
+
+    own: float
+    watchdog: float
+    last: float
+    hard: float
+
+    @classmethod
+    def of(cls, hard: float) -> Limits:
+        return cls(
+            own=hard - min(1.0, hard / 4),
+            watchdog=hard - min(0.5, hard / 8),
+            last=hard - min(0.2, hard / 16),
+            hard=hard,
+        )
+
+
+class Hold:
+    """What is held for one copy."""
+
+    def __init__(
+        self, specs: Sequence[Spec], mounts: FileSystems, plan: Plan, report: Reporter
+    ) -> None:
+        self._mounts, self._plan, self._report = mounts, plan, report
+        self._stoppers = build(list(specs), mounts, report)
+        self._begun: list[Stopper] = []
+        self.last: float | None = None
+        """time.monotonic() until which the answer to END is waited for."""
+        self._end: float | None = None
+
+    def __bool__(self) -> bool:
+        """There is something to stop or freeze."""
+        return bool(self._stoppers or self._mounts)
+
+    def prepare(self) -> None:
+        """While all runs: locks, the watchdog, the journal, and whether each
+        can be stopped at all."""
+        if self._mounts:
+            self._check_journal()
+            self._mounts.guard()
+        for stopper in self._stoppers:
+            stopper.prepare(self._plan)
+
+    def _check_journal(self) -> None:
+        try:
+            where = folder()
+            point = self._mounts.holding(os.stat(where if where.exists() else where.parent).st_dev)
+        except (OpenError, OSError):
+            return  # Plan.start tells why there is none
+        if point is not None:
+            self._plan.drop_journal(f"{where} lies on {point}, which will be frozen")
+
+    def stop(self, limits: Limits | None) -> None:
+        """Stop in order; the clock of the limits starts."""
+        start = time.monotonic()
+        if limits is not None and self:
+            self._plan.start()
+            self._plan.limit(limits.watchdog)
+            self.last, self._end = start + limits.last, start + limits.hard
+        for stopper in self._stoppers:
+            left = None if limits is None else max(start + limits.own - time.monotonic(), 0.0)
+            self._begun.append(stopper)
+            stopper.stop(left)
+            self._plan.watch()
+
+    def check(self) -> None:
+        """Everything is still stopped and frozen, as far as can be seen."""
+        self._plan.watch()
+        for stopper in self._begun:
+            stopper.check()
+        self._mounts.check_frozen()
+
+    def commit(self) -> None:
+        """END may be sent: nothing has been undone, and nothing will be before
+        the hard limit."""
+        self.check()
+        left = None if self._end is None else max(self._end - time.monotonic(), 0.0)
+        self._plan.still_held(left)
+
+    def release(self, resume: bool) -> None:
+        """The copy is complete.  Thaw; resume what was stopped, or leave it to
+        the caller.  LoopError when it has not been held until now."""
+        self._plan.take_over()
+        try:
+            self._plan.watch()
+        except LoopError:
+            raise LoopError(
+                "the target is complete, but the source has been running again since the limit "
+                "passed: it is the newer one"
+            ) from None
+        self._mounts.thaw()
+        while self._begun:
+            stopper = self._begun[-1]
+            if resume:
+                stopper.undo()
+            else:
+                stopper.leave()
+            self._begun.pop()
+
+    def undo(self) -> list[str]:
+        """After a failure: undo all, in reverse.  Never raises; returns what
+        is left, in words."""
+        self._plan.take_over()
+        left = self._attempt(self._mounts.thaw)
+        while self._begun:
+            stopper = self._begun.pop()
+            left += self._attempt(stopper.undo)
+            left += [words] if (words := stopper.by_hand()) else []
+        return left
+
+    @staticmethod
+    def _attempt(step: Callable[[], None]) -> list[str]:
+        try:
+            step()
+        except PyploopError as e:
+            return [str(e)]
+        return []
+
+    @contextlib.contextmanager
+    def undone(self) -> Iterator[None]:
+        """The body holds; all is undone after it, unless it was released.
+        What is left is added to the failure's message."""
+        try:
+            yield
+        except BaseException as e:
+            left = self.undo()
+            if isinstance(e, PyploopError) and e.args:
+                e.args = ("; ".join([str(e.args[0]), *left]),)
+            else:
+                for words in left:
+                    self._report.error(words)
+            raise

@@ -1,0 +1,169 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Stop specs: what keeps a container from writing while the last blocks go.
+
+    cmd:COMMAND                 a shell command of the user's (-F too)
+    cgroup:PATH                 the cgroup freezer, v1 or v2
+    vzctl:CTID                  vzctl chkpnt CTID --suspend
+    fs[:MOUNT]                  the source's file systems, here in the order
+
+Whoever stops uses a Stopper: `prepare` while everything runs, `stop`, then
+either `leave` (it worked; what is stopped stays so) or `undo`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+from pyploop.errors import ParameterError
+from pyploop.events import Reporter
+from pyploop.freeze.cgroup import CgroupStopper
+from pyploop.freeze.command import run_command
+from pyploop.freeze.filesystems import FileSystems
+from pyploop.freeze.vzctl import VzctlStopper
+from pyploop.plan import UNDO_TIMEOUT, Held, Plan
+from pyploop.sysblock import Mount
+
+
+@dataclass(frozen=True)
+class Spec:
+    """A stop spec as given.  argument: what follows the colon; undo: the
+    command that undoes a `cmd`; name: how messages call it."""
+
+    kind: str
+    argument: str
+    undo: str | None = None
+    name: str = "the stop command"
+
+
+def parse_spec(text: str) -> Spec:
+    """ValueError for what is no spec."""
+    kind, colon, argument = text.partition(":")
+    if kind == "fs" and (argument or not colon):
+        return Spec(kind, argument)
+    if kind in ("cgroup", "vzctl") and argument:
+        return Spec(kind, argument)
+    if kind == "cmd" and argument:
+        return Spec(kind, argument, name="the command of --freeze")
+    raise ValueError(
+        f"{text!r} is no stop spec: vzctl:CTID, cgroup:PATH, fs, fs:MOUNT or cmd:COMMAND"
+    )
+
+
+class Stopper(Protocol):
+    """One thing to stop, once."""
+
+    name: str
+
+    def prepare(self, plan: Plan) -> None:
+        """While all runs: find out whether it can be stopped.  Stops nothing."""
+
+    def stop(self, timeout: float | None) -> None:
+        """Stop it within `timeout` seconds (None: as long as it takes); the way
+        back is in the plan before anything happens.  PyploopError."""
+
+    def check(self) -> None:
+        """LoopError when it is not stopped any more."""
+
+    def leave(self) -> None:
+        """What is stopped stays so, and is the caller's to resume."""
+
+    def undo(self) -> None:
+        """Resume what `stop` stopped, or began to.  PyploopError."""
+
+    def by_hand(self) -> str | None:
+        """After a failed or impossible undo: what is left, and how to resume
+        it; None: nothing is."""
+
+
+class CommandStopper:
+    """A command of the user's, undone by another one if there is one."""
+
+    def __init__(self, spec: Spec) -> None:
+        self.name = spec.name
+        self._command, self._undo = spec.argument, spec.undo
+        self._plan: Plan | None = None
+        self._held: Held | None = None
+        self._ran = False
+
+    def prepare(self, plan: Plan) -> None:
+        self._plan = plan
+
+    def stop(self, timeout: float | None) -> None:
+        assert self._plan is not None, "prepared"
+        if self._undo is not None:
+            self._held = self._plan.add(
+                {
+                    "kind": "run",
+                    "argv": ["/bin/sh", "-c", self._undo],
+                    "timeout": UNDO_TIMEOUT,
+                    "what": f"undo {self.name} with {self._undo!r}",
+                }
+            )
+        run_command(self._command, self.name, timeout)
+        self._ran = True
+
+    def check(self) -> None:
+        """Nothing is known of what the command did."""
+
+    def leave(self) -> None:
+        self._ran = False
+        if self._held is not None and self._plan is not None:
+            self._plan.done(self._held)
+
+    def undo(self) -> None:
+        if self._held is not None and self._plan is not None:
+            self._plan.undo(self._held)
+            self._ran = False
+
+    def by_hand(self) -> str | None:
+        if not self._ran:
+            return None
+        if self._undo is not None:
+            return f"not undone is {self.name} {self._command!r}: {self._undo}"
+        return f"left as it is: what {self.name} {self._command!r} did (no --undo was given)"
+
+
+class FsStopper:
+    """The file systems, frozen at this place of the order."""
+
+    def __init__(self, mounts: FileSystems, only: Mount | None) -> None:
+        self.name = "fs" if only is None else f"fs:{only.point}"
+        self._mounts, self._only = mounts, only
+
+    def prepare(self, plan: Plan) -> None:
+        """FileSystems.guard does that for all."""
+
+    def stop(self, timeout: float | None) -> None:
+        self._mounts.sync()
+        self._mounts.freeze(self._only)
+
+    def check(self) -> None:
+        self._mounts.check_frozen()
+
+    def leave(self) -> None:
+        self._mounts.thaw(self._only)
+
+    def undo(self) -> None:
+        self._mounts.thaw(self._only)
+
+    def by_hand(self) -> str | None:
+        return None  # FileSystems.thaw's own message says it
+
+
+def build(specs: list[Spec], mounts: FileSystems, report: Reporter) -> list[Stopper]:
+    """The stoppers of these specs, in order."""
+    made: list[Stopper] = []
+    for spec in specs:
+        if spec.kind == "fs":
+            only = mounts.include(spec.argument) if spec.argument else None
+            if only is None and not len(mounts):
+                raise ParameterError("--freeze fs: nothing is mounted from the source")
+            made.append(FsStopper(mounts, only))
+        elif spec.kind == "cgroup":
+            made.append(CgroupStopper(spec.argument, report))
+        elif spec.kind == "vzctl":
+            made.append(VzctlStopper(spec.argument, report))
+        else:
+            made.append(CommandStopper(spec))
+    return made

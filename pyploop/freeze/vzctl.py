@@ -1,0 +1,160 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Suspend and resume an OpenVZ container with vzctl, by its documented
+contract: options, exit codes, and the line that `status` prints.
+
+vzctl is called with --skiplock, as vzmigrate calls it: whoever starts us holds
+the container's lock.  `vzctl:CTID,lock` leaves it off, for use by hand: vzctl
+then refuses while somebody else works on the container.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from pyploop.errors import BusyError, CommandError, ParameterError, PyploopError
+from pyploop.events import Reporter
+from pyploop.freeze import command
+from pyploop.plan import UNDO_TIMEOUT, Held, Plan
+
+SUSPEND_DEADLINE = 60.0
+"""Seconds of `chkpnt --suspend`."""
+STATUS_DEADLINE = 15.0
+
+_CODES = {
+    3: "a system error",
+    5: "not an OpenVZ kernel",
+    9: "the container is locked by another vzctl or vzmigrate",
+    16: "the checkpoint failed (see the kernel log)",
+    17: "the restore failed (see the kernel log)",
+    20: "a bad parameter",
+    21: "a bad value of a parameter",
+    31: "the container is not running",
+    32: "the container is running",
+    40: "the container's file system is not mounted",
+    41: "the container's file system is mounted",
+}
+_NOTHING_DONE = (5, 9, 20, 21, 31, 32, 40, 41)
+"""Codes of a `chkpnt --suspend` that has not begun."""
+
+
+def explain(what: str, code: int) -> PyploopError:
+    """vzctl's exit code as an error to act on."""
+    text = f"{what}: {_CODES.get(code, 'see vzctl(8)')} (vzctl exited with {code})"
+    return BusyError(text) if code == 9 else CommandError(text)
+
+
+@dataclass(frozen=True)
+class Status:
+    """What `vzctl status` says of a container."""
+
+    exists: bool
+    running: bool
+    suspended: bool
+
+
+def parse_status(text: str, ctid: str) -> Status:
+    """`CTID N exist|deleted mounted|unmounted running|down [suspended]`;
+    CommandError for anything else."""
+    words = text.split()
+    good = (
+        len(words) in (5, 6)
+        and words[0] == "CTID"
+        and words[2] in ("exist", "deleted")
+        and words[3] in ("mounted", "unmounted")
+        and words[4] in ("running", "down")
+        and words[5:] in ([], ["suspended"])
+    )
+    if not good:
+        raise CommandError(
+            f"vzctl status {ctid} answered {text.strip()[:80]!r}, which is no container's status"
+        )
+    return Status(words[2] == "exist", words[4] == "running", len(words) == 6)
+
+
+class VzctlStopper:
+    """One container; one that is suspended already is left so."""
+
+    def __init__(self, argument: str, report: Reporter) -> None:
+        ctid, comma, option = argument.partition(",")
+        if not ctid or ctid.startswith("-") or (comma and option != "lock"):
+            raise ParameterError(f"vzctl:{argument}: expected vzctl:CTID or vzctl:CTID,lock")
+        self.name = f"vzctl:{ctid}"
+        self._ctid, self._report = ctid, report
+        self._options = [] if comma else ["--skiplock"]
+        self._plan: Plan | None = None
+        self._held: Held | None = None
+        self._left_so = False
+
+    def _chkpnt(self, step: str, timeout: float) -> int:
+        argv = ["vzctl", *self._options, "chkpnt", self._ctid, step]
+        return command.exit_code(argv, " ".join(argv), timeout)
+
+    def _resume_argv(self) -> list[str]:
+        # Never stopped by a lock: whoever holds it may be waiting for us.
+        return ["vzctl", "--skiplock", "chkpnt", self._ctid, "--resume"]
+
+    def status(self) -> Status:
+        argv = ["vzctl", "status", self._ctid]
+        code, text = command.answer(argv, " ".join(argv), STATUS_DEADLINE)
+        if code:
+            raise explain(f"cannot ask for container {self._ctid}", code)
+        return parse_status(text, self._ctid)
+
+    def prepare(self, plan: Plan) -> None:
+        self._plan = plan
+        status = self.status()
+        if not (status.exists and status.running):
+            raise CommandError(f"container {self._ctid} is not running: nothing to suspend")
+        self._left_so = status.suspended
+        plan.start()
+
+    def stop(self, timeout: float | None) -> None:
+        assert self._plan is not None, "prepared"
+        if self._left_so:
+            self._report.info(f"Container {self._ctid} is suspended already, and will be left so")
+            return
+        resume = self._resume_argv()
+        self._held = self._plan.add(
+            {
+                "kind": "run",
+                "argv": resume,
+                "timeout": UNDO_TIMEOUT,
+                "what": f"resume container {self._ctid}",
+                "by_hand": " ".join(resume),
+            }
+        )
+        seconds = SUSPEND_DEADLINE if timeout is None else min(timeout, SUSPEND_DEADLINE)
+        code = self._chkpnt("--suspend", seconds)
+        if code in _NOTHING_DONE:
+            # Above all for a lock: who holds it may have suspended it.
+            self._plan.done(self._held)
+            self._held = None
+        if code:
+            raise explain(f"cannot suspend container {self._ctid}", code)
+
+    def check(self) -> None:
+        """A suspended container does not resume by itself; asking vzctl would
+        cost frozen time."""
+
+    def leave(self) -> None:
+        if self._held is not None and self._plan is not None:
+            self._plan.done(self._held)
+            self._held = None
+
+    def undo(self) -> None:
+        held, plan = self._held, self._plan
+        if held is None or plan is None:
+            return
+        self._held = None
+        try:
+            plan.undo(held)
+        except CommandError:
+            # vzctl refuses to resume what is not suspended: a failed suspend
+            # has put it back by itself.
+            status = self.status()
+            if not status.running or status.suspended:
+                raise
+            plan.done(held)
+
+    def by_hand(self) -> str | None:
+        return None  # Plan.undo's own message says it

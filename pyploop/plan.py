@@ -1,0 +1,311 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What must be undone, held in three places: here, in a watchdog process, and
+in a journal for `pyploop thaw`.
+
+Invariant: an entry is with the watchdog before its act begins, and leaves it
+only when it is undone or somebody else's.  So whoever dies, one is left who
+undoes: this process after an exception or a signal, the watchdog when this
+process is killed or hangs past the limit, a person when both are gone.
+
+Used by one thread.
+"""
+
+from __future__ import annotations
+
+import errno
+import itertools
+import json
+import os
+import select
+import socket
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pyploop import kernel, watchdog
+from pyploop.errors import (
+    CommandError,
+    DeviceControlError,
+    LoopError,
+    OpenError,
+    ParameterError,
+)
+from pyploop.events import Reporter
+from pyploop.journal import Entry, Journal, describe
+
+START_DEADLINE = 10.0
+"""Seconds for the watchdog to start."""
+ANSWER_DEADLINE = 2.0
+"""Seconds for it to answer: it only ever waits for us."""
+UNDO_TIMEOUT = 30.0
+"""Seconds of a command that undoes."""
+
+
+@dataclass(frozen=True, eq=False)
+class Held:
+    """One entry of a plan; `fd`: what a `thaw` needs."""
+
+    entry: Entry
+    fd: int = -1
+
+    @property
+    def number(self) -> int:
+        return int(self.entry["id"])
+
+
+class Plan:
+    """The undo steps of one copy, oldest first.  Nothing is started, and no
+    file made, before there is something to hold."""
+
+    def __init__(self, what: str, report: Reporter) -> None:
+        """`what`: for a person, in the journal."""
+        self._what, self._report = what, report
+        self._numbers = itertools.count(1)
+        self._held: list[Held] = []
+        self._journal: Journal | None = None
+        self._want_journal = True
+        self._process: subprocess.Popen[bytes] | None = None
+        self._line: socket.socket | None = None
+        self._ended: str | None = None
+        self._limit = 0.0
+
+    # ---- the watchdog
+
+    def start(self) -> None:
+        """Have a living watchdog, and a journal; both before anything is held,
+        so that neither costs frozen time."""
+        if self._line is not None and self._ended is None:
+            self._listen()
+        if self._line is not None and self._ended is None:
+            return
+        self._end_watchdog()
+        self._ended = None
+        if self._journal is None and self._want_journal:
+            try:
+                self._journal = Journal.create(self._what)
+            except OpenError as e:
+                self._report.info(f"{e}; `pyploop thaw` will know nothing of this copy")
+        self._spawn()
+        for held in self._held:
+            self._tell_add(held)
+
+    def drop_journal(self, why: str) -> None:
+        """Go on without a journal: writing it would wait for a thaw."""
+        self._report.info(f"No undo journal: {why}")
+        self._want_journal = False
+        if self._journal is not None:
+            self._journal.clear()
+            self._journal = None
+
+    def _spawn(self) -> None:
+        # Packets: one message each, whatever its length.
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        path = "" if self._journal is None else str(self._journal.path)
+        args = [sys.executable, "-I", "-S", str(Path(watchdog.__file__))]
+        args += [str(kernel.FITHAW), str(theirs.fileno()), path]
+        with theirs:
+            self._process = subprocess.Popen(
+                args,
+                pass_fds=[theirs.fileno()],
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
+                start_new_session=True,
+            )
+        self._line = ours
+        ours.settimeout(START_DEADLINE)
+        if self._receive() != watchdog.READY:
+            self._end_watchdog()
+            raise DeviceControlError("the thaw watchdog did not start; nothing was frozen")
+        ours.settimeout(ANSWER_DEADLINE)
+        if self._journal is not None:
+            self._journal.set_owners(os.getpid(), self._process.pid)
+
+    def _receive(self) -> bytes:
+        assert self._line is not None
+        try:
+            return self._line.recv(watchdog.LONGEST)
+        except OSError:  # TimeoutError among them
+            return b""
+
+    def _tell(self, fd: int = -1, **message: Any) -> None:
+        """A message; a watchdog that cannot take it counts as dead."""
+        if self._line is None or self._ended is not None:
+            return
+        data = json.dumps(message).encode()
+        try:
+            socket.send_fds(self._line, [data], [fd] if fd >= 0 else [])
+        except OSError:
+            self._ended = "dead"
+
+    def _tell_add(self, held: Held) -> None:
+        self._tell(held.fd, op="add", id=held.number, entry=held.entry)
+
+    def _listen(self) -> None:
+        """Has it said something of itself?"""
+        assert self._line is not None
+        while self._ended is None and select.select([self._line], [], [], 0)[0]:
+            self._ended = "undone" if self._receive() == watchdog.UNDONE else "dead"
+
+    def _end_watchdog(self) -> None:
+        if self._line is not None:
+            self._line.close()
+            self._line = None
+        if self._process is not None:
+            try:
+                self._process.wait(START_DEADLINE)
+            except subprocess.TimeoutExpired:
+                self._process.kill()
+                self._process.wait()
+            self._process = None
+
+    def watch(self) -> None:
+        """LoopError when the watchdog has undone everything because the limit
+        had passed; DeviceControlError when it has died."""
+        if self._line is None:
+            return
+        self._listen()
+        if self._ended == "undone":
+            raise LoopError(
+                f"held for more than {self._limit:g} s: the watchdog undid it; no target was made"
+            )
+        if self._ended == "dead":
+            raise DeviceControlError("the thaw watchdog has died; undone, no target was made")
+
+    def limit(self, seconds: float | None) -> None:
+        """The watchdog undoes everything so many seconds from now; None: when
+        this process ends only."""
+        self._limit = seconds or 0.0
+        self._tell(op="limit", seconds=seconds)
+
+    def still_held(self, seconds: float | None) -> None:
+        """Ask whether nothing has been undone, and set a new limit at once:
+        what `watch` raises when the answer is not yes."""
+        if self._line is None:
+            return
+        self._ask(seconds)
+        self.watch()
+
+    def _ask(self, seconds: float | None) -> bool:
+        self._tell(op="ask", seconds=seconds)
+        if self._ended is None:
+            answer = self._receive()
+            if answer != watchdog.HELD:
+                self._ended = "undone" if answer == watchdog.UNDONE else "dead"
+        return self._ended is None
+
+    # ---- entries
+
+    def foresee(self, entry: Entry, fd: int = -1) -> Held:
+        """Write an entry to the journal ahead of its time, so that `add` costs
+        no file in the freeze: for what is harmless to undo when not done."""
+        held = Held({**entry, "id": next(self._numbers)}, fd)
+        if len(json.dumps(held.entry)) > watchdog.LONGEST // 2:
+            raise ParameterError(f"{describe(entry)[:60]!r}…: too long to be held")
+        if self._journal is not None:
+            self._journal.add(held.entry)
+        return held
+
+    def add(self, what: Entry | Held, fd: int = -1) -> Held:
+        """Before the act; what `watch` raises when that must not begin."""
+        if self._line is None:
+            self.start()
+        self.watch()
+        held = what if isinstance(what, Held) else self.foresee(what, fd)
+        self._held.append(held)
+        self._tell_add(held)
+        return held
+
+    def release(self, held: Held) -> None:
+        """Its act did not take place, or is undone; it is still foreseen."""
+        if held in self._held:
+            self._held.remove(held)
+            self._tell(op="done", id=held.number)
+
+    def done(self, held: Held) -> None:
+        """It is undone, or somebody else's from now on."""
+        self.release(held)
+        if self._journal is not None and self._ended != "undone":
+            self._journal.done(held.entry)
+
+    def take_over(self) -> None:
+        """Undoing begins here: the limit ends.  Never raises."""
+        if self._line is not None and self._ended is None:
+            self._ask(None)
+
+    def undo(self, held: Held, *, keep_note: bool = False) -> bool:
+        """Undo one now; false: its act has not begun.  What fails stays in the
+        journal: DeviceControlError, for a command CommandError.  keep_note: so
+        does what succeeds, still foreseen."""
+        if held not in self._held:
+            return False
+        entry = held.entry
+        try:
+            if entry["kind"] == "thaw":
+                _thaw(held)
+            elif entry["kind"] == "write":
+                watchdog.write_value(entry)
+            elif self._ended != "undone":
+                watchdog.run(entry)
+        except OSError as e:
+            self.release(held)
+            kind = CommandError if entry["kind"] == "run" else DeviceControlError
+            raise kind(f"cannot {describe(entry)}: {e.strerror or e}{self._by_hand(entry)}") from e
+        if keep_note:
+            self.release(held)
+        else:
+            self.done(held)
+        return True
+
+    def _by_hand(self, entry: Entry) -> str:
+        ways = [entry["by_hand"]] if "by_hand" in entry else []
+        ways += [f"pyploop thaw {self._journal.id}"] if self._journal is not None else []
+        return f" (by hand: {', or '.join(ways)})" if ways else ""
+
+    def set_file(self, path: str, value: str, what: str) -> Held | None:
+        """Write `value` to a kernel's file until `undo`; None: it has it
+        already.  OSError as of the file."""
+        file = Path(path)
+        old = file.read_text().strip()
+        if old == value:
+            return None
+        held = self.add(
+            {"kind": "write", "path": path, "value": old, "only_if": value, "what": what}
+        )
+        try:
+            file.write_text(value)
+        except OSError:
+            self.done(held)
+            raise
+        return held
+
+    def close(self) -> None:
+        """Undo what is left, end the watchdog, remove the journal.  Says what
+        could not be undone; never raises."""
+        if self._held:
+            self.take_over()
+        for held in reversed(list(self._held)):
+            try:
+                self.undo(held)
+            except (DeviceControlError, CommandError) as e:
+                self._report.error(str(e))
+        self._end_watchdog()
+        if self._journal is not None:
+            undone_elsewhere = self._ended == "undone"
+            if undone_elsewhere and self._journal.path.exists():
+                self._report.error(
+                    f"not everything could be undone: pyploop thaw --list, {self._journal.id}"
+                )
+            elif not undone_elsewhere:
+                self._journal.close()
+            self._journal = None
+
+
+def _thaw(held: Held) -> None:
+    try:
+        kernel.fithaw(held.fd, held.entry["mount"])
+    except OSError as e:
+        if e.errno != errno.EINVAL:  # thawed already
+            raise

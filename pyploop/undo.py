@@ -1,0 +1,43 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How the entries of a copy's journal are undone without the copy's own
+descriptors; importing this registers them (docs/freeze.md)."""
+
+from __future__ import annotations
+
+import errno
+import os
+
+from pyploop import journal, kernel, sysblock, watchdog
+from pyploop.errors import DeviceControlError
+from pyploop.journal import Entry
+
+
+def thaw(entry: Entry) -> None:
+    """Kind `thaw`: the file system with the device number `dev`, at `mount` or
+    wherever else it is mounted.  Not frozen is fine."""
+    places = [entry["mount"], *sysblock.mount_points(entry["dev"])]
+    for place in places:
+        try:
+            fd = os.open(place, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        except OSError:
+            continue
+        try:
+            dev = os.fstat(fd).st_dev
+            if f"{os.major(dev)}:{os.minor(dev)}" == entry["dev"]:
+                kernel.fithaw(fd, place)
+                return
+        except OSError as e:
+            if e.errno != errno.EINVAL:
+                raise
+            return  # not frozen
+        finally:
+            os.close(fd)
+    raise DeviceControlError(
+        f"{entry['mount']} is not mounted there any more, nor elsewhere: mount device "
+        f"{entry['dev']} again and run this again (a frozen file system stays so, mounted or not)"
+    )
+
+
+journal.register("thaw", thaw)
+journal.register("write", watchdog.write_value)
+journal.register("run", watchdog.run)

@@ -1,0 +1,332 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What must be undone is undone, whoever dies or hangs; no root needed."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support import pyploop_cmd, pyploop_env, wait_until
+
+from pyploop import journal, watchdog
+from pyploop.errors import CommandError, DeviceControlError, LoopError
+from pyploop.events import Reporter
+from pyploop.plan import Plan
+
+HOLDER = """
+import sys, time
+from pathlib import Path
+from pyploop.events import Reporter
+from pyploop.plan import Plan
+plan = Plan("a test", Reporter())
+for line in sys.stdin:
+    exec(line)
+    print("done", flush=True)
+time.sleep(60)
+"""
+
+
+@pytest.fixture
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with a journal folder of its own."""
+    monkeypatch.setenv(journal.ENVIRONMENT, str(tmp_path / "run"))
+    return tmp_path
+
+
+class Holder:
+    """Another process with a plan."""
+
+    def __init__(self) -> None:
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", HOLDER],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env=pyploop_env(),
+            start_new_session=True,
+        )
+
+    def do(self, line: str) -> None:
+        assert self.process.stdin is not None and self.process.stdout is not None
+        print(line, file=self.process.stdin, flush=True)
+        assert self.process.stdout.readline() == "done\n"
+
+    def hold(self, place: Path, name: str) -> Path:
+        """Two files say `held`, until they are undone in reverse."""
+        log = place / name
+        self.do(f"plan.add(dict(kind='run', argv=['sh', '-c', 'echo 1 >>{log}'], timeout=9))")
+        self.do(f"plan.add(dict(kind='run', argv=['sh', '-c', 'echo 2 >>{log}'], timeout=9))")
+        return log
+
+    def watchdogs(self) -> list[int]:
+        found = []
+        for stat in Path("/proc").glob("[0-9]*/stat"):
+            try:
+                words = stat.read_text().rpartition(")")[2].split()
+                line = stat.with_name("cmdline").read_bytes()
+            except OSError:
+                continue
+            if int(words[1]) == self.process.pid and b"watchdog.py" in line:
+                found.append(int(stat.parts[2]))
+        return found
+
+    def close(self) -> None:
+        self.process.kill()
+        self.process.wait()
+        for pipe in (self.process.stdin, self.process.stdout):
+            assert pipe is not None
+            pipe.close()
+
+
+@pytest.fixture
+def holder(place: Path) -> Iterator[Holder]:
+    made = Holder()
+    try:
+        yield made
+    finally:
+        made.close()
+
+
+def text(path: Path) -> str:
+    return path.read_text() if path.exists() else ""
+
+
+def setting(place: Path, value: str = "old") -> Path:
+    """A file like the kernel's: a value and nothing else."""
+    path = place / "setting"
+    path.write_text(value)
+    return path
+
+
+@pytest.mark.parametrize("group", [False, True])
+def test_a_killed_holder_is_undone_in_reverse(place: Path, holder: Holder, group: bool) -> None:
+    log = holder.hold(place, "log")
+    if group:
+        os.killpg(holder.process.pid, signal.SIGKILL)
+    else:
+        holder.process.kill()
+    wait_until(lambda: text(log) == "2\n1\n", "everything is undone")
+    wait_until(lambda: not journal.records(), "the journal has gone")
+
+
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
+def test_the_watchdog_takes_no_signal_that_ends_others(
+    place: Path, holder: Holder, signum: signal.Signals
+) -> None:
+    log = holder.hold(place, "log")
+    (pid,) = holder.watchdogs()
+    os.kill(pid, signum)
+    holder.process.kill()
+    wait_until(lambda: text(log) == "2\n1\n", "everything is undone")
+
+
+def test_a_holder_that_hangs_past_the_limit_is_undone_and_learns_it(
+    place: Path, holder: Holder
+) -> None:
+    log = holder.hold(place, "log")
+    holder.do("plan.limit(0.3)")
+    holder.process.send_signal(signal.SIGSTOP)
+    wait_until(lambda: text(log) == "2\n1\n", "everything is undone")
+    wait_until(lambda: not journal.records(), "the journal has gone")
+    late = place / "late"
+    holder.process.send_signal(signal.SIGCONT)
+    code = "\\n".join(
+        [
+            "from pyploop.errors import LoopError",
+            "try: plan.still_held(9)",
+            f"except LoopError: Path('{late}').write_text('learnt')",
+        ]
+    )
+    holder.do(f"exec('''{code}''')")
+    assert text(late) == "learnt"
+    holder.do("plan.close()")
+    assert text(log) == "2\n1\n", "not undone a second time"
+
+
+def test_what_is_added_after_the_limit_does_not_stay(place: Path) -> None:
+    path, plan = setting(place), Plan("a test", Reporter())
+    try:
+        plan.add({"kind": "write", "path": str(place / "gone"), "value": "x"})
+        plan.limit(0)
+        assert plan._line is not None
+        wait_until(lambda: not journal.records(), "the limit has passed")
+        # As one who was asleep between looking and acting.
+        plan._tell(op="add", id=9, entry={"kind": "write", "path": str(path), "value": "new"})
+        wait_until(lambda: path.read_text() == "new", "undone")
+        with pytest.raises(LoopError, match="the watchdog undid it"):
+            plan.watch()
+    finally:
+        plan.close()
+
+
+def test_a_yes_to_still_held_moves_the_limit(place: Path) -> None:
+    path, plan = setting(place), Plan("a test", Reporter())
+    try:
+        held = plan.set_file(str(path), "new", "put it back")
+        assert held is not None
+        plan.limit(0.2)
+        plan.still_held(60)
+        start = time.monotonic()
+        while time.monotonic() < start + 0.4:
+            plan.watch()
+        assert path.read_text() == "new"
+        plan.undo(held)
+        assert path.read_text() == "old"
+    finally:
+        plan.close()
+    assert journal.records() == []
+
+
+def test_a_dead_watchdog_is_noticed_and_what_is_held_is_undone_here(place: Path) -> None:
+    path, plan = setting(place), Plan("a test", Reporter())
+    try:
+        plan.set_file(str(path), "new", "put it back")
+        assert plan._process is not None
+        plan._process.kill()
+        plan._process.wait()
+        with pytest.raises(DeviceControlError, match="has died"):
+            plan.still_held(60)
+        with pytest.raises(DeviceControlError, match="has died"):
+            plan.add({"kind": "write", "path": "/x", "value": ""})
+    finally:
+        plan.close()
+    assert (path.read_text(), journal.records()) == ("old", [])
+
+
+def test_a_watchdog_that_died_before_the_freeze_is_replaced_by_one_that_knows_all(
+    place: Path, holder: Holder
+) -> None:
+    log = holder.hold(place, "log")
+    (first,) = holder.watchdogs()
+    os.kill(first, signal.SIGKILL)
+    wait_until(lambda: first not in holder.watchdogs() or zombie(first), "it is dead")
+    holder.do("plan.start()")
+    assert [p for p in holder.watchdogs() if p != first]
+    holder.process.kill()
+    wait_until(lambda: text(log) == "2\n1\n", "everything is undone")
+
+
+def zombie(pid: int) -> bool:
+    return journal.start_time(pid) is None
+
+
+def test_when_both_are_killed_pyploop_thaw_undoes(place: Path, holder: Holder) -> None:
+    log = holder.hold(place, "log")
+    assert thaw("--all") == (0, "")
+    assert text(log) == "", "a living one is not touched"
+    code, out = thaw(str(holder.process.pid))
+    assert (code, "belongs to process" in out) == (17, True)
+    for pid in holder.watchdogs():
+        os.kill(pid, signal.SIGSTOP)  # so that it cannot be quicker
+    watchdogs = holder.watchdogs()
+    holder.process.kill()
+    for pid in watchdogs:
+        os.kill(pid, signal.SIGKILL)
+    holder.process.wait()
+    wait_until(lambda: all(zombie(p) for p in watchdogs), "both are dead")
+    code, out = thaw()
+    assert (code, "left behind" in out, out.count("run")) == (0, True, 2)
+    assert thaw(str(holder.process.pid))[0] == 0
+    assert text(log) == "2\n1\n"
+    assert thaw("--list") == (0, "")
+
+
+def test_what_the_watchdog_could_not_undo_is_listed_with_its_reason(
+    place: Path, holder: Holder
+) -> None:
+    holder.do("plan.add(dict(kind='run', argv=['false'], timeout=9, what='resume it'))")
+    holder.do("plan.add(dict(kind='run', argv=['sleep', '60'], timeout=0.1, what='hangs'))")
+    log = holder.hold(place, "log")
+    holder.process.kill()
+    wait_until(lambda: text(log) == "2\n1\n", "the rest is undone")
+    wait_until(lambda: "failed" in thaw("--list")[1], "it is told")
+    out = thaw("--list")[1].splitlines()
+    assert out[1:] == [
+        "    resume it (failed: exit code 1)",
+        "    hangs (failed: Connection timed out)",
+    ]
+    code, out = thaw("--all")  # type: ignore[assignment]
+    assert (code, "resume it: exit code 1" in out) == (3, True)
+
+
+@pytest.mark.parametrize(
+    ("args", "code"), [(["nobody"], 4), (["--all", "1"], 38), (["--what"], 38), ([], 0)]
+)
+def test_thaw_has_an_exit_code_for_each_end(place: Path, args: list[str], code: int) -> None:
+    assert thaw(*args)[0] == code
+
+
+def thaw(*args: str) -> tuple[int, str]:
+    done = subprocess.run(
+        [*pyploop_cmd(), "thaw", *args],
+        env=pyploop_env(),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    return done.returncode, done.stdout + done.stderr
+
+
+# ---- entries
+
+
+@pytest.mark.parametrize(
+    ("more", "after"),
+    [
+        ({}, "back"),
+        ({"only_if": "now"}, "back"),
+        ({"only_if": "else"}, "now"),
+        ({"inode": 1}, "now"),
+    ],
+)
+def test_a_value_is_put_back_unless_it_is_another_now(
+    place: Path, more: dict[str, Any], after: str
+) -> None:
+    path = setting(place, "now")
+    entry = {"kind": "write", "path": str(path), "value": "back", **more}
+    watchdog.write_value(entry)
+    assert path.read_text()[:4].strip() == after
+    path.unlink()
+    watchdog.write_value(entry)  # what has gone needs nothing
+    assert not path.exists()
+
+
+def test_a_command_that_cannot_undo_is_an_error_that_says_how_by_hand(place: Path) -> None:
+    plan = Plan("a test", Reporter())
+    try:
+        held = plan.add(
+            {
+                "kind": "run",
+                "argv": ["sh", "-c", "exit 3"],
+                "timeout": 5,
+                "what": "resume it",
+                "by_hand": "do it",
+            }
+        )
+        with pytest.raises(CommandError, match="cannot resume it: exit code 3") as e:
+            plan.undo(held)
+        assert f"by hand: do it, or pyploop thaw {os.getpid()}" in str(e.value)
+        assert not plan.undo(held), "once"
+    finally:
+        plan.close()
+    (left,) = journal.records()
+    assert [journal.describe(x) for x in left.entries] == ["resume it"]
+
+
+def test_without_a_journal_the_watchdog_still_undoes(
+    place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(journal.ENVIRONMENT, "/proc/nowhere")
+    path, plan = setting(place), Plan("a test", Reporter())
+    plan.set_file(str(path), "new", "put it back")
+    assert plan._line is not None
+    plan._line.close()  # as when this process dies
+    wait_until(lambda: path.read_text() == "old", "undone")
+    plan.close()
