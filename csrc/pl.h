@@ -37,6 +37,11 @@ typedef int (*pl_hook)(void *ctx, uint64_t start, uint64_t end);
 enum pl_dialect { PL_DIALECT_NONE, PL_DIALECT_D1, PL_DIALECT_D2 };
 #define PL_D1_MARK 0x4cc0ac3du
 #define PL_D2_MARK 0x4cc0ac3eu
+#define PL_D1_HEADER 16u
+#define PL_D2_HEADER 24u	/* and PL_DIGEST bytes more with digests */
+enum pl_packet {	/* D2's types; a SYNC of D1 is a command too */
+	PL_PACKET_DATA = 0, PL_PACKET_CMD = 1, PL_PACKET_DATA_ASYNC = 2,
+};
 
 /*
  * A digest (MD5) of data that comes in pieces, computed by the caller's code:
@@ -128,7 +133,7 @@ void pl_known_assume_data(struct pl_known *k, uint64_t start, uint64_t end);
 /* ---------------------------------------------------------- pump*.c
  * The sending pump: reads extents of a source with several reads in flight,
  * compares it with what the target is known to hold, and writes what must be sent -
- * in order as D1 frames into a stream, or in place into a file.
+ * in order as D1 frames or D2 packets into a stream, or in place into a file.
  *
  *      claim (ordered) -> hook -> read -> classify -> ring -> emit (ordered)
  *
@@ -140,6 +145,8 @@ enum pl_sink {
 	PL_SINK_FRAMES = 1,	/* D1 frames into out_fd, which is O_NONBLOCK or
 				   a socket */
 	PL_SINK_FILE = 2,	/* pwrite at the source's positions */
+	PL_SINK_PACKETS = 3,	/* D2 packets into out_fd, a socket, where they
+				   are answered */
 };
 
 enum pl_pass_flags {
@@ -178,6 +185,11 @@ struct pl_pump_cfg {
 	struct pl_known *known;	/* borrowed; NULL: send all, remember nothing */
 	pl_hook hook;
 	void *hook_ctx;
+	/* PL_SINK_PACKETS only: */
+	bool async;		/* DATA_ASYNC, which is not answered */
+	uint32_t window;	/* answers outstanding at most, >= 256 */
+	pl_digest digest;	/* each packet carries one; NULL: none does */
+	void *digest_ctx;
 };
 
 /* Monotonic counters, readable from any thread while a pass runs. */
@@ -201,6 +213,7 @@ struct pl_fault {
 	uint64_t frame;		/* frames before the fault */
 	uint32_t mark, size;	/* the offending header (PROTOCOL) */
 	uint32_t type, command;	/* of D2's, the same */
+	int32_t reply;		/* the peer's failure (REPLY with -EREMOTEIO) */
 };
 
 struct pl_pump;
@@ -218,6 +231,14 @@ int pl_pump_pass(struct pl_pump *p, const struct pl_extent *ext, size_t n,
  */
 int pl_pump_write(struct pl_pump *p, const void *buf, size_t len,
 		  struct pl_fault *fault);
+/*
+ * PL_SINK_PACKETS: write a control packet and wait for its answer, and all that
+ * are due before it, each for timeout_ms at most (0: for ever).  -EREMOTEIO: an answer was a
+ * failure, fault->reply; -EPROTO: there was one too many.  Passes can fail with
+ * these too.
+ */
+int pl_pump_ask(struct pl_pump *p, const void *buf, size_t len,
+		uint32_t timeout_ms, struct pl_fault *fault);
 void pl_pump_cancel(struct pl_pump *p);			/* any thread */
 void pl_pump_stats(const struct pl_pump *p, struct pl_pump_stats *out); /* any */
 

@@ -135,7 +135,7 @@ int pl_pump_pass(struct pl_pump *p, const struct pl_extent *ext, size_t n,
 		if (p->err) {
 			if (!p->processing)
 				break;
-		} else if (p->cfg.sink == PL_SINK_FRAMES && head->ready) {
+		} else if (p->cfg.sink != PL_SINK_FILE && head->ready) {
 			emit_next(p, head);
 			continue;
 		} else if ((s = pl_slot_claim(p))) {
@@ -194,7 +194,8 @@ void pl_pump_stats(const struct pl_pump *p, struct pl_pump_stats *out)
 
 static int check_cfg(const struct pl_pump_cfg *c)
 {
-	bool sink = c->sink == PL_SINK_FRAMES || c->sink == PL_SINK_FILE;
+	bool sink = c->sink == PL_SINK_FRAMES || c->sink == PL_SINK_FILE ||
+		    (c->sink == PL_SINK_PACKETS && c->window >= PL_BATCH);
 
 	if (!sink || c->src_fd < 0 || c->out_fd < 0 || c->slots < 2 ||
 	    c->slots > 1024 || c->readers > 64 || !c->align ||
@@ -245,6 +246,8 @@ int pl_pump_new(struct pl_pump **out, const struct pl_pump_cfg *cfg)
 	p->buf_size = cfg->cluster + 2 * PL_BLOCK;
 	/* Runs are apart by a block at least; or there is one per fragment. */
 	p->max_runs = cfg->cluster / PL_BLOCK / 2 + PL_FRAGS + 2;
+	p->hdr_size = cfg->sink != PL_SINK_PACKETS ? PL_D1_HEADER :
+		      cfg->digest ? PL_D2_HEADER + PL_DIGEST : PL_D2_HEADER;
 	p->slot = calloc(cfg->slots, sizeof(*p->slot));
 	p->thread = calloc(cfg->readers + 1, sizeof(*p->thread));
 	if (!p->slot || !p->thread)
@@ -255,7 +258,7 @@ int pl_pump_new(struct pl_pump **out, const struct pl_pump_cfg *cfg)
 		s->buf = pl_buf_new(p->buf_size);
 		s->run = calloc(p->max_runs, sizeof(*s->run));
 		/* Twice: a run of 4 bytes takes two frames. */
-		s->hdr = calloc(2 * p->max_runs, sizeof(*s->hdr));
+		s->hdr = calloc(2 * p->max_runs, p->hdr_size);
 		if (!s->buf || !s->run || !s->hdr)
 			goto nomem;
 	}

@@ -18,9 +18,14 @@ struct frag {
 	uint32_t off;		/* of the first byte, in the buffer */
 };
 
-struct d1_header {
-	uint32_t mark, size;
-	uint64_t pos;
+#define PL_BATCH 256u		/* frames in one write at most */
+
+/* D2's answers: packets that are answered, and what came of them. */
+struct pump_reply {
+	uint64_t asked, answered;
+	int32_t value;			/* the last one */
+	uint8_t buf[1024];		/* a part of one is kept */
+	unsigned got;
 };
 
 struct slot {
@@ -28,7 +33,7 @@ struct slot {
 	struct frag frag[PL_FRAGS];	/* what was claimed */
 	unsigned nfrags;
 	struct frag *run;		/* what must be sent */
-	struct d1_header *hdr;
+	uint8_t *hdr;			/* of p->hdr_size bytes each */
 	unsigned nruns;
 	uint64_t bytes;			/* of the extents, for progress */
 	bool busy;			/* claimed and not yet emitted */
@@ -39,6 +44,8 @@ struct pl_pump {
 	struct pl_pump_cfg cfg;
 	size_t buf_size;
 	unsigned max_runs;
+	unsigned hdr_size;
+	struct pump_reply reply;	/* who writes the stream's, alone */
 	struct slot *slot;
 	int cancel_fd;			/* eventfd: readable once cancelled */
 	bool cancelled;			/* atomic */
@@ -84,5 +91,14 @@ void pl_slot_classify(struct pl_pump *p, struct slot *s);
 int pl_slot_emit(struct pl_pump *p, struct slot *s, struct pl_fault *fault);
 int pl_stream_write(struct pl_pump *p, struct iovec *iov, unsigned n,
 		    struct pl_fault *fault);
+
+/*
+ * pump_reply.c: take what answers are there.  0; -EREMOTEIO: one is a failure;
+ * -EPROTO: one too many; -EPIPE: the peer has closed.
+ */
+int pl_reply_take(struct pl_pump *p);
+/* Until no more than so many are outstanding; -1: no timeout. */
+int pl_reply_wait(struct pl_pump *p, uint64_t outstanding, int timeout_ms);
+void pl_reply_explain(const struct pl_pump *p, int err, struct pl_fault *fault);
 
 #endif

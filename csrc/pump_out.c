@@ -1,6 +1,7 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
- * The pump's end: D1 frames into a stream, or bytes into a file.
+ * The pump's end: frames into a stream (D1's, or D2's packets), or bytes into
+ * a file.
  *
  * The stream must not block the emitter in write(2), or a signal could not
  * stop the copy while the peer is stuck; so it is non-blocking (or a socket,
@@ -8,9 +9,11 @@
  * descriptor.
  */
 #define _GNU_SOURCE
+#include <endian.h>
 #include <errno.h>
 #include <fcntl.h>
 #include <limits.h>
+#include <string.h>
 #include <sys/socket.h>
 #include <sys/uio.h>
 #include <time.h>
@@ -25,19 +28,25 @@ static uint64_t now_ns(void)
 	return (uint64_t)t.tv_sec * 1000000000u + (uint64_t)t.tv_nsec;
 }
 
-/* Until the stream takes more: 0, -ECANCELED, -ETIMEDOUT. */
+/* Until the stream takes more: 0, -ECANCELED, -ETIMEDOUT; D2's answers are
+   taken meanwhile, with their errors. */
 static int wait_writable(struct pl_pump *p)
 {
+	bool answers = p->cfg.sink == PL_SINK_PACKETS;
 	struct pollfd pfd[2] = {
 		{ .fd = p->cancel_fd, .events = POLLIN },
-		{ .fd = p->cfg.out_fd, .events = POLLOUT },
+		{ .fd = p->cfg.out_fd, .events = answers ? POLLOUT | POLLIN : POLLOUT },
 	};
 	int n = pl_patient_poll(&p->peer_takes, pfd, 2, p->cfg.stall_ms);
 
 	if (n < 0)
 		return n;
+	if (pfd[0].revents)
+		return -ECANCELED;
+	if (answers && (pfd[1].revents & POLLIN))
+		return pl_reply_take(p);
 	/* POLLERR (reader gone) is left to write(2), which names it. */
-	return pfd[0].revents ? -ECANCELED : 0;
+	return 0;
 }
 
 /* 0, or -ECANCELED. */
@@ -87,6 +96,14 @@ static int obey_rate(struct pl_pump *p, size_t bytes)
 	return err;
 }
 
+/* A peer that has hung up may have said why. */
+static int why_closed(struct pl_pump *p, int err)
+{
+	int said = p->cfg.sink == PL_SINK_PACKETS ? pl_reply_take(p) : 0;
+
+	return said == -EREMOTEIO ? said : err;
+}
+
 int pl_stream_write(struct pl_pump *p, struct iovec *iov, unsigned n,
 		    struct pl_fault *fault)
 {
@@ -111,7 +128,7 @@ int pl_stream_write(struct pl_pump *p, struct iovec *iov, unsigned n,
 			if (errno == EAGAIN || errno == EWOULDBLOCK)
 				err = wait_writable(p);
 			else if (errno != EINTR)
-				err = -errno;
+				err = why_closed(p, -errno);
 			continue;
 		}
 		STAT_ADD(p, wire_bytes, (uint64_t)done);
@@ -126,7 +143,9 @@ int pl_stream_write(struct pl_pump *p, struct iovec *iov, unsigned n,
 			iov->iov_len -= (size_t)done;
 		}
 	}
-	if (err) {
+	if (err == -EREMOTEIO || err == -EPROTO) {
+		pl_reply_explain(p, err, fault);
+	} else if (err) {
 		fault->stage = PL_STAGE_WRITE;
 		fault->stream = __atomic_load_n(&p->stats.wire_bytes,
 						__ATOMIC_RELAXED);
@@ -135,10 +154,61 @@ int pl_stream_write(struct pl_pump *p, struct iovec *iov, unsigned n,
 	return err;
 }
 
+static void put32(uint8_t *to, uint32_t value)
+{
+	value = htole32(value);
+	memcpy(to, &value, sizeof(value));
+}
+
+static void put64(uint8_t *to, uint64_t value)
+{
+	value = htole64(value);
+	memcpy(to, &value, sizeof(value));
+}
+
+static int make_header(const struct pl_pump *p, uint8_t *h, uint64_t pos,
+		       const uint8_t *data, uint32_t len)
+{
+	if (p->cfg.sink == PL_SINK_FRAMES) {
+		put32(h, PL_D1_MARK);
+		put32(h + 4, len);
+		put64(h + 8, pos);
+		return 0;
+	}
+	put32(h, PL_D2_MARK);
+	put32(h + 4, p->cfg.async ? PL_PACKET_DATA_ASYNC : PL_PACKET_DATA);
+	put32(h + 8, len);
+	put32(h + 12, 0);
+	put64(h + 16, pos);
+	return p->cfg.digest ? p->cfg.digest(p->cfg.digest_ctx, data, len,
+					     h + PL_D2_HEADER) : 0;
+}
+
+/* Room in the window for so many packets, all of which will be answered. */
+static int ask(struct pl_pump *p, unsigned packets, struct pl_fault *fault)
+{
+	int err;
+
+	if (p->cfg.sink != PL_SINK_PACKETS)
+		return 0;
+	if (p->cfg.async)
+		packets = 0;
+	err = pl_reply_take(p);		/* a failure is seen early */
+	if (!err)
+		err = pl_reply_wait(p, p->cfg.window - packets, p->cfg.stall_ms ?
+				    (int)p->cfg.stall_ms : -1);
+	if (err)
+		pl_reply_explain(p, err, fault);
+	else
+		p->reply.asked += packets;
+	return err;
+}
+
 static int emit_frames(struct pl_pump *p, struct slot *s, struct pl_fault *fault)
 {
-	struct iovec iov[512];
-	unsigned i = 0, h = 0;
+	struct iovec iov[2 * PL_BATCH];
+	uint8_t *hdr = s->hdr;
+	unsigned i = 0;
 	int err = 0;
 
 	while (i < s->nruns && !err) {
@@ -147,24 +217,28 @@ static int emit_frames(struct pl_pump *p, struct slot *s, struct pl_fault *fault
 
 		fault->pos = s->run[i].pos;
 		/* Room for the two frames that one run may need. */
-		for (; i < s->nruns && n + 4 <= 512; i++) {
+		for (; i < s->nruns && n + 4 <= 2 * PL_BATCH && !err; i++) {
 			struct frag r = s->run[i];
-			/* A frame of 4 bytes means SYNC: send such a tail in
+			/* A frame of 4 bytes means SYNC in D1: send such a tail in
 			   two halves, which every receiver takes as data. */
-			uint32_t step = r.len == 4 ? 2 : r.len;
+			bool halves = r.len == 4 && p->cfg.sink == PL_SINK_FRAMES;
+			uint32_t step = halves ? 2 : r.len;
 
-			for (uint32_t at = 0; at < r.len; at += step) {
-				s->hdr[h] = (struct d1_header){
-					PL_D1_MARK, step, r.pos + at };
-				iov[n++] = (struct iovec){ &s->hdr[h++],
-							   sizeof(*s->hdr) };
-				iov[n++] = (struct iovec){ s->buf + r.off + at,
-							   step };
+			for (uint32_t at = 0; at < r.len && !err; at += step) {
+				uint8_t *data = s->buf + r.off + at;
+
+				err = make_header(p, hdr, r.pos + at, data, step);
+				iov[n++] = (struct iovec){ hdr, p->hdr_size };
+				iov[n++] = (struct iovec){ data, step };
+				hdr += p->hdr_size;
 				frames++;
 			}
 			bytes += r.len;
 		}
-		err = pl_stream_write(p, iov, n, fault);
+		if (!err)
+			err = ask(p, frames, fault);
+		if (!err)
+			err = pl_stream_write(p, iov, n, fault);
 		if (!err) {
 			STAT_ADD(p, data_bytes, bytes);
 			STAT_ADD(p, frames, frames);

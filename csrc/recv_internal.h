@@ -11,13 +11,7 @@
 
 #define RECV_PARTS 256u
 
-#define PL_D1_HEADER 16u
-#define PL_D2_HEADER 24u	/* and PL_DIGEST bytes more once agreed */
 #define PL_SYNC_SIZE 4u		/* of a SYNC, in either dialect */
-
-enum recv_packet {	/* D2's types; a SYNC of D1 is a command too */
-	PL_PACKET_DATA = 0, PL_PACKET_CMD = 1, PL_PACKET_DATA_ASYNC = 2,
-};
 
 struct recv_header {
 	uint32_t mark, type, size;

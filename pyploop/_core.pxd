@@ -1,7 +1,7 @@
 # cython: language_level=3
 # SPDX-License-Identifier: Apache-2.0
 """csrc/pl.h as Cython sees it."""
-from libc.stdint cimport int64_t, uint8_t, uint32_t, uint64_t
+from libc.stdint cimport int32_t, int64_t, uint8_t, uint32_t, uint64_t
 
 
 cdef extern from "pl.h" nogil:
@@ -60,6 +60,7 @@ cdef extern from "pl.h" nogil:
     enum pl_sink:
         PL_SINK_FRAMES
         PL_SINK_FILE
+        PL_SINK_PACKETS
 
     struct pl_pump_cfg:
         int src_fd
@@ -76,6 +77,10 @@ cdef extern from "pl.h" nogil:
         pl_known *known
         pl_hook hook
         void *hook_ctx
+        bint async_ "async"
+        uint32_t window
+        pl_digest digest
+        void *digest_ctx
 
     struct pl_pump_stats:
         uint64_t read_bytes
@@ -95,6 +100,7 @@ cdef extern from "pl.h" nogil:
         uint32_t size
         uint32_t type
         uint32_t command
+        int32_t reply
 
     struct pl_pump:
         pass
@@ -104,6 +110,8 @@ cdef extern from "pl.h" nogil:
     int pl_pump_pass(pl_pump *p, const pl_extent *ext, size_t n,
                      unsigned flags, pl_fault *fault)
     int pl_pump_write(pl_pump *p, const void *buf, size_t len, pl_fault *fault)
+    int pl_pump_ask(pl_pump *p, const void *buf, size_t len,
+                    uint32_t timeout_ms, pl_fault *fault)
     void pl_pump_cancel(pl_pump *p)
     void pl_pump_get_stats "pl_pump_stats"(const pl_pump *p, pl_pump_stats *out)
 

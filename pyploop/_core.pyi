@@ -15,6 +15,7 @@ RECV_SYNC: int
 RECV_END: int
 SINK_FRAMES: int
 SINK_FILE: int
+SINK_PACKETS: int
 DIALECT_NONE: int
 DIALECT_D1: int
 DIALECT_D2: int
@@ -32,6 +33,7 @@ class Fault(OSError):
     size: int
     type: int
     command: int
+    reply: int
 
 def fdatasync(fd: int) -> None: ...
 def hash_block(data: Buffer) -> int: ...
@@ -103,9 +105,13 @@ class Pump:
         rate: int = 0,
         known: Known | None = None,
         hook: Hook | None = None,
+        async_packets: bool = False,
+        window: int = 0,
+        digests: bool = False,
     ) -> None: ...
     def run(self, extents: Extents, flags: int = 0) -> None: ...
     def write(self, data: bytes) -> None: ...
+    def ask(self, data: bytes, timeout_ms: int = 0) -> None: ...
     def cancel(self) -> None: ...
     @property
     def stats(self) -> PumpStats: ...

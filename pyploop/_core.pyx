@@ -25,6 +25,7 @@ RECV_END = 2
 
 SINK_FRAMES = <int>PL_SINK_FRAMES
 SINK_FILE = <int>PL_SINK_FILE
+SINK_PACKETS = <int>PL_SINK_PACKETS
 
 BPF_RQ = <int>PL_BPF_RQ
 BPF_BIO = <int>PL_BPF_BIO
@@ -41,10 +42,10 @@ class Fault(OSError):
     """A failure inside a pump, with the place: `stage` ('read', 'write',
     'hook', 'protocol', 'reply', 'none'), `pos` (byte of the image), `stream`
     (bytes of the stream before it), `frame` (frames before it), `mark`, `size`,
-    `type` and `command` (of the offending header)."""
+    `type` and `command` (of the offending header), `reply` (the peer's)."""
 
     stage = "none"
-    pos = stream = frame = mark = size = type = command = 0
+    pos = stream = frame = mark = size = type = command = reply = 0
 
 
 cdef _fault(int err, pl_fault *f):
@@ -52,7 +53,7 @@ cdef _fault(int err, pl_fault *f):
     exc.stage = _STAGES[f.stage]
     exc.pos, exc.stream, exc.frame = f.pos, f.stream, f.frame
     exc.mark, exc.size = f.mark, f.size
-    exc.type, exc.command = f.type, f.command
+    exc.type, exc.command, exc.reply = f.type, f.command, f.reply
     return exc
 
 
@@ -235,6 +236,30 @@ cdef class Hook:
     cdef object owner   # keeps ctx alive
 
 
+cdef class _Md5:
+    """D3's digest for the pumps.  hashlib's: it needs the GIL only to begin."""
+    cdef object md5
+
+    def __cinit__(self):
+        self.md5 = hashlib.md5(usedforsecurity=False)
+
+
+cdef int _md5(void *ctx, const void *data, size_t size, uint8_t *out) noexcept with gil:
+    cdef _Md5 self = <_Md5>ctx
+    cdef const char *digest
+    try:
+        if size:
+            self.md5.update(PyMemoryView_FromMemory(<char *>data, size, PyBUF_READ))
+        if out != NULL:
+            value = self.md5.digest()
+            digest = value
+            memcpy(out, digest, PL_DIGEST)
+            self.md5 = hashlib.md5(usedforsecurity=False)
+    except BaseException:
+        return -ENOMEM
+    return 0
+
+
 class PumpStats(NamedTuple):
     """Monotonic counters of a sending pump, in bytes (`frames` in frames)."""
     read: int
@@ -251,11 +276,13 @@ cdef class Pump:
     cdef pl_pump *p
     cdef Known known
     cdef Hook hook
+    cdef _Md5 md5
 
     def __cinit__(self, *, int src_fd, uint64_t src_base, uint64_t size,
                   uint32_t align, int out_fd, int sink, uint32_t cluster,
                   uint32_t slots, uint32_t readers, uint32_t stall_ms=0,
-                  uint64_t rate=0, Known known=None, Hook hook=None):
+                  uint64_t rate=0, Known known=None, Hook hook=None,
+                  bint async_packets=False, uint32_t window=0, bint digests=False):
         cdef pl_pump_cfg cfg
         memset(&cfg, 0, sizeof(cfg))
         cfg.src_fd, cfg.src_base, cfg.size = src_fd, src_base, size
@@ -267,6 +294,10 @@ cdef class Pump:
             cfg.known = &known.k
         if hook is not None:
             cfg.hook, cfg.hook_ctx = hook.fn, hook.ctx
+        cfg.async_, cfg.window = async_packets, window
+        if digests:
+            self.md5 = _Md5()
+            cfg.digest, cfg.digest_ctx = _md5, <void *>self.md5
         _check(pl_pump_new(&self.p, &cfg))
 
     def __dealloc__(self):
@@ -296,6 +327,18 @@ cdef class Pump:
         if ret < 0:
             raise _fault(ret, &fault)
 
+    def ask(self, bytes data not None, uint32_t timeout_ms=0):
+        """Write a control packet of D2 and wait for the answers to it and to
+        all before it, for each so long at most (0: for ever).  Raises Fault."""
+        cdef pl_fault fault
+        cdef const char *buf = data
+        cdef size_t n = len(data)
+        cdef int ret
+        with nogil:
+            ret = pl_pump_ask(self.p, buf, n, timeout_ms, &fault)
+        if ret < 0:
+            raise _fault(ret, &fault)
+
     def cancel(self):
         """From any thread: a run ends at once with ECANCELED."""
         pl_pump_cancel(self.p)
@@ -306,30 +349,6 @@ cdef class Pump:
         pl_pump_get_stats(self.p, &s)
         return PumpStats(s.read_bytes, s.data_bytes, s.wire_bytes, s.zero_bytes,
                          s.same_bytes, s.frames, s.done_bytes)
-
-
-cdef class _Md5:
-    """D3's digest for the pumps.  hashlib's: it needs the GIL only to begin."""
-    cdef object md5
-
-    def __cinit__(self):
-        self.md5 = hashlib.md5(usedforsecurity=False)
-
-
-cdef int _md5(void *ctx, const void *data, size_t size, uint8_t *out) noexcept with gil:
-    cdef _Md5 self = <_Md5>ctx
-    cdef const char *digest
-    try:
-        if size:
-            self.md5.update(PyMemoryView_FromMemory(<char *>data, size, PyBUF_READ))
-        if out != NULL:
-            value = self.md5.digest()
-            digest = value
-            memcpy(out, digest, PL_DIGEST)
-            self.md5 = hashlib.md5(usedforsecurity=False)
-    except BaseException:
-        return -ENOMEM
-    return 0
 
 
 class RecvStats(NamedTuple):

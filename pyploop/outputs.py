@@ -16,22 +16,41 @@ import os
 import stat
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Protocol
 
 from pyploop import _core, transport
 from pyploop._core import Fault, Known, Pump
 from pyploop.compat import EXACT, NATIVE, PERHAPS_PLOOP, PLOOP, PYPLOOP, Compat, Framing
-from pyploop.errors import ParameterError, ProtocolError, PyploopError, SyncError, WriteError
+from pyploop.errors import (
+    ParameterError,
+    ProtocolError,
+    PyploopError,
+    ReadError,
+    SyncError,
+    WriteError,
+)
 from pyploop.events import Reporter
 from pyploop.freeze import FileSystems
+from pyploop.image import HEADER_FRAME
 from pyploop.sink import Sink
 from pyploop.units import BLOCK, format_size
-from pyploop.wire import d1
+from pyploop.wire import d1, d2
 from pyploop.worker import run_cancellable
 
 HELLO_WAIT = 2.0
 """Seconds to wait for an answer on a socket that may have no receiver behind
 it that answers."""
+
+
+@dataclass(frozen=True)
+class Packets:
+    """How the data packets of D2 go: without answers, with digests, and how
+    many may be unanswered."""
+
+    unanswered: bool = False
+    digests: bool = False
+    window: int = 0
 
 
 class Output(Protocol):
@@ -42,6 +61,10 @@ class Output(Protocol):
     dialect: str
     framing: Framing
     """Of a stream; known after `hello`."""
+    packets: Packets
+    """Of a stream of packets; known after `hello`."""
+    header_size: int
+    """Bytes that `header` takes."""
     deadline: float
     """time.monotonic() at which waiting for an answer ends, whatever else."""
 
@@ -73,6 +96,8 @@ class StreamOutput:
     """D1 frames into a pipe or socket, answers from the feedback descriptor."""
 
     sink = _core.SINK_FRAMES
+    packets = Packets()
+    header_size = HEADER_FRAME
 
     def __init__(
         self,
@@ -203,6 +228,8 @@ class FileOutput:
     sink = _core.SINK_FILE
     dialect = "local file"
     framing = NATIVE
+    packets = Packets()
+    header_size = HEADER_FRAME
 
     def __init__(self, target: Sink | int) -> None:
         self._sink = target if isinstance(target, Sink) else None
@@ -270,6 +297,8 @@ def _write(pump: Pump, frame: bytes) -> None:
 
 def explain_write(fault: Fault) -> PyploopError:
     """The sending pump's failure to write, as an error to act on."""
+    if fault.stage == "reply" and fault.errno != errno.EPIPE:
+        return _explain_reply(fault)
     if fault.errno == errno.EPIPE:
         return WriteError(
             f"the receiver closed the stream after {format_size(fault.stream)} "
@@ -281,6 +310,18 @@ def explain_write(fault: Fault) -> PyploopError:
             f"{format_size(fault.stream)}"
         )
     return WriteError.of(f"cannot write the stream after {format_size(fault.stream)}", fault)
+
+
+def _explain_reply(fault: Fault) -> PyploopError:
+    where = f"packet {fault.frame}, byte {fault.stream} of the stream"
+    if fault.errno == errno.EREMOTEIO:
+        kind = SyncError if fault.reply == SyncError.exit_code else WriteError
+        return kind(f"the receiver failed: {d2.meaning(fault.reply)} (at {where})")
+    if fault.errno == errno.EPROTO:
+        return ProtocolError(f"the receiver answered more than it was asked ({where})")
+    if fault.errno == errno.ETIMEDOUT:
+        return ReadError(f"the receiver does not answer {where} (it may be dead or stuck)")
+    return ReadError.of(f"cannot read the receiver's answer to {where}", fault)
 
 
 @contextlib.contextmanager

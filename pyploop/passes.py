@@ -27,7 +27,6 @@ from pyploop.errors import (
     WriteError,
 )
 from pyploop.events import Reporter
-from pyploop.image import HEADER_FRAME
 from pyploop.outputs import Output, explain_write
 from pyploop.summary import Options
 from pyploop.trackers import Batch, Tracker
@@ -111,6 +110,9 @@ class Passes:
             rate=options.rate,
             known=self._known,
             hook=self._tracker.hook(),
+            async_packets=self._out.packets.unanswered,
+            window=self._out.packets.window,
+            digests=self._out.packets.digests,
         )
 
     def send(self, batches: list[Batch], flags: int = 0) -> int:
@@ -168,8 +170,8 @@ class Passes:
             return WriteError.of(f"cannot write the target at byte {fault.pos}", fault)
         return explain_write(fault)
 
-    def first_sector(self) -> bytes:
-        """The first 512 bytes, zeroes where there are fewer."""
+    def first_bytes(self, size: int) -> bytes:
+        """The first `size` bytes, 4096 at most; zeroes where there are fewer."""
         base = self._source.base
         lead = base % self._source.align
         with mmap.mmap(-1, 8192) as page:  # aligned, as O_DIRECT wants it
@@ -177,7 +179,7 @@ class Passes:
                 os.preadv(self._source.fd, [page], base - lead)
             except OSError as e:
                 raise ReadError.of(f"cannot read {self._source.path} at byte 0", e) from e
-            return page[lead : lead + HEADER_FRAME]
+            return page[lead : lead + size]
 
 
 def _hash_shift(size: int) -> int:

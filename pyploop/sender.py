@@ -206,6 +206,17 @@ class Sender:
         self._report.event("repair", scope=repair.scope, sent=sent, frozen=quiesced)
         return sent
 
+    @property
+    def sent(self) -> int:
+        """Bytes of payload so far."""
+        return self._passes.stats.data
+
+    def sync_target(self) -> str:
+        """What was sent is durable at the target when this returns, as far as
+        that can be known: the answer says how (`Output.sync`)."""
+        first_bytes = self._passes.first_bytes(4)
+        return self._out.sync(self._passes.pump, waiting=True, start=first_bytes)
+
     def prepare_freeze(self) -> None:
         """The target durable so far, the watchdog ready, and one more round;
         nothing when there is nothing to freeze or stop."""
@@ -213,8 +224,7 @@ class Sender:
             return
         self._report.event("phase", phase="sync", bytes=None)
         start = time.monotonic()
-        first_bytes = self._passes.first_sector()[:4]
-        how = self._out.sync(self._passes.pump, waiting=True, start=first_bytes)
+        how = self.sync_target()
         self._report.info(
             f"Target synced before the freeze ({how}, {time.monotonic() - start:.3f} s)"
         )
@@ -286,7 +296,7 @@ class Sender:
         that can be known (`summary.acknowledged`)."""
         pump, step = self._passes.pump, self._time_line.step
         with step("last blocks"):
-            start = self._passes.first_sector()
+            start = self._passes.first_bytes(self._out.header_size)
             # Before END: the ploop driver refuses when blocks are unread.
             self._tracker.stop(True)
             if self._source.image_format == "ploop1":

@@ -9,6 +9,7 @@ is here are the control packets and the replies.  D3 is D2 with features agreed
 from __future__ import annotations
 
 import hashlib
+import os
 import struct
 
 HEADER = struct.Struct("<IIIIQ")
@@ -24,6 +25,18 @@ SYNC = 0
 COMMANDS = {0: "SYNC", 1: "FINISH", 2: "INIT_PLOOP", 3: "INIT_QCOW", 4: "MOUNT", 5: "UMOUNT"}
 HEADER_PACKET = 4096
 """Bytes of the DATA packet that ends a ploop1 image."""
+
+
+MEANING = {
+    1: "its target cannot be created, or exists",
+    5: "a packet is too large for it",
+    6: "it cannot read the stream",
+    7: "it cannot write its target",
+    13: "it does not understand the stream",
+    16: "it cannot make its target durable",
+    38: "it does not support what was sent",
+}
+"""Exit codes of a receiver (docs/exit-codes.md)."""
 
 
 def packet(kind: int, pos: int, payload: bytes, digest: bool = False) -> bytes:
@@ -47,6 +60,13 @@ def end(digest: bool = False) -> bytes:
 def reply(code: int) -> bytes:
     """The answer to one packet."""
     return REPLY.pack(code)
+
+
+def meaning(code: int) -> str:
+    """A reply that is not 0, in words; negative ones are errnos."""
+    if code < 0:
+        return f"{os.strerror(-code)} (reply {code})"
+    return f"{MEANING.get(code, 'unknown reason')} (reply {code})"
 
 
 def name_of(kind: int, command: int) -> str:

@@ -3,35 +3,8 @@
 #define _GNU_SOURCE
 #include <signal.h>
 
+#include "packets.h"
 #include "stream.h"
-
-enum { DATA, CMD, ASYNC };
-
-struct packet {
-	uint32_t mark, type, size, padding;
-	uint64_t pos;
-};
-
-/* Not MD5: any function of the data and their order will do. */
-struct toy {
-	uint64_t a, b;
-};
-
-static int toy_digest(void *ctx, const void *data, size_t len, uint8_t *out)
-{
-	struct toy *t = ctx;
-	const uint8_t *p = data;
-
-	for (size_t i = 0; i < len; i++) {
-		t->a = (t->a + p[i]) * 0x9e3779b97f4a7c15ull + 1;
-		t->b += t->a ^ (t->a >> 29);
-	}
-	if (out) {
-		memcpy(out, t, PL_DIGEST);
-		*t = (struct toy){ 0 };
-	}
-	return 0;
-}
 
 static void packet(struct stream *s, uint32_t type, uint64_t pos, const void *data,
 		   uint32_t len, bool digest)

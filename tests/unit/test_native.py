@@ -69,6 +69,8 @@ def _run(name: str, kind: str, folder: Path, timeout: float) -> subprocess.Compl
         ("test_hash", "asan"),
         ("test_pump", "asan"),
         ("test_pump", "tsan"),
+        ("test_pump_d2", "asan"),
+        ("test_pump_d2", "tsan"),
         ("test_recv", "asan"),
         ("test_recv", "tsan"),
         ("test_recv_d2", "asan"),

@@ -1,0 +1,106 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/*
+ * D2's answers.  They come in the order of the packets, so counting them is
+ * enough: packets go out while answers are outstanding, up to a window, and a
+ * round trip costs no throughput.  Whoever waits for the stream takes answers
+ * meanwhile, or the peer, stuck in answering, would never read on.
+ */
+#define _GNU_SOURCE
+#include <endian.h>
+#include <errno.h>
+#include <poll.h>
+#include <string.h>
+#include <sys/socket.h>
+
+#include "pump_internal.h"
+
+static int one_answer(struct pl_pump *p, const uint8_t *bytes)
+{
+	uint32_t value;
+
+	memcpy(&value, bytes, sizeof(value));
+	p->reply.value = (int32_t)le32toh(value);
+	if (p->reply.value)
+		return -EREMOTEIO;	/* asked for or not: the copy has failed */
+	if (p->reply.answered == p->reply.asked)
+		return -EPROTO;
+	p->reply.answered++;
+	return 0;
+}
+
+int pl_reply_take(struct pl_pump *p)
+{
+	struct pump_reply *r = &p->reply;
+
+	for (;;) {
+		ssize_t n = recv(p->cfg.out_fd, r->buf + r->got,
+				 sizeof(r->buf) - r->got, MSG_DONTWAIT);
+		unsigned at = 0;
+
+		if (n < 0 && errno == EINTR)
+			continue;
+		if (n < 0)
+			return errno == EAGAIN || errno == EWOULDBLOCK ? 0 : -errno;
+		if (n == 0)
+			return -EPIPE;
+		r->got += (unsigned)n;
+		for (; r->got - at >= sizeof(int32_t); at += sizeof(int32_t)) {
+			int err = one_answer(p, r->buf + at);
+
+			if (err)
+				return err;
+		}
+		r->got -= at;
+		memmove(r->buf, r->buf + at, r->got);
+	}
+}
+
+int pl_reply_wait(struct pl_pump *p, uint64_t outstanding, int timeout_ms)
+{
+	while (p->reply.asked - p->reply.answered > outstanding) {
+		struct pollfd pfd[2] = {
+			{ .fd = p->cancel_fd, .events = POLLIN },
+			{ .fd = p->cfg.out_fd, .events = POLLIN },
+		};
+		int n = poll(pfd, 2, timeout_ms), err;
+
+		if (n < 0 && errno != EINTR)
+			return -errno;
+		if (n > 0 && pfd[0].revents)
+			return -ECANCELED;
+		if (n == 0)
+			return -ETIMEDOUT;
+		err = pl_reply_take(p);
+		if (err)
+			return err;
+	}
+	return 0;
+}
+
+void pl_reply_explain(const struct pl_pump *p, int err, struct pl_fault *fault)
+{
+	fault->stage = PL_STAGE_REPLY;
+	fault->reply = err == -EREMOTEIO ? p->reply.value : 0;
+	fault->stream = __atomic_load_n(&p->stats.wire_bytes, __ATOMIC_RELAXED);
+	fault->frame = p->reply.answered;
+}
+
+int pl_pump_ask(struct pl_pump *p, const void *buf, size_t len,
+		uint32_t timeout_ms, struct pl_fault *fault)
+{
+	struct iovec iov = { (void *)buf, len };
+	int wait = timeout_ms ? (int)timeout_ms : -1, err;
+
+	*fault = (struct pl_fault){ 0 };
+	if (p->cfg.sink != PL_SINK_PACKETS || timeout_ms > INT32_MAX)
+		return -EINVAL;
+	p->reply.asked++;
+	err = pl_stream_write(p, &iov, 1, fault);
+	if (err)
+		return err;
+	/* The last answer: all before it have come. */
+	err = pl_reply_wait(p, 0, wait);
+	if (err)
+		pl_reply_explain(p, err, fault);
+	return err;
+}

@@ -1,0 +1,280 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The module that p.haul imports as `libploop`: copying a disk by its
+DiskDescriptor.xml over a socket, in D2 or D3 (docs/libploop.md).
+
+Names, arguments and results are those of the original binding; every failure
+is a RuntimeError with the last error's text.  Sockets are given as descriptors
+and stay the caller's: they are never closed, but shut down when a copy fails,
+so that the other end does not wait for what will not come.  Any thread may
+call; one object is for one thread at a time.
+
+    python -m pyploop.libploop --alias DIR     puts a libploop.py into DIR
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import logging
+import stat
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+from pyploop import answers, descriptor, device, transport
+from pyploop.errors import (
+    DeviceError,
+    FormatError,
+    ParameterError,
+    PyploopError,
+)
+from pyploop.events import ERROR, INFO, NOTE, Reporter
+from pyploop.outputs import Output, open_output
+from pyploop.packets import PacketOutput
+from pyploop.receiver import receive
+from pyploop.sender import Sender
+from pyploop.summary import Options
+from pyploop.trackers.choose import choose
+
+__all__ = ["ploopcopy", "ploopcopy_receiver", "ploopcopy_thr_receiver"]
+
+STALL = 600.0
+"""Seconds in which the peer neither takes nor gives a byte, or does not answer."""
+
+
+class ploopcopy:
+    """The sending end: copy_start, copy_next_iteration as often as wanted,
+    copy_stop.  A failed one has undone everything and can only be dropped."""
+
+    def __init__(self, ddxml: str, fd: int, async_: int = 0) -> None:
+        """ddxml: the disk's DiskDescriptor.xml; fd: socket to the receiver, or
+        a file that becomes the copy; async_: the receiver takes DATA_ASYNC,
+        although it may have no handshake."""
+        self._state: Literal["new", "running", "over"] = "over"
+        self._fd = fd
+        self._undo = contextlib.ExitStack()
+        with _runtime_errors(), contextlib.ExitStack() as undo:
+            report = _reporter()
+            self._out = undo.enter_context(_output(fd, bool(async_), report))
+            source = undo.enter_context(
+                contextlib.closing(device.open_source(serving_device(ddxml)))
+            )
+            options = Options(stall=STALL)
+            self._sender = Sender(source, choose("auto", source), self._out, options, report)
+            self._undo = undo.pop_all()
+        self._state = "new"
+
+    def copy_start(self) -> int:
+        """The first pass; returns the bytes sent."""
+
+        def work() -> int:
+            self._undo.enter_context(self._sender)
+            self._sender.first_pass()
+            self._sender.sync_target()
+            return self._sender.sent
+
+        self._expect("new")
+        self._state = "running"
+        return self._step(work)
+
+    def copy_next_iteration(self) -> int:
+        """What was written since; returns the bytes sent.
+
+        All so far is durable at the target then: a failure there shows here,
+        and the last sync, with the disk frozen, finds little to do."""
+
+        def work() -> int:
+            sent = self._sender.round().sent
+            self._sender.sync_target()
+            return sent
+
+        self._expect("running")
+        return self._step(work)
+
+    def copy_stop(self) -> int:
+        """The rest, with the file systems frozen until the copy is durable at
+        the other end; returns the bytes sent."""
+
+        def work() -> int:
+            before = self._sender.sent
+            self._sender.prepare_freeze()
+            with self._sender.frozen():
+                self._sender.last_blocks()
+                self._sender.finish()
+            return self._sender.sent - before
+
+        self._expect("running")
+        sent = self._step(work)
+        self._state = "over"
+        self._undo.close()
+        return sent
+
+    def _expect(self, state: str) -> None:
+        if self._state != state:
+            raise RuntimeError(
+                "copy_start, then copy_next_iteration, then copy_stop once: this copy is "
+                + self._state
+            )
+
+    def _step(self, work: Callable[[], int]) -> int:
+        try:
+            with _runtime_errors():
+                return work()
+        except BaseException:
+            self._give_up()
+            raise
+
+    def _give_up(self) -> None:
+        running, self._state = self._state == "running", "over"
+        self._undo.close()
+        if running and isinstance(self._out, PacketOutput):
+            answers.hang_up(self._fd)
+
+    def __del__(self) -> None:
+        if self._state != "over":
+            self._give_up()
+
+
+class ploopcopy_receiver:
+    """The receiving end: returns when the image is durable under its name."""
+
+    def __init__(self, fname: str, fd: int) -> None:
+        """fname: a new file; fd: the socket."""
+        _receive(fname, fd)
+
+
+class ploopcopy_thr_receiver(threading.Thread):
+    """The receiving end in a thread of its own: start(), join().  After join
+    `error` is the RuntimeError that ended it, or None."""
+
+    def __init__(self, fname: str, fd: int) -> None:
+        super().__init__()
+        self._fname, self._fd = fname, fd
+        self.error: RuntimeError | None = None
+
+    def run(self) -> None:
+        try:
+            _receive(self._fname, self._fd)
+        except RuntimeError as e:
+            self.error = e
+            raise
+
+
+def _receive(fname: str, fd: int) -> None:
+    with _runtime_errors():
+        if not stat.S_ISSOCK(transport.check_open(fd, "descriptor").st_mode):
+            raise ParameterError(f"descriptor {fd} is not a socket")
+        try:
+            receive(fname, fd, None, _reporter(), STALL, expected=answers.Replies(fd))
+        except BaseException:
+            answers.hang_up(fd)
+            raise
+
+
+def serving_device(ddxml: str) -> str:
+    """The device whose top delta the descriptor names: the ploop device, or on
+    a stock kernel the loop device that the delta (raw) is attached to."""
+    top = descriptor.read(ddxml).top
+    found = descriptor.serving_ploop(top.path)
+    if found is not None:
+        return found
+    found = descriptor.serving_loop(ddxml)
+    if found is None:
+        raise DeviceError(f"no device serves {top.path}, the top delta of {ddxml}: is it mounted?")
+    if top.format != "raw":
+        raise FormatError(
+            f"{top.path} is {top.format}, which a loop device ({found}) cannot serve: "
+            "a ploop device is needed"
+        )
+    return found
+
+
+@contextlib.contextmanager
+def _output(fd: int, knows_async: bool, report: Reporter) -> Iterator[Output]:
+    mode = transport.check_open(fd, "descriptor").st_mode
+    if stat.S_ISSOCK(mode):
+        yield PacketOutput(fd, report, answer_timeout=STALL, knows_async=knows_async)
+    elif stat.S_ISREG(mode):
+        with open_output(
+            target=None,
+            out_fd=fd,
+            feedback=None,
+            report=report,
+            sync_wait=0,
+            answer_timeout=STALL,
+        ) as out:
+            yield out
+    else:
+        raise ParameterError(f"descriptor {fd} is neither a socket nor a file")
+
+
+@contextlib.contextmanager
+def _runtime_errors() -> Iterator[None]:
+    """Expected failures as the binding has them."""
+    try:
+        yield
+    except PyploopError as e:
+        raise RuntimeError(str(e)) from e
+    except OSError as e:
+        raise RuntimeError(f"{e.filename or 'copying'}: {e.strerror}") from e
+
+
+class _Log:
+    """Lines for the logger `pyploop`, where the program's other lines go."""
+
+    def __init__(self) -> None:
+        self._log = logging.getLogger("pyploop")
+
+    def event(self, name: str, at: float, fields: dict[str, Any]) -> None:
+        if name == "sending":
+            self._log.info("Sending %s", fields["image"])
+
+    def line(self, level: int, at: float, text: str) -> None:
+        levels = {ERROR: logging.ERROR, NOTE: logging.WARNING, INFO: logging.INFO}
+        self._log.log(levels.get(level, logging.DEBUG), "%s", text)
+
+    def close(self) -> None:
+        pass
+
+
+def _reporter() -> Reporter:
+    report = Reporter()
+    report.add(_Log())
+    return report
+
+
+ALIAS = """\
+# Made by `python -m pyploop.libploop --alias`: p.haul's libploop is pyploop's.
+from pyploop.libploop import *  # noqa: F403
+"""
+
+
+def _write_alias(folder: str) -> Path:
+    """Put a module `libploop` into the folder; never over another's."""
+    path = Path(folder) / "libploop.py"
+    try:
+        if path.read_text() == ALIAS:
+            return path
+    except FileNotFoundError:
+        pass
+    with path.open("x") as f:
+        f.write(ALIAS)
+    return path
+
+
+def main(argv: list[str] | None = None) -> int:
+    """`python -m pyploop.libploop --alias DIR`"""
+    p = argparse.ArgumentParser(prog="python -m pyploop.libploop")
+    p.add_argument("--alias", metavar="DIR", required=True, help="put a libploop.py there")
+    try:
+        print(_write_alias(p.parse_args(argv).alias))
+    except (OSError, ValueError) as e:
+        print(f"cannot write the alias: {e}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,112 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Where a copy goes in D2 and D3: packets into a socket, each answered there.
+
+Every answer is looked at.  The features of D3 are what the handshake agrees on
+(wire/d3.py); only a pyploop peer is spared the zeroes, since the C library's
+receiver takes a file that is there already.
+"""
+
+from __future__ import annotations
+
+import errno
+import math
+import time
+
+from pyploop import _core, transport
+from pyploop._core import Fault, Known, Pump
+from pyploop.compat import PLOOP, PYPLOOP
+from pyploop.errors import CancelledError, ReadError, WriteError
+from pyploop.events import Reporter
+from pyploop.freeze import FileSystems
+from pyploop.outputs import Packets, explain_write
+from pyploop.wire import d2, d3
+from pyploop.worker import run_cancellable
+
+WINDOW = 4096
+"""Packets that may be unanswered: 16 MiB in flight even if each has 4 KiB."""
+
+
+class PacketOutput:
+    """D2 or D3 packets into a socket."""
+
+    sink = _core.SINK_PACKETS
+    header_size = d2.HEADER_PACKET
+
+    def __init__(
+        self, fd: int, report: Reporter, *, answer_timeout: float, knows_async: bool = False
+    ) -> None:
+        """knows_async: the peer takes DATA_ASYNC even if it has no handshake.
+        answer_timeout: seconds for one answer."""
+        self.fd = fd
+        self.dialect = "D2"
+        self.framing = PLOOP
+        self.packets = Packets(unanswered=knows_async, window=WINDOW)
+        self.deadline = math.inf
+        self._report = report
+        self._timeout = answer_timeout
+
+    def check_apart(self, mounts: FileSystems) -> None:
+        pass  # where the peer writes is not known here
+
+    def hello(self) -> int:
+        """D3's handshake; to an older receiver it is a SYNC."""
+        offered = d3.offer()
+        greeting = d2.sync(features=offered)
+        closed = "the receiver closed the stream before anything was sent (see its own message)"
+        transport.write_all(self.fd, greeting, closed)
+        limit = time.monotonic() + self._timeout
+        (reply,) = d2.REPLY.unpack(
+            transport.read_exactly(
+                self.fd,
+                d2.REPLY.size,
+                lambda: min(limit, self.deadline),  # which a cancel moves
+                "waiting for the receiver's first answer",
+            )
+        )
+        try:
+            features = d3.agreed(offered, reply)
+        except ValueError:
+            raise WriteError(f"the receiver failed: {d2.meaning(reply)}") from None
+        if features & d3.PYPLOOP:
+            self.framing = PYPLOOP
+        digests = bool(features & d3.MD5)
+        unanswered = self.packets.unanswered or reply != 0
+        self.packets = Packets(unanswered, digests, WINDOW)
+        name = "D3" if reply else "D2"
+        extra = (", MD5" if digests else "") + (", async" if unanswered else "")
+        self.dialect = f"{name}, {self.framing.name}{extra}"
+        return len(greeting)
+
+    def prepare(self, known: Known | None) -> None:
+        pass  # zeroes are left to the framing
+
+    def sync(self, pump: Pump, waiting: bool, start: bytes) -> str:
+        self._ask(pump, d2.sync(digest=self.packets.digests), "SYNC")
+        return "acknowledged"
+
+    def header(self, pump: Pump, data: bytes) -> None:
+        self._ask(pump, d2.packet(d2.DATA, 0, data, self.packets.digests), "the header")
+
+    def finish(self, pump: Pump, size: int, start: bytes) -> str:
+        self._ask(pump, d2.end(self.packets.digests), "END")
+        return "acknowledged"
+
+    def _ask(self, pump: Pump, packet: bytes, about: str) -> None:
+        """Send a control packet; returns when it and all before it succeeded."""
+        timeout_ms = min(int(self._timeout * 1000), 2**31 - 1)
+        try:
+            run_cancellable(
+                lambda: pump.ask(packet, timeout_ms),
+                pump.cancel,
+                lambda: self._check_deadline(about),
+            )
+        except Fault as fault:
+            if fault.errno == errno.ECANCELED:
+                raise CancelledError("the copy was cancelled; no target was made") from fault
+            raise explain_write(fault) from fault
+
+    def _check_deadline(self, about: str) -> None:
+        if time.monotonic() > self.deadline:
+            raise ReadError(
+                f"no answer to {about} from the receiver in time (it may be dead or stuck)"
+            )
