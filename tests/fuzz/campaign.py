@@ -3,8 +3,9 @@
 """Fuzz the receiving pump: build the harness with clang, start from the corpus of
 the tree, run for a while, and say how it went.
 
-    tests/fuzz/campaign.py [--seconds N] [--jobs N] [--save]
+    tests/fuzz/campaign.py [--seconds N] [--jobs N] [--folder DIR] [--save]
 
+--folder keeps what was found for a later run, which goes on from there.
 --save minimises what was found interesting and writes it to the tree's corpus.
 Exit code 1 when there is a finding; its input is left in the folder named.
 """
@@ -61,9 +62,9 @@ def pack(folder: Path) -> int:
     return len(inputs)
 
 
-def fuzz(program: Path, corpus: Path, seconds: int, job: int) -> subprocess.Popen[str]:
+def fuzz(program: Path, corpus: Path, seconds: int) -> subprocess.Popen[str]:
     command = [
-        "nice", "-n", "19", str(program), str(corpus), f"-max_len={MAX_LEN}", f"-seed={job + 1}",
+        "nice", "-n", "19", str(program), str(corpus), f"-max_len={MAX_LEN}",
         f"-max_total_time={seconds}", "-timeout=5", "-print_final_stats=1", "-reload=1",
         f"-artifact_prefix={corpus.parent}/finding-",
     ]  # fmt: skip
@@ -74,13 +75,15 @@ def main() -> int:
     parser = argparse.ArgumentParser(description="Fuzz the receiving pump.")
     parser.add_argument("--seconds", type=int, default=60)
     parser.add_argument("--jobs", type=int, default=1)
+    parser.add_argument("--folder", type=Path, help="work here (a temporary folder)")
     parser.add_argument("--save", action="store_true", help="write the minimised corpus back")
     o = parser.parse_args()
-    folder = Path(tempfile.mkdtemp(prefix="pyploop-fuzz-"))
+    folder = o.folder or Path(tempfile.mkdtemp(prefix="pyploop-fuzz-"))
+    folder.mkdir(exist_ok=True)
     program = build(folder, CSRC, "clang", f"fuzzer,{SANITIZE}")
     corpus = folder / "corpus"
     unpack(corpus)
-    jobs = [fuzz(program, corpus, o.seconds, job) for job in range(o.jobs)]
+    jobs = [fuzz(program, corpus, o.seconds) for _ in range(o.jobs)]
     executed, found = 0, False
     for job in jobs:
         _, text = job.communicate()
