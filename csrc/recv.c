@@ -225,6 +225,8 @@ static int event(struct pl_recv *r, struct pl_recv_msg *msg, enum pl_stage *stag
 		return PL_RECV_END;
 	}
 	r->raw_got = 0;
+	/* Who asks for an answer is alive, however little it had to send. */
+	r->peer_gives = (struct pl_patience){ 0 };
 	return PL_RECV_SYNC;
 }
 
