@@ -6,7 +6,7 @@
 Sends a write, waits for its acknowledgement, appends "SEQ SENT ACKNOWLEDGED"
 (nanoseconds, CLOCK_MONOTONIC) to the ledger, and so on.  Orders come on stdin, one a
 line, answers go to stdout as JSON: `mark` tells what was since the last mark,
-`load N`, `verify`, `stop`.
+`load N`, `verify` and `database` ask the container, `stop`.
 """
 
 from __future__ import annotations
@@ -77,6 +77,10 @@ class Client:
                 checked, wrong = self.ask("V", "V")
                 self.last = time.monotonic_ns()
                 return {"checked": checked, "wrong": wrong}
+            case ["database"]:
+                rows, intact = self.ask("I", "I")
+                self.last = time.monotonic_ns()
+                return {"rows": rows, "acknowledged": self.seq, "intact": bool(intact)}
         return {"error": f"what is {words}?"}
 
     def run(self) -> None:

@@ -17,7 +17,8 @@ from lab.hosts import CONTAINER_NETNS, Host, Lab, run
 NAME = "ct"
 BUNDLE = Path("/srv/ct")
 IMAGE, ROOTFS = BUNDLE / "root.img", BUNDLE / "rootfs"
-CRIU_CONFIG, ACTION = BUNDLE / "criu.conf", BUNDLE / "criu-action"
+CRIU_CONFIG, ACTION = BUNDLE / "criu.conf", Path("/srv/criu-action")
+PYPLOOP_CONFIG = "/srv/pyploop.toml"
 LINK_UP, LINK_DOWN = "ip link set ct0 up", "ip link set ct0 down"
 IMAGE_BYTES = 512 << 20
 
@@ -28,6 +29,20 @@ IMAGE_BYTES = 512 << 20
 _CRIU_CONFIG = f"network-lock skip\naction-script {ACTION}\n"
 _ACTION = f"""#!/bin/sh
 [ "$CRTOOLS_SCRIPT_ACTION" != post-restore ] || exec {LINK_UP}
+"""
+_PYPLOOP_CONFIG = f"""
+[remote]
+agent = ["pyploop", "agent", "--config", "{PYPLOOP_CONFIG}"]
+
+[container.{NAME}]
+bundle = "{BUNDLE}"
+netns = "{CONTAINER_NETNS}"
+link_up = {json.dumps(LINK_UP.split())}
+link_down = {json.dumps(LINK_DOWN.split())}
+
+[[container.{NAME}.disk]]
+image = "{IMAGE}"
+mount = "{ROOTFS}"
 """
 
 
@@ -70,6 +85,17 @@ def write_bundle(host: Host, append_interval_ms: int = 5) -> None:
     host.outside(ACTION).chmod(0o755)
 
 
+def clear_bundle(host: Host) -> None:
+    """As before the container was ever on this host: what `pyploop migrate` expects
+    of a target, which brings configuration and image."""
+    host.run("rm", "-rf", BUNDLE)
+
+
+def write_pyploop_config(host: Host) -> None:
+    """How the container looks on this host, for `pyploop migrate` and its agent."""
+    host.outside(PYPLOOP_CONFIG).write_text(_PYPLOOP_CONFIG)
+
+
 def make_image(host: Host, guest: Path, size: int = IMAGE_BYTES) -> None:
     """The container's disk: a sparse raw image with an ext4 in it."""
     image = host.outside(IMAGE)
@@ -106,10 +132,10 @@ def loops(host: Host) -> list[str]:
 
 
 def start(host: Host) -> None:
-    null = subprocess.DEVNULL
+    log, null = host.folder / "run.log", subprocess.DEVNULL
     # Not host.run: the container's processes keep the descriptors they are given.
     done = subprocess.run(
-        host.command("runc", "--log", BUNDLE / "run.log", "run", "-d", "-b", BUNDLE, NAME),
+        host.command("runc", "--log", log, "run", "-d", "-b", BUNDLE, NAME),
         stdin=null,
         stdout=null,
         stderr=null,
@@ -117,7 +143,7 @@ def start(host: Host) -> None:
         check=False,
     )
     if done.returncode:
-        raise RuntimeError(f"runc run: {host.outside(BUNDLE / 'run.log').read_text()}")
+        raise RuntimeError(f"runc run: {log.read_text()}")
     host.run("sh", "-c", LINK_UP)
 
 
@@ -140,10 +166,12 @@ def remove(host: Host) -> None:
 
 @contextlib.contextmanager
 def container(lab: Lab, append_interval_ms: int = 5, size: int = IMAGE_BYTES) -> Iterator[None]:
-    """The container, running on host a; at the end removed from both hosts."""
+    """The container, running on host a, and unknown on host b; at the end removed
+    from both hosts."""
     guest = build_guest(lab.folder)
     for host in (lab.a, lab.b):
-        write_bundle(host, append_interval_ms)
+        write_pyploop_config(host)
+    write_bundle(lab.a, append_interval_ms)
     make_image(lab.a, guest, size)
     with contextlib.ExitStack() as stack:
         for host in (lab.a, lab.b):

@@ -10,7 +10,9 @@
  *             at the rate that "L MB_PER_SECOND" set; it remembers how often each
  *             block was written, so "V" finds blocks that the disk lost
  *
- * Replies: "A SEQ", "L ok", "V CHECKED WRONG", "E TEXT".  Times are CLOCK_REALTIME in
+ * "I" asks how many rows the database has, and whether it is intact.
+ *
+ * Replies: "A SEQ", "L ok", "V CHECKED WRONG", "I ROWS INTACT", "E TEXT".  Times are CLOCK_REALTIME in
  * nanoseconds: CRIU restores into a time namespace whose CLOCK_MONOTONIC goes on from
  * where it was at the dump, so that clock does not see the freeze.
  */
@@ -181,6 +183,19 @@ static void open_database(void)
 	}
 }
 
+/* The first column of the first row, as a copy: "" when there is none. */
+static void query(const char *sql, char text[LINE])
+{
+	sqlite3_stmt *statement;
+
+	text[0] = 0;
+	if (sqlite3_prepare_v2(db, sql, -1, &statement, NULL))
+		return;
+	if (sqlite3_step(statement) == SQLITE_ROW)
+		snprintf(text, LINE, "%s", (const char *)sqlite3_column_text(statement, 0));
+	sqlite3_finalize(statement);
+}
+
 static void answer(const char *request, char *reply)
 {
 	unsigned long long n;
@@ -201,6 +216,13 @@ static void answer(const char *request, char *reply)
 			nap_ms(TICK_MS);
 		snprintf(reply, LINE, "V %llu %llu\n", (unsigned long long)shared->checked,
 			 (unsigned long long)shared->wrong);
+	} else if (request[0] == 'I') {
+		char rows[LINE], verdict[LINE];
+
+		query("SELECT count(*) FROM ledger", rows);
+		query("PRAGMA integrity_check", verdict);
+		snprintf(reply, LINE, "I %llu %d\n", strtoull(rows, NULL, 10),
+			 strcmp(verdict, "ok") == 0);
 	} else {
 		snprintf(reply, LINE, "E unknown request\n");
 	}

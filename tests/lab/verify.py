@@ -61,6 +61,13 @@ class Client:
         assert answer["wrong"] == 0, f"{answer['wrong']} of {answer['checked']} blocks are wrong"
         return int(answer["checked"])
 
+    def verify_database(self) -> int:
+        """How many acknowledged writes the container's database has: all."""
+        answer = self.order("database")
+        assert answer["intact"], "the database is damaged"
+        assert answer["rows"] == answer["acknowledged"], answer
+        return int(answer["rows"])
+
     def close(self) -> None:
         self._process.kill()
         self._process.communicate()

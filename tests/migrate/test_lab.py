@@ -23,6 +23,7 @@ def test_a_container_moved_by_hand_keeps_its_connection_and_every_acknowledged_w
     a, b = two_hosts.a, two_hosts.b
     with container.container(two_hosts, size=192 << 20), verify.client(two_hosts) as client:
         client.load(5)
+        container.write_bundle(b)
         script = TESTS / "lab" / "naive.py"
         steps = json.loads(a.run("env", f"PYTHONPATH={TESTS}", sys.executable, script, b.name))
         assert (container.state(a), container.state(b)) == ("absent", "running")
