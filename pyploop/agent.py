@@ -252,19 +252,21 @@ def settle(host: HostConfig, migration: str) -> dict[str, Any]:
             return {"verdict": verdict.ABORTED, "failed": []}
         logs = [r for r in journal.records(folder) if r.fields.get("migration") == migration]
         log = next((r for r in logs if r.fields.get("side") == "target"), None)
-        if record.read() == verdict.COMMITTED:
-            if log is None:
-                return {"verdict": verdict.COMMITTED, "failed": []}
-            state = undoing.runtime_of(log.fields).state()
-            if state.running and not state.suspended:
-                failed = landing.complete(log.adopt())
-                return {"verdict": verdict.COMMITTED, "failed": failed}
+        word = record.read()
+        if word == verdict.RAN or (word == verdict.COMMITTED and (log is None or _runs(log))):
+            failed = landing.complete(log.adopt()) if log else []
+            return {"verdict": verdict.COMMITTED, "failed": failed}
         # Committed and not running: its end came before it could run.
         failed = undoing.undo_all(log.adopt()) if log else []
         record.write(verdict.ABORTED)
         if not failed:
             record.path.unlink(missing_ok=True)
         return {"verdict": verdict.ABORTED, "failed": failed}
+
+
+def _runs(log: journal.Record) -> bool:
+    state = undoing.runtime_of(log.fields).state()
+    return state.running and not state.suspended
 
 
 def vz_code(error: PyploopError) -> int:

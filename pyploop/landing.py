@@ -22,7 +22,7 @@ from pyploop.jobs import Job
 from pyploop.journal import Journal
 from pyploop.receiver import receive
 from pyploop.runtimes import COPY_FAILED, Facts, Runtime
-from pyploop.verdict import ABORTED, COMMITTED, Verdict
+from pyploop.verdict import ABORTED, COMMITTED, RAN, Verdict
 
 
 class Landing:
@@ -154,6 +154,7 @@ class Landing:
             self._withdraw()
             raise
         moments["running"] = time.monotonic()
+        self.verdict.write(RAN)
         return moments
 
     def start(self, alive: Callable[[], None], timeout: float, run: bool) -> None:
@@ -166,7 +167,7 @@ class Landing:
         try:
             if run:
                 self._runtime.start()
-            self.verdict.write(COMMITTED)
+            self.verdict.write(RAN)
             self.committed = True
         except BaseException:
             self._withdraw()

@@ -3,7 +3,8 @@
 
 Invariant: exactly one host runs the container.  The source lets it run again
 only after the target has said `aborted`, or was never asked to restore; the
-target lets it run only after `committed` is durable here.  Who asks later
+target lets it run only after `committed` is durable here, and never gives it
+back once it `ran`.  Who asks later
 waits until the one who might still decide has ended: a lock on the record,
 which his commands inherit, tells.
 """
@@ -21,7 +22,9 @@ from pathlib import Path
 from pyploop._core import fdatasync
 from pyploop.errors import BusyError, CreateError, ProtocolError, SyncError
 
-PENDING, COMMITTED, ABORTED = "pending", "committed", "aborted"
+PENDING, COMMITTED, RAN, ABORTED = "pending", "committed", "ran", "aborted"
+"""RAN: it was seen to run here after the commit, so what its peers were told since
+is true whatever became of it; `committed` alone may still have come to nothing."""
 _SIZE = 16
 _NAME = re.compile(r"[0-9a-f]{16}")
 POLL = 0.05
