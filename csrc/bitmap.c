@@ -94,6 +94,16 @@ int pl_bitmap_or(struct pl_bitmap *dst, const struct pl_bitmap *src)
 	return 0;
 }
 
+int pl_bitmap_and(struct pl_bitmap *dst, const struct pl_bitmap *src, bool invert)
+{
+	if (dst->size != src->size || dst->shift != src->shift)
+		return -EINVAL;
+	for (uint64_t w = 0; w < dst->nwords; w++)
+		if (dst->word[w])
+			dst->word[w] &= invert ? ~src->word[w] : src->word[w];
+	return 0;
+}
+
 int pl_bitmap_or_scaled(struct pl_bitmap *dst, const struct pl_bitmap *src)
 {
 	struct pl_extent run = { 0, 0 };

@@ -72,6 +72,8 @@ void pl_bitmap_set(struct pl_bitmap *b, uint64_t start, uint64_t end);
 void pl_bitmap_clear(struct pl_bitmap *b, uint64_t start, uint64_t end);
 /* dst |= src; the same size and shift, else -EINVAL. */
 int pl_bitmap_or(struct pl_bitmap *dst, const struct pl_bitmap *src);
+/* dst &= src, or dst &= ~src; the same size and shift, else -EINVAL. */
+int pl_bitmap_and(struct pl_bitmap *dst, const struct pl_bitmap *src, bool invert);
 /* dst |= src where src may be coarser or finer; the same size, else -EINVAL. */
 int pl_bitmap_or_scaled(struct pl_bitmap *dst, const struct pl_bitmap *src);
 uint64_t pl_bitmap_count(const struct pl_bitmap *b);	/* set bits */
@@ -239,6 +241,7 @@ int pl_pump_write(struct pl_pump *p, const void *buf, size_t len,
  */
 int pl_pump_ask(struct pl_pump *p, const void *buf, size_t len,
 		uint32_t timeout_ms, struct pl_fault *fault);
+void pl_pump_unlimit(struct pl_pump *p);	/* between two passes */
 void pl_pump_cancel(struct pl_pump *p);			/* any thread */
 void pl_pump_stats(const struct pl_pump *p, struct pl_pump_stats *out); /* any */
 

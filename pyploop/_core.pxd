@@ -21,6 +21,7 @@ cdef extern from "pl.h" nogil:
     void pl_bitmap_zero(pl_bitmap *b)
     void pl_bitmap_set(pl_bitmap *b, uint64_t start, uint64_t end)
     void pl_bitmap_clear(pl_bitmap *b, uint64_t start, uint64_t end)
+    int pl_bitmap_and(pl_bitmap *dst, const pl_bitmap *src, bint invert)
     int pl_bitmap_or_scaled(pl_bitmap *dst, const pl_bitmap *src)
     uint64_t pl_bitmap_count(const pl_bitmap *b)
     uint64_t pl_bitmap_bytes(const pl_bitmap *b)
@@ -112,6 +113,7 @@ cdef extern from "pl.h" nogil:
     int pl_pump_write(pl_pump *p, const void *buf, size_t len, pl_fault *fault)
     int pl_pump_ask(pl_pump *p, const void *buf, size_t len,
                     uint32_t timeout_ms, pl_fault *fault)
+    void pl_pump_unlimit(pl_pump *p)
     void pl_pump_cancel(pl_pump *p)
     void pl_pump_get_stats "pl_pump_stats"(const pl_pump *p, pl_pump_stats *out)
 

@@ -188,6 +188,19 @@ cdef class Bitmap:
         """self |= other; the granules may differ, the size may not."""
         _check(pl_bitmap_or_scaled(&self.b, &other.b))
 
+    def intersect(self, Bitmap other not None):
+        """self &= other; size and granule must agree."""
+        _check(pl_bitmap_and(&self.b, &other.b, False))
+
+    def subtract(self, Bitmap other not None):
+        """self &= ~other; size and granule must agree."""
+        _check(pl_bitmap_and(&self.b, &other.b, True))
+
+    def add(self, Extents extents not None):
+        """Mark every granule that one of the extents touches."""
+        for i in range(extents.n):
+            pl_bitmap_set(&self.b, extents.ext[i].start, extents.ext[i].end)
+
     @property
     def count(self):
         """Set bits."""
@@ -338,6 +351,10 @@ cdef class Pump:
             ret = pl_pump_ask(self.p, buf, n, timeout_ms, &fault)
         if ret < 0:
             raise _fault(ret, &fault)
+
+    def unlimit(self):
+        """Between two passes: no rate applies from now on."""
+        pl_pump_unlimit(self.p)
 
     def cancel(self):
         """From any thread: a run ends at once with ECANCELED."""

@@ -61,6 +61,29 @@ def test_bitmap_refuses_another_size_and_takes_another_granule() -> None:
         fine.update(None)  # type: ignore[arg-type]
 
 
+marks = st.sets(st.integers(0, SIZE // 4096))
+
+
+@given(marks, marks)
+@settings(deadline=None, max_examples=40)
+def test_bitmaps_meet_and_part_like_sets(a: set[int], b: set[int]) -> None:
+    def bitmap(blocks: set[int]) -> Bitmap:
+        made = Bitmap(SIZE)
+        pairs = ((n * 4096, min((n + 1) * 4096, SIZE)) for n in sorted(blocks))
+        made.add(Extents.of(pairs))
+        return made
+
+    def blocks(of: Bitmap) -> set[int]:
+        return {n for s, e in of.extents() for n in range(s // 4096, -(-e // 4096))}
+
+    both, first = bitmap(a), bitmap(a)
+    both.intersect(bitmap(b))
+    first.subtract(bitmap(b))
+    assert (blocks(both), blocks(first)) == (a & b, a - b)
+    with pytest.raises(OSError, match="Invalid argument"):
+        both.intersect(Bitmap(SIZE, 13))
+
+
 @given(st.binary(max_size=5000))
 @settings(deadline=None)
 def test_hash_is_zero_only_for_zeroes(data: bytes) -> None:
