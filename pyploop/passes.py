@@ -11,6 +11,7 @@ import contextlib
 import errno
 import mmap
 import os
+import threading
 import time
 from collections.abc import Callable
 
@@ -49,7 +50,7 @@ class Passes:
         self._options, self._report = options, report
         self._known: Known | None = None
         self._greeting = 0
-        self._cancelled = False
+        self._gone = threading.Event()
         self.window_start = time.monotonic()
         """When the marks that are now set began to be collected."""
         self.deadline: float | None = None
@@ -68,8 +69,16 @@ class Passes:
             unit = self._known.chunk
         self._out.prepare(self._known)
         self.pump = self._make_pump(framing.cluster(self._source, unit))
-        if self._cancelled:
+        if self._gone.is_set():
             self.pump.cancel()
+
+    def pause(self, seconds: float) -> None:
+        """Do nothing for a while; a cancel ends it."""
+        self._gone.wait(seconds)
+
+    def unlimit(self) -> None:
+        """--bwlimit is for the time in which the source runs."""
+        self.pump.unlimit()
 
     @property
     def stats(self) -> PumpStats:
@@ -78,7 +87,7 @@ class Passes:
 
     def cancel(self) -> None:
         """From any thread: what runs, and all that would, fails at once."""
-        self._cancelled = True
+        self._gone.set()
         self._out.deadline = 0.0
         with contextlib.suppress(AttributeError):  # not greeted yet
             self.pump.cancel()

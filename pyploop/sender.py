@@ -13,25 +13,27 @@ what it may have missed is compared by hash and sent again, or the copy fails.
 from __future__ import annotations
 
 import contextlib
+import gc
 import os
 import time
 from collections.abc import Iterator
 
 from pyploop import _core
-from pyploop._core import Extents
 from pyploop.device import Source
 from pyploop.errors import DeviceControlError, LoopError, OpenError
 from pyploop.events import Reporter
-from pyploop.freeze import FileSystems, Timeline, run_command
+from pyploop.freeze import FileSystems, run_command
 from pyploop.freeze.hold import Hold, Limits
 from pyploop.freeze.stoppers import Spec
 from pyploop.image import clear_in_use
 from pyploop.outputs import Output
 from pyploop.passes import Passes
 from pyploop.plan import Plan
-from pyploop.rounds import Round, decide
+from pyploop.recorder import Recorder
+from pyploop.rounds import Round
+from pyploop.running import Running, words
 from pyploop.summary import Options, Summary
-from pyploop.trackers import Batch, Tracker, Verdict
+from pyploop.trackers import Tracker
 from pyploop.units import format_size
 from pyploop.worker import run_cancellable
 
@@ -55,8 +57,7 @@ class Sender:
         self._source, self._tracker, self._out = source, tracker, out
         self._options, self._report = options, report
         self._undo = contextlib.ExitStack()
-        self._time_line = Timeline()
-        self._first: Round | None = None
+        self.recorder = Recorder()
         self.summary = Summary(
             source.path,
             source.size,
@@ -98,6 +99,18 @@ class Sender:
             self._passes.greet()
             self.summary.dialect = self._out.dialect
             report.info(f"Dialect: {self._out.dialect}")
+            self._running = Running(
+                source,
+                self._tracker,
+                self._out,
+                self._options,
+                report,
+                hold=self._hold,
+                mounts=self._mounts,
+                passes=self._passes,
+                summary=self.summary,
+                recorder=self.recorder,
+            )
             self._undo = undo.pop_all()
         return self
 
@@ -116,95 +129,15 @@ class Sender:
 
     def first_pass(self) -> Round:
         """All data of the source, and what may not be zero at the target."""
-        data, holes = self._passes.parts()
-        size = self._source.size
-        # The last block carries the exact size, so it goes in any case.
-        if not data or data[-1][1] < size:
-            data.append((max(size - 1, data[-1][1] if data else 0), size))
-            # So it is no hole any more: what was written there since then
-            # must not be followed by zeroes, its mark is gone.
-            holes = [(a, min(b, size - 1)) for a, b in holes if a < size - 1]
-        extents = Extents.of(data if size else [])
-        self._report.event("phase", phase="first pass", bytes=extents.bytes)
-        start = self._passes.window_start = time.monotonic()
-        sent = self._passes.send([Batch(extents)], _core.PASS_LAST | _core.PASS_HOOK)
-        if holes:
-            # The target may hold something there (Output.prepare).
-            sent += self._passes.send([Batch(Extents.of(holes), holes=True)])
-        seconds = time.monotonic() - start
-        self.summary.first_pass = seconds
-        self._report.info(
-            f"First pass: {format_size(sent)} in {seconds:.3f} s, {_rate(sent, seconds)}"
-        )
-        self._report.event("round", number=0, sent=sent, seconds=seconds, verdict="")
-        self._first = Round(sent, seconds, seconds)
-        return self._first
-
-    def converge(self) -> None:
-        """Rounds until the policy says that the rest is for the freeze."""
-        assert self._first is not None, "after first_pass"
-        rounds: list[Round] = []
-        while True:
-            decision = decide(self._first, rounds, self._options.policy)
-            if decision.freeze:
-                self._report.info(f"Stop iterating after round {len(rounds)}: {decision.why}")
-                return
-            rounds.append(self.round())
+        return self._running.first_pass()
 
     def round(self) -> Round:
         """What was dirtied until now, the file systems' page cache included."""
-        start = time.monotonic()
-        run_cancellable(self._write_back)
-        batches = self._tracker.take()
-        window_start, self._passes.window_start = self._passes.window_start, time.monotonic()
-        number = len(self.summary.rounds) + 1
-        total = sum(b.extents.bytes for b in batches)
-        self._report.event("phase", phase=f"round {number}", bytes=total)
-        send_start = time.monotonic()
-        sent = self._passes.send(batches)
-        seconds = time.monotonic() - send_start
-        verdict = self._tracker.check(quiesced=False)
-        repaired = self._repair(quiesced=False) if verdict.state == "lossy" else 0
-        result = Round(sent, seconds, send_start - window_start)
-        self.summary.rounds.append(
-            {
-                "number": number,
-                "sent": sent,
-                "seconds": seconds,
-                "sync_seconds": send_start - start,
-                "dirty_rate": result.dirty_rate,
-                "verdict": verdict.state,
-                "missed": verdict.missed,
-                "repaired": repaired,
-            }
-        )
-        self._report.event("round", **self.summary.rounds[-1])
-        self._report.info(
-            f"Round {number}: {format_size(sent)} in {seconds:.3f} s, "
-            f"dirtied at {format_size(result.dirty_rate)}/s"
-            + ("" if verdict.state == "unknown" else f", tracking {_words(verdict)}")
-        )
-        return result
+        return self._running.round(last=True)
 
-    def _write_back(self) -> None:
-        """What is dirty in page caches becomes writes, which trackers see."""
-        self._mounts.sync()
-        self._source.write_back()
-
-    def _repair(self, quiesced: bool) -> int | None:
-        """Compare what may have been missed; returns the bytes that differed,
-        None when the tracker has no way to tell."""
-        repair = self._tracker.repair(quiesced)
-        if repair is None:
-            return None if quiesced else 0
-        sent = self._passes.send(repair.batches)
-        self.summary.repairs += 1
-        self.summary.repaired_bytes += sent
-        self._report.note(
-            f"Lost events: compared {repair.scope} by hash, sent {format_size(sent)} that differed"
-        )
-        self._report.event("repair", scope=repair.scope, sent=sent, frozen=quiesced)
-        return sent
+    def converge(self) -> None:
+        """Rounds until the policy says that the rest is for the freeze."""
+        self._running.converge()
 
     @property
     def sent(self) -> int:
@@ -214,40 +147,26 @@ class Sender:
     def sync_target(self) -> str:
         """What was sent is durable at the target when this returns, as far as
         that can be known: the answer says how (`Output.sync`)."""
-        first_bytes = self._passes.first_bytes(4)
-        return self._out.sync(self._passes.pump, waiting=True, start=first_bytes)
+        return self._running.sync_target()
 
     def prepare_freeze(self) -> None:
         """The target durable so far, the watchdog ready, and one more round;
         nothing when there is nothing to freeze or stop."""
-        if not self._stops:
-            return
-        self._report.event("phase", phase="sync", bytes=None)
-        start = time.monotonic()
-        how = self.sync_target()
-        self._report.info(
-            f"Target synced before the freeze ({how}, {time.monotonic() - start:.3f} s)"
-        )
-        self._hold.prepare()
-        # What was dirtied meanwhile must not wait for the freeze.
-        self.round()
-        self._mounts.warm_up()
+        self._running.prepare_freeze()
 
     # ---- frozen
-
-    @property
-    def _stops(self) -> bool:
-        return bool(self._hold)
 
     @contextlib.contextmanager
     def frozen(self) -> Iterator[None]:
         """Stopped and frozen while the body runs `last_blocks` and `finish`."""
-        report, step = self._report, self._time_line.step
+        report, step = self._report, self.recorder.step
         report.event("phase", phase="frozen", bytes=None)
         before = self._passes.stats.data
         with contextlib.ExitStack() as held:
             held.enter_context(report.held())
             held.enter_context(self._hold.undone())
+            held.enter_context(_no_collection())
+            self.recorder.stage = "frozen"
             self._stop_and_freeze()
             yield
             if self._options.before_thaw:
@@ -256,14 +175,16 @@ class Sender:
                     run_command(self._options.before_thaw, what, self._time_left())
             with step("thaw"):
                 self._hold.release(self._options.resume)
+            self.recorder.stage = "running"
             self._passes.deadline = None
             self._tell(self._passes.stats.data - before)
 
     def _stop_and_freeze(self) -> None:
-        options, step = self._options, self._time_line.step
+        options, step = self._options, self.recorder.step
+        self._passes.unlimit()
         scanned = self._tracker.name == "scan" and not self._mounts
         limits = None
-        if options.freeze_limit and self._stops and not scanned:
+        if options.freeze_limit and self._running.stops and not scanned:
             # A scan compares all there is after the stop: as long as it takes.
             limits = Limits.of(options.freeze_limit)
             self._passes.deadline = time.monotonic() + limits.own
@@ -271,34 +192,34 @@ class Sender:
             self._out.deadline = min(self._out.deadline, self._passes.deadline)
         with step("stop command") if self._specs() else contextlib.nullcontext():
             self._hold.stop(limits)
-        self._source.check_same()
         with step("source sync"):
-            run_cancellable(self._write_back)
+            run_cancellable(self._running.write_back)
         with step("freeze"):
             self._mounts.freeze()
 
     def last_blocks(self) -> None:
         """Send what is dirty until nothing is, and no event is missing."""
-        limit = FINAL_PASSES if self._stops else UNSTOPPED_PASSES
+        limit = FINAL_PASSES if self._running.stops else UNSTOPPED_PASSES
         stamp = self._stamp()
         for _ in range(limit):
             if self._last_pass():
                 break
         else:
             raise self._still_written()
-        if self._stops and self._stamp() != stamp:
+        if self._running.stops and self._stamp() != stamp:
             raise self._still_written()
-        self._source.check_same()
-        self._hold.check()
+        with self.recorder.step("prove"):
+            self._source.check_same()
+            self._hold.check()
 
     def finish(self) -> None:
         """The end of the image; returns when the target is durable, as far as
         that can be known (`summary.acknowledged`)."""
-        pump, step = self._passes.pump, self._time_line.step
+        pump, step = self._passes.pump, self.recorder.step
         with step("last blocks"):
             start = self._passes.first_bytes(self._out.header_size)
-            # Before END: the ploop driver refuses when blocks are unread.
-            self._tracker.stop(True)
+            if self._tracker.stop_before_end:
+                self._tracker.stop(True)
             if self._source.image_format == "ploop1":
                 self._out.header(pump, clear_in_use(start))
         with step("target commit"):
@@ -311,14 +232,31 @@ class Sender:
     def _tell(self, sent: int) -> None:
         """The summary's figures, and the events about them."""
         s, report, stats = self.summary, self._report, self._passes.stats
-        s.frozen = self._time_line.steps
+        s.frozen = self.recorder.seconds("frozen")
+        s.frozen_remote = self.recorder.seconds("frozen", "target")
         s.frozen_total = sum(s.frozen.values())
+        s.frozen_window = self.recorder.window("target commit")
+        if s.predicted is not None and s.frozen_window:
+            s.prediction_ratio = s.frozen_window / s.predicted
         s.frozen_bytes = sent
-        report.event("frozen", steps=s.frozen, total=s.frozen_total, sent=sent)
+        s.largest_part = self.recorder.advice()
+        report.event(
+            "frozen",
+            steps=s.frozen,
+            remote=s.frozen_remote,
+            total=s.frozen_total,
+            window=s.frozen_window,
+            sent=sent,
+        )
         report.info(
             f"Frozen for {s.frozen_total:.3f} s ({format_size(sent)} sent): "
-            + ", ".join(f"{k} {v:.3f}" for k, v in s.frozen.items())
+            + ", ".join(f"{k} {v:.3f}" for k, v in self.recorder.frozen_parts().items())
         )
+        if s.predicted is not None:
+            report.info(
+                f"Predicted: {s.predicted:.3f} s until the target is durable; "
+                f"it was {s.frozen_window:.3f} s"
+            )
         s.data_bytes, s.wire_bytes, s.read_bytes = stats.data, stats.wire, stats.read
         s.frames = stats.frames
         report.event("summary", **vars(s))
@@ -331,28 +269,28 @@ class Sender:
 
     def _last_pass(self) -> bool:
         """One pass over what is dirty; true when it was the last."""
-        with self._time_line.step("prove"):
+        with self.recorder.step("prove"):
             verdict = self._tracker.check(quiesced=True)
         if verdict.state == "busy":
             raise self._still_written()
-        with self._time_line.step("last blocks"):
-            sent = self._passes.send(self._tracker.take())
+        with self.recorder.step("last blocks"):
+            sent = self._passes.send(self._running.take())
         if verdict.state in ("complete", "unknown"):
             self.summary.completeness = verdict.state
             # A stopped scan has compared everything: once is enough.
-            return sent == 0 or (self._stops and self._tracker.name == "scan")
-        with self._time_line.step("repair"):
-            if self._repair(quiesced=True) is None:
+            return sent == 0 or (self._running.stops and self._tracker.name == "scan")
+        with self.recorder.step("repair"):
+            if self._running.repair(quiesced=True) is None:
                 raise DeviceControlError(
-                    f"tracking of {self._source.path} lost events ({_words(verdict)}) and cannot "
+                    f"tracking of {self._source.path} lost events ({words(verdict)}) and cannot "
                     "tell which; no target was made"
                 )
         return False  # prove again, from the new base
 
     def _still_written(self) -> LoopError:
-        who = (
-            "although it should be stopped" if self._stops else "and nothing stops its writer (-F)"
-        )
+        who = "and nothing stops its writer (-F)"
+        if self._running.stops:
+            who = "although it should be stopped"
         return LoopError(f"{self._source.path} is still being written {who}; no target was made")
 
     def _stamp(self) -> int:
@@ -360,11 +298,13 @@ class Sender:
         return os.fstat(self._source.fd).st_mtime_ns if self._source.kind == "file" else 0
 
 
-def _rate(n: int, seconds: float) -> str:
-    return f"{format_size(n / seconds if seconds else 0)}/s"
-
-
-def _words(verdict: Verdict) -> str:
-    if verdict.state == "lossy":
-        return f"lossy, at least {format_size(verdict.missed)} missed"
-    return verdict.state + (f" ({verdict.why})" if verdict.why else "")
+@contextlib.contextmanager
+def _no_collection() -> Iterator[None]:
+    """Python's garbage can wait until after the freeze."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()

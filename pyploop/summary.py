@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -28,6 +28,8 @@ class Options:
     freeze_limit: float = 60.0
     """From the stop command on the copy fails and everything is undone before
     so many seconds have passed; 0: never."""
+    throttle: Callable[[], None] | None = None
+    """Slows the writer down, when nothing else helps; calling twice is harmless."""
 
 
 @dataclass
@@ -47,7 +49,18 @@ class Summary:
     first_pass: float = 0.0
     rounds: list[dict[str, Any]] = field(default_factory=list)
     frozen: dict[str, float] = field(default_factory=dict)
+    frozen_remote: dict[str, float] = field(default_factory=dict)
+    """What the target did meanwhile, as it says."""
     frozen_total: float = 0.0
+    frozen_window: float = 0.0
+    """From the stop command's start until the target was durable."""
+    predicted: float | None = None
+    """The same, as forecast just before; None: nothing was frozen."""
+    prediction_ratio: float | None = None
+    """frozen_window over predicted."""
+    max_freeze: float | None = None
+    largest_part: str = ""
+    """Which part of the frozen time was the largest, and what would shorten it."""
     frozen_bytes: int = 0
     completeness: str = "unknown"
     repaired_bytes: int = 0

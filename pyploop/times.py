@@ -15,10 +15,16 @@ MIGRATION_ROWS = (
 TOTAL = "Total suspended time"
 
 
-def table(rows: Iterable[tuple[str, float]], total: float, *, decimals: int = 2) -> str:
+def table(
+    rows: Iterable[tuple[str, float]],
+    total: float,
+    *,
+    total_name: str = TOTAL,
+    decimals: int = 2,
+) -> str:
     """The rows (name, seconds), a rule, and the total."""
     lines = [_row(name, seconds, decimals) for name, seconds in rows]
-    lines += [f"  {'':>20}  {'------':>6}", _row(TOTAL, total, decimals)]
+    lines += [f"  {'':>20}  {'------':>6}", _row(total_name, total, decimals)]
     return "\n".join(lines)
 
 

@@ -14,9 +14,10 @@ import stat
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 from typing import IO
 
-from pyploop import device, transport
+from pyploop import device, times, transport
 from pyploop.cli.arguments import Parser, parsed
 from pyploop.cli.stops import StopAction
 from pyploop.compat import COMPATS
@@ -30,6 +31,8 @@ from pyploop.errors import (
 from pyploop.events import JsonRenderer, ProgressRenderer, Reporter, TextRenderer
 from pyploop.outputs import open_output
 from pyploop.receiver import receive
+from pyploop.recorder import Recorder, chrome_trace
+from pyploop.rounds import Policy
 from pyploop.sender import Sender
 from pyploop.summary import Options
 from pyploop.trackers import TRACKERS
@@ -156,9 +159,34 @@ def parser() -> Parser:
     add(
         "--freeze-limit",
         type=parsed(parse_time, "time"),
-        default=FREEZE_LIMIT,
         metavar="TIME",
-        help="give up, and undo everything, when the freeze lasts longer (60; 0: never)",
+        help="give up, and undo everything, when the freeze lasts longer (60; with --max-freeze "
+        "twice that and a second; 0: never)",
+    )
+    add(
+        "--max-freeze",
+        type=parsed(parse_time, "time"),
+        metavar="TIME",
+        help="freeze only when it is expected to last this long at most, else go on iterating",
+    )
+    add(
+        "--deadline",
+        type=parsed(parse_time, "time"),
+        default=Policy.deadline,
+        metavar="TIME",
+        help="with --max-freeze: iterate so long at most after the first pass (600)",
+    )
+    add(
+        "--on-deadline",
+        choices=("freeze", "abort"),
+        default=Policy.on_deadline,
+        help="what to do then (abort)",
+    )
+    add("-t", "--times", action="store_true", help="print where the frozen time went")
+    add(
+        "--trace",
+        metavar="FILE",
+        help="write what both ends did as a Chrome trace (chrome://tracing, Perfetto)",
     )
     g = p.add_argument_group("both ends")
     add = g.add_argument
@@ -256,6 +284,9 @@ def _send(o: argparse.Namespace, report: Reporter) -> None:
         if o.feedback is not None:
             transport.check_stream(o.feedback, "-f")
         _clear_stderr(o)
+    freeze_limit = o.freeze_limit
+    if freeze_limit is None:
+        freeze_limit = FREEZE_LIMIT if o.max_freeze is None else 2 * o.max_freeze + 1
     options = Options(
         stops=o.stops or (),
         resume=o.resume,
@@ -263,7 +294,8 @@ def _send(o: argparse.Namespace, report: Reporter) -> None:
         stall=o.timeout,
         rate=o.bwlimit,
         readers=o.readers,
-        freeze_limit=o.freeze_limit,
+        freeze_limit=freeze_limit,
+        policy=Policy(max_freeze=o.max_freeze, deadline=o.deadline, on_deadline=o.on_deadline),
     )
     with (
         open_output(
@@ -280,8 +312,36 @@ def _send(o: argparse.Namespace, report: Reporter) -> None:
         tracker = choose(o.tracker, source, o.cluster)
         if o.compat == "ploop" and tracker.name == "ploop":
             # The C tool reads the driver's marks until there are none, once.
-            options.policy = replace(options.policy, max_rounds=1)
-        Sender(source, tracker, out, options, report).run()
+            options.policy = replace(options.policy, max_rounds=1, patience=0)
+        sender = Sender(source, tracker, out, options, report)
+        try:
+            sender.run()
+        finally:
+            # Of a copy that failed, too: that is when one wants to see it.
+            if o.trace is not None:
+                _write_trace(o.trace, sender.recorder, report)
+        if o.times:
+            _tell_times(sender, report)
+
+
+def _write_trace(path: str, recorder: Recorder, report: Reporter) -> None:
+    """A trace that cannot be written does not spoil the copy."""
+    try:
+        Path(path).write_text(chrome_trace(recorder))
+    except OSError as e:
+        report.error(f"--trace {path}: {e.strerror}")
+
+
+def _tell_times(sender: Sender, report: Reporter) -> None:
+    summary, parts = sender.summary, sender.recorder.frozen_parts()
+    if not parts:
+        return
+    rows = [(name.capitalize(), seconds) for name, seconds in parts.items()]
+    for line in times.table(rows, sum(parts.values()), total_name="Total", decimals=4).split("\n"):
+        report.note(line)
+    if summary.predicted is not None:
+        report.note(f"  {'Predicted':>20}: {summary.predicted:6.4f} (until durable)")
+    report.note(summary.largest_part)
 
 
 def _check_output(fd: int) -> None:

@@ -10,6 +10,5 @@ Invariant: whatever freezes, thaws on every path (pyploop.plan).
 
 from pyploop.freeze.command import run_command
 from pyploop.freeze.filesystems import FileSystems
-from pyploop.freeze.timeline import Timeline
 
-__all__ = ["FileSystems", "Timeline", "run_command"]
+__all__ = ["FileSystems", "run_command"]

@@ -22,6 +22,9 @@ from pyploop.freeze.stoppers import Spec, Stopper, build
 from pyploop.journal import folder
 from pyploop.plan import Plan
 
+STOP_ASSUMED = 0.01
+"""Seconds of one stop command."""
+
 
 @dataclass(frozen=True)
 class Limits:
@@ -60,6 +63,12 @@ class Hold:
     def __bool__(self) -> bool:
         """There is something to stop or freeze."""
         return bool(self._stoppers or self._mounts)
+
+    @property
+    def expected(self) -> float:
+        """Seconds that stopping will take, as far as one can know: nobody can
+        try it out."""
+        return STOP_ASSUMED * len(self._stoppers)
 
     def prepare(self) -> None:
         """While all runs: locks, the watchdog, the journal, and whether each

@@ -64,6 +64,8 @@ class Tracker(Protocol):
     """Why this one was taken, for the log."""
     needs_hashes: bool
     """The pump must keep hashes of what it sent."""
+    stop_before_end: bool
+    """`stop` may refuse, when blocks are unread: so it comes before END."""
 
     def start(self, plan: Plan | None = None) -> None:
         """Begin to track, before the first block is read.  plan: for what

@@ -61,6 +61,7 @@ class BpfTracker:
 
     name = "bpf"
     needs_hashes = True
+    stop_before_end = False
 
     def __init__(self, source: Source, why: str = "asked for") -> None:
         if source.block is None:

@@ -49,6 +49,7 @@ class DmTracker:
 
     name = "dm"
     needs_hashes = False
+    stop_before_end = True
 
     def __init__(self, source: Source, why: str = "asked for", run: Run = dmsetup) -> None:
         self.why = why

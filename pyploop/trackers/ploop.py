@@ -26,6 +26,7 @@ class PloopTracker:
 
     name = "ploop"
     needs_hashes = False
+    stop_before_end = True
 
     def __init__(self, source: Source, why: str = "asked for") -> None:
         if source.kind != "ploop":

@@ -20,6 +20,7 @@ class ScanTracker:
 
     name = "scan"
     needs_hashes = True
+    stop_before_end = False
 
     def __init__(self, source: Source, why: str = "asked for") -> None:
         self._source = source

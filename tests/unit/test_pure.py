@@ -37,7 +37,6 @@ from pyploop.errors import (
 from pyploop.events import JsonRenderer, Reporter, TextRenderer
 from pyploop.freeze import FileSystems
 from pyploop.outputs import FileOutput
-from pyploop.rounds import Policy, Round, decide
 from pyploop.sender import Sender
 from pyploop.sink import Sink
 from pyploop.summary import Options
@@ -79,43 +78,6 @@ def test_times_are_read_and_sizes_are_written() -> None:
     assert [format_size(n) for n in (17, 4096, 1 << 31, 1 << 50)] == [
         "17 B", "4.0 KiB", "2.0 GiB", "1024.0 TiB",
     ]  # fmt: skip
-
-
-# ---- rounds
-
-MIB = 1 << 20
-FIRST = Round(1000 * MIB, 10, 10)
-
-
-def freeze_after(sent: list[int]) -> int | None:
-    """The number of rounds of this trace after which it freezes."""
-    for n in range(len(sent) + 1):
-        if decide(FIRST, [Round(s, 0.1, 1) for s in sent[:n]], Policy()).freeze:
-            return n
-    return None
-
-
-@pytest.mark.parametrize(
-    ("trace", "rounds"),
-    [
-        ([0], 1),
-        ([MIB], 1),
-        ([2 * MIB], 1),
-        ([900 * MIB, 400 * MIB, 100 * MIB, 10 * MIB, MIB], 5),
-        ([100 * MIB, 100 * MIB, 100 * MIB, 100 * MIB], 3),
-        ([100 * MIB, 10 * MIB, 90 * MIB, 9 * MIB, 80 * MIB], 3),
-        ([int(2**40 * 0.5**n) for n in range(20)], 10),
-        ([], None),
-    ],
-    ids=["idle", "small", "small for the rate", "shrinking", "steady", "bursty", "ten", "none"],
-)
-def test_rounds_end_when_more_do_not_help(trace: list[int], rounds: int | None) -> None:
-    assert freeze_after(trace) == rounds
-
-
-def test_a_round_without_time_has_no_rate() -> None:
-    assert (Round(5, 0, 0).rate, Round(5, 0, 0).dirty_rate) == (0, 0)
-    assert decide(Round(0, 0, 0), [Round(0, 0, 0)], Policy()).freeze
 
 
 # ---- D1

@@ -1,0 +1,160 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The flight recorder: what happened when, at both ends, on one clock.
+
+All times are seconds of this machine's CLOCK_MONOTONIC; those of the peer are
+moved onto it by `Clock`, and are uncertain by half its best round trip.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any, Literal
+
+Side = Literal["source", "target"]
+Stage = Literal["running", "frozen"]
+
+_CURES = {
+    "stop command": "a stop command that does less: --freeze cgroup:PATH takes about a millisecond",
+    "source sync": "less to write back after the stop: a slower writer (--throttle), a faster disk",
+    "freeze": "a writable /sys/kernel/rcu_expedited, and a stop command that is short",
+    "prove": "an idle disk: writes were still in flight",
+    "last blocks": "less that is dirty (--max-freeze waits for that), or a faster way to the peer",
+    "repair": "a kernel whose completion events reach BPF: lost ones had to be found by hash",
+    "way there": "a shorter way to the peer, or less in its buffers",
+    "remote write": "less that is dirty (--max-freeze waits for that), or a faster target",
+    "remote sync": "a target disk that flushes faster",
+    "remote commit": "a target file system whose journal is on a faster disk",
+    "way back": "a shorter way to the peer",
+    "target commit": "a target disk that flushes faster",
+    "before thaw": "a shorter --before-thaw command",
+    "thaw": "nothing of ours: thawing is one system call",
+}
+
+
+@dataclass(frozen=True)
+class Span:
+    """From `start` to `end`, in seconds."""
+
+    name: str
+    start: float
+    end: float
+    side: Side = "source"
+    stage: Stage = "running"
+
+    @property
+    def seconds(self) -> float:
+        return self.end - self.start
+
+
+class Clock:
+    """The peer's clock minus ours, from the exchange with the shortest round
+    trip (as NTP does it): the error is at most half of that."""
+
+    def __init__(self) -> None:
+        self.offset: float | None = None
+        """Seconds; None: nothing was exchanged."""
+        self.round_trip = 0.0
+        """Of the best exchange, what the peer did in between taken off."""
+
+    def exchange(self, sent: float, arrived: float, answered: float, got: float) -> None:
+        """sent, got: our clock; arrived, answered: the peer's."""
+        round_trip = max((got - sent) - (answered - arrived), 0.0)
+        if self.offset is None or round_trip <= self.round_trip:
+            self.round_trip = round_trip
+            self.offset = ((arrived - sent) + (answered - got)) / 2
+
+    def here(self, at: float) -> float:
+        """A time of the peer's on our clock."""
+        return at - (self.offset or 0.0)
+
+
+class Recorder:
+    """Collects spans; one thread."""
+
+    def __init__(self, now: Callable[[], float] = time.monotonic) -> None:
+        self.now = now
+        self.spans: list[Span] = []
+        self.clock = Clock()
+        self.stage: Stage = "running"
+
+    @contextlib.contextmanager
+    def step(self, name: str) -> Iterator[None]:
+        """The time of the body, also of one that fails."""
+        start = self.now()
+        try:
+            yield
+        finally:
+            self.add(name, start, self.now())
+
+    def add(self, name: str, start: float, end: float, side: Side = "source") -> None:
+        self.spans.append(Span(name, start, end, side, self.stage))
+
+    def seconds(self, stage: Stage, side: Side = "source") -> dict[str, float]:
+        """Name -> seconds, in order of the first of each name."""
+        total: dict[str, float] = {}
+        for s in self.spans:
+            if (s.stage, s.side) == (stage, side):
+                total[s.name] = total.get(s.name, 0.0) + s.seconds
+        return total
+
+    def window(self, last: str) -> float:
+        """Seconds from the first frozen step to the end of the step `last`."""
+        frozen = [s for s in self.spans if s.stage == "frozen" and s.side == "source"]
+        ends = [s.end for s in frozen if s.name == last]
+        return ends[-1] - frozen[0].start if ends else 0.0
+
+    def frozen_parts(self) -> dict[str, float]:
+        """The frozen time by who spent it: the wait for the target's answer
+        split into what the target said about it, if it did."""
+        parts = self.seconds("frozen")
+        remote = self.seconds("frozen", "target")
+        waited = parts.pop("target commit", None)
+        if waited is None:
+            return parts
+        after: list[str] = [k for k in ("before thaw", "thaw") if k in parts]
+        thaw = {k: parts.pop(k) for k in after}
+        return {**parts, **(remote or {"target commit": waited}), **thaw}
+
+    def advice(self) -> str:
+        """One line about the largest part; empty when nothing was frozen."""
+        parts = self.frozen_parts()
+        total = sum(parts.values())
+        if not total:
+            return ""
+        name = max(parts, key=lambda k: parts[k])
+        return (
+            f"Largest part: {name}, {parts[name] * 1000:.1f} of {total * 1000:.1f} ms; "
+            f"what would shorten it: {_CURES.get(name, 'not known')}"
+        )
+
+
+def chrome_trace(recorder: Recorder) -> str:
+    """The Trace Event Format that chrome://tracing and Perfetto read: one
+    process for each end, microseconds since the first span."""
+    spans = recorder.spans
+    zero = min((s.start for s in spans), default=0.0)
+    pids = {"source": 1, "target": 2}
+    events: list[dict[str, Any]] = [
+        {"ph": "M", "name": "process_name", "pid": pid, "tid": 0, "args": {"name": side}}
+        for side, pid in pids.items()
+    ]
+    events += [
+        {
+            "ph": "X",
+            "name": s.name,
+            "cat": s.stage,
+            "pid": pids[s.side],
+            "tid": 1,
+            "ts": round((s.start - zero) * 1e6, 1),
+            "dur": round(s.seconds * 1e6, 1),
+        }
+        for s in spans
+    ]
+    clock = recorder.clock
+    other = {"clock_offset": clock.offset, "clock_error": clock.round_trip / 2}
+    document = {"traceEvents": events, "displayTimeUnit": "ms", "otherData": other}
+    return json.dumps(document, indent=1) + "\n"

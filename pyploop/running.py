@@ -1,0 +1,313 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a copy does while its source runs: the first pass, the rounds, and the
+approach to the freeze.
+
+A round is a sync of the source, then what that and the writer dirtied.  Each
+is measured; `rounds` decides on the measurements.
+"""
+
+from __future__ import annotations
+
+import itertools
+import time
+
+from pyploop import _core
+from pyploop._core import Extents
+from pyploop.device import Source
+from pyploop.errors import LoopError
+from pyploop.events import Reporter
+from pyploop.freeze import FileSystems
+from pyploop.freeze.hold import Hold
+from pyploop.hot import HotBlocks
+from pyploop.outputs import Output
+from pyploop.passes import Passes
+from pyploop.recorder import Recorder
+from pyploop.rounds import (
+    MEANINGFUL,
+    Costs,
+    Decision,
+    Forecast,
+    Measured,
+    Round,
+    decide,
+    forecast,
+)
+from pyploop.summary import Options, Summary
+from pyploop.trackers import Batch, Tracker, Verdict
+from pyploop.units import MIB, format_size
+from pyploop.worker import run_cancellable
+
+APPROACHES = 3
+"""Target syncs before the freeze, when no --max-freeze asks for more."""
+UNSYNCED = 4 * MIB
+"""Bytes sent since the target's last sync that are left to the freeze."""
+TARGET_WINDOW = 32 * MIB
+"""Bytes that a target of ours leaves unwritten while it receives, about."""
+RETRY = 0.2
+"""Seconds between two approaches that ended in vain: each stalls the writer."""
+
+
+class Running:
+    """The part of one copy before its freeze."""
+
+    def __init__(
+        self,
+        source: Source,
+        tracker: Tracker,
+        out: Output,
+        options: Options,
+        report: Reporter,
+        *,
+        hold: Hold,
+        mounts: FileSystems,
+        passes: Passes,
+        summary: Summary,
+        recorder: Recorder,
+    ) -> None:
+        self._source, self._tracker, self._out = source, tracker, out
+        self._options, self._report = options, report
+        self._hold, self._mounts = hold, mounts
+        self._passes, self._summary, self._recorder = passes, summary, recorder
+        self._hot = HotBlocks(source.size)
+        self._rounds: list[Round] = []
+        self._first = Round(0, 0, 0)
+        self._first_end = time.monotonic()
+        self._sent_at_sync = 0
+        self._target_times: list[tuple[int, float]] = []
+        self._freeze_time: float | None = None
+
+    @property
+    def stops(self) -> bool:
+        """Something will be frozen or stopped."""
+        return bool(self._hold)
+
+    # ---- passes
+
+    def first_pass(self) -> Round:
+        """All data of the source, and what may not be zero at the target."""
+        data, holes = self._passes.parts()
+        size = self._source.size
+        # The last block carries the exact size, so it goes in any case.
+        if not data or data[-1][1] < size:
+            data.append((max(size - 1, data[-1][1] if data else 0), size))
+            # So it is no hole any more: what was written there since then
+            # must not be followed by zeroes, its mark is gone.
+            holes = [(a, min(b, size - 1)) for a, b in holes if a < size - 1]
+        extents = Extents.of(data if size else [])
+        self._report.event("phase", phase="first pass", bytes=extents.bytes)
+        start = self._passes.window_start = time.monotonic()
+        with self._recorder.step("first pass"):
+            sent = self._passes.send([Batch(extents)], _core.PASS_LAST | _core.PASS_HOOK)
+            if holes:
+                # The target may hold something there (Output.prepare).
+                sent += self._passes.send([Batch(Extents.of(holes), holes=True)])
+        self._first_end = time.monotonic()
+        seconds = self._first_end - start
+        self._summary.first_pass = seconds
+        self._report.info(
+            f"First pass: {format_size(sent)} in {seconds:.3f} s, "
+            f"{format_size(sent / seconds if seconds else 0)}/s"
+        )
+        self._report.event("round", number=0, sent=sent, seconds=seconds, verdict="")
+        self._first = Round(sent, seconds, seconds)
+        return self._first
+
+    def round(self, last: bool = False, paused: bool = False) -> Round:
+        """What was dirtied until now, the file systems' page cache included;
+        hot blocks too when it may be the last."""
+        number = len(self._rounds) + 1
+        start = time.monotonic()
+        before = self._tracker.pending()
+        run_cancellable(self.write_back)
+        after = self._tracker.pending()
+        batches = self._tracker.take()
+        window_start, self._passes.window_start = self._passes.window_start, time.monotonic()
+        dirty = None
+        if not any(b.changed for b in batches):
+            dirty = sum(b.extents.bytes for b in batches)
+            sift = not last and not self._out.framing.as_ploop
+            batches = self._hot.sift(batches) if sift else self._hot.all(batches)
+        total = sum(b.extents.bytes for b in batches)
+        self._report.event("phase", phase=f"round {number}", bytes=total)
+        send_start = time.monotonic()
+        sent = self._passes.send(batches)
+        end = time.monotonic()
+        self._recorder.add("source sync", start, send_start)
+        self._recorder.add(f"round {number}", send_start, end)
+        verdict = self._tracker.check(quiesced=False)
+        repaired = self.repair(quiesced=False) if verdict.state == "lossy" else 0
+        result = Round(
+            sent,
+            end - send_start,
+            send_start - window_start,
+            dirty=dirty,
+            sync=send_start - start,
+            flushed=max(after - before, 0) if before is not None and after is not None else 0,
+            left=self._hot.left,
+            paused=paused,
+        )
+        self._rounds.append(result)
+        self._tell(result, verdict, repaired)
+        return result
+
+    def _tell(self, r: Round, verdict: Verdict, repaired: int | None) -> None:
+        fields = {
+            "number": len(self._rounds),
+            "sent": r.sent,
+            "seconds": r.seconds,
+            "sync_seconds": r.sync,
+            "flushed": r.flushed,
+            "window": r.window,
+            "dirty": r.dirty,
+            "dirty_rate": r.dirty_rate,
+            "left": r.left,
+            "forecast": forecast(self.measured()).total,
+            "verdict": verdict.state,
+            "missed": verdict.missed,
+            "repaired": repaired,
+        }
+        self._summary.rounds.append(fields)
+        self._report.event("round", **fields)
+        self._report.info(
+            f"Round {fields['number']}: {format_size(r.sent)} in {r.seconds:.3f} s, "
+            f"dirtied at {format_size(r.dirty_rate)}/s"
+            + (f", {format_size(r.left)} hot left for last" if r.left else "")
+            + ("" if verdict.state == "unknown" else f", tracking {words(verdict)}")
+        )
+
+    def take(self) -> list[Batch]:
+        """All that is dirty, for a pass inside the freeze."""
+        return self._hot.all(self._tracker.take())
+
+    def write_back(self) -> None:
+        """What is dirty in page caches becomes writes, which trackers see."""
+        self._mounts.sync()
+        self._source.write_back()
+
+    def repair(self, quiesced: bool) -> int | None:
+        """Compare what may have been missed; returns the bytes that differed,
+        None when the tracker has no way to tell."""
+        repair = self._tracker.repair(quiesced)
+        if repair is None:
+            return None if quiesced else 0
+        sent = self._passes.send(repair.batches)
+        self._summary.repairs += 1
+        self._summary.repaired_bytes += sent
+        self._report.note(
+            f"Lost events: compared {repair.scope} by hash, sent {format_size(sent)} that differed"
+        )
+        self._report.event("repair", scope=repair.scope, sent=sent, frozen=quiesced)
+        return sent
+
+    # ---- decisions
+
+    def measured(self) -> Measured:
+        """What is known so far."""
+        large = [(n, s) for n, s in self._target_times if n >= MEANINGFUL][-4:]
+        quick = [s for _, s in self._target_times[-4:]]
+        fixed = Costs.fixed
+        if self._tracker.name == "scan" and self._rounds:
+            fixed = self._rounds[-1].seconds  # it reads everything, whatever was dirtied
+        costs = Costs(
+            stop=self._hold.expected,
+            freeze=0.0 if not self._mounts else self._freeze_time or Costs.freeze,
+            target=min(quick) if quick else Costs.target,
+            target_rate=sum(n for n, _ in large) / sum(s for _, s in large) if large else 0.0,
+            fixed=fixed,
+        )
+        elapsed = time.monotonic() - self._first_end
+        return Measured(self._first, self._rounds, costs, elapsed, self._source.size)
+
+    def _decide(self) -> Decision:
+        return decide(self.measured(), self._options.policy)
+
+    def converge(self) -> None:
+        """Rounds until the policy says that the rest is for the freeze."""
+        self._iterate(last=False)
+
+    def _iterate(self, last: bool) -> None:
+        paused = False
+        while (decision := self._decide()).action == "round":
+            if decision.throttle and self._options.throttle is not None:
+                self._options.throttle()
+            if decision.pause:
+                self._passes.pause(decision.pause)
+            paused = bool(decision.pause)
+            self.round(last, paused)
+        self._report.info(f"Stop iterating after round {len(self._rounds)}: {decision.why}")
+        self._give_up(decision)
+
+    def _give_up(self, decision: Decision) -> None:
+        if decision.action == "abort":
+            raise LoopError(
+                f"{self._source.path} is written too fast to be frozen as asked: {decision.why}; "
+                "nothing was frozen, no target was made (--throttle, --max-freeze, --on-deadline)"
+            )
+
+    # ---- the approach
+
+    def prepare_freeze(self) -> None:
+        """The target durable so far, the watchdog ready, one more round, and a
+        freeze that fits what was asked for; nothing when there is nothing to
+        freeze or stop."""
+        if not self.stops:
+            return
+        self._hold.prepare()
+        for attempt in itertools.count(1):
+            how = self.sync_target()
+            # What was dirtied meanwhile must not wait for the freeze.
+            self.round(last=True)
+            if self._out.framing.exact:
+                break
+            self._iterate(last=True)
+            unsynced = self._passes.stats.data - self._sent_at_sync
+            if how == "acknowledged" and unsynced > UNSYNCED and attempt < APPROACHES:
+                continue
+            self._freeze_time = self._mounts.warm_up()
+            if self._fits():
+                break
+            self._mounts.cool_down()
+            self._passes.pause(RETRY)
+        self._summary.predicted = self._forecast().total
+        self._summary.max_freeze = self._options.policy.max_freeze
+
+    def sync_target(self) -> str:
+        self._report.event("phase", phase="sync", bytes=None)
+        sent = self._passes.stats.data
+        waiting = not self._target_times
+        first_bytes = self._passes.first_bytes(4)
+        start = time.monotonic()
+        with self._recorder.step("target sync"):
+            how = self._out.sync(self._passes.pump, waiting=waiting, start=first_bytes)
+        seconds = time.monotonic() - start
+        if how in ("acknowledged", "local"):
+            # The target writes back as it receives: more than that is not left.
+            unsynced = min(sent - self._sent_at_sync, TARGET_WINDOW)
+            self._target_times.append((unsynced, seconds))
+        else:
+            self._target_times.append((0, 0.0))
+        self._sent_at_sync = sent
+        self._report.info(f"Target synced before the freeze ({how}, {seconds:.3f} s)")
+        return how
+
+    def _forecast(self) -> Forecast:
+        return forecast(self.measured(), self._tracker.pending())
+
+    def _fits(self) -> bool:
+        """The last look before the stop command."""
+        policy, f = self._options.policy, self._forecast()
+        if policy.max_freeze is None or f.total <= policy.max_freeze:
+            return True
+        why = f"{f.total * 1000:.0f} ms expected, {policy.max_freeze * 1000:.0f} ms allowed"
+        if time.monotonic() - self._first_end < policy.deadline:
+            self._report.info(f"Not now: {why}")
+            return False
+        self._give_up(Decision(policy.on_deadline, f"no moment fitted ({why})", f))
+        return True
+
+
+def words(verdict: Verdict) -> str:
+    """A verdict for a person."""
+    if verdict.state == "lossy":
+        return f"lossy, at least {format_size(verdict.missed)} missed"
+    return verdict.state + (f" ({verdict.why})" if verdict.why else "")
