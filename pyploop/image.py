@@ -18,6 +18,7 @@ import stat
 import struct
 import sys
 from array import array
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
 
@@ -186,7 +187,7 @@ def count_allocated(fd: int, header: Header, name: str) -> int:
     if header.extension and header.in_use_value == CLOSED_EXTENDED:
         if header.extension % header.entry_unit:
             raise _bad(name, 56, f"the extension at {header.extension} is not on a cluster")
-        used.add(56, array(_WORD, [header.extension // header.entry_unit]))
+        used.add(56, [header.extension // header.entry_unit])
     count = 0
     at = HEADER.size
     while at < header.bat_end:
@@ -225,7 +226,7 @@ class _Used:
         self._high = (size - self._header.cluster) // self._header.entry_unit + 1
         """The first entry whose cluster does not fit into the file."""
 
-    def add(self, at: int, words: array[int]) -> int:
+    def add(self, at: int, words: Sequence[int]) -> int:
         """Take the clusters that these entries at offset `at` name; returns
         how many there are."""
         count = 0

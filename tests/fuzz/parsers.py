@@ -158,6 +158,7 @@ TARGETS = {
         (
             _SIZE + _HEADER + struct.pack("<10I", 0, 1, 0, 15, 8, 0, 0, 0, 2, 0),
             _SIZE + _V1 + struct.pack("<10I", 8, 0, 64, 0, 0, 0, 0, 0, 0, 120),
+            _SIZE + _HEADER[:44] + struct.pack("<IIIQ", 0x312E3276, 8, 0, 16),
             _SIZE + b"raw",
         ),
     ),

@@ -219,6 +219,10 @@ def test_the_extension_is_a_cluster_too(img: Path) -> None:
         inspect(img, make(bat={0: 2}, extension=16, in_use=closed))
     with pytest.raises(FormatError, match=r"offset 56: "):
         inspect(img, make(extension=17, in_use=closed))
+    # 64 bits wide, unlike an entry.
+    for far in (8 << 32, 1 << 63):
+        with pytest.raises(FormatError, match=r"offset 56: .*past the end"):
+            inspect(img, make(extension=far, in_use=closed))
     # Closed by software that does not know it: what stands there is stale.
     assert inspect(img, make(bat={0: 2}, extension=16)).allocated == 4096
 
