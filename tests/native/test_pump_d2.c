@@ -314,6 +314,31 @@ static void bad_configs(void)
 	pl_pump_free(p);
 }
 
+/* The last answer, and right behind it the end: the peer has done its part. */
+static void hangs_up_when_done(void)
+{
+	struct pl_pump_cfg cfg = { .src_fd = 0, .size = 4096, .align = 1,
+				   .sink = PL_SINK_PACKETS, .cluster = 4096,
+				   .slots = 2, .window = 256 };
+	struct pl_fault fault;
+	struct pl_pump *p;
+	int32_t fine = 0;
+	int fd[2];
+
+	OK(socketpair(AF_UNIX, SOCK_STREAM, 0, fd) == 0);
+	cfg.out_fd = fd[0];
+	EQ(pl_pump_new(&p, &cfg), 0);
+	OK(write(fd[1], &fine, sizeof(fine)) == sizeof(fine));
+	OK(shutdown(fd[1], SHUT_WR) == 0);
+	EQ(pl_pump_ask(p, "an END packet", 13, 1000, &fault), 0);
+	/* But one that owes an answer has failed. */
+	EQ(pl_pump_ask(p, "an END packet", 13, 1000, &fault), -EPIPE);
+	EQ(fault.stage, PL_STAGE_REPLY);
+	pl_pump_free(p);
+	close(fd[0]);
+	close(fd[1]);
+}
+
 int main(void)
 {
 	signal(SIGPIPE, SIG_IGN);
@@ -328,6 +353,7 @@ int main(void)
 	failures();
 	closed(false);
 	closed(true);
+	hangs_up_when_done();
 	window_is_kept();
 	cancelled();
 	return 0;
