@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
 # SPDX-License-Identifier: Apache-2.0
-"""Fuzz the receiving pump: build the harness with clang, start from the corpus of
-the tree, run for a while, and say how it went.
+"""Fuzz a C parser of what the peer says: build its harness with clang, start from
+the corpus of the tree, run for a while, and say how it went.
 
-    tests/fuzz/campaign.py [--seconds N] [--jobs N] [--folder DIR] [--save]
+    tests/fuzz/campaign.py {recv|reply} [--seconds N] [--jobs N] [--folder DIR] [--save]
 
 --folder keeps what was found for a later run, which goes on from there.
 --save minimises what was found interesting and writes it to the tree's corpus.
@@ -22,43 +22,51 @@ from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 CSRC = HERE.parents[1] / "csrc"
-CORPUS = HERE / "recv.corpus"
-PRODUCT = ("recv", "recv_head", "recv_out", "hash", "hash_avx2")
-"""Of csrc/; the harness stands in for what these call."""
+PRODUCT = {
+    "recv": ("recv", "recv_head", "recv_out", "hash", "hash_avx2"),
+    "reply": ("pump_reply",),
+}
+"""Harness -> the sources of csrc/ in it; the harness stands in for what these call."""
 COMMON = ["-g", "-O1", "-std=gnu11", "-Wall", "-Wextra", "-pthread"]
 SANITIZE = "address,undefined"
 MAX_LEN = 600
 ENVIRONMENT = {**os.environ, "ASAN_OPTIONS": "detect_stack_use_after_return=0"}
 
 
-def build(folder: Path, csrc: Path, cc: str, sanitize: str, *more: str) -> Path:
-    """The harness around these sources, compiled into the folder."""
+def corpus_of(name: str) -> Path:
+    return HERE / f"{name}.corpus"
+
+
+def build(
+    name: str, folder: Path, csrc: Path, cc: str, sanitize: str, *more: str
+) -> Path:
+    """The harness around its sources, compiled into the folder."""
     flags = [*COMMON, f"-I{csrc}", f"-fsanitize={sanitize}", "-fno-sanitize-recover=all", *more]
     objects = []
-    for name in PRODUCT:
-        objects.append(folder / f"{name}.o")
-        source = [str(csrc / f"{name}.c"), "-o", str(objects[-1])]
+    for part in PRODUCT[name]:
+        objects.append(folder / f"{part}.o")
+        source = [str(csrc / f"{part}.c"), "-o", str(objects[-1])]
         subprocess.run([cc, *flags, "-include", str(HERE / "seams.h"), "-c", *source], check=True)
-    program = folder / "fuzz_recv"
-    command = [cc, *flags, str(HERE / "fuzz_recv.c"), *map(str, objects), "-o", str(program)]
+    program = folder / f"fuzz_{name}"
+    command = [cc, *flags, str(HERE / f"fuzz_{name}.c"), *map(str, objects), "-o", str(program)]
     subprocess.run(command, check=True)
     return program
 
 
-def build_replay(folder: Path, csrc: Path = CSRC) -> Path:
+def build_replay(name: str, folder: Path, csrc: Path = CSRC) -> Path:
     """The harness that reads a corpus from stdin; needs no libFuzzer."""
-    return build(folder, csrc, os.environ.get("CC", "cc"), SANITIZE, "-DREPLAY")
+    return build(name, folder, csrc, os.environ.get("CC", "cc"), SANITIZE, "-DREPLAY")
 
 
-def unpack(folder: Path) -> None:
+def unpack(packed: Path, folder: Path) -> None:
     folder.mkdir(exist_ok=True)
-    for number, line in enumerate(CORPUS.read_text().split()):
+    for number, line in enumerate(packed.read_text().split()):
         (folder / f"{number:05}").write_bytes(bytes.fromhex(line))
 
 
-def pack(folder: Path) -> int:
+def pack(folder: Path, packed: Path) -> int:
     inputs = sorted((p.read_bytes() for p in folder.iterdir()), key=lambda b: (len(b), b))
-    CORPUS.write_text("".join(f"{data.hex()}\n" for data in inputs))
+    packed.write_text("".join(f"{data.hex()}\n" for data in inputs))
     return len(inputs)
 
 
@@ -72,7 +80,8 @@ def fuzz(program: Path, corpus: Path, seconds: int) -> subprocess.Popen[str]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description="Fuzz the receiving pump.")
+    parser = argparse.ArgumentParser(description="Fuzz a C parser.")
+    parser.add_argument("name", choices=tuple(PRODUCT))
     parser.add_argument("--seconds", type=int, default=60)
     parser.add_argument("--jobs", type=int, default=1)
     parser.add_argument("--folder", type=Path, help="work here (a temporary folder)")
@@ -80,9 +89,9 @@ def main() -> int:
     o = parser.parse_args()
     folder = o.folder or Path(tempfile.mkdtemp(prefix="pyploop-fuzz-"))
     folder.mkdir(exist_ok=True)
-    program = build(folder, CSRC, "clang", f"fuzzer,{SANITIZE}")
+    program = build(o.name, folder, CSRC, "clang", f"fuzzer,{SANITIZE}")
     corpus = folder / "corpus"
-    unpack(corpus)
+    unpack(corpus_of(o.name), corpus)
     jobs = [fuzz(program, corpus, o.seconds) for _ in range(o.jobs)]
     executed, found = 0, False
     for job in jobs:
@@ -102,7 +111,8 @@ def main() -> int:
         small.mkdir()
         merge = [str(program), "-set_cover_merge=1", str(small), str(corpus)]
         subprocess.run(merge, env=ENVIRONMENT, check=True, capture_output=True)
-        print(f"{pack(small)} inputs saved to {CORPUS}")
+        packed = corpus_of(o.name)
+        print(f"{pack(small, packed)} inputs saved to {packed}")
     return found
 
 

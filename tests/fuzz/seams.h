@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
  * Included before the product's sources when they are built for the harness:
- * what would start a thread or call the system comes to fuzz_recv.c instead.
+ * what would start a thread or call the system comes to the harness instead.
  */
 #ifndef SEAMS_H
 #define SEAMS_H
@@ -15,6 +15,8 @@
 #define close fuzz_close
 #define write fuzz_write
 #define fallocate fuzz_fallocate
+#define recv fuzz_recv
+#define poll fuzz_poll
 #define sync_file_range fuzz_sync_file_range
 
 #endif
