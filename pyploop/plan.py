@@ -34,6 +34,7 @@ from pyploop.errors import (
 )
 from pyploop.events import Reporter
 from pyploop.journal import Entry, Journal, describe
+from pyploop.worker import wait_for
 
 START_DEADLINE = 10.0
 """Seconds for the watchdog to start."""
@@ -155,7 +156,7 @@ class Plan:
             self._line = None
         if self._process is not None:
             try:
-                self._process.wait(START_DEADLINE)
+                wait_for(self._process, START_DEADLINE)
             except subprocess.TimeoutExpired:
                 self._process.kill()
                 self._process.wait()

@@ -192,3 +192,4 @@ def main() -> None:
 
 if __name__ == "__main__":
     main()
+    os._exit(0)  # its parent waits, and has a container stopped
