@@ -37,7 +37,7 @@ def write(records: Sequence[Record], folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     windows(records).write(folder / "freeze-windows.svg")
     shares(records).write(folder / "freeze-steps.svg")
-    if any("predicted" in r for r in records):
+    if any(r.get("predicted") is not None for r in records):
         predictions(records).write(folder / "freeze-predicted.svg")
 
 
@@ -123,7 +123,7 @@ def _medians(runs: Sequence[Record]) -> dict[str, float]:
 
 def predictions(records: Sequence[Record]) -> Drawing:
     """Predicted against actual, with the line that 95 % must stay below."""
-    runs = [r for r in records if "predicted" in r]
+    runs = [r for r in records if r.get("predicted") is not None]
     top, size = 56.0, 400.0
     most: float = max(max(r["predicted"], r["actual"]) for r in runs) * 1.1
     d = Drawing(LEFT + size + RIGHT, top + size + 50, "Predicted and actual freeze")

@@ -121,13 +121,43 @@ def verdicts(records: Sequence[Record]) -> list[tuple[str, bool]]:
             figure = Figure.of(values)
             met = figure.median <= limit.most
             what = f"{limit.load}: {OURS} / {limit.against}: {figure.text(3)}"
-            result.append((f"{what}, wanted <= {limit.most}: {'met' if met else 'NOT MET'}", met))
+            result.append((f"{what}, wanted <= {limit.most}: {_met(met)}", met))
     return result
+
+
+SLACK = 0.02
+"""Seconds by which, with half of the prediction, a freeze may be longer."""
+KEPT = 0.95
+"""The part of the freezes that must not be."""
+
+
+def prediction_verdicts(records: Sequence[Record]) -> list[tuple[str, bool]]:
+    """Predicted against actual, by the sender's own clock; and whether any
+    freeze began although its prediction was above --max-freeze."""
+    runs = [r for r in records if r.get("predicted") is not None]
+    if not runs:
+        return []
+    kept = sum(r["actual"] <= 1.5 * r["predicted"] + SLACK for r in runs)
+    ratio = Figure.of([r["actual"] / r["predicted"] for r in runs])
+    met = kept >= KEPT * len(runs)
+    words = f"predicted: {kept} of {len(runs)} within 1.5 x + {SLACK * 1e3:g} ms, wanted {KEPT:.0%}"
+    result = [(f"{words}: {_met(met)}; actual / predicted {ratio.text()}", met)]
+    bound = [r for r in runs if r["max_freeze"] is not None]
+    if bound:
+        above = sum(r["predicted"] > r["max_freeze"] for r in bound)
+        words = f"--max-freeze: {above} of {len(bound)} began with a prediction above it"
+        result.append((f"{words}: {_met(not above)}", not above))
+    return result
+
+
+def _met(met: bool) -> str:
+    return "met" if met else "NOT MET"
 
 
 def text(records: Sequence[Record]) -> str:
     tables = [window_table(records, load) for load in names(records, "load")]
-    return "\n\n".join([*tables, "\n".join(line for line, _ in verdicts(records))])
+    judged = [*verdicts(records), *prediction_verdicts(records)]
+    return "\n\n".join([*tables, "\n".join(line for line, _ in judged)])
 
 
 def main() -> int:
@@ -142,7 +172,12 @@ def main() -> int:
         import freeze_plots
 
         freeze_plots.write(records, o.plots)
-    return 1 if o.check and not all(met for _, met in verdicts(records)) else 0
+    return (
+        1
+        if o.check
+        and not all(met for _, met in (*verdicts(records), *prediction_verdicts(records)))
+        else 0
+    )
 
 
 if __name__ == "__main__":

@@ -207,6 +207,9 @@ class Rig:
             "frozen_bytes": summary["frozen_bytes"],
             "steps": summary["frozen"],
             "rounds": len(summary["rounds"]),
+            "predicted": summary["predicted"],
+            "actual": summary["frozen_window"],
+            "max_freeze": summary["max_freeze"],
         }
 
 

@@ -77,6 +77,22 @@ def test_a_ratio_is_of_the_two_copies_of_one_repetition() -> None:
     assert ratios(records, "idle", "1.15") == pytest.approx([0.2, 0.25])
 
 
+def test_predictions_are_kept_when_19_of_20_freezes_end_in_time() -> None:
+    needs("module:numpy")
+    from freeze_report import prediction_verdicts
+
+    def freeze(turn: int, actual: float, limit: float | None = None) -> dict[str, Any]:
+        figures = {"predicted": 0.02, "actual": actual, "max_freeze": limit}
+        return sample("pyploop", turn, actual, **figures)
+
+    records = [freeze(turn, 0.05) for turn in range(1, 20)]
+    assert [met for _, met in prediction_verdicts([*records, freeze(20, 0.06)])] == [True]
+    late = [*records[1:], freeze(20, 0.06), freeze(1, 0.06)]
+    assert [met for _, met in prediction_verdicts(late)] == [False]
+    broken = [*records, freeze(20, 0.05, 0.019)]
+    assert [met for _, met in prediction_verdicts(broken)] == [True, False]
+
+
 def test_a_limit_is_met_by_the_median_only() -> None:
     needs("module:numpy")
     from freeze_report import verdicts
