@@ -280,6 +280,12 @@ struct pl_recv_stats {
 struct pl_recv_msg {
 	uint64_t pos;
 	uint8_t data[4];	/* SYNC's payload (in D2 a command of zero) */
+	/* CLOCK_MONOTONIC, ns: when the first data since the last event began to
+	   be there (0: there were none), when this event was read, and when all
+	   before it was written. */
+	uint64_t first_ns, arrived_ns, written_ns;
+	/* Written since pl_recv_synced, and not known to be on the disk, bytes. */
+	uint64_t dirty_bytes;
 };
 
 struct pl_recv;
@@ -294,6 +300,8 @@ void pl_recv_free(struct pl_recv *r);
  */
 int pl_recv_run(struct pl_recv *r, struct pl_recv_msg *msg,
 		struct pl_fault *fault);
+/* Between two runs: the caller has had the file synced. */
+void pl_recv_synced(struct pl_recv *r);
 /* Of what was received so far. */
 enum pl_dialect pl_recv_dialect(const struct pl_recv *r);
 /* Between two runs: every packet from now on carries a digest.  -EINVAL unless

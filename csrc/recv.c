@@ -17,6 +17,7 @@
 #include <string.h>
 #include <sys/eventfd.h>
 #include <sys/uio.h>
+#include <time.h>
 #include <unistd.h>
 
 #include "recv_internal.h"
@@ -190,6 +191,14 @@ static int read_payload(struct pl_recv *r)
 	return 0;
 }
 
+static uint64_t now_ns(void)
+{
+	struct timespec t;
+
+	clock_gettime(CLOCK_MONOTONIC, &t);
+	return (uint64_t)t.tv_sec * 1000000000u + (uint64_t)t.tv_nsec;
+}
+
 /* END, or a command with its data, of which the first four bytes matter. */
 static int event(struct pl_recv *r, struct pl_recv_msg *msg, enum pl_stage *stage)
 {
@@ -217,9 +226,15 @@ static int event(struct pl_recv *r, struct pl_recv_msg *msg, enum pl_stage *stag
 		if (err)
 			return err;
 	}
+	msg->first_ns = r->first_ns;
+	r->first_ns = 0;
+	msg->arrived_ns = now_ns();
 	err = drain(r);
 	if (err)
 		return err;
+	/* The writer is idle: what is its is ours. */
+	msg->written_ns = now_ns();
+	msg->dirty_bytes = r->unflushed + r->flushing;
 	if (!r->head.size) {
 		r->ended = true;
 		return PL_RECV_END;
@@ -248,6 +263,8 @@ int pl_recv_run(struct pl_recv *r, struct pl_recv_msg *msg,
 			break;
 		}
 		end = r->head.pos + r->head.size;
+		if (!r->first_ns)
+			r->first_ns = now_ns();
 		ret = read_payload(r);
 		if (ret) {
 			stage = ret == -EBADE ? PL_STAGE_PROTOCOL : stage;

@@ -48,6 +48,7 @@ struct pl_recv {
 	enum pl_dialect dialect;
 	uint32_t command;	/* of a CMD that is refused */
 	struct pl_patience peer_gives;
+	uint64_t first_ns;	/* pl_recv_msg has it next */
 	bool ended;
 	bool digests;		/* each packet carries one from now on */
 
@@ -55,7 +56,7 @@ struct pl_recv {
 	uint64_t written_end;	/* nothing was written at or past it */
 	uint64_t flush_start, flush_end;	/* written, writeback not started */
 	uint64_t flushing_start, flushing_end;	/* writeback under way */
-	uint64_t unflushed;
+	uint64_t unflushed, flushing;	/* bytes in these */
 	struct pl_patience peer_takes;	/* the answers */
 
 	pthread_mutex_t lock;	/* guards all below */

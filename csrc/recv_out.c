@@ -35,6 +35,14 @@ static void roll(struct pl_recv *r)
 				SYNC_FILE_RANGE_WAIT_AFTER);
 	r->flushing_start = r->flush_start;
 	r->flushing_end = r->flush_end;
+	r->flushing = r->unflushed;
+	r->flush_start = r->flush_end = 0;
+	r->unflushed = 0;
+}
+
+void pl_recv_synced(struct pl_recv *r)
+{
+	r->flushing_start = r->flushing_end = r->flushing = 0;
 	r->flush_start = r->flush_end = 0;
 	r->unflushed = 0;
 }

@@ -141,6 +141,7 @@ cdef extern from "pl.h" nogil:
     struct pl_recv_msg:
         uint64_t pos
         uint8_t data[4]
+        uint64_t first_ns, arrived_ns, written_ns, dirty_bytes
 
     struct pl_recv:
         pass
@@ -150,6 +151,7 @@ cdef extern from "pl.h" nogil:
     int pl_recv_run(pl_recv *r, pl_recv_msg *msg, pl_fault *fault)
     pl_dialect pl_recv_dialect(const pl_recv *r)
     int pl_recv_expect_digests(pl_recv *r)
+    void pl_recv_synced(pl_recv *r)
     void pl_recv_cancel(pl_recv *r)
     void pl_recv_get_stats "pl_recv_stats"(const pl_recv *r, pl_recv_stats *out)
 

@@ -128,6 +128,12 @@ class RecvStats(NamedTuple):
     holes: int
     image_size: int
 
+class Arrival(NamedTuple):
+    first: int
+    arrived: int
+    written: int
+    dirty: int
+
 @final
 class Receiver:
     def __init__(
@@ -143,6 +149,8 @@ class Receiver:
         sparse: bool = True,
         reply_fd: int = -1,
     ) -> None: ...
+    arrival: Arrival
+    def synced(self) -> None: ...
     def run(self) -> tuple[int, int, bytes]: ...
     @property
     def dialect(self) -> int: ...

@@ -378,9 +378,20 @@ class RecvStats(NamedTuple):
     image_size: int
 
 
+class Arrival(NamedTuple):
+    """When an event came, CLOCK_MONOTONIC in ns: the first data since the last
+    one (0: none), itself, and when all before it was written; and the bytes
+    that were written since `synced` and may not be on the disk."""
+    first: int
+    arrived: int
+    written: int
+    dirty: int
+
+
 cdef class Receiver:
     """The receiving pump (csrc/recv.c).  Borrowed descriptors stay open."""
     cdef pl_recv *r
+    cdef readonly object arrival
     cdef _Md5 md5
 
     def __cinit__(self, *, int in_fd, int out_fd, uint32_t slots,
@@ -388,6 +399,7 @@ cdef class Receiver:
                   uint64_t window=0, bint sparse=True, int reply_fd=-1):
         cdef pl_recv_cfg cfg
         self.md5 = _Md5()
+        self.arrival = Arrival(0, 0, 0, 0)
         memset(&cfg, 0, sizeof(cfg))
         cfg.in_fd, cfg.out_fd = in_fd, out_fd
         cfg.slots, cfg.slot_size, cfg.max_frame = slots, slot_size, max_frame
@@ -413,7 +425,13 @@ cdef class Receiver:
             ret = pl_recv_run(self.r, &msg, &fault)
         if ret < 0:
             raise _fault(ret, &fault)
+        self.arrival = Arrival(msg.first_ns, msg.arrived_ns, msg.written_ns,
+                               msg.dirty_bytes)
         return ret, msg.pos, PyBytes_FromStringAndSize(<char *>msg.data, 4)
+
+    def synced(self):
+        """Between two runs: the file was synced."""
+        pl_recv_synced(self.r)
 
     @property
     def dialect(self):

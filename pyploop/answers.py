@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import socket
+import time
 from typing import Protocol
 
 from pyploop import transport
@@ -26,7 +27,7 @@ class Answers(Protocol):
     def greeted(self, pos: int, payload: bytes) -> bool:
         """A SYNC came: true when it was a greeting, which is answered now."""
 
-    def done(self, event: int) -> None:
+    def done(self, event: int, times: d1.Times) -> None:
         """It is durable.  WriteError when the peer cannot be told."""
 
     def failed(self, event: int, error: PyploopError) -> None:
@@ -42,7 +43,7 @@ class NoAnswers:
     def greeted(self, pos: int, payload: bytes) -> bool:
         return False
 
-    def done(self, event: int) -> None:
+    def done(self, event: int, times: d1.Times) -> None:
         pass
 
     def failed(self, event: int, error: PyploopError) -> None:
@@ -56,6 +57,7 @@ class Feedback:
     def __init__(self, pump: Receiver, in_fd: int, feedback: int | None) -> None:
         self.dialect = "D1"
         self.native = False
+        self._timed = False
         self._pump, self._guessed = pump, feedback is None
         self._first = True
         self._channel = feedback
@@ -63,6 +65,8 @@ class Feedback:
             self._channel = in_fd
 
     def greeted(self, pos: int, payload: bytes) -> bool:
+        if payload == d1.HELLO_2 and self.native and not self._pump.stats.frames:
+            return self._greeted_again()
         first, self._first = self._first, False
         if not first or payload != d1.HELLO or self._pump.stats.frames:
             return False
@@ -77,17 +81,32 @@ class Feedback:
         self.native = True
         return True
 
+    def _greeted_again(self) -> bool:
+        if not self._timed:
+            self._timed = True
+            assert self._channel is not None
+            came = self._pump.arrival
+            times = d1.Times(arrived=came.arrived, written=came.written)
+            transport.write_all(self._channel, d1.HELLO_2_REPLY + self._record(times), CANNOT)
+        return True
+
+    def _record(self, times: d1.Times) -> bytes:
+        """What follows an answer to a peer that wants to know."""
+        if not self._timed:
+            return b""
+        return times._replace(answered=time.monotonic_ns()).pack()
+
     def _channel_for(self, event: int) -> int | None:
         """Only a pyploop sender reads answers to END, or on its own socket."""
         known = self.native or (event == RECV_SYNC and not self._guessed)
         return self._channel if known else None
 
-    def done(self, event: int) -> None:
+    def done(self, event: int, times: d1.Times) -> None:
         channel = self._channel_for(event)
         if channel is None:
             return
         try:
-            transport.write_all(channel, d1.SUCCESS, CANNOT)
+            transport.write_all(channel, d1.SUCCESS + self._record(times), CANNOT)
         except WriteError:
             self._channel = None
             raise
@@ -96,7 +115,7 @@ class Feedback:
         channel = self._channel_for(event) if event in (RECV_SYNC, RECV_END) else None
         if channel is not None:
             with contextlib.suppress(WriteError):
-                transport.write_all(channel, d1.FAILURE, CANNOT)
+                transport.write_all(channel, d1.FAILURE + self._record(d1.Times()), CANNOT)
 
 
 class Replies:
@@ -120,7 +139,7 @@ class Replies:
         self.native = bool(features & d3.PYPLOOP)
         return True
 
-    def done(self, event: int) -> None:
+    def done(self, event: int, times: d1.Times) -> None:
         self._say(0)
 
     def _say(self, code: int) -> None:

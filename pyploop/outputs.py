@@ -33,6 +33,7 @@ from pyploop.errors import (
 from pyploop.events import Reporter
 from pyploop.freeze import FileSystems
 from pyploop.image import HEADER_FRAME
+from pyploop.recorder import Heard
 from pyploop.sink import Sink
 from pyploop.units import BLOCK, format_size
 from pyploop.wire import d1, d2
@@ -67,6 +68,8 @@ class Output(Protocol):
     """Bytes that `header` takes."""
     deadline: float
     """time.monotonic() at which waiting for an answer ends, whatever else."""
+    heard: Heard | None
+    """What came with the last answer, when the peer tells such things."""
 
     def check_apart(self, mounts: FileSystems) -> None:
         """ParameterError when the target lies on what will be frozen."""
@@ -122,6 +125,9 @@ class StreamOutput:
         self._sync_wait = sync_wait
         self._timeout = answer_timeout
         self._greeted = False
+        self._timed = False
+        self._asked = 0.0
+        self.heard: Heard | None = None
         self.deadline = math.inf
 
     def check_apart(self, mounts: FileSystems) -> None:
@@ -130,7 +136,8 @@ class StreamOutput:
     def hello(self) -> int:
         self.framing = self._find_framing()
         self.dialect = f"D1, {self.framing.name}"
-        return len(d1.sync(d1.HELLO)) if self._greeted else 0
+        hellos = int(self._greeted) + int(self.framing is PYPLOOP)
+        return hellos * len(d1.sync(d1.HELLO))
 
     def _find_framing(self) -> Framing:
         if self._compat == "ploop":
@@ -149,6 +156,7 @@ class StreamOutput:
             self._report.info("The peer does not answer: nothing it does is acknowledged")
             return unknown
         if answer == d1.HELLO_REPLY:
+            self._ask_for_times(self._answers)
             return PYPLOOP
         if answer == d1.FAILURE:
             raise SyncError("the receiver cannot sync its target")
@@ -169,16 +177,33 @@ class StreamOutput:
                 return None
         return self._read(answers)
 
+    def _ask_for_times(self, answers: int) -> None:
+        """A peer of version 1 takes it for a SYNC."""
+        self._asked = time.monotonic()
+        transport.write_all(self.fd, d1.sync(d1.HELLO_2), "cannot ask the receiver")
+        answer = self._read(answers)
+        if answer == d1.FAILURE:
+            raise SyncError("the receiver cannot sync its target")
+        if answer not in (d1.SUCCESS, d1.HELLO_2_REPLY):
+            raise ProtocolError(f"the receiver answered {answer!r} to the second SYNC")
+        self._timed = answer == d1.HELLO_2_REPLY
+        self._read_times(answers)
+
     def prepare(self, known: Known | None) -> None:
         # A receiver before 1.11 writes HELLO's bytes at 0: block 0 goes anyway.
         if known is not None and self._greeted:
             known.assume_data(0, BLOCK)
 
-    def _read(self, fd: int) -> bytes:
+    def _read_times(self, fd: int) -> None:
+        if self._timed:
+            record = self._read(fd, d1.TIMES.size)
+            self.heard = Heard(self._asked, time.monotonic(), d1.Times.unpack(record))
+
+    def _read(self, fd: int, size: int = d1.REPLY_SIZE) -> bytes:
         limit = time.monotonic() + self._timeout
         return transport.read_exactly(
             fd,
-            d1.REPLY_SIZE,
+            size,
             lambda: min(limit, self.deadline),  # which a cancel moves
             "reading the feedback",
             self.fd,
@@ -190,10 +215,12 @@ class StreamOutput:
             raise SyncError(f"the receiver failed to make its target durable ({about})")
         if answer != d1.SUCCESS:
             raise ProtocolError(f"the receiver answered {answer!r} to {about}")
+        self._read_times(fd)
 
     def sync(self, pump: Pump, waiting: bool, start: bytes) -> str:
         if self.framing.exact and not waiting:
             return "unknown"  # the C tool has no SYNC after its last block
+        self._asked = time.monotonic()
         _write(pump, d1.sync(start))
         if self._answers is not None:
             self._answer(self._answers, "SYNC")
@@ -213,6 +240,7 @@ class StreamOutput:
     def finish(self, pump: Pump, size: int, start: bytes) -> str:
         if self.framing is PYPLOOP and self._answers is not None:
             # One round trip: the answer to END says all that SYNC's would.
+            self._asked = time.monotonic()
             _write(pump, d1.end())
             self._answer(self._answers, "END")
             return "acknowledged"
@@ -230,6 +258,7 @@ class FileOutput:
     framing = NATIVE
     packets = Packets()
     header_size = HEADER_FRAME
+    heard: Heard | None = None
 
     def __init__(self, target: Sink | int) -> None:
         self._sink = target if isinstance(target, Sink) else None

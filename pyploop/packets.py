@@ -19,6 +19,7 @@ from pyploop.errors import CancelledError, ReadError, WriteError
 from pyploop.events import Reporter
 from pyploop.freeze import FileSystems
 from pyploop.outputs import Packets, explain_write
+from pyploop.recorder import Heard
 from pyploop.wire import d2, d3
 from pyploop.worker import run_cancellable
 
@@ -42,6 +43,7 @@ class PacketOutput:
         self.framing = PLOOP
         self.packets = Packets(unanswered=knows_async, window=WINDOW)
         self.deadline = math.inf
+        self.heard: Heard | None = None
         self._report = report
         self._timeout = answer_timeout
 

@@ -8,6 +8,7 @@ after the file is durable under its final name; a failure leaves nothing there.
 from __future__ import annotations
 
 import errno
+import time
 from dataclasses import dataclass
 
 from pyploop import _core, transport
@@ -111,7 +112,7 @@ class _Receipt:
             sink.set_size(pump.stats.image_size)
             run_cancellable(sink.commit)
             sink.keep()
-            self.answers.done(self.event)
+            self.answers.done(self.event, _times(pump, sink, named=time.monotonic_ns()))
             return self._finished(pump.stats, syncs)
 
     def _serve(self, pump: Receiver, sink: Sink) -> int:
@@ -134,7 +135,8 @@ class _Receipt:
             self.event = event
             syncs += 1
             run_cancellable(sink.sync)
-            self.answers.done(event)
+            self.answers.done(event, _times(pump, sink))
+            pump.synced()
             self._report.detail(f"Synced {self._path}: {format_size(pump.stats.data)} so far")
 
     def _choose(self, pump: Receiver, before: int) -> int:
@@ -166,6 +168,11 @@ class _Receipt:
             dialect=self.answers.dialect,
         )
         return Received(stats, syncs, native, self.answers.dialect)
+
+
+def _times(pump: Receiver, sink: Sink, named: int = 0) -> d1.Times:
+    came = pump.arrival
+    return d1.Times(came.first, came.arrived, came.written, sink.synced_ns, named, dirty=came.dirty)
 
 
 def explain(fault: Fault, path: str, dialect: int) -> PyploopError:

@@ -14,6 +14,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from pyploop.wire import d1
+
 Side = Literal["source", "target"]
 Stage = Literal["running", "frozen"]
 
@@ -50,6 +52,16 @@ class Span:
         return self.end - self.start
 
 
+@dataclass(frozen=True)
+class Heard:
+    """An answer with times: asked and got on our clock (seconds), the rest on
+    the peer's."""
+
+    asked: float
+    got: float
+    times: d1.Times
+
+
 class Clock:
     """The peer's clock minus ours, from the exchange with the shortest round
     trip (as NTP does it): the error is at most half of that."""
@@ -59,6 +71,10 @@ class Clock:
         """Seconds; None: nothing was exchanged."""
         self.round_trip = 0.0
         """Of the best exchange, what the peer did in between taken off."""
+
+    @property
+    def error(self) -> float | None:
+        return None if self.offset is None else self.round_trip / 2
 
     def exchange(self, sent: float, arrived: float, answered: float, got: float) -> None:
         """sent, got: our clock; arrived, answered: the peer's."""
@@ -93,6 +109,30 @@ class Recorder:
     def add(self, name: str, start: float, end: float, side: Side = "source") -> None:
         self.spans.append(Span(name, start, end, side, self.stage))
 
+    def remote(self, heard: Heard | None) -> None:
+        """What the target did for one answer, on our clock."""
+        if heard is None:
+            return
+        t = d1.Times(*(ns / 1e9 for ns in heard.times))  # type: ignore[arg-type]
+        self.clock.exchange(heard.asked, t.arrived, t.answered, heard.got)
+        steps = {
+            "way there": t.arrived,
+            "remote write": t.written,
+            "remote sync": t.synced,
+            "remote commit": t.named,
+        }
+        at = heard.asked
+        for name, end in steps.items():
+            if end:
+                # The clocks are a little off: no step ends before it begins.
+                until = min(max(self.clock.here(end), at), heard.got)
+                self.add(name, at, until, "target")
+                at = until
+        self.add("way back", at, heard.got, "target")
+        if t.first:
+            came = self.clock.here(t.first), self.clock.here(t.arrived)
+            self.add("remote receive", *came, "target")
+
     def seconds(self, stage: Stage, side: Side = "source") -> dict[str, float]:
         """Name -> seconds, in order of the first of each name."""
         total: dict[str, float] = {}
@@ -112,6 +152,7 @@ class Recorder:
         split into what the target said about it, if it did."""
         parts = self.seconds("frozen")
         remote = self.seconds("frozen", "target")
+        remote.pop("remote receive", None)  # meanwhile, we sent
         waited = parts.pop("target commit", None)
         if waited is None:
             return parts
@@ -155,6 +196,6 @@ def chrome_trace(recorder: Recorder) -> str:
         for s in spans
     ]
     clock = recorder.clock
-    other = {"clock_offset": clock.offset, "clock_error": clock.round_trip / 2}
+    other = {"clock_offset": clock.offset, "clock_error": clock.error}
     document = {"traceEvents": events, "displayTimeUnit": "ms", "otherData": other}
     return json.dumps(document, indent=1) + "\n"

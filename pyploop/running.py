@@ -269,16 +269,16 @@ class Running:
             self._mounts.cool_down()
             self._passes.pause(RETRY)
         self._summary.predicted = self._forecast().total
+        self._summary.target_unsynced = self._passes.stats.data - self._sent_at_sync
         self._summary.max_freeze = self._options.policy.max_freeze
 
     def sync_target(self) -> str:
         self._report.event("phase", phase="sync", bytes=None)
         sent = self._passes.stats.data
         waiting = not self._target_times
-        first_bytes = self._passes.first_bytes(4)
         start = time.monotonic()
         with self._recorder.step("target sync"):
-            how = self._out.sync(self._passes.pump, waiting=waiting, start=first_bytes)
+            how = self._ask_to_sync(waiting)
         seconds = time.monotonic() - start
         if how in ("acknowledged", "local"):
             # The target writes back as it receives: more than that is not left.
@@ -288,6 +288,17 @@ class Running:
             self._target_times.append((0, 0.0))
         self._sent_at_sync = sent
         self._report.info(f"Target synced before the freeze ({how}, {seconds:.3f} s)")
+        if self._out.heard is not None:
+            # With nothing in between: what a round trip costs, and for the clocks.
+            start = time.monotonic()
+            self._ask_to_sync(waiting=False)
+            self._target_times.append((0, time.monotonic() - start))
+        return how
+
+    def _ask_to_sync(self, waiting: bool) -> str:
+        first_bytes = self._passes.first_bytes(4)
+        how = self._out.sync(self._passes.pump, waiting=waiting, start=first_bytes)
+        self._recorder.remote(self._out.heard)
         return how
 
     def _forecast(self) -> Forecast:

@@ -99,6 +99,7 @@ class Sender:
             self._passes.greet()
             self.summary.dialect = self._out.dialect
             report.info(f"Dialect: {self._out.dialect}")
+            self.recorder.remote(self._out.heard)
             self._running = Running(
                 source,
                 self._tracker,
@@ -228,6 +229,8 @@ class Sender:
                 self._passes.extend(self._hold.last)
             size = self._source.size
             self.summary.acknowledged = self._out.finish(pump, size, start[:4])
+        if self.summary.acknowledged == "acknowledged":
+            self.recorder.remote(self._out.heard)
 
     def _tell(self, sent: int) -> None:
         """The summary's figures, and the events about them."""
@@ -240,6 +243,9 @@ class Sender:
             s.prediction_ratio = s.frozen_window / s.predicted
         s.frozen_bytes = sent
         s.largest_part = self.recorder.advice()
+        s.clock_offset, s.clock_error = self.recorder.clock.offset, self.recorder.clock.error
+        if self._out.heard is not None:
+            s.target_dirty = self._out.heard.times.dirty
         report.event(
             "frozen",
             steps=s.frozen,

@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import time
 from pathlib import Path
 
 from pyploop import kernel
@@ -33,6 +34,8 @@ class Sink:
         self._name = target.name
         self._temp: str | None = None
         self._revocable = False
+        self.synced_ns = 0
+        """time.monotonic_ns() of the last sync's end."""
         try:
             os.lstat(path)
         except FileNotFoundError:
@@ -84,13 +87,15 @@ class Sink:
             fdatasync(self.fd)
         except OSError as e:
             raise SyncError.of(f"cannot sync {self.path}", e) from e
+        self.synced_ns = time.monotonic_ns()
 
     def commit(self) -> None:
-        """Durable contents, then the name, then a durable name."""
-        try:
-            os.fsync(self.fd)
-        except OSError as e:
-            raise SyncError.of(f"cannot sync {self.path}", e) from e
+        """Durable contents, then the name, then a durable name.
+
+        The sync of the folder carries what fdatasync leaves out (the times),
+        in the same journal commit: with fsync there would be two.
+        """
+        self.sync()
         try:
             if self._temp is None:
                 os.link(

@@ -59,6 +59,13 @@ class Summary:
     prediction_ratio: float | None = None
     """frozen_window over predicted."""
     max_freeze: float | None = None
+    target_unsynced: int | None = None
+    """Bytes sent before the stop command and after the target's last sync."""
+    target_dirty: int | None = None
+    """Bytes that the target had still to sync at the end, as it says."""
+    clock_offset: float | None = None
+    """The target's monotonic clock minus ours, and how far off that may be."""
+    clock_error: float | None = None
     largest_part: str = ""
     """Which part of the frozen time was the largest, and what would shorten it."""
     frozen_bytes: int = 0

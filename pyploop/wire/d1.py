@@ -8,6 +8,7 @@ here are the control frames and the replies on the feedback channel.
 from __future__ import annotations
 
 import struct
+from typing import NamedTuple
 
 HEADER = struct.Struct("<IIQ")
 """marker u32, size u32, pos u64: 16 bytes, little-endian, no padding."""
@@ -23,6 +24,39 @@ other receiver takes it for a SYNC: those that have feedback ignore the bytes,
 and those before 1.11 write them at position 0, which is sent again after it."""
 HELLO_REPLY = b"PYPLOOP\x01"
 """What our receiver answers instead of SUCCESS: it will also answer END."""
+HELLO_2 = b"PYP\x02"
+"""Of a second SYNC, to a peer that answered HELLO: are times wanted, too?"""
+HELLO_2_REPLY = b"PYPLOOP\x02"
+"""Instead of SUCCESS: a record of times follows this and every later answer."""
+
+TIMES = struct.Struct("<7Q")
+
+
+class Times(NamedTuple):
+    """What follows an answer of version 2: the receiver's CLOCK_MONOTONIC in
+    ns, 0 where there is nothing to tell, and bytes."""
+
+    first: int = 0
+    """The first data since the last answer began to arrive."""
+    arrived: int = 0
+    """The frame that is answered was read."""
+    written: int = 0
+    """All before it was written to the file."""
+    synced: int = 0
+    """And synced."""
+    named: int = 0
+    """END: the file has its name, durably."""
+    answered: int = 0
+    dirty: int = 0
+    """Bytes that were written since the last sync, and may not have been on the
+    disk before this one."""
+
+    def pack(self) -> bytes:
+        return TIMES.pack(*self)
+
+    @classmethod
+    def unpack(cls, data: bytes) -> Times:
+        return cls(*TIMES.unpack(data))
 
 
 def sync(payload: bytes = bytes(SYNC_SIZE), pos: int = 0) -> bytes:

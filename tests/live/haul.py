@@ -31,6 +31,7 @@ import libploop  # type: ignore[import-not-found]
 
 from pyploop import _core
 from pyploop.answers import Replies
+from pyploop.wire import d1
 
 
 def tell(**what: object) -> None:
@@ -97,7 +98,7 @@ def watch_ends(disks: list[tuple[str, int, str]]) -> None:
     by_fd = {fd: (delta, backing) for delta, fd, backing in disks}
     done = Replies.done
 
-    def done_later(self: Replies, event: int) -> None:
+    def done_later(self: Replies, event: int, times: d1.Times) -> None:
         delta, backing = by_fd[self._fd]
         if event == _core.RECV_END and "HAUL_TRUTH" in os.environ:
             shutil.copyfile(backing, delta + ".truth")
@@ -106,7 +107,7 @@ def watch_ends(disks: list[tuple[str, int, str]]) -> None:
             hold.touch()
             while hold.exists():
                 time.sleep(0.01)
-        done(self, event)
+        done(self, event, times)
 
     Replies.done = done_later  # type: ignore[method-assign]
 
