@@ -235,7 +235,7 @@ int pl_pump_write(struct pl_pump *p, const void *buf, size_t len,
 		  struct pl_fault *fault);
 /*
  * PL_SINK_PACKETS: write a control packet and wait for its answer, and all that
- * are due before it, each for timeout_ms at most (0: for ever).  -EREMOTEIO: an answer was a
+ * are due before it, for timeout_ms at most (0: for ever).  -EREMOTEIO: an answer was a
  * failure, fault->reply; -EPROTO: there was one too many.  Passes can fail with
  * these too.
  */

@@ -26,6 +26,7 @@ struct pump_reply {
 	int32_t value;			/* the last one */
 	uint8_t buf[1024];		/* a part of one is kept */
 	unsigned got;
+	struct pl_patience peer_answers;
 };
 
 struct slot {
@@ -97,8 +98,8 @@ int pl_stream_write(struct pl_pump *p, struct iovec *iov, unsigned n,
  * -EPROTO: one too many; -EPIPE: the peer has closed.
  */
 int pl_reply_take(struct pl_pump *p);
-/* Until no more than so many are outstanding; -1: no timeout. */
-int pl_reply_wait(struct pl_pump *p, uint64_t outstanding, int timeout_ms);
+/* Wait until the window has room for so many packets, and ask for their answers. */
+int pl_reply_room(struct pl_pump *p, unsigned packets);
 void pl_reply_explain(const struct pl_pump *p, int err, struct pl_fault *fault);
 
 #endif

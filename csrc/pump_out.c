@@ -195,12 +195,9 @@ static int ask(struct pl_pump *p, unsigned packets, struct pl_fault *fault)
 		packets = 0;
 	err = pl_reply_take(p);		/* a failure is seen early */
 	if (!err)
-		err = pl_reply_wait(p, p->cfg.window - packets, p->cfg.stall_ms ?
-				    (int)p->cfg.stall_ms : -1);
+		err = pl_reply_room(p, packets);
 	if (err)
 		pl_reply_explain(p, err, fault);
-	else
-		p->reply.asked += packets;
 	return err;
 }
 

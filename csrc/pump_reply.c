@@ -25,6 +25,7 @@ static int one_answer(struct pl_pump *p, const uint8_t *bytes)
 	if (p->reply.answered == p->reply.asked)
 		return -EPROTO;
 	p->reply.answered++;
+	pl_patience_moved(&p->reply.peer_answers, PL_BLOCK);
 	return 0;
 }
 
@@ -55,21 +56,20 @@ int pl_reply_take(struct pl_pump *p)
 	}
 }
 
-int pl_reply_wait(struct pl_pump *p, uint64_t outstanding, int timeout_ms)
+static int wait_until(struct pl_pump *p, uint64_t outstanding,
+		      struct pl_patience *patience, uint32_t limit_ms)
 {
 	while (p->reply.asked - p->reply.answered > outstanding) {
 		struct pollfd pfd[2] = {
 			{ .fd = p->cancel_fd, .events = POLLIN },
 			{ .fd = p->cfg.out_fd, .events = POLLIN },
 		};
-		int n = poll(pfd, 2, timeout_ms), err;
+		int err = pl_patient_poll(patience, pfd, 2, limit_ms);
 
-		if (n < 0 && errno != EINTR)
-			return -errno;
-		if (n > 0 && pfd[0].revents)
+		if (err < 0)
+			return err;
+		if (pfd[0].revents)
 			return -ECANCELED;
-		if (n == 0)
-			return -ETIMEDOUT;
 		err = pl_reply_take(p);
 		/* Who has answered may hang up: that is seen right behind it. */
 		if ((err == -EPIPE || err == -ECONNRESET) &&
@@ -79,6 +79,17 @@ int pl_reply_wait(struct pl_pump *p, uint64_t outstanding, int timeout_ms)
 			return err;
 	}
 	return 0;
+}
+
+int pl_reply_room(struct pl_pump *p, unsigned packets)
+{
+	/* An answer counts as a block: packets are that large, or few. */
+	int err = wait_until(p, p->cfg.window - packets, &p->reply.peer_answers,
+			     p->cfg.stall_ms);
+
+	if (!err)
+		p->reply.asked += packets;
+	return err;
 }
 
 void pl_reply_explain(const struct pl_pump *p, int err, struct pl_fault *fault)
@@ -92,18 +103,25 @@ void pl_reply_explain(const struct pl_pump *p, int err, struct pl_fault *fault)
 int pl_pump_ask(struct pl_pump *p, const void *buf, size_t len,
 		uint32_t timeout_ms, struct pl_fault *fault)
 {
+	struct pl_patience patience = { 0 };
 	struct iovec iov = { (void *)buf, len };
-	int wait = timeout_ms ? (int)timeout_ms : -1, err;
+	int err;
 
 	*fault = (struct pl_fault){ 0 };
 	if (p->cfg.sink != PL_SINK_PACKETS || timeout_ms > INT32_MAX)
 		return -EINVAL;
+	err = pl_reply_take(p);		/* one too many is not this one's */
+	if (err) {
+		pl_reply_explain(p, err, fault);
+		return err;
+	}
 	p->reply.asked++;
 	err = pl_stream_write(p, &iov, 1, fault);
 	if (err)
 		return err;
-	/* The last answer: all before it have come. */
-	err = pl_reply_wait(p, 0, wait);
+	/* The last answer: all before it have come.  What they are about is in the
+	   peer's hands by now, so one time is for them all. */
+	err = wait_until(p, 0, &patience, timeout_ms);
 	if (err)
 		pl_reply_explain(p, err, fault);
 	return err;

@@ -342,7 +342,7 @@ cdef class Pump:
 
     def ask(self, bytes data not None, uint32_t timeout_ms=0):
         """Write a control packet of D2 and wait for the answers to it and to
-        all before it, for each so long at most (0: for ever).  Raises Fault."""
+        all before it, so long at most (0: for ever).  Raises Fault."""
         cdef pl_fault fault
         cdef const char *buf = data
         cdef size_t n = len(data)

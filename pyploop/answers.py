@@ -10,7 +10,7 @@ from typing import Protocol
 
 from pyploop import transport
 from pyploop._core import RECV_END, RECV_SYNC, Receiver
-from pyploop.errors import PyploopError, WriteError
+from pyploop.errors import ProtocolError, PyploopError, WriteError
 from pyploop.wire import d1, d2, d3
 
 CANNOT = "cannot answer the sender"
@@ -126,11 +126,15 @@ class Replies:
         self.dialect = "D2"
         self.native = False
         self._fd, self._pump = fd, pump
+        self._first = True
         self._broken = False
 
     def greeted(self, pos: int, payload: bytes) -> bool:
+        first, self._first = self._first, False
         if pos == 0 or self._pump is None:
             return False
+        if not first or self._pump.stats.frames:
+            raise ProtocolError("a handshake in the middle of a copy")
         reply, features = d3.answer(pos)
         self._say(reply)
         if features & d3.MD5:

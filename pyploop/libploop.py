@@ -41,7 +41,9 @@ from pyploop.trackers.choose import choose
 __all__ = ["ploopcopy", "ploopcopy_receiver", "ploopcopy_thr_receiver"]
 
 STALL = 600.0
-"""Seconds in which the peer neither takes nor gives a byte, or does not answer."""
+"""Seconds for the receiver to take next to nothing, or to answer."""
+IDLE = 3600.0
+"""The same for the sender, whose rounds are its caller's: memory goes meanwhile."""
 
 
 class ploopcopy:
@@ -167,7 +169,7 @@ def _receive(fname: str, fd: int) -> None:
         if not stat.S_ISSOCK(transport.check_open(fd, "descriptor").st_mode):
             raise ParameterError(f"descriptor {fd} is not a socket")
         try:
-            receive(fname, fd, None, _reporter(), STALL, expected=answers.Replies(fd))
+            receive(fname, fd, None, _reporter(), IDLE, expected=answers.Replies(fd))
         except BaseException:
             answers.hang_up(fd)
             raise

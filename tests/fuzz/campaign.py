@@ -24,7 +24,7 @@ HERE = Path(__file__).resolve().parent
 CSRC = HERE.parents[1] / "csrc"
 PRODUCT = {
     "recv": ("recv", "recv_head", "recv_out", "hash", "hash_avx2"),
-    "reply": ("pump_reply",),
+    "reply": ("pump_reply", "patience"),
 }
 """Harness -> the sources of csrc/ in it; the harness stands in for what these call."""
 COMMON = ["-g", "-O1", "-std=gnu11", "-Wall", "-Wextra", "-pthread"]
@@ -37,9 +37,7 @@ def corpus_of(name: str) -> Path:
     return HERE / f"{name}.corpus"
 
 
-def build(
-    name: str, folder: Path, csrc: Path, cc: str, sanitize: str, *more: str
-) -> Path:
+def build(name: str, folder: Path, csrc: Path, cc: str, sanitize: str, *more: str) -> Path:
     """The harness around its sources, compiled into the folder."""
     flags = [*COMMON, f"-I{csrc}", f"-fsanitize={sanitize}", "-fno-sanitize-recover=all", *more]
     objects = []

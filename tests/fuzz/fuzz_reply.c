@@ -51,7 +51,7 @@ ssize_t fuzz_recv(int fd, void *buf, size_t len, int flags)
 
 int fuzz_poll(struct pollfd *pfd, nfds_t n, int timeout)
 {
-	CHECK(n == 2 && timeout == 1000);
+	CHECK(n == 2 && timeout > 0 && timeout <= 1000);
 	pfd[0].revents = 0;
 	pfd[1].revents = POLLIN;
 	return 1;
@@ -95,6 +95,13 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t len)
 		answered += !word;
 	}
 	got = pl_pump_ask(&p, data, 1, 1000, &fault);
+	if (got == -EPROTO && p.reply.asked < wanted) {
+		/* The last one came before it was asked for. */
+		CHECK(answered == wanted);
+		answered--;
+		extra = got;
+		wanted--;
+	}
 	if (answered < wanted)
 		CHECK(got == (word ? -EREMOTEIO : -EPIPE));
 	else

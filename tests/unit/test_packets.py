@@ -8,6 +8,7 @@ import os
 import socket
 import struct
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -168,6 +169,30 @@ def test_receiver_refuses_with_a_reply_a_reason_and_no_file(tmp_path: Path, case
     assert words in reason and "was not created" in reason
     assert "frame 1, byte" in reason or words == "cannot write"
     assert list(tmp_path.iterdir()) == []
+
+
+def test_receiver_refuses_a_handshake_in_the_middle(tmp_path: Path) -> None:
+    for before in (d2_peer.command(0, MD5), d2_peer.command(0), D):
+        with pair() as (peer, ours):
+            receiver = Ours(tmp_path / "image", ours)
+            peer.sendall(before)
+            md5 = d2_peer.read_reply(peer) != 0
+            peer.sendall(d2_peer.command(0, MD5, md5))
+            assert d2_peer.read_reply(peer) == 13
+            assert "handshake" in receiver.end()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_library_receives_the_commands_stream_too(tmp_path: Path) -> None:
+    with pair() as (peer, ours):
+        receiver = Ours(tmp_path / "image", ours)
+        peer.sendall(support.d1_sync(b"PYP\x01"))
+        assert d2_peer.read_all(peer, 8) == b"PYPLOOP\x01"
+        peer.sendall(support.d1_frame(7, b"some data"))
+        peer.sendall(support.d1_end())
+        assert d2_peer.read_all(peer, 8) == support.SUCCESS
+        assert receiver.end() == ""
+    assert (tmp_path / "image").read_bytes() == bytes(7) + b"some data"
 
 
 def test_receiver_refuses_a_wrong_md5(tmp_path: Path) -> None:
@@ -383,6 +408,28 @@ def _late_line(near: socket.socket, far: socket.socket, delay: float) -> None:
             far.sendall(data)
     with contextlib.suppress(OSError):
         far.shutdown(socket.SHUT_RDWR)
+
+
+# ---- the alias
+
+
+def test_the_alias_is_written_once_and_never_over_another_module(tmp_path: Path) -> None:
+    def alias() -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "pyploop.libploop", "--alias", str(tmp_path)]
+        return subprocess.run(
+            command, env=support.pyploop_env(), capture_output=True, text=True, check=False
+        )
+
+    for _ in range(2):
+        assert alias().returncode == 0
+    code = "import libploop; print(libploop.ploopcopy.__module__)"
+    env = support.pyploop_env({"PYTHONPATH": f"{tmp_path}{os.pathsep}{support.ROOT}"})
+    assert support.run(sys.executable, "-c", code, env=env) == "pyploop.libploop\n"
+    (tmp_path / "libploop.py").write_text("# somebody's\n")
+    done = alias()
+    assert (done.returncode, done.stdout) == (1, "")
+    assert "File exists" in done.stderr and len(done.stderr.splitlines()) == 1
+    assert (tmp_path / "libploop.py").read_text() == "# somebody's\n"
 
 
 # ---- the bytes
