@@ -2,8 +2,9 @@
 """The cgroup freezer, v1 (freezer.state) and v2 (cgroup.freeze).
 
 A frozen task stands at the border of the kernel, so it holds no lock of a file
-system; a task that waits for a frozen file system cannot be frozen any more
-(it stays in state D).  Hence: cgroups first, then file systems.
+system; a task that waits for a frozen file system cannot be frozen by v2 any
+more (nor by v1 before Linux 6.1): it stays in state D.  Hence: cgroups first,
+then file systems.
 """
 
 from __future__ import annotations
@@ -97,14 +98,15 @@ def find(path: str) -> Freezer:
     hierarchy.  OpenError: there is none; ParameterError: two."""
     if (here := Path(path)).is_absolute() and (found := _freezer_in(here)):
         return found
-    candidates = []
+    candidates: dict[int, Freezer] = {}
     for root, controllers in cgroup_mounts():
         if controllers is None or "freezer" in controllers:
             folder = Path(root) / path.lstrip("/")
             if ".." not in Path(path).parts and (found := _freezer_in(folder)):
-                candidates.append(found)
+                # By its number: one hierarchy may be mounted twice.
+                candidates.setdefault(found.knob.stat().st_ino, found)
     # Managers make the same cgroup in each hierarchy; processes tell which.
-    populated = [c for c in candidates if c.processes()] or candidates
+    populated = [c for c in candidates.values() if c.processes()] or list(candidates.values())
     if not populated:
         raise OpenError(f"no cgroup {path} with a freezer (the root of a hierarchy has none)")
     if len(populated) > 1:

@@ -40,9 +40,9 @@ def parse_spec(text: str) -> Spec:
     """ValueError for what is no spec."""
     kind, colon, argument = text.partition(":")
     if kind == "fs" and (argument or not colon):
-        return Spec(kind, argument)
+        return Spec(kind, argument, name=text)
     if kind in ("cgroup", "vzctl") and argument:
-        return Spec(kind, argument)
+        return Spec(kind, argument, name=text)
     if kind == "cmd" and argument:
         return Spec(kind, argument, name="the command of --freeze")
     raise ValueError(
