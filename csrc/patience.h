@@ -2,7 +2,8 @@
 /*
  * How long a peer may keep us waiting.  A timer that starts anew at every byte
  * lets a peer that drips hold us for ever; so what counts is the sum of the waits
- * for each PL_PROGRESS bytes.  Time in which we do not wait for it is ours.
+ * for each PL_PROGRESS bytes.  Time in which we do not wait for it is ours.  The
+ * receiver also begins anew after a SYNC (recv.c): who asks for an answer lives.
  */
 #ifndef PATIENCE_H
 #define PATIENCE_H

@@ -87,7 +87,7 @@ def main() -> int:
     o = parser.parse_args()
     folder = o.folder or Path(tempfile.mkdtemp(prefix="pyploop-fuzz-"))
     folder.mkdir(exist_ok=True)
-    program = build(o.name, folder, CSRC, "clang", f"fuzzer,{SANITIZE}")
+    program = build(o.name, folder, CSRC, "clang", f"fuzzer,{SANITIZE}", "-O2")
     corpus = folder / "corpus"
     unpack(corpus_of(o.name), corpus)
     jobs = [fuzz(program, corpus, o.seconds) for _ in range(o.jobs)]

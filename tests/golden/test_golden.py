@@ -63,6 +63,7 @@ CASES = {
         running=((3 * MIB, 4 * MIB), (MIB, MIB + 4096), (2 * MIB, 3 * MIB), (0, 4096)),
         frozen=((4096, 8192), (0, 4096)),
     ),
+    "more than is small": Case(size=24 * MIB, running=((0, 24 * MIB),), frozen=((0, 8 * MIB),)),
     "small clusters": Case(block=128, running=((MIB, 2 * MIB + 12288), (4096, 8192))),
     "large clusters": Case(block=8192, size=9 * MIB, running=((MIB, 9 * MIB),)),
     "a tail of a block": Case(size=SIZE + 4096, frozen=((SIZE, SIZE + 4096),)),

@@ -56,8 +56,8 @@ def library() -> Iterator[Path]:
         yield fakeploop.build(path)
 
 
-@ways
-def test_the_c_receiver_gets_a_live_copy_of_ours(folder: Path, via: str) -> None:
+@pytest.mark.parametrize(("via", "compat"), [("pipe", "auto"), ("mute", "auto"), ("pipe", "ploop")])
+def test_the_c_receiver_gets_a_live_copy_of_ours(folder: Path, via: str, compat: str) -> None:
     image = sparse_file(folder / "image", SIZE)
     target, frozen = folder / "target", folder / "frozen"
     with (
@@ -70,6 +70,8 @@ def test_the_c_receiver_gets_a_live_copy_of_ours(folder: Path, via: str) -> None
             "bpf",
             "--sync-wait",
             "0.2",
+            "--compat",
+            compat,
             "--before-thaw",
             f"cp {image} {frozen}",
         )
@@ -78,6 +80,8 @@ def test_the_c_receiver_gets_a_live_copy_of_ours(folder: Path, via: str) -> None
     succeeded(got)
     assert same(frozen, target, SIZE)
     peer = "ploop peer" if via == "pipe" else "perhaps a ploop peer"
+    if compat == "ploop":
+        peer = "as ploop sends it"
     assert got.summary["dialect"] == f"D1, {peer}"
     assert got.summary["acknowledged"] == "unknown"
 
