@@ -280,6 +280,37 @@ static void window_is_kept(void)
 	close(src);
 }
 
+/* Many packets in one write to a peer that is stuck in answering: it reads on
+   only if its answers are taken meanwhile. */
+static void neither_blocks_the_other(void)
+{
+	static struct pl_extent ext[1000];
+	struct peer peer = { 0 };
+	struct pl_pump_cfg cfg = {
+		.size = SIZE, .align = 1, .sink = PL_SINK_PACKETS, .cluster = MiB,
+		.slots = 4, .readers = 2, .window = 4096, .stall_ms = 5000,
+	};
+	uint8_t *data = must_alloc(SIZE);
+	struct pl_fault fault;
+	struct pl_pump *p;
+
+	fill_random(data, SIZE);
+	cfg.src_fd = temp_file(data, SIZE);
+	cfg.out_fd = peer_start(&peer, 1);
+	for (size_t i = 0; i < 1000; i++)
+		ext[i] = (struct pl_extent){ i * 4096, i * 4096 + 100 };
+	EQ(pl_pump_new(&p, &cfg), 0);
+	EQ(pl_pump_pass(p, ext, 1000, 0, &fault), 0);
+	EQ(ask(p, 0, NULL, 5000, &fault), 0);
+	pl_pump_free(p);
+	EQ(peer.packets, 1001);
+	for (size_t i = 0; i < 1000; i++)
+		OK(!memcmp(peer.image + ext[i].start, data + ext[i].start, 100));
+	peer_end(&peer, cfg.out_fd);
+	close(cfg.src_fd);
+	free(data);
+}
+
 static void *cancel_later(void *arg)
 {
 	usleep(50000);
@@ -322,6 +353,18 @@ static void bad_configs(void)
 	pl_pump_free(p);
 }
 
+static void *answer_and_hang_up(void *arg)
+{
+	int fd = *(int *)arg;
+	int32_t fine = 0;
+	char packet[13];
+
+	OK(take_all(fd, packet, sizeof(packet)));
+	OK(write(fd, &fine, sizeof(fine)) == sizeof(fine));
+	OK(shutdown(fd, SHUT_WR) == 0);
+	return NULL;
+}
+
 /* The last answer, and right behind it the end: the peer has done its part. */
 static void hangs_up_when_done(void)
 {
@@ -330,15 +373,15 @@ static void hangs_up_when_done(void)
 				   .slots = 2, .window = 256 };
 	struct pl_fault fault;
 	struct pl_pump *p;
-	int32_t fine = 0;
+	pthread_t thread;
 	int fd[2];
 
 	OK(socketpair(AF_UNIX, SOCK_STREAM, 0, fd) == 0);
 	cfg.out_fd = fd[0];
 	EQ(pl_pump_new(&p, &cfg), 0);
-	OK(write(fd[1], &fine, sizeof(fine)) == sizeof(fine));
-	OK(shutdown(fd[1], SHUT_WR) == 0);
+	OK(pthread_create(&thread, NULL, answer_and_hang_up, &fd[1]) == 0);
 	EQ(pl_pump_ask(p, "an END packet", 13, 1000, &fault), 0);
+	pthread_join(thread, NULL);
 	/* But one that owes an answer has failed. */
 	EQ(pl_pump_ask(p, "an END packet", 13, 1000, &fault), -EPIPE);
 	EQ(fault.stage, PL_STAGE_REPLY);
@@ -358,6 +401,7 @@ int main(void)
 	arrives(true, false, 0, 0);
 	arrives(false, true, 0, 0);
 	arrives(true, true, 0, 1);
+	neither_blocks_the_other();
 	failures();
 	closed(false);
 	closed(true);
