@@ -229,7 +229,7 @@ class Running:
         paused = False
         while (decision := self._decide()).action == "round":
             if decision.throttle and self._options.throttle is not None:
-                self._options.throttle()
+                self._options.throttle.apply()
             if decision.pause:
                 self._passes.pause(decision.pause)
             paused = bool(decision.pause)

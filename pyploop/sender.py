@@ -93,6 +93,9 @@ class Sender:
             undo.callback(self._mounts.close)
             self._hold = Hold(self._specs(), self._mounts, self._plan, report)
             self._out.check_apart(self._mounts)
+            if self._options.throttle is not None:
+                disk = None if source.block is None else source.block.disk_dev
+                self._options.throttle.prepare(self._plan, disk, self._specs())
             self._tracker.start(self._plan)
             undo.callback(self._tracker.stop, False)
             self._passes = Passes(source, self._tracker, self._out, self._options, report)
@@ -193,6 +196,8 @@ class Sender:
             self._out.deadline = min(self._out.deadline, self._passes.deadline)
         with step("stop command") if self._specs() else contextlib.nullcontext():
             self._hold.stop(limits)
+        if options.throttle is not None:
+            options.throttle.remove()
         with step("source sync"):
             run_cancellable(self._running.write_back)
         with step("freeze"):

@@ -3,12 +3,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from pyploop.freeze.stoppers import Spec
 from pyploop.rounds import Policy
+from pyploop.throttle import Throttle
 
 
 @dataclass
@@ -28,8 +29,8 @@ class Options:
     freeze_limit: float = 60.0
     """From the stop command on the copy fails and everything is undone before
     so many seconds have passed; 0: never."""
-    throttle: Callable[[], None] | None = None
-    """Slows the writer down, when nothing else helps; calling twice is harmless."""
+    throttle: Throttle | None = None
+    """Slows the writer down, when nothing else helps."""
 
 
 @dataclass

@@ -35,6 +35,7 @@ from pyploop.recorder import Recorder, chrome_trace
 from pyploop.rounds import Policy
 from pyploop.sender import Sender
 from pyploop.summary import Options
+from pyploop.throttle import Throttle, parse_throttle
 from pyploop.trackers import TRACKERS
 from pyploop.trackers.choose import choose
 from pyploop.units import parse_size, parse_time
@@ -162,6 +163,13 @@ def parser() -> Parser:
         metavar="TIME",
         help="give up, and undo everything, when the freeze lasts longer (60; with --max-freeze "
         "twice that and a second; 0: never)",
+    )
+    add(
+        "--throttle",
+        type=parsed(parse_throttle, "throttle"),
+        metavar="RATE[:CGROUP]",
+        help="with --max-freeze: slow the writer down to so many bytes per second by its cgroup "
+        "when nothing else makes the freeze fit",
     )
     add(
         "--max-freeze",
@@ -295,6 +303,7 @@ def _send(o: argparse.Namespace, report: Reporter) -> None:
         rate=o.bwlimit,
         readers=o.readers,
         freeze_limit=freeze_limit,
+        throttle=None if o.throttle is None else Throttle(o.throttle[0], o.throttle[1], report),
         policy=Policy(max_freeze=o.max_freeze, deadline=o.deadline, on_deadline=o.on_deadline),
     )
     with (

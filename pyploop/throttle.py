@@ -1,0 +1,154 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Slow the writer down by its cgroup, when nothing else makes a freeze fit:
+blkio.throttle.write_bps_device (v1) or io.max (v2), for the source's disk.
+
+v1 counts what a task submits itself: direct and synchronous writes, and what
+its own fsync writes back; what the kernel writes back later belongs to nobody.
+v2 counts all of it where the file system takes part (ext4, xfs, btrfs).
+
+What was there before is in the plan before anything is written, and is put
+back before the last sync of the freeze, which would wait for the limit too.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from pyploop.errors import DeviceControlError, OpenError, ParameterError
+from pyploop.events import Reporter
+from pyploop.freeze import cgroup
+from pyploop.freeze.stoppers import Spec
+from pyploop.plan import Held, Plan
+from pyploop.sysblock import cgroup_mounts
+from pyploop.units import format_size, parse_size
+
+
+@dataclass(frozen=True)
+class Knob:
+    """The write limit of one cgroup for one disk ('7:0'), bytes per second."""
+
+    folder: Path
+    v2: bool
+    disk: str
+
+    @property
+    def path(self) -> Path:
+        return self.folder / ("io.max" if self.v2 else "blkio.throttle.write_bps_device")
+
+    def value(self, rate: int | None) -> str:
+        """What is written for this limit; None: no limit."""
+        if self.v2:
+            return f"{self.disk} wbps={'max' if rate is None else rate}"
+        return f"{self.disk} {rate or 0}"
+
+    def read(self) -> int | None:
+        """The limit now; None: there is none."""
+        for line in self.path.read_text().splitlines():
+            words = line.split()
+            if words[:1] != [self.disk]:
+                continue
+            limits = [w.removeprefix("wbps=") for w in words[1:] if w.startswith("wbps=")]
+            limit = (limits or ["max"])[0] if self.v2 else words[1]
+            return None if limit == "max" else int(limit)
+        return None
+
+
+def parse_throttle(text: str) -> tuple[int, str | None]:
+    """RATE[:CGROUP]; ValueError for anything else, and for a rate of 0."""
+    rate, _, group = text.partition(":")
+    size = parse_size(rate)
+    if not size:
+        raise ValueError(f"{text!r}: a writer at 0 bytes per second never ends a write")
+    return size, group or None
+
+
+def find(group: str, disk: str) -> Knob:
+    """The knob of a cgroup, given by its folder or relative to its hierarchy."""
+    folders = [(Path(group), v2) for v2 in (False, True)] if group.startswith("/") else []
+    for root, controllers in cgroup_mounts():
+        if (controllers is None or "blkio" in controllers) and ".." not in Path(group).parts:
+            folder = Path(root) / group.lstrip("/")
+            if folder != Path(root):  # of the root: the whole machine
+                folders.append((folder, controllers is None))
+    for folder, v2 in folders:
+        knob = Knob(folder, v2, disk)
+        if knob.path.exists():
+            return knob
+    raise OpenError(f"no cgroup {group} with blkio.throttle.write_bps_device or io.max")
+
+
+def find_of(specs: Sequence[Spec], disk: str) -> Knob:
+    """The knob of the container that a `cgroup:` or `vzctl:` spec names."""
+    for spec in specs:
+        if spec.kind == "vzctl":
+            return find(spec.argument.partition(",")[0], disk)
+        if spec.kind == "cgroup":
+            freezer = cgroup.find(spec.argument)
+            for pid in freezer.processes():
+                try:
+                    text = Path(f"/proc/{pid}/cgroup").read_text()
+                except OSError:
+                    continue
+                if m := re.search(
+                    r"^\d+:(?:[^:\n]*,)?blkio(?:,[^:\n]*)?:(.+)$", text, re.MULTILINE
+                ):
+                    return find(m[1], disk)
+                break
+            return find(str(freezer.folder), disk)
+    raise ParameterError("--throttle RATE needs a cgroup: RATE:CGROUP, or --freeze cgroup:PATH")
+
+
+class Throttle:
+    """`--throttle`: applied by the policy, removed for the last sync."""
+
+    def __init__(self, rate: int, group: str | None, report: Reporter) -> None:
+        self._rate, self._group, self._report = rate, group, report
+        self._knob: Knob | None = None
+        self._plan: Plan | None = None
+        self._held: Held | None = None
+        self._applied = False
+
+    def prepare(self, plan: Plan, disk: tuple[int, int] | None, specs: Sequence[Spec]) -> None:
+        """Find the cgroup; disk: of the source (major, minor)."""
+        if disk is None:
+            raise ParameterError(
+                "--throttle: the source is a plain file, which has no disk to limit"
+            )
+        name = f"{disk[0]}:{disk[1]}"
+        self._knob = find(self._group, name) if self._group else find_of(specs, name)
+        self._plan = plan
+
+    def apply(self) -> None:
+        """Slow the writer down; a second call changes nothing."""
+        if self._applied:
+            return
+        assert self._knob is not None and self._plan is not None, "prepared"
+        knob, self._applied = self._knob, True
+        try:
+            old = knob.read()
+            if old is not None and old <= self._rate:
+                self._report.info(f"{knob.folder} is limited to {format_size(old)}/s already")
+                return
+            self._held = self._plan.add(
+                {
+                    "kind": "write",
+                    "path": str(knob.path),
+                    "inode": knob.path.stat().st_ino,
+                    "value": knob.value(old),
+                    "what": f"take the throttle off cgroup {knob.folder}",
+                    "by_hand": f"echo {knob.value(old)} > {knob.path}",
+                }
+            )
+            knob.path.write_text(knob.value(self._rate))
+        except OSError as e:
+            raise DeviceControlError.of(f"cannot throttle by {knob.path}", e) from e
+        self._report.note(f"Throttled {knob.folder} to {format_size(self._rate)}/s of writes")
+
+    def remove(self) -> None:
+        """Put back what was there before `apply`."""
+        held, self._held = self._held, None
+        if held is not None and self._plan is not None:
+            self._plan.undo(held)
