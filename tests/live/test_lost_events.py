@@ -21,10 +21,11 @@ import pytest
 from support import MIB, loop_device, needs
 from support_live import random_file, same, work_dir
 
-from pyploop import device, sender
+from pyploop import device
 from pyploop._core import Bitmap, BpfTracking, Counters, Hook, Snapshot
 from pyploop.errors import LoopError
 from pyploop.events import Reporter
+from pyploop.freeze import stoppers
 from pyploop.outputs import FileOutput
 from pyploop.sender import Sender
 from pyploop.sink import Sink
@@ -176,7 +177,7 @@ class Lab:
     def copy(self, loss: Loss, act: Callable[[str], None]) -> tuple[Summary, Script]:
         tracking = type("Lossy", (LossyTracking,), {"loss": loss})
         self._monkeypatch.setattr(bpf, "BpfTracking", tracking)
-        self._monkeypatch.setattr(sender, "run_command", lambda *_: act("frozen"))
+        self._monkeypatch.setattr(stoppers, "run_command", lambda *_: act("frozen"))
         self.target.unlink(missing_ok=True)
         script = Script(act)
         report = Reporter()
