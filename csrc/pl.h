@@ -167,6 +167,11 @@ enum pl_pass_flags {
 	PL_PASS_LAST = 8,
 	/* Call the hook before each read. */
 	PL_PASS_HOOK = 16,
+	/* What is sent may be newer than what was looked at, as long as nothing
+	   is written without the tracker's knowing; `known` then says only that
+	   it may be anything but zeroes.  Lets page cache go into a pipe without
+	   a copy, where that can be. */
+	PL_PASS_LIVE = 32,
 };
 
 struct pl_pump_cfg {
@@ -203,6 +208,7 @@ struct pl_pump_stats {
 	uint64_t same_bytes;	/* not sent: unchanged */
 	uint64_t frames;
 	uint64_t done_bytes;	/* of the extents of this pass, finished */
+	uint64_t huge_bytes;	/* of the file, made as huge pages (tmpfs) */
 };
 
 /* Where a pass failed. */
@@ -275,6 +281,7 @@ struct pl_recv_cfg {
 struct pl_recv_stats {
 	uint64_t stream_bytes, data_bytes, frames, written_bytes, hole_bytes;
 	uint64_t image_size;	/* highest position + size seen */
+	uint64_t huge_bytes;	/* of the file, made as huge pages (tmpfs) */
 };
 
 struct pl_recv_msg {

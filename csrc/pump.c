@@ -119,6 +119,7 @@ int pl_pump_pass(struct pl_pump *p, const struct pl_extent *ext, size_t n,
 	p->next = 0;
 	p->pos = p->floor = 0;
 	p->flags = flags;
+	p->live = (flags & PL_PASS_LIVE) && p->can_splice;
 	p->claimed = p->emitted = 0;
 	p->err = 0;
 	p->fault = *fault;
@@ -153,6 +154,8 @@ int pl_pump_pass(struct pl_pump *p, const struct pl_extent *ext, size_t n,
 	}
 	for (unsigned i = 0; i < p->cfg.slots; i++)
 		p->slot[i].busy = p->slot[i].ready = false;
+	if (!p->err)
+		pl_huge_settle(p);
 	p->n = p->next = 0;
 	err = p->err;
 	*fault = p->fault;
@@ -247,6 +250,7 @@ int pl_pump_new(struct pl_pump **out, const struct pl_pump_cfg *cfg)
 	p->cancel_fd = -1;
 	pthread_mutex_init(&p->lock, NULL);
 	pthread_mutex_init(&p->rate_lock, NULL);
+	pthread_mutex_init(&p->huge_lock, NULL);
 	pthread_cond_init(&p->work, NULL);
 	pthread_cond_init(&p->done, NULL);
 	/* A cluster, and what alignment adds before and after it. */
@@ -269,8 +273,12 @@ int pl_pump_new(struct pl_pump **out, const struct pl_pump_cfg *cfg)
 		if (!s->buf || !s->run || !s->hdr)
 			goto nomem;
 	}
-	p->cancel_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
-	err = p->cancel_fd < 0 ? -errno : start_threads(p);
+	p->can_splice = pl_can_splice(cfg);
+	err = pl_pump_huge_init(p);
+	if (!err) {
+		p->cancel_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
+		err = p->cancel_fd < 0 ? -errno : start_threads(p);
+	}
 	if (!err) {
 		*out = p;
 		return 0;
@@ -299,10 +307,12 @@ void pl_pump_free(struct pl_pump *p)
 	}
 	free(p->slot);
 	free(p->thread);
+	pl_pump_huge_fini(p);
 	if (p->cancel_fd >= 0)
 		close(p->cancel_fd);
 	pthread_cond_destroy(&p->done);
 	pthread_cond_destroy(&p->work);
+	pthread_mutex_destroy(&p->huge_lock);
 	pthread_mutex_destroy(&p->rate_lock);
 	pthread_mutex_destroy(&p->lock);
 	free(p);

@@ -52,7 +52,9 @@ static void classify_part(struct pl_pump *p, struct slot *s,
 	bool all_zero = true, sent = false;
 	uint64_t hash = PL_HASH_UNKNOWN;
 
-	if (!holes && part.whole) {
+	if (!holes && part.whole && p->live) {
+		all_zero = false;	/* block by block, below */
+	} else if (!holes && part.whole) {
 		hash = pl_hash_block(data, part.len);
 		all_zero = hash == PL_HASH_ZERO;
 		if ((p->flags & PL_PASS_CHANGED) && hash == *known_hash &&
@@ -78,11 +80,13 @@ static void classify_part(struct pl_pump *p, struct slot *s,
 			STAT_ADD(p, zero_bytes, len);
 			continue;
 		}
-		set_nonzero(&k->nonzero, block, !zero);
+		set_nonzero(&k->nonzero, block, !zero || p->live);
 		add_run(s, pos, len, part.off + at, pos != f->pos);
 		sent = true;
 	}
 	/* Two slots can have parts of one chunk: both forget its hash. */
+	if (p->live && !sent)
+		hash = PL_HASH_ZERO;
 	if (part.whole || sent)
 		__atomic_store_n(known_hash, part.whole ? hash : PL_HASH_UNKNOWN,
 				 __ATOMIC_RELAXED);

@@ -6,6 +6,7 @@
 #include <pthread.h>
 #include <sys/uio.h>
 
+#include "huge.h"
 #include "patience.h"
 #include "pl.h"
 
@@ -52,8 +53,12 @@ struct pl_pump {
 	bool cancelled;			/* atomic */
 	struct pl_pump_stats stats;	/* atomic, field by field */
 	struct pl_patience peer_takes;	/* emitter only */
+	bool can_splice;
 	pthread_mutex_t rate_lock;		/* guards the two */
 	uint64_t rate_t0_ns, rate_bytes;
+	pthread_mutex_t huge_lock;		/* guards the two */
+	struct pl_huge huge;
+	struct pl_bitmap huge_made;		/* in this pass */
 
 	pthread_mutex_t lock;		/* guards all below */
 	pthread_cond_t work;		/* something to claim, or quit */
@@ -70,6 +75,7 @@ struct pl_pump {
 	uint64_t pos;			/* next byte to claim in it, or 0 */
 	uint64_t floor;			/* nothing below is claimed again */
 	unsigned flags;
+	bool live;			/* PL_PASS_LIVE, and it can be done */
 	unsigned frags_per_slot;
 	uint64_t claimed, emitted;	/* slots, this pass */
 	unsigned processing;		/* slots between claim and ready */
@@ -90,8 +96,22 @@ bool pl_hole_is_known(const struct pl_pump *p, const struct frag *f);
 void pl_slot_classify(struct pl_pump *p, struct slot *s);
 /* pump_out.c: send run[]. */
 int pl_slot_emit(struct pl_pump *p, struct slot *s, struct pl_fault *fault);
+/* pump_huge.c: what [pos, end) is about to be written for; after a pass. */
+int pl_pump_huge_init(struct pl_pump *p);
+void pl_pump_huge_fini(struct pl_pump *p);
+void pl_huge_ahead(struct pl_pump *p, uint64_t pos, uint64_t end);
+void pl_huge_settle(struct pl_pump *p);
 int pl_stream_write(struct pl_pump *p, struct iovec *iov, unsigned n,
 		    struct pl_fault *fault);
+/* Its steps: bytes were taken; until it takes more; the failure `err`. */
+void pl_stream_moved(struct pl_pump *p, size_t n);
+int pl_stream_wait(struct pl_pump *p);
+int pl_stream_fault(struct pl_pump *p, int err, struct pl_fault *fault);
+/* pump_splice.c: the payload of a run, without a copy. */
+bool pl_can_splice(const struct pl_pump_cfg *c);
+bool pl_run_is_spliced(const struct pl_pump *p, const struct frag *r);
+int pl_splice_run(struct pl_pump *p, const struct slot *s, const struct frag *r,
+		  struct pl_fault *fault);
 
 /*
  * pump_reply.c: take what answers are there.  0; -EREMOTEIO: one is a failure;

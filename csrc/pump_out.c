@@ -30,7 +30,7 @@ static uint64_t now_ns(void)
 
 /* Until the stream takes more: 0, -ECANCELED, -ETIMEDOUT; D2's answers are
    taken meanwhile, with their errors. */
-static int wait_writable(struct pl_pump *p)
+int pl_stream_wait(struct pl_pump *p)
 {
 	bool answers = p->cfg.sink == PL_SINK_PACKETS;
 	struct pollfd pfd[2] = {
@@ -104,6 +104,24 @@ static int why_closed(struct pl_pump *p, int err)
 	return said == -EREMOTEIO ? said : err;
 }
 
+void pl_stream_moved(struct pl_pump *p, size_t n)
+{
+	STAT_ADD(p, wire_bytes, n);
+	pl_patience_moved(&p->peer_takes, n);
+}
+
+int pl_stream_fault(struct pl_pump *p, int err, struct pl_fault *fault)
+{
+	if (err == -EREMOTEIO || err == -EPROTO) {
+		pl_reply_explain(p, err, fault);
+		return err;
+	}
+	fault->stage = PL_STAGE_WRITE;
+	fault->stream = __atomic_load_n(&p->stats.wire_bytes, __ATOMIC_RELAXED);
+	fault->frame = __atomic_load_n(&p->stats.frames, __ATOMIC_RELAXED);
+	return err;
+}
+
 int pl_stream_write(struct pl_pump *p, struct iovec *iov, unsigned n,
 		    struct pl_fault *fault)
 {
@@ -126,13 +144,12 @@ int pl_stream_write(struct pl_pump *p, struct iovec *iov, unsigned n,
 			done = writev(fd, iov, (int)n);
 		if (done < 0) {
 			if (errno == EAGAIN || errno == EWOULDBLOCK)
-				err = wait_writable(p);
+				err = pl_stream_wait(p);
 			else if (errno != EINTR)
 				err = why_closed(p, -errno);
 			continue;
 		}
-		STAT_ADD(p, wire_bytes, (uint64_t)done);
-		pl_patience_moved(&p->peer_takes, (size_t)done);
+		pl_stream_moved(p, (size_t)done);
 		while (n && (size_t)done >= iov->iov_len) {
 			done -= (ssize_t)iov->iov_len;
 			iov++;
@@ -143,15 +160,7 @@ int pl_stream_write(struct pl_pump *p, struct iovec *iov, unsigned n,
 			iov->iov_len -= (size_t)done;
 		}
 	}
-	if (err == -EREMOTEIO || err == -EPROTO) {
-		pl_reply_explain(p, err, fault);
-	} else if (err) {
-		fault->stage = PL_STAGE_WRITE;
-		fault->stream = __atomic_load_n(&p->stats.wire_bytes,
-						__ATOMIC_RELAXED);
-		fault->frame = __atomic_load_n(&p->stats.frames, __ATOMIC_RELAXED);
-	}
-	return err;
+	return err ? pl_stream_fault(p, err, fault) : 0;
 }
 
 static void put32(uint8_t *to, uint32_t value)
@@ -201,6 +210,25 @@ static int ask(struct pl_pump *p, unsigned packets, struct pl_fault *fault)
 	return err;
 }
 
+static int emit_spliced(struct pl_pump *p, struct slot *s, const struct frag *r,
+			struct pl_fault *fault)
+{
+	struct iovec iov = { s->hdr, p->hdr_size };
+	int err = obey_rate(p, r->len);
+
+	if (err)
+		return pl_stream_fault(p, err, fault);
+	make_header(p, s->hdr, r->pos, NULL, r->len);
+	err = pl_stream_write(p, &iov, 1, fault);
+	if (!err)
+		err = pl_splice_run(p, s, r, fault);
+	if (!err) {
+		STAT_ADD(p, data_bytes, r->len);
+		STAT_ADD(p, frames, 1);
+	}
+	return err;
+}
+
 static int emit_frames(struct pl_pump *p, struct slot *s, struct pl_fault *fault)
 {
 	struct iovec iov[2 * PL_BATCH];
@@ -213,8 +241,13 @@ static int emit_frames(struct pl_pump *p, struct slot *s, struct pl_fault *fault
 		uint64_t bytes = 0;
 
 		fault->pos = s->run[i].pos;
+		if (pl_run_is_spliced(p, &s->run[i])) {
+			err = emit_spliced(p, s, &s->run[i++], fault);
+			continue;
+		}
 		/* Room for the two frames that one run may need. */
-		for (; i < s->nruns && n + 4 <= 2 * PL_BATCH && !err; i++) {
+		for (; i < s->nruns && n + 4 <= 2 * PL_BATCH && !err &&
+		       !pl_run_is_spliced(p, &s->run[i]); i++) {
 			struct frag r = s->run[i];
 			/* A frame of 4 bytes means SYNC in D1: send such a tail in
 			   two halves, which every receiver takes as data. */
@@ -250,6 +283,7 @@ static int emit_file(struct pl_pump *p, struct slot *s, struct pl_fault *fault)
 		struct frag *r = &s->run[i];
 		int err = obey_rate(p, r->len);
 
+		pl_huge_ahead(p, r->pos, r->pos + r->len);
 		if (!err)
 			err = pl_pwrite_full(p->cfg.out_fd, s->buf + r->off,
 					     r->len, r->pos);

@@ -8,6 +8,9 @@
  * is busy.  Every read asks for the rest of the current payload and at most
  * one header more, which is always there until END: so nothing behind END is
  * ever taken from the stream.
+ *
+ * On tmpfs the bytes of a new part of the file go by none of this: they are
+ * read into its page cache at once (recv_place.c).
  */
 #define _GNU_SOURCE
 #include <endian.h>
@@ -123,6 +126,7 @@ static int drain(struct pl_recv *r)
 {
 	int err;
 
+	pl_recv_end_page(r);
 	pthread_mutex_lock(&r->lock);
 	/* A slot that is being filled goes as it is. */
 	if (r->filled - r->written < r->cfg.slots &&
@@ -140,20 +144,45 @@ static int drain(struct pl_recv *r)
 	return err;
 }
 
-/* Payload of the frame r->head into slots, in parts of at most a slot. */
+/* `part` bytes of payload to `to`; behind the last ones, as much of the next
+   header as is there. */
+static int read_part(struct pl_recv *r, uint8_t *to, uint32_t part, bool last)
+{
+	uint8_t next[sizeof(r->raw)];
+	struct iovec iov[2] = { { to, part }, { next, pl_recv_head_size(r) } };
+	ssize_t n = pl_recv_read(r, iov, last ? 2 : 1, part);
+	int err;
+
+	if (n < 0)
+		return (int)n;
+	err = pl_recv_digest(r, to, part, last);
+	if (!err && last) {
+		r->raw_got = (uint32_t)n - part;
+		memcpy(r->raw, next, r->raw_got);
+	}
+	return err;
+}
+
+/* Payload of the frame r->head into the file's own page, or into slots in
+   parts of at most a slot. */
 static int read_payload(struct pl_recv *r)
 {
 	uint64_t pos = r->head.pos;
 	uint32_t left = r->head.size;
 
-	while (left) {
-		struct recv_slot *s = current(r);
-		uint8_t next[sizeof(r->raw)];
-		struct iovec iov[2];
-		uint32_t part;
-		ssize_t n;
+	for (uint32_t part; left; pos += part, left -= part) {
+		uint8_t *place = pl_recv_place(r, pos, left, &part);
+		struct recv_slot *s;
 		int err;
 
+		if (place) {
+			err = read_part(r, place, part, part == left);
+			if (err)
+				return err;
+			pl_recv_placed(r, part);
+			continue;
+		}
+		s = current(r);
 		if (!s)
 			return r->err;
 		/* Parts start at PL_BLOCK in memory, as they mostly do in the file. */
@@ -161,26 +190,18 @@ static int read_payload(struct pl_recv *r)
 			       left : r->cfg.slot_size - s->used;
 		if (s->nparts == RECV_PARTS || (part < left && s->nparts)) {
 			hand_over(r);
+			part = 0;
 			continue;
 		}
-		iov[0] = (struct iovec){ s->buf + s->used, part };
-		iov[1] = (struct iovec){ next, pl_recv_head_size(r) };
-		n = pl_recv_read(r, iov, part == left ? 2 : 1, part);
-		if (n < 0)
-			return (int)n;
-		err = pl_recv_digest(r, s->buf + s->used, part, part == left);
+		err = read_part(r, s->buf + s->used, part, part == left);
 		if (err)
 			return err;
 		s->part[s->nparts++] = (struct recv_part){ pos, part, s->used };
 		s->used += (part + PL_BLOCK - 1) / PL_BLOCK * PL_BLOCK;
-		pos += part;
-		left -= part;
-		if (!left) {
-			r->raw_got = (uint32_t)n - part;
-			memcpy(r->raw, next, r->raw_got);
+		pl_recv_saw(r, pos, part);
+		if (part == left)
 			s->replies += r->dialect == PL_DIALECT_D2 &&
 				      r->head.type == PL_PACKET_DATA;
-		}
 		/* An idle writer gets what there is, a busy one gets more later.
 		   But a sender may wait for the answer before it goes on. */
 		if (s->used >= r->cfg.slot_size ||
@@ -344,6 +365,9 @@ int pl_recv_new(struct pl_recv **out, const struct pl_recv_cfg *c)
 		return -ENOMEM;
 	r->cfg = *c;
 	r->cancel_fd = -1;
+	/* Only a new file can be told to have holes where nothing was read. */
+	if (c->sparse)
+		pl_huge_init(&r->huge, c->out_fd);
 	pthread_mutex_init(&r->lock, NULL);
 	pthread_cond_init(&r->work, NULL);
 	pthread_cond_init(&r->done, NULL);
@@ -382,6 +406,7 @@ void pl_recv_free(struct pl_recv *r)
 	for (unsigned i = 0; r->slot && i < r->cfg.slots; i++)
 		pl_buf_free(r->slot[i].buf, r->cfg.slot_size);
 	free(r->slot);
+	pl_huge_fini(&r->huge);
 	if (r->cancel_fd >= 0)
 		close(r->cancel_fd);
 	pthread_cond_destroy(&r->done);

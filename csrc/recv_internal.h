@@ -6,10 +6,13 @@
 #include <pthread.h>
 #include <sys/uio.h>
 
+#include "huge.h"
 #include "patience.h"
 #include "pl.h"
 
 #define RECV_PARTS 256u
+#define RECV_ADD(r, field, n) \
+	__atomic_fetch_add(&(r)->stats.field, (n), __ATOMIC_RELAXED)
 
 #define PL_SYNC_SIZE 4u		/* of a SYNC, in either dialect */
 
@@ -52,6 +55,16 @@ struct pl_recv {
 	bool ended;
 	bool digests;		/* each packet carries one from now on */
 
+	/* reader only: recv_place.c */
+	struct pl_huge huge;
+	uint64_t read_end;	/* nothing was read for a place at or past it */
+	uint64_t run_start, run_end;	/* what came last, without a gap */
+	uint8_t *page;		/* the huge page that is being filled, or NULL */
+	uint64_t page_pos;
+	uint32_t page_used;
+	uint64_t page_zero[PL_HUGE / PL_BLOCK / 64];	/* its zero blocks */
+	uint64_t placed_end;	/* atomic: nothing was placed at or past it */
+
 	/* writer only */
 	uint64_t written_end;	/* nothing was written at or past it */
 	uint64_t flush_start, flush_end;	/* written, writeback not started */
@@ -84,6 +97,18 @@ uint32_t pl_recv_head_size(const struct pl_recv *r);
 int pl_recv_digest(struct pl_recv *r, const void *data, uint32_t len, bool last);
 /* recv_reply.c: answer `count` packets, RECV_PARTS at most, with success. */
 int pl_recv_reply(struct pl_recv *r, unsigned count);
+/*
+ * recv_place.c: where in the file itself the next bytes, which belong to `pos`,
+ * can be read to; *room <- how many of `left`.  NULL: take a slot.
+ */
+uint8_t *pl_recv_place(struct pl_recv *r, uint64_t pos, uint32_t left,
+		       uint32_t *room);
+/* They are there. */
+void pl_recv_placed(struct pl_recv *r, uint32_t len);
+/* Every byte read, wherever to, in the order of the stream. */
+void pl_recv_saw(struct pl_recv *r, uint64_t pos, uint32_t len);
+/* No more of the page follows: what is unused or zero becomes a hole. */
+void pl_recv_end_page(struct pl_recv *r);
 /* recv_out.c: write a slot's parts; on failure *pos is where. */
 int pl_recv_write_slot(struct pl_recv *r, struct recv_slot *s, uint64_t *pos);
 

@@ -9,12 +9,6 @@
 
 #include "recv_internal.h"
 
-/* Punching journals a transaction; below this, writing zeroes is cheaper. */
-#define MIN_PUNCH 65536u
-
-#define ADD(r, field, n) \
-	__atomic_fetch_add(&(r)->stats.field, (n), __ATOMIC_RELAXED)
-
 /*
  * Start writing back what was written since the last time, and wait for the
  * range before that: at most two half windows are dirty.  An error of
@@ -54,7 +48,7 @@ static int write_data(struct pl_recv *r, const uint8_t *data, uint32_t len,
 
 	if (err)
 		return err;
-	ADD(r, written_bytes, len);
+	RECV_ADD(r, written_bytes, len);
 	if (r->unflushed == 0 || pos < r->flush_start)
 		r->flush_start = pos;
 	if (pos + len > r->flush_end)
@@ -70,10 +64,14 @@ static int write_data(struct pl_recv *r, const uint8_t *data, uint32_t len,
 static int write_hole(struct pl_recv *r, const uint8_t *zeroes, uint32_t len,
 		      uint64_t pos)
 {
+	uint64_t data_end = __atomic_load_n(&r->placed_end, __ATOMIC_RELAXED);
+
+	if (data_end < r->written_end)
+		data_end = r->written_end;
 	/* Past all that was written the new file has a hole anyway. */
-	if (pos < r->written_end) {
+	if (pos < data_end) {
 		uint64_t end = pos + len;
-		uint64_t cut = end < r->written_end ? end : r->written_end;
+		uint64_t cut = end < data_end ? end : data_end;
 
 		if (len < MIN_PUNCH)
 			return write_data(r, zeroes, len, pos);
@@ -83,7 +81,7 @@ static int write_hole(struct pl_recv *r, const uint8_t *zeroes, uint32_t len,
 			      (off_t)pos, (off_t)(cut - pos)) < 0)
 			return write_data(r, zeroes, len, pos);
 	}
-	ADD(r, hole_bytes, len);
+	RECV_ADD(r, hole_bytes, len);
 	return 0;
 }
 

@@ -91,6 +91,7 @@ cdef extern from "pl.h" nogil:
         uint64_t same_bytes
         uint64_t frames
         uint64_t done_bytes
+        uint64_t huge_bytes
 
     struct pl_fault:
         int stage
@@ -137,6 +138,7 @@ cdef extern from "pl.h" nogil:
         uint64_t written_bytes
         uint64_t hole_bytes
         uint64_t image_size
+        uint64_t huge_bytes
 
     struct pl_recv_msg:
         uint64_t pos

@@ -11,6 +11,7 @@ PASS_CHANGED: int
 PASS_HOLES: int
 PASS_LAST: int
 PASS_HOOK: int
+PASS_LIVE: int
 RECV_SYNC: int
 RECV_END: int
 SINK_FRAMES: int
@@ -89,6 +90,7 @@ class PumpStats(NamedTuple):
     same: int
     frames: int
     done: int
+    huge: int
 
 @final
 class Pump:
@@ -127,6 +129,7 @@ class RecvStats(NamedTuple):
     written: int
     holes: int
     image_size: int
+    huge: int
 
 class Arrival(NamedTuple):
     first: int

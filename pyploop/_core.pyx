@@ -2,7 +2,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """The only door to csrc: the GIL is released around everything that waits,
 and -errno becomes OSError in `_check` / `Fault`, nowhere else."""
-import hashlib
 import os
 from typing import NamedTuple
 
@@ -19,6 +18,7 @@ PASS_CHANGED = 2
 PASS_HOLES = 4
 PASS_LAST = 8
 PASS_HOOK = 16
+PASS_LIVE = 32
 
 RECV_SYNC = 1
 RECV_END = 2
@@ -251,10 +251,13 @@ cdef class Hook:
 
 cdef class _Md5:
     """D3's digest for the pumps.  hashlib's: it needs the GIL only to begin."""
-    cdef object md5
+    cdef object new, md5
 
     def __cinit__(self):
-        self.md5 = hashlib.md5(usedforsecurity=False)
+        import hashlib  # OpenSSL behind it takes time and memory, and D1 needs none
+
+        self.new = hashlib.md5
+        self.md5 = self.new(usedforsecurity=False)
 
 
 cdef int _md5(void *ctx, const void *data, size_t size, uint8_t *out) noexcept with gil:
@@ -267,7 +270,7 @@ cdef int _md5(void *ctx, const void *data, size_t size, uint8_t *out) noexcept w
             value = self.md5.digest()
             digest = value
             memcpy(out, digest, PL_DIGEST)
-            self.md5 = hashlib.md5(usedforsecurity=False)
+            self.md5 = self.new(usedforsecurity=False)
     except BaseException:
         return -ENOMEM
     return 0
@@ -282,6 +285,7 @@ class PumpStats(NamedTuple):
     same: int
     frames: int
     done: int
+    huge: int
 
 
 cdef class Pump:
@@ -365,7 +369,7 @@ cdef class Pump:
         cdef pl_pump_stats s
         pl_pump_get_stats(self.p, &s)
         return PumpStats(s.read_bytes, s.data_bytes, s.wire_bytes, s.zero_bytes,
-                         s.same_bytes, s.frames, s.done_bytes)
+                         s.same_bytes, s.frames, s.done_bytes, s.huge_bytes)
 
 
 class RecvStats(NamedTuple):
@@ -376,6 +380,7 @@ class RecvStats(NamedTuple):
     written: int
     holes: int
     image_size: int
+    huge: int
 
 
 class Arrival(NamedTuple):
@@ -451,7 +456,8 @@ cdef class Receiver:
         cdef pl_recv_stats s
         pl_recv_get_stats(self.r, &s)
         return RecvStats(s.stream_bytes, s.data_bytes, s.frames,
-                         s.written_bytes, s.hole_bytes, s.image_size)
+                         s.written_bytes, s.hole_bytes, s.image_size,
+                         s.huge_bytes)
 
 
 cdef class PloopTracking:

@@ -153,6 +153,7 @@ class _Receipt:
         self._report.detail(
             f"Received {self._path}: {format_size(stats.image_size)}, "
             f"{format_size(stats.data)} of data in {stats.frames} frames"
+            + (f", {format_size(stats.huge)} made as huge pages" if stats.huge else "")
         )
         self._report.event(
             "received",
@@ -163,6 +164,7 @@ class _Receipt:
             frames=stats.frames,
             written_bytes=stats.written,
             hole_bytes=stats.holes,
+            huge_bytes=stats.huge,
             syncs=syncs,
             native_peer=native,
             dialect=self.answers.dialect,

@@ -97,7 +97,12 @@ class Running:
         self._report.event("phase", phase="first pass", bytes=extents.bytes)
         start = self._passes.window_start = time.monotonic()
         with self._recorder.step("first pass"):
-            sent = self._passes.send([Batch(extents)], _core.PASS_LAST | _core.PASS_HOOK)
+            flags = _core.PASS_LAST | _core.PASS_HOOK
+            if self._tracker.name != "scan":
+                # What changes under way is marked; a scan would have to know
+                # what exactly was sent.
+                flags |= _core.PASS_LIVE
+            sent = self._passes.send([Batch(extents)], flags)
             if holes:
                 # The target may hold something there (Output.prepare).
                 sent += self._passes.send([Batch(Extents.of(holes), holes=True)])

@@ -8,7 +8,6 @@ is here are the control packets and the replies.  D3 is D2 with features agreed
 
 from __future__ import annotations
 
-import hashlib
 import os
 import struct
 
@@ -42,9 +41,11 @@ MEANING = {
 def packet(kind: int, pos: int, payload: bytes, digest: bool = False) -> bytes:
     """One packet; digest: with the MD5 of the payload (D3)."""
     head = HEADER.pack(MARK, kind, len(payload), 0, pos)
-    return (
-        head + (hashlib.md5(payload, usedforsecurity=False).digest() if digest else b"") + payload
-    )
+    if digest:
+        import hashlib  # not for a copy without: it loads OpenSSL
+
+        head += hashlib.md5(payload, usedforsecurity=False).digest()
+    return head + payload
 
 
 def sync(features: int = 0, digest: bool = False) -> bytes:

@@ -73,6 +73,8 @@ def _run(name: str, kind: str, folder: Path, timeout: float) -> subprocess.Compl
         ("test_pump_d2", "tsan"),
         ("test_recv", "asan"),
         ("test_recv", "tsan"),
+        ("test_huge", "asan"),
+        ("test_huge", "tsan"),
         ("test_recv_d2", "asan"),
         ("test_recv_d2", "tsan"),
     ],
