@@ -37,6 +37,7 @@ from common import (
     cleaned_up,
     column,
     folder,
+    heat,
     in_turns,
     loop_device,
     random_file,
@@ -155,6 +156,7 @@ class Bench:
         self.target, self.durable = target, durable
         target.unlink(missing_ok=True)
         os.sync()
+        heat(self.size + self.size // 8)
         try:
             sample = tool()
             key = (target, name)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import json
+import mmap
 import os
 import re
 import resource
@@ -63,7 +64,8 @@ def warm_memory(size: int) -> Iterator[None]:
     seconds, and touching it again costs several times more than writing to it
     (0.3 instead of 3 GB/s here): that would be measured, not the copy.  Only
     whole 2 MiB blocks are reported, so one page of each is kept, and the rest
-    is free: the allocator takes such broken blocks first.
+    is free: the allocator takes such broken blocks first.  Whole ones are for
+    `heat` to warm.
     """
     fallocate = ctypes.CDLL(None, use_errno=True).fallocate
     fallocate.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64]
@@ -77,6 +79,17 @@ def warm_memory(size: int) -> Iterator[None]:
         yield
     finally:
         os.close(fd)
+
+
+def heat(size: int) -> None:
+    """Touch `size` bytes of free memory in whole 2 MiB blocks, and free them.
+
+    Just before a run, whatever it is of: the hypervisor takes such blocks back
+    after about two seconds.
+    """
+    with mmap.mmap(-1, size, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) as memory:
+        memory.madvise(mmap.MADV_HUGEPAGE)
+        np.frombuffer(memory, np.uint8)[::4096] = 1
 
 
 @contextlib.contextmanager
