@@ -252,6 +252,9 @@ class Plan:
                 watchdog.run(entry)
         except OSError as e:
             self.release(held)
+            entry["error"] = e.strerror or str(e)
+            if self._journal is not None:
+                self._journal.save()
             kind = CommandError if entry["kind"] == "run" else DeviceControlError
             raise kind(f"cannot {describe(entry)}: {e.strerror or e}{self._by_hand(entry)}") from e
         if keep_note:
@@ -300,6 +303,9 @@ class Plan:
                     f"not everything could be undone: pyploop thaw --list, {self._journal.id}"
                 )
             elif not undone_elsewhere:
+                for entry in self._journal.entries:
+                    if "error" not in entry:  # foreseen, and never begun
+                        self._journal.done(entry)
                 self._journal.close()
             self._journal = None
 

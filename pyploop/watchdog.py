@@ -100,9 +100,10 @@ class Plan:
         if fd >= 0:
             os.close(fd)
 
-    def undo(self) -> bool:
-        """Undo in reverse.  True when something has to be tried again: a thaw
-        that found nothing frozen, because the freeze is still under way."""
+    def undo(self, last: bool = False) -> bool:
+        """Undo in reverse; last: the parent has gone.  True when something has
+        to be tried again: a thaw that found nothing frozen, because the freeze
+        is still under way."""
         again = False
         undone: list[int] = []
         failed: dict[int, str] = {}
@@ -123,19 +124,22 @@ class Plan:
             else:
                 undone.append(number)
             self.done(number)
-        if self._journal and (undone or failed):
-            with contextlib.suppress(OSError, ValueError):
-                self._note(undone, failed)
+        with contextlib.suppress(OSError, ValueError):
+            self._note(undone, failed, last)
         return again
 
-    def _note(self, undone: list[int], failed: dict[int, str]) -> None:
+    def _note(self, undone: list[int], failed: dict[int, str], last: bool) -> None:
         """Leave in the journal what could not be undone, with the reason."""
+        if not self._journal:
+            return
         with open(self._journal) as f:
             record = json.load(f)
         left = [e for e in record["entries"] if e.get("id") not in undone]
         for entry in left:
             if entry.get("id") in failed:
                 entry["error"] = failed[entry["id"]]
+        if last:  # the rest was foreseen, and never begun
+            left = [e for e in left if "error" in e]
         if not left:
             os.unlink(self._journal)
             return
@@ -187,7 +191,7 @@ def main() -> None:
     line.send(READY)
     with contextlib.suppress(OSError):
         serve(line, plan)
-    plan.undo()
+    plan.undo(last=True)
 
 
 if __name__ == "__main__":

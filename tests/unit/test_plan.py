@@ -274,6 +274,21 @@ def thaw(*args: str) -> tuple[int, str]:
     return done.returncode, done.stdout + done.stderr
 
 
+def test_what_was_foreseen_and_never_begun_leaves_no_journal(place: Path, holder: Holder) -> None:
+    log = place / "log"
+    foreseen = f"dict(kind='run', argv=['sh', '-c', 'echo 1 >>{log}'], timeout=9)"
+    holder.do("plan.start()")
+    holder.do(f"plan.foresee({foreseen})")
+    assert [len(r.entries) for r in journal.records()] == [1]
+    holder.process.kill()
+    wait_until(lambda: not journal.records(), "the journal has gone")
+    plan = Plan("a test", Reporter())
+    plan.start()
+    plan.foresee({"kind": "run", "argv": ["touch", str(log)], "timeout": 9})
+    plan.close()
+    assert (journal.records(), log.exists()) == ([], False)
+
+
 # ---- entries
 
 
