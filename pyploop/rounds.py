@@ -65,8 +65,8 @@ class Costs:
 
     stop: float = 0.0
     """The stop command."""
-    freeze: float = 0.03
-    """FIFREEZE (cold: RCU grace periods)."""
+    freeze: float = 0.002
+    """FIFREEZE after the rehearsal, which measures it."""
     target: float = 0.005
     """One round trip with the peer's flush of nothing."""
     target_rate: float = 0.0

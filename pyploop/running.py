@@ -43,6 +43,8 @@ UNSYNCED = 4 * MIB
 """Bytes sent since the target's last sync that are left to the freeze."""
 TARGET_WINDOW = 32 * MIB
 """Bytes that a target of ours leaves unwritten while it receives, about."""
+COLD_FREEZE = 0.03
+"""Seconds of a FIFREEZE that was not rehearsed: RCU grace periods."""
 RETRY = 0.2
 """Seconds between two approaches that ended in vain: each stalls the writer."""
 
@@ -213,9 +215,10 @@ class Running:
         fixed = Costs.fixed
         if self._tracker.name == "scan" and self._rounds:
             fixed = self._rounds[-1].seconds  # it reads everything, whatever was dirtied
+        freeze = COLD_FREEZE if self._out.framing.exact else Costs.freeze
         costs = Costs(
             stop=self._hold.expected,
-            freeze=0.0 if not self._mounts else self._freeze_time or Costs.freeze,
+            freeze=0.0 if not self._mounts else self._freeze_time or freeze,
             target=min(quick) if quick else Costs.target,
             target_rate=sum(n for n, _ in large) / sum(s for _, s in large) if large else 0.0,
             fixed=fixed,
@@ -272,6 +275,7 @@ class Running:
             if self._fits():
                 break
             self._mounts.cool_down()
+            self._freeze_time = None  # the next rehearsal may find another
             self._passes.pause(RETRY)
         self._summary.predicted = self._forecast().total
         self._summary.target_unsynced = self._passes.stats.data - self._sent_at_sync

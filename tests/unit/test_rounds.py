@@ -177,6 +177,12 @@ def test_what_never_fits_ends_at_the_deadline_as_asked(on_deadline: Any) -> None
     assert "no moment fitted within 5 s" in got.decision.why
 
 
+def test_a_limit_shorter_than_a_freeze_that_was_not_rehearsed_can_be_met() -> None:
+    quiet = [Round(0, 0.001, 0.02, sync=0.001)] * 3
+    decision = decide(Measured(FIRST, quiet, Costs(stop=0.01)), Policy(max_freeze=0.03))
+    assert decision.action == "freeze"
+
+
 def test_a_writer_that_is_too_fast_is_to_be_throttled() -> None:
     world = World(steady(500 * MIB))
     world.write(2.0)
