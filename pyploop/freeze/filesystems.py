@@ -202,6 +202,7 @@ class FileSystems:
         Returns the seconds of a freeze that is warm.
         """
         seconds = 0.0
+        self.guard()  # the watchdog may have died since
         self._expedite()
         with self._report.held():
             for _ in range(2):

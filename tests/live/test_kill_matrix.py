@@ -31,7 +31,9 @@ from support_hold import Container, cgroup, container, hierarchy
 from support_live import end, file_system, sparse_file, work_dir
 from support_ssh import ssh_here
 
-from pyploop.journal import ENVIRONMENT
+from pyploop import undo
+from pyploop.errors import DeviceControlError
+from pyploop.journal import ENVIRONMENT, start_time
 
 pytestmark = pytest.mark.root
 ROUNDS = int(os.environ.get("PYPLOOP_KILL_MATRIX", "0"))
@@ -153,6 +155,22 @@ class Run:
         assert self.bench.container.running(SECONDS), self.words("the container runs within 2 s")
         return time.monotonic() - start
 
+    def watchdog(self) -> int:
+        """The sender's child that is no command."""
+        for stat in Path("/proc").glob("[0-9]*/stat"):
+            with contextlib.suppress(OSError):
+                parent = int(stat.read_text().rpartition(")")[2].split()[1])
+                line = stat.with_name("cmdline").read_bytes()
+                if parent == self.sender.pid and b"watchdog.py" in line:
+                    return int(stat.parts[2])
+        raise AssertionError(self.words("a watchdog is there"))
+
+    def kill_watchdog(self) -> None:
+        wait_until(self.at_step, self.words("arrives"))
+        pid = self.watchdog()
+        os.kill(pid, signal.SIGKILL)
+        wait_until(lambda: start_time(pid) is None, "the watchdog is dead")
+
     def at_step(self) -> bool:
         return (self.folder / "at").exists()
 
@@ -232,3 +250,71 @@ def test_whoever_is_killed_at_whatever_step_the_container_runs_and_nothing_is_le
     if ROUNDS:
         with capsys.disabled():
             print(f"\n{bench.runs} kills, nothing left behind by any\n{table(bench)}")
+
+
+@contextlib.contextmanager
+def stopped_at(bench: Bench, step: str) -> Iterator[Run]:
+    made = Run(bench, step, "sender")
+    try:
+        yield made
+    finally:
+        made.close()
+
+
+def test_a_watchdog_that_dies_before_the_freeze_is_replaced(bench: Bench) -> None:
+    with stopped_at(bench, "watchdog ready") as made:
+        made.kill_watchdog()
+        (made.folder / "go").touch()
+        assert made.sender.wait(20) == 0, made.words("it ends well")
+        made.step = "released"
+        made.check()
+
+
+@pytest.mark.parametrize("step", ["cgroup frozen", "frozen", "last blocks sent"])
+def test_a_sender_whose_watchdog_dies_in_the_freeze_undoes_and_sends_no_end(
+    bench: Bench, step: str
+) -> None:
+    with stopped_at(bench, step) as made:
+        made.kill_watchdog()
+        (made.folder / "go").touch()
+        assert made.sender.wait(20) == 3, made.words("it gives up")
+        assert "watchdog has died" in made.words("")
+        assert made.receiver.wait(20) == 6, made.words("no END")
+        made.check()
+
+
+def test_what_both_leave_behind_is_thawed_by_hand(bench: Bench) -> None:
+    with stopped_at(bench, "frozen") as made:
+        made.kill_watchdog()
+        made.sender.kill()
+        made.sender.wait()
+        assert is_frozen(bench.point) and not bench.container.running(0.2)
+        code, listed = thaw("--list")
+        assert (code, f"thaw {bench.point}" in listed, "thaw cgroup" in listed) == (0, True, True)
+        code, told = thaw(str(made.sender.pid))
+        assert code == 0, told
+        made.check()
+        assert thaw("--all") == (0, "")
+
+
+def thaw(*args: str) -> tuple[int, str]:
+    command = [sys.executable, "-m", "pyploop.cli.main", "thaw", *args]
+    done = subprocess.run(command, env=pyploop_env(), capture_output=True, text=True, check=False)
+    return done.returncode, done.stdout + done.stderr
+
+
+def test_a_file_system_is_thawed_by_its_device_wherever_it_is_mounted(bench: Bench) -> None:
+    other, st = bench.folder / "other", bench.point.stat()
+    entry = {"mount": str(other), "dev": f"{os.major(st.st_dev)}:{os.minor(st.st_dev)}"}
+    other.mkdir()
+    undo.thaw(entry)  # not frozen: nothing to do
+    run("fsfreeze", "-f", bench.point)
+    try:
+        # At its old place there is another file system now, or none.
+        with pytest.raises(DeviceControlError, match="not mounted there any more"):
+            undo.thaw({**entry, "mount": str(bench.point), "dev": "7:4095"})
+        assert is_frozen(bench.point)
+        undo.thaw(entry)
+        assert not is_frozen(bench.point)
+    finally:
+        subprocess.run(["fsfreeze", "-u", str(bench.point)], capture_output=True, check=False)
