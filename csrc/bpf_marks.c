@@ -75,6 +75,45 @@ int pl_bpf_take_done(struct pl_bpf *t, struct pl_bitmap *into)
 	return take(t, &t->done, t->cfg.done_shift, into);
 }
 
+int pl_bpf_take_runs(struct pl_bpf *t,
+		     int (*run)(void *ctx, uint64_t start, uint64_t end),
+		     void *ctx)
+{
+	struct pl_bpf_bits *from = &t->done;
+	uint32_t shift = t->cfg.done_shift;
+	uint64_t size = tracked(t), start = 0, end = 0;
+	uint64_t everything = get(&t->page->everything);
+	bool all = from->in_map.nwords && everything != from->seen;
+	int err = 0;
+
+	/* What is declared from here on differs from `seen` the next time. */
+	from->seen = everything;
+	for (uint64_t i = 0; i < from->in_map.nwords && !err; i++) {
+		uint64_t x = peek(&from->word[i]);
+
+		if (x)
+			x = __atomic_exchange_n(&from->word[i], 0, __ATOMIC_SEQ_CST);
+		while (x && !all && !err) {
+			unsigned bit = (unsigned)__builtin_ctzll(x);
+			uint64_t rest = ~(x >> bit);
+			unsigned len = rest ? (unsigned)__builtin_ctzll(rest) : 64;
+			uint64_t at = (i * 64 + bit) << shift;
+
+			if (at != end && end)
+				err = run(ctx, start, end);
+			if (at != end || !end)
+				start = at;
+			end = at + ((uint64_t)len << shift);
+			x = bit + len < 64 ? x & (~0ull << (bit + len)) : 0;
+		}
+	}
+	if (all)
+		end = size;
+	if (err || !end)
+		return err;
+	return run(ctx, start, end < size ? end : size);
+}
+
 int pl_bpf_take_queued(struct pl_bpf *t, struct pl_bitmap *into)
 {
 	return take(t, &t->queued, t->cfg.queued_shift, into);

@@ -386,6 +386,14 @@ void pl_bpf_counters(const struct pl_bpf *t, struct pl_bpf_counters *out);
 int pl_bpf_take_done(struct pl_bpf *t, struct pl_bitmap *into);
 int pl_bpf_take_queued(struct pl_bpf *t, struct pl_bitmap *into);
 /*
+ * pl_bpf_take_done as runs, ascending: each is given to `run`, whose failure
+ * ends it (and loses marks).  A bitmap in between would cost page faults over
+ * the whole of a large source.
+ */
+int pl_bpf_take_runs(struct pl_bpf *t,
+		     int (*run)(void *ctx, uint64_t start, uint64_t end),
+		     void *ctx);
+/*
  * Bits now set in the done bitmap, without touching them; all bits when
  * everything is dirty.
  */

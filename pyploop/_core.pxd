@@ -194,6 +194,7 @@ cdef extern from "pl.h" nogil:
     int pl_bpf_open(pl_bpf **out, const pl_bpf_cfg *cfg, char *why, size_t why_len)
     void pl_bpf_close(pl_bpf *t)
     int pl_bpf_take_done(pl_bpf *t, pl_bitmap *into)
+    int pl_bpf_take_runs(pl_bpf *t, pl_hook run, void *ctx)
     int pl_bpf_take_queued(pl_bpf *t, pl_bitmap *into)
     uint64_t pl_bpf_peek_done(const pl_bpf *t)
     int pl_bpf_forget(void *tracker, uint64_t start, uint64_t end)

@@ -135,6 +135,14 @@ cdef class Extents:
         return total
 
 
+cdef int _push(void *ctx, uint64_t start, uint64_t end) noexcept with gil:
+    try:
+        (<Extents>ctx).push(start, end)
+    except MemoryError:
+        return -ENOMEM
+    return 0
+
+
 cdef class Bitmap:
     """Dirty bitmap: one bit per granule of (1 << shift) bytes of `size` bytes.
 
@@ -569,6 +577,13 @@ cdef class BpfTracking:
     def take_done(self, Bitmap into not None):
         self._open()
         _check(pl_bpf_take_done(self.t, &into.b))
+
+    def take_extents(self):
+        """What take_done would set, as Extents."""
+        cdef Extents e = Extents()
+        self._open()
+        _check(pl_bpf_take_runs(self.t, _push, <void *>e))
+        return e
 
     def take_queued(self, Bitmap into not None):
         self._open()

@@ -22,7 +22,7 @@ from support import MIB, loop_device, needs
 from support_live import random_file, same, work_dir
 
 from pyploop import device
-from pyploop._core import Bitmap, BpfTracking, Counters, Hook, Snapshot
+from pyploop._core import Bitmap, BpfTracking, Counters, Extents, Hook, Snapshot
 from pyploop.errors import LoopError
 from pyploop.events import Reporter
 from pyploop.freeze import stoppers
@@ -108,6 +108,11 @@ class LossyTracking:
         late = self._like(into)
         self._real.take_done(late)
         self.loss.lost_done += self._lose(late, into, self.loss.done, "done_write")
+
+    def take_extents(self) -> Extents:
+        taken = self._like(self._done)
+        self.take_done(taken)
+        return taken.extents()
 
     def take_queued(self, into: Bitmap) -> None:
         into.update(self._queued)

@@ -122,6 +122,68 @@ static void test_refusals(void)
 	pl_bpf_close(NULL);
 }
 
+struct runs {
+	struct pl_bitmap *into;
+	uint64_t last;		/* end of the one before */
+	unsigned n;
+};
+
+static int add_run(void *ctx, uint64_t start, uint64_t end)
+{
+	struct runs *u = ctx;
+
+	OK(start < end && end <= u->into->size && (!u->n || start > u->last));
+	pl_bitmap_set(u->into, start, end);
+	u->last = end;
+	u->n++;
+	return 0;
+}
+
+static int refuse_run(void *ctx, uint64_t start, uint64_t end)
+{
+	(void)ctx, (void)start, (void)end;
+	return -ENOMEM;
+}
+
+/* The marks as runs: all of them, joined, ascending, once. */
+static void as_runs(struct run *r, struct pl_bitmap *got)
+{
+	struct pl_bitmap want;
+	uint64_t size = got->size;
+
+	OK(pl_bitmap_init(&want, size, got->shift) == 0);
+	for (int i = 0; i < 2000; i++) {
+		struct runs u = { .into = got };
+
+		for (int k = i % 40; k >= 0; k--) {
+			uint64_t a = (uint64_t)random() % size;
+
+			pl_bitmap_set(&want, a, a + (uint64_t)random() % 2000000);
+		}
+		for (uint64_t w = 0; w < want.nwords; w++)
+			r->t->done.word[w] = want.word[w];
+		OK(pl_bpf_take_runs(r->t, add_run, &u) == 0);
+		OK(!memcmp(want.word, got->word, want.nwords * 8));
+		OK(pl_bpf_peek_done(r->t) == 0);
+		pl_bitmap_zero(&want);
+		pl_bitmap_zero(got);
+	}
+	r->t->done.word[0] = 1;
+	OK(pl_bpf_take_runs(r->t, refuse_run, NULL) == -ENOMEM);
+	{
+		struct runs u = { .into = got };
+
+		r->t->done.word[0] = 5;
+		__atomic_fetch_add(&r->t->page->everything, 1, __ATOMIC_SEQ_CST);
+		OK(pl_bpf_take_runs(r->t, add_run, &u) == 0);
+		OK(u.n == 1 && pl_bitmap_bytes(got) == size);
+		OK(pl_bpf_peek_done(r->t) == 0);
+		OK(pl_bpf_take_runs(r->t, add_run, &u) == 0 && u.n == 1);
+	}
+	pl_bitmap_zero(got);
+	pl_bitmap_fini(&want);
+}
+
 /* forget() against pl_bitmap_clear(), and the "everything" declaration. */
 static void test_forget(struct dev *d)
 {
@@ -153,6 +215,7 @@ static void test_forget(struct dev *d)
 		pl_bitmap_zero(&got);
 	}
 	OK(pl_bpf_take_done(r.t, &wrong) == -EINVAL);
+	as_runs(&r, &got);
 
 	/* Each side is told once, also if the other has been told before. */
 	__atomic_fetch_add(&r.t->page->everything, 1, __ATOMIC_SEQ_CST);

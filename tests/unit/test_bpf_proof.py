@@ -14,7 +14,7 @@ from typing import Any, cast
 import pytest
 
 from pyploop import _core
-from pyploop._core import Bitmap, Counters, Snapshot
+from pyploop._core import Bitmap, Counters, Extents, Snapshot
 from pyploop.device import Source
 from pyploop.plan import Plan
 from pyploop.sysblock import BlockDevice
@@ -61,6 +61,11 @@ class Kernel:
 
     def take_done(self, into: Bitmap) -> None:
         _mark(into, self.done_marks)
+
+    def take_extents(self) -> Extents:
+        taken = Bitmap(SIZE)
+        self.take_done(taken)
+        return taken.extents()
 
     def take_queued(self, into: Bitmap) -> None:
         assert into.shift == self.queued_shift
