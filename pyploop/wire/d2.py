@@ -65,7 +65,7 @@ def reply(code: int) -> bytes:
 
 def meaning(code: int) -> str:
     """A reply that is not 0, in words; negative ones are errnos."""
-    if code < 0:
+    if -4096 < code < 0:  # what an errno can be
         return f"{os.strerror(-code)} (reply {code})"
     return f"{MEANING.get(code, 'unknown reason')} (reply {code})"
 

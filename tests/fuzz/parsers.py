@@ -10,6 +10,7 @@ guided by coverage (needs `pip install atheris`):
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import struct
 import sys
@@ -29,6 +30,7 @@ from pyploop.errors import (
     SyncError,
 )
 from pyploop.events import Reporter
+from pyploop.recorder import Heard, Recorder, chrome_trace
 from pyploop.wire import d1, d2, d3, mux
 
 FILE_LIMIT = 64 << 20
@@ -76,7 +78,14 @@ def parse_feedback(data: bytes) -> None:
         out = outputs.StreamOutput(
             out_w, back_r, Reporter(), two_way=False, sync_wait=0, answer_timeout=5
         )
-        first = data[:8]
+        # Ours is asked again, and then its answers may carry a record of times.
+        first, rest = data[:8], data[8:]
+        second = first
+        timed = False
+        if first == d1.HELLO_REPLY:
+            second, rest = data[8:16], data[16:]
+            timed = second == d1.HELLO_2_REPLY
+            rest = rest[d1.TIMES.size :] if timed else rest
         try:
             out.hello()
         except SyncError:
@@ -97,6 +106,25 @@ def parse_feedback(data: bytes) -> None:
             assert data[at : at + 8] != d1.SUCCESS or len(data) < at + 8 + d1.TIMES.size
         else:
             assert data[at : at + 8] == d1.SUCCESS
+
+
+def parse_times(data: bytes) -> None:
+    """Records of version 2: whatever the peer says of its clock, ours decides."""
+    recorder = Recorder()
+    recorder.stage = "frozen"
+    with recorder.step("target commit"):
+        pass
+    asked = 100.0
+    for at in range(0, len(data) - d1.TIMES.size + 1, d1.TIMES.size):
+        record = d1.Times.unpack(data[at : at + d1.TIMES.size])
+        assert d1.Times.unpack(record.pack()) == record
+        recorder.remote(Heard(asked, asked + 1, record))
+        asked += 1
+    for span in recorder.spans[1:]:
+        if span.name != "remote receive":
+            assert 100.0 <= span.start <= span.end <= asked
+    json.loads(chrome_trace(recorder))
+    assert "\n" not in recorder.advice()
 
 
 def parse_handshake(data: bytes) -> None:
@@ -177,6 +205,10 @@ TARGETS = {
             d1.FAILURE,
             d1.SUCCESS + d1.FAILURE,
         ),
+    ),
+    "times": Target(
+        parse_times,
+        (d1.Times(1, 2, 3, 4, 5, 6, 7).pack() * 2, d1.Times(*[1 << 63] * 7).pack(), bytes(112)),
     ),
     "handshake": Target(
         parse_handshake, tuple(struct.pack("<QiII", n, -n, n, n) for n in (0, 1, 3, 1 << 30))

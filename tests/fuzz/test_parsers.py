@@ -8,6 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from pyploop.wire import d2
+
 EDITS = st.lists(
     st.tuples(st.integers(0, 2000), st.integers(0, 12), st.binary(max_size=12)), max_size=5
 )
@@ -39,3 +41,9 @@ def test_deep_nesting_is_no_crash() -> None:
     parsers.parse_mux(bytes(8) + b"[" * 200_000)
     parsers.parse_descriptor(b"<a>" * 100_000)
     parsers.parse_vzconf(b"A=" + b"${B" * 50_000)
+
+
+def test_the_smallest_reply_of_all_has_a_meaning() -> None:
+    """-2^31 is an int32, but the negative of it is no int of C's."""
+    for code in (-(1 << 31), -4096, -4095, -1, 1, (1 << 31) - 1):
+        assert f"(reply {code})" in d2.meaning(code)
