@@ -135,7 +135,7 @@ class Passes:
         """(data, holes) of the source, as the first pass treats them."""
         framing = self._out.framing
         data, holes = framing.parts(self._source)
-        if framing.as_ploop and self._known is not None:
+        if framing.as_ploop and framing.holes_left_out and self._known is not None:
             # A block of zeroes that is no hole is sent, as the C tool does.
             for start, end in data:
                 self._known.assume_data(start, end)
