@@ -23,11 +23,13 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 CSRC = HERE.parents[1] / "csrc"
 PRODUCT = {
-    "recv": ("recv", "recv_head", "recv_out", "hash", "hash_avx2"),
+    "recv": ("recv", "recv_head", "recv_out", "recv_place", "hash", "hash_avx2"),
     "reply": ("pump_reply", "patience"),
 }
 """Harness -> the sources of csrc/ in it; the harness stands in for what these call."""
 COMMON = ["-g", "-O1", "-std=gnu11", "-Wall", "-Wextra", "-pthread"]
+COMMON += ["-DPL_HUGE_SHIFT=18u", "-DMIN_RUN=32768u"]
+"""Huge pages that a small stream fills."""
 SANITIZE = "address,undefined"
 MAX_LEN = 600
 ENVIRONMENT = {**os.environ, "ASAN_OPTIONS": "detect_stack_use_after_return=0"}

@@ -24,8 +24,9 @@
 
 #include "recv_internal.h"
 
-#define SPACE (1u << 18)	/* of the target: what the model compares */
-#define STREAM (1u << 19)	/* the longest stream that is built */
+#define SPACE (1u << 20)	/* of the target: what the model compares */
+#define STREAM (1u << 20)	/* the longest stream that is built */
+#define ODD_HUGE 1	/* of byte 1: the file is on tmpfs */
 
 enum { RAW = 1, SPARSE = 2, SHORT_READS = 4, NO_REPLIES = 8, DIGESTS = 16,
        BIG_SLOTS = 32, MORE_SLOTS = 64, D2 = 128 };
@@ -45,7 +46,17 @@ static struct {
 static struct {
 	uint8_t space[SPACE];
 	uint32_t end;		/* zero from here on */
+	bool tmpfs;
+	uint8_t *page;		/* a huge page of it, mapped */
+	uint64_t page_pos;
 } target;
+
+/* No slot may write where the reader fills a page. */
+static bool meets_page(uint64_t start, uint64_t end)
+{
+	return target.page && start < target.page_pos + PL_HUGE &&
+	       end > target.page_pos;
+}
 
 /* ---- in place of recv_in.c, recv_reply.c, io.c and system calls */
 
@@ -81,7 +92,7 @@ int pl_recv_reply(struct pl_recv *r, unsigned count)
 int pl_pwrite_full(int fd, const void *buf, size_t len, uint64_t pos)
 {
 	(void)fd;
-	CHECK(len && pos <= (uint64_t)INT64_MAX - len);
+	CHECK(len && pos <= (uint64_t)INT64_MAX - len && !meets_page(pos, pos + len));
 	if (pos + len > SPACE)
 		return -EFBIG;
 	memcpy(target.space + pos, buf, len);
@@ -95,6 +106,7 @@ int fuzz_fallocate(int fd, int mode, off_t pos, off_t len)
 	(void)fd;
 	CHECK(mode == (FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE));
 	CHECK(pos >= 0 && len > 0 && pos + len <= SPACE);
+	CHECK(!meets_page((uint64_t)pos, (uint64_t)(pos + len)));
 	memset(target.space + pos, 0, (size_t)len);
 	return 0;
 }
@@ -132,6 +144,61 @@ int fuzz_sigmask(int how, const sigset_t *set, sigset_t *old)
 	(void)set;
 	(void)old;
 	return 0;
+}
+
+/* huge.c: a page of its own, so that the sanitizer guards its ends. */
+void pl_huge_init(struct pl_huge *h, int fd)
+{
+	*h = (struct pl_huge){ .fd = fd };
+	if (target.tmpfs)
+		h->reserved = target.space;
+}
+
+void pl_huge_fini(struct pl_huge *h)
+{
+	h->reserved = NULL;
+}
+
+bool pl_huge_usable(const struct pl_huge *h)
+{
+	return h->reserved;
+}
+
+uint8_t *pl_huge_make(struct pl_huge *h, uint64_t pos)
+{
+	static const uint8_t hole[PL_HUGE];
+
+	CHECK(h->reserved && !target.page && pos % PL_HUGE == 0);
+	if (pos + PL_HUGE > SPACE || h->skip-- % 4)
+		return NULL;
+	CHECK(!memcmp(target.space + pos, hole, PL_HUGE));
+	target.page = calloc(1, PL_HUGE);
+	target.page_pos = pos;
+	return target.page;
+}
+
+void pl_huge_unmap(struct pl_huge *h)
+{
+	(void)h;
+	memcpy(target.space + target.page_pos, target.page, PL_HUGE);
+	if (target.page_pos + PL_HUGE > target.end)
+		target.end = (uint32_t)target.page_pos + PL_HUGE;
+	free(target.page);
+	target.page = NULL;
+}
+
+void pl_huge_regret(struct pl_huge *h)
+{
+	h->skip++;
+}
+
+void pl_huge_punch(const struct pl_huge *h, uint64_t start, uint64_t end)
+{
+	(void)h;
+	if (start >= end)
+		return;
+	CHECK(end <= SPACE && !meets_page(start, end));
+	memset(target.space + start, 0, end - start);
 }
 
 /* Slots are kept for the next execution: allocating them is most of one. */
@@ -411,6 +478,7 @@ static void build(struct builder *b, int dialect, bool digests, const uint8_t *p
 		INT64_MAX, INT64_MAX - 1ull, 1ull << 62, UINT64_MAX - 2, UINT32_MAX,
 		SPACE, 1ull << 63, INT64_MAX - 4096ull };
 	static uint8_t payload[SPACE];
+	uint64_t end = 0;
 
 	for (; n >= 7; p += 7, n -= 7) {
 		uint32_t size = (uint32_t)(p[1] | p[2] << 8) % 5000 << (p[6] & 3);
@@ -422,6 +490,9 @@ static void build(struct builder *b, int dialect, bool digests, const uint8_t *p
 			pos = pos % 64 * 4096;
 		if (p[6] & 64)
 			size = size % 9;
+		if (p[6] & 128)	/* without a gap */
+			pos = end;
+		end = pos + size;
 		memset(payload, p[5], size);
 		if (p[5] & 1 && size)	/* one byte among zeroes */
 			memset(payload, 0, size), payload[p[4] * 257u % size] = p[5];
@@ -458,9 +529,10 @@ static void compare(const struct model *m, const struct pl_recv *r)
 {
 	struct pl_recv_stats stats;
 
-	CHECK(target.end <= m->image_size);
-	CHECK(!memcmp(target.space, m->space,
-		      m->image_size < SPACE ? m->image_size : SPACE));
+	uint64_t end = m->image_size > target.end ? m->image_size : target.end;
+
+	CHECK(!target.page);
+	CHECK(!memcmp(target.space, m->space, end < SPACE ? end : SPACE));
 	pl_recv_stats(r, &stats);
 	CHECK(stats.frames == m->frames);
 	CHECK(stats.image_size == m->image_size);
@@ -519,6 +591,7 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t len)
 	flags = data[0];
 	memset(target.space, 0, target.end);
 	target.end = 0;
+	target.tmpfs = data[1] & ODD_HUGE;
 	memset(model.space, 0, model.image_size < SPACE ? model.image_size : SPACE);
 	memset(&model.at, 0, sizeof(model) - offsetof(struct model, at));
 	built.len = 0;
@@ -543,6 +616,8 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t len)
 	}));
 	run(r, &model, flags & DIGESTS);
 	pl_recv_free(r);
+	free(target.page);	/* of a stream that broke off in it */
+	target.page = NULL;
 	return 0;
 }
 

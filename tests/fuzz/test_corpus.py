@@ -42,10 +42,18 @@ MUTANTS = {
         "reply", "pump_reply.c", "if (p->reply.value)", "if (p->reply.value > 0)"
     ),
     "zeroes over data that are not written": (
-        "recv", "recv_out.c", "if (pos < r->written_end) {", "if (pos + 4096 < r->written_end) {"
+        "recv", "recv_out.c", "if (pos < data_end) {", "if (pos + 4096 < data_end) {"
     ),
     "a position past 2^63 - size": (
         "recv", "recv_head.c", "(uint64_t)INT64_MAX - r->head.size", "(uint64_t)INT64_MAX"
+    ),
+    "a huge page over data that wait in a slot": (
+        "recv", "recv_place.c", "pos < r->read_end ||", ""
+    ),
+    "a huge page that loses its last bytes": (
+        "recv", "recv_place.c",
+        "uint64_t used = (r->page_used + PL_BLOCK - 1) / PL_BLOCK * PL_BLOCK",
+        "uint64_t used = r->page_used / PL_BLOCK * PL_BLOCK",
     ),
     "an answer to a packet that has none": (
         "recv", "recv.c", "r->head.type == PL_PACKET_DATA;", "true;"
