@@ -381,6 +381,7 @@ def open_output(
     size = transport.enlarge_pipe(out_fd)
     if size:
         report.detail(f"Pipe buffer: {format_size(size)}")
+    transport.no_delay(out_fd)
     with transport.nonblocking(out_fd) as fd:
         yield StreamOutput(
             fd,

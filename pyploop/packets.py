@@ -38,6 +38,7 @@ class PacketOutput:
     ) -> None:
         """knows_async: the peer takes DATA_ASYNC even if it has no handshake.
         answer_timeout: seconds for one answer."""
+        transport.no_delay(fd)
         self.fd = fd
         self.dialect = "D2"
         self.framing = PLOOP

@@ -95,6 +95,9 @@ class _Receipt:
         path, report = self._path, self._report
         with Sink(path) as sink:
             size = transport.enlarge_pipe(self._in_fd)
+            transport.no_delay(self._in_fd)
+            if self._feedback is not None:
+                transport.no_delay(self._feedback)
             pipe = f", pipe of {format_size(size)}" if size else ""
             report.detail(f"Receiving into {path}{pipe}")
             pump = _core.Receiver(

@@ -52,6 +52,16 @@ def check_stream(fd: int, option: str) -> None:
         raise ParameterError(f"{option} {fd} is not a pipe or a socket")
 
 
+def no_delay(fd: int) -> None:
+    """Have small messages on a TCP socket leave at once.  Otherwise a SYNC behind
+    a block, and each answer behind another, waits for an acknowledgement that
+    the other end delays: 40 ms, and while frozen.  Not TCP: nothing."""
+    if not is_socket(fd):
+        return
+    with socket.socket(fileno=os.dup(fd)) as s, contextlib.suppress(OSError):
+        s.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+
+
 def enlarge_pipe(fd: int) -> int | None:
     """Give a pipe 1 MiB of buffer, or what the user may have; returns its size,
     None when it is not a pipe."""

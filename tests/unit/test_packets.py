@@ -410,6 +410,30 @@ def _late_line(near: socket.socket, far: socket.socket, delay: float) -> None:
         far.shutdown(socket.SHUT_RDWR)
 
 
+def test_no_small_packet_waits_for_an_acknowledgement(source: Path, tmp_path: Path) -> None:
+    """Nagle's algorithm would hold a SYNC, and each answer, for 40 ms."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        a = socket.create_connection(server.getsockname())
+        b = server.accept()[0]
+    with a, b:
+        receiver = Ours(tmp_path / "image", b)
+        send(source, a.fileno())
+        assert receiver.end() == ""
+        for end in (a, b):
+            assert end.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY)
+
+
+def test_a_socket_that_never_blocks_will_do(source: Path, tmp_path: Path) -> None:
+    with pair() as (a, b):
+        a.setblocking(False)
+        b.setblocking(False)
+        receiver = Ours(tmp_path / "image", b)
+        send(source, a.fileno())
+        assert receiver.end() == ""
+        assert not a.getblocking() and not b.getblocking()
+    assert (tmp_path / "image").read_bytes() == source.read_bytes()
+
+
 # ---- the alias
 
 
