@@ -62,11 +62,11 @@ class HostConfig:
     runc: str = "runc"
     runc_root: str = "/run/runc"
     criu: str = "criu"
-    vz_conf: str = "/etc/vz/vz.conf"
-    vz_conf_dir: str = "/etc/vz/conf"
+    vz_etc: str = "/etc/vz"
     vzctl: str = "vzctl"
     vzlist: str = "vzlist"
-    ploop_sysfs: str = "/sys/block"
+    vzcptcheck: str = "vzcptcheck"
+    ploop: str = "ploop"
     containers: dict[str, ContainerConfig] = field(default_factory=dict)
 
     def container(self, name: str) -> ContainerConfig:
@@ -89,10 +89,11 @@ _SECTIONS: dict[str, dict[str, tuple[str, type]]] = {
     "remote": {"ssh": ("ssh", tuple), "agent": ("agent", tuple)},
     "runc": {"command": ("runc", str), "root": ("runc_root", str), "criu": ("criu", str)},
     "vzctl": {
-        "vz_conf": ("vz_conf", str),
-        "conf_dir": ("vz_conf_dir", str),
+        "etc": ("vz_etc", str),
         "command": ("vzctl", str),
         "vzlist": ("vzlist", str),
+        "vzcptcheck": ("vzcptcheck", str),
+        "ploop": ("ploop", str),
     },
 }
 _CONTAINER: dict[str, type] = {

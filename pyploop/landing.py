@@ -65,6 +65,15 @@ class Landing:
     def _make_parent(self, path: str) -> None:
         undoing.make_folders(self._journal, Path(path).parent)
 
+    def _give_way(self, path: str) -> None:
+        """Before a file is made: what is there is put aside, to be put back."""
+        if os.path.lexists(path):
+            saved = f"{path}.pyploop-saved"
+            self._log("put-back", path=path, saved=saved)
+            os.replace(path, saved)
+        else:
+            self._log("remove", path=path, keep=True)
+
     # ---- what comes by channels
 
     def take_items(self, fd: int) -> None:
@@ -75,15 +84,14 @@ class Landing:
         def create(label: str) -> int:
             path = self._runtime.destination(label)
             self._make_parent(path)
-            if os.path.lexists(path):
-                saved = f"{path}.pyploop-saved"
-                self._log("put-back", path=path, saved=saved)
-                os.replace(path, saved)
-            else:
-                self._log("remove", path=path, keep=True)
+            self._give_way(path)
             return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
 
         pieces.receive(fd, self._stall, create, durable=True)
+        for folder in self._runtime.folders():
+            undoing.make_folders(self._journal, Path(folder))
+        for path in self._runtime.makes(self._facts):
+            self._give_way(path)
         self._runtime.placed(self._facts)
 
     def take_disk(self, index: int, fd: int) -> None:
@@ -93,10 +101,8 @@ class Landing:
         disk = self._disks[index]
         self._make_parent(disk.image)
         self._log("remove", path=disk.image, keep=True)
-        if disk.mount:
-            undoing.make_folders(self._journal, Path(disk.mount))
-            for entry in self._runtime.attach(disk):
-                self._journal.add(entry)
+        for entry in self._runtime.attach(disk):
+            self._journal.add(entry)
 
         def work() -> None:
             try:

@@ -259,3 +259,6 @@ class _Move:
         self._lock.close(remove=True)
         if self._remote.alive():
             self._remote.call("forget", REQUEST, migration=self.id)
+        else:
+            with contextlib.suppress(PyploopError):  # one record stays there, that is all
+                recover.forget(self._host, self._journal)

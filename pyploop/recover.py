@@ -4,11 +4,13 @@ says (`pyploop migrate --recover`, and before each new migration)."""
 
 from __future__ import annotations
 
+import contextlib
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from pyploop import hostconf, journal, undoing, verdict
+from pyploop import ctlock, hostconf, journal, undoing, verdict
 from pyploop.errors import BusyError, MigrateError, PyploopError
 from pyploop.events import Reporter
 from pyploop.hostconf import HostConfig
@@ -41,10 +43,13 @@ def finish_source(log: Journal, runtime: Runtime, remove: bool) -> list[str]:
     return failed + undoing.undo_all(log)
 
 
-def settled(host: HostConfig, log: Journal, cause: object, report: Reporter) -> bool:
+def settled(
+    host: HostConfig, log: Journal, cause: object, report: Reporter, patience: float = ATTEMPTS
+) -> bool:
     """Whether the target has committed, asked through a new connection.
-    MigrateError(4) when it cannot be asked: the source stays suspended."""
-    deadline = time.monotonic() + ATTEMPTS
+    MigrateError(4) when it cannot be asked within `patience` seconds: the
+    source stays suspended."""
+    deadline = time.monotonic() + patience
     while True:
         try:
             answer = _ask(host, log)
@@ -67,14 +72,18 @@ def _ask(host: HostConfig, log: Journal) -> dict[str, Any]:
         return remote.call("settle", SETTLING, migration=log.get("migration"))
 
 
-def _forget(host: HostConfig, log: Journal) -> None:
+def forget(host: HostConfig, log: Journal) -> None:
+    """Tell the target that its verdict is carried out."""
     with Remote(log.get("host"), host.ssh, log.get("ssh_options") or [], host.agent) as remote:
         remote.call("forget", SETTLING, migration=log.get("migration"))
 
 
-def recover(host: HostConfig, container: str | None, report: Reporter) -> list[str]:
+def recover(
+    host: HostConfig, container: str | None, report: Reporter, locked: bool = False
+) -> list[str]:
     """Settle all migrations from this host whose orchestrator is dead (of one
-    container, or all); returns what could not be undone."""
+    container, or all); returns what could not be undone.  locked: the caller
+    holds that container's lock."""
     folder = Path(host.state_dir)
     failed: list[str] = []
     for record in journal.records(folder):
@@ -85,8 +94,26 @@ def recover(host: HostConfig, container: str | None, report: Reporter) -> list[s
             if container is None:
                 continue
             raise MigrateError(LOCKED, f"{record.what} is under way (process {record.owner()})")
-        failed += _one(host, record.adopt(), report)
+        with contextlib.ExitStack() as held:
+            if not locked:
+                runtime = undoing.runtime_of(fields)
+                held.enter_context(locks(host, runtime))
+            failed += _one(host, record.adopt(), report)
     return failed
+
+
+@contextlib.contextmanager
+def locks(host: HostConfig, runtime: Runtime) -> Iterator[None]:
+    """The container's lock, and a place among the host's migrations.
+    MigrateError(20) when somebody has it, or there is none."""
+    try:
+        with (
+            ctlock.host_slot(Path(host.lock_dir), host.migrations, 0),
+            ctlock.container_lock(Path(runtime.lock_dir), runtime.container),
+        ):
+            yield
+    except BusyError as e:
+        raise MigrateError(LOCKED, str(e)) from e
 
 
 def _one(host: HostConfig, log: Journal, report: Reporter) -> list[str]:
@@ -97,15 +124,15 @@ def _one(host: HostConfig, log: Journal, report: Reporter) -> list[str]:
         with verdict.held(Path(host.state_dir), migration, DUMP_WAIT, "source") as lock:
             moved = log.get("stage") == MOVED
             if log.get("stage") == ASKED:
-                moved = settled(own, log, what, report)
+                moved = settled(own, log, what, report, patience=0)
             if moved:
                 log.set(stage=MOVED)
                 report.note(f"Finished: {what}; the container runs there")
-                runtime = undoing.runtime_of(
-                    {k: log.get(k) for k in ("config", "runtime", "container")}
-                )
+                names = {k: log.get(k) for k in ("config", "runtime", "container")}
+                runtime = undoing.runtime_of(names)
+                runtime.keep_fds = (lock.fd,) if lock is not None else ()
                 failed = finish_source(log, runtime, bool(log.get("remove_area")))
-                _forget(own, log)
+                forget(own, log)
             else:
                 report.note(f"Undone: {what}")
                 failed = undoing.undo_all(log)

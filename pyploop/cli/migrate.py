@@ -6,16 +6,14 @@ from __future__ import annotations
 import contextlib
 import sys
 from collections.abc import Iterator
-from pathlib import Path
 
-from pyploop import ctlock, hostconf, recover, times
+from pyploop import hostconf, recover, times
 from pyploop.cli import migrate_options
 from pyploop.cli.migrate_options import MigrateOptions
-from pyploop.errors import BusyError, Interrupted, MigrateError, PyploopError
+from pyploop.errors import Interrupted, MigrateError, PyploopError
 from pyploop.events import JsonRenderer, Reporter, TextRenderer
-from pyploop.hostconf import HostConfig
 from pyploop.migrate import Result, Wish, migrate
-from pyploop.runtimes import COPY_FAILED, DUMP_FAILED, LOCKED, USAGE, Runtime
+from pyploop.runtimes import COPY_FAILED, DUMP_FAILED, LOCKED, USAGE
 from pyploop.runtimes.choose import make_runtime
 from pyploop.summary import Options
 
@@ -48,8 +46,8 @@ def _run(o: MigrateOptions, report: Reporter) -> int:
             report.error(f"not undone: {text}")
         return DUMP_FAILED if failed else 0
     runtime = make_runtime(host, o.runtime, o.container)
-    with _locked(host, runtime):
-        if failed := recover.recover(host, runtime.container, report):
+    with recover.locks(host, runtime):
+        if failed := recover.recover(host, runtime.container, report, locked=True):
             raise MigrateError(LOCKED, f"an earlier migration is not undone: {'; '.join(failed)}")
         result = migrate(host, runtime, _wish(o), report)
     if o.times and result.moments is not None:
@@ -60,19 +58,6 @@ def _run(o: MigrateOptions, report: Reporter) -> int:
 def _told(result: Result) -> int:
     """The container moved; what is left over is not nothing."""
     return DUMP_FAILED if result.failed else 0
-
-
-@contextlib.contextmanager
-def _locked(host: HostConfig, runtime: Runtime) -> Iterator[None]:
-    """This container's lock, and a place among the host's migrations."""
-    try:
-        with (
-            ctlock.host_slot(Path(host.lock_dir), host.migrations, 0),
-            ctlock.container_lock(Path(runtime.lock_dir), runtime.container),
-        ):
-            yield
-    except BusyError as e:
-        raise MigrateError(LOCKED, str(e)) from e
 
 
 def _wish(o: MigrateOptions) -> Wish:

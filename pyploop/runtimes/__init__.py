@@ -105,6 +105,12 @@ class Runtime(Protocol):
     def destination(self, label: str) -> str:
         """Where an item goes; MigrateError for a label that is none."""
 
+    def makes(self, facts: Facts) -> list[str]:
+        """Files that `placed` makes."""
+
+    def folders(self) -> list[str]:
+        """Folders that must be there before a restore."""
+
     def placed(self, facts: Facts) -> None:
         """All items are there: fit them to this host."""
 

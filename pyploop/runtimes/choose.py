@@ -7,7 +7,7 @@ from pyploop.errors import MigrateError
 from pyploop.hostconf import HostConfig
 from pyploop.runtimes import USAGE, Runtime
 
-RUNTIMES = ("runc",)
+RUNTIMES = ("vzctl", "runc", "command")
 
 
 def make_runtime(host: HostConfig, name: str | None, container: str) -> Runtime:
@@ -22,4 +22,12 @@ def make_runtime(host: HostConfig, name: str | None, container: str) -> Runtime:
         from pyploop.runtimes.runc import Runc
 
         return Runc(host, container)
+    if name == "vzctl":
+        from pyploop.runtimes.vzctl import Vzctl
+
+        return Vzctl(host, container)
+    if name == "command":
+        from pyploop.runtimes.command import CommandRuntime
+
+        return CommandRuntime(host, container)
     raise MigrateError(USAGE, f"no runtime {name!r} (there are {', '.join(RUNTIMES)})")

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import subprocess
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from pyploop.errors import MigrateError
 
@@ -15,7 +15,12 @@ class Command:
     only us, and an undumped memory image is worse than a late answer."""
 
     def __init__(
-        self, argv: Sequence[str], keep_fds: Sequence[int] = (), silent: bool = False
+        self,
+        argv: Sequence[str],
+        keep_fds: Sequence[int] = (),
+        *,
+        silent: bool = False,
+        env: Mapping[str, str] | None = None,
     ) -> None:
         """silent: its output goes to /dev/null, for a container inherits it and
         could not be checkpointed with a file of this host.  OSError when it
@@ -29,6 +34,7 @@ class Command:
                 stdout=subprocess.DEVNULL if silent else self._output,
                 stderr=subprocess.DEVNULL if silent else self._output,
                 pass_fds=tuple(keep_fds),
+                env=env,
                 start_new_session=True,
             )
         except BaseException:
@@ -56,11 +62,13 @@ def run(
     code: int,
     timeout: float,
     keep_fds: Sequence[int] = (),
+    *,
     silent: bool = False,
+    env: Mapping[str, str] | None = None,
 ) -> str:
     """What it printed; MigrateError(code) unless it exits with 0."""
     try:
-        status, said = Command(argv, keep_fds, silent).wait(timeout)
+        status, said = Command(argv, keep_fds, silent=silent, env=env).wait(timeout)
     except OSError as e:  # TimeoutError is one
         raise MigrateError(code, f"{' '.join(argv)}: {e.strerror or e}") from e
     if status:

@@ -246,6 +246,12 @@ class Runc:
             raise MigrateError(COPY_FAILED, f"no item {label!r} belongs to a runc container")
         return f"{self._config.bundle}/{bundles.CONFIG}"
 
+    def makes(self, facts: Facts) -> list[str]:
+        return [f"{self._config.bundle}/{bundles.CRIU}"]
+
+    def folders(self) -> list[str]:
+        return [d.mount for d in self._config.disks]
+
     def placed(self, facts: Facts) -> None:
         bundle = self._config.bundle
         config = bundles.adapt(bundles.read(bundle), self._mapping(facts), self._config)

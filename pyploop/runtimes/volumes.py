@@ -34,11 +34,11 @@ def check_free(disk: Disk, size: int) -> None:
     of data."""
     if os.path.lexists(disk.image):
         raise MigrateError(EXISTS, f"{disk.image} exists")
-    if is_mounted(disk.mount):
+    if disk.mount and is_mounted(disk.mount):
         raise MigrateError(EXISTS, f"something is mounted on {disk.mount}")
     folder = existing_parent(disk.image)
     with contextlib.suppress(FileNotFoundError):
-        if any(Path(disk.mount).iterdir()):
+        if disk.mount and any(Path(disk.mount).iterdir()):
             raise MigrateError(EXISTS, f"{disk.mount} is not empty")
     st = os.statvfs(folder)
     room = st.f_bavail * st.f_frsize

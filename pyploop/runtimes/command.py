@@ -1,0 +1,155 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Any runtime, each step a command of the user's: [container.NAME.commands].
+
+Commands get PYPLOOP_CONTAINER and, where there are, PYPLOOP_IMAGES (the folder
+of the memory images) in their environment; exit 0 is success.  `status` prints
+`running`, `suspended`, `stopped` or `absent`.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from pyploop.errors import MigrateError
+from pyploop.hostconf import HostConfig
+from pyploop.runtimes import (
+    COPY_FAILED,
+    DUMP_FAILED,
+    EXISTS,
+    NO_CONTAINER,
+    RESTORE_FAILED,
+    USAGE,
+    Disk,
+    Facts,
+    Item,
+    State,
+    volumes,
+)
+from pyploop.runtimes.process import run
+
+_STATES = {
+    "running": State(True, True),
+    "suspended": State(True, True, True),
+    "stopped": State(True),
+    "absent": State(False),
+}
+LIVE = ("suspend", "resume", "dump", "undump", "resume_restored", "kill", "abandon")
+STOPPED = ("start", "stop", "abandon")
+
+
+class CommandRuntime:
+    """One container of one host."""
+
+    name = "command"
+
+    def __init__(self, host: HostConfig, container: str) -> None:
+        self.container = container
+        self.keep_fds: tuple[int, ...] = ()
+        self.lock_dir = host.lock_dir
+        self._host = host
+        self._config = host.container(container)
+        if "status" not in self._config.commands or not self._config.disks:
+            raise MigrateError(USAGE, f"[container.{container}] needs commands.status and a disk")
+
+    def _run(self, step: str, code: int, images: Path | None = None) -> str:
+        argv = self._config.commands.get(step)
+        if argv is None:
+            raise MigrateError(code, f"[container.{self.container}.commands] has no {step}")
+        extra = {"PYPLOOP_CONTAINER": self.container}
+        if images is not None:
+            extra["PYPLOOP_IMAGES"] = str(images)
+        return run(
+            argv, code, self._host.command_timeout, self.keep_fds, env={**os.environ, **extra}
+        )
+
+    def _check_commands(self, live: bool) -> None:
+        missing = [s for s in (LIVE if live else STOPPED) if s not in self._config.commands]
+        if missing:
+            raise MigrateError(
+                USAGE, f"[container.{self.container}.commands] lacks {', '.join(missing)}"
+            )
+
+    def state(self) -> State:
+        said = self._run("status", NO_CONTAINER).strip()
+        if said not in _STATES:
+            raise MigrateError(
+                NO_CONTAINER, f"status of {self.container} is {said[:40]!r}, none of {[*_STATES]}"
+            )
+        return _STATES[said]
+
+    def disks(self, source: bool) -> list[Disk]:
+        result = []
+        for d in self._config.disks:
+            opened = (volumes.device_of(d.mount) or d.image) if source else ""
+            result.append(Disk(d.image, d.mount, d.fstype, d.options, opened))
+        return result
+
+    def check_source(self, live: bool) -> Facts:
+        self._check_commands(live)
+        return {}
+
+    def items(self) -> list[Item]:
+        return []
+
+    def suspend(self) -> None:
+        self._run("suspend", DUMP_FAILED)
+
+    def resume(self) -> None:
+        self._run("resume", DUMP_FAILED)
+
+    def dump(self, images: Path) -> None:
+        self._run("dump", DUMP_FAILED, images)
+
+    def kill(self) -> None:
+        if self.state().running:
+            self._run("kill", DUMP_FAILED)
+
+    def stop(self) -> None:
+        self._run("stop", DUMP_FAILED)
+
+    def start(self) -> None:
+        for disk in self.disks(source=False):
+            if not volumes.is_mounted(disk.mount):
+                volumes.mount(disk)
+        if not self.state().running:
+            self._run("start", RESTORE_FAILED)
+
+    def discard(self, remove: bool) -> None:
+        for disk in self._config.disks:
+            volumes.unmount({"mount": disk.mount, "image": disk.image})
+            if remove:
+                Path(disk.image).unlink(missing_ok=True)
+
+    def check_target(self, facts: Facts, live: bool) -> None:
+        self._check_commands(live)
+        if self.state().exists:
+            raise MigrateError(EXISTS, f"{self.container} exists")
+
+    def destination(self, label: str) -> str:
+        raise MigrateError(COPY_FAILED, f"no item {label[:80]!r} belongs to this container")
+
+    def makes(self, facts: Facts) -> list[str]:
+        return []
+
+    def folders(self) -> list[str]:
+        return [d.mount for d in self._config.disks]
+
+    def placed(self, facts: Facts) -> None:
+        pass
+
+    def attach(self, disk: Disk) -> list[dict[str, Any]]:
+        return [{"kind": "unmount", "mount": disk.mount, "image": disk.image}]
+
+    def mount(self, disk: Disk) -> None:
+        volumes.mount(disk)
+
+    def undump(self, images: Path, commit: Callable[[], None]) -> None:
+        self._run("undump", RESTORE_FAILED, images)
+        commit()
+        self._run("resume_restored", RESTORE_FAILED, images)
+
+    def abandon(self) -> None:
+        self._run("abandon", RESTORE_FAILED)

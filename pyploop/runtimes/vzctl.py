@@ -1,0 +1,307 @@
+# SPDX-License-Identifier: Apache-2.0
+"""OpenVZ containers with a ploop disk, by vzctl's documented contract.
+
+The suspended container is undumped on the target, and only resumed after the
+commit: so it is vzctl's own two steps that the turning point lies between.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import stat
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from pyploop import descriptor, sysblock, vzconf
+from pyploop.errors import MigrateError, ParameterError, PyploopError
+from pyploop.freeze.vzctl import parse_status
+from pyploop.hostconf import NAME, HostConfig
+from pyploop.runtimes import (
+    BAD_CONFIG,
+    CHECKPOINT_VERSION,
+    COPY_FAILED,
+    DUMP_FAILED,
+    EXISTS,
+    IP_IN_USE,
+    LOCKED,
+    NO_CONTAINER,
+    NO_KERNEL,
+    NO_PLOOP,
+    NO_VZ_CONF,
+    QUOTA,
+    RESTORE_FAILED,
+    Disk,
+    Facts,
+    Item,
+    State,
+    volumes,
+)
+from pyploop.runtimes.process import Command, last_words, run
+
+SCRIPTS = ("start", "stop", "mount", "umount", "premount", "postumount")
+HDD = "root.hdd"
+DUMP = "Dump"
+MOST_FILES = 1000
+"""Of a private area, whose container's files lie inside the disk."""
+_SPECIAL = {5: NO_KERNEL, 9: LOCKED, **dict.fromkeys(range(60, 67), QUOTA)}
+"""vzctl's exit codes that have one of vzmigrate's own, whatever failed."""
+
+
+class Vzctl:
+    """One container of one host."""
+
+    name = "vzctl"
+
+    def __init__(self, host: HostConfig, container: str) -> None:
+        self._host = host
+        self.container = container if container.isdecimal() else self._resolve(container)
+        self.keep_fds: tuple[int, ...] = ()
+        self._top = f"{HDD}/root.hds"
+        try:
+            self._conf = vzconf.load(self.container, Path(host.vz_etc))
+            self.lock_dir = self._conf.path("LOCKDIR")
+            self._private = Path(self._conf.path("VE_PRIVATE"))
+            self._root = self._conf.path("VE_ROOT")
+        except PyploopError as e:
+            raise MigrateError(NO_VZ_CONF, str(e)) from e
+
+    def _resolve(self, name: str) -> str:
+        if not NAME.fullmatch(name):
+            raise MigrateError(NO_CONTAINER, f"{name!r} is no container's name")
+        said = run([self._host.vzlist, "-o", "ctid", "-H", name], NO_CONTAINER, 30).strip()
+        if not said.isdecimal():
+            raise MigrateError(NO_CONTAINER, f"no container {name} (vzlist said {said[:40]!r})")
+        return said
+
+    def _vzctl(self, code: int, command: str, *words: str, skiplock: bool = True) -> str:
+        """MigrateError with vzctl's own reason, or `code`."""
+        argv = [self._host.vzctl, *(["--skiplock"] if skiplock else []), command]
+        argv += [self.container, *words]
+        try:
+            status, said = Command(argv, self.keep_fds).wait(self._host.command_timeout)
+        except OSError as e:
+            raise MigrateError(code, f"{' '.join(argv)}: {e.strerror or e}") from e
+        if status:
+            raise MigrateError(
+                _SPECIAL.get(status, code),
+                f"{' '.join(argv)} ended with {status}: {last_words(said)}",
+            )
+        return said
+
+    # ---- what there is
+
+    def state(self) -> State:
+        said = self._vzctl(NO_CONTAINER, "status", skiplock=False)
+        line = next((x for x in said.splitlines() if x.startswith("CTID")), said)
+        status = parse_status(line, self.container)
+        mounted = volumes.is_mounted(self._root)
+        return State(status.exists, status.running, status.suspended, mounted)
+
+    def disks(self, source: bool) -> list[Disk]:
+        opened = ""
+        if source:
+            top = Path(self._descriptor().top.path)
+            self._top = str(top.relative_to(self._private))
+            opened = str(top)
+            if device := volumes.device_of(self._root):
+                st = os.stat(device).st_rdev
+                opened = f"/dev/{sysblock.find((os.major(st), os.minor(st))).disk}"
+        return [Disk(str(self._private / self._top), "", "", "", opened)]
+
+    def _descriptor(self) -> descriptor.Descriptor:
+        path = self._private / HDD / descriptor.NAME
+        if not path.exists():
+            raise MigrateError(
+                NO_PLOOP, f"{path} is not there: only containers on ploop can be migrated"
+            )
+        found = descriptor.read(str(path))
+        for delta in found.chain:
+            if not Path(delta.path).is_relative_to(self._private):
+                raise MigrateError(COPY_FAILED, f"{delta.path} lies outside {self._private}")
+        return found
+
+    # ---- source
+
+    def check_source(self, live: bool) -> Facts:
+        top = self.disks(source=True)[0].image
+        links = {}
+        for path in self._files():
+            if path.is_symlink():
+                links[str(path.relative_to(self._private))] = os.readlink(path)
+        return {
+            "top": str(Path(top).relative_to(self._private)),
+            "links": links,
+            "ips": (self._conf.get("IP_ADDRESS") or "").split(),
+            "checkpoint": self._checkpoint_version() if live else None,
+        }
+
+    def _checkpoint_version(self) -> int | None:
+        """What this kernel writes and reads; None: no vzcptcheck here."""
+        if shutil.which(self._host.vzcptcheck) is None:
+            return None
+        said = run([self._host.vzcptcheck, "version"], CHECKPOINT_VERSION, 30).strip()
+        if not said.isdecimal():
+            raise MigrateError(CHECKPOINT_VERSION, f"vzcptcheck version said {said[:40]!r}")
+        return int(said)
+
+    def _files(self) -> Iterator[Path]:
+        """The private area without the top delta, which the disk's copy brings."""
+        for number, path in enumerate(sorted(self._private.rglob("*"))):
+            if number > MOST_FILES:
+                raise MigrateError(
+                    COPY_FAILED, f"{self._private} has more than {MOST_FILES} files: no ploop disk"
+                )
+            if path != self._private / self._top:
+                yield path
+
+    def items(self) -> list[Item]:
+        conf = Path(self._host.vz_etc) / "conf"
+        result = [Item("conf", f"{conf}/{self.container}.conf")]
+        for script in SCRIPTS:
+            path = conf / f"{self.container}.{script}"
+            if path.exists():
+                result.append(Item(f"script:{script}", str(path)))
+        for path in self._files():
+            if path.is_file() and not path.is_symlink():
+                label = f"private:{path.relative_to(self._private)}"
+                result.append(Item(label, str(path)))
+        return result
+
+    def suspend(self) -> None:
+        self._vzctl(DUMP_FAILED, "chkpnt", "--suspend")
+
+    def resume(self) -> None:
+        try:
+            self._vzctl(DUMP_FAILED, "chkpnt", "--resume")
+        except MigrateError:
+            # vzctl refuses to resume what is not suspended (any more).
+            state = self.state()
+            if not state.running or state.suspended:
+                raise
+
+    def dump(self, images: Path) -> None:
+        self._vzctl(DUMP_FAILED, "chkpnt", "--dump", "--dumpfile", str(images / DUMP))
+
+    def kill(self) -> None:
+        state = self.state()
+        if state.running:
+            self._vzctl(DUMP_FAILED, "chkpnt", "--kill")
+        self._unmount()
+
+    def _unmount(self) -> None:
+        if self.state().mounted:
+            self._vzctl(DUMP_FAILED, "umount")
+
+    def stop(self) -> None:
+        # Its disk is still read, and stays mounted for that.
+        if self.state().running:
+            self._vzctl(DUMP_FAILED, "stop", "--skip-umount")
+
+    def start(self) -> None:
+        if not self.state().running:
+            self._vzctl(RESTORE_FAILED, "start")
+
+    def discard(self, remove: bool) -> None:
+        self._unmount()
+        conf = Path(self._host.vz_etc) / "conf" / f"{self.container}.conf"
+        if remove and self.state().exists:
+            self._vzctl(DUMP_FAILED, "destroy")
+        elif not remove and conf.exists():
+            conf.rename(conf.with_name(conf.name + ".migrated"))
+
+    # ---- target
+
+    def check_target(self, facts: Facts, live: bool) -> None:
+        if shutil.which(self._host.ploop) is None:
+            raise MigrateError(NO_PLOOP, f"no {self._host.ploop} here")
+        if self.state().exists:
+            raise MigrateError(EXISTS, f"container {self.container} exists")
+        for path in (self._private, Path(self._root)):
+            with contextlib.suppress(FileNotFoundError):
+                if any(path.iterdir()):
+                    raise MigrateError(EXISTS, f"{path} is not empty")
+        self._top = self._inside(facts.get("top"))
+        for link, text in dict(facts.get("links") or {}).items():
+            self._inside(link)
+            if not isinstance(text, str) or "/" in text:
+                raise MigrateError(COPY_FAILED, f"{link}: a link to {text!r} is not made here")
+        self._check_addresses(facts)
+        theirs, ours = facts.get("checkpoint"), self._checkpoint_version() if live else None
+        if ours is not None and isinstance(theirs, int) and ours < theirs:
+            raise MigrateError(
+                CHECKPOINT_VERSION, f"checkpoint version {ours} here, {theirs} at the source"
+            )
+
+    def _check_addresses(self, facts: Facts) -> None:
+        wanted = {str(ip).split("/")[0] for ip in facts.get("ips") or ()}
+        if "ipv6" in facts.get("nodeps", ()):
+            wanted = {ip for ip in wanted if ":" not in ip}
+        if not wanted:
+            return
+        said = run([self._host.vzlist, "-a", "-H", "-o", "ip"], IP_IN_USE, 30)
+        used = wanted & {word.split("/")[0] for word in said.split()}
+        if used:
+            raise MigrateError(IP_IN_USE, f"{', '.join(sorted(used))} is in use here")
+
+    def _inside(self, name: Any) -> str:
+        """A path within the private area; MigrateError for any other."""
+        parts = Path(str(name)).parts
+        if not parts or ".." in parts or parts[0] == "/" or "\0" in str(name):
+            raise MigrateError(COPY_FAILED, f"{str(name)[:80]!r} lies outside the private area")
+        return str(Path(*parts))
+
+    def destination(self, label: str) -> str:
+        conf = Path(self._host.vz_etc) / "conf"
+        kind, _, rest = label.partition(":")
+        if label == "conf":
+            return str(conf / f"{self.container}.conf")
+        if kind == "script" and rest in SCRIPTS:
+            return str(conf / f"{self.container}.{rest}")
+        if kind == "private" and self._inside(rest) != self._top:
+            return str(self._private / self._inside(rest))
+        raise MigrateError(COPY_FAILED, f"no item {label[:80]!r} belongs to a container")
+
+    def makes(self, facts: Facts) -> list[str]:
+        return [str(self._private / self._inside(link)) for link in facts.get("links") or ()]
+
+    def folders(self) -> list[str]:
+        return [str(self._private), self._root]
+
+    def placed(self, facts: Facts) -> None:
+        for link, text in dict(facts.get("links") or {}).items():
+            path = self._private / self._inside(link)
+            path.symlink_to(text)
+        # Its own file may name other places than this host's vz.conf does.
+        try:
+            conf = vzconf.load(self.container, Path(self._host.vz_etc))
+            same = (conf.path("VE_PRIVATE"), conf.path("VE_ROOT"))
+        except ParameterError as e:
+            raise MigrateError(BAD_CONFIG, str(e)) from e
+        if same != (str(self._private), self._root):
+            raise MigrateError(
+                BAD_CONFIG,
+                f"{self.container}.conf names {same[0]} and {same[1]}, this host's vz.conf "
+                f"{self._private} and {self._root}",
+            )
+
+    def attach(self, disk: Disk) -> list[dict[str, Any]]:
+        return []  # vzctl mounts it by itself
+
+    def mount(self, disk: Disk) -> None:
+        # As the source's: ploop opens it by this mode.
+        Path(disk.image).chmod(stat.S_IRUSR | stat.S_IWUSR)
+
+    def undump(self, images: Path, commit: Callable[[], None]) -> None:
+        file = str(images / DUMP)
+        words = ("--undump", "--dumpfile", file, "--skip_arpdetect")
+        self._vzctl(RESTORE_FAILED, "restore", *words, skiplock=False)
+        commit()
+        self._vzctl(RESTORE_FAILED, "restore", "--resume", skiplock=False)
+
+    def abandon(self) -> None:
+        if self.state().running:
+            self._vzctl(RESTORE_FAILED, "restore", "--kill")
+        self._unmount()

@@ -1,0 +1,371 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`pyploop migrate` of OpenVZ containers, against a stand-in for vzctl."""
+
+from __future__ import annotations
+
+import re
+import socket
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import support
+from vzlab import CTID, VzHost, VzLab, vz_lab
+
+
+@pytest.fixture
+def lab(tmp_path: Path) -> Iterator[VzLab]:
+    support.needs("root", "loop", "mkfs.ext4")
+    with vz_lab(tmp_path) as made:
+        yield made
+
+
+def runs_only_on(lab: VzLab, host: VzHost, clean: bool = True) -> None:
+    """On this host, having lost and repeated no number; nothing on the other."""
+    other = lab.b if host is lab.a else lab.a
+    assert host.status() == "running"
+    assert other.status() == "down"
+    before = len(host.numbers())
+    support.wait_until(lambda: len(host.numbers()) > before, "it counts on")
+    numbers = host.numbers()
+    assert numbers == list(range(len(numbers)))
+    if clean:
+        assert other.files() == set()
+        assert not [p for p in host.files() if p.startswith(("lock", "images", "varlib"))]
+        assert lab.loops() == [str(host.folder / f"private/{CTID}/root.hdd/root.hds")]
+
+
+def test_a_container_moves_live_there_and_back(lab: VzLab) -> None:
+    files = lab.a.files()
+    done = lab.migrate(lab.a, "--live", "-t", "--keep-dst", "hostb", CTID)
+    assert done.returncode == 0, done.stderr
+    runs_only_on(lab, lab.b)
+    assert lab.b.files() == files
+    assert (lab.b.folder / f"private/{CTID}/.ve.layout").readlink() == Path("5")
+    assert not (lab.a.folder / "executed").exists()
+    rows = re.findall(r"^  ( *\S[^:\n]*): +(\d+\.\d\d)$", done.stdout, re.MULTILINE)
+    assert [r[0].strip() for r in rows] == [
+        "Suspend + Dump",
+        "Pcopy after suspend",
+        "Copy dump file",
+        "Undump + Resume",
+        "Total suspended time",
+    ]
+    assert [c.split(" ", 1)[1] for c in lab.a.calls()[-5:]] == [
+        f"--skiplock chkpnt {CTID} --suspend",
+        lab.a.calls()[-4].split(" ", 1)[1],
+        f"--skiplock chkpnt {CTID} --kill",
+        f"--skiplock umount {CTID}",
+        f"--skiplock destroy {CTID}",
+    ]
+    assert f"--skiplock chkpnt {CTID} --dump --dumpfile " in lab.a.calls()[-4]
+    assert [c.split()[3] for c in lab.b.calls()] == ["--undump", "--resume"]
+    back = lab.migrate(lab.b, "--live", "hosta", "web")  # by its name
+    assert back.returncode == 0, back.stderr
+    runs_only_on(lab, lab.a)
+
+
+def test_without_live_it_is_stopped_and_started(lab: VzLab) -> None:
+    done = lab.migrate(lab.a, "-t", "hostb", CTID)
+    assert done.returncode == 0, done.stderr
+    runs_only_on(lab, lab.b)
+    assert lab.b.calls() == [f"vzctl --skiplock start {CTID}"]
+
+
+def test_a_stopped_container_moves_and_stays_stopped(lab: VzLab) -> None:
+    lab.a.vzctl("stop", CTID)
+    done = lab.migrate(lab.a, "hostb", CTID)
+    assert done.returncode == 0, done.stderr
+    assert (lab.a.exists(), lab.b.exists(), lab.b.status()) == (False, True, "down")
+    lab.b.vzctl("start", CTID)
+    runs_only_on(lab, lab.b)
+
+
+def test_the_source_is_kept_when_asked(lab: VzLab) -> None:
+    done = lab.migrate(lab.a, "--live", "-r", "no", "hostb", CTID)
+    assert done.returncode == 0, done.stderr
+    assert (lab.a.folder / f"etc/vz/conf/{CTID}.conf.migrated").exists()
+    assert (lab.a.folder / f"private/{CTID}/root.hdd/root.hds").exists()
+    assert (lab.a.exists(), lab.b.status()) == (False, "running")
+
+
+def test_a_check_changes_nothing(lab: VzLab) -> None:
+    files = lab.a.files()
+    done = lab.migrate(lab.a, "--live", "--check-only", "hostb", CTID)
+    assert done.returncode == 0, done.stderr
+    assert lab.a.files() == files
+    assert lab.a.calls()[1:] == [] and not (lab.b.folder / "state/calls").read_text().count("rest")
+    runs_only_on(lab, lab.a)
+
+
+# ---- vzmigrate's exit codes
+
+
+def expect(lab: VzLab, code: int, *words: str, says: str = "") -> None:
+    """The code, one line, and the container as it was."""
+    done = lab.migrate(lab.a, *(words or ("--live", "hostb", CTID)))
+    assert done.returncode == code, done.stderr
+    assert "Traceback" not in done.stderr
+    assert says in done.stderr
+    for host in (lab.a, lab.b):
+        host.mend()
+    runs_only_on(lab, lab.a)
+
+
+def test_usage_ends_with_1(lab: VzLab) -> None:
+    expect(lab, 1, "--live", "hostb")
+
+
+def test_a_stopped_container_cannot_move_live_2(lab: VzLab) -> None:
+    lab.a.vzctl("stop", CTID)
+    done = lab.migrate(lab.a, "--live", "hostb", CTID)
+    assert (done.returncode, lab.b.files()) == (2, set())
+
+
+def test_no_connection_ends_with_4(lab: VzLab) -> None:
+    expect(lab, 4, "--live", "nowhere", CTID, says="No route to host")
+
+
+def test_a_target_without_room_for_the_disk_ends_with_6(lab: VzLab) -> None:
+    with support.tmpfs(lab.b.folder / "private", 1 << 20):
+        expect(lab, 6, says="room")
+
+
+def test_a_target_whose_disk_fills_up_ends_with_6(lab: VzLab) -> None:
+    # Room for the sparse image at the check, not for what is written then.
+    with support.tmpfs(lab.b.folder / "private", 8 << 20):
+        big = lab.a.folder / f"root/{CTID}/big"
+        process = subprocess.Popen(
+            lab.command(lab.a, "--live", "--bwlimit", "1M", "hostb", CTID),
+            env=support.pyploop_env(),
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        try:
+            support.wait_until((lab.b.folder / f"private/{CTID}").exists, "begun")
+            big.write_bytes(bytes(range(256)) * (12 << 12))
+            _, err = process.communicate(timeout=60)
+        finally:
+            process.kill()
+        big.unlink()
+        assert process.returncode == 6, err
+        assert lab.b.files() == set()
+    runs_only_on(lab, lab.a)
+
+
+def test_a_failing_restore_ends_with_7(lab: VzLab) -> None:
+    lab.b.fail("restore --undump", 17)
+    expect(lab, 7, says="restore")
+
+
+def test_a_failing_resume_after_the_commit_is_withdrawn_7(lab: VzLab) -> None:
+    lab.b.fail("restore --resume", 17)
+    expect(lab, 7, says="--resume")
+
+
+@pytest.mark.parametrize("step", ["--suspend", "--dump"])
+def test_a_failing_checkpoint_ends_with_8(lab: VzLab, step: str) -> None:
+    lab.a.fail(f"chkpnt {step}", 16)
+    expect(lab, 8, says=step)
+
+
+def test_a_container_that_exists_on_the_target_ends_with_9(lab: VzLab) -> None:
+    (lab.b.folder / f"private/{CTID}").mkdir()
+    conf = lab.b.folder / f"etc/vz/conf/{CTID}.conf"
+    conf.write_text("")
+    done = lab.migrate(lab.a, "--live", "hostb", CTID)
+    assert (done.returncode, conf.read_text()) == (9, ""), done.stderr
+    assert lab.a.status() == "running"
+
+
+def test_no_such_container_ends_with_10(lab: VzLab) -> None:
+    expect(lab, 10, "--live", "hostb", "102")
+
+
+def test_an_address_in_use_ends_with_12(lab: VzLab) -> None:
+    (lab.b.folder / "state/addresses").write_text("10.0.0.1\n10.1.2.3\n")
+    expect(lab, 12, says="10.1.2.3")
+
+
+def test_a_quota_error_of_vzctl_ends_with_13(lab: VzLab) -> None:
+    lab.b.fail("restore --undump", 61)
+    expect(lab, 13)
+
+
+def test_a_kernel_that_is_not_openvz_ends_with_14(lab: VzLab) -> None:
+    lab.b.fail("status", 5)
+    expect(lab, 14)
+
+
+def test_a_configuration_for_other_places_ends_with_15(lab: VzLab) -> None:
+    conf = lab.a.folder / f"etc/vz/conf/{CTID}.conf"
+    text = conf.read_text()
+    conf.write_text(text + f"VE_ROOT={lab.a.folder}/root/$VEID\n")
+    expect(lab, 15, says="names")
+
+
+def test_a_target_without_ploop_ends_with_16(lab: VzLab) -> None:
+    (lab.b.folder / "bin/ploop").unlink()
+    expect(lab, 16)
+
+
+def test_an_older_checkpoint_version_ends_with_17(lab: VzLab) -> None:
+    (lab.b.folder / "state/checkpoint").write_text("6")
+    expect(lab, 17)
+
+
+def test_a_cpu_that_lacks_something_ends_with_18(
+    lab: VzLab, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # The target's agent sees a smaller CPU: its own kernel tells it otherwise.
+    site = lab.folder / "site"
+    site.mkdir()
+    (site / "sitecustomize.py").write_text(
+        "import sys\nif 'agent' in sys.orig_argv:\n"
+        "    import pyploop.agent as a\n    a.cpu_flags = lambda: ['fpu']\n"
+    )
+    monkeypatch.setenv("PYTHONPATH", str(site))
+    expect(lab, 18, says="--nodeps=cpu")
+    done = lab.migrate(lab.a, "--live", "--check-only", "--nodeps=cpu", "hostb", CTID)
+    assert done.returncode == 0, done.stderr
+
+
+def test_no_vz_conf_on_the_target_ends_with_19(lab: VzLab) -> None:
+    (lab.b.folder / "etc/vz/vz.conf").unlink()
+    expect(lab, 19)
+
+
+def test_a_locked_container_ends_with_20(lab: VzLab) -> None:
+    lock = lab.a.folder / f"lock/{CTID}.lck"
+    sleeper = subprocess.Popen(["sleep", "60"])
+    try:
+        lock.write_text(f"{sleeper.pid}\n")
+        done = lab.migrate(lab.a, "--live", "hostb", CTID)
+        assert (done.returncode, lock.read_text()) == (20, f"{sleeper.pid}\n"), done.stderr
+    finally:
+        sleeper.kill()
+        sleeper.wait()
+    # Its owner is dead: the lock is stale, and the migration goes on.
+    assert lab.migrate(lab.a, "--live", "hostb", CTID).returncode == 0
+    runs_only_on(lab, lab.b)
+
+
+# ---- killed at any step
+
+
+KILLS = [
+    # (host, step, who is killed): where it runs after --recover
+    ("a", "chkpnt --suspend", "kill-caller", "a"),
+    ("a", "chkpnt --dump", "kill-caller", "a"),
+    ("b", "restore --undump", "kill-peer", "a"),
+    ("b", "restore --resume", "kill-peer", "b"),
+    ("a", "chkpnt --kill", "kill-caller", "b"),
+    ("a", "destroy", "kill-caller", "b"),
+]
+
+
+@pytest.mark.parametrize(("host", "step", "who", "runs_on"), KILLS)
+def test_a_killed_orchestrator_is_recovered_from(
+    lab: VzLab, host: str, step: str, who: str, runs_on: str
+) -> None:
+    where = {"a": lab.a, "b": lab.b}
+    where[host].fail(step, who)
+    done = lab.migrate(lab.a, "--live", "hostb", CTID)
+    assert done.returncode == -9, done.stderr
+    states = {lab.a.status(), lab.b.status()}
+    assert states != {"running"}, "it runs on both"
+    where[host].mend()
+    done = lab.migrate(lab.a, "--recover")
+    assert done.returncode == 0, done.stderr
+    runs_only_on(lab, where[runs_on])
+    # Nothing is left to recover.
+    done = lab.migrate(lab.a, "--recover")
+    assert (done.returncode, done.stdout) == (0, "")
+
+
+def test_the_next_migration_recovers_first(lab: VzLab) -> None:
+    lab.a.fail("chkpnt --dump", "kill-caller")
+    assert lab.migrate(lab.a, "--live", "hostb", CTID).returncode == -9
+    lab.a.mend()
+    done = lab.migrate(lab.a, "--live", "hostb", CTID)
+    assert done.returncode == 0, done.stderr
+    assert "Undone" in done.stdout
+    runs_only_on(lab, lab.b)
+
+
+@pytest.mark.parametrize("step", ["restore --undump", "restore --resume"])
+def test_a_killed_agent_is_settled_by_the_orchestrator(lab: VzLab, step: str) -> None:
+    """Killed in either step; the step itself still ends, and decides."""
+    lab.b.fail(step, "kill-caller")
+    done = lab.migrate(lab.a, "--live", "hostb", CTID)
+    lab.b.mend()
+    committed = step == "restore --resume"
+    assert (done.returncode == 0) == committed, done.stderr
+    runs_only_on(lab, lab.b if committed else lab.a)
+
+
+def test_a_target_that_cannot_be_asked_leaves_it_suspended_and_says_so(lab: VzLab) -> None:
+    lab.b.fail("restore --resume", "kill-peer")
+    assert lab.migrate(lab.a, "--live", "hostb", CTID).returncode == -9
+    lab.b.mend()
+    ssh = lab.a.folder / "bin/ssh"
+    works = ssh.read_text()
+    ssh.write_text("#!/bin/sh\nexit 255\n")
+    done = lab.migrate(lab.a, "--recover")
+    assert done.returncode == 4, done.stderr
+    assert "stays suspended here" in done.stderr
+    assert (lab.a.status(), lab.b.status()) == ("running suspended", "running")
+    ssh.write_text(works)
+    assert lab.migrate(lab.a, "--recover").returncode == 0
+    runs_only_on(lab, lab.b)
+
+
+def test_an_interrupted_migration_runs_on_where_it_was(lab: VzLab) -> None:
+    process = subprocess.Popen(
+        lab.command(lab.a, "--live", "--bwlimit", "100K", "hostb", CTID),
+        env=support.pyploop_env(),
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        support.wait_until((lab.b.folder / f"private/{CTID}").exists, "begun")
+        process.terminate()
+        _, err = process.communicate(timeout=30)
+    finally:
+        process.kill()
+    assert process.returncode == -15, err
+    runs_only_on(lab, lab.a)
+
+
+def test_what_was_copied_is_kept_when_asked(lab: VzLab) -> None:
+    lab.b.fail("restore --undump", 17)
+    done = lab.migrate(lab.a, "--live", "--keep-dst", "hostb", CTID)
+    assert done.returncode == 7
+    assert (lab.b.folder / f"private/{CTID}/root.hdd/root.hds").exists()
+    lab.b.mend()
+    runs_only_on(lab, lab.a, clean=False)
+
+
+def test_another_version_of_pyploop_is_named_before_anything_starts(lab: VzLab) -> None:
+    ssh = lab.a.folder / "bin/ssh"
+    ssh.write_text("#!/bin/sh\nprintf 'PYPLOOP-AGENT 1 7.0.0\\n'; cat >/dev/null\n")
+    expect(lab, 4, says="pyploop 7.0.0")
+
+
+def test_no_port_is_opened(lab: VzLab) -> None:
+    """All goes over the one connection: no socket of either end listens."""
+    lab.b.fail("restore --undump", 17)
+    before = _listening()
+    expect(lab, 7)
+    assert _listening() <= before
+
+
+def _listening() -> set[str]:
+    lines = Path("/proc/net/tcp").read_text().splitlines()[1:]
+    assert socket.has_ipv6 in (True, False)
+    return {x.split()[1] for x in lines if x.split()[3] == "0A"}

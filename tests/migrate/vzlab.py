@@ -1,0 +1,175 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Two hosts of vzhost.py in one folder, and an ssh between them that is a shell."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import support
+
+CTID = "101"
+_SSH = """#!/bin/sh
+# As ssh: options, --, host, one command for the login shell.
+while [ "$1" != -- ]; do shift; done
+[ "$2" = nowhere ] && {{ echo "ssh: connect to host nowhere: No route to host" >&2; exit 255; }}
+echo "Welcome to $2"
+exec sh -c "$3"
+"""
+_DESCRIPTOR = """<?xml version="1.0"?>
+<Parallels_disk_image Version="1.0">
+  <Disk_Parameters><Disk_size>{sectors}</Disk_size></Disk_Parameters>
+  <StorageData><Storage>
+    <Start>0</Start><End>{sectors}</End><Blocksize>2048</Blocksize>
+    <Image><GUID>{guid}</GUID><Type>Plain</Type><File>root.hds</File></Image>
+  </Storage></StorageData>
+  <Snapshots><TopGUID>{guid}</TopGUID>
+    <Shot><GUID>{guid}</GUID><ParentGUID>{{00000000-0000-0000-0000-000000000000}}</ParentGUID></Shot>
+  </Snapshots>
+</Parallels_disk_image>
+"""
+GUID = "{5fbaabe3-6958-40ff-92a7-860e329aab41}"
+
+
+@dataclass(frozen=True)
+class VzHost:
+    folder: Path
+
+    @property
+    def name(self) -> str:
+        return self.folder.name
+
+    def vzctl(self, *words: str, check: bool = True) -> str:
+        return support.run(self.folder / "bin/vzctl", *words, check=check)
+
+    def status(self) -> str:
+        """The last words of its line: 'running', 'running suspended', 'down'."""
+        return " ".join(self.vzctl("status", CTID).split()[4:])
+
+    def exists(self) -> bool:
+        return self.vzctl("status", CTID).split()[2] == "exist"
+
+    def fail(self, step: str, action: str | int) -> None:
+        with (self.folder / "state/faults").open("a") as f:
+            f.write(f"{step} = {action}\n")
+
+    def mend(self) -> None:
+        (self.folder / "state/faults").unlink(missing_ok=True)
+
+    def calls(self) -> list[str]:
+        """Commands that were given, without the many questions."""
+        lines = (self.folder / "state/calls").read_text().splitlines()
+        return [x for x in lines if x.startswith("vzctl") and " status " not in x]
+
+    def numbers(self) -> list[int]:
+        return [int(n) for n in (self.folder / f"root/{CTID}/numbers").read_text().split()]
+
+    def files(self) -> set[str]:
+        """Everything that a migration may have left, by its path."""
+        left = {
+            str(p.relative_to(self.folder))
+            for top in ("private", "root", "etc/vz/conf", "lock", "images", "varlib")
+            for p in (self.folder / top).rglob("*")
+            if f"root/{CTID}/" not in str(p)
+        }
+        return {p for p in left if not p.startswith("lock/migration.") and p != "varlib/pyploop"}
+
+
+@dataclass(frozen=True)
+class VzLab:
+    folder: Path
+    a: VzHost
+    b: VzHost
+
+    def command(self, source: VzHost, *words: str) -> list[str]:
+        config = ["--runtime", "vzctl", "--config", str(source.folder / "migrate.toml")]
+        return [*support.pyploop_cmd(), "migrate", *config, *words]
+
+    def migrate(self, source: VzHost, *words: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            self.command(source, *words),
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=90,
+            check=False,
+            env=support.pyploop_env(),
+        )
+
+    def loops(self) -> list[str]:
+        lines = support.run("losetup", "-nO", "BACK-FILE").splitlines()
+        return [x for x in lines if str(self.folder) in x]
+
+
+def _make_host(folder: Path, peer: Path) -> VzHost:
+    for name in ("bin", "etc/vz/conf", "private", "root", "lock", "state", "images", "varlib"):
+        (folder / name).mkdir(parents=True)
+    program = folder / "bin/vzctl"
+    text = Path(__file__).with_name("vzhost.py").read_text()
+    program.write_text(text.replace("#!/usr/bin/env python3", f"#!{sys.executable}", 1))
+    program.chmod(0o755)
+    for name in ("vzlist", "vzcptcheck", "ploop"):
+        (folder / "bin" / name).write_text(program.read_text())
+        (folder / "bin" / name).chmod(0o755)
+    (folder / "bin/ssh").write_text(_SSH.format())
+    (folder / "bin/ssh").chmod(0o755)
+    (folder / "etc/vz/vz.conf").write_text(
+        f'VE_ROOT={folder}/root/$VEID\nVE_PRIVATE="{folder}/private/${{VEID}}"\n'
+        f"LOCKDIR={folder}/lock\nDUMPDIR={folder}/dump\n# A comment\ntouch {folder}/executed\n"
+    )
+    agent = [*support.pyploop_cmd(), "agent", "--config", str(peer / "migrate.toml")]
+    (folder / "migrate.toml").write_text(
+        f'state_dir = "{folder}/varlib/pyploop"\nlock_dir = "{folder}/lock"\n'
+        f'images_dir = "{folder}/images"\ncommand_timeout = 20\n[remote]\n'
+        f'ssh = ["{folder}/bin/ssh"]\nagent = {json.dumps(agent)}\n[vzctl]\n'
+        f'etc = "{folder}/etc/vz"\n'
+        + "".join(
+            f'{key} = "{folder}/bin/{program}"\n'
+            for key, program in (
+                ("command", "vzctl"),
+                ("vzlist", "vzlist"),
+                ("vzcptcheck", "vzcptcheck"),
+                ("ploop", "ploop"),
+            )
+        )
+    )
+    return VzHost(folder)
+
+
+@contextlib.contextmanager
+def vz_lab(folder: Path, size: int = 48 << 20) -> Iterator[VzLab]:
+    """The container runs on a."""
+    a, b = _make_host(folder / "a", folder / "b"), _make_host(folder / "b", folder / "a")
+    hdd = a.folder / "private" / CTID / "root.hdd"
+    hdd.mkdir(parents=True)
+    (a.folder / "root" / CTID).mkdir()
+    with (hdd / "root.hds").open("wb") as f:
+        f.truncate(size)
+    support.run("mkfs.ext4", "-q", "-F", hdd / "root.hds")
+    (hdd / "DiskDescriptor.xml").write_text(_DESCRIPTOR.format(sectors=size >> 9, guid=GUID))
+    (hdd.parent / ".ve.layout").symlink_to("5")
+    (a.folder / f"etc/vz/conf/{CTID}.conf").write_text(
+        'NAME="web"\nIP_ADDRESS="10.1.2.3"\nOSTEMPLATE="debian-12"\n'
+    )
+    (a.folder / f"etc/vz/conf/{CTID}.mount").write_text("#!/bin/sh\n")
+    lab = VzLab(folder, a, b)
+    try:
+        a.vzctl("start", CTID)
+        support.wait_until((a.folder / f"root/{CTID}/numbers").exists, "the guest runs")
+        support.wait_until(lambda: len(a.numbers()) > 2, "the guest counts")
+        yield lab
+    finally:
+        for host in (a, b):
+            host.mend()
+            host.vzctl("--skiplock", "chkpnt", CTID, "--kill", check=False)
+            subprocess.run(
+                ["umount", str(host.folder / "root" / CTID)], capture_output=True, check=False
+            )
+        for line in support.run("losetup", "-nO", "NAME,BACK-FILE").splitlines():
+            if str(folder) in line:
+                support.run("losetup", "--detach", line.split()[0])
