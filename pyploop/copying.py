@@ -14,6 +14,7 @@ from pyploop.errors import MigrateError
 from pyploop.events import Reporter
 from pyploop.jobs import in_parallel
 from pyploop.outputs import StreamOutput
+from pyploop.recorder import Span
 from pyploop.remote import Remote
 from pyploop.runtimes import COPY_FAILED, Disk
 from pyploop.sender import Sender
@@ -73,6 +74,10 @@ class Disks:
     def _cancel(self) -> None:
         for sender in self._senders:
             sender.cancel()
+
+    def spans(self) -> list[Span]:
+        """What each sender did when."""
+        return [span for s in self._senders for span in s.recorder.spans]
 
     def copy_while_running(self) -> None:
         """First pass, rounds, and what must be ready before the freeze."""

@@ -28,6 +28,7 @@ from pyploop.events import Reporter
 from pyploop.hostconf import HostConfig
 from pyploop.jobs import Job
 from pyploop.journal import Journal
+from pyploop.recorder import Recorder
 from pyploop.remote import Remote
 from pyploop.runtimes import NO_CONTAINER, STOPPED, Runtime
 from pyploop.summary import Options, Summary
@@ -61,6 +62,8 @@ class Result:
     steps: dict[str, float] = field(default_factory=dict)
     """Name -> seconds of a step of the suspended time; they overlap."""
     disks: list[Summary] = field(default_factory=list)
+    recorder: Recorder = field(default_factory=Recorder)
+    """What happened when, on both hosts."""
     failed: list[str] = field(default_factory=list)
     """What is left to do by hand on either side."""
 
@@ -185,6 +188,7 @@ class _Move:
         number, fd = remote.open_channel()
         with pieces.Writer(fd, self._wish.copy.stall) as out:
             remote.call("dump", REQUEST, channel=number)
+            self._compare_clocks()
             self._log("resume")
             start = time.monotonic()
             runtime.suspend()
@@ -208,7 +212,25 @@ class _Move:
             "restore": running - asked,
             "total": resumed - start,
         }
+        record = self.result.recorder
+        record.stage = "frozen"
+        record.add("suspend", start, suspended)
+        record.add("dump", suspended, dump.ended)
+        record.add("dump sent", suspended, stream.ended)
+        record.add("disks", suspended, copied)
+        record.add("restore", max(copied, stream.ended), resumed)
+        here = record.clock.here
+        for name in ("disk 0 ended", "dump ended", "committed", "running"):
+            if name in moments:
+                record.add(name, here(asked), here(float(moments[name])), "target")
+        record.spans += disks.spans()
         self._report.event("moved", steps=self.result.steps, dump_bytes=out.sent)
+
+    def _compare_clocks(self) -> None:
+        for _ in range(5):
+            sent = time.monotonic()
+            there = float(self._remote.call("clock", REQUEST)["monotonic"])
+            self.result.recorder.clock.exchange(sent, there, there, time.monotonic())
 
     def stopped(self, disks: Disks, running: bool) -> None:
         """Stop, last blocks, start on the target."""

@@ -6,6 +6,7 @@ from __future__ import annotations
 import contextlib
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 from pyploop import hostconf, recover, times
 from pyploop.cli import migrate_options
@@ -13,6 +14,8 @@ from pyploop.cli.migrate_options import MigrateOptions
 from pyploop.errors import Interrupted, MigrateError, PyploopError
 from pyploop.events import JsonRenderer, Reporter, TextRenderer
 from pyploop.migrate import Result, Wish, migrate
+from pyploop.recorder import chrome_trace
+from pyploop.rounds import Policy
 from pyploop.runtimes import COPY_FAILED, DUMP_FAILED, LOCKED, USAGE
 from pyploop.runtimes.choose import make_runtime
 from pyploop.summary import Options
@@ -49,7 +52,14 @@ def _run(o: MigrateOptions, report: Reporter) -> int:
     with recover.locks(host, runtime):
         if failed := recover.recover(host, runtime.container, report, locked=True):
             raise MigrateError(LOCKED, f"an earlier migration is not undone: {'; '.join(failed)}")
+        if o.rsync:
+            report.info("--rsync: nothing is copied by rsync; all goes over the one connection")
         result = migrate(host, runtime, _wish(o), report)
+    if o.trace is not None:
+        try:
+            Path(o.trace).write_text(chrome_trace(result.recorder))
+        except OSError as e:
+            report.error(f"--trace {o.trace}: {e.strerror}")
     if o.times and result.moments is not None:
         print(times.table(result.moments.rows(), result.moments.total))
     return _told(result)
@@ -71,7 +81,14 @@ def _wish(o: MigrateOptions) -> Wish:
         check_only=o.check_only,
         nodeps=o.nodeps,
         ssh_options=o.ssh,
-        copy=Options(stall=o.timeout, rate=o.bwlimit),
+        copy=Options(
+            stall=o.timeout,
+            rate=o.bwlimit,
+            policy=Policy(
+                max_freeze=o.max_freeze,
+                deadline=Policy.deadline if o.deadline is None else o.deadline,
+            ),
+        ),
     )
 
 

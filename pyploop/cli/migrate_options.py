@@ -79,7 +79,13 @@ def parser() -> Parser:
     )
     add("--ssh", action="append", default=[], metavar="OPTS", help="more options for ssh")
     add("--ssh-mux", action="store_true", help="accepted: there is one connection in any case")
-    add("--rsync", action="append", default=[], metavar="OPTS", help="more options for rsync")
+    add(
+        "--rsync",
+        action="append",
+        default=[],
+        metavar="OPTS",
+        help="accepted: nothing is copied by rsync",
+    )
     add("-t", "--times", action="store_true", help="print where the suspended time went")
     add("-v", dest="verbose", action="count", default=0, help="more messages (up to four)")
     g = p.add_argument_group("pyploop's own")
