@@ -63,7 +63,8 @@ class VzHost:
 
     def calls(self) -> list[str]:
         """Commands that were given, without the many questions."""
-        lines = (self.folder / "state/calls").read_text().splitlines()
+        path = self.folder / "state/calls"
+        lines = path.read_text().splitlines() if path.exists() else []
         return [x for x in lines if x.startswith("vzctl") and " status " not in x]
 
     def numbers(self) -> list[int]:
