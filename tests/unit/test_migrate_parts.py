@@ -1,0 +1,264 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Parts of a migration that need no second host: configuration, verdict, files
+in a channel, the bundle that is fitted, jobs."""
+
+from __future__ import annotations
+
+import os
+import socket
+import struct
+import subprocess
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pyploop import hostconf, pieces, verdict
+from pyploop.errors import BusyError, MigrateError, ProtocolError, PyploopError, ReadError
+from pyploop.hostconf import ContainerConfig
+from pyploop.jobs import Job, in_parallel
+from pyploop.runtimes import bundles
+
+# ---- configuration
+
+GOOD: dict[str, Any] = {
+    "state_dir": "/s",
+    "remote": {"ssh": ["ssh", "-4"]},
+    "container": {
+        "web": {"bundle": "/b", "disk": [{"image": "/i", "mount": "/m"}], "stop_timeout": 3}
+    },
+}
+
+
+def test_a_configuration_is_read_with_its_defaults() -> None:
+    host = hostconf.parse(GOOD, "x.toml")
+    assert (host.state_dir, host.ssh, host.agent) == ("/s", ("ssh", "-4"), ("pyploop", "agent"))
+    web = host.container("web")
+    assert (web.runtime, web.stop_timeout, web.disks[0].fstype) == ("runc", 3.0, "ext4")
+    with pytest.raises(MigrateError, match="no \\[container.other\\]") as e:
+        host.container("other")
+    assert e.value.exit_code == 10
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"stat_dir": "/x"}, "stat_dir"),
+        ({"migrations": "2"}, "migrations"),
+        ({"migrations": True}, "migrations"),
+        ({"remote": {"ssh": "ssh -4"}}, "list of words"),
+        ({"remote": {"port": 22}}, "port"),
+        ({"container": {"../web": {}}}, "not a name"),
+        ({"container": {"web": {"image": "/i"}}}, "image"),
+        ({"container": {"web": {"disk": {"image": "i", "mount": "/m"}}}}, "absolute"),
+        ({"container": {"web": {"disk": {"mount": "/m"}}}}, "image"),
+        ({"container": {"web": {"commands": {"run": ["x"]}}}}, "run"),
+        ({"container": {"web": {"link_up": []}}}, "link_up"),
+    ],
+)
+def test_what_is_wrong_in_a_configuration_is_named(change: dict[str, Any], named: str) -> None:
+    with pytest.raises(MigrateError, match=named) as e:
+        hostconf.parse({**GOOD, **change}, "x.toml")
+    assert e.value.exit_code == 1
+
+
+# ---- the verdict
+
+
+def test_a_verdict_is_asked_only_when_its_owner_has_ended(tmp_path: Path) -> None:
+    name = verdict.new_id()
+    own = verdict.Verdict.create(tmp_path, name)
+    own.write(verdict.COMMITTED)
+    # A command of the owner's that lives on, as a restore may.
+    child = subprocess.Popen(["sleep", "60"], pass_fds=[own.fd])
+    own.close()
+    try:
+        with pytest.raises(BusyError), verdict.held(tmp_path, name, 0.1):
+            pass
+    finally:
+        child.kill()
+        child.wait()
+    with verdict.held(tmp_path, name, 5) as record:
+        assert record is not None
+        assert record.read() == verdict.COMMITTED
+    with verdict.held(tmp_path, verdict.new_id(), 0) as record:
+        assert record is None
+
+
+@pytest.mark.parametrize("bad", ["", "../etc/passwd", "0" * 17, "G" * 16, None, 7, "0" * 15 + "\n"])
+def test_what_is_no_migration_never_becomes_a_file_name(bad: object) -> None:
+    with pytest.raises(ProtocolError):
+        verdict.check_id(bad)
+
+
+# ---- files in a channel
+
+
+@pytest.fixture
+def channel() -> Iterator[tuple[int, int]]:
+    a, b = socket.socketpair()
+    yield a.detach(), b.detach()
+
+
+def receive(fd: int, folder: Path) -> Job[list[str]]:
+    def create(name: str) -> int:
+        return os.open(folder / name, os.O_WRONLY | os.O_CREAT | os.O_EXCL)
+
+    return Job(lambda: pieces.receive(fd, 10, create, durable=True))
+
+
+def test_files_arrive_with_their_holes_sizes_and_modes(
+    channel: tuple[int, int], tmp_path: Path
+) -> None:
+    source, target = tmp_path / "source", tmp_path / "target"
+    target.mkdir()
+    with source.open("wb") as f:
+        f.write(b"head")
+        f.truncate(8 << 20)
+        f.seek(5 << 20)
+        f.write(os.urandom(700_000))
+    source.chmod(0o751)
+    (tmp_path / "empty").touch()
+    job = receive(channel[1], target)
+    with pieces.Writer(channel[0], 10) as out:
+        out.file("one", str(source))
+        out.file("two", str(tmp_path / "empty"))
+        out.end()
+    assert job.join(20) == ["one", "two"]
+    assert (target / "one").read_bytes() == source.read_bytes()
+    assert (target / "one").stat().st_mode & 0o777 == 0o751
+    assert (target / "one").stat().st_blocks * 512 < 2 << 20
+    assert (target / "two").stat().st_size == 0
+
+
+def test_a_dump_is_sent_while_it_is_written(channel: tuple[int, int], tmp_path: Path) -> None:
+    source, target = tmp_path / "source", tmp_path / "target"
+    source.mkdir()
+    target.mkdir()
+    data, arrived = os.urandom(900_000), threading.Event()
+
+    def dump() -> None:
+        with (source / "pages-1.img").open("wb", buffering=0) as f:
+            f.write(data[:500_000])
+            assert arrived.wait(10)  # the first half is there before the second exists
+            f.write(data[500_000:])
+        (source / "core.img").write_bytes(b"core")
+
+    job = receive(channel[1], target)
+    dumping = Job(dump)
+    with pieces.Writer(channel[0], 10) as out:
+        sending = Job(lambda: pieces.stream_dump(source, out, dumping))
+        deadline = time.monotonic() + 10
+        pages = target / "pages-1.img"
+        while not (pages.exists() and pages.stat().st_size == 500_000):
+            assert time.monotonic() < deadline
+            time.sleep(0.002)
+        arrived.set()
+        sending.join(10)
+    job.join(10)
+    assert pages.read_bytes() == data
+    assert (target / "core.img").read_bytes() == b"core"
+
+
+def test_a_dump_that_fails_is_not_taken_for_a_whole_one(
+    channel: tuple[int, int], tmp_path: Path
+) -> None:
+    source, target = tmp_path / "source", tmp_path / "target"
+    source.mkdir()
+    target.mkdir()
+    (source / "pages-1.img").write_bytes(b"x" * 1000)
+
+    def dump() -> None:
+        raise MigrateError(8, "no")
+
+    job = receive(channel[1], target)
+    with pieces.Writer(channel[0], 10) as out, pytest.raises(MigrateError):
+        pieces.stream_dump(source, out, Job(dump))
+    with pytest.raises(ReadError, match="ended early"):
+        job.join(10)
+
+
+def head(name: int, length: int, pos: int) -> bytes:
+    return struct.pack("<HHIQ", name, 0o600, length, pos)
+
+
+@pytest.mark.parametrize(
+    "stream",
+    [
+        head(1025, 0, 0),
+        head(1, (1 << 20) + 1, 0),
+        head(1, 1, 1 << 62),
+        head(1, 0, 5) + b"a" + head(1, 1, 0) + b"ax" + head(0, 0, 0),
+        head(1, 1, 0) + b"ax" + head(0, 0, 0),
+        head(1, 1, 0) + b"a",
+    ],
+)
+def test_pieces_that_may_not_come_are_refused(
+    channel: tuple[int, int], tmp_path: Path, stream: bytes
+) -> None:
+    job = receive(channel[1], tmp_path)
+    with socket.socket(fileno=channel[0]) as s:
+        s.sendall(stream)
+    with pytest.raises(PyploopError):
+        job.join(10)
+
+
+# ---- the bundle
+
+OURS = ContainerConfig("web", bundle="/b", cgroup="/ours", netns="/run/netns/ours")
+
+
+def config() -> dict[str, Any]:
+    return {
+        "root": {"path": "/their/rootfs/sub"},
+        "mounts": [{"source": "/their/rootfs/x"}, {"source": "/their/rootfs2"}, {"type": "proc"}],
+        "linux": {"namespaces": [{"type": "pid"}, {"type": "network", "path": "/run/netns/their"}]},
+        "annotations": {"org.criu.config": "/their/criu.conf", "other": "kept"},
+    }
+
+
+def test_a_bundle_is_fitted_to_the_target() -> None:
+    fitted = bundles.adapt(config(), {"/their/rootfs": "/srv/r"}, OURS)
+    assert fitted["root"]["path"] == "/srv/r/sub"
+    assert [m.get("source") for m in fitted["mounts"]] == ["/srv/r/x", "/their/rootfs2", None]
+    assert fitted["linux"]["cgroupsPath"] == "/ours"
+    assert fitted["linux"]["namespaces"][1]["path"] == "/run/netns/ours"
+    assert fitted["annotations"] == {"org.criu.config": "/b/criu.conf", "other": "kept"}
+
+
+@pytest.mark.parametrize(
+    "bad",
+    [
+        None,
+        [],
+        {},
+        {"root": "x"},
+        {**config(), "hooks": {"prestart": [{"path": "/bin/sh"}]}},
+        {**config(), "mounts": 7},
+    ],
+)
+def test_a_bundle_that_runs_commands_or_is_none_is_refused(bad: Any) -> None:
+    with pytest.raises(MigrateError) as e:
+        bundles.adapt(bad, {}, OURS)
+    assert e.value.exit_code == 15
+
+
+# ---- jobs
+
+
+def test_the_first_failure_cancels_the_others_and_goes_on() -> None:
+    cancelled = threading.Event()
+
+    def waits() -> None:
+        assert cancelled.wait(10)
+        raise ReadError("cancelled")
+
+    def fails() -> None:
+        raise MigrateError(6, "the cause")
+
+    with pytest.raises(MigrateError, match="the cause"):
+        in_parallel([waits, fails], cancelled.set)
+    assert in_parallel([lambda: 1, lambda: 2], cancelled.set) == [1, 2]
