@@ -38,7 +38,7 @@ from pyploop.worker import wait_for
 
 START_DEADLINE = 10.0
 """Seconds for the watchdog to start."""
-ANSWER_DEADLINE = 2.0
+ANSWER_DEADLINE = 5.0
 """Seconds for it to answer: it only ever waits for us."""
 UNDO_TIMEOUT = 30.0
 """Seconds of a command that undoes."""
@@ -69,26 +69,35 @@ class Plan:
         self._want_journal = True
         self._process: subprocess.Popen[bytes] | None = None
         self._line: socket.socket | None = None
+        self._ready = False
         self._ended: str | None = None
         self._limit = 0.0
 
     # ---- the watchdog
 
-    def start(self) -> None:
-        """Have a living watchdog, and a journal; both before anything is held,
-        so that neither costs frozen time."""
-        if self._line is not None and self._ended is None:
-            self._listen()
-        if self._line is not None and self._ended is None:
+    def launch(self) -> None:
+        """Begin to start a watchdog, for a `start` that comes later: nobody
+        waits for a process meanwhile."""
+        if self._line is not None:
             return
-        self._end_watchdog()
-        self._ended = None
         if self._journal is None and self._want_journal:
             try:
                 self._journal = Journal.create(self._what)
             except OpenError as e:
                 self._report.info(f"{e}; `pyploop thaw` will know nothing of this copy")
         self._spawn()
+
+    def start(self) -> None:
+        """Have a living watchdog, and a journal; both before anything is held,
+        so that neither costs frozen time."""
+        if self._ready and self._ended is None:
+            self._listen()
+        if self._ready and self._ended is not None:
+            self._end_watchdog()
+        if self._ready:
+            return
+        self.launch()
+        self._await_ready()
         for held in self._held:
             self._tell_add(held)
 
@@ -116,11 +125,15 @@ class Plan:
                 start_new_session=True,
             )
         self._line = ours
-        ours.settimeout(START_DEADLINE)
+
+    def _await_ready(self) -> None:
+        assert self._line is not None and self._process is not None, "launched"
+        self._line.settimeout(START_DEADLINE)
         if self._receive() != watchdog.READY:
             self._end_watchdog()
             raise DeviceControlError("the thaw watchdog did not start; nothing was frozen")
-        ours.settimeout(ANSWER_DEADLINE)
+        self._line.settimeout(ANSWER_DEADLINE)
+        self._ready, self._ended = True, None
         if self._journal is not None:
             self._journal.set_owners(os.getpid(), self._process.pid)
 
@@ -133,7 +146,7 @@ class Plan:
 
     def _tell(self, fd: int = -1, **message: Any) -> None:
         """A message; a watchdog that cannot take it counts as dead."""
-        if self._line is None or self._ended is not None:
+        if self._line is None or not self._ready or self._ended is not None:
             return
         data = json.dumps(message).encode()
         try:
@@ -154,6 +167,7 @@ class Plan:
         if self._line is not None:
             self._line.close()
             self._line = None
+        self._ready = False
         if self._process is not None:
             try:
                 wait_for(self._process, START_DEADLINE)
@@ -165,7 +179,7 @@ class Plan:
     def watch(self) -> None:
         """LoopError when the watchdog has undone everything because the limit
         had passed; DeviceControlError when it has died."""
-        if self._line is None:
+        if not self._ready:
             return
         self._listen()
         if self._ended == "undone":
@@ -184,7 +198,7 @@ class Plan:
     def still_held(self, seconds: float | None) -> None:
         """Ask whether nothing has been undone, and set a new limit at once:
         what `watch` raises when the answer is not yes."""
-        if self._line is None:
+        if not self._ready:
             return
         self._ask(seconds)
         self.watch()
@@ -211,7 +225,7 @@ class Plan:
 
     def add(self, what: Entry | Held, fd: int = -1) -> Held:
         """Before the act; what `watch` raises when that must not begin."""
-        if self._line is None:
+        if not self._ready:
             self.start()
         self.watch()
         held = what if isinstance(what, Held) else self.foresee(what, fd)
@@ -233,7 +247,7 @@ class Plan:
 
     def take_over(self) -> None:
         """Undoing begins here: the limit ends.  Never raises."""
-        if self._line is not None and self._ended is None:
+        if self._ready and self._ended is None:
             self._ask(None)
 
     def undo(self, held: Held, *, keep_note: bool = False) -> bool:

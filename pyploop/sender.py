@@ -99,6 +99,8 @@ class Sender:
             self._tracker.start(self._plan)
             undo.callback(self._tracker.stop, False)
             self._passes = Passes(source, self._tracker, self._out, self._options, report)
+            if self._hold:
+                self._plan.launch()
             self._passes.greet()
             self.summary.dialect = self._out.dialect
             report.info(f"Dialect: {self._out.dialect}")

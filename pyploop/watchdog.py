@@ -188,8 +188,8 @@ def main() -> None:
         signal.signal(getattr(signal, name), lambda *_: None)
     line = socket.socket(fileno=int(sys.argv[2]))
     plan = Plan(int(sys.argv[1]), sys.argv[3])
-    line.send(READY)
     with contextlib.suppress(OSError):
+        line.send(READY)
         serve(line, plan)
     plan.undo(last=True)
 

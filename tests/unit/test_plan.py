@@ -274,6 +274,15 @@ def thaw(*args: str) -> tuple[int, str]:
     return done.returncode, done.stdout + done.stderr
 
 
+def test_a_holder_killed_while_its_watchdog_starts_leaves_no_journal(
+    place: Path, holder: Holder
+) -> None:
+    holder.do("plan.launch()")
+    assert len(journal.records()) == 1
+    holder.process.kill()
+    wait_until(lambda: not journal.records(), "the journal has gone")
+
+
 def test_what_was_foreseen_and_never_begun_leaves_no_journal(place: Path, holder: Holder) -> None:
     log = place / "log"
     foreseen = f"dict(kind='run', argv=['sh', '-c', 'echo 1 >>{log}'], timeout=9)"
