@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
-from pyploop.errors import LoopError, OpenError, PyploopError
+from pyploop.errors import DeviceControlError, LoopError, OpenError, PyploopError
 from pyploop.events import Reporter
 from pyploop.freeze.filesystems import FileSystems
 from pyploop.freeze.stoppers import Spec, Stopper, build
@@ -126,6 +126,9 @@ class Hold:
                 "the target is complete, but the source has been running again since the limit "
                 "passed: it is the newer one"
             ) from None
+        except DeviceControlError:
+            # Nobody would undo for us any more; but it has held until here.
+            self._report.info("The thaw watchdog died during the last steps")
         self._mounts.thaw()
         while self._begun:
             stopper = self._begun[-1]

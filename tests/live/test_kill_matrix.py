@@ -270,7 +270,16 @@ def test_a_watchdog_that_dies_before_the_freeze_is_replaced(bench: Bench) -> Non
         made.check()
 
 
-@pytest.mark.parametrize("step", ["cgroup frozen", "frozen", "last blocks sent"])
+def test_a_watchdog_that_dies_when_the_target_is_complete_changes_nothing(bench: Bench) -> None:
+    with stopped_at(bench, "acknowledged") as made:
+        made.kill_watchdog()
+        (made.folder / "go").touch()
+        assert made.sender.wait(20) == 0, made.words("it ends well")
+        made.step = "released"
+        made.check()
+
+
+@pytest.mark.parametrize("step", ["cgroup frozen", "last blocks sent"])
 def test_a_sender_whose_watchdog_dies_in_the_freeze_undoes_and_sends_no_end(
     bench: Bench, step: str
 ) -> None:
