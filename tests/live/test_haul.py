@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import d2_peer
+import fakeploop
 import pytest
 from support import MIB, is_frozen, loop_device, needs, pyploop_env, run, wait_until
 from support_live import Fio, end, file_system, fio, same, sparse_file, work_dir
@@ -321,6 +322,42 @@ def test_the_file_system_is_frozen_in_copy_stop(disk: Disk, answer: int) -> None
         model.join()
     assert seen == [True]
     assert not is_frozen(disk.point)
+
+
+WHOLE_COPY = """
+import sys
+from pyploop import libploop
+libploop.serving_device = lambda ddxml: "/dev/ploop0"  # the fake is not in /sys/block's list
+copy = libploop.ploopcopy(sys.argv[1], int(sys.argv[2]))
+print(copy.copy_start(), copy.copy_next_iteration(), copy.copy_stop())
+"""
+
+
+@pytest.mark.parametrize("answer", [d2_peer.OLD, d2_peer.NEW])
+def test_a_ploop1_disk_ends_with_its_header_not_in_use(folder: Path, answer: int) -> None:
+    """From a made-up /dev/ploop0 (tests/fakeploop)."""
+    needs("cc")
+    image = folder / "root.hds"
+    start = b"WithoutFreeSpace" + bytes(28) + b"Ynot" + os.urandom(4048)
+    image.write_bytes(start + os.urandom(2 * MIB - len(start)))
+    (folder / "DiskDescriptor.xml").write_text(DESCRIPTOR.replace("Plain", "Compressed"))
+    (folder / "mnt").mkdir()
+    library = fakeploop.build(folder)
+    env = fakeploop.env(library, image, folder, fmt="ploop1", mount=folder / "mnt", sleep=False)
+    a, b = socket.socketpair()
+    with a, b:
+        model = d2_peer.Receiver(b, answer)
+        words = [sys.executable, "-c", WHOLE_COPY, folder / "DiskDescriptor.xml", a.fileno()]
+        done = subprocess.run(
+            [str(w) for w in words], env=pyploop_env(env), pass_fds=[a.fileno()],
+            capture_output=True, text=True, timeout=60, check=False,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        model.join()
+    header = model.packets[-2]
+    assert (header.kind, header.pos, len(header.data)) == (d2_peer.DATA, 0, 4096)
+    assert header.data == start[:44] + bytes(4) + start[48:4096]
+    assert model.image == header.data + image.read_bytes()[4096:]
 
 
 def test_a_failing_receiver_ends_copy_stop_and_thaws(disk: Disk) -> None:
