@@ -72,6 +72,8 @@ class Bench:
     target: Path = Path()
     durable: bool = False
     """The target is on a disk: dd has to flush it as well."""
+    heated: bool = True
+    """Whole 2 MiB blocks of memory are warm as well (common.heat)."""
     c_image: str = ""
     pyploop: list[str] = field(default_factory=list)
     extra: list[str] = field(default_factory=list)
@@ -156,7 +158,8 @@ class Bench:
         self.target, self.durable = target, durable
         target.unlink(missing_ok=True)
         os.sync()
-        heat(self.size + self.size // 8)
+        if self.heated:
+            heat(self.size + self.size // 8)
         try:
             sample = tool()
             key = (target, name)
@@ -256,6 +259,7 @@ def arguments() -> argparse.Namespace:
     )
     add("--pyploop", type=shlex.split, default=[sys.executable, "-m", "pyploop.cli.main"])
     add("--extra", type=shlex.split, default=[], help="options for our sender")
+    add("--no-heat", dest="heat", action="store_false", help="leave whole free blocks cold")
     add("--json", type=Path, metavar="FILE", help="all raw figures")
     add("--check", action="store_true", help="exit 1 when a requirement is not met")
     add("-v", "--verbose", action="store_true")
@@ -284,6 +288,7 @@ def main() -> int:
         device = stack.enter_context(loop_device(image))
         stack.enter_context(warm_memory(size * 3 // 2 + GIB))
         bench = Bench(device, image, size, scratch, pyploop=o.pyploop, extra=o.extra)
+        bench.heated = o.heat
         print(f"Source: {device} on {image}, {o.size} MiB of random data")
         print(f"Disk target: {disk}; {shutil.disk_usage(disk).free / GIB:.0f} GiB free")
         skip = set(o.skip.split(","))
