@@ -38,7 +38,7 @@ def test_a_configuration_is_read_with_its_defaults() -> None:
     assert (host.state_dir, host.ssh, host.agent) == ("/s", ("ssh", "-4"), ("pyploop", "agent"))
     web = host.container("web")
     assert (web.runtime, web.stop_timeout, web.disks[0].fstype) == ("runc", 3.0, "ext4")
-    with pytest.raises(MigrateError, match="no \\[container.other\\]") as e:
+    with pytest.raises(MigrateError, match=r"no \[container\.other\]") as e:
         host.container("other")
     assert e.value.exit_code == 10
 
