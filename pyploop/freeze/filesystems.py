@@ -8,6 +8,7 @@ import errno
 import fcntl
 import os
 import time
+from pathlib import Path
 
 from pyploop import kernel
 from pyploop.errors import (
@@ -173,6 +174,10 @@ class FileSystems:
         if not self._open:
             return
         self.guard()
+        if self._expedited is not None:
+            # Another copy may have ended meanwhile, and put back what it found.
+            with contextlib.suppress(OSError):
+                Path(RCU_EXPEDITED).write_text("1")
         for o in self._open:
             if o.held is None and o not in self._by_others and only in (None, o.mount):
                 self._freeze(o)
