@@ -1,0 +1,77 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Freezes of real copies under load: what was forecast, and what is restored."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from support import MIB, is_frozen, loop_device, needs
+from support_live import Copied, copy, file_system, fio, sparse_file, succeeded, work_dir
+
+KNOB = Path("/sys/kernel/rcu_expedited")
+LOADS = {
+    "fsync": ["--rw=randwrite", "--bs=4k", "--size=16m", "--fsync=1", "--rate_iops=300"],
+    "buffered": ["--rw=write", "--bs=64k", "--size=48m", "--rate=40m"],
+    "hot": ["--rw=randwrite", "--bs=4k", "--size=1m", "--fsync=16", "--rate_iops=2000"],
+}
+
+
+@pytest.fixture
+def place() -> Iterator[tuple[Path, str, Path]]:
+    """(folder, device, mount point) of an ext4."""
+    needs("loop", "fio", "mkfs.ext4")
+    with (
+        work_dir() as folder,
+        loop_device(sparse_file(folder / "image", 96 * MIB)) as device,
+        file_system(device, folder / "mnt") as point,
+    ):
+        yield folder, device, point
+
+
+def forecasts_are_kept(got: Copied) -> None:
+    s = got.summary
+    assert s["predicted"] is not None and s["prediction_ratio"] is not None
+    assert s["prediction_ratio"] == pytest.approx(s["frozen_window"] / s["predicted"])
+    waited = s["frozen"]["target commit"]
+    remote = {k: v for k, v in s["frozen_remote"].items() if k != "remote receive"}
+    assert set(remote) >= {"way there", "remote write", "remote sync", "remote commit", "way back"}
+    assert sum(remote.values()) == pytest.approx(waited, abs=0.002)
+    assert abs(s["clock_offset"]) <= s["clock_error"] + 1e-6, "one machine has one clock"
+
+
+@pytest.mark.parametrize("load", LOADS)
+def test_a_copy_under_load_forecasts_its_freeze_and_says_where_it_went(
+    load: str, place: tuple[Path, str, Path]
+) -> None:
+    folder, device, point = place
+    before = KNOB.read_text() if KNOB.exists() else ""
+    with fio(point, load, *LOADS[load]) as writer:
+        got = copy(device, folder / "target", "-F", writer.stop_command)
+    succeeded(got)
+    forecasts_are_kept(got)
+    assert got.summary["frozen_bytes"] < 16 * MIB
+    assert not is_frozen(point)
+    assert (KNOB.read_text() if KNOB.exists() else "") == before
+
+
+def test_a_freeze_that_cannot_fit_is_not_begun(place: tuple[Path, str, Path]) -> None:
+    folder, device, point = place
+    with fio(point, "fsync", *LOADS["fsync"]) as writer:
+        words = ["-F", writer.stop_command, "--max-freeze", "100us", "--deadline", "1s"]
+        got = copy(device, folder / "target", *words)
+        assert (got.code, writer.running) == (14, True)
+    assert "no moment fitted within 1 s" in got.errors
+    assert not (folder / "target").exists() and not is_frozen(point)
+
+
+def test_a_freeze_that_fits_begins_with_a_forecast_below_the_limit(
+    place: tuple[Path, str, Path],
+) -> None:
+    folder, device, point = place
+    with fio(point, "buffered", *LOADS["buffered"]) as writer:
+        words = ["-F", writer.stop_command, "--max-freeze", "500ms", "--freeze-limit", "60"]
+        got = copy(device, folder / "target", *words)
+    succeeded(got)
+    assert got.summary["predicted"] <= got.summary["max_freeze"] == 0.5
