@@ -230,10 +230,11 @@ class Sender:
                 self._tracker.stop(True)
             if self._source.image_format == "ploop1":
                 self._out.header(pump, clear_in_use(start))
-        with step("target commit"):
+        with step("prove"):
             self._hold.commit()
             if self._hold.last is not None:
                 self._passes.extend(self._hold.last)
+        with step("target commit"):
             size = self._source.size
             self.summary.acknowledged = self._out.finish(pump, size, start[:4])
         if self.summary.acknowledged == "acknowledged":
