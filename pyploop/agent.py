@@ -261,6 +261,8 @@ def settle(host: HostConfig, migration: str) -> dict[str, Any]:
         record.write(verdict.ABORTED)
         if not failed:
             record.path.unlink(missing_ok=True)
+            if log is not None:
+                ctlock.remove_dead(Path(host.lock_dir), str(log.fields.get("container")))
         return {"verdict": verdict.ABORTED, "failed": failed}
 
 

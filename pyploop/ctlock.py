@@ -44,6 +44,12 @@ def container_lock(folder: Path, ctid: str) -> Iterator[None]:
                 path.unlink()
 
 
+def remove_dead(folder: Path, ctid: str) -> None:
+    """Remove the lock of an owner that is gone; others stay."""
+    with contextlib.suppress(FileNotFoundError), _exclusive(folder):
+        _remove_stale(folder / f"{ctid}.lck", ctid)
+
+
 def _make(path: Path, ctid: str) -> None:
     # Under a name of its own first: a lock is never seen without its PID.
     temp = path.with_name(f".{path.name}.{os.getpid()}")

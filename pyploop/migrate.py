@@ -204,11 +204,14 @@ class _Move:
         resumed = time.monotonic()
         self.result.moments = Moments(start, copied, dump.ended, stream.ended, resumed)
         running, asked = float(moments["running"]), float(moments["restore"])
+        mounted = max(float(at) for name, at in moments.items() if name.startswith("disk "))
         self.result.steps = {
             "suspend": suspended - start,
             "dump": dump.ended - suspended,
             "dump sent": stream.ended - suspended,
             "disks": copied - suspended,
+            # Beyond the dump, on the target: durable and mounted there.
+            "disks waited for": max(0.0, mounted - float(moments["dump ended"])),
             "restore": running - asked,
             "total": resumed - start,
         }

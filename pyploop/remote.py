@@ -156,7 +156,8 @@ class Remote:
             ) from e
 
     def _live(self) -> Mux:
-        assert self._mux is not None, "connected"
+        if self._mux is None:
+            raise MigrateError(CANNOT_CONNECT, f"the connection to {self.host} has ended")
         return self._mux
 
     def open_channel(self) -> tuple[int, int]:

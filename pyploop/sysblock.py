@@ -182,6 +182,16 @@ def mount_points(dev: str) -> list[str]:
     return found
 
 
+def mount_points_below(folder: str) -> list[str]:
+    """Everything that is mounted below this folder, the innermost first."""
+    found = []
+    for line in os.fsdecode(Path("/proc/self/mountinfo").read_bytes()).split("\n"):
+        fields = line.split(" ")
+        if len(fields) > 4 and _unescape(fields[4]).startswith(folder.rstrip("/") + "/"):
+            found.append(_unescape(fields[4]))
+    return found[::-1]
+
+
 def cgroup_mounts() -> list[tuple[str, list[str] | None]]:
     """Mounted cgroup hierarchies: (folder, controllers), None for v2."""
     found: list[tuple[str, list[str] | None]] = []

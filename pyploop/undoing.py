@@ -13,7 +13,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from pyploop import hostconf, journal
+from pyploop import hostconf, journal, kernel, sysblock
 from pyploop.errors import PyploopError
 from pyploop.journal import Entry, Journal
 from pyploop.runtimes import Runtime, volumes
@@ -30,6 +30,9 @@ def _rmdir(entry: Entry) -> None:
 
 
 def _remove_tree(entry: Entry) -> None:
+    # A CRIU that was killed leaves the cgroup hierarchies mounted in its folder.
+    for point in sysblock.mount_points_below(str(entry["path"])):
+        kernel.umount(point, lazy=True)
     with contextlib.suppress(FileNotFoundError):
         shutil.rmtree(entry["path"])
 
