@@ -54,9 +54,12 @@ class Outcome:
 class Migration:
     """`pyploop migrate --live`, started on the host that has the container."""
 
-    def __init__(self, lab: Lab, source: Host, *options: str) -> None:
+    def __init__(
+        self, lab: Lab, source: Host, *options: str, events: str = "events.ndjson"
+    ) -> None:
         self.source, self.target = source, lab.other(source)
-        self._events = lab.folder / "events.ndjson"
+        self._events = lab.folder / events
+        self._events.unlink(missing_ok=True)
         words = ["pyploop", "migrate", "--live", "-t", "--config", container.PYPLOOP_CONFIG]
         words += ["--json", str(self._events), *options, self.target.name, container.NAME]
         self._process = subprocess.Popen(
