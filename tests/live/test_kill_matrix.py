@@ -72,16 +72,21 @@ class Bench:
 
 @pytest.fixture
 def bench(monkeypatch: pytest.MonkeyPatch) -> Iterator[Bench]:
+    with work_dir() as folder:
+        yield from make_bench(monkeypatch, folder, folder)
+
+
+def make_bench(monkeypatch: pytest.MonkeyPatch, folder: Path, images: Path) -> Iterator[Bench]:
+    """images: where the source's image lies."""
     needs("loop", "mkfs.ext4", "e2fsck")
     root, blkio = hierarchy(1), Path("/sys/fs/cgroup/blkio")
     if root is None or not (blkio / "blkio.throttle.write_bps_device").exists():
         missing("needs cgroup v1 with freezer and blkio")
     with contextlib.ExitStack() as stack:
-        folder = stack.enter_context(work_dir())
         monkeypatch.setenv(ENVIRONMENT, str(folder / "run"))
-        monkeypatch.setenv("STEPPER_IMAGE", str(folder / "image"))
+        monkeypatch.setenv("STEPPER_IMAGE", str(images / "image"))
         ssh = stack.enter_context(ssh_here(folder / "ssh"))
-        device = stack.enter_context(loop_device(sparse_file(folder / "image", SIZE)))
+        device = stack.enter_context(loop_device(sparse_file(images / "image", SIZE)))
         with contextlib.ExitStack() as mounted:
             point = mounted.enter_context(file_system(device, folder / "m"))
             reference = os.urandom(MIB)
@@ -101,7 +106,7 @@ def bench(monkeypatch: pytest.MonkeyPatch) -> Iterator[Bench]:
 class Run:
     """One copy that stands still at a step."""
 
-    def __init__(self, bench: Bench, step: str, victim: str) -> None:
+    def __init__(self, bench: Bench, step: str, victim: str, *options: str) -> None:
         self.bench, self.step, self.victim = bench, step, victim
         bench.runs += 1
         self.folder = bench.folder / f"run{bench.runs}"
@@ -113,6 +118,7 @@ class Run:
             *(sys.executable, stepper.__file__, step, str(self.folder), "copy", "-s", bench.device),
             *("--freeze", f"cgroup:{bench.container.cgroup.parent}", "--resume"),
             *("--throttle", f"4M:{bench.throttle}", "--freeze-limit", "20", "--tracker", "bpf"),
+            *options,
         ]
         with contextlib.ExitStack() as fds:
             inp, out = os.pipe()
@@ -253,8 +259,8 @@ def test_whoever_is_killed_at_whatever_step_the_container_runs_and_nothing_is_le
 
 
 @contextlib.contextmanager
-def stopped_at(bench: Bench, step: str) -> Iterator[Run]:
-    made = Run(bench, step, "sender")
+def stopped_at(bench: Bench, step: str, *options: str) -> Iterator[Run]:
+    made = Run(bench, step, "sender", *options)
     try:
         yield made
     finally:
@@ -327,3 +333,33 @@ def test_a_file_system_is_thawed_by_its_device_wherever_it_is_mounted(bench: Ben
         assert not is_frozen(bench.point)
     finally:
         subprocess.run(["fsfreeze", "-u", str(bench.point)], capture_output=True, check=False)
+
+
+def test_a_freeze_that_hangs_in_the_kernel_is_undone_when_the_kernel_lets_go(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The source's image lies on a file system that is frozen itself."""
+    needs("loop", "mkfs.ext4", "fsfreeze")
+    with contextlib.ExitStack() as stack:
+        folder = stack.enter_context(work_dir())
+        disk = stack.enter_context(loop_device(sparse_file(folder / "outer", 4 * SIZE)))
+        outer = stack.enter_context(file_system(disk, folder / "o"))
+        bench = stack.enter_context(
+            contextlib.contextmanager(make_bench)(monkeypatch, folder, outer)
+        )
+        with stopped_at(bench, "freeze begins", "--freeze-limit", "1") as made:
+            wait_until(made.at_step, made.words("arrives"))
+            watchdog = made.watchdog()
+            run("fsfreeze", "-f", outer)
+            try:
+                (made.folder / "go").touch()
+                # It has come to undo, and waits for the kernel as well.
+                wait_until(lambda: state(watchdog) == "D", made.words("the limit passes"), 5)
+            finally:
+                run("fsfreeze", "-u", outer)
+            assert made.sender.wait(20) == 14, made.words("it gives up")
+            made.check()
+
+
+def state(pid: int) -> str:
+    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
