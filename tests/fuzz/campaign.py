@@ -31,7 +31,7 @@ COMMON = ["-g", "-O1", "-std=gnu11", "-Wall", "-Wextra", "-pthread"]
 COMMON += ["-DPL_HUGE_SHIFT=18u", "-DMIN_RUN=32768u"]
 """Huge pages that a small stream fills."""
 SANITIZE = "address,undefined"
-MAX_LEN = 600
+MAX_LEN = 400
 ENVIRONMENT = {**os.environ, "ASAN_OPTIONS": "detect_stack_use_after_return=0"}
 
 

@@ -290,15 +290,16 @@ __attribute__((no_sanitize("coverage")))	/* not what is fuzzed */
 static int digest(void *ctx, const void *data, size_t len, uint8_t *out)
 {
 	const uint8_t *p = data;
-	uint64_t *sum = ctx;
+	uint64_t *sum = ctx, word;
 
-	for (; len; p += 8) {
-		size_t n = len < 8 ? len : 8;
-		uint64_t word = 0;
-
-		memcpy(&word, p, n);
-		*sum = *sum * 31 + word + n;
-		len -= n;
+	for (; len >= 8; p += 8, len -= 8) {
+		memcpy(&word, p, 8);
+		*sum = *sum * 31 + word + 8;
+	}
+	if (len) {
+		word = 0;
+		memcpy(&word, p, len);
+		*sum = *sum * 31 + word + len;
 	}
 	if (out) {
 		memset(out, 0xdd, PL_DIGEST);
@@ -314,6 +315,7 @@ struct model {
 	uint8_t space[SPACE];
 	size_t at;
 	uint64_t frames, image_size;
+	uint32_t end;		/* of what was put into the space */
 	unsigned answered;
 	int dialect;		/* 1, 2 */
 	bool digests, ended;
@@ -354,6 +356,8 @@ static void put(struct model *m, uint64_t pos, const uint8_t *data, uint32_t siz
 		size = SPACE - (uint32_t)pos;
 	}
 	memcpy(m->space + pos, data, size);
+	if (pos + size > m->end)
+		m->end = (uint32_t)pos + size;
 }
 
 /* PL_RECV_SYNC (with its position), PL_RECV_END, or -errno. */
@@ -529,10 +533,9 @@ static void compare(const struct model *m, const struct pl_recv *r)
 {
 	struct pl_recv_stats stats;
 
-	uint64_t end = m->image_size > target.end ? m->image_size : target.end;
-
 	CHECK(!target.page);
-	CHECK(!memcmp(target.space, m->space, end < SPACE ? end : SPACE));
+	CHECK(!memcmp(target.space, m->space,
+		      m->end > target.end ? m->end : target.end));
 	pl_recv_stats(r, &stats);
 	CHECK(stats.frames == m->frames);
 	CHECK(stats.image_size == m->image_size);
@@ -592,7 +595,7 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t len)
 	memset(target.space, 0, target.end);
 	target.end = 0;
 	target.tmpfs = data[1] & ODD_HUGE;
-	memset(model.space, 0, model.image_size < SPACE ? model.image_size : SPACE);
+	memset(model.space, 0, model.end);
 	memset(&model.at, 0, sizeof(model) - offsetof(struct model, at));
 	built.len = 0;
 	built.digests = false;
