@@ -52,8 +52,9 @@ class HotBlocks:
         return [Batch(now.extents())]
 
     def all(self, batches: list[Batch]) -> list[Batch]:
-        """The batches, and what was left."""
+        """The batches, and what was left; hot is from now on what is hot again."""
         left, self._left = self._left, None
+        self._before = []
         if left is None or not left.count:
             return batches
         apart = [b for b in batches if b.changed or b.holes]

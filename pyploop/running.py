@@ -41,6 +41,9 @@ APPROACHES = 3
 """Target syncs before the freeze, when no --max-freeze asks for more."""
 UNSYNCED = 4 * MIB
 """Bytes sent since the target's last sync that are left to the freeze."""
+WORTH_SIFTING = 4 * MIB
+"""Dirty bytes from which on hot blocks are left for last: looking for them costs
+more than sending them, of a large source with little dirty."""
 TARGET_WINDOW = 32 * MIB
 """Bytes that a target of ours leaves unwritten while it receives, about."""
 COLD_FREEZE = 0.03
@@ -132,7 +135,7 @@ class Running:
         dirty = None
         if not any(b.changed for b in batches):
             dirty = sum(b.extents.bytes for b in batches)
-            sift = not last and not self._out.framing.as_ploop
+            sift = not last and not self._out.framing.as_ploop and dirty >= WORTH_SIFTING
             batches = self._hot.sift(batches) if sift else self._hot.all(batches)
         total = sum(b.extents.bytes for b in batches)
         self._report.event("phase", phase=f"round {number}", bytes=total)

@@ -8,13 +8,22 @@ from pathlib import Path
 
 import pytest
 from support import MIB, is_frozen, loop_device, needs
-from support_live import Copied, copy, file_system, fio, sparse_file, succeeded, work_dir
+from support_live import (
+    Copied,
+    comparison,
+    copy,
+    file_system,
+    fio,
+    sparse_file,
+    succeeded,
+    work_dir,
+)
 
 KNOB = Path("/sys/kernel/rcu_expedited")
 LOADS = {
     "fsync": ["--rw=randwrite", "--bs=4k", "--size=16m", "--fsync=1", "--rate_iops=300"],
     "buffered": ["--rw=write", "--bs=64k", "--size=48m", "--rate=40m"],
-    "hot": ["--rw=randwrite", "--bs=4k", "--size=1m", "--fsync=16", "--rate_iops=2000"],
+    "hot": ["--rw=write", "--bs=256k", "--size=8m", "--fsync=8"],
 }
 
 
@@ -75,3 +84,19 @@ def test_a_freeze_that_fits_begins_with_a_forecast_below_the_limit(
         got = copy(device, folder / "target", *words)
     succeeded(got)
     assert got.summary["predicted"] <= got.summary["max_freeze"] == 0.5
+
+
+def test_what_is_rewritten_in_every_round_is_left_for_last(
+    place: tuple[Path, str, Path],
+) -> None:
+    folder, device, point = place
+    with fio(point, "hot", *LOADS["hot"]) as writer:
+        words = ["-F", writer.stop_command, "--max-freeze", "1us"]
+        words += ["--deadline", "2s", "--on-deadline", "freeze", "--freeze-limit", "60"]
+        words += ["--before-thaw", comparison(folder / "image", folder / "target", 96 * MIB)]
+        got = copy(device, folder / "target", *words)
+    rounds = [r for r in got.summary["rounds"] if r["left"]]
+    assert rounds, "no block was hot"
+    assert any(r["sent"] < r["dirty"] / 2 for r in rounds)
+    assert got.summary["rounds"][-1]["left"] == 0
+    succeeded(got)
