@@ -14,7 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from pyploop import pieces, undoing
+from pyploop import pieces, undoing, verdict
 from pyploop.errors import MigrateError, ProtocolError
 from pyploop.events import Reporter
 from pyploop.hostconf import HostConfig
@@ -45,15 +45,16 @@ class Landing:
         self._disks = runtime.disks(source=False)
         self._jobs: dict[str, Job[None]] = {}
         self.committed = False
-        self.verdict = Verdict.create(Path(host.state_dir), migration)
-        runtime.keep_fds = (self.verdict.fd,)
+        folder = verdict.make_folder(Path(host.state_dir))
         self._journal = Journal.create(
             f"migration of {runtime.container} to this host",
-            Path(host.state_dir),
+            folder,
             migration=migration,
             side="target",
             **undoing.naming(host, runtime),
         )
+        self.verdict = Verdict.create(folder, migration)
+        runtime.keep_fds = (self.verdict.fd,)
         self._folder = Path(host.images_dir) / f"pyploop-{migration}"
         self._log("remove-tree", path=str(self._folder), transient=True)
         self._folder.mkdir(mode=0o700)

@@ -117,6 +117,7 @@ def migrate(host: HostConfig, runtime: Runtime, wish: Wish, report: Reporter) ->
             return Result()
         move = _Move(host, runtime, wish, report, remote)
         try:
+            move.begin()
             _copy_items(runtime, remote, wish)
             with Disks(remote, sources, wish.copy, report) as disks:
                 disks.copy_while_running()
@@ -158,9 +159,7 @@ class _Move:
         self._report, self._remote = report, remote
         self.result = Result()
         self.id = verdict.new_id()
-        folder = Path(host.state_dir)
-        self._lock = verdict.Verdict.create(folder, self.id, "source")
-        runtime.keep_fds = (self._lock.fd,)
+        folder = verdict.make_folder(Path(host.state_dir))
         self._journal = Journal.create(
             f"migration of {runtime.container} to {wish.host}",
             folder,
@@ -172,8 +171,15 @@ class _Move:
             stage=recover.COPYING,
             **undoing.naming(host, runtime),
         )
+        self._lock = verdict.Verdict.create(folder, self.id, "source")
+        runtime.keep_fds = (self._lock.fd,)
         self._jobs: list[Job[None]] = []
-        remote.call("begin", REQUEST, migration=self.id, stall=wish.copy.stall, keep=wish.keep_dst)
+
+    def begin(self) -> None:
+        """The target makes its journal and its verdict."""
+        wish = self._wish
+        args = {"migration": self.id, "stall": wish.copy.stall, "keep": wish.keep_dst}
+        self._remote.call("begin", REQUEST, **args)
 
     def _log(self, kind: str) -> None:
         self._journal.add({"kind": kind, **undoing.naming(self._host, self._runtime)})

@@ -30,6 +30,15 @@ _NAME = re.compile(r"[0-9a-f]{16}")
 POLL = 0.05
 
 
+def make_folder(folder: Path) -> Path:
+    """The folder of journals and records; CreateError when it cannot be made."""
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    except OSError as e:
+        raise CreateError.of(f"cannot make {folder}", e) from e
+    return folder
+
+
 def new_id() -> str:
     """Of a migration; unguessable, so that nobody else's is asked about."""
     return os.urandom(8).hex()
@@ -55,7 +64,6 @@ class Verdict:
         anything is undone."""
         path = folder / f"{migration}.{side}"
         try:
-            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
             fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
             fcntl.flock(fd, fcntl.LOCK_EX)
             verdict = cls(path, fd)

@@ -184,13 +184,17 @@ class Runc:
             while self.state().running and time.monotonic() < deadline:
                 time.sleep(0.02)
         self.kill()
+        self._end_link(self._start_link(self._config.link_down), DUMP_FAILED)
 
     def start(self) -> None:
         for disk in self.disks(source=False):
             if not volumes.is_mounted(disk.mount):
                 volumes.mount(disk)
-        if self.state().exists:
-            return
+        if not self.state().exists:
+            self._run()
+        self._end_link(self._start_link(self._config.link_up), RESTORE_FAILED)
+
+    def _run(self) -> None:
         command = [*self._runc(), "run", "--detach", "--bundle", self._config.bundle]
         command.append(self.container)
         run(command, RESTORE_FAILED, self._host.command_timeout, self.keep_fds, silent=True)

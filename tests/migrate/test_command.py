@@ -1,0 +1,154 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`runtime = "command"`: each step a command of the user's; here with two disks,
+which must be frozen at the same moment."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import support
+
+HERE = Path(__file__).parent
+STEPS = ("status", "suspend", "resume", "dump", "undump", "resume_restored", "kill")
+STEPS_TOO = ("abandon", "start", "stop")
+_SSH = '#!/bin/sh\nwhile [ "$1" != -- ]; do shift; done\nexec sh -c "$3"\n'
+
+
+@dataclass(frozen=True)
+class Pair:
+    a: Path
+    b: Path
+
+    def step(self, host: Path, step: str) -> str:
+        return support.run(sys.executable, HERE / "anyhost.py", host, step).strip()
+
+    def migrate(self, source: Path, *options: str) -> subprocess.CompletedProcess[str]:
+        words = ["migrate", "--config", str(source / "migrate.toml"), *options, "other", "box"]
+        return subprocess.run(
+            [*support.pyploop_cmd(), *words],
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=False,
+            env=support.pyploop_env(),
+        )
+
+    def runs_only_on(self, host: Path) -> None:
+        """Both disks have the same numbers, from 0 on, none missing."""
+        other = self.b if host is self.a else self.a
+        assert (self.step(host, "status"), self.step(other, "status")) == ("running", "absent")
+        before = (host / "two/numbers").stat().st_size
+        support.wait_until(lambda: (host / "two/numbers").stat().st_size > before, "counts on")
+        self.step(host, "suspend")
+        one, two = ((host / d / "numbers").read_text().split() for d in ("one", "two"))
+        self.step(host, "resume")
+        assert len(one) - len(two) in (0, 1)
+        assert one == [str(n) for n in range(len(one))]
+        assert two == one[: len(two)]
+        left = {p.name for p in other.iterdir()} - {"migrate.toml", "ssh", "lock", "state"}
+        assert left <= {"images", "one", "two"}, left
+        assert not any((other / "images").iterdir())
+        assert not [p for p in other.glob("state/*") if p.suffix != ".json"]
+
+
+def _host(folder: Path, peer: Path) -> Path:
+    for name in ("lock", "images"):
+        (folder / name).mkdir(parents=True)
+    (folder / "ssh").write_text(_SSH)
+    (folder / "ssh").chmod(0o755)
+    agent = [*support.pyploop_cmd(), "agent", "--config", str(peer / "migrate.toml")]
+    command = [sys.executable, str(HERE / "anyhost.py"), str(folder)]
+    text = f'state_dir = "{folder}/state"\nlock_dir = "{folder}/lock"\n'
+    text += f'images_dir = "{folder}/images"\n[remote]\nssh = ["{folder}/ssh"]\n'
+    text += f'agent = {json.dumps(agent)}\n[container.box]\nruntime = "command"\n'
+    text += "[container.box.commands]\n"
+    text += "".join(f"{step} = {json.dumps([*command, step])}\n" for step in STEPS + STEPS_TOO)
+    for disk in ("one", "two"):
+        text += f'[[container.box.disk]]\nimage = "{folder}/{disk}.img"\n'
+        text += f'mount = "{folder}/{disk}"\noptions = "noatime,nodev"\n'
+    (folder / "migrate.toml").write_text(text)
+    return folder
+
+
+@pytest.fixture
+def pair(tmp_path: Path) -> Iterator[Pair]:
+    support.needs("root", "loop", "mkfs.ext4")
+    made = Pair(_host(tmp_path / "a", tmp_path / "b"), _host(tmp_path / "b", tmp_path / "a"))
+    try:
+        for disk in ("one", "two"):
+            image = made.a / f"{disk}.img"
+            with image.open("wb") as f:
+                f.truncate(24 << 20)
+            support.run("mkfs.ext4", "-q", "-F", image)
+            (made.a / disk).mkdir()
+            support.run("mount", "-o", "loop", image, made.a / disk)
+        made.step(made.a, "start")
+        numbers = made.a / "two/numbers"
+        support.wait_until(lambda: numbers.exists() and numbers.stat().st_size > 9, "it counts")
+        yield made
+    finally:
+        for host in (made.a, made.b):
+            made.step(host, "kill")
+            for disk in ("one", "two"):
+                subprocess.run(["umount", str(host / disk)], capture_output=True, check=False)
+        for line in support.run("losetup", "-nO", "NAME,BACK-FILE").splitlines():
+            if str(tmp_path) in line:
+                support.run("losetup", "--detach", line.split()[0])
+
+
+def test_a_container_with_two_disks_moves_live_and_back(pair: Pair) -> None:
+    done = pair.migrate(pair.a, "--live", "--trace", str(pair.a.parent / "trace.json"))
+    assert done.returncode == 0, done.stderr
+    pair.runs_only_on(pair.b)
+    options = Path("/proc/self/mounts").read_text()
+    assert "noatime" in next(x for x in options.splitlines() if f"{pair.b}/one" in x)
+    trace = json.loads((pair.a.parent / "trace.json").read_text())
+    spans = {(e["pid"], e["name"]) for e in trace["traceEvents"] if e["ph"] == "X"}
+    assert {(1, "suspend"), (1, "dump"), (1, "restore"), (2, "committed"), (2, "running")} <= spans
+    done = pair.migrate(pair.b, "--live")
+    assert done.returncode == 0, done.stderr
+    pair.runs_only_on(pair.a)
+
+
+def test_it_moves_stopped(pair: Pair) -> None:
+    done = pair.migrate(pair.a)
+    assert done.returncode == 0, done.stderr
+    pair.runs_only_on(pair.b)
+
+
+@pytest.mark.parametrize(
+    ("host", "step", "code"),
+    [
+        ("a", "suspend", 8),
+        ("a", "dump", 8),
+        ("b", "undump", 7),
+        ("b", "resume_restored", 7),
+        ("b", "status", 10),
+    ],
+)
+def test_a_step_that_fails_leaves_it_where_it_was(
+    pair: Pair, host: str, step: str, code: int
+) -> None:
+    fails = pair.a.parent / host / f"{step}-fails"
+    fails.touch()
+    done = pair.migrate(pair.a, "--live")
+    fails.unlink()
+    assert done.returncode == code, done.stderr
+    assert f"{step} was made to fail" in done.stderr
+    pair.runs_only_on(pair.a)
+
+
+def test_a_missing_command_is_named_before_anything_starts(pair: Pair) -> None:
+    config = pair.b / "migrate.toml"
+    lines = [x for x in config.read_text().splitlines() if not x.startswith("undump")]
+    config.write_text("\n".join(lines))
+    done = pair.migrate(pair.a, "--live")
+    assert (done.returncode, "lacks undump" in done.stderr) == (1, True), done.stderr
+    pair.runs_only_on(pair.a)
