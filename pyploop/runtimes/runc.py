@@ -111,6 +111,7 @@ class Runc:
             if freezer is None:
                 raise MigrateError(DUMP_FAILED, f"{self.container} has no freezer cgroup")
             facts["memory"] = sum(_resident(pid) for pid in freezer.pids())
+            self._none_stopped(freezer)
         return facts
 
     def items(self) -> list[Item]:
@@ -120,10 +121,18 @@ class Runc:
         freezer = self._freezer()
         if freezer is None:
             raise MigrateError(DUMP_FAILED, f"{self.container} has no freezer cgroup")
+        self._none_stopped(freezer)
         # A packet taken in after its socket is dumped would be lost.
         link = self._start_link(self._config.link_down)
         freezer.freeze()
         self._end_link(link, DUMP_FAILED)
+
+    def _none_stopped(self, freezer: Freezer) -> None:
+        """CRIU waits for ever for a stopped process in a frozen cgroup, and for
+        ten seconds for one that is traced."""
+        for pid in freezer.pids():
+            if why := _held(pid):
+                raise MigrateError(DUMP_FAILED, f"process {pid} of {self.container} is {why}")
 
     def _start_link(self, argv: tuple[str, ...]) -> Command | None:
         try:
@@ -301,6 +310,18 @@ class Runc:
             self._end_link(self._start_link(self._config.link_down), RESTORE_FAILED)
         finally:
             self.kill()
+
+
+def _held(pid: int) -> str:
+    """'stopped' or 'traced' when a signal or a debugger holds the process."""
+    try:
+        text = Path(f"/proc/{pid}/status").read_text()
+    except OSError:
+        return ""
+    lines = dict(line.split(":\t", 1) for line in text.splitlines() if ":\t" in line)
+    if lines.get("TracerPid", "0") != "0":
+        return f"traced by process {lines['TracerPid']}"
+    return "stopped (SIGCONT lets it go on)" if lines.get("State", "").startswith("T") else ""
 
 
 def _resident(pid: int) -> int:

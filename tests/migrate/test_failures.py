@@ -140,6 +140,21 @@ def test_a_container_that_cannot_be_dumped_goes_on(two_hosts: Lab) -> None:
         assert judge(two_hosts, client, before) is two_hosts.b
 
 
+def test_a_container_with_a_stopped_process_is_refused_before_it_is_suspended(
+    two_hosts: Lab,
+) -> None:
+    before = files(two_hosts.b)
+    with container.container(two_hosts), verify.client(two_hosts) as client:
+        # CRIU would wait for it for ever, and the container with it.
+        pid = max(p for p, line in two_hosts.a.processes().items() if line.startswith("/guest"))
+        two_hosts.a.run("kill", "-STOP", pid)
+        done = migrate(two_hosts, two_hosts.a)
+        two_hosts.a.run("kill", "-CONT", pid)
+        assert done.code == 8, done.errors
+        assert f"process {pid} of {container.NAME} is stopped" in done.errors
+        assert judge(two_hosts, client, before) is two_hosts.a
+
+
 def test_a_target_that_cannot_restore_gives_the_container_back(two_hosts: Lab) -> None:
     before = files(two_hosts.b)
     address = (f"{CONTAINER_IP}/24", "dev", "eth0")
