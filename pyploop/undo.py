@@ -23,7 +23,9 @@ def thaw(entry: Entry) -> None:
             continue
         try:
             dev = os.fstat(fd).st_dev
-            if f"{os.major(dev)}:{os.minor(dev)}" == entry["dev"]:
+            # Another file system may have got the device's number since then.
+            same = entry.get("fsid") in (None, os.fstatvfs(fd).f_fsid)
+            if same and f"{os.major(dev)}:{os.minor(dev)}" == entry["dev"]:
                 kernel.fithaw(fd, place)
                 return
         except OSError as e:

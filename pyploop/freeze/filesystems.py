@@ -39,12 +39,13 @@ class _Open:
         """The same entry, while it is frozen by us."""
 
     @property
-    def entry(self) -> dict[str, str]:
+    def entry(self) -> dict[str, str | int]:
         point = os.path.abspath(self.mount.point)
         return {
             "kind": "thaw",
             "mount": point,
             "dev": f"{os.major(self.dev)}:{os.minor(self.dev)}",
+            "fsid": os.fstatvfs(self.fd).f_fsid,
             "what": f"thaw {point}",
             "by_hand": f"fsfreeze -u {point}",
         }

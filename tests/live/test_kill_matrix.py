@@ -328,6 +328,8 @@ def test_a_file_system_is_thawed_by_its_device_wherever_it_is_mounted(bench: Ben
         # At its old place there is another file system now, or none.
         with pytest.raises(DeviceControlError, match="not mounted there any more"):
             undo.thaw({**entry, "mount": str(bench.point), "dev": "7:4095"})
+        with pytest.raises(DeviceControlError, match="not mounted there any more"):
+            undo.thaw({**entry, "fsid": 1})
         assert is_frozen(bench.point)
         undo.thaw(entry)
         assert not is_frozen(bench.point)
