@@ -233,12 +233,15 @@ class Agent:
         return {"failed": done.undo(self._keep)}
 
     def _settle(self, migration: str) -> dict[str, Any]:
-        return settle(self._host, verdict.check_id(migration))
+        answer = settle(self._host, verdict.check_id(migration))
+        ctlock.remove_dead(Path(self._host.lock_dir))
+        return answer
 
     def _forget(self, migration: str) -> dict[str, Any]:
         """The source has done what the verdict asks of it."""
         path = Path(self._host.state_dir) / f"{verdict.check_id(migration)}.target"
         path.unlink(missing_ok=True)
+        ctlock.remove_dead(Path(self._host.lock_dir))
         return {}
 
 
@@ -261,8 +264,6 @@ def settle(host: HostConfig, migration: str) -> dict[str, Any]:
         record.write(verdict.ABORTED)
         if not failed:
             record.path.unlink(missing_ok=True)
-            if log is not None:
-                ctlock.remove_dead(Path(host.lock_dir), str(log.fields.get("container")))
         return {"verdict": verdict.ABORTED, "failed": failed}
 
 

@@ -32,7 +32,7 @@ def container_lock(folder: Path, ctid: str) -> Iterator[None]:
         folder.mkdir(parents=True, exist_ok=True)
         # Two who find the same stale lock must not both take it over.
         with _exclusive(folder):
-            _remove_stale(path, ctid)
+            _remove_stale(path)
             _make(path, ctid)
     except OSError as e:
         raise CreateError.of(f"cannot lock container {ctid} with {path}", e) from e
@@ -44,10 +44,11 @@ def container_lock(folder: Path, ctid: str) -> Iterator[None]:
                 path.unlink()
 
 
-def remove_dead(folder: Path, ctid: str) -> None:
-    """Remove the lock of an owner that is gone; others stay."""
+def remove_dead(folder: Path) -> None:
+    """Remove the locks whose owners are gone; others stay."""
     with contextlib.suppress(FileNotFoundError), _exclusive(folder):
-        _remove_stale(folder / f"{ctid}.lck", ctid)
+        for path in folder.glob("*.lck"):
+            _remove_stale(path)
 
 
 def _make(path: Path, ctid: str) -> None:
@@ -65,7 +66,7 @@ def _make(path: Path, ctid: str) -> None:
         temp.unlink()
 
 
-def _remove_stale(path: Path, ctid: str) -> None:
+def _remove_stale(path: Path) -> None:
     owner = _owner(path)
     if owner is None:
         return

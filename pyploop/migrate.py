@@ -15,8 +15,10 @@ from __future__ import annotations
 import contextlib
 import os
 import platform
+import signal
+import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -265,8 +267,7 @@ class _Move:
         self._tell(undoing.undo_all(self._journal))
         self._lock.close(remove=True)
         # What the connection's end would do anyway, but now its result is known.
-        with contextlib.suppress(PyploopError):
-            self._tell(self._remote.call("undo", REQUEST).get("failed", []))
+        self._there("undo")
         return False
 
     def _settle(self, cause: BaseException) -> bool:
@@ -281,15 +282,44 @@ class _Move:
             self.result.failed.append(text)
             self._report.error(f"not undone: {text}")
 
+    def _there(self, op: str, **args: Any) -> None:
+        """Tidy the target.  An agent that was killed has left that to another one."""
+        try:
+            self._tell(self._remote.call(op, REQUEST, **args).get("failed", []))
+        except PyploopError:
+            self._remote.close()
+            try:
+                if op == "forget":
+                    recover.forget(self._host, self._journal)
+                else:
+                    self._tell(recover.ask(self._host, self._journal).get("failed", []))
+            except PyploopError as e:
+                self._report.note(f"Something of it may be left on {self._wish.host}: {e}")
+
     def arrived(self) -> None:
         """It runs on the target: end it here, and tidy both sides."""
         self._journal.set(stage=recover.MOVED)
-        if self._remote.alive():
-            self._tell(self._remote.call("finish", REQUEST)["failed"])
-        self._tell(recover.finish_source(self._journal, self._runtime, self._wish.remove_area))
-        self._lock.close(remove=True)
-        if self._remote.alive():
-            self._remote.call("forget", REQUEST, migration=self.id)
-        else:
-            with contextlib.suppress(PyploopError):  # one record stays there, that is all
-                recover.forget(self._host, self._journal)
+        with _uninterrupted(self._report):
+            self._there("finish")
+            self._tell(recover.finish_source(self._journal, self._runtime, self._wish.remove_area))
+            self._lock.close(remove=True)
+            self._there("forget", migration=self.id)
+
+
+@contextlib.contextmanager
+def _uninterrupted(report: Reporter) -> Iterator[None]:
+    """Signals come too late: there is no way back, and what is left takes seconds."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    names = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
+
+    def late(signum: int, frame: object) -> None:
+        report.note(f"Signal {signum} came too late: the container has moved")
+
+    old = {name: signal.signal(name, late) for name in names}
+    try:
+        yield
+    finally:
+        for name, handler in old.items():
+            signal.signal(name, handler)

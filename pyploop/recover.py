@@ -52,7 +52,7 @@ def settled(
     deadline = time.monotonic() + patience
     while True:
         try:
-            answer = _ask(host, log)
+            answer = ask(host, log)
             break
         except PyploopError as e:
             if time.monotonic() + RETRY > deadline:
@@ -67,7 +67,9 @@ def settled(
     return bool(answer.get("verdict") == verdict.COMMITTED)
 
 
-def _ask(host: HostConfig, log: Journal) -> dict[str, Any]:
+def ask(host: HostConfig, log: Journal) -> dict[str, Any]:
+    """Through a new connection: what became of it on the target, where what a
+    killed agent left is undone, or finished."""
     with Remote(log.get("host"), host.ssh, log.get("ssh_options") or [], host.agent) as remote:
         return remote.call("settle", SETTLING, migration=log.get("migration"))
 
