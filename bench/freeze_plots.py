@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from common import Figure
-from freeze_report import PARTS, Record, names, parts, select
+from freeze_report import FACTOR, OURS, PARTS, SLACK, Record, names, parts, select
 from svg import Drawing
 
 MODES = ("1.10", "1.11", "1.15", "pyploop")
@@ -124,11 +124,13 @@ def _medians(runs: Sequence[Record]) -> dict[str, float]:
 def predictions(records: Sequence[Record]) -> Drawing:
     """Predicted against actual, with the line that 95 % must stay below."""
     runs = [r for r in records if r.get("predicted") is not None]
-    top, size = 56.0, 400.0
-    most: float = max(max(r["predicted"], r["actual"]) for r in runs) * 1.1
+    top, size = 64.0, 400.0
+    largest = max(float(r[key]) for r in runs for key in ("predicted", "actual"))
+    step = 0.01 * math.ceil(largest * 1.05 / 0.06)
+    most = 6 * step
     d = Drawing(LEFT + size + RIGHT, top + size + 50, "Predicted and actual freeze")
-    d.text(LEFT - 60, 20, "Freezes as predicted and as they were", size=14, bold=True)
-    d.text(LEFT - 60, 36, "line: 1.5 x predicted + 20 ms", ink="#666")
+    d.text(LEFT - 60, 20, "Freezes as predicted and as they were, ms", size=14, bold=True)
+    d.text(LEFT - 60, 36, "thin: as predicted; thick: 1.5 x that + 20 ms", ink="#666")
 
     def x(seconds: float) -> float:
         return LEFT + size * (seconds / most)
@@ -136,20 +138,21 @@ def predictions(records: Sequence[Record]) -> Drawing:
     def y(seconds: float) -> float:
         return top + size * (1 - seconds / most)
 
-    for k in range(6):
-        value = most * k / 5
+    for k in range(7):
+        value = step * k
         d.line(x(value), y(0), x(value), y(most), ink=GRID)
         d.line(x(0), y(value), x(most), y(value), ink=GRID)
         d.text(x(value), y(0) + 16, f"{value * 1e3:.0f}", anchor="middle", size=10)
         d.text(x(0) - 6, y(value) + 4, f"{value * 1e3:.0f}", anchor="end", size=10)
-    d.text(LEFT + size / 2, top + size + 36, "predicted, ms", anchor="middle")
-    d.text(x(0) - 36, top - 8, "actual, ms")
-    end = min(most, (most - 0.02) / 1.5)
-    d.line(x(0), y(0.02), x(end), y(1.5 * end + 0.02), wide=1.5)
+    d.text(LEFT + size / 2, top + size + 36, "predicted", anchor="middle")
+    d.text(x(0) - 30, top + size / 2, "actual", anchor="end")
+    end = (most - SLACK) / FACTOR
+    d.line(x(0), y(SLACK), x(end), y(FACTOR * end + SLACK), wide=2)
+    d.line(x(0), y(0), x(most), y(most))
     inks = dict(zip(names(runs, "load"), INK.values(), strict=False))
     for number, (load, ink) in enumerate(inks.items()):
-        d.dot(x(most) - 80, top + 16 + 16 * number, ink)
-        d.text(x(most) - 70, top + 20 + 16 * number, load, size=11)
-        for r in select(runs, load, "pyploop"):
+        d.dot(x(0) + 14, top + 16 + 16 * number, ink)
+        d.text(x(0) + 24, top + 20 + 16 * number, load, size=11)
+        for r in select(runs, load, OURS):
             d.dot(x(r["predicted"]), y(r["actual"]), ink)
     return d

@@ -65,7 +65,15 @@ def test_every_kind_of_copy_is_measured_from_stop_command_to_durable_target(fold
 
 
 def sample(mode: str, turn: int, durable: float, **more: Any) -> dict[str, Any]:
-    return {"load": "idle", "mode": mode, "turn": turn, "run": 1, "durable": durable, **more}
+    return {
+        "load": "idle",
+        "mode": mode,
+        "turn": turn,
+        "run": 1,
+        "durable": durable,
+        "sender": durable,
+        **more,
+    }
 
 
 def test_a_ratio_is_of_the_two_copies_of_one_repetition() -> None:
