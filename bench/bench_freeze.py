@@ -24,8 +24,9 @@ from typing import Any
 
 import freeze_report
 from common import GIB, MIB, cleaned_up, folder, loop_device, mounted, random_file, warm_memory
-from freeze_loads import LOADS, Pace, prepare, running
-from freeze_rig import MODES, Rig
+from freeze_loads import Pace, prepare, running
+from freeze_report import LOADS, MODES
+from freeze_rig import Rig
 
 MKFS = ["mkfs.ext4", "-q", "-F", "-E", "lazy_itable_init=0,lazy_journal_init=0"]
 """Without the kernel thread that would write to an idle file system."""

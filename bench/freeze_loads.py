@@ -23,7 +23,6 @@ from pathlib import Path
 import load_sqlite
 from common import MIB
 
-LOADS = ("idle", "fsync", "buffered", "sqlite")
 STARTUP = 30.0
 """Seconds for a load to have written its first bytes."""
 PAGE, ROWS_OF_PAGE = 4096, 9

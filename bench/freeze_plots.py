@@ -8,10 +8,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from common import Figure
-from freeze_report import FACTOR, OURS, PARTS, SLACK, Record, names, parts, select
+from freeze_report import FACTOR, MODES, OURS, PARTS, SLACK, Record, names, parts, select
 from svg import Drawing
 
-MODES = ("1.10", "1.11", "1.15", "pyploop")
 LABELS = {
     "1.10": "1.10: no sync before",
     "1.11": "1.11: sync, 5 s sleep",

@@ -18,6 +18,8 @@ from common import Figure, table
 
 Record = dict[str, Any]
 
+LOADS = ("idle", "fsync", "buffered", "sqlite")
+MODES = ("1.10", "1.11", "1.15", "pyploop")
 OURS = "pyploop"
 PARTS = {
     "stop": ("stop", "stop command"),

@@ -37,7 +37,6 @@ sys.path.insert(0, str(ROOT / "tests" / "fakeploop"))
 import fakeploop
 
 HERE = Path(__file__).resolve().parent
-MODES = ("1.10", "1.11", "1.15", "pyploop")
 PATIENCE = 120.0
 """Seconds for one copy."""
 SYS_CACHESTAT = 451
