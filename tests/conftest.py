@@ -18,6 +18,15 @@ HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE / "fakeploop"), str(HERE / "fuzz"), str(HERE.parent)]
 
 
+@pytest.fixture(autouse=True, scope="session")
+def journals_of_our_own(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """What is killed here leaves nothing in /run/pyploop, and `pyploop thaw`
+    there finds no copy of a user's."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYPLOOP_RUN", str(tmp_path_factory.mktemp("run")))
+        yield
+
+
 @pytest.fixture(autouse=True)
 def no_descriptor_is_left() -> Iterator[None]:
     """A test that leaves a descriptor open fails."""
