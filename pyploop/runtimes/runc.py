@@ -161,6 +161,7 @@ class Runc:
                 freezer.thaw()
 
     def dump(self, images: Path) -> None:
+        bundles.forget_hook(self._config.bundle)
         work = images.parent / "dump-work"
         work.mkdir(mode=0o700)
         command = [*self._runc(), "checkpoint", "--leave-running"]
