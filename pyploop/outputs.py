@@ -71,6 +71,11 @@ class Output(Protocol):
     heard: Heard | None
     """What came with the last answer, when the peer tells such things."""
 
+    @property
+    def end_is_answered(self) -> bool:
+        """All that was sent has left our hands when `finish` returns; known
+        after `hello`."""
+
     def check_apart(self, mounts: FileSystems) -> None:
         """ParameterError when the target lies on what will be frozen."""
 
@@ -129,6 +134,10 @@ class StreamOutput:
         self._asked = 0.0
         self.heard: Heard | None = None
         self.deadline = math.inf
+
+    @property
+    def end_is_answered(self) -> bool:
+        return self._answers is not None and not self.framing.exact
 
     def check_apart(self, mounts: FileSystems) -> None:
         pass  # where the peer writes is not known here
@@ -259,6 +268,7 @@ class FileOutput:
     packets = Packets()
     header_size = HEADER_FRAME
     heard: Heard | None = None
+    end_is_answered = True
 
     def __init__(self, target: Sink | int) -> None:
         self._sink = target if isinstance(target, Sink) else None

@@ -32,6 +32,7 @@ class PacketOutput:
 
     sink = _core.SINK_PACKETS
     header_size = d2.HEADER_PACKET
+    end_is_answered = True
 
     def __init__(
         self, fd: int, report: Reporter, *, answer_timeout: float, knows_async: bool = False

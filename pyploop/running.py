@@ -103,9 +103,10 @@ class Running:
         start = self._passes.window_start = time.monotonic()
         with self._recorder.step("first pass"):
             flags = _core.PASS_LAST | _core.PASS_HOOK
-            if self._tracker.name != "scan":
+            if self._tracker.name != "scan" and self._out.end_is_answered:
                 # What changes under way is marked; a scan would have to know
-                # what exactly was sent.
+                # what exactly was sent.  And a page that nobody has read by the
+                # end would show what is written after the thaw.
                 flags |= _core.PASS_LIVE
             sent = self._passes.send([Batch(extents)], flags)
             if holes:

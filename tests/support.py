@@ -86,7 +86,11 @@ def _which(program: str) -> str | None:
 
 
 def run(
-    *command: object, timeout: float = 60, check: bool = True, env: Mapping[str, str] | None = None
+    *command: object,
+    timeout: float = 60,
+    check: bool = True,
+    env: Mapping[str, str] | None = None,
+    pass_fds: Sequence[int] = (),
 ) -> str:
     """Run a command and return its stdout; a failure shows its stderr."""
     words = [str(w) for w in command]
@@ -98,6 +102,7 @@ def run(
         timeout=timeout,
         check=False,
         env=None if env is None else dict(env),
+        pass_fds=pass_fds,
     )
     if check and done.returncode:
         raise AssertionError(f"{' '.join(words)} exited with {done.returncode}: {done.stderr}")

@@ -6,12 +6,13 @@
 from __future__ import annotations
 
 import itertools
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
 import fakeploop
 import pytest
-from support import MIB, loop_device, mounted, needs, run
+from support import MIB, loop_device, mounted, needs, pyploop_cmd, pyploop_env, run
 from support_live import (
     C_RECEIVER,
     Copied,
@@ -209,6 +210,30 @@ def test_a_live_ploop_device_arrives_whoever_sends_and_receives(
     note(f"fake bpf {fmt} {sender}->{receiver} {via}", got, target)
     succeeded(got)
     check_target(frozen, target, fmt)
+
+
+@pytest.mark.parametrize("compat", ["auto", "native", "ploop"])
+def test_what_is_written_after_the_end_stays_out_of_a_one_way_pipe(
+    folder: Path, compat: str
+) -> None:
+    image, target = folder / "image", folder / "target"
+    size = MIB // 2  # all of it fits into the pipe, which nobody reads meanwhile
+    before = random_file(image, size).read_bytes()
+    inp, out = os.pipe()
+    try:
+        with loop_device(image) as device:
+            send = ["copy", "-s", device, "-o", str(out), "--tracker", "bpf", "--compat", compat]
+            run(*pyploop_cmd(), *send, "--read", "backing", pass_fds=[out], env=pyploop_env())
+            os.close(out)
+            out = -1
+            Path(device).write_bytes(bytes(size))
+            receive = ["copy", "-d", str(target), "-i", str(inp)]
+            run(*pyploop_cmd(), *receive, pass_fds=[inp], env=pyploop_env())
+    finally:
+        for fd in (inp, out):
+            if fd >= 0:
+                os.close(fd)
+    assert target.read_bytes() == before
 
 
 @pytest.mark.parametrize("size", [MIB + 4, 4, 4100, MIB, 5 * MIB + 512])
