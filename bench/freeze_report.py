@@ -62,8 +62,9 @@ def select(records: Sequence[Record], load: str, mode: str) -> list[Record]:
 
 
 def names(records: Sequence[Record], key: str) -> list[str]:
-    """Those there are, in the order in which they first come."""
-    return sorted({r[key] for r in records}, key=[r[key] for r in records if r["turn"] == 1].index)
+    """The loads or modes that there are, in a fixed order."""
+    present = {r[key] for r in records}
+    return [name for name in {"load": LOADS, "mode": MODES}[key] if name in present]
 
 
 def ratios(records: Sequence[Record], load: str, against: str, key: str = "durable") -> list[float]:
