@@ -210,13 +210,19 @@ class StreamOutput:
 
     def _read(self, fd: int, size: int = d1.REPLY_SIZE) -> bytes:
         limit = time.monotonic() + self._timeout
-        return transport.read_exactly(
-            fd,
-            size,
-            lambda: min(limit, self.deadline),  # which a cancel moves
-            "reading the feedback",
-            self.fd,
-        )
+        try:
+            return transport.read_exactly(
+                fd,
+                size,
+                lambda: min(limit, self.deadline),  # which a cancel moves
+                "reading the feedback",
+                self.fd,
+            )
+        except ProtocolError as e:
+            if self._feedback is not None:
+                raise
+            # The stream itself: to write more would end the same.
+            raise WriteError("the receiver closed the stream (see its own message)") from e
 
     def _answer(self, fd: int, about: str) -> None:
         answer = self._read(fd)

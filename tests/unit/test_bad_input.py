@@ -437,6 +437,26 @@ def test_sender_whose_peer_closed_ends_with_7_defect_1(source: Path) -> None:
         got.one_line("closed")
 
 
+def test_sender_whose_peer_closes_the_one_socket_instead_of_an_answer_ends_with_7(
+    source: Path,
+) -> None:
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        child = subprocess.Popen(
+            [*support.pyploop_cmd(), "-v-1", "copy", "-s", str(source)],
+            stdin=subprocess.DEVNULL, stdout=theirs.fileno(), stderr=subprocess.PIPE,
+            text=True, env=support.pyploop_env(),
+        )  # fmt: skip
+        theirs.close()
+        with child:
+            # All of it is read, so this is an orderly end and no reset.
+            assert ours.recv(len(d1_sync(HELLO)), socket.MSG_WAITALL) == d1_sync(HELLO)
+            ours.close()
+            _, err = child.communicate(timeout=20)
+    assert child.returncode == 7
+    assert err == "the receiver closed the stream (see its own message)\n"
+
+
 def test_sender_whose_peer_leaves_before_end_does_not_succeed_defect_1(source: Path) -> None:
     full = Peer([SUCCESS] * 9)
     assert full.run(source).code == 0
