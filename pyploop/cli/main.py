@@ -15,7 +15,7 @@ from types import FrameType
 from typing import NoReturn
 
 from pyploop import __version__
-from pyploop.errors import Interrupted, ParameterError, PyploopError
+from pyploop.errors import Interrupted, ParameterError, PyploopError, WriteError
 
 DEFAULT_LEVEL = 3
 USAGE = """\
@@ -147,12 +147,20 @@ def _main(args: list[str]) -> int:
         return _die_by(e.signum)
 
 
+def _print(text: str) -> None:
+    """What was asked for; WriteError when nobody can have it."""
+    try:
+        print(text, flush=True)
+    except OSError as e:
+        raise WriteError.of("cannot write to stdout", e) from e
+
+
 def _run(args: list[str]) -> int:
     if args in (["--help"], ["-h"]):
-        print(USAGE)
+        _print(USAGE)
         return 0
     if args == ["--version"]:
-        print(f"pyploop {__version__}")
+        _print(f"pyploop {__version__}")
         return 0
     level, rest = parse_globals(args)
     if rest and rest[0] in COMMANDS:

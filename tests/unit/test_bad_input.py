@@ -793,6 +793,17 @@ def test_stdout_that_cannot_be_written_does_not_spoil_a_good_copy(
     assert b"Exception" not in done.stderr
 
 
+@pytest.mark.parametrize("option", ["--version", "--help"])
+def test_an_answer_that_cannot_be_written_is_an_error_in_one_line(option: str) -> None:
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            [*support.pyploop_cmd(), option],
+            stdout=full, stderr=subprocess.PIPE, env=support.pyploop_env(), timeout=30, check=False,
+        )  # fmt: skip
+    assert done.returncode == 7
+    assert done.stderr == b"pyploop: cannot write to stdout: No space left on device\n"
+
+
 def test_a_source_name_that_is_not_utf8_is_copied(tmp_path: Path) -> None:
     name = os.fsencode(tmp_path) + b"/na\xffme"
     Path(os.fsdecode(name)).write_bytes(DATA)
