@@ -103,18 +103,18 @@ void pl_huge_punch(const struct pl_huge *h, uint64_t start, uint64_t end)
 				 (off_t)start, (off_t)(end - start));
 }
 
-/* The file ends at or past `end`: what is mapped past it cannot be touched. */
-static bool reaches(int fd, uint64_t end)
+/* What is mapped past the end of the file cannot be touched. */
+bool pl_huge_reach(const struct pl_huge *h, uint64_t end)
 {
 	struct rlimit limit;
 	struct stat st;
 
 	/* Not even asked for when it would bring a signal: the file itself may
 	   end before. */
-	if (fstat(fd, &st) < 0 || getrlimit(RLIMIT_FSIZE, &limit) < 0 ||
+	if (fstat(h->fd, &st) < 0 || getrlimit(RLIMIT_FSIZE, &limit) < 0 ||
 	    limit.rlim_cur < end)
 		return false;
-	return (uint64_t)st.st_size >= end || ftruncate(fd, (off_t)end) == 0;
+	return (uint64_t)st.st_size >= end || ftruncate(h->fd, (off_t)end) == 0;
 }
 
 uint8_t *pl_huge_make(struct pl_huge *h, uint64_t pos)
@@ -128,9 +128,11 @@ uint8_t *pl_huge_make(struct pl_huge *h, uint64_t pos)
 		h->skip--;
 		return NULL;
 	}
-	/* A range without any page is refused: it could have been truncated. */
-	if (!reaches(h->fd, pos + PL_HUGE) ||
-	    pwrite(h->fd, "", 1, (off_t)pos) != 1 ||
+	/* A range without any page is refused: it could have been truncated.
+	   Allocated and not written, since another writer may just have been
+	   there. */
+	if (!pl_huge_reach(h, pos + PL_HUGE) ||
+	    fallocate(h->fd, FALLOC_FL_KEEP_SIZE, (off_t)pos, 1) < 0 ||
 	    mmap(h->at, PL_HUGE, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_FIXED,
 		 h->fd, (off_t)pos) == MAP_FAILED)
 		goto none;

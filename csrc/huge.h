@@ -35,8 +35,14 @@ void pl_huge_init(struct pl_huge *h, int fd);
 void pl_huge_fini(struct pl_huge *h);
 bool pl_huge_usable(const struct pl_huge *h);
 /*
+ * The file ends at or past `end`, or is made to.  That cuts off what another
+ * thread writes past `end` meanwhile: who has such threads asks first for all.
+ */
+bool pl_huge_reach(const struct pl_huge *h, uint64_t end);
+/*
  * Make the hole [pos, pos + PL_HUGE) of the file one huge page of zeroes; pos
- * is a multiple of PL_HUGE, and the file grows to its end.  Returns where it
+ * is a multiple of PL_HUGE, and the file reaches to its end.  What others write
+ * there at the same time stays.  Returns where it
  * is mapped, until the next call or pl_huge_unmap, or NULL when there is none;
  * then at most the first page was allocated.
  */

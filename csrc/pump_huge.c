@@ -97,6 +97,9 @@ int pl_pump_huge_init(struct pl_pump *p)
 	if (p->cfg.sink != PL_SINK_FILE || !p->cfg.known)
 		return 0;
 	pl_huge_init(&p->huge, p->cfg.out_fd);
+	/* All of it before there are writers. */
+	if (pl_huge_usable(&p->huge) && !pl_huge_reach(&p->huge, p->cfg.size))
+		pl_huge_fini(&p->huge);
 	if (!pl_huge_usable(&p->huge))
 		return 0;
 	err = pl_bitmap_init(&p->huge_made, p->cfg.size, PL_HUGE_SHIFT);

@@ -173,6 +173,37 @@ static void broken_off(void)
 	free(data);
 }
 
+/* While a page is made others write: in it, and past it. */
+static void made_under_other_writers(bool huge)
+{
+	int fd = temp_file(NULL, 0), src = temp_file(NULL, SIZE);
+	struct pl_known known;
+	struct pl_pump *p;
+	struct pl_huge h;
+	struct stat st;
+	char got = 0;
+
+	pl_huge_init(&h, fd);
+	OK(pwrite(fd, "x", 1, PL_HUGE) == 1);
+	for (int i = 0; i < 100 && !pl_huge_make(&h, PL_HUGE) && huge; i++)
+		h.skip = 0;
+	OK(pread(fd, &got, 1, PL_HUGE) == 1 && got == 'x');
+	pl_huge_fini(&h);
+	close(fd);
+
+	fd = temp_file(NULL, 0);
+	EQ(pl_known_init(&known, SIZE, 12), 0);
+	EQ(pl_pump_new(&p, &(struct pl_pump_cfg){
+		.src_fd = src, .size = SIZE, .align = 1, .out_fd = fd,
+		.sink = PL_SINK_FILE, .cluster = FRAME, .slots = 8,
+		.known = &known }), 0);
+	OK(fstat(fd, &st) == 0 && (!huge || st.st_size == SIZE));
+	pl_pump_free(p);
+	pl_known_fini(&known);
+	close(src);
+	close(fd);
+}
+
 /* A local copy: huge pages where there is data, holes where it is zero. */
 static void copied_in_place(bool huge, uint32_t readers)
 {
@@ -302,6 +333,7 @@ int main(void)
 	received_in_place(huge);
 	limited();
 	broken_off();
+	made_under_other_writers(huge);
 	copied_in_place(huge, 0);
 	copied_in_place(huge, 1);
 	copied_in_place(huge, 4);
