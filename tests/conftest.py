@@ -4,9 +4,11 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import FrameType
 from typing import TYPE_CHECKING
 
 import pytest
@@ -16,6 +18,18 @@ if TYPE_CHECKING:
 
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE / "fakeploop"), str(HERE / "fuzz"), str(HERE.parent)]
+
+
+def pytest_configure() -> None:
+    """Ended from outside (by `timeout`, say), a run still takes down its loop
+    devices, mounts and namespaces."""
+
+    def stop(signum: int, frame: FrameType | None) -> None:
+        signal.signal(signum, signal.SIG_IGN)
+        raise KeyboardInterrupt
+
+    for signum in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(signum, stop)
 
 
 @pytest.fixture(autouse=True, scope="session")
