@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import pytest
 
-from pyploop.cli.copy import parser
+from pyploop.cli.copy_options import parser
 from pyploop.errors import CommandError
 from pyploop.freeze.hold import Limits
 from pyploop.freeze.stoppers import Spec, parse_spec
