@@ -96,6 +96,8 @@ def make_bench(monkeypatch: pytest.MonkeyPatch, folder: Path, images: Path) -> I
             for pid in (made.cgroup / "cgroup.procs").read_text().split():
                 (limited / "cgroup.procs").write_text(pid)
             found = Bench(folder, device, point, made, limited, ssh, reference)
+            before = found.iostats.read_text()
+            mounted.callback(found.iostats.write_text, before)
             found.iostats.write_text("0")
             yield found
             assert (point / "reference").read_bytes() == reference
