@@ -18,6 +18,8 @@ from pyploop import __version__
 from pyploop.errors import Interrupted, ParameterError, PyploopError, WriteError
 
 DEFAULT_LEVEL = 3
+RAISED_AGAIN = 0.005
+"""Seconds until a signal whose exception Python dropped is raised once more."""
 USAGE = """\
 Usage: pyploop [-v...] [--version] COMMAND ...
        -v      one more level of messages (default 3; from 4 on with times)
@@ -76,9 +78,29 @@ def signals_raise() -> Iterator[None]:
     # A full file is an error of write too, not a death (RLIMIT_FSIZE).
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     signal.signal(signal.SIGPIPE, signal.SIG_IGN)
+    dropped = sys.unraisablehook
+
+    def raise_again(args: sys.UnraisableHookArgs) -> None:
+        # Raised in a destructor or a weak reference's callback, it would be
+        # lost: Python drops what is raised there.
+        error = args.exc_value
+        if not isinstance(error, Interrupted):
+            dropped(args)
+            return
+        signum = error.signum
+
+        def later(_number: int, _frame: FrameType | None) -> None:
+            raise Interrupted(signum)
+
+        signal.signal(signal.SIGALRM, later)
+        signal.setitimer(signal.ITIMER_REAL, RAISED_AGAIN)
+
+    sys.unraisablehook = raise_again
     try:
         yield
     finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        sys.unraisablehook = dropped
         for s, previous in old.items():
             signal.signal(s, previous)
 

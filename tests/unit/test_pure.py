@@ -10,6 +10,7 @@ import io
 import itertools
 import json
 import os
+import signal
 import socket
 import subprocess
 import time
@@ -21,7 +22,7 @@ import support
 
 from pyploop import kernel, sysblock, transport
 from pyploop._core import Extents
-from pyploop.cli.main import parse_globals
+from pyploop.cli.main import parse_globals, signals_raise
 from pyploop.device import Source, open_source
 from pyploop.errors import (
     CancelledError,
@@ -238,6 +239,17 @@ def test_a_copy_cancelled_by_another_thread_fails_with_its_own_exit_code(tmp_pat
             sender.first_pass()
     assert caught.value.exit_code == 29
     os.close(out.fd)
+
+
+def test_a_signal_that_comes_inside_a_destructor_is_not_lost() -> None:
+    class Dying:
+        def __del__(self) -> None:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    with pytest.raises(Interrupted) as caught, signals_raise():
+        Dying()
+        time.sleep(20)
+    assert caught.value.signum == signal.SIGINT
 
 
 def test_writing_to_a_peer_that_is_gone_is_an_error_and_no_signal() -> None:
