@@ -300,11 +300,12 @@ def test_a_single_lost_event_is_noticed(lab: Lab) -> None:
 
 def test_losses_in_the_first_pass_are_repaired(lab: Lab) -> None:
     loss = Loss(done=1.0, early=True)
-    over = threading.Event()
+    begun, over = threading.Event(), threading.Event()
 
     def churn() -> None:
         while not over.is_set():
             lab.writer.write(20)
+            begun.set()
 
     thread = threading.Thread(target=churn)
 
@@ -312,6 +313,7 @@ def test_losses_in_the_first_pass_are_repaired(lab: Lab) -> None:
         loss.on = phase == "first pass"
         if loss.on:
             thread.start()
+            begun.wait()  # else a busy machine may end the pass before the first write
         else:
             # "round 1" comes when the marks of the first pass were taken.
             over.set()
