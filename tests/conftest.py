@@ -30,6 +30,8 @@ def pytest_configure() -> None:
 
     for signum in (signal.SIGTERM, signal.SIGHUP):
         signal.signal(signum, stop)
+    # A shell ignores ^C in what it starts with `&`, and so would every copy here.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(autouse=True, scope="session")
