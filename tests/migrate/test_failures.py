@@ -221,13 +221,19 @@ def test_a_migration_that_waits_for_another_one_of_its_container_is_told_so(
     two_hosts: Lab,
 ) -> None:
     before = files(two_hosts.b)
-    with container.container(two_hosts), verify.client(two_hosts) as client:
-        with migration(two_hosts, two_hosts.a, "--bwlimit", "4M") as first:
-            wait_until(lambda: first.phase() == "first pass", "the copy has begun", 40)
+    with (
+        container.container(two_hosts, size=SIZE),
+        verify.client(two_hosts) as client,
+        gates(two_hosts.a) as stops,
+    ):
+        stops.close_gate("checkpoint-before")
+        with migration(two_hosts, two_hosts.a) as first:
+            stops.wait("checkpoint-before")
             second = Migration(two_hosts, two_hosts.a, events="second.ndjson")
             try:
                 assert second.wait().code == 20
             finally:
                 second.close()
+            stops.open_gate("checkpoint-before")
             assert first.wait().code == 0
         assert judge(two_hosts, client, before) is two_hosts.b
