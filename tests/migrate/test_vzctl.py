@@ -164,7 +164,7 @@ def test_a_target_whose_disk_fills_up_ends_with_6(lab: VzLab) -> None:
     with support.tmpfs(lab.b.folder / "private", 8 << 20):
         big = lab.a.folder / f"root/{CTID}/big"
         process = subprocess.Popen(
-            lab.command(lab.a, "--live", "--bwlimit", "1M", "hostb", CTID),
+            lab.command(lab.a, "--live", "--bwlimit", "4M", "hostb", CTID),
             env=support.pyploop_env(),
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,

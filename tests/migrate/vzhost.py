@@ -1,15 +1,19 @@
-#!/usr/bin/env python3
 # SPDX-License-Identifier: Apache-2.0
 """Stands in for a host with OpenVZ: vzctl, vzlist, vzcptcheck and ploop by their
-documented contract (calls, output, exit codes), called by those names.
+documented contract (calls, output, exit codes), called by those names (vzlab.py
+makes the programs).
 
     HOST/etc/vz/vz.conf, conf/ · HOST/private · HOST/root · HOST/lock · HOST/state
 
-A container is a process in a freezer cgroup that appends numbers to a file on
-its ploop disk, a raw delta which is mounted by a loop device.  `chkpnt --dump`
-writes the number it has reached; `restore --undump` starts the process that
-goes on from there, frozen.  HOST/state/faults has lines `STEP ACTION`: an exit
-code, or `kill-caller`, `kill-peer` (SIGKILL of who called, of the orchestrator).
+A container is guest.py's process; its ploop disk is a raw delta, which is mounted
+by a loop device.  `chkpnt --dump` writes the number it has reached; `restore
+--undump` starts the process that goes on from there, frozen.
+
+HOST/state/faults has what goes wrong, as lines of JSON: `step` (its NUMBER-th
+call; 0: each), `when` ("before" or "after" it is done) and `action`: an exit
+code, `die` (SIGKILL), `hang`, `gate` (wait until HOST/state/gate is gone, having
+said so in gate.reached), `kill-caller`, `kill-peer` (SIGKILL of who called, of
+the orchestrator).  HOST/state/steps has the steps that were called, in order.
 """
 
 from __future__ import annotations
@@ -22,102 +26,78 @@ import sys
 import time
 from pathlib import Path
 
-HOST = Path(__file__).resolve().parent.parent
+from guest import NUMBERS, Guest
+
+HOST = Path(sys.argv[0]).resolve().parent.parent
 STATE = HOST / "state"
 SYSTEM, LOCKED, CHECKPOINT, RESTORE, BAD = 3, 9, 16, 17, 20
+GLOBAL = ("--quiet", "--verbose", "--skiplock")
 IGNORED = ("--dumpfile", "--skip_arpdetect", "--skip-umount")
 NOT_RUNNING, RUNNING, NOT_MOUNTED, MOUNTED = 31, 32, 40, 41
-GUEST = """
-import os, sys, time
-f = os.open(sys.argv[1] + "/numbers", os.O_RDWR | os.O_CREAT | os.O_APPEND)
-text = os.pread(f, 1 << 24, 0)
-n = len(text.split())
-while True:
-    os.write(f, b"%d\\n" % n)
-    os.fdatasync(f)
-    n += 1
-    time.sleep(0.005)
-"""
 
 
-class Container:
+class Container(Guest):
     def __init__(self, ctid: str) -> None:
+        super().__init__(HOST, ctid)
         self.ctid = ctid
         self.conf = HOST / "etc/vz/conf" / f"{ctid}.conf"
         self.private, self.root = HOST / "private" / ctid, HOST / "root" / ctid
         self.delta = self.private / "root.hdd/root.hds"
-        tree = Path("/sys/fs/cgroup/freezer")
-        self.v1 = tree.is_dir()
-        own = f"pyploop-vz-{HOST.parent.name}-{HOST.name}-{ctid}"
-        self.cgroup = (tree if self.v1 else Path("/sys/fs/cgroup")) / own
-
-    def pids(self) -> list[int]:
-        try:
-            return [int(p) for p in (self.cgroup / "cgroup.procs").read_text().split()]
-        except OSError:
-            return []
 
     def mounted(self) -> bool:
         return os.path.ismount(self.root)
 
-    def freeze(self, frozen: bool) -> None:
-        if self.v1:
-            word = "FROZEN" if frozen else "THAWED"
-            (self.cgroup / "freezer.state").write_text(word)
-        else:
-            (self.cgroup / "cgroup.freeze").write_text("1" if frozen else "0")
-        while self.frozen() != frozen:
-            time.sleep(0.001)
-
-    def frozen(self) -> bool:
-        if not self.cgroup.exists():
-            return False
-        if self.v1:
-            return (self.cgroup / "freezer.state").read_text() == "FROZEN\n"
-        return "frozen 1" in (self.cgroup / "cgroup.events").read_text()
-
     def mount(self) -> None:
         subprocess.run(["mount", "-o", "loop", str(self.delta), str(self.root)], check=True)
 
-    def launch(self, frozen: bool) -> None:
-        self.cgroup.mkdir(exist_ok=True)
-        if frozen:
-            self.freeze(True)
-        join = f'echo $$ > {self.cgroup}/cgroup.procs; exec "$@"'
-        null = subprocess.DEVNULL
-        words = ["sh", "-c", join, "sh", sys.executable, "-c", GUEST, str(self.root)]
-        subprocess.Popen(words, stdin=null, stdout=null, stderr=null, start_new_session=True)
-        while not self.pids():
-            time.sleep(0.001)
-
-    def end(self) -> None:
-        for pid in self.pids():
-            os.kill(pid, signal.SIGKILL)
-        if self.cgroup.exists():
-            self.freeze(False)
-        while self.pids():
-            time.sleep(0.001)
-        if self.cgroup.exists():
-            self.cgroup.rmdir()
-
     def reached(self) -> int:
-        return len((self.root / "numbers").read_text().split())
+        return len((self.root / NUMBERS).read_text().split())
 
 
-def fault(step: str) -> int:
-    """An exit code that is wished for; 0: none."""
+HANG = 60.0
+"""Seconds: longer than anybody waits for a command."""
+
+
+def step_of(name: str, args: list[str]) -> str:
+    """What a call is called in the faults: `chkpnt --dump`, `status`, `vzlist -a`."""
+    if name != "vzctl":
+        return " ".join([name, *(w for w in args if w in ("-a", "version"))])
+    words = [w for w in args if w not in (*GLOBAL, *IGNORED)]
+    options = [w for w in words[2:] if w.startswith("--")]
+    return " ".join([*words[:1], *options[:1]])
+
+
+def faults(step: str, when: str) -> int:
+    """Let happen what is wished for; an exit code, or 0."""
     path = STATE / "faults"
-    for line in path.read_text().splitlines() if path.exists() else []:
-        name, _, action = line.partition(" = ")
-        if name != step:
-            continue
-        if action == "kill-caller":
-            os.kill(os.getppid(), signal.SIGKILL)
-        elif action == "kill-peer":
-            for lock in HOST.parent.glob("*/lock/*.lck"):
-                os.kill(int(lock.read_text()), signal.SIGKILL)
-        else:
-            return int(action)
+    if not path.exists():
+        return 0
+    number = (STATE / "steps").read_text().splitlines().count(step)
+    for line in path.read_text().splitlines():
+        wish = json.loads(line)
+        here = wish["step"] == step and wish["when"] == when and wish["number"] in (0, number)
+        if here and (code := happen(wish["action"])):
+            return code
+    return 0
+
+
+def happen(action: str) -> int:
+    if action == "kill-caller":
+        os.kill(os.getppid(), signal.SIGKILL)
+    elif action == "kill-peer":
+        for lock in HOST.parent.glob("*/lock/*.lck"):
+            os.kill(int(lock.read_text()), signal.SIGKILL)
+    elif action == "die":
+        os.kill(os.getpid(), signal.SIGKILL)
+    elif action == "hang":
+        time.sleep(HANG)
+    elif action == "gate":
+        (STATE / "gate.reached").touch()
+        deadline = time.monotonic() + HANG
+        while (STATE / "gate").exists() and time.monotonic() < deadline:
+            time.sleep(0.005)
+    else:
+        return int(action)
     return 0
 
 
@@ -149,7 +129,7 @@ def restore(c: Container, step: str, file: str | None) -> int:
         c.mount()
         if dump["ctid"] != c.ctid or c.reached() != dump["reached"]:
             return RESTORE
-        c.launch(frozen=True)
+        c.launch([c.root], frozen=True)
     elif step == "--resume":
         if not c.frozen():
             return RESTORE
@@ -163,7 +143,7 @@ def restore(c: Container, step: str, file: str | None) -> int:
 
 def vzctl(args: list[str]) -> int:
     skiplock = False
-    while args and args[0] in ("--quiet", "--verbose", "--skiplock"):
+    while args and args[0] in GLOBAL:
         skiplock |= args.pop(0) == "--skiplock"
     if len(args) < 2:
         return BAD
@@ -172,8 +152,6 @@ def vzctl(args: list[str]) -> int:
     steps = [w for w in rest if w.startswith("--") and w not in IGNORED]
     step = steps[0] if steps else ""
     file = rest[rest.index("--dumpfile") + 1] if "--dumpfile" in rest else None
-    if code := fault(" ".join(w for w in (command, step) if w)):
-        return code
     if command == "status":
         there = "exist" if c.conf.exists() and c.private.is_dir() else "deleted"
         state = "running" if c.pids() else "down"
@@ -191,7 +169,7 @@ def vzctl(args: list[str]) -> int:
             return RUNNING
         if not c.mounted():
             c.mount()
-        c.launch(frozen=False)
+        c.launch([c.root], frozen=False)
     elif command == "stop":
         c.end()
         if "--skip-umount" not in rest:
@@ -224,10 +202,7 @@ def vzlist(args: list[str]) -> int:
     return 1
 
 
-def main() -> int:
-    name, args = Path(sys.argv[0]).name, sys.argv[1:]
-    with (STATE / "calls").open("a") as f:
-        f.write(" ".join([name, *args]) + "\n")
+def act(name: str, args: list[str]) -> int:
     if name == "vzctl":
         return vzctl(args)
     if name == "vzlist":
@@ -237,5 +212,10 @@ def main() -> int:
     return 0
 
 
-if __name__ == "__main__":
-    sys.exit(main())
+def main() -> int:
+    name, args = Path(sys.argv[0]).name, sys.argv[1:]
+    step = step_of(name, args)
+    for log, text in (("calls", " ".join([name, *args])), ("steps", step)):
+        with (STATE / log).open("a") as f:
+            f.write(text + "\n")
+    return faults(step, "before") or act(name, args) or faults(step, "after")

@@ -14,12 +14,39 @@ from pathlib import Path
 import support
 
 CTID = "101"
-_SSH = """#!/bin/sh
-# As ssh: options, --, host, one command for the login shell.
-while [ "$1" != -- ]; do shift; done
-[ "$2" = nowhere ] && {{ echo "ssh: connect to host nowhere: No route to host" >&2; exit 255; }}
-echo "Welcome to $2"
-exec sh -c "$3"
+_SSH = """#!{python}
+# As ssh: options, --, host, one command for the login shell there, which sees the
+# connection's end when this process ends.
+import os, subprocess, sys, threading
+
+host, command = sys.argv[sys.argv.index("--") + 1 :]
+if host == "nowhere":
+    print("ssh: connect to host nowhere: No route to host", file=sys.stderr)
+    sys.exit(255)
+os.write(1, b"Welcome to " + host.encode() + b"\\n")
+shell = subprocess.Popen(
+    ["sh", "-c", "exec " + command], stdin=-1, stdout=-1, start_new_session=True
+)
+
+
+def forward(source, to):
+    while data := os.read(source, 1 << 16):
+        while data:
+            data = data[os.write(to, data) :]
+    os.close(to)
+
+
+threading.Thread(target=forward, args=(0, shell.stdin.fileno()), daemon=True).start()
+forward(shell.stdout.fileno(), 1)
+os._exit(shell.wait())
+"""
+_PROGRAM = f"""#!{sys.executable}
+import sys
+
+sys.path.insert(0, {str(Path(__file__).parent)!r})
+import vzhost
+
+sys.exit(vzhost.main())
 """
 _DESCRIPTOR = """<?xml version="1.0"?>
 <Parallels_disk_image Version="1.0">
@@ -54,12 +81,33 @@ class VzHost:
     def exists(self) -> bool:
         return self.vzctl("status", CTID).split()[2] == "exist"
 
-    def fail(self, step: str, action: str | int) -> None:
-        with (self.folder / "state/faults").open("a") as f:
-            f.write(f"{step} = {action}\n")
+    def fail(self, step: str, action: str | int, when: str = "before", number: int = 0) -> None:
+        """See vzhost.py.  number: of the step's calls from now on; 0: each."""
+        state = self.folder / "state"
+        if number:
+            number += self.steps().count(step)
+        wish = {"step": step, "action": str(action), "when": when, "number": number}
+        if action == "gate":
+            (state / "gate").touch()
+        with (state / "faults").open("a") as f:
+            f.write(json.dumps(wish) + "\n")
+
+    def reached(self) -> bool:
+        """The gate that `fail` has closed."""
+        return (self.folder / "state/gate.reached").exists()
+
+    def open_gate(self) -> None:
+        for name in ("gate", "gate.reached"):
+            (self.folder / "state" / name).unlink(missing_ok=True)
 
     def mend(self) -> None:
         (self.folder / "state/faults").unlink(missing_ok=True)
+        self.open_gate()
+
+    def steps(self) -> list[str]:
+        """All that was called, the tests' own questions included."""
+        path = self.folder / "state/steps"
+        return path.read_text().splitlines() if path.exists() else []
 
     def calls(self) -> list[str]:
         """Commands that were given, without the many questions."""
@@ -110,14 +158,10 @@ class VzLab:
 def _make_host(folder: Path, peer: Path) -> VzHost:
     for name in ("bin", "etc/vz/conf", "private", "root", "lock", "state", "images", "varlib"):
         (folder / name).mkdir(parents=True)
-    program = folder / "bin/vzctl"
-    text = Path(__file__).with_name("vzhost.py").read_text()
-    program.write_text(text.replace("#!/usr/bin/env python3", f"#!{sys.executable}", 1))
-    program.chmod(0o755)
-    for name in ("vzlist", "vzcptcheck", "ploop"):
-        (folder / "bin" / name).write_text(program.read_text())
+    for name in ("vzctl", "vzlist", "vzcptcheck", "ploop"):
+        (folder / "bin" / name).write_text(_PROGRAM)
         (folder / "bin" / name).chmod(0o755)
-    (folder / "bin/ssh").write_text(_SSH.format())
+    (folder / "bin/ssh").write_text(_SSH.format(python=sys.executable))
     (folder / "bin/ssh").chmod(0o755)
     (folder / "etc/vz/vz.conf").write_text(
         f'VE_ROOT={folder}/root/$VEID\nVE_PRIVATE="{folder}/private/${{VEID}}"\n'
