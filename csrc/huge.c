@@ -49,17 +49,17 @@ static bool size_fits(void)
 	return n > 0 && strtoul(text, NULL, 10) == PL_HUGE;
 }
 
-void pl_huge_init(struct pl_huge *h, int fd)
+void pl_huge_init(struct pl_huge *h, int fd, unsigned places)
 {
 	struct statfs fs;
 	void *p;
 
-	*h = (struct pl_huge){ .fd = fd };
+	*h = (struct pl_huge){ .fd = fd, .places = places };
 	if (fstatfs(fd, &fs) < 0 || fs.f_type != TMPFS_MAGIC ||
 	    (fcntl(fd, F_GETFL) & O_ACCMODE) != O_RDWR || !size_fits())
 		return;
 	/* Only a mapping at a multiple of its size can be one huge page. */
-	p = mmap(NULL, 2 * PL_HUGE, PROT_NONE,
+	p = mmap(NULL, (places + 1ul) * PL_HUGE, PROT_NONE,
 		 MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
 	if (p == MAP_FAILED)
 		return;
@@ -70,7 +70,7 @@ void pl_huge_init(struct pl_huge *h, int fd)
 void pl_huge_fini(struct pl_huge *h)
 {
 	if (h->reserved)
-		munmap(h->reserved, 2 * PL_HUGE);
+		munmap(h->reserved, (h->places + 1ul) * PL_HUGE);
 	h->reserved = NULL;
 }
 
@@ -87,10 +87,10 @@ void pl_huge_regret(struct pl_huge *h)
 	h->skip = h->backoff;
 }
 
-void pl_huge_unmap(struct pl_huge *h)
+void pl_huge_unmap(struct pl_huge *h, unsigned place)
 {
 	if (h->reserved)
-		mmap(h->at, PL_HUGE, PROT_NONE,
+		mmap(h->at + (size_t)place * PL_HUGE, PL_HUGE, PROT_NONE,
 		     MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE | MAP_FIXED,
 		     -1, 0);
 }
@@ -117,8 +117,9 @@ bool pl_huge_reach(const struct pl_huge *h, uint64_t end)
 	return (uint64_t)st.st_size >= end || ftruncate(h->fd, (off_t)end) == 0;
 }
 
-uint8_t *pl_huge_make(struct pl_huge *h, uint64_t pos)
+uint8_t *pl_huge_make(struct pl_huge *h, uint64_t pos, unsigned place)
 {
+	uint8_t *at = h->at + (size_t)place * PL_HUGE;
 	uint64_t start = now_ns();
 	int tries = 3;
 
@@ -133,20 +134,20 @@ uint8_t *pl_huge_make(struct pl_huge *h, uint64_t pos)
 	   there. */
 	if (!pl_huge_reach(h, pos + PL_HUGE) ||
 	    fallocate(h->fd, FALLOC_FL_KEEP_SIZE, (off_t)pos, 1) < 0 ||
-	    mmap(h->at, PL_HUGE, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_FIXED,
+	    mmap(at, PL_HUGE, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_FIXED,
 		 h->fd, (off_t)pos) == MAP_FAILED)
 		goto none;
 	/* EAGAIN: a page was busy elsewhere, in a list of another CPU, say. */
-	while (madvise(h->at, PL_HUGE, MADV_COLLAPSE) < 0)
+	while (madvise(at, PL_HUGE, MADV_COLLAPSE) < 0)
 		if (errno != EAGAIN || --tries == 0)
 			goto none;
 	if (now_ns() - start > DEAR_NS)
 		pl_huge_regret(h);
 	else
 		h->backoff /= 2;
-	return h->at;
+	return at;
 none:
-	pl_huge_unmap(h);
+	pl_huge_unmap(h, place);
 	pl_huge_regret(h);
 	return NULL;
 }

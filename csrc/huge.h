@@ -25,13 +25,15 @@
 struct pl_huge {
 	int fd;			/* borrowed */
 	uint8_t *reserved;	/* address space; NULL: not for this file */
-	uint8_t *at;		/* the huge page's place in it */
+	uint8_t *at;		/* the huge pages' places in it */
+	unsigned places;
 	uint64_t skip;		/* so many chances to pass by yet */
 	uint64_t backoff;	/* and so many after the next disappointment */
 };
 
-/* Never fails; does nothing unless `fd` is a file on tmpfs and readable. */
-void pl_huge_init(struct pl_huge *h, int fd);
+/* Never fails; does nothing unless `fd` is a file on tmpfs and readable.  So
+   many pages can be mapped at a time. */
+void pl_huge_init(struct pl_huge *h, int fd, unsigned places);
 void pl_huge_fini(struct pl_huge *h);
 bool pl_huge_usable(const struct pl_huge *h);
 /*
@@ -42,12 +44,12 @@ bool pl_huge_reach(const struct pl_huge *h, uint64_t end);
 /*
  * Make the hole [pos, pos + PL_HUGE) of the file one huge page of zeroes; pos
  * is a multiple of PL_HUGE, and the file reaches to its end.  What others write
- * there at the same time stays.  Returns where it
- * is mapped, until the next call or pl_huge_unmap, or NULL when there is none;
- * then at most the first page was allocated.
+ * there at the same time stays.  Returns where it is mapped, until the next call
+ * for this place or pl_huge_unmap, or NULL when there is none; then at most the
+ * first page was allocated.
  */
-uint8_t *pl_huge_make(struct pl_huge *h, uint64_t pos);
-void pl_huge_unmap(struct pl_huge *h);
+uint8_t *pl_huge_make(struct pl_huge *h, uint64_t pos, unsigned place);
+void pl_huge_unmap(struct pl_huge *h, unsigned place);
 /* The page was made in vain, or has turned out to be of holes: make fewer. */
 void pl_huge_regret(struct pl_huge *h);
 /* [start, end) of the file becomes a hole again. */

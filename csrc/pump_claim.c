@@ -118,7 +118,7 @@ static int read_frag(struct pl_pump *p, struct slot *s, const struct frag *f)
 	uint32_t lead = (uint32_t)(pos % align), got = 0;
 	uint32_t want = lead + f->len;
 	uint32_t ask = (want + align - 1) / align * align;
-	uint8_t *buf = s->buf + f->off - lead;
+	uint8_t *buf = s->data + f->off - lead;
 
 	pos -= lead;
 	while (got < want) {
@@ -136,7 +136,7 @@ static int read_frag(struct pl_pump *p, struct slot *s, const struct frag *f)
 	return 0;
 }
 
-int pl_slot_fill(struct pl_pump *p, struct slot *s, struct pl_fault *fault)
+static int fill(struct pl_pump *p, struct slot *s, struct pl_fault *fault)
 {
 	for (unsigned i = 0; i < s->nfrags; i++) {
 		const struct frag *f = &s->frag[i];
@@ -145,7 +145,7 @@ int pl_slot_fill(struct pl_pump *p, struct slot *s, struct pl_fault *fault)
 		if (!(p->flags & PL_PASS_HOLES))
 			err = read_frag(p, s, f);
 		else if (!pl_hole_is_known(p, f))
-			memset(s->buf + f->off, 0, f->len);
+			memset(s->data + f->off, 0, f->len);
 		if (err) {
 			*fault = (struct pl_fault){ .stage = PL_STAGE_READ,
 						    .pos = f->pos };
@@ -154,4 +154,14 @@ int pl_slot_fill(struct pl_pump *p, struct slot *s, struct pl_fault *fault)
 	}
 	pl_slot_classify(p, s);
 	return p->cfg.sink == PL_SINK_FILE ? pl_slot_emit(p, s, fault) : 0;
+}
+
+int pl_slot_fill(struct pl_pump *p, struct slot *s, struct pl_fault *fault)
+{
+	int err;
+
+	pl_slot_place(p, s);
+	err = fill(p, s, fault);
+	pl_slot_unplace(p, s);
+	return err;
 }

@@ -47,7 +47,7 @@ static void classify_part(struct pl_pump *p, struct slot *s,
 {
 	struct pl_known *k = p->cfg.known;
 	uint64_t *known_hash = &k->hash[part.pos >> k->shift];
-	const uint8_t *data = s->buf + part.off;
+	const uint8_t *data = s->data + part.off;
 	bool holes = p->flags & PL_PASS_HOLES;
 	bool all_zero = true, sent = false;
 	uint64_t hash = PL_HASH_UNKNOWN;

@@ -2,8 +2,8 @@
 /*
  * Huge pages for a local copy to tmpfs (huge.h): made one page ahead of the
  * writers, so that none of them waits for another's, and only where the source
- * has data for the whole of one.  What was data but zero is a hole again when
- * the pass has ended.
+ * has data for the whole of one.  What lies in one is read straight into it.
+ * What was data but zero is a hole again when the pass has ended.
  */
 #include <string.h>
 
@@ -11,6 +11,7 @@
 
 /* No writer is further behind the first one. */
 #define BEHIND (1u << 20)
+#define NO_PAGE UINT64_MAX
 
 /* Is [start, end), whole words of the bitmap, known to be all data / zero? */
 static bool known_all(const struct pl_known *k, uint64_t start, uint64_t end,
@@ -39,6 +40,38 @@ static bool covered(const struct pl_pump *p, uint64_t start, uint64_t end)
 	return low < p->n && p->ext[low].start <= start && p->ext[low].end >= end;
 }
 
+static struct pump_place *place_of(struct pl_pump *p, uint64_t pos)
+{
+	return &p->place[pos / PL_HUGE % PUMP_PLACES];
+}
+
+/* Make the page at `pos`, if no other one is being made and its place is free. */
+static void make(struct pl_pump *p, uint64_t pos)
+{
+	struct pump_place *place = place_of(p, pos);
+	bool mine, made;
+
+	pthread_mutex_lock(&p->huge_lock);
+	mine = !p->making && !place->users;
+	if (mine) {
+		p->making = true;
+		place->page = NO_PAGE;
+	}
+	pthread_mutex_unlock(&p->huge_lock);
+	if (!mine)
+		return;
+	made = pl_huge_make(&p->huge, pos, (unsigned)(place - p->place));
+	pthread_mutex_lock(&p->huge_lock);
+	p->making = false;
+	if (made) {
+		place->page = pos / PL_HUGE;
+		pl_bitmap_set(&p->huge_made, pos, pos + PL_HUGE);
+	}
+	pthread_mutex_unlock(&p->huge_lock);
+	if (made)
+		STAT_ADD(p, huge_bytes, PL_HUGE);
+}
+
 void pl_huge_ahead(struct pl_pump *p, uint64_t pos, uint64_t end)
 {
 	uint64_t begun = (pos + PL_HUGE - 1) / PL_HUGE * PL_HUGE;
@@ -50,13 +83,38 @@ void pl_huge_ahead(struct pl_pump *p, uint64_t pos, uint64_t end)
 		       true) ||
 	    !known_all(p->cfg.known, next, next + PL_HUGE, false))
 		return;
-	if (pthread_mutex_trylock(&p->huge_lock))
+	make(p, next);
+}
+
+void pl_slot_place(struct pl_pump *p, struct slot *s)
+{
+	const struct frag *f = &s->frag[0];
+	struct pump_place *place = place_of(p, f->pos);
+
+	s->data = s->buf;
+	s->place = NULL;
+	/* O_DIRECT would pin the page, and read more than what was asked for. */
+	if (!pl_huge_usable(&p->huge) || s->nfrags != 1 || p->cfg.align != 1 ||
+	    f->pos / PL_HUGE != (f->pos + f->len - 1) / PL_HUGE)
 		return;
-	if (pl_huge_make(&p->huge, next)) {
-		pl_bitmap_set(&p->huge_made, next, next + PL_HUGE);
-		STAT_ADD(p, huge_bytes, PL_HUGE);
+	pthread_mutex_lock(&p->huge_lock);
+	if (place->page == f->pos / PL_HUGE) {
+		place->users++;
+		s->place = place;
+		s->data = p->huge.at + (size_t)(place - p->place) * PL_HUGE +
+			  f->pos % PL_HUGE;
 	}
 	pthread_mutex_unlock(&p->huge_lock);
+}
+
+void pl_slot_unplace(struct pl_pump *p, struct slot *s)
+{
+	if (!s->place)
+		return;
+	pthread_mutex_lock(&p->huge_lock);
+	s->place->users--;
+	pthread_mutex_unlock(&p->huge_lock);
+	s->place = NULL;
 }
 
 static void settle_page(struct pl_pump *p, uint64_t page)
@@ -87,16 +145,21 @@ void pl_huge_settle(struct pl_pump *p)
 			if (!known_all(p->cfg.known, page, page + PL_HUGE, true))
 				settle_page(p, page);
 	pl_bitmap_zero(&p->huge_made);
-	pl_huge_unmap(&p->huge);
+	for (unsigned i = 0; i < PUMP_PLACES; i++) {
+		p->place[i].page = NO_PAGE;
+		pl_huge_unmap(&p->huge, i);
+	}
 }
 
 int pl_pump_huge_init(struct pl_pump *p)
 {
 	int err;
 
+	for (unsigned i = 0; i < PUMP_PLACES; i++)
+		p->place[i].page = NO_PAGE;
 	if (p->cfg.sink != PL_SINK_FILE || !p->cfg.known)
 		return 0;
-	pl_huge_init(&p->huge, p->cfg.out_fd);
+	pl_huge_init(&p->huge, p->cfg.out_fd, PUMP_PLACES);
 	/* All of it before there are writers. */
 	if (pl_huge_usable(&p->huge) && !pl_huge_reach(&p->huge, p->cfg.size))
 		pl_huge_fini(&p->huge);

@@ -30,8 +30,17 @@ struct pump_reply {
 	struct pl_patience peer_answers;
 };
 
+/* A huge page of the target, mapped; slots may be read straight into it. */
+#define PUMP_PLACES 4u
+struct pump_place {
+	uint64_t page;			/* its number, or NO_PAGE */
+	unsigned users;			/* slots that are in it */
+};
+
 struct slot {
 	uint8_t *buf;
+	uint8_t *data;			/* what was read: buf, or a place */
+	struct pump_place *place;	/* data is in it; or NULL */
 	struct frag frag[PL_FRAGS];	/* what was claimed */
 	unsigned nfrags;
 	struct frag *run;		/* what must be sent */
@@ -56,9 +65,11 @@ struct pl_pump {
 	bool can_splice;
 	pthread_mutex_t rate_lock;		/* guards the two */
 	uint64_t rate_t0_ns, rate_bytes;
-	pthread_mutex_t huge_lock;		/* guards the two */
-	struct pl_huge huge;
+	struct pl_huge huge;			/* who has set `making`, alone */
+	pthread_mutex_t huge_lock;		/* guards the three */
+	bool making;
 	struct pl_bitmap huge_made;		/* in this pass */
+	struct pump_place place[PUMP_PLACES];
 
 	pthread_mutex_t lock;		/* guards all below */
 	pthread_cond_t work;		/* something to claim, or quit */
@@ -96,11 +107,15 @@ bool pl_hole_is_known(const struct pl_pump *p, const struct frag *f);
 void pl_slot_classify(struct pl_pump *p, struct slot *s);
 /* pump_out.c: send run[]. */
 int pl_slot_emit(struct pl_pump *p, struct slot *s, struct pl_fault *fault);
-/* pump_huge.c: what [pos, end) is about to be written for; after a pass. */
+/* pump_huge.c: before [pos, end) is written; after a pass. */
 int pl_pump_huge_init(struct pl_pump *p);
 void pl_pump_huge_fini(struct pl_pump *p);
 void pl_huge_ahead(struct pl_pump *p, uint64_t pos, uint64_t end);
 void pl_huge_settle(struct pl_pump *p);
+/* No lock held: s->data and s->place, for what is about to be read; when the
+   slot is done with. */
+void pl_slot_place(struct pl_pump *p, struct slot *s);
+void pl_slot_unplace(struct pl_pump *p, struct slot *s);
 int pl_stream_write(struct pl_pump *p, struct iovec *iov, unsigned n,
 		    struct pl_fault *fault);
 /* Its steps: bytes were taken; until it takes more; the failure `err`. */

@@ -255,7 +255,7 @@ static int emit_frames(struct pl_pump *p, struct slot *s, struct pl_fault *fault
 			uint32_t step = halves ? 2 : r.len;
 
 			for (uint32_t at = 0; at < r.len && !err; at += step) {
-				uint8_t *data = s->buf + r.off + at;
+				uint8_t *data = s->data + r.off + at;
 
 				err = make_header(p, hdr, r.pos + at, data, step);
 				iov[n++] = (struct iovec){ hdr, p->hdr_size };
@@ -284,8 +284,8 @@ static int emit_file(struct pl_pump *p, struct slot *s, struct pl_fault *fault)
 		int err = obey_rate(p, r->len);
 
 		pl_huge_ahead(p, r->pos, r->pos + r->len);
-		if (!err)
-			err = pl_pwrite_full(p->cfg.out_fd, s->buf + r->off,
+		if (!err && !s->place)
+			err = pl_pwrite_full(p->cfg.out_fd, s->data + r->off,
 					     r->len, r->pos);
 		if (err) {
 			fault->stage = PL_STAGE_WRITE;

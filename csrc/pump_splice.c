@@ -48,7 +48,7 @@ int pl_splice_run(struct pl_pump *p, const struct slot *s, const struct frag *r,
 			err = pl_stream_wait(p);
 		else if (err == -EINVAL) {
 			/* This file system cannot; the bytes are here too. */
-			struct iovec iov = { s->buf + r->off + (r->len - left),
+			struct iovec iov = { s->data + r->off + (r->len - left),
 					     left };
 
 			return pl_stream_write(p, &iov, 1, fault);

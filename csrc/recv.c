@@ -367,7 +367,7 @@ int pl_recv_new(struct pl_recv **out, const struct pl_recv_cfg *c)
 	r->cancel_fd = -1;
 	/* Only a new file can be told to have holes where nothing was read. */
 	if (c->sparse)
-		pl_huge_init(&r->huge, c->out_fd);
+		pl_huge_init(&r->huge, c->out_fd, 1);
 	pthread_mutex_init(&r->lock, NULL);
 	pthread_cond_init(&r->work, NULL);
 	pthread_cond_init(&r->done, NULL);

@@ -35,7 +35,7 @@ uint8_t *pl_recv_place(struct pl_recv *r, uint64_t pos, uint32_t left,
 		    pos < r->read_end || pos != r->run_end ||
 		    pos - r->run_start < MIN_RUN)
 			return NULL;
-		r->page = pl_huge_make(&r->huge, pos);
+		r->page = pl_huge_make(&r->huge, pos, 0);
 		if (!r->page)
 			return NULL;
 		r->page_pos = pos;
@@ -80,7 +80,7 @@ void pl_recv_end_page(struct pl_recv *r)
 
 	if (!r->page)
 		return;
-	pl_huge_unmap(&r->huge);
+	pl_huge_unmap(&r->huge, 0);
 	r->page = NULL;
 	pl_huge_punch(&r->huge, r->page_pos + used, r->page_pos + PL_HUGE);
 	for (uint32_t i = 0; i < PAGE_BLOCKS; i = end + 1) {

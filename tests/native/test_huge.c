@@ -38,9 +38,9 @@ static bool huge_pages(void)
 	struct pl_huge h;
 	bool made = false;
 
-	pl_huge_init(&h, fd);
+	pl_huge_init(&h, fd, 1);
 	for (int i = 0; i < 100 && !made; i++)
-		made = pl_huge_make(&h, PL_HUGE * (uint64_t)i);
+		made = pl_huge_make(&h, PL_HUGE * (uint64_t)i, 0);
 	pl_huge_fini(&h);
 	close(fd);
 	return made;
@@ -183,9 +183,9 @@ static void made_under_other_writers(bool huge)
 	struct stat st;
 	char got = 0;
 
-	pl_huge_init(&h, fd);
+	pl_huge_init(&h, fd, 1);
 	OK(pwrite(fd, "x", 1, PL_HUGE) == 1);
-	for (int i = 0; i < 100 && !pl_huge_make(&h, PL_HUGE) && huge; i++)
+	for (int i = 0; i < 100 && !pl_huge_make(&h, PL_HUGE, 0) && huge; i++)
 		h.skip = 0;
 	OK(pread(fd, &got, 1, PL_HUGE) == 1 && got == 'x');
 	pl_huge_fini(&h);
