@@ -35,6 +35,7 @@ ffi.cdef(
     int pk_ioctl_int(int fd, unsigned long request, int *value);
     int pk_loop_status(int fd, struct loop_info64 *info);
     int pk_syncfs(int fd);
+    int pk_is_tmpfs(int fd);
     int pk_write_back(int fd);
     int pk_set_pipe_size(int fd, int bytes);
     int pk_rename_noreplace(int dirfd, const char *from, const char *to);
@@ -56,6 +57,7 @@ ffi.set_source(
     #include <fcntl.h>
     #include <linux/fs.h>
     #include <linux/loop.h>
+    #include <linux/magic.h>
     #include <netinet/in.h>
     #include <netinet/tcp.h>
     #include <stdint.h>
@@ -65,6 +67,7 @@ ffi.set_source(
     #include <sys/mount.h>
     #include <sys/socket.h>
     #include <sys/syscall.h>
+    #include <sys/vfs.h>
     #include <unistd.h>
 
     #ifndef RENAME_NOREPLACE
@@ -84,6 +87,11 @@ ffi.set_source(
     { return result(ioctl(fd, LOOP_GET_STATUS64, info)); }
     static int pk_syncfs(int fd)
     { return result(syncfs(fd)); }
+    static int pk_is_tmpfs(int fd)
+    {
+        struct statfs fs;
+        return fstatfs(fd, &fs) < 0 ? -errno : fs.f_type == TMPFS_MAGIC;
+    }
     static int pk_write_back(int fd)
     { return result(sync_file_range(fd, 0, 0, SYNC_FILE_RANGE_WAIT_BEFORE |
         SYNC_FILE_RANGE_WRITE | SYNC_FILE_RANGE_WAIT_AFTER)); }

@@ -39,6 +39,11 @@ def syncfs(fd: int, path: str) -> None:
     _check(_lib.pk_syncfs(fd), path)
 
 
+def is_tmpfs(fd: int, path: str) -> bool:
+    """Whether the file `fd` is on tmpfs."""
+    return bool(_check(_lib.pk_is_tmpfs(fd), path))
+
+
 def write_back(fd: int, path: str) -> None:
     """Write back all that is dirty in the page cache of the block device `fd`,
     and wait until it has landed; no flush of the disk's own cache."""

@@ -13,7 +13,9 @@ import os
 import signal
 import socket
 import subprocess
+import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +46,7 @@ from pyploop.summary import Options
 from pyploop.sysblock import BlockDevice, Mount
 from pyploop.trackers.dm import DmTracker, has_tracking
 from pyploop.trackers.scan import ScanTracker
-from pyploop.units import format_size, parse_size, parse_time
+from pyploop.units import MIB, format_size, parse_size, parse_time
 from pyploop.wire import d1
 from pyploop.worker import run_cancellable, wait_for
 
@@ -432,6 +434,36 @@ def test_a_file_system_that_was_frozen_before_is_left_frozen(
     systems.freeze()
     systems.close()
     assert thawed == []
+
+
+@pytest.fixture
+def on_tmpfs() -> Iterator[Path]:
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as folder:
+        yield Path(folder) / "f"
+
+
+def test_a_file_on_tmpfs_that_has_all_its_pages_is_not_searched_for_holes(
+    on_tmpfs: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    on_tmpfs.write_bytes(b"x" * (MIB + 5))
+    with contextlib.closing(open_source(str(on_tmpfs))) as source:
+        with monkeypatch.context() as m:
+            m.setattr(os, "lseek", None)
+            assert source.holes() == ([(0, MIB + 5)], [])
+        os.truncate(on_tmpfs, MIB)
+        with on_tmpfs.open("r+b") as f:
+            f.truncate(MIB + 5)
+        assert source.holes() == ([(0, MIB)], [(MIB, MIB + 5)])
+
+
+def test_what_is_allocated_elsewhere_may_be_a_hole(tmp_path: Path) -> None:
+    with (tmp_path / "f").open("wb") as f:
+        os.posix_fallocate(f.fileno(), 0, MIB)
+        found = os.lseek(f.fileno(), 0, os.SEEK_HOLE)
+    assert os.stat(tmp_path / "f").st_blocks * 512 >= MIB
+    with contextlib.closing(open_source(str(tmp_path / "f"))) as source:
+        # As the file system has it: ext4 and xfs call all of it a hole.
+        assert source.holes() == (([], [(0, MIB)]) if found == 0 else ([(0, MIB)], []))
 
 
 # ---- trackers without a kernel
