@@ -39,10 +39,12 @@ from common import (
     folder,
     heat,
     in_turns,
+    installed,
     loop_device,
     random_file,
     ratio,
     run,
+    steady_memory,
     table,
     warm_memory,
 )
@@ -85,7 +87,7 @@ class Bench:
         self.mount = self.scratch / "mount"
         self.mount.mkdir()
         self.preload = fakeploop.build(self.scratch)
-        self.env = {**os.environ, "PYTHONPATH": str(ROOT)}
+        self.env = installed(self.scratch)
 
     # ---- the tools
 
@@ -280,6 +282,7 @@ def main() -> int:
 
     with cleaned_up() as stack:
         name = f"bench-copy-{os.getpid()}"
+        memory = stack.enter_context(steady_memory())
         scratch = stack.enter_context(folder(SHM / name))
         source = stack.enter_context(folder(o.source_dir / f"{name}-source"))
         disk = stack.enter_context(folder(o.target_dir / name))
@@ -291,6 +294,8 @@ def main() -> int:
         bench.heated = o.heat
         print(f"Source: {device} on {image}, {o.size} MiB of random data")
         print(f"Disk target: {disk}; {shutil.disk_usage(disk).free / GIB:.0f} GiB free")
+        print(f"Memory: {memory}")
+        results.settings["memory"] = memory
         skip = set(o.skip.split(","))
         if groups != ["local"] and "C pair" not in skip:
             if o.c_image == "auto":

@@ -37,6 +37,7 @@ from common import (
     mounted,
     random_file,
     ratio,
+    steady_memory,
     table,
     warm_memory,
 )
@@ -137,6 +138,7 @@ def main() -> int:
             print(text, file=sys.stderr, flush=True)
 
     with cleaned_up() as stack:
+        results.settings["memory"] = stack.enter_context(steady_memory())
         scratch = stack.enter_context(folder(SHM / f"bench-overhead-{os.getpid()}"))
         stack.enter_context(warm_memory(o.size * MIB))
         image = scratch / "image"

@@ -57,6 +57,31 @@ def cleaned_up() -> Iterator[contextlib.ExitStack]:
 
 
 @contextlib.contextmanager
+def steady_memory() -> Iterator[str]:
+    """No free memory goes back to the hypervisor meanwhile; says what was done.
+
+    Reports of free pages run on a CPU of ours, and take away pages that were
+    warm; when they come, and hence which tool they hit, is chance.  They are of
+    blocks from an order on: one above the largest that there is means none.
+    The parameter is everybody's, so it gets its value back; where it cannot be
+    written, the figures spread more.
+    """
+    knob = Path("/sys/module/page_reporting/parameters/page_reporting_order")
+    zones = Path("/proc/buddyinfo").read_text().splitlines()
+    largest = max(len(zone.split()) for zone in zones) - 5  # "Node 0, zone NAME", orders 0 ...
+    try:
+        before = knob.read_text()
+        knob.write_text(str(largest + 1))
+    except OSError as e:
+        yield f"free pages are reported to the hypervisor, if it wants them ({e.strerror})"
+        return
+    try:
+        yield "free pages are not reported to the hypervisor"
+    finally:
+        knob.write_text(before)
+
+
+@contextlib.contextmanager
 def warm_memory(size: int) -> Iterator[None]:
     """`size` bytes of free memory that the hypervisor really gave us.
 
@@ -138,6 +163,14 @@ def mounted(device: str, at: Path) -> Iterator[Path]:
 
 
 # ---- running
+
+
+def installed(scratch: Path) -> dict[str, str]:
+    """The environment of a pyploop from this tree, with its bytecode kept as an
+    installed package has it, though not in the tree."""
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONPYCACHEPREFIX": str(scratch / "bytecode")}
+    env.pop("PYTHONDONTWRITEBYTECODE", None)
+    return env
 
 
 @dataclass(frozen=True)
