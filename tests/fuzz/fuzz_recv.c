@@ -147,9 +147,9 @@ int fuzz_sigmask(int how, const sigset_t *set, sigset_t *old)
 }
 
 /* huge.c: a page of its own, so that the sanitizer guards its ends. */
-void pl_huge_init(struct pl_huge *h, int fd)
+void pl_huge_init(struct pl_huge *h, int fd, unsigned places)
 {
-	*h = (struct pl_huge){ .fd = fd };
+	*h = (struct pl_huge){ .fd = fd, .places = places };
 	if (target.tmpfs)
 		h->reserved = target.space;
 }
@@ -164,11 +164,11 @@ bool pl_huge_usable(const struct pl_huge *h)
 	return h->reserved;
 }
 
-uint8_t *pl_huge_make(struct pl_huge *h, uint64_t pos)
+uint8_t *pl_huge_make(struct pl_huge *h, uint64_t pos, unsigned place)
 {
 	static const uint8_t hole[PL_HUGE];
 
-	CHECK(h->reserved && !target.page && pos % PL_HUGE == 0);
+	CHECK(h->reserved && place < h->places && !target.page && pos % PL_HUGE == 0);
 	if (pos + PL_HUGE > SPACE || h->skip-- % 4)
 		return NULL;
 	CHECK(!memcmp(target.space + pos, hole, PL_HUGE));
@@ -177,9 +177,9 @@ uint8_t *pl_huge_make(struct pl_huge *h, uint64_t pos)
 	return target.page;
 }
 
-void pl_huge_unmap(struct pl_huge *h)
+void pl_huge_unmap(struct pl_huge *h, unsigned place)
 {
-	(void)h;
+	CHECK(place < h->places);
 	memcpy(target.space + target.page_pos, target.page, PL_HUGE);
 	if (target.page_pos + PL_HUGE > target.end)
 		target.end = (uint32_t)target.page_pos + PL_HUGE;
