@@ -111,6 +111,7 @@ COMMANDS = (
     "status",
     "suspend",
     "resume",
+    "pre_dump",
     "dump",
     "undump",
     "resume_restored",

@@ -85,8 +85,18 @@ class Runtime(Protocol):
     def resume(self) -> None:
         """Undo `suspend`, also a half-done one, and what a failed `dump` left."""
 
-    def dump(self, images: Path) -> None:
-        """The suspended container's memory into the folder; it stays suspended."""
+    def why_no_pre_dump(self) -> str:
+        """Why `pre_dump` cannot work here; empty when it does."""
+
+    def pre_dump(self, images: Path, parent: Path | None) -> float | None:
+        """The running container's memory into the folder, from the second time on
+        only what was written to since `parent`, the folder before.  Returns for
+        how many seconds it stood still, None when that is not known.  After a
+        failure, which `resume` undoes, there is no parent for what follows."""
+
+    def dump(self, images: Path, parent: Path | None = None) -> None:
+        """The suspended container's memory into the folder, or what was written to
+        since the pre-dump in `parent`; it stays suspended."""
 
     def kill(self) -> None:
         """End the suspended container, for it runs on the target."""

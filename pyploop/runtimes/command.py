@@ -2,8 +2,9 @@
 """Any runtime, each step a command of the user's: [container.NAME.commands].
 
 Commands get PYPLOOP_CONTAINER and, where there are, PYPLOOP_IMAGES (the folder
-of the memory images) in their environment; exit 0 is success.  `status` prints
-`running`, `suspended`, `stopped` or `absent`.
+of the memory images) and PYPLOOP_PARENT (that of the pre-dump before) in their
+environment; exit 0 is success.  `status` prints `running`, `suspended`,
+`stopped` or `absent`.
 """
 
 from __future__ import annotations
@@ -54,13 +55,17 @@ class CommandRuntime:
         if "status" not in self._config.commands or not self._config.disks:
             raise MigrateError(USAGE, f"[container.{container}] needs commands.status and a disk")
 
-    def _run(self, step: str, code: int, images: Path | None = None) -> str:
+    def _run(
+        self, step: str, code: int, images: Path | None = None, parent: Path | None = None
+    ) -> str:
         argv = self._config.commands.get(step)
         if argv is None:
             raise MigrateError(code, f"[container.{self.container}.commands] has no {step}")
         extra = {"PYPLOOP_CONTAINER": self.container}
         if images is not None:
             extra["PYPLOOP_IMAGES"] = str(images)
+        if parent is not None:
+            extra["PYPLOOP_PARENT"] = str(parent)
         return run(
             argv, code, self._host.command_timeout, self.keep_fds, env={**os.environ, **extra}
         )
@@ -100,8 +105,15 @@ class CommandRuntime:
     def resume(self) -> None:
         self._run("resume", DUMP_FAILED)
 
-    def dump(self, images: Path) -> None:
-        self._run("dump", DUMP_FAILED, images)
+    def why_no_pre_dump(self) -> str:
+        return "" if "pre_dump" in self._config.commands else "no such command is configured"
+
+    def pre_dump(self, images: Path, parent: Path | None) -> float | None:
+        self._run("pre_dump", DUMP_FAILED, images, parent)
+        return None
+
+    def dump(self, images: Path, parent: Path | None = None) -> None:
+        self._run("dump", DUMP_FAILED, images, parent)
 
     def kill(self) -> None:
         if self.state().running:

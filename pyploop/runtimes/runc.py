@@ -35,6 +35,7 @@ from pyploop.runtimes import (
     State,
     bundles,
     criu,
+    tracking,
     volumes,
 )
 from pyploop.runtimes.cgroup import Freezer
@@ -160,14 +161,27 @@ class Runc:
             if freezer := self._freezer():
                 freezer.thaw()
 
-    def dump(self, images: Path) -> None:
+    def why_no_pre_dump(self) -> str:
+        return tracking.problem(self._host.criu)
+
+    def pre_dump(self, images: Path, parent: Path | None) -> float | None:
+        return tracking.frozen_seconds(self._checkpoint("--pre-dump", images, parent))
+
+    def dump(self, images: Path, parent: Path | None = None) -> None:
+        self._checkpoint("--leave-running", images, parent)
+
+    def _checkpoint(self, how: str, images: Path, parent: Path | None) -> Path:
+        """CRIU's working folder."""
         bundles.forget_hook(self._config.bundle)
-        work = images.parent / "dump-work"
+        work = images.with_name(f"{images.name}-work")
         work.mkdir(mode=0o700)
-        command = [*self._runc(), "checkpoint", "--leave-running"]
+        command = [*self._runc(), "checkpoint", how]
         command += ["--image-path", str(images), "--work-path", str(work)]
+        if parent is not None:
+            command += ["--parent-path", os.path.relpath(parent, images)]
         command += [*self._config.options, self.container]
         self._criu(command, work / "dump.log", DUMP_FAILED, "cannot checkpoint")
+        return work
 
     def _runc(self) -> list[str]:
         return [self._host.runc, "--root", self._host.runc_root, "--criu", self._host.criu]

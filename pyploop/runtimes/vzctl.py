@@ -182,7 +182,13 @@ class Vzctl:
             if not state.running or state.suspended:
                 raise
 
-    def dump(self, images: Path) -> None:
+    def why_no_pre_dump(self) -> str:
+        return "vzctl has none"
+
+    def pre_dump(self, images: Path, parent: Path | None) -> float | None:
+        raise MigrateError(DUMP_FAILED, f"no pre-dump: {self.why_no_pre_dump()}")
+
+    def dump(self, images: Path, parent: Path | None = None) -> None:
         self._vzctl(DUMP_FAILED, "chkpnt", "--dump", "--dumpfile", str(images / DUMP))
 
     def kill(self) -> None:

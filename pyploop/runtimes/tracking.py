@@ -1,0 +1,106 @@
+# SPDX-License-Identifier: Apache-2.0
+"""CRIU's tracking of memory, which a pre-dump needs: whether this kernel has it,
+and what CRIU says that a pre-dump cost."""
+
+from __future__ import annotations
+
+import shutil
+import struct
+import subprocess
+import tempfile
+from pathlib import Path
+
+from pyploop.errors import MigrateError
+from pyploop.runtimes import NO_KERNEL
+from pyploop.runtimes.process import Command, last_words, run
+
+FEATURE = "mem_dirty_track"
+TIMEOUT = 30.0
+_STATS = struct.Struct("<III")
+"""Two magic words, and the length of the message that follows."""
+_DUMP, _FREEZING, _FROZEN = 1, 1, 2
+"""Fields of CRIU's statistics: those of a dump, and in it the microseconds of
+freezing the processes and of what followed until they ran again."""
+
+
+def problem(criu: str) -> str:
+    """Why CRIU cannot pre-dump here; empty when it just did.
+
+    CRIU is asked first, and tried only when it says yes: a pre-dump without
+    tracking aborts in the midst, and leaves its code in the process.  The trial
+    is two pre-dumps of an idle process, the second of which must hold less.
+    """
+    try:
+        status, said = Command([criu, "check", "--feature", FEATURE]).wait(TIMEOUT)
+    except OSError as e:  # TimeoutError is one
+        return f"{criu} check --feature {FEATURE}: {e.strerror or e}"
+    if status:
+        return last_words(said).split(": ", 1)[-1]
+    with tempfile.TemporaryDirectory() as folder:
+        sleeper = subprocess.Popen(
+            [shutil.which("sleep") or "sleep", "60"],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,
+        )
+        try:
+            sizes = []
+            for number, more in ((1, []), (2, ["--prev-images-dir", "../1"])):
+                images = Path(folder, str(number))
+                images.mkdir()
+                command = [criu, "pre-dump", "-t", str(sleeper.pid), "-D", str(images)]
+                run([*command, "--track-mem", *more], NO_KERNEL, TIMEOUT)
+                sizes.append(sum(p.stat().st_size for p in images.glob("pages-*.img")))
+        except MigrateError as e:
+            return str(e)
+        finally:
+            sleeper.kill()
+            sleeper.wait()
+    if sizes[1] >= sizes[0]:
+        return f"two pre-dumps of an idle process have {sizes[0]} and {sizes[1]} bytes"
+    return ""
+
+
+def frozen_seconds(work: Path) -> float | None:
+    """How long the processes stood still for a (pre-)dump, by the statistics
+    that CRIU left in its working folder; None when there are none."""
+    try:
+        data = (work / "stats-dump").read_bytes()
+        size = _STATS.unpack_from(data)[2]
+        dump = _fields(data[_STATS.size : _STATS.size + size])[_DUMP]
+        if not isinstance(dump, bytes):
+            return None
+        times = _fields(dump)
+        parts = [times.get(_FREEZING, 0), times[_FROZEN]]
+        return sum(p for p in parts if isinstance(p, int)) / 1e6
+    except (OSError, LookupError, struct.error):
+        return None
+
+
+def _fields(data: bytes) -> dict[int, int | bytes]:
+    """A protobuf message of numbers and byte strings."""
+    found: dict[int, int | bytes] = {}
+    at = 0
+    while at < len(data):
+        key, at = _varint(data, at)
+        value, at = _varint(data, at)
+        if key & 7 == 2:
+            found[key >> 3] = data[at : at + value]
+            at += value
+        elif key & 7 == 0:
+            found[key >> 3] = value
+        else:
+            raise LookupError(f"field {key >> 3} of type {key & 7}")
+    return found
+
+
+def _varint(data: bytes, at: int) -> tuple[int, int]:
+    """(value, where it ends); IndexError when it does not."""
+    value = shift = 0
+    while True:
+        byte = data[at]
+        value |= (byte & 0x7F) << shift
+        shift, at = shift + 7, at + 1
+        if byte < 0x80:
+            return value, at

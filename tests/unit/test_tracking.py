@@ -1,0 +1,88 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What is believed of CRIU's tracking of memory, and of its statistics."""
+
+from __future__ import annotations
+
+import ctypes
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+from lab import criu
+from support import needs
+
+from pyploop.runtimes import tracking
+
+_FAKE = """#!/bin/sh
+case $1 in
+check) exit 0 ;;
+pre-dump) while [ "$1" != -D ]; do shift; done
+  [ {code} = 0 ] || {{ echo 'Error: no' >&2; exit {code}; }}
+  head -c {first} /dev/zero >"$2/pages-1.img"
+  case $2 in */2) head -c {second} /dev/zero >"$2/pages-1.img" ;; esac ;;
+esac
+"""
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "code", "why"),
+    [(9, 4, 0, ""), (9, 9, 0, "9 and 9 bytes"), (0, 0, 0, "0 and 0"), (9, 4, 1, "Error: no")],
+)
+def test_tracking_is_believed_only_when_a_second_pre_dump_holds_less(
+    tmp_path: Path, first: int, second: int, code: int, why: str
+) -> None:
+    fake = tmp_path / "criu"
+    fake.write_text(_FAKE.format(first=first, second=second, code=code))
+    fake.chmod(0o755)
+    said = tracking.problem(str(fake))
+    assert why in said and bool(why) == bool(said)
+
+
+def test_without_a_criu_there_is_no_pre_dump() -> None:
+    assert "No such file" in tracking.problem("/nonexistent/criu")
+
+
+def real() -> str:
+    needs("root")
+    program = criu.program()
+    if program is None:
+        needs("criu")
+    return str(program)
+
+
+def test_the_kernel_and_criu_agree_on_what_the_probe_says() -> None:
+    """Soft-dirty bits are all that CRIU 4.2 tracks memory by."""
+    data = bytearray(4096 * 2)
+    address = ctypes.addressof(ctypes.c_char.from_buffer(data)) + 4096
+    Path("/proc/self/clear_refs").write_text("4")
+    data[4096] = 1
+    with Path("/proc/self/pagemap").open("rb") as f:
+        f.seek(address // 4096 * 8)
+        dirty = int.from_bytes(f.read(8), "little") >> 55 & 1
+    assert (tracking.problem(real()) == "") == bool(dirty)
+
+
+def test_criu_s_own_word_for_the_standstill_is_read(tmp_path: Path) -> None:
+    program = real()
+    images, work = tmp_path / "images", tmp_path / "work"
+    images.mkdir()
+    work.mkdir()
+    with subprocess.Popen(
+        [shutil.which("sleep") or "sleep", "60"],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    ) as sleeper:
+        command = [program, "dump", "-t", str(sleeper.pid), "-D", str(images), "-W", str(work)]
+        subprocess.run([*command, "--leave-running"], check=True, capture_output=True, timeout=60)
+        sleeper.kill()
+    seconds = tracking.frozen_seconds(work)
+    assert seconds is not None and 0 < seconds < 60
+    stats = work / "stats-dump"
+    for size in range(len(stats.read_bytes())):
+        stats.write_bytes(stats.read_bytes()[:size])
+        assert tracking.frozen_seconds(work) is None or size > 24
+    stats.unlink()
+    assert tracking.frozen_seconds(work) is None
