@@ -200,8 +200,16 @@ class Agent:
         self._begun().take_disk(index, self._mux.open(channel))
         return {}
 
-    def _dump(self, channel: int) -> dict[str, Any]:
-        self._begun().take_dump(self._mux.open(channel))
+    def _dump(
+        self, channel: int, number: int = 0, parent: int = 0, room: int = 0
+    ) -> dict[str, Any]:
+        landing = self._begun()
+        fd = self._mux.open(channel)
+        try:
+            landing.take_dump(fd, number, parent, room)
+        except BaseException:
+            os.close(fd)
+            raise
         return {}
 
     def _join(self, name: str, timeout: float) -> dict[str, Any]:

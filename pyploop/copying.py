@@ -6,7 +6,10 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import TypeVar
 
 from pyploop import device
 from pyploop.device import Source
@@ -20,7 +23,11 @@ from pyploop.runtimes import COPY_FAILED, Disk
 from pyploop.sender import Sender
 from pyploop.summary import Options, Summary
 from pyploop.trackers.choose import choose
+from pyploop.units import MIB
 
+T = TypeVar("T")
+TELLING = 16 * MIB
+"""Bytes of a first pass that tell how fast the connection is."""
 REQUEST = 30.0
 """Seconds for a request that starts something."""
 
@@ -46,6 +53,7 @@ class Disks:
         self._stack = contextlib.ExitStack()
         self._senders: list[Sender] = []
         self._wanted = (remote, sources, options, report)
+        self._limited = bool(options.rate)
 
     def __enter__(self) -> Disks:
         remote, sources, options, report = self._wanted
@@ -87,7 +95,27 @@ class Disks:
             sender.converge()
             sender.prepare_freeze()
 
-        in_parallel([lambda s=s: one(s) for s in self._senders], self._cancel)  # type: ignore[misc]
+        self._each(one)
+
+    # ---- the same by steps, for all disks each
+
+    def first_pass(self) -> float:
+        """Bytes per second of all together, 0 when they do not tell."""
+        start = time.monotonic()
+        sent = sum(r.sent for r in self._each(Sender.first_pass))
+        if self._limited or sent < TELLING:
+            return 0.0
+        return sent / (time.monotonic() - start)
+
+    def converge(self) -> None:
+        self._each(Sender.converge)
+
+    def prepare_freeze(self) -> None:
+        self._each(Sender.prepare_freeze)
+
+    def _each(self, step: Callable[[Sender], T]) -> list[T]:
+        works: list[Callable[[], T]] = [partial(step, s) for s in self._senders]
+        return in_parallel(works, self._cancel)
 
     def finish(self) -> list[Summary]:
         """All frozen together, the last blocks, durable at the target; thawed
@@ -100,7 +128,7 @@ class Disks:
                 sender.last_blocks()
                 sender.finish()
 
-            in_parallel([lambda s=s: one(s) for s in self._senders], self._cancel)  # type: ignore[misc]
+            self._each(one)
         for sender in self._senders:
             if sender.summary.acknowledged != "acknowledged":
                 raise MigrateError(COPY_FAILED, "the target did not say that its disk is durable")

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from pyploop import pieces, undoing, verdict
+from pyploop.chain import Chain, check_room, folder_of
 from pyploop.errors import MigrateError, ProtocolError
 from pyploop.events import Reporter
 from pyploop.hostconf import HostConfig
@@ -58,7 +59,7 @@ class Landing:
         self._folder = Path(host.images_dir) / f"pyploop-{migration}"
         self._log("remove-tree", path=str(self._folder), transient=True)
         self._folder.mkdir(mode=0o700)
-        (self._folder / "images").mkdir()
+        self._chain = Chain(self._folder)
 
     def _log(self, kind: str, **fields: Any) -> None:
         self._journal.add({"kind": kind, **fields})
@@ -114,9 +115,13 @@ class Landing:
 
         self._jobs[f"disk {index}"] = Job(work)
 
-    def take_dump(self, fd: int) -> None:
-        """The memory, into tmpfs, as it is written at the source."""
-        images = self._folder / "images"
+    def take_dump(self, fd: int, number: int, parent: int, room: int) -> None:
+        """The memory, into tmpfs, as it is written at the source: of a pre-dump, or
+        (0) of the dump.  room: bytes that must be left for it, and what follows."""
+        if not parent:
+            self._forget_rounds()
+        check_room(self._folder, room)
+        images = self._chain.append(number, parent)
 
         def create(name: str) -> int:
             if not name or "/" in name or name.startswith("."):
@@ -127,7 +132,12 @@ class Landing:
         def work() -> None:
             pieces.receive(fd, self._stall, create, durable=False)
 
-        self._jobs["dump"] = Job(work)
+        self._jobs[f"memory {number}" if number else "dump"] = Job(work)
+
+    def _forget_rounds(self) -> None:
+        """One of them failed: the dump comes whole."""
+        for name in [n for n in self._jobs if n.startswith("memory ")]:
+            self._jobs.pop(name).over.wait(self._stall)
 
     def join(self, name: str, timeout: float) -> float:
         """Wait for one of these; returns when it ended (time.monotonic())."""
@@ -156,7 +166,7 @@ class Landing:
             moments["committed"] = time.monotonic()
 
         try:
-            self._runtime.undump(self._folder / "images", commit)
+            self._runtime.undump(folder_of(self._folder, 0), commit)
         except BaseException:
             self._withdraw()
             raise

@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """The story of one migration, top to bottom; the only module that sees both hosts.
 
-    checks of both sides -> files and disks copied while it runs -> suspended:
-    dump, streamed as it is written, at the same time as the last blocks ->
-    the target restores, and says that it runs -> the source is killed
+    checks of both sides -> files, disks and, where the kernel tracks it, memory
+    copied while it runs -> suspended: dump, streamed as it is written, at the same
+    time as the last blocks -> the target restores, and says that it runs -> the
+    source is killed
 
 Invariants: the source's container stays as it is until the target has said that
 it runs; after the target was asked to restore, only its verdict lets the source
@@ -23,13 +24,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from pyploop import agent, pieces, recover, undoing, verdict
+from pyploop import agent, chain, memory, pieces, recover, undoing, verdict
 from pyploop.copying import REQUEST, Disks, opened
 from pyploop.errors import MigrateError, PyploopError
 from pyploop.events import Reporter
 from pyploop.hostconf import HostConfig
 from pyploop.jobs import Job
 from pyploop.journal import Journal
+from pyploop.memory_rounds import MemoryPolicy
 from pyploop.recorder import Recorder
 from pyploop.remote import Remote
 from pyploop.runtimes import NO_CONTAINER, STOPPED, Runtime
@@ -52,6 +54,8 @@ class Wish:
     keep_dst: bool = False
     check_only: bool = False
     nodeps: frozenset[str] = frozenset()
+    pre_dumps: int = MemoryPolicy.max_rounds
+    """Rounds of memory before the freeze at most."""
     ssh_options: tuple[str, ...] = ()
     copy: Options = field(default_factory=Options)
 
@@ -115,6 +119,7 @@ def migrate(host: HostConfig, runtime: Runtime, wish: Wish, report: Reporter) ->
             nodeps=sorted(wish.nodeps),
         )
         report.info(f"Both sides are checked; {wish.host} has pyploop {remote.version}")
+        rounds = memory.policy_for(runtime, wish.pre_dumps if wish.live else None, report)
         if wish.check_only:
             return Result()
         move = _Move(host, runtime, wish, report, remote)
@@ -122,10 +127,10 @@ def migrate(host: HostConfig, runtime: Runtime, wish: Wish, report: Reporter) ->
             move.begin()
             _copy_items(runtime, remote, wish)
             with Disks(remote, sources, wish.copy, report) as disks:
-                disks.copy_while_running()
                 if wish.live:
-                    move.live(disks)
+                    move.live(disks, move.begin_memory(rounds, int(facts.get("memory") or 0)))
                 else:
+                    disks.copy_while_running()
                     move.stopped(disks, state.running)
         except BaseException as e:
             if not move.lost(e):
@@ -175,7 +180,8 @@ class _Move:
         )
         self._lock = verdict.Verdict.create(folder, self.id, "source")
         runtime.keep_fds = (self._lock.fd,)
-        self._jobs: list[Job[None]] = []
+        self._jobs: list[Job[Any]] = []
+        self._folder = Path(host.images_dir) / f"pyploop-{self.id}-out"
 
     def begin(self) -> None:
         """The target makes its journal and its verdict."""
@@ -186,22 +192,40 @@ class _Move:
     def _log(self, kind: str) -> None:
         self._journal.add({"kind": kind, **undoing.naming(self._host, self._runtime)})
 
-    def live(self, disks: Disks) -> None:
-        """Suspend, dump and last blocks at once, restore on the target."""
+    def begin_memory(self, policy: MemoryPolicy | None, used: int) -> memory.Memory:
+        """The container's, of which `used` bytes are in use."""
+        self._journal.add({"kind": "remove-tree", "path": str(self._folder)})
+        self._folder.mkdir(mode=0o700, parents=True)
+        return memory.Memory(
+            self._runtime,
+            self._remote,
+            self._folder,
+            undo=(self._journal, {"kind": "resume", **undoing.naming(self._host, self._runtime)}),
+            jobs=self._jobs,
+            memory=used,
+            policy=policy,
+            stall=self._wish.copy.stall,
+            rate=self._wish.copy.rate,
+            recorder=self.result.recorder,
+            report=self._report,
+        )
+
+    def live(self, disks: Disks, ahead: memory.Memory) -> None:
+        """All while it runs; then suspend, dump and last blocks at once, restore on
+        the target."""
         runtime, remote = self._runtime, self._remote
-        folder = Path(self._host.images_dir) / f"pyploop-{self.id}-out"
-        self._journal.add({"kind": "remove-tree", "path": str(folder)})
-        images = folder / "images"
-        images.mkdir(mode=0o700, parents=True)
+        memory.approach(disks, ahead)
+        images, parent = chain.folder_of(self._folder, 0), ahead.parent_folder
+        images.mkdir(mode=0o700)
         number, fd = remote.open_channel()
         with pieces.Writer(fd, self._wish.copy.stall) as out:
-            remote.call("dump", REQUEST, channel=number)
+            remote.call("dump", REQUEST, channel=number, parent=ahead.parent)
             self._compare_clocks()
             self._log("resume")
             start = time.monotonic()
             runtime.suspend()
             suspended = time.monotonic()
-            dump = Job(lambda: runtime.dump(images))
+            dump = Job(lambda: runtime.dump(images, parent))
             stream = Job(lambda: pieces.stream_dump(images, out, dump))
             self._jobs += [dump, stream]
             self.result.disks = disks.finish()
@@ -235,7 +259,13 @@ class _Move:
             if name in moments:
                 record.add(name, here(asked), here(float(moments[name])), "target")
         record.spans += disks.spans()
-        self._report.event("moved", steps=self.result.steps, dump_bytes=out.sent)
+        self._report.event(
+            "moved",
+            steps=self.result.steps,
+            dump_bytes=out.sent,
+            memory_rounds=[vars(r) for r in ahead.rounds],
+            parent=ahead.parent,
+        )
 
     def _compare_clocks(self) -> None:
         for _ in range(5):

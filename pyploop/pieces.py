@@ -14,8 +14,10 @@ import errno
 import os
 import socket
 import struct
+import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from pyploop._core import fdatasync
 from pyploop.errors import ProtocolError, ReadError, SyncError, WriteError
@@ -34,14 +36,18 @@ MOST_FILES = 100_000
 class Writer:
     """Pieces into a channel's descriptor, which it closes."""
 
-    def __init__(self, fd: int, stall: float) -> None:
-        """stall: seconds for the peer to take a piece."""
+    def __init__(self, fd: int, stall: float, rate: int = 0) -> None:
+        """stall: seconds for the peer to take a piece; rate: bytes per second at
+        most, 0 for any."""
         self._sock = socket.socket(fileno=fd)
         self._sock.settimeout(stall)
+        self._rate, self._start = rate, time.monotonic()
         self.sent = 0
         """Bytes of data so far."""
 
     def _send(self, data: bytes) -> None:
+        if self._rate:
+            time.sleep(max(self._start + self.sent / self._rate - time.monotonic(), 0.0))
         try:
             self._sock.sendall(data)
         except OSError as e:
@@ -97,7 +103,7 @@ class Writer:
         self.close()
 
 
-def stream_dump(folder: Path, out: Writer, dump: Job[None]) -> None:
+def stream_dump(folder: Path, out: Writer, dump: Job[Any]) -> None:
     """Send a folder of CRIU images that is being written until `dump` has ended;
     its failure is raised here too, and the stream has no end then.
 
@@ -114,7 +120,7 @@ def stream_dump(folder: Path, out: Writer, dump: Job[None]) -> None:
     for path in sorted(folder.iterdir()):
         if path.name in at:
             out.complete(path.name, 0o600, at[path.name])
-        elif path.is_file():
+        elif path.is_file():  # and not the link to a pre-dump's folder
             out.file(path.name, str(path))
     out.end()
 

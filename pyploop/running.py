@@ -234,7 +234,13 @@ class Running:
         return decide(self.measured(), self._options.policy)
 
     def converge(self) -> None:
-        """Rounds until the policy says that the rest is for the freeze."""
+        """Rounds until the policy says that the rest is for the freeze; called
+        again, at least one."""
+        if self._rounds:
+            self.round()
+        else:
+            # What came in between is none of the time that the user allows.
+            self._first_end = time.monotonic()
         self._iterate(last=False)
 
     def _iterate(self, last: bool) -> None:

@@ -142,7 +142,8 @@ class Sender:
         return self._running.round(last=True)
 
     def converge(self) -> None:
-        """Rounds until the policy says that the rest is for the freeze."""
+        """Rounds until the policy says that the rest is for the freeze; called
+        again, at least one."""
         self._running.converge()
 
     @property
@@ -157,7 +158,8 @@ class Sender:
 
     def prepare_freeze(self) -> None:
         """The target durable so far, the watchdog ready, and one more round;
-        nothing when there is nothing to freeze or stop."""
+        nothing when there is nothing to freeze or stop.  May be called again, when
+        something else took its time meanwhile."""
         self._running.prepare_freeze()
 
     # ---- frozen

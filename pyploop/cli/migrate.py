@@ -80,6 +80,7 @@ def _wish(o: MigrateOptions) -> Wish:
         keep_dst=o.keep_dst,
         check_only=o.check_only,
         nodeps=o.nodeps,
+        pre_dumps=o.pre_dumps,
         ssh_options=o.ssh,
         copy=Options(
             stall=o.timeout,

@@ -7,7 +7,9 @@ import argparse
 import shlex
 from dataclasses import dataclass
 
+from pyploop.chain import LONGEST
 from pyploop.cli.arguments import Parser, parsed
+from pyploop.memory_rounds import MemoryPolicy
 from pyploop.units import parse_size, parse_time
 
 RUNTIMES = ("vzctl", "runc", "command")
@@ -33,6 +35,8 @@ class MigrateOptions:
     rsync: tuple[str, ...]
     times: bool
     verbose: int
+    pre_dumps: int
+    """Rounds of memory before the freeze at most."""
     max_freeze: float | None
     deadline: float | None
     bwlimit: int
@@ -92,6 +96,21 @@ def parser() -> Parser:
     add = g.add_argument
     add("--runtime", choices=RUNTIMES, help="what runs the container (from the configuration)")
     add("--config", metavar="FILE", help="how containers look on this host")
+    add(
+        "--pre-dumps",
+        type=_count,
+        default=MemoryPolicy.max_rounds,
+        metavar="N",
+        help="copy memory ahead in so many rounds at most, where the kernel tracks it "
+        f"({MemoryPolicy.max_rounds})",
+    )
+    add(
+        "--no-pre-dump",
+        dest="pre_dumps",
+        action="store_const",
+        const=0,
+        help="copy no memory ahead, and do not try whether it works",
+    )
     add("--max-freeze", type=parsed(parse_time, "time"), metavar="TIME", help="disk frozen at most")
     add(
         "--deadline",
@@ -117,6 +136,12 @@ def parser() -> Parser:
     add("--trace", metavar="FILE", help="a Chrome trace of both hosts")
     add("--recover", action="store_true", help="undo, or finish, what a killed migration left")
     return p
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal() or int(text) > LONGEST:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number up to {LONGEST}")
+    return int(text)
 
 
 def _spelled_out(args: list[str]) -> list[str]:
@@ -148,6 +173,7 @@ def parse(args: list[str]) -> MigrateOptions:
         rsync=_words(p, o.rsync),
         times=o.times,
         verbose=min(o.verbose, 4),
+        pre_dumps=o.pre_dumps,
         max_freeze=o.max_freeze,
         deadline=o.deadline,
         bwlimit=o.bwlimit,

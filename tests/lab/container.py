@@ -46,7 +46,7 @@ mount = "{ROOTFS}"
 """
 
 
-def config(append_interval_ms: int) -> dict[str, object]:
+def config(append_interval_ms: int, memory: int = 0) -> dict[str, object]:
     """config.json: what `runc spec` writes, but no terminal, no rlimits, a writable
     root, and the network namespace that is already there."""
     spec = tempfile.mkdtemp(prefix="pyploop-spec-")
@@ -56,7 +56,7 @@ def config(append_interval_ms: int) -> dict[str, object]:
     finally:
         shutil.rmtree(spec)
     made["process"] |= {"terminal": False, "rlimits": [], "cwd": "/"}
-    made["process"]["args"] = ["/guest", str(append_interval_ms)]
+    made["process"]["args"] = ["/guest", str(append_interval_ms), str(memory >> 20)]
     made["root"] = {"path": str(ROOTFS), "readonly": False}
     made["hostname"] = NAME
     for namespace in made["linux"]["namespaces"]:
@@ -75,11 +75,11 @@ def build_guest(folder: Path) -> Path:
     return out
 
 
-def write_bundle(host: Host, append_interval_ms: int = 5) -> None:
+def write_bundle(host: Host, append_interval_ms: int = 5, memory: int = 0) -> None:
     """What a host needs to run the container, except its image."""
     folder = host.outside(BUNDLE)
     host.outside(ROOTFS).mkdir(parents=True, exist_ok=True)
-    (folder / "config.json").write_text(json.dumps(config(append_interval_ms), indent=1))
+    (folder / "config.json").write_text(json.dumps(config(append_interval_ms, memory), indent=1))
     host.outside(CRIU_CONFIG).write_text(_CRIU_CONFIG)
     host.outside(ACTION).write_text(_ACTION)
     host.outside(ACTION).chmod(0o755)
@@ -165,13 +165,15 @@ def remove(host: Host) -> None:
 
 
 @contextlib.contextmanager
-def container(lab: Lab, append_interval_ms: int = 5, size: int = IMAGE_BYTES) -> Iterator[None]:
+def container(
+    lab: Lab, append_interval_ms: int = 5, size: int = IMAGE_BYTES, memory: int = 0
+) -> Iterator[None]:
     """The container, running on host a, and unknown on host b; at the end removed
-    from both hosts."""
+    from both hosts.  memory: bytes that it holds and rewrites."""
     guest = build_guest(lab.folder)
     for host in (lab.a, lab.b):
         write_pyploop_config(host)
-    write_bundle(lab.a, append_interval_ms)
+    write_bundle(lab.a, append_interval_ms, memory)
     make_image(lab.a, guest, size)
     with contextlib.ExitStack() as stack:
         for host in (lab.a, lab.b):

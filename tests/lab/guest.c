@@ -8,7 +8,9 @@
  *             fsyncs each; a record carries when its predecessor was durable
  *   load      writes 4 KiB blocks at random places of /data/load.bin, buffered,
  *             at the rate that "L MB_PER_SECOND" set; it remembers how often each
- *             block was written, so "V" finds blocks that the disk lost
+ *             block was written, so "V" finds blocks that the disk lost; and it holds
+ *             memory, of which it rewrites some pages all the time, and "V" finds
+ *             those that are not as they were written
  *
  * "I" asks how many rows the database has, and whether it is intact.
  *
@@ -42,6 +44,7 @@ enum {
 	CONNECTIONS = 8,
 	LINE = 128,
 	TICK_MS = 10,
+	REWRITES = 8,			/* pages of memory, each tick */
 };
 
 /* What the server asks of the load, and the answer. */
@@ -114,7 +117,25 @@ static void fill(uint64_t *block, uint32_t index, uint32_t generation)
 	block[1] = generation;
 }
 
-/* The disk's blocks against what was written: read past the page cache. */
+/* Pages of memory, and how often each was rewritten. */
+static struct {
+	size_t count;
+	uint64_t (*pages)[BLOCK / 8];
+	uint32_t *rewritten;
+} memory;
+
+static void hold(size_t bytes)
+{
+	memory.count = bytes / BLOCK;
+	memory.pages = aligned_alloc(BLOCK, bytes);
+	memory.rewritten = calloc(memory.count, sizeof(*memory.rewritten));
+	if (!memory.pages || !memory.rewritten)
+		die("memory");
+	for (size_t i = 0; i < memory.count; i++)
+		fill(memory.pages[i], (uint32_t)i, 0);
+}
+
+/* The disk's blocks against what was written, read past the page cache; the memory. */
 static void verify(void)
 {
 	static uint64_t seen[BLOCK / 8] __attribute__((aligned(BLOCK))), want[BLOCK / 8];
@@ -132,22 +153,33 @@ static void verify(void)
 		checked++;
 	}
 	close(fd);
+	for (size_t i = 0; i < memory.count; i++, checked++) {
+		fill(want, (uint32_t)i, memory.rewritten[i]);
+		wrong += memcmp(memory.pages[i], want, BLOCK) != 0;
+	}
 	shared->checked = checked;
 	shared->wrong = wrong;
 }
 
-static void load(void)
+static void load(size_t bytes)
 {
 	static uint64_t block[BLOCK / 8];
 	int fd = open("/data/load.bin", O_RDWR | O_CREAT, 0644);
-	uint64_t random = 88172645463325252u, debt = 0;
+	uint64_t random = 88172645463325252u, debt = 0, next = 0;
 
 	if (fd < 0 || ftruncate(fd, (off_t)BLOCKS * BLOCK))
 		die("load.bin");
+	if (bytes)
+		hold(bytes);
 	for (;;) {
 		if (shared->verify_asked != shared->verify_done) {
 			verify();
 			shared->verify_done = shared->verify_asked;
+		}
+		for (int i = 0; i < REWRITES && memory.count; i++) {
+			uint32_t page = next++ % (memory.count / 8);
+
+			fill(memory.pages[page], page, ++memory.rewritten[page]);
 		}
 		/* A tick's share; what was missed while frozen is not made up for. */
 		for (debt += shared->rate * TICK_MS / 1000; debt >= BLOCK; debt -= BLOCK) {
@@ -279,10 +311,11 @@ static void server(void)
 	}
 }
 
-/* guest APPEND_INTERVAL_MS: runs until one of its processes ends. */
+/* guest APPEND_INTERVAL_MS [MEMORY_MIB]: runs until one of its processes ends. */
 int main(int argc, char **argv)
 {
 	long interval_ms = argc > 1 ? atol(argv[1]) : 5;
+	size_t bytes = argc > 2 ? (size_t)atol(argv[2]) << 20 : 0;
 
 	shared = mmap(NULL, sizeof(*shared), PROT_READ | PROT_WRITE, MAP_SHARED | MAP_ANONYMOUS,
 		      -1, 0);
@@ -299,7 +332,7 @@ int main(int argc, char **argv)
 			else if (i == 1)
 				appender(interval_ms);
 			else
-				load();
+				load(bytes);
 			exit(1);
 		}
 	}

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 from pathlib import Path
 
 from guest import Guest
@@ -17,13 +18,43 @@ from guest import Guest
 DISKS = ("one", "two")
 
 
+def dump(images: Path, contents: str) -> None:
+    """What the guest's memory is said to be, or, with a parent, that it is there."""
+    if parent := os.environ.get("PYPLOOP_PARENT"):
+        assert memory(Path(parent)) == contents
+        (images / "parent").symlink_to(os.path.relpath(parent, images))
+    else:
+        (images / "memory").write_text(contents)
+
+
+def memory(images: Path) -> str:
+    """What a chain of images holds."""
+    file = images / "memory"
+    return file.read_text() if file.exists() else memory(images / "parent")
+
+
+def pre_dump(host: Path, images: Path) -> None:
+    """The first is large and takes its time, so that a second one pays."""
+    gate = host / f"pre_dump-{images.name}-waits"
+    while gate.exists():
+        (host / "pre_dump-reached").touch()
+        time.sleep(0.01)
+    dump(images, os.environ["PYPLOOP_CONTAINER"])
+    with (images / "pages-1.img").open("wb") as f:
+        f.write(bytes((16 << 20) // int(images.name) ** 4))
+    time.sleep(0.1)
+
+
 def main(host: str, step: str) -> int:
     folder = Path(host)
     g, disks = Guest(folder, "any"), [folder / d for d in DISKS]
-    if (folder / f"{step}-fails").exists():
-        print(f"{step} was made to fail", file=sys.stderr)
-        return 3
     images = os.environ.get("PYPLOOP_IMAGES", "")
+    fails = folder / f"{step}-fails"
+    if fails.exists() and fails.read_text() in ("", Path(images).name):
+        print(f"{step} was made to fail", file=sys.stderr)
+        if step == "pre_dump":  # as a CRIU that aborts
+            g.freeze(True)
+        return 3
     if step == "status":
         there = g.pids() or (folder / "one.img").exists()
         state = "suspended" if g.pids() and g.frozen() else "running" if g.pids() else "stopped"
@@ -32,10 +63,12 @@ def main(host: str, step: str) -> int:
         g.freeze(True)
     elif step in ("resume", "resume_restored"):
         g.freeze(False)
+    elif step == "pre_dump":
+        pre_dump(folder, Path(images))
     elif step == "dump":
-        Path(images, "memory").write_text(os.environ["PYPLOOP_CONTAINER"])
+        dump(Path(images), os.environ["PYPLOOP_CONTAINER"])
     elif step == "undump":
-        assert Path(images, "memory").read_text() == os.environ["PYPLOOP_CONTAINER"]
+        assert memory(Path(images)) == os.environ["PYPLOOP_CONTAINER"]
         g.launch(disks, frozen=True)
     elif step in ("kill", "abandon", "stop"):
         g.end()

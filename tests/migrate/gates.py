@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Places in a migration where a test can stop it: before and after runc's
-checkpoint, restore and delete.  A script takes runc's place on the host."""
+checkpoint (or pre-dump), restore and delete.  A script takes runc's place on the host."""
 
 from __future__ import annotations
 
@@ -25,6 +25,7 @@ gate() {{
 for step; do
   case $step in
   checkpoint|restore|delete)
+    case "$*" in *--pre-dump*) step=pre-dump ;; esac
     [ ! -e {folder}/$step-fails ] || {{ echo "$step was made to fail" >&2; exit 1; }}
     gate $step-before
     {runc} "$@"
@@ -43,7 +44,10 @@ class Gates:
     def __init__(self, host: Host, folder: Path) -> None:
         self._folder = folder
         script = host.folder / "bin" / "runc"
-        script.write_text(_SCRIPT.format(folder=folder, runc=shutil.which("runc")))
+        runc: str | Path | None = shutil.which("runc")
+        if script.exists():  # another one has its place already
+            runc = script.rename(script.with_name("runc-behind"))
+        script.write_text(_SCRIPT.format(folder=folder, runc=runc))
         script.chmod(0o755)
 
     def close_gate(self, place: str) -> None:
@@ -68,5 +72,8 @@ def gates(host: Host) -> Iterator[Gates]:
     try:
         yield Gates(host, folder)
     finally:
-        (host.folder / "bin" / "runc").unlink(missing_ok=True)
+        script = host.folder / "bin" / "runc"
+        script.unlink(missing_ok=True)
+        if script.with_name("runc-behind").exists():
+            script.with_name("runc-behind").rename(script)
         shutil.rmtree(folder)

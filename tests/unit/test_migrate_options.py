@@ -40,6 +40,8 @@ def test_options_for_ssh_are_words_as_a_shell_splits_them() -> None:
         ["--recover", "--live", "dst", "1"],
         ["--", "-oProxyCommand=true", "1"],
         ["-r", "maybe"],
+        ["--pre-dumps", "21", "dst", "1"],
+        ["--pre-dumps", "-1", "dst", "1"],
     ],
 )
 def test_a_wrong_command_line_exits_with_vzmigrate_s_code(
@@ -49,6 +51,12 @@ def test_a_wrong_command_line_exits_with_vzmigrate_s_code(
         parse(args)
     assert end.value.code == 1
     assert "usage" in capsys.readouterr().err.lower()
+
+
+def test_memory_is_copied_ahead_in_so_many_rounds_or_not_at_all() -> None:
+    assert parse(["dst", "1"]).pre_dumps == 5
+    assert parse(["--pre-dumps", "20", "dst", "1"]).pre_dumps == 20
+    assert parse(["--no-pre-dump", "dst", "1"]).pre_dumps == 0
 
 
 def test_recovering_needs_no_names() -> None:

@@ -1,0 +1,256 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Memory that is copied ahead, in rounds.
+
+No kernel here tracks memory.  CRIU's part is played by predumps.py: real dumps made
+into a chain, from which a real CRIU restores.  That the real one says no, and the
+container moves without, is tested too."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import support
+from gates import gates
+from lab import container, criu, verify
+from lab.hosts import Host, Lab
+from moving import Outcome, files, judge, kill, migrate, migration, recover
+from test_command import Pair, pair  # noqa: F401 - a fixture
+from test_failures import DISTURBANCES
+
+HERE = Path(__file__).parent
+SIZE = 192 << 20
+MEMORY = 48 << 20
+"""Bytes that the container holds, and of which it rewrites an eighth."""
+MATRIX = pytest.mark.skipif("PYPLOOP_MATRIX" not in os.environ, reason="with PYPLOOP_MATRIX=1")
+
+
+# ---- runc
+
+
+@contextlib.contextmanager
+def tracking(*hosts: Host, spoiled: str = "none") -> Iterator[None]:
+    """CRIU and runc of these hosts can pre-dump; `spoiled`: the pre-dump that is
+    made, but reported as a failure, and leaves the container frozen."""
+    real = {"criu": criu.program() or "", "runc": shutil.which("runc") or ""}
+    when = {
+        "criu": "check*mem_dirty_track*|pre-dump*",
+        "runc": "*' checkpoint '*'--pre-dump '*|*' checkpoint '*' --parent-path '*",
+    }
+    play = shlex.join([sys.executable, str(HERE / "predumps.py")])
+    for host in hosts:
+        for name, program in real.items():
+            script = host.folder / "bin" / name
+            script.unlink(missing_ok=True)
+            script.write_text(
+                f'#!/bin/sh\ncase "$*" in\n{when[name]}) {play} {name} {program} "$@" || exit 1\n'
+                f'  case "$*" in *"/{spoiled} --work-path"*) {program} pause {container.NAME}\n'
+                f'    exit 1 ;; esac ;;\n*) exec {program} "$@" ;;\nesac\n'
+            )
+            script.chmod(0o755)
+    try:
+        yield
+    finally:
+        for host in hosts:
+            (host.folder / "bin" / "runc").unlink()
+            (host.folder / "bin" / "criu").unlink()
+            (host.folder / "bin" / "criu").symlink_to(real["criu"])
+
+
+def told(done: Outcome, event: str) -> list[dict[str, Any]]:
+    return [e for e in done.events if e["event"] == event]
+
+
+def test_memory_goes_ahead_where_it_is_tracked_and_not_where_it_is_not(two_hosts: Lab) -> None:
+    a, b = two_hosts.a, two_hosts.b
+    before = files(b)
+    with (
+        container.container(two_hosts, size=SIZE, memory=MEMORY),
+        verify.client(two_hosts) as client,
+    ):
+        client.load(2)
+        # What this kernel says by itself.
+        done = migrate(two_hosts, a)
+        assert done.code == 0, done.errors
+        (probe,), (move,) = told(done, "pre-dump"), told(done, "moved")
+        if not probe["works"]:
+            assert "Dirty tracking is OFF" in probe["why"]
+            assert (move["parent"], move["memory_rounds"]) == (0, [])
+            assert move["dump_bytes"] > MEMORY
+        assert judge(two_hosts, client, before) is b
+
+        with tracking(a, b):
+            done = migrate(two_hosts, b)
+        assert done.code == 0, done.errors
+        (move,) = told(done, "moved")
+        assert move["parent"] == len(move["memory_rounds"]) >= 2
+        assert move["memory_rounds"][0]["sent"] > MEMORY > 4 * move["dump_bytes"]
+        assert all(r["frozen"] > 0 for r in move["memory_rounds"])
+        # Memory and disk took turns.
+        phases = [e["phase"] for e in told(done, "phase")]
+        assert phases.index("memory 1") < phases.index("round 1") < phases.index("memory 2")
+        assert phases.index("memory 2") < len(phases) - 1 - phases[::-1].index("sync")
+        assert judge(two_hosts, client, before) is a
+
+
+@MATRIX
+def test_a_pre_dump_that_fails_and_leaves_the_container_frozen_costs_no_more_than_its_round(
+    two_hosts: Lab,
+) -> None:
+    a, b = two_hosts.a, two_hosts.b
+    before = files(b)
+    with (
+        container.container(two_hosts, size=SIZE, memory=MEMORY),
+        verify.client(two_hosts) as client,
+        tracking(a, b, spoiled="2"),
+    ):
+        done = migrate(two_hosts, a)
+        assert done.code == 0, done.errors
+        assert "so the memory is dumped whole" in done.out
+        (move,) = told(done, "moved")
+        assert (move["parent"], len(move["memory_rounds"])) == (0, 1)
+        assert move["dump_bytes"] > MEMORY
+        assert judge(two_hosts, client, before) is b
+
+
+PLACES = ("pre-dump-before", "pre-dump-after", "checkpoint-before", "restore-before")
+
+
+@MATRIX
+@pytest.mark.parametrize("disturbance", DISTURBANCES)
+@pytest.mark.parametrize("place", PLACES)
+def test_a_migration_disturbed_amid_memory_rounds_leaves_one_container_and_no_debris(
+    two_hosts: Lab, place: str, disturbance: str
+) -> None:
+    how, side, pattern = DISTURBANCES[disturbance]
+    a, b = two_hosts.a, two_hosts.b
+    before = files(b)
+    with (
+        container.container(two_hosts, size=SIZE, memory=MEMORY),
+        verify.client(two_hosts) as client,
+        tracking(a, b),
+        gates(a) as on_source,
+        gates(b) as on_target,
+    ):
+        client.load(2)
+        stops = on_target if place.startswith("restore") else on_source
+        stops.close_gate(place)
+        with migration(two_hosts, a) as moving:
+            stops.wait(place)
+            kill(a if side == "source" else b, pattern, how)
+            stops.open_gate(place)
+            done = moving.wait()
+        assert "Traceback" not in done.errors
+        if how is signal.SIGKILL and pattern.endswith("migrate"):
+            recover(a)
+        here = judge(two_hosts, client, before)
+        if not place.startswith("restore"):
+            assert here is a
+            assert done.code != 0
+        assert migrate(two_hosts, here).code == 0
+
+
+# ---- commands of one's own
+
+
+@pytest.fixture
+def able(pair: Pair) -> Pair:  # noqa: F811
+    """Both hosts have a pre_dump command."""
+    for host in (pair.a, pair.b):
+        command = [sys.executable, str(HERE / "anyhost.py"), str(host), "pre_dump"]
+        config = host / "migrate.toml"
+        head = "[container.box.commands]\n"
+        text = config.read_text().replace(head, f"{head}pre_dump = {json.dumps(command)}\n")
+        config.write_text(text)
+    return pair
+
+
+def moved(
+    pair: Pair,  # noqa: F811
+    source: Path,
+    *options: str,
+    fails: str = "none",
+) -> tuple[str, list[Any]]:
+    """A live migration, of which one pre-dump fails: what it said, and its events;
+    it succeeds."""
+    log, bad = pair.a.parent / "events", source / "pre_dump-fails"
+    bad.write_text(fails)
+    done = pair.migrate(source, "--live", "--json", str(log), *options)
+    bad.unlink()
+    assert done.returncode == 0, done.stderr
+    pair.runs_only_on(pair.b if source is pair.a else pair.a)
+    return done.stdout, [json.loads(line) for line in log.read_text().splitlines()]
+
+
+def rounds(events: list[Any]) -> tuple[int, int, int]:
+    """(memory rounds that the target has, the dump's parent, bytes of the dump)"""
+    last = next(e for e in events if e["event"] == "moved")
+    return len(last["memory_rounds"]), last["parent"], last["dump_bytes"]
+
+
+def test_the_dump_builds_upon_the_last_of_as_many_rounds_as_are_wanted(able: Pair) -> None:
+    trace = able.a.parent / "trace"
+    _, events = moved(able, able.a, "--trace", str(trace))
+    made, parent, size = rounds(events)
+    assert made == parent >= 2
+    assert size == 0  # the target found it in the first round's folder
+    assert '"memory 2"' in trace.read_text()
+    assert rounds(moved(able, able.b, "--pre-dumps", "1")[1]) == (1, 1, 0)
+    _, events = moved(able, able.a, "--no-pre-dump")
+    assert rounds(events) == (0, 0, len("box"))
+    assert [e["why"] for e in events if e["event"] == "pre-dump"] == ["not wanted"]
+
+
+def test_after_a_pre_dump_that_failed_the_memory_is_dumped_whole(able: Pair) -> None:
+    for source, number in ((able.a, "1"), (able.b, "2")):
+        said, events = moved(able, source, fails=number)
+        assert "pre_dump was made to fail" in said
+        assert rounds(events) == (int(number) - 1, 0, len("box"))
+
+
+def test_a_target_without_room_for_a_round_gets_the_whole_dump(able: Pair) -> None:
+    with support.tmpfs(able.b / "images", 4 << 20):
+        assert rounds(moved(able, able.a)[1]) == (0, 0, len("box"))
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
+def test_a_migration_ended_amid_a_round_leaves_the_container_where_it_was(
+    able: Pair, how: signal.Signals
+) -> None:
+    gate = able.a / "pre_dump-2-waits"
+    gate.touch()
+    words = ["migrate", "--config", str(able.a / "migrate.toml"), "--live", "other", "box"]
+    moving = subprocess.Popen(
+        [*support.pyploop_cmd(), *words],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=support.pyploop_env(),
+    )
+    try:
+        support.wait_until((able.a / "pre_dump-reached").exists, "the second round has begun")
+        moving.send_signal(how)
+    finally:
+        if how is signal.SIGKILL:
+            moving.wait(30)
+        gate.unlink()
+        _, said = moving.communicate(timeout=30)
+    assert moving.returncode == -how, said
+    (able.a / "pre_dump-reached").unlink()
+    if how is signal.SIGKILL:
+        support.run(
+            *support.pyploop_cmd(), "migrate", "--config", able.a / "migrate.toml", "--recover"
+        )
+    able.runs_only_on(able.a)
+    assert not any((able.a / "images").iterdir())
