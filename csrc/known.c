@@ -37,6 +37,31 @@ void pl_known_fini(struct pl_known *k)
 	k->hash = NULL;
 }
 
+int pl_known_note(struct pl_known *k, uint64_t start, const uint8_t *data,
+		  uint64_t len)
+{
+	uint64_t chunk = 1ull << k->shift, size;
+
+	/* Whole chunks: of a part of one nothing could be kept. */
+	if (start % chunk || start > k->size || len > k->size - start ||
+	    (len % chunk && start + len != k->size))
+		return -EINVAL;
+	for (uint64_t at = 0; at < len; at += size) {
+		size = len - at < chunk ? len - at : chunk;
+		k->hash[(start + at) >> k->shift] = pl_hash_block(data + at, size);
+	}
+	for (uint64_t at = 0; at < len; at += size) {
+		uint64_t pos = start + at;
+
+		size = len - at < PL_BLOCK ? len - at : PL_BLOCK;
+		if (pl_is_zero(data + at, size))
+			pl_bitmap_clear(&k->nonzero, pos, pos + size);
+		else
+			pl_bitmap_set(&k->nonzero, pos, pos + size);
+	}
+	return 0;
+}
+
 void pl_known_assume_data(struct pl_known *k, uint64_t start, uint64_t end)
 {
 	if (end > k->size)

@@ -131,6 +131,10 @@ int pl_known_init(struct pl_known *k, uint64_t size, uint32_t shift);
 void pl_known_fini(struct pl_known *k);
 /* The target may hold anything in [start, end): zeroes must be sent there. */
 void pl_known_assume_data(struct pl_known *k, uint64_t start, uint64_t end);
+/* The target holds exactly `data` at [start, start + len), which is whole chunks,
+   the last one of the source among them perhaps; else -EINVAL. */
+int pl_known_note(struct pl_known *k, uint64_t start, const uint8_t *data,
+		  uint64_t len);
 
 /* ---------------------------------------------------------- pump*.c
  * The sending pump: reads extents of a source with several reads in flight,
@@ -272,7 +276,9 @@ struct pl_recv_cfg {
 				   -ETIMEDOUT (patience.h); 0: never */
 	uint64_t window;	/* dirty bytes of the target kept unwritten at
 				   most, roughly; 0: no rolling writeback */
-	uint32_t sparse;	/* 1: the file is new, so zero blocks become holes */
+	uint32_t sparse;	/* 1: zero blocks become holes */
+	uint64_t held;		/* the file may hold data below this position; 0: it
+				   is new */
 	int reply_fd;		/* socket that D2 is answered on; -1: D2 is refused */
 	pl_digest digest;	/* or NULL */
 	void *digest_ctx;

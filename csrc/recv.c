@@ -365,8 +365,9 @@ int pl_recv_new(struct pl_recv **out, const struct pl_recv_cfg *c)
 		return -ENOMEM;
 	r->cfg = *c;
 	r->cancel_fd = -1;
+	r->written_end = c->held;
 	/* Only a new file can be told to have holes where nothing was read. */
-	if (c->sparse)
+	if (c->sparse && !c->held)
 		pl_huge_init(&r->huge, c->out_fd, 1);
 	pthread_mutex_init(&r->lock, NULL);
 	pthread_cond_init(&r->work, NULL);

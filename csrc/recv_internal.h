@@ -66,7 +66,7 @@ struct pl_recv {
 	uint64_t placed_end;	/* atomic: nothing was placed at or past it */
 
 	/* writer only */
-	uint64_t written_end;	/* nothing was written at or past it */
+	uint64_t written_end;	/* the file has no data at or past it */
 	uint64_t flush_start, flush_end;	/* written, writeback not started */
 	uint64_t flushing_start, flushing_end;	/* writeback under way */
 	uint64_t unflushed, flushing;	/* bytes in these */

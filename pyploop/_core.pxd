@@ -55,6 +55,7 @@ cdef extern from "pl.h" nogil:
     int pl_known_init(pl_known *k, uint64_t size, uint32_t shift)
     void pl_known_fini(pl_known *k)
     void pl_known_assume_data(pl_known *k, uint64_t start, uint64_t end)
+    int pl_known_note(pl_known *k, uint64_t start, const uint8_t *data, uint64_t len)
 
     ctypedef int (*pl_hook)(void *ctx, uint64_t start, uint64_t end)
 
@@ -127,6 +128,7 @@ cdef extern from "pl.h" nogil:
         uint32_t stall_ms
         uint64_t window
         uint32_t sparse
+        uint64_t held
         int reply_fd
         pl_digest digest
         void *digest_ctx

@@ -249,6 +249,12 @@ cdef class Known:
         """The target may hold anything in [start, end): zeroes are sent there."""
         pl_known_assume_data(&self.k, start, end)
 
+    def note(self, uint64_t start, const uint8_t[::1] data not None):
+        """The target holds exactly `data` at `start`: whole chunks, or up to the
+        end of the source."""
+        _check(pl_known_note(&self.k, start, &data[0] if data.shape[0] else NULL,
+                             data.shape[0]))
+
 
 cdef class Hook:
     """A C function that the pump calls just before it reads a range."""
@@ -409,7 +415,8 @@ cdef class Receiver:
 
     def __cinit__(self, *, int in_fd, int out_fd, uint32_t slots,
                   uint32_t slot_size, uint32_t max_frame, uint32_t stall_ms=0,
-                  uint64_t window=0, bint sparse=True, int reply_fd=-1):
+                  uint64_t window=0, bint sparse=True, uint64_t held=0,
+                  int reply_fd=-1):
         cdef pl_recv_cfg cfg
         self.md5 = _Md5()
         self.arrival = Arrival(0, 0, 0, 0)
@@ -417,6 +424,7 @@ cdef class Receiver:
         cfg.in_fd, cfg.out_fd = in_fd, out_fd
         cfg.slots, cfg.slot_size, cfg.max_frame = slots, slot_size, max_frame
         cfg.stall_ms, cfg.window, cfg.sparse = stall_ms, window, sparse
+        cfg.held = held
         cfg.reply_fd, cfg.digest, cfg.digest_ctx = reply_fd, _md5, <void *>self.md5
         _check(pl_recv_new(&self.r, &cfg))
 

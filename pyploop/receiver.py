@@ -57,15 +57,16 @@ def receive(
     stall: float = 0.0,
     *,
     expected: Answers | None = None,
+    sink: Sink | None = None,
 ) -> Received:
     """Receive one image into a new file `path`, in the dialect of its marker.
 
     in_fd: pipe or socket, read until END and not further.  feedback_fd: where
     each SYNC of D1 is answered, or None.  stall: seconds without a byte after
     which the peer is given up, 0: never.  expected: who is told of a failure
-    before the first marker.
+    before the first marker.  sink: what becomes `path`, if not a new file.
     """
-    receipt = _Receipt(path, in_fd, feedback_fd, report, expected)
+    receipt = _Receipt(path, in_fd, feedback_fd, report, expected=expected, sink=sink)
     try:
         return receipt.run(stall)
     except PyploopError as e:
@@ -83,8 +84,11 @@ class _Receipt:
         in_fd: int,
         feedback_fd: int | None,
         report: Reporter,
+        *,
         expected: Answers | None,
+        sink: Sink | None,
     ) -> None:
+        self._sink = sink
         self._path, self._in_fd, self._feedback = path, in_fd, feedback_fd
         self._report = report
         self.answers: Answers = expected or NoAnswers()
@@ -93,7 +97,7 @@ class _Receipt:
 
     def run(self, stall: float) -> Received:
         path, report = self._path, self._report
-        with Sink(path) as sink:
+        with self._sink or Sink(path) as sink:
             size = transport.enlarge_pipe(self._in_fd)
             transport.no_delay(self._in_fd)
             if self._feedback is not None:
@@ -109,6 +113,7 @@ class _Receipt:
                 stall_ms=int(stall * 1000),
                 window=WINDOW,
                 sparse=True,
+                held=sink.held,
                 reply_fd=self._in_fd if transport.is_socket(self._in_fd) else -1,
             )
             syncs = self._serve(pump, sink)

@@ -53,6 +53,8 @@ class Sink:
         except OSError as e:
             os.close(self._dir_fd)
             raise CreateError.of(f"cannot create {path}", e) from e
+        self.held = 0
+        """The file may hold data below this position."""
 
     def _create(self) -> int:
         # The folder by descriptor: it stays the same one if it is renamed.
@@ -97,15 +99,7 @@ class Sink:
         """
         self.sync()
         try:
-            if self._temp is None:
-                os.link(
-                    f"/proc/self/fd/{self.fd}",
-                    self._name,
-                    dst_dir_fd=self._dir_fd,
-                    follow_symlinks=True,
-                )
-            else:
-                kernel.rename_noreplace(self._dir_fd, self._temp, self._name)
+            self._give_name()
         except OSError as e:
             raise CreateError.of(
                 f"the copy is complete, but cannot be named {self.path}; it was dropped", e
@@ -116,6 +110,17 @@ class Sink:
             os.fsync(self._dir_fd)
         except OSError as e:
             raise SyncError.of(f"{self.path} is complete, but its folder is not synced", e) from e
+
+    def _give_name(self) -> None:
+        if self._temp is None:
+            os.link(
+                f"/proc/self/fd/{self.fd}",
+                self._name,
+                dst_dir_fd=self._dir_fd,
+                follow_symlinks=True,
+            )
+        else:
+            kernel.rename_noreplace(self._dir_fd, self._temp, self._name)
 
     def keep(self) -> None:
         """The finished file stays from now on, also when something fails yet:
