@@ -148,6 +148,7 @@ class Agent:
         self._runtime = chosen = make_runtime(self._host, runtime, container)
         self._facts = facts
         self._lock(chosen)
+        self._settle_dead(chosen)
         if platform.machine() != facts.get("machine"):
             raise MigrateError(CPU, f"{platform.machine()} here, {facts.get('machine')} there")
         if live and "cpu" not in nodeps:
@@ -172,6 +173,24 @@ class Agent:
                 self._locks.enter_context(ctlock.container_lock(folder, runtime.container))
         except BusyError as e:
             raise MigrateError(LOCKED, str(e)) from e
+
+    def _settle_dead(self, runtime: Runtime) -> None:
+        """Migrations of this container whose agent was killed, and about which
+        nobody asked since."""
+        folder = Path(self._host.state_dir)
+        ours = ("target", runtime.name, runtime.container)
+        for log in journal.records(folder):
+            fields = log.fields
+            if ours != tuple(fields.get(k) for k in ("side", "runtime", "container")):
+                continue
+            if log.owner() is not None:
+                raise MigrateError(LOCKED, f"{log.what} is under way (process {log.owner()})")
+            try:
+                failed = settle(self._host, verdict.check_id(fields.get("migration")))["failed"]
+            except BusyError as e:
+                raise MigrateError(LOCKED, str(e)) from e
+            if failed:
+                raise MigrateError(LOCKED, f"{log.what} is not undone: {'; '.join(failed)}")
 
     def _begin(self, migration: str, stall: float, keep: bool) -> dict[str, Any]:
         if self._runtime is None or self._landing is not None:
