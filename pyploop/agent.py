@@ -15,7 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from pyploop import __version__, ctlock, journal, landing, transport, undoing, verdict
+from pyploop import __version__, ctlock, journal, kept, landing, transport, undoing, verdict
 from pyploop.errors import BusyError, MigrateError, ProtocolError, PyploopError
 from pyploop.events import Reporter
 from pyploop.hostconf import NAME, HostConfig
@@ -65,7 +65,6 @@ class Agent:
         self._host = host
         self._runtime: Runtime | None = None
         self._landing: Landing | None = None
-        self._keep = False
         self._facts: Facts = {}
         self._locks = contextlib.ExitStack()
         self._mux = Mux(rfd, wfd, greet(rfd, wfd))
@@ -76,6 +75,7 @@ class Agent:
             "check": self._check,
             "begin": self._begin,
             "items": self._items,
+            "digests": self._digests,
             "disk": self._disk,
             "dump": self._dump,
             "join": self._join,
@@ -122,7 +122,7 @@ class Agent:
         failed: list[str] = []
         if self._landing is not None:
             done, self._landing = self._landing, None
-            failed = done.complete() if done.committed else done.undo(self._keep)
+            failed = done.complete() if done.committed else done.undo()
         self._mux.close()
         self._locks.close()
         for text in failed:
@@ -161,8 +161,9 @@ class Agent:
         disks = chosen.disks(source=False)
         if len(disks) != len(sizes):
             raise ProtocolError(f"{len(sizes)} disks there, {len(disks)} here")
-        for disk, size in zip(disks, sizes, strict=True):
-            volumes.check_free(disk, int(size))
+        there = kept.allocated(self._host, chosen, facts)
+        for n, (disk, size) in enumerate(zip(disks, sizes, strict=True)):
+            volumes.check_free(disk, max(int(size) - there.get(f"disk {n}", 0), 0))
         return {"disks": [d.image for d in disks]}
 
     def _lock(self, runtime: Runtime) -> None:
@@ -195,16 +196,16 @@ class Agent:
     def _begin(self, migration: str, stall: float, keep: bool) -> dict[str, Any]:
         if self._runtime is None or self._landing is not None:
             raise ProtocolError("agent protocol: begin comes after check, once")
-        self._keep = keep
         self._landing = Landing(
             self._host,
             self._runtime,
             verdict.check_id(migration),
             self._facts,
             stall=float(stall),
+            keep=bool(keep),
             report=self._report,
         )
-        return {}
+        return {"kept": self._landing.kept_names}
 
     def _begun(self) -> Landing:
         if self._landing is None:
@@ -215,8 +216,12 @@ class Agent:
         self._begun().take_items(self._mux.open(channel))
         return {}
 
-    def _disk(self, index: int, channel: int) -> dict[str, Any]:
-        self._begun().take_disk(index, self._mux.open(channel))
+    def _digests(self, channel: int, files: list[Any]) -> dict[str, Any]:
+        self._begun().tell_kept(files, self._mux.open(channel))
+        return {}
+
+    def _disk(self, index: int, channel: int, reuse: bool = False) -> dict[str, Any]:
+        self._begun().take_disk(index, self._mux.open(channel), bool(reuse))
         return {}
 
     def _dump(
@@ -257,7 +262,7 @@ class Agent:
         if done.committed:
             raise ProtocolError("agent protocol: what is committed is not undone")
         self._landing = None
-        return {"failed": done.undo(self._keep)}
+        return {"failed": done.undo()}
 
     def _settle(self, migration: str) -> dict[str, Any]:
         answer = settle(self._host, verdict.check_id(migration))
@@ -287,7 +292,7 @@ def settle(host: HostConfig, migration: str) -> dict[str, Any]:
             failed = landing.complete(log.adopt()) if log else []
             return {"verdict": verdict.COMMITTED, "failed": failed}
         # Committed and not running: its end came before it could run.
-        failed = undoing.undo_all(log.adopt()) if log else []
+        failed = undoing.undo_all(log.adopt(), bool(log.fields.get("keep"))) if log else []
         record.write(verdict.ABORTED)
         if not failed:
             record.path.unlink(missing_ok=True)

@@ -7,15 +7,16 @@ from __future__ import annotations
 import contextlib
 import os
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from functools import partial
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from pyploop import device
 from pyploop.device import Source
 from pyploop.errors import MigrateError
 from pyploop.events import Reporter
 from pyploop.jobs import in_parallel
+from pyploop.kept_there import Kept
 from pyploop.outputs import StreamOutput
 from pyploop.recorder import Span
 from pyploop.remote import Remote
@@ -24,10 +25,13 @@ from pyploop.sender import Sender
 from pyploop.summary import Options, Summary
 from pyploop.trackers.choose import choose
 from pyploop.units import MIB
+from pyploop.wire.mux import MAX_CHANNELS
 
 T = TypeVar("T")
 TELLING = 16 * MIB
 """Bytes of a first pass that tell how fast the connection is."""
+OTHERS = 16
+"""Channels that a migration needs for other things than disks, at most."""
 REQUEST = 30.0
 """Seconds for a request that starts something."""
 
@@ -48,20 +52,36 @@ class Disks:
     """A sender for each source; a context manager, in which tracking is on."""
 
     def __init__(
-        self, remote: Remote, sources: Sequence[Source], options: Options, report: Reporter
+        self,
+        remote: Remote,
+        sources: Sequence[Source],
+        options: Options,
+        report: Reporter,
+        kept: Container[str] = (),
     ) -> None:
+        """kept: names of what the target can go on from, `disk N` among them."""
         self._stack = contextlib.ExitStack()
         self._senders: list[Sender] = []
-        self._wanted = (remote, sources, options, report)
+        self._kept: dict[Sender, Kept] = {}
+        self._wanted = (remote, sources, options, report, kept)
         self._limited = bool(options.rate)
 
     def __enter__(self) -> Disks:
-        remote, sources, options, report = self._wanted
+        remote, sources, options, report, kept = self._wanted
         with self._stack:
             for index, source in enumerate(sources):
+                name = f"disk {index}"
                 number, fd = remote.open_channel()
                 self._stack.callback(os.close, fd)
-                remote.call("disk", REQUEST, index=index, channel=number)
+                args: dict[str, Any] = {"index": index, "channel": number}
+                # A channel more for each, of which there are not many.
+                reused = name in kept and 2 * len(sources) + OTHERS < MAX_CHANNELS
+                if reused:
+                    digests = self._stack.enter_context(
+                        Kept(remote, [(name, source.size)], options.stall)
+                    )
+                    args["reuse"] = True
+                remote.call("disk", REQUEST, **args)
                 out = StreamOutput(
                     fd,
                     fd,
@@ -73,6 +93,8 @@ class Disks:
                 )
                 sender = Sender(source, choose("auto", source), out, options, report)
                 self._senders.append(self._stack.enter_context(sender))
+                if reused:
+                    self._kept[sender] = digests
             self._stack = self._stack.pop_all()
         return self
 
@@ -82,6 +104,8 @@ class Disks:
     def _cancel(self) -> None:
         for sender in self._senders:
             sender.cancel()
+        for digests in self._kept.values():
+            digests.reader.cancel()
 
     def spans(self) -> list[Span]:
         """What each sender did when."""
@@ -91,6 +115,7 @@ class Disks:
         """First pass, rounds, and what must be ready before the freeze."""
 
         def one(sender: Sender) -> None:
+            self._compare(sender)
             sender.first_pass()
             sender.converge()
             sender.prepare_freeze()
@@ -101,6 +126,7 @@ class Disks:
 
     def first_pass(self) -> float:
         """Bytes per second of all together, 0 when they do not tell."""
+        self._each(self._compare)
         start = time.monotonic()
         sent = sum(r.sent for r in self._each(Sender.first_pass))
         if self._limited or sent < TELLING:
@@ -112,6 +138,12 @@ class Disks:
 
     def prepare_freeze(self) -> None:
         self._each(Sender.prepare_freeze)
+
+    def _compare(self, sender: Sender) -> None:
+        """What the target has kept of its disk need not be sent."""
+        if digests := self._kept.get(sender):
+            name = digests.names[0]
+            digests.tell(self._wanted[3], name, sender.reuse(name, digests.reader))
 
     def _each(self, step: Callable[[Sender], T]) -> list[T]:
         works: list[Callable[[], T]] = [partial(step, s) for s in self._senders]

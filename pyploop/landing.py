@@ -9,12 +9,13 @@ are used, and are checked; nothing that is committed is undone here.
 from __future__ import annotations
 
 import os
+import socket
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from pyploop import pieces, undoing, verdict
+from pyploop import kept, pieces, undoing, verdict
 from pyploop.chain import Chain, check_room, folder_of
 from pyploop.errors import MigrateError, ProtocolError
 from pyploop.events import Reporter
@@ -23,6 +24,7 @@ from pyploop.jobs import Job
 from pyploop.journal import Journal
 from pyploop.receiver import receive
 from pyploop.runtimes import COPY_FAILED, Facts, Runtime
+from pyploop.shelf import Shelf
 from pyploop.verdict import ABORTED, COMMITTED, RAN, Verdict
 
 
@@ -37,10 +39,11 @@ class Landing:
         facts: Facts,
         *,
         stall: float,
+        keep: bool,
         report: Reporter,
     ) -> None:
         """facts: what the source told; stall: seconds without a byte after
-        which a stream is given up."""
+        which a stream is given up; keep: what was copied outlives a failure."""
         self._host, self._runtime, self._facts = host, runtime, facts
         self._stall, self._report = stall, report
         self._disks = runtime.disks(source=False)
@@ -52,6 +55,8 @@ class Landing:
             folder,
             migration=migration,
             side="target",
+            keep=keep,
+            source=kept.source_of(facts),
             **undoing.naming(host, runtime),
         )
         self.verdict = Verdict.create(folder, migration)
@@ -60,6 +65,7 @@ class Landing:
         self._log("remove-tree", path=str(self._folder), transient=True)
         self._folder.mkdir(mode=0o700)
         self._chain = Chain(self._folder)
+        self._shelf = Shelf(host, runtime, self._journal, self._disks, report)
 
     def _log(self, kind: str, **fields: Any) -> None:
         self._journal.add({"kind": kind, **fields})
@@ -74,9 +80,25 @@ class Landing:
             self._log("put-back", path=path, saved=saved)
             os.replace(path, saved)
         else:
-            self._log("remove", path=path, keep=True)
+            self._log("remove", path=path)
 
     # ---- what comes by channels
+
+    @property
+    def kept_names(self) -> list[str]:
+        """What the source need not send again where it is the same."""
+        return self._shelf.names
+
+    def tell_kept(self, files: Any, fd: int) -> None:
+        """Digests of kept files, [name, size] each, into the channel."""
+        out = socket.socket(fileno=fd)
+        out.settimeout(self._stall or None)
+        try:
+            work = self._shelf.tell(files, out)
+        except BaseException:
+            out.close()
+            raise
+        self._jobs[f"digests {len(self._jobs)}"] = Job(work)
 
     def take_items(self, fd: int) -> None:
         """The container's files, each to where its label belongs."""
@@ -86,29 +108,33 @@ class Landing:
         def create(label: str) -> int:
             path = self._runtime.destination(label)
             self._make_parent(path)
+            if not os.path.lexists(path):
+                return self._shelf.item(label, path)
             self._give_way(path)
             return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
 
         pieces.receive(fd, self._stall, create, durable=True)
+        self._shelf.check_items()
         for folder in self._runtime.folders():
             undoing.make_folders(self._journal, Path(folder))
         for path in self._runtime.makes(self._facts):
             self._give_way(path)
         self._runtime.placed(self._facts)
 
-    def take_disk(self, index: int, fd: int) -> None:
-        """One disk's stream; mounted as soon as it is durable."""
+    def take_disk(self, index: int, fd: int, reuse: bool) -> None:
+        """One disk's stream; mounted as soon as it is durable.  reuse: only what
+        differs from what was kept."""
         if not 0 <= index < len(self._disks) or f"disk {index}" in self._jobs:
             raise ProtocolError(f"agent protocol: no disk {index!r} to receive")
         disk = self._disks[index]
         self._make_parent(disk.image)
-        self._log("remove", path=disk.image, keep=True)
+        sink = self._shelf.disk(f"disk {index}", disk.image, reuse)
         for entry in self._runtime.attach(disk):
             self._journal.add(entry)
 
         def work() -> None:
             try:
-                receive(disk.image, fd, None, self._report, self._stall)
+                receive(disk.image, fd, None, self._report, self._stall, sink=sink)
             finally:
                 os.close(fd)
             self._runtime.mount(disk)
@@ -204,19 +230,23 @@ class Landing:
 
     def complete(self) -> list[str]:
         """It stays: forget how it is undone, drop what was needed on the way."""
+        self._shelf.close()
         failed = complete(self._journal)
         self.verdict.close()
         return failed
 
-    def undo(self, keep: bool) -> list[str]:
-        """It goes, or with `keep` what was copied stays.  Returns what could
-        not be undone, which a later process may try again."""
+    def undo(self) -> list[str]:
+        """It goes, or what was copied is kept.  Returns what could not be
+        undone, which a later process may try again."""
         for job in self._jobs.values():
             try:
                 job.join(self._stall)
             except BaseException:
                 continue  # what it made is in the journal
-        failed = undoing.undo_all(self._journal, keep)
+        self._shelf.close()
+        failed = undoing.undo_all(self._journal, self._journal.get("keep"))
+        if what := kept.told(self._host, self._journal):
+            self._report.note(f"Kept for the next migration from there: {what}")
         if not failed:
             self.verdict.write(ABORTED)
         self.verdict.close(remove=not failed)
@@ -228,6 +258,8 @@ def complete(log: Journal) -> list[str]:
     for entry in log.entries:
         if entry["kind"] == "put-back":
             Path(entry["saved"]).unlink(missing_ok=True)
+        if entry["kind"] == "copied":
+            Path(entry["kept"]).unlink(missing_ok=True)  # it was of no use
         if not entry.get("transient"):
             log.done(entry)
     return undoing.undo_all(log)

@@ -24,11 +24,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from pyploop import agent, chain, memory, pieces, recover, undoing, verdict
+from pyploop import agent, chain, memory, pieces, recover, reuse, undoing, verdict
 from pyploop.copying import REQUEST, Disks, opened
 from pyploop.errors import MigrateError, PyploopError
 from pyploop.events import Reporter
 from pyploop.hostconf import HostConfig
+from pyploop.items import send_items
 from pyploop.jobs import Job
 from pyploop.journal import Journal
 from pyploop.memory_rounds import MemoryPolicy
@@ -106,6 +107,7 @@ def migrate(host: HostConfig, runtime: Runtime, wish: Wish, report: Reporter) ->
         )
     facts = runtime.check_source(wish.live)
     facts |= {"machine": platform.machine(), "cpu": agent.cpu_flags()}
+    facts["source"] = reuse.identity(host.state_dir)
     with opened(runtime.disks(source=True)) as sources, connect(host, wish, report) as remote:
         sizes = [_allocated(s.sparse_fd if s.sparse_fd is not None else s.fd) for s in sources]
         remote.call(
@@ -124,9 +126,9 @@ def migrate(host: HostConfig, runtime: Runtime, wish: Wish, report: Reporter) ->
             return Result()
         move = _Move(host, runtime, wish, report, remote)
         try:
-            move.begin()
-            _copy_items(runtime, remote, wish)
-            with Disks(remote, sources, wish.copy, report) as disks:
+            kept = move.begin()
+            send_items(runtime.items(), remote, wish.copy, report, kept)
+            with Disks(remote, sources, wish.copy, report, kept) as disks:
                 if wish.live:
                     move.live(disks, move.begin_memory(rounds, int(facts.get("memory") or 0)))
                 else:
@@ -143,17 +145,6 @@ def _allocated(fd: int) -> int:
     """Bytes that a copy without holes needs."""
     st = os.fstat(fd)
     return st.st_blocks * 512
-
-
-def _copy_items(runtime: Runtime, remote: Remote, wish: Wish) -> None:
-    """Configuration and lower deltas, durable on the target."""
-    number, fd = remote.open_channel()
-    with pieces.Writer(fd, wish.copy.stall) as out:
-        remote.call("items", REQUEST, channel=number)
-        for item in runtime.items():
-            out.file(item.label, item.path)
-        out.end()
-        remote.call("join", wish.copy.stall, name="items", timeout=wish.copy.stall)
 
 
 class _Move:
@@ -183,11 +174,13 @@ class _Move:
         self._jobs: list[Job[Any]] = []
         self._folder = Path(host.images_dir) / f"pyploop-{self.id}-out"
 
-    def begin(self) -> None:
-        """The target makes its journal and its verdict."""
+    def begin(self) -> list[str]:
+        """The target makes its journal and its verdict.  Returns the names of
+        what it has kept of this container, from this host."""
         wish = self._wish
         args = {"migration": self.id, "stall": wish.copy.stall, "keep": wish.keep_dst}
-        self._remote.call("begin", REQUEST, **args)
+        kept = self._remote.call("begin", REQUEST, **args).get("kept", [])
+        return [str(name) for name in kept]
 
     def _log(self, kind: str) -> None:
         self._journal.add({"kind": kind, **undoing.naming(self._host, self._runtime)})

@@ -14,9 +14,10 @@ import os
 import threading
 import time
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 from pyploop import _core
-from pyploop._core import Extents, Fault, Known, Pump, PumpStats
+from pyploop._core import Bitmap, Extents, Fault, Known, Pump, PumpStats
 from pyploop.compat import PIECE, Extent
 from pyploop.device import Source
 from pyploop.errors import (
@@ -33,6 +34,10 @@ from pyploop.summary import Options
 from pyploop.trackers import Batch, Tracker
 from pyploop.units import BLOCK, MIB, format_size
 from pyploop.worker import run_cancellable
+
+if TYPE_CHECKING:
+    from pyploop.digests import Reader
+    from pyploop.reuse import Reused
 
 MEMORY = 16 * MIB
 """Bytes of read buffers, whatever the source's size."""
@@ -140,6 +145,17 @@ class Passes:
             for start, end in data:
                 self._known.assume_data(start, end)
         return data, holes
+
+    def compare(self, digests: Reader) -> tuple[Bitmap, Reused]:
+        """What of the source the target has kept as it is here; tracking is on."""
+        from pyploop import reuse  # what it needs takes time to load, and few use it
+
+        assert self._known is not None  # our own frames always need it
+        return reuse.compare_disk(self._source, self._known, digests, self._check_gone)
+
+    def _check_gone(self) -> None:
+        if self._gone.is_set():
+            raise CancelledError(f"the copy of {self._source.path} was cancelled")
 
     def _run_pass(self, extents: Extents, flags: int) -> None:
         pump = self.pump

@@ -10,9 +10,11 @@ from __future__ import annotations
 
 import itertools
 import time
+from typing import TYPE_CHECKING
 
 from pyploop import _core
-from pyploop._core import Extents
+from pyploop._core import Bitmap, Extents
+from pyploop.compat import Extent
 from pyploop.device import Source
 from pyploop.errors import LoopError
 from pyploop.events import Reporter
@@ -36,6 +38,10 @@ from pyploop.summary import Options, Summary
 from pyploop.trackers import Batch, Tracker, Verdict
 from pyploop.units import MIB, format_size
 from pyploop.worker import run_cancellable
+
+if TYPE_CHECKING:
+    from pyploop.digests import Reader
+    from pyploop.reuse import Reused
 
 APPROACHES = 3
 """Target syncs before the freeze, when no --max-freeze asks for more."""
@@ -74,6 +80,8 @@ class Running:
         self._hold, self._mounts = hold, mounts
         self._passes, self._summary, self._recorder = passes, summary, recorder
         self._hot = HotBlocks(source.size)
+        self._same: Bitmap | None = None
+        """What the target has kept as it is here."""
         self._rounds: list[Round] = []
         self._first = Round(0, 0, 0)
         self._first_end = time.monotonic()
@@ -88,9 +96,27 @@ class Running:
 
     # ---- passes
 
+    def reuse(self, name: str, digests: Reader) -> Reused:
+        """Leave out of the first pass what the target has kept and is the same.
+        What is written from now on is marked, and goes in a round."""
+        start = self._passes.window_start = time.monotonic()
+        self._report.event("phase", phase="comparing", bytes=None)
+        with self._recorder.step("compare"):
+            self._same, found = self._passes.compare(digests)
+        self._summary.reused_bytes = found.same
+        seconds = time.monotonic() - start
+        self._report.info(
+            f"{name}: {format_size(found.same)} of {format_size(found.held)} that the target had "
+            f"kept are the same ({seconds:.3f} s)"
+        )
+        return found
+
     def first_pass(self) -> Round:
-        """All data of the source, and what may not be zero at the target."""
+        """All data of the source, and what may not be zero at the target; without
+        what it has kept."""
         data, holes = self._passes.parts()
+        if self._same is not None:
+            data = _without(data, self._same)
         size = self._source.size
         # The last block carries the exact size, so it goes in any case.
         if not data or data[-1][1] < size:
@@ -100,7 +126,9 @@ class Running:
             holes = [(a, min(b, size - 1)) for a, b in holes if a < size - 1]
         extents = Extents.of(data if size else [])
         self._report.event("phase", phase="first pass", bytes=extents.bytes)
-        start = self._passes.window_start = time.monotonic()
+        start = time.monotonic()
+        if self._same is None:
+            self._passes.window_start = start
         with self._recorder.step("first pass"):
             flags = _core.PASS_LAST | _core.PASS_HOOK
             if self._tracker.name != "scan" and self._out.end_is_answered:
@@ -334,6 +362,13 @@ class Running:
             return False
         self._give_up(Decision(policy.on_deadline, f"no moment fitted ({why})", f))
         return True
+
+
+def _without(data: list[Extent], same: Bitmap) -> list[Extent]:
+    left = Bitmap(same.size)
+    left.add(Extents.of(data))
+    left.subtract(same)
+    return list(left.extents())
 
 
 def words(verdict: Verdict) -> str:

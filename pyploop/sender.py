@@ -17,6 +17,7 @@ import gc
 import os
 import time
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
 from pyploop import _core
 from pyploop.device import Source
@@ -36,6 +37,10 @@ from pyploop.summary import Options, Summary
 from pyploop.trackers import Tracker
 from pyploop.units import format_size
 from pyploop.worker import run_cancellable
+
+if TYPE_CHECKING:
+    from pyploop.digests import Reader
+    from pyploop.reuse import Reused
 
 FINAL_PASSES = 3
 """Passes with dirty blocks inside the freeze before it is called a loop."""
@@ -132,6 +137,11 @@ class Sender:
         self._passes.cancel()
 
     # ---- running
+
+    def reuse(self, name: str, digests: Reader) -> Reused:
+        """Before the first pass: go on from what the target has kept of this
+        source, as its digests tell.  name: for the log."""
+        return self._running.reuse(name, digests)
 
     def first_pass(self) -> Round:
         """All data of the source, and what may not be zero at the target."""

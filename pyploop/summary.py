@@ -47,6 +47,8 @@ class Summary:
     wire_bytes: int = 0
     read_bytes: int = 0
     frames: int = 0
+    reused_bytes: int = 0
+    """Not sent in the first pass, since the target had kept them."""
     first_pass: float = 0.0
     rounds: list[dict[str, Any]] = field(default_factory=list)
     frozen: dict[str, float] = field(default_factory=dict)

@@ -13,7 +13,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from pyploop import hostconf, journal, kernel, sysblock
+from pyploop import hostconf, journal, kept, kernel, sysblock
 from pyploop.errors import PyploopError
 from pyploop.journal import Entry, Journal
 from pyploop.runtimes import Runtime, volumes
@@ -56,6 +56,7 @@ journal.register("remove", _remove, outlives_boot=True)
 journal.register("put-back", _put_back, outlives_boot=True)
 journal.register("rmdir", _rmdir, outlives_boot=True)
 journal.register("remove-tree", _remove_tree, outlives_boot=True)
+journal.register("copied", kept.remove, outlives_boot=True)
 journal.register("unmount", volumes.unmount)
 journal.register("resume", lambda e: runtime_of(e).resume())
 journal.register("start", lambda e: runtime_of(e).start())
@@ -75,16 +76,18 @@ def make_folders(log: Journal, path: Path) -> None:
 
 def undo_all(log: Journal, keep: bool = False) -> list[str]:
     """Undo the journal's entries in reverse; returns what could not be undone,
-    which stays in it.  keep: leave those marked so (--keep-dst)."""
+    which stays in it.  keep: what was copied is kept (--keep-dst)."""
     failed = []
     for entry in reversed(log.entries):
-        if not (keep and entry.get("keep")):
-            try:
+        try:
+            if keep and entry["kind"] == "copied":
+                kept.retain(log, entry)
+            else:
                 journal.undo(entry)
-            except (OSError, PyploopError) as e:
-                why = str(e) if isinstance(e, PyploopError) else e.strerror
-                failed.append(f"{journal.describe(entry)}: {why}")
-                continue
+        except (OSError, PyploopError) as e:
+            why = str(e) if isinstance(e, PyploopError) else e.strerror
+            failed.append(f"{journal.describe(entry)}: {why}")
+            continue
         log.done(entry)
     log.close()
     return failed

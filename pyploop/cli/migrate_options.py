@@ -72,7 +72,11 @@ def parser() -> Parser:
         default="yes",
         help="remove the container from the source afterwards (yes)",
     )
-    add("--keep-dst", action="store_true", help="keep what was copied when the migration fails")
+    add(
+        "--keep-dst",
+        action="store_true",
+        help="keep what was copied when the migration fails; the next one goes on from it",
+    )
     add(
         "-f",
         "--nodeps",

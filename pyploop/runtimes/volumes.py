@@ -17,6 +17,8 @@ from pyploop import kernel, sysblock
 from pyploop.errors import MigrateError
 from pyploop.runtimes import COPY_FAILED, EXISTS, RESTORE_FAILED, Disk
 
+KEPT = ".pyploop-kept"
+"""The end of a kept file's name (kept.py)."""
 BUSY_DEADLINE = 5.0
 """Seconds for the last user of a mount point to be gone."""
 
@@ -30,8 +32,8 @@ def is_mounted(point: str) -> bool:
 
 
 def check_free(disk: Disk, size: int) -> None:
-    """On the target: nothing is in the way, and there is room for `size` bytes
-    of data."""
+    """On the target: nothing is in the way, and there is room for `size` more
+    bytes of data."""
     if os.path.lexists(disk.image):
         raise MigrateError(EXISTS, f"{disk.image} exists")
     if disk.mount and is_mounted(disk.mount):

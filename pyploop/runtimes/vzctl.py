@@ -227,7 +227,7 @@ class Vzctl:
             raise MigrateError(EXISTS, f"container {self.container} exists")
         for path in (self._private, Path(self._root)):
             with contextlib.suppress(FileNotFoundError):
-                if any(path.iterdir()):
+                if any(not p.name.endswith(volumes.KEPT) for p in path.iterdir()):
                     raise MigrateError(EXISTS, f"{path} is not empty")
         self._top = self._inside(facts.get("top"))
         for link, text in dict(facts.get("links") or {}).items():

@@ -375,15 +375,6 @@ def test_an_interrupted_migration_runs_on_where_it_was(lab: VzLab) -> None:
     runs_only_on(lab, lab.a)
 
 
-def test_what_was_copied_is_kept_when_asked(lab: VzLab) -> None:
-    lab.b.fail("restore --undump", 17)
-    done = lab.migrate(lab.a, "--live", "--keep-dst", "hostb", CTID)
-    assert done.returncode == 7
-    assert (lab.b.folder / f"private/{CTID}/root.hdd/root.hds").exists()
-    lab.b.mend()
-    runs_only_on(lab, lab.a, clean=False)
-
-
 def test_another_version_of_pyploop_is_named_before_anything_starts(still: VzLab) -> None:
     newer = "#!/bin/sh\nprintf 'PYPLOOP-AGENT 1 7.0.0\\n'; cat >/dev/null\n"
     with changed(still.a.folder / "bin/ssh", newer):

@@ -1,0 +1,163 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a file holds, told by digests, to one who sends only what differs.
+
+Runs `position u64, count u32`, little endian, each followed by `count` digests
+of CLUSTER bytes (the last cluster of a file is shorter), in ascending order;
+what lies in no run is zeroes.  A count of 0 ends the file.
+
+The digest stands for the data, so it is one that nobody can find two data for:
+a container's user may have written both.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import hashlib
+import os
+import socket
+import struct
+from collections.abc import Callable, Iterator
+
+from pyploop._core import fdatasync
+from pyploop.errors import ProtocolError, ReadError, WriteError
+from pyploop.units import KIB, MIB
+
+CLUSTER = 64 * KIB
+SIZE = 32
+"""Bytes of a digest: BLAKE2b-256."""
+UNKNOWN = bytes(SIZE)
+"""In place of a digest: this could not be read, and equals nothing."""
+RUN = struct.Struct("<QI")
+LONGEST_RUN = 4096
+PIECE = MIB
+"""Bytes that are read, and told of, at a time."""
+
+
+def digest(data: bytes | memoryview) -> bytes:
+    return hashlib.blake2b(data, digest_size=SIZE).digest()
+
+
+def data_extents(fd: int, size: int) -> Iterator[tuple[int, int]]:
+    """Where the file has data below `size`, widened to whole clusters, none of
+    them twice."""
+    pos = 0
+    while pos < size:
+        try:
+            start = os.lseek(fd, pos, os.SEEK_DATA)
+        except OSError as e:
+            if e.errno == errno.ENXIO:
+                return
+            raise
+        if start >= size:
+            return
+        end = os.lseek(fd, start, os.SEEK_HOLE)
+        start = max(start // CLUSTER * CLUSTER, pos)
+        end = min(-(-end // CLUSTER) * CLUSTER, size)
+        yield start, end
+        pos = end
+
+
+def send(fd: int, size: int, out: socket.socket) -> None:
+    """Tell what the file holds, which is `size` bytes long.
+
+    It is read from the disk: a page whose writeback has failed looks written,
+    but only as long as it is in memory.
+    """
+    with contextlib.suppress(OSError):  # then the disk has other data, and we see them
+        fdatasync(fd)
+    os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+    try:
+        for start, end in data_extents(fd, size):
+            for pos in range(start, end, PIECE):
+                length = min(PIECE, end - pos)
+                found = list(_digests(fd, pos, length))
+                out.sendall(RUN.pack(pos, len(found)) + b"".join(found))
+        out.sendall(RUN.pack(size, 0))
+    except TimeoutError as e:
+        raise WriteError("the source takes no digests (--timeout)") from e
+    except OSError as e:
+        raise WriteError.of("cannot tell the source what was kept", e) from e
+
+
+def _digests(fd: int, pos: int, length: int) -> Iterator[bytes]:
+    try:
+        data = memoryview(os.pread(fd, length, pos))
+    except OSError:
+        data = memoryview(b"")
+    for at in range(0, length, CLUSTER):
+        part = data[at : min(at + CLUSTER, length)]
+        yield digest(part) if len(part) == min(CLUSTER, length - at) else UNKNOWN
+
+
+class Reader:
+    """The digests of one file after the other out of a channel's descriptor,
+    which it closes."""
+
+    def __init__(self, fd: int, stall: float) -> None:
+        """stall: seconds without a byte until the peer is given up; 0: never."""
+        self._sock = socket.socket(fileno=fd)
+        self._sock.settimeout(stall or None)
+        self.received = 0
+        """Bytes so far."""
+
+    def runs(self, size: int) -> Iterator[tuple[int, list[bytes]]]:
+        """(position, digests) of the next file, of which `size` bytes are wanted."""
+        floor = 0
+        while True:
+            pos, count = RUN.unpack(self._exactly(RUN.size))
+            if not count:
+                return
+            last = pos + (count - 1) * CLUSTER
+            if pos % CLUSTER or pos < floor or count > LONGEST_RUN or last >= size:
+                raise ProtocolError(f"{count} digests at {pos} are none that may come")
+            floor = last + CLUSTER
+            raw = self._exactly(count * SIZE)
+            yield pos, [raw[i : i + SIZE] for i in range(0, len(raw), SIZE)]
+
+    def _exactly(self, size: int) -> bytes:
+        data = bytearray()
+        while len(data) < size:
+            try:
+                part = self._sock.recv(size - len(data))
+            except TimeoutError as e:
+                raise ReadError("the target tells no digests (--timeout)") from e
+            except OSError as e:
+                raise ReadError.of("cannot read what the target has kept", e) from e
+            if not part:
+                raise ReadError("what the target has kept ended early (did it fail?)")
+            data += part
+        self.received += size
+        return bytes(data)
+
+    def cancel(self) -> None:
+        """From any thread: who waits for a digest fails."""
+        with contextlib.suppress(OSError):
+            self._sock.shutdown(socket.SHUT_RDWR)
+
+    def close(self) -> None:
+        self._sock.close()
+
+
+def equal_parts(
+    runs: Iterator[tuple[int, list[bytes]]],
+    size: int,
+    read: Callable[[int, int], memoryview],
+) -> Iterator[tuple[int, memoryview, bool]]:
+    """(position, data here, whether they are the same there) for all that the
+    peer's file may hold; joined as far as they are alike and at most PIECE.
+    read: the data at (position, length), valid until the next call."""
+    for pos, found in runs:
+        for at in range(0, len(found), PIECE // CLUSTER):
+            start = pos + at * CLUSTER
+            wanted = found[at : at + PIECE // CLUSTER]
+            data = read(start, min(len(wanted) * CLUSTER, size - start))
+            same = [
+                digest(data[i * CLUSTER : (i + 1) * CLUSTER]) == theirs
+                for i, theirs in enumerate(wanted)
+            ]
+            first = 0
+            for i in range(1, len(same) + 1):
+                if i == len(same) or same[i] != same[first]:
+                    yield start + first * CLUSTER, data[first * CLUSTER : i * CLUSTER], same[first]
+                    first = i

@@ -1,0 +1,43 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The files that are copied before the disks, while the container runs."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Container, Sequence
+
+from pyploop import pieces
+from pyploop.events import Reporter
+from pyploop.kept_there import REQUEST, Kept
+from pyploop.remote import Remote
+from pyploop.reuse import send_file
+from pyploop.runtimes import Item
+from pyploop.summary import Options
+
+
+def send_items(
+    items: Sequence[Item],
+    remote: Remote,
+    options: Options,
+    report: Reporter,
+    kept: Container[str] = (),
+) -> None:
+    """Configuration and lower deltas, durable on the target when this returns."""
+    known = {item.label: os.stat(item.path).st_size for item in items if item.label in kept}
+    with contextlib.ExitStack() as stack:
+        digests = None
+        if known:
+            digests = stack.enter_context(Kept(remote, [*known.items()], options.stall))
+        number, fd = remote.open_channel()
+        out = stack.enter_context(pieces.Writer(fd, options.stall))
+        remote.call("items", REQUEST, channel=number)
+        for item in items:
+            label, path = item.label, item.path
+            if digests is not None and label in known:
+                found = send_file(out, label, path, known[label], digests.reader)
+                digests.tell(report, label, found)
+                continue
+            out.file(label, path)
+        out.end()
+        remote.call("join", options.stall, name="items", timeout=options.stall)

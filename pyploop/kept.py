@@ -1,0 +1,276 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a migration to this host has left behind with --keep-dst, for the next
+one of the same container from the same source to go on from.
+
+A kept file lies under a name of its own, where nothing takes it for a disk. One
+record for each container (STATE_DIR/RUNTIME-CONTAINER.kept) says which they are;
+while a migration uses them, its journal does instead.
+
+Invariants: of what a kept file holds nothing is believed (digests.py), so it may
+be half-written, old or damaged; it is ours alone from `adopt` on (a lease, which
+whoever opens it for writing breaks); what cannot be used is removed, and said.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import os
+import re
+import stat
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pyploop import journal
+from pyploop._core import fdatasync
+from pyploop.errors import PyploopError
+from pyploop.events import Reporter
+from pyploop.hostconf import HostConfig
+from pyploop.journal import Entry, Journal
+from pyploop.kept_sink import hold
+from pyploop.runtimes import Runtime
+from pyploop.runtimes.volumes import KEPT, existing_parent
+from pyploop.units import MIB, format_size
+
+SCHEMA = "pyploop.kept/1"
+LEAST = MIB
+"""Bytes below which a file is not kept: sending it again costs less."""
+MOST = 64
+"""Files that are kept of a container."""
+
+
+class Unusable(Exception):
+    """Why a kept file is not used, in words."""
+
+
+@dataclass
+class KeptFile:
+    """One that is used, and ours alone; whoever takes it closes it."""
+
+    name: str
+    """`disk N`, or an item's label."""
+    path: str
+    fd: int
+
+
+def new_path(folder: Path, container: str, migration: str, number: int) -> str:
+    """For a file that may be kept; no other ever has this name."""
+    return str(folder / f".{container}-{migration}-{number}{KEPT}")
+
+
+def source_of(facts: dict[str, Any]) -> dict[str, str]:
+    """The source's identity as it told it, in plain text."""
+    told = facts.get("source")
+    told = told if isinstance(told, dict) else {}
+    return {key: str(told.get(key, ""))[:64] for key in ("id", "name")}
+
+
+# ---- after a failure: keeping
+
+
+def retain(log: Journal, entry: Entry) -> None:
+    """In place of undoing an entry of kind `copied`: what it made is kept, and
+    recorded.  What is not worth it, or cannot be, is removed."""
+    path, kept = str(entry["path"]), str(entry["kept"])
+    with contextlib.suppress(OSError):
+        if os.path.lexists(path):
+            os.replace(path, kept)
+        with _opened(kept) as fd:
+            st = os.fstat(fd)
+            if stat.S_ISREG(st.st_mode) and st.st_blocks * 512 >= LEAST:
+                # A failed writeback is told only once: now, perhaps.
+                fdatasync(fd)
+                if _add(log, str(entry["what"]), kept, st.st_ino):
+                    return
+    remove(entry)
+
+
+def remove(entry: Entry) -> None:
+    """Undo an entry of kind `copied`."""
+    for key in ("path", "kept"):
+        Path(entry[key]).unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def _opened(path: str) -> Iterator[int]:
+    # O_NONBLOCK: a FIFO in its place must not hold us up.
+    fd = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    try:
+        yield fd
+    finally:
+        os.close(fd)
+
+
+def _file(state_dir: str, runtime: str, container: str) -> Path:
+    return Path(state_dir) / f"{runtime}-{container}.kept"
+
+
+def _add(log: Journal, name: str, path: str, inode: int) -> bool:
+    """Durable when this returns; false when there are too many."""
+    file = _file(str(log.path.parent), log.get("runtime"), log.get("container"))
+    record = _read(file) if file.exists() else None
+    if record is None or record["migration"] != log.get("migration"):
+        names = ("migration", "runtime", "container", "source")
+        record = {"schema": SCHEMA, **{n: log.get(n) for n in names}, "files": []}
+    # Again after a kill in the midst of this.
+    files = [f for f in record["files"] if f["name"] != name]
+    record["files"] = [*files, {"name": name, "path": path, "inode": inode}]
+    if len(record["files"]) > MOST:
+        return False
+    _save(file, record)
+    return True
+
+
+def _save(file: Path, record: dict[str, Any]) -> None:
+    new = file.with_name(file.name + ".new")
+    with open(os.open(new, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600), "w") as f:
+        json.dump(record, f)
+        f.flush()
+        os.fsync(f.fileno())
+    os.replace(new, file)
+    fd = os.open(file.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+def _read(file: Path) -> dict[str, Any] | None:
+    """None when it is not what `_save` wrote."""
+    try:
+        record = json.loads(file.read_bytes())
+        if record["schema"] != SCHEMA or not isinstance(record["source"]["id"], str):
+            return None
+        str(record["migration"]), str(record["source"]["name"])
+        for f in record["files"]:
+            if not (isinstance(f["name"], str) and isinstance(f["inode"], int)):
+                return None
+            if not os.path.isabs(f["path"]) or not f["path"].endswith(KEPT):
+                return None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return dict(record)
+
+
+# ---- the next migration: taking
+
+
+def allocated(host: HostConfig, runtime: Runtime, facts: dict[str, Any]) -> dict[str, int]:
+    """Bytes on the disk of what is kept for this source: room that it has."""
+    record = _read(_file(host.state_dir, runtime.name, runtime.container))
+    found: dict[str, int] = {}
+    if record is not None and record["source"]["id"] == source_of(facts)["id"]:
+        for f in record["files"]:
+            with contextlib.suppress(OSError):
+                found[f["name"]] = os.lstat(f["path"]).st_blocks * 512
+    return found
+
+
+def adopt(
+    host: HostConfig, runtime: Runtime, log: Journal, home: Path, report: Reporter
+) -> dict[str, KeptFile]:
+    """Take over what was kept; from now on it is in this journal.  home: where
+    files are kept at present."""
+    file = _file(host.state_dir, runtime.name, runtime.container)
+    record = _claim(file, report)
+    usable: dict[str, KeptFile] = {}
+    for f in record["files"] if record is not None else ():
+        try:
+            _of_this_source(record, log)
+            path = _destination(runtime, f["name"])
+            # It lies where it lies until somebody moves it.
+            log.add({"kind": "copied", "what": f["name"], "path": f["path"], "kept": f["path"]})
+            usable[f["name"]] = KeptFile(f["name"], f["path"], _take(f, path))
+        except Unusable as e:
+            report.note(f"What was kept of {f['name']} is not used, and is copied anew: {e}")
+            _drop(f)
+    _sweep(home, runtime.container, file.parent)
+    return usable
+
+
+def _claim(file: Path, report: Reporter) -> dict[str, Any] | None:
+    """The record, which is nobody else's then."""
+    record = _read(file)
+    try:
+        file.unlink()
+    except FileNotFoundError:
+        return None
+    if record is None:
+        report.note(f"{file} cannot be read: what was kept is copied anew")
+    return record
+
+
+def _of_this_source(record: dict[str, Any] | None, log: Journal) -> None:
+    theirs, ours = (record or {}).get("source", {}), log.get("source")
+    if theirs["id"] != ours["id"]:
+        raise Unusable(f"it came from {theirs['name'] or 'another host'}, not from {ours['name']}")
+
+
+def _destination(runtime: Runtime, name: str) -> str:
+    disks = {f"disk {n}": disk.image for n, disk in enumerate(runtime.disks(source=False))}
+    try:
+        return disks[name] if name in disks else runtime.destination(name)
+    except PyploopError as e:
+        raise Unusable(str(e)) from e
+
+
+def _take(f: dict[str, Any], destination: str) -> int:
+    """The open file; Unusable when it is not what was kept, or not ours alone."""
+    try:
+        st = os.lstat(f["path"])
+        if not stat.S_ISREG(st.st_mode) or st.st_ino != f["inode"]:
+            raise Unusable(f"{f['path']} is another file now")
+        if st.st_nlink != 1:
+            raise Unusable(f"{f['path']} has another name, too")
+        if st.st_dev != os.stat(existing_parent(destination)).st_dev:
+            raise Unusable(f"{f['path']} lies on another file system than {destination}")
+        fd = os.open(f["path"], os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    except FileNotFoundError:
+        raise Unusable(f"{f['path']} is gone") from None
+    except OSError as e:
+        raise Unusable(f"{f['path']}: {e.strerror}") from e
+    try:
+        if os.fstat(fd).st_ino != f["inode"]:
+            raise Unusable(f"{f['path']} is another file now")
+        hold(fd)
+    except OSError as e:
+        os.close(fd)
+        busy = e.errno in (errno.EAGAIN, errno.EACCES)
+        why = "is in use by another process" if busy else f"cannot be leased ({e.strerror})"
+        raise Unusable(f"{f['path']} {why}") from e
+    except BaseException:
+        os.close(fd)
+        raise
+    return fd
+
+
+def _drop(f: dict[str, Any]) -> None:
+    """Remove one that is not used, unless it is somebody else's by now."""
+    with contextlib.suppress(OSError):
+        if os.lstat(f["path"]).st_ino == f["inode"]:
+            os.unlink(f["path"])
+
+
+def _sweep(home: Path, container: str, state_dir: Path) -> None:
+    """Remove those of this container that no journal knows: a record was lost."""
+    ours = re.compile(rf"\.{re.escape(container)}-[0-9a-f]{{16}}-[0-9]+{re.escape(KEPT)}")
+    with contextlib.suppress(OSError):
+        found = {str(p) for p in home.iterdir() if ours.fullmatch(p.name)}
+        known = {e.get("kept") for r in journal.records(state_dir) for e in r.entries}
+        for path in found - known:
+            os.unlink(path)
+
+
+def told(host: HostConfig, log: Journal) -> str:
+    """What is kept now, for a person; empty: nothing."""
+    record = _read(_file(host.state_dir, log.get("runtime"), log.get("container")))
+    if record is None or record["migration"] != log.get("migration"):
+        return ""
+    sizes = []
+    for f in record["files"]:
+        with contextlib.suppress(OSError):
+            sizes.append(f"{f['name']} ({format_size(os.lstat(f['path']).st_blocks * 512)})")
+    return ", ".join(sizes)

@@ -1,0 +1,61 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A target file that has a name before it is finished, so that a later process
+can go on with it (kept.py); and how nobody else gets to write it meanwhile.
+
+Without a name nobody can open a file.  One that has a name is leased: the kernel
+tells whether somebody opened it for writing since, and makes him wait at first.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import signal
+
+from pyploop import kernel
+from pyploop.errors import WriteError
+from pyploop.sink import Sink
+
+
+def hold(fd: int) -> None:
+    """From now on `untouched` tells whether somebody opened the file for writing;
+    it ends when `fd` is closed.  OSError: EAGAIN when it is open elsewhere."""
+    fcntl.fcntl(fd, fcntl.F_SETSIG, signal.SIGURG)  # which is ignored; SIGIO would kill
+    fcntl.fcntl(fd, fcntl.F_SETLEASE, fcntl.F_WRLCK)
+
+
+def check_untouched(fd: int, path: str) -> None:
+    """WriteError when somebody has opened the file for writing since `hold`."""
+    if fcntl.fcntl(fd, fcntl.F_GETLEASE) not in (fcntl.F_WRLCK, fcntl.F_RDLCK):
+        raise WriteError(
+            f"{path} was opened for writing by another process during the copy, so it may "
+            "hold anything; the next migration compares it anew"
+        )
+
+
+class KeptSink(Sink):
+    """A target with a name from the beginning.  What becomes of it after a
+    failure is its owner's matter."""
+
+    def __init__(self, path: str, unfinished: str, fd: int, held: int, leased: bool) -> None:
+        """unfinished: its name until then, on the same file system.  fd: it, open,
+        which is closed.  held: bytes of it that may be data.  leased: by `hold`."""
+        self._unfinished, self._given, self._leased = unfinished, fd, leased
+        try:
+            super().__init__(path)
+        except BaseException:
+            os.close(fd)
+            raise
+        self.held = held
+
+    def _create(self) -> int:
+        return self._given
+
+    def _give_name(self) -> None:
+        if self._leased:
+            check_untouched(self.fd, self._unfinished)
+        kernel.rename_noreplace(self._dir_fd, self._unfinished, self._name)
+
+    def __exit__(self, kind: object, *exc: object) -> None:
+        os.close(self.fd)
+        os.close(self._dir_fd)

@@ -1,0 +1,39 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the target has kept of files here, asked for over the one connection."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from pyploop.digests import Reader
+from pyploop.events import Reporter
+from pyploop.remote import Remote
+from pyploop.reuse import Reused
+
+REQUEST = 30.0
+"""Seconds for the request; the digests take as long as they are read there."""
+
+
+class Kept:
+    """The digests of one file after the other; a context manager."""
+
+    def __init__(self, remote: Remote, files: Sequence[tuple[str, int]], stall: float) -> None:
+        """files: (name, size here)."""
+        self.names = [name for name, _ in files]
+        number, fd = remote.open_channel()
+        self.reader = Reader(fd, stall)
+        try:
+            remote.call("digests", REQUEST, channel=number, files=[list(f) for f in files])
+        except BaseException:
+            self.reader.close()
+            raise
+
+    def tell(self, report: Reporter, name: str, found: Reused) -> None:
+        """What came of it, as an event."""
+        report.event("reused", name=name, held=found.held, same=found.same)
+
+    def __enter__(self) -> Kept:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.reader.close()

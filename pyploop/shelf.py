@@ -1,0 +1,153 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The files of one migration that comes here, as far as they outlive its failure:
+what was kept of an earlier one is gone on with, and with --keep-dst what comes
+now lies where it can be kept (kept.py).
+
+Invariant: a file is in the journal, with the name that it has until it is
+finished, before it is made or moved.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from pyploop import digests, kept
+from pyploop.errors import ProtocolError, WriteError
+from pyploop.events import Reporter
+from pyploop.hostconf import HostConfig
+from pyploop.journal import Journal
+from pyploop.kept import KeptFile
+from pyploop.kept_sink import KeptSink, check_untouched, hold
+from pyploop.pieces import LARGEST_FILE
+from pyploop.runtimes import Disk, Runtime
+from pyploop.runtimes.volumes import existing_parent
+from pyploop.sink import Sink
+
+
+class Shelf:
+    """`close` ends it, on every path."""
+
+    def __init__(
+        self,
+        host: HostConfig,
+        runtime: Runtime,
+        log: Journal,
+        disks: Sequence[Disk],
+        report: Reporter,
+    ) -> None:
+        """log: has `migration`, `source` and `keep`, and takes what must be undone."""
+        self._log, self._container = log, runtime.container
+        # Before anything is made: a folder that stays, on the disks' file system.
+        self._home = existing_parent(disks[0].image) if disks else Path(host.state_dir)
+        self._files = kept.adopt(host, runtime, log, self._home, report)
+        self._asked: dict[str, int] = {}
+        self._placed: list[tuple[int, str]] = []
+        self._number = 0
+
+    @property
+    def names(self) -> list[str]:
+        """What was kept and may be gone on with."""
+        return list(self._files)
+
+    def tell(self, wanted: Any, out: socket.socket) -> Callable[[], None]:
+        """The work of sending digests of [name, size] after [name, size]; the sizes
+        are those of the files at the source."""
+        sizes = []
+        for name, size in wanted:
+            file = self._files.get(name)
+            if file is None or name in self._asked:
+                raise ProtocolError(f"agent protocol: no {str(name)[:80]!r} is kept here")
+            if not isinstance(size, int) or not 0 <= size <= LARGEST_FILE:
+                raise ProtocolError(f"agent protocol: {size!r} is no size of a file")
+            sizes.append((file, size))
+        for file, size in sizes:
+            try:
+                os.ftruncate(file.fd, size)
+            except OSError as e:
+                raise WriteError.of(f"cannot set the size of {file.path} to {size}", e) from e
+            self._asked[file.name] = size
+
+        def work() -> None:
+            with out:
+                for file, size in sizes:
+                    digests.send(file.fd, size, out)
+
+        return work
+
+    # ---- what comes
+
+    def disk(self, name: str, path: str, reuse: bool) -> Sink | None:
+        """Where a disk is received; None: a new file without a name will do.
+        reuse: the source has asked for its digests, and sends what differs."""
+        file = self._used(name, reuse)
+        if file is not None:
+            self._copied(name, path, file.path)
+            return KeptSink(path, file.path, file.fd, self._asked[name], leased=True)
+        if not self._log.get("keep"):
+            self._log.add({"kind": "remove", "path": path})
+            return None
+        unfinished = self._new_path()
+        self._copied(name, path, unfinished)
+        flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+        fd = os.open(unfinished, flags, 0o600)
+        leased = False
+        with contextlib.suppress(OSError):  # not on this file system
+            hold(fd)
+            leased = True
+        return KeptSink(path, unfinished, fd, 0, leased)
+
+    def item(self, label: str, path: str) -> int:
+        """The open file of an item, at its place; the caller closes it."""
+        file = self._used(label, label in self._asked)
+        if file is not None:
+            self._placed.append((file.fd, path))
+            self._copied(label, path, file.path)
+            os.rename(file.path, path)
+            return os.dup(file.fd)
+        if self._log.get("keep"):
+            self._copied(label, path, self._new_path())
+        else:
+            self._log.add({"kind": "remove", "path": path})
+        return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+
+    def check_items(self) -> None:
+        """All items are there: nobody else wrote them.  WriteError."""
+        for fd, path in self._placed:
+            check_untouched(fd, path)
+        self._let_go()
+
+    def _used(self, name: str, reuse: bool) -> KeptFile | None:
+        file = self._files.pop(name, None)
+        if reuse and (file is None or name not in self._asked):
+            raise ProtocolError(f"agent protocol: {name[:80]!r} was not asked for")
+        if file is not None and not reuse:
+            os.close(file.fd)
+            Path(file.path).unlink(missing_ok=True)
+            return None
+        return file
+
+    def _copied(self, name: str, path: str, unfinished: str) -> None:
+        self._log.add({"kind": "copied", "what": name, "path": path, "kept": unfinished})
+
+    def _new_path(self) -> str:
+        self._number += 1
+        return kept.new_path(self._home, self._container, self._log.get("migration"), self._number)
+
+    # ---- the end
+
+    def _let_go(self) -> None:
+        for fd, _ in self._placed:
+            os.close(fd)
+        self._placed.clear()
+
+    def close(self) -> None:
+        """Nothing is received any more."""
+        self._let_go()
+        for file in self._files.values():
+            os.close(file.fd)
+        self._files.clear()
