@@ -165,6 +165,8 @@ class Runc:
         return tracking.problem(self._host.criu)
 
     def pre_dump(self, images: Path, parent: Path | None) -> float | None:
+        if freezer := self._freezer():
+            self._none_stopped(freezer)
         return tracking.frozen_seconds(self._checkpoint("--pre-dump", images, parent))
 
     def dump(self, images: Path, parent: Path | None = None) -> None:

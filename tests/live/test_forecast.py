@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 import contextlib
+import os
+import socket
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -23,6 +25,12 @@ from support_live import (
 from pyploop.device import open_source
 from pyploop.events import Reporter
 from pyploop.freeze import FileSystems, filesystems
+from pyploop.jobs import Job
+from pyploop.outputs import StreamOutput
+from pyploop.receiver import receive
+from pyploop.sender import Sender
+from pyploop.summary import Options
+from pyploop.trackers.choose import choose
 
 LOADS = {
     "fsync": ["--rw=randwrite", "--bs=4k", "--size=16m", "--fsync=1", "--rate_iops=300"],
@@ -64,6 +72,39 @@ def test_a_copy_under_load_forecasts_its_freeze_and_says_where_it_went(
     succeeded(got)
     forecasts_are_kept(got)
     assert got.summary["frozen_bytes"] < 16 * MIB
+    assert not is_frozen(point)
+
+
+def test_a_copy_approaches_its_freeze_again_when_something_took_its_time_meanwhile(
+    place: tuple[Path, str, Path],
+) -> None:
+    folder, device, point = place
+    ours, theirs = (s.detach() for s in socket.socketpair())
+    target = folder / "target"
+    receiving = Job(lambda: receive(str(target), theirs, None, Reporter(), 20))
+    out = StreamOutput(
+        ours, ours, Reporter(), two_way=True, sync_wait=0, answer_timeout=20, compat="native"
+    )
+    with contextlib.closing(open_source(device)) as source:
+        sender = Sender(source, choose("auto", source), out, Options(stall=20), Reporter())
+        with sender:
+            sender.first_pass()
+            sender.converge()
+            rounds = len(sender.summary.rounds)
+            for number, step in enumerate([sender.converge, *[sender.prepare_freeze] * 2]):
+                (point / f"file-{number}").write_bytes(bytes([number + 1]) * 3 * MIB)
+                step()
+                # At least one more, which had the file.
+                assert sum(r["sent"] for r in sender.summary.rounds[rounds:]) >= 3 * MIB
+                rounds = len(sender.summary.rounds)
+            with sender.frozen():
+                sender.last_blocks()
+                sender.finish()
+                assert is_frozen(point)
+                assert target.read_bytes() == (folder / "image").read_bytes()
+    receiving.join(20)
+    os.close(ours)
+    os.close(theirs)
     assert not is_frozen(point)
 
 

@@ -4,6 +4,7 @@ known; and the chain of images that comes of it."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from support import MIB
 
 from pyploop.chain import LONGEST, Chain
 from pyploop.errors import ProtocolError
+from pyploop.memory import approach
 from pyploop.memory_rounds import MemoryPolicy, MemoryRound, another
 
 GIB = 1 << 30
@@ -101,6 +103,49 @@ def test_what_is_not_known_is_tried() -> None:
     one = [MemoryRound(100 * MIB, 1.0)]
     assert another(one, POLICY, memory=0, wire=0.0, age=1.0).pays
     assert not another([MemoryRound(MIB, 0.02)], POLICY, memory=0, wire=0.0, age=1.0).pays
+
+
+# ---- taking turns with the disks
+
+
+class Said:
+    """Disks, or memory, that say what is asked of them."""
+
+    def __init__(self, log: list[str], answers: list[bool] | None) -> None:
+        self._log, self._answers = log, answers
+        self.wanted = answers is not None
+
+    def __getattr__(self, name: str) -> Callable[..., float]:
+        def step(*args: float) -> float:
+            if name == "round":
+                assert args == (7.0,)
+                answer = bool(self._answers and self._answers.pop(0))
+                self._log.append("memory" if answer else "no memory")
+                return answer
+            self._log.append(name)
+            return 7.0
+
+        return step
+
+
+@pytest.mark.parametrize(
+    ("answers", "steps"),
+    [
+        (None, "copy_while_running"),
+        ([], "first_pass, no memory, converge, no memory, prepare_freeze, no memory"),
+        (
+            [True, True, False, True],
+            "first_pass, memory, converge, memory, converge, no memory, prepare_freeze, "
+            "memory, prepare_freeze, no memory",
+        ),
+    ],
+)
+def test_after_each_memory_round_the_disks_have_theirs(
+    answers: list[bool] | None, steps: str
+) -> None:
+    log: list[str] = []
+    approach(Said(log, None), Said(log, answers))  # type: ignore[arg-type]
+    assert ", ".join(log) == steps
 
 
 # ---- the chain

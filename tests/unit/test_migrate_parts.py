@@ -163,6 +163,18 @@ def test_a_dump_is_sent_while_it_is_written(channel: tuple[int, int], tmp_path: 
     assert (target / "core.img").read_bytes() == b"core"
 
 
+def test_a_limited_writer_takes_its_time(channel: tuple[int, int], tmp_path: Path) -> None:
+    (tmp_path / "source").write_bytes(bytes(1 << 20))
+    (tmp_path / "target").mkdir()
+    job = receive(channel[1], tmp_path / "target")
+    with pieces.Writer(channel[0], 10, rate=4 << 20) as out:
+        start = time.monotonic()
+        out.file("one", str(tmp_path / "source"))
+        out.end()
+    assert time.monotonic() - start >= 0.2
+    assert job.join(20) == ["one"]
+
+
 def test_a_dump_that_fails_is_not_taken_for_a_whole_one(
     channel: tuple[int, int], tmp_path: Path
 ) -> None:
