@@ -17,7 +17,7 @@ from typing import Any
 
 from pyploop import kept, pieces, undoing, verdict
 from pyploop.chain import Chain, check_room, folder_of
-from pyploop.errors import MigrateError, ProtocolError
+from pyploop.errors import MigrateError, ProtocolError, PyploopError
 from pyploop.events import Reporter
 from pyploop.hostconf import HostConfig
 from pyploop.jobs import Job
@@ -135,6 +135,10 @@ class Landing:
         def work() -> None:
             try:
                 receive(disk.image, fd, None, self._report, self._stall, sink=sink)
+            except PyploopError as e:
+                # The source hears only that it failed.
+                self._report.note(f"disk {index}: {e}")
+                raise
             finally:
                 os.close(fd)
             self._runtime.mount(disk)
