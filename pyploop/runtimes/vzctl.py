@@ -71,10 +71,13 @@ class Vzctl:
     def _resolve(self, name: str) -> str:
         if not NAME.fullmatch(name):
             raise MigrateError(NO_CONTAINER, f"{name!r} is no container's name")
-        said = run([self._host.vzlist, "-o", "ctid", "-H", name], NO_CONTAINER, 30).strip()
+        said = self._ask(NO_CONTAINER, self._host.vzlist, "-o", "ctid", "-H", name).strip()
         if not said.isdecimal():
             raise MigrateError(NO_CONTAINER, f"no container {name} (vzlist said {said[:40]!r})")
         return said
+
+    def _ask(self, code: int, *argv: str) -> str:
+        return run(argv, code, self._host.command_timeout)
 
     def _vzctl(self, code: int, command: str, *words: str, skiplock: bool = True) -> str:
         """MigrateError with vzctl's own reason, or `code`."""
@@ -142,7 +145,7 @@ class Vzctl:
         """What this kernel writes and reads; None: no vzcptcheck here."""
         if shutil.which(self._host.vzcptcheck) is None:
             return None
-        said = run([self._host.vzcptcheck, "version"], CHECKPOINT_VERSION, 30).strip()
+        said = self._ask(CHECKPOINT_VERSION, self._host.vzcptcheck, "version").strip()
         if not said.isdecimal():
             raise MigrateError(CHECKPOINT_VERSION, f"vzcptcheck version said {said[:40]!r}")
         return int(said)
@@ -247,7 +250,7 @@ class Vzctl:
             wanted = {ip for ip in wanted if ":" not in ip}
         if not wanted:
             return
-        said = run([self._host.vzlist, "-a", "-H", "-o", "ip"], IP_IN_USE, 30)
+        said = self._ask(IP_IN_USE, self._host.vzlist, "-a", "-H", "-o", "ip")
         used = wanted & {word.split("/")[0] for word in said.split()}
         if used:
             raise MigrateError(IP_IN_USE, f"{', '.join(sorted(used))} is in use here")
