@@ -122,7 +122,11 @@ class Agent:
         failed: list[str] = []
         if self._landing is not None:
             done, self._landing = self._landing, None
-            failed = done.complete() if done.committed else done.undo()
+            if done.ran:
+                failed = done.complete()
+            elif not done.committed:
+                failed = done.undo()
+            # else: whether it runs could not be told; settle() finds the journal.
         self._mux.close()
         self._locks.close()
         for text in failed:
@@ -300,8 +304,7 @@ def settle(host: HostConfig, migration: str) -> dict[str, Any]:
 
 
 def _runs(log: journal.Record) -> bool:
-    state = undoing.runtime_of(log.fields).state()
-    return state.running and not state.suspended
+    return undoing.runs(undoing.runtime_of(log.fields))
 
 
 def vz_code(error: PyploopError) -> int:

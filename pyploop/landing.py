@@ -8,6 +8,7 @@ are used, and are checked; nothing that is committed is undone here.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
 import time
@@ -49,6 +50,9 @@ class Landing:
         self._disks = runtime.disks(source=False)
         self._jobs: dict[str, Job[None]] = {}
         self.committed = False
+        """From the commit on, until it is withdrawn."""
+        self.ran = False
+        """It was seen to run here."""
         folder = verdict.make_folder(Path(host.state_dir))
         self._journal = Journal.create(
             f"migration of {runtime.container} to this host",
@@ -197,11 +201,12 @@ class Landing:
 
         try:
             self._runtime.undump(folder_of(self._folder, 0), commit)
-        except BaseException:
-            self._withdraw()
-            raise
+        except BaseException as e:
+            if not (self.committed and self._runs_after(e)):
+                self._withdraw()
+                raise
         moments["running"] = time.monotonic()
-        self.verdict.write(RAN)
+        self._came_to_run()
         return moments
 
     def start(self, alive: Callable[[], None], timeout: float, run: bool) -> None:
@@ -214,11 +219,25 @@ class Landing:
         try:
             if run:
                 self._runtime.start()
-            self.verdict.write(RAN)
-            self.committed = True
-        except BaseException:
-            self._withdraw()
-            raise
+        except BaseException as e:
+            if not self._runs_after(e):
+                self._withdraw()
+                raise
+        self._came_to_run()
+
+    def _came_to_run(self) -> None:
+        self.committed = True
+        self.verdict.write(RAN)
+        self.ran = True
+
+    def _runs_after(self, failure: BaseException) -> bool:
+        """Whether the container runs here although the last step failed: what
+        its peers were told since then is true.  When that cannot be known, the
+        question's own failure goes on, and the verdict stays as it is."""
+        if not undoing.runs(self._runtime):
+            return False
+        self._report.note(f"The container runs here, although: {failure}")
+        return True
 
     def _need_disks(self) -> None:
         if any(f"disk {n}" not in self._jobs for n in range(len(self._disks))):
@@ -226,7 +245,8 @@ class Landing:
 
     def _withdraw(self) -> None:
         """The restore failed before the container could run."""
-        self._runtime.abandon()
+        with contextlib.suppress(OSError, PyploopError):  # undo() tries again, and tells
+            self._runtime.abandon()
         self.verdict.write(ABORTED)
         self.committed = False
 

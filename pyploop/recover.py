@@ -30,7 +30,8 @@ DUMP_WAIT = 180.0
 
 
 def finish_source(log: Journal, runtime: Runtime, remove: bool) -> list[str]:
-    """End the container that runs on the target now; what failed, in words."""
+    """End the container that runs on the target now; what failed, in words.
+    Then the record stays, MOVED, for a recovery that tries it again."""
     failed = []
     for entry in log.entries:
         if entry["kind"] in ("resume", "start"):
@@ -40,7 +41,7 @@ def finish_source(log: Journal, runtime: Runtime, remove: bool) -> list[str]:
         runtime.discard(remove)
     except (OSError, PyploopError) as e:
         failed.append(f"the container left on the source: {e}")
-    return failed + undoing.undo_all(log)
+    return failed + undoing.undo_all(log, over=not failed)
 
 
 def settled(

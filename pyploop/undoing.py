@@ -52,6 +52,12 @@ def naming(host: hostconf.HostConfig, runtime: Runtime) -> dict[str, Any]:
     return {"config": host.path, "runtime": runtime.name, "container": runtime.container}
 
 
+def runs(runtime: Runtime) -> bool:
+    """Its processes run, and are not suspended."""
+    state = runtime.state()
+    return state.running and not state.suspended
+
+
 journal.register("remove", _remove, outlives_boot=True)
 journal.register("put-back", _put_back, outlives_boot=True)
 journal.register("rmdir", _rmdir, outlives_boot=True)
@@ -74,9 +80,10 @@ def make_folders(log: Journal, path: Path) -> None:
         folder.mkdir()
 
 
-def undo_all(log: Journal, keep: bool = False) -> list[str]:
+def undo_all(log: Journal, keep: bool = False, over: bool = True) -> list[str]:
     """Undo the journal's entries in reverse; returns what could not be undone,
-    which stays in it.  keep: what was copied is kept (--keep-dst)."""
+    which stays in it.  keep: what was copied is kept (--keep-dst).  over: an
+    empty journal goes."""
     failed = []
     for entry in reversed(log.entries):
         try:
@@ -89,5 +96,6 @@ def undo_all(log: Journal, keep: bool = False) -> list[str]:
             failed.append(f"{journal.describe(entry)}: {why}")
             continue
         log.done(entry)
-    log.close()
+    if over:
+        log.close()
     return failed
