@@ -34,6 +34,12 @@ def pytest_configure() -> None:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """The tables of the disturbed migrations, when all of them were asked for."""
+    if "table" in sys.modules:  # of tests/migrate
+        sys.modules["table"].tell(terminalreporter)
+
+
 @pytest.fixture(autouse=True, scope="session")
 def journals_of_our_own(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """What is killed here leaves nothing in /run/pyploop, and `pyploop thaw`

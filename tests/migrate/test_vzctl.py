@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import re
 import subprocess
 from collections.abc import Iterator
@@ -12,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import support
-from vzlab import CTID, VzHost, VzLab, vz_lab
+from vzlab import CTID, VzLab, runs_only_on, vz_lab
 
 
 @pytest.fixture
@@ -28,21 +27,6 @@ def still(tmp_path_factory: pytest.TempPathFactory) -> Iterator[VzLab]:
     support.needs("root", "loop", "mkfs.ext4")
     with vz_lab(tmp_path_factory.mktemp("still")) as made:
         yield made
-
-
-def runs_only_on(lab: VzLab, host: VzHost, clean: bool = True) -> None:
-    """On this host, having lost and repeated no number; nothing on the other."""
-    other = lab.b if host is lab.a else lab.a
-    assert host.status() == "running"
-    assert other.status() == "down"
-    before = len(host.numbers())
-    support.wait_until(lambda: len(host.numbers()) > before, "it counts on")
-    numbers = host.numbers()
-    assert numbers == list(range(len(numbers)))
-    if clean:
-        assert other.files() == set()
-        assert not [p for p in host.files() if p.startswith(("lock", "images", "varlib"))]
-        assert lab.loops() == [str(host.folder / f"private/{CTID}/root.hdd/root.hds")]
 
 
 def test_a_container_moves_live_there_and_back(lab: VzLab) -> None:
@@ -280,43 +264,7 @@ def test_a_locked_container_ends_with_20(lab: VzLab) -> None:
     runs_only_on(lab, lab.b)
 
 
-# ---- killed at any step
-
-
-KILLS = [
-    # (host, step, who is killed): where it runs after --recover
-    ("a", "chkpnt --suspend", "kill-caller", "a"),
-    ("a", "chkpnt --dump", "kill-caller", "a"),
-    ("b", "restore --undump", "kill-peer", "a"),
-    ("b", "restore --resume", "kill-peer", "b"),
-    ("a", "chkpnt --kill", "kill-caller", "b"),
-    ("a", "destroy", "kill-caller", "b"),
-]
-
-
-ORDINARY = [KILLS[1], KILLS[3]]
-"""The rest with PYPLOOP_MATRIX=1."""
-
-
-@pytest.mark.parametrize(
-    ("host", "step", "who", "runs_on"), KILLS if os.environ.get("PYPLOOP_MATRIX") else ORDINARY
-)
-def test_a_killed_orchestrator_is_recovered_from(
-    lab: VzLab, host: str, step: str, who: str, runs_on: str
-) -> None:
-    where = {"a": lab.a, "b": lab.b}
-    where[host].fail(step, who)
-    done = lab.migrate(lab.a, "--live", "hostb", CTID)
-    assert done.returncode == -9, done.stderr
-    states = {lab.a.status(), lab.b.status()}
-    assert states != {"running"}, "it runs on both"
-    where[host].mend()
-    done = lab.migrate(lab.a, "--recover")
-    assert done.returncode == 0, done.stderr
-    runs_only_on(lab, where[runs_on])
-    # Nothing is left to recover.
-    done = lab.migrate(lab.a, "--recover")
-    assert (done.returncode, done.stdout) == (0, "")
+# ---- afterwards (test_vzctl_failures.py has what goes wrong at each step)
 
 
 def test_the_next_migration_recovers_first(lab: VzLab) -> None:
@@ -327,17 +275,6 @@ def test_the_next_migration_recovers_first(lab: VzLab) -> None:
     assert done.returncode == 0, done.stderr
     assert "Undone" in done.stdout
     runs_only_on(lab, lab.b)
-
-
-@pytest.mark.parametrize("step", ["restore --undump", "restore --resume"])
-def test_a_killed_agent_is_settled_by_the_orchestrator(lab: VzLab, step: str) -> None:
-    """Killed in either step; the step itself still ends, and decides."""
-    lab.b.fail(step, "kill-caller")
-    done = lab.migrate(lab.a, "--live", "hostb", CTID)
-    lab.b.mend()
-    committed = step == "restore --resume"
-    assert (done.returncode == 0) == committed, done.stderr
-    runs_only_on(lab, lab.b if committed else lab.a)
 
 
 def test_a_target_that_cannot_be_asked_leaves_it_suspended_and_says_so(lab: VzLab) -> None:

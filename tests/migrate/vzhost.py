@@ -13,7 +13,8 @@ HOST/state/faults has what goes wrong, as lines of JSON: `step` (its NUMBER-th
 call; 0: each), `when` ("before" or "after" it is done) and `action`: an exit
 code, `die` (SIGKILL), `hang`, `gate` (wait until HOST/state/gate is gone, having
 said so in gate.reached), `kill-caller`, `kill-peer` (SIGKILL of who called, of
-the orchestrator).  HOST/state/steps has the steps that were called, in order.
+the orchestrator).  HOST/state/steps has all steps that were called, in order,
+HOST/state/happened those at which something went wrong.
 """
 
 from __future__ import annotations
@@ -76,7 +77,11 @@ def faults(step: str, when: str) -> int:
     for line in path.read_text().splitlines():
         wish = json.loads(line)
         here = wish["step"] == step and wish["when"] == when and wish["number"] in (0, number)
-        if here and (code := happen(wish["action"])):
+        if not here:
+            continue
+        with (STATE / "happened").open("a") as f:
+            f.write(step + "\n")
+        if code := happen(wish["action"]):
             return code
     return 0
 

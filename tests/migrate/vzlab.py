@@ -101,19 +101,25 @@ class VzHost:
             (self.folder / "state" / name).unlink(missing_ok=True)
 
     def mend(self) -> None:
-        (self.folder / "state/faults").unlink(missing_ok=True)
+        for name in ("faults", "happened"):
+            (self.folder / "state" / name).unlink(missing_ok=True)
         self.open_gate()
 
     def steps(self) -> list[str]:
         """All that was called, the tests' own questions included."""
-        path = self.folder / "state/steps"
+        return self._lines("steps")
+
+    def happened(self) -> list[str]:
+        """Steps at which something went wrong, since `mend`."""
+        return self._lines("happened")
+
+    def _lines(self, name: str) -> list[str]:
+        path = self.folder / "state" / name
         return path.read_text().splitlines() if path.exists() else []
 
     def calls(self) -> list[str]:
         """Commands that were given, without the many questions."""
-        path = self.folder / "state/calls"
-        lines = path.read_text().splitlines() if path.exists() else []
-        return [x for x in lines if x.startswith("vzctl") and " status " not in x]
+        return [x for x in self._lines("calls") if x.startswith("vzctl") and " status " not in x]
 
     def numbers(self) -> list[int]:
         return [int(n) for n in (self.folder / f"root/{CTID}/numbers").read_text().split()]
@@ -134,6 +140,9 @@ class VzLab:
     folder: Path
     a: VzHost
     b: VzHost
+
+    def other(self, host: VzHost) -> VzHost:
+        return self.b if host is self.a else self.a
 
     def command(self, source: VzHost, *words: str) -> list[str]:
         config = ["--runtime", "vzctl", "--config", str(source.folder / "migrate.toml")]
@@ -218,3 +227,18 @@ def vz_lab(folder: Path, size: int = 48 << 20) -> Iterator[VzLab]:
         for line in support.run("losetup", "-nO", "NAME,BACK-FILE").splitlines():
             if str(folder) in line:
                 support.run("losetup", "--detach", line.split()[0])
+
+
+def runs_only_on(lab: VzLab, host: VzHost, clean: bool = True) -> None:
+    """On this host, having lost and repeated no number; nothing on the other."""
+    other = lab.other(host)
+    assert host.status() == "running"
+    assert other.status() == "down"
+    before = len(host.numbers())
+    support.wait_until(lambda: len(host.numbers()) > before, "it counts on")
+    numbers = host.numbers()
+    assert numbers == list(range(len(numbers)))
+    if clean:
+        assert other.files() == set()
+        assert not [p for p in host.files() if p.startswith(("lock", "images", "varlib"))]
+        assert lab.loops() == [str(host.folder / f"private/{CTID}/root.hdd/root.hds")]
