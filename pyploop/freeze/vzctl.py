@@ -50,6 +50,7 @@ class Status:
     exists: bool
     running: bool
     suspended: bool
+    mounted: bool
 
 
 def parse_status(text: str, ctid: str) -> Status:
@@ -68,7 +69,9 @@ def parse_status(text: str, ctid: str) -> Status:
         raise CommandError(
             f"vzctl status {ctid} answered {text.strip()[:80]!r}, which is no container's status"
         )
-    return Status(words[2] == "exist", words[4] == "running", len(words) == 6)
+    return Status(
+        words[2] == "exist", words[4] == "running", len(words) == 6, words[3] == "mounted"
+    )
 
 
 class VzctlStopper:

@@ -38,10 +38,10 @@ def test_each_exit_code_of_vzctl_has_words_and_a_status(code: int, words: str, s
 @pytest.mark.parametrize(
     ("text", "status"),
     [
-        ("CTID 101 exist mounted running\n", Status(True, True, False)),
-        ("CTID 101 exist mounted running suspended", Status(True, True, True)),
-        ("CTID 101 exist unmounted down suspended", Status(True, False, True)),
-        ("CTID 101 deleted unmounted down\n", Status(False, False, False)),
+        ("CTID 101 exist mounted running\n", Status(True, True, False, True)),
+        ("CTID 101 exist mounted running suspended", Status(True, True, True, True)),
+        ("CTID 101 exist unmounted down suspended", Status(True, False, True, False)),
+        ("CTID 101 deleted unmounted down\n", Status(False, False, False, False)),
     ],
 )
 def test_a_status_is_read(text: str, status: Status) -> None:
