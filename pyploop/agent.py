@@ -15,7 +15,17 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from pyploop import __version__, ctlock, journal, kept, landing, transport, undoing, verdict
+from pyploop import (
+    __version__,
+    ctlock,
+    journal,
+    kept,
+    landing,
+    landing_trees,
+    transport,
+    undoing,
+    verdict,
+)
 from pyploop.errors import BusyError, MigrateError, ProtocolError, PyploopError
 from pyploop.events import Reporter
 from pyploop.hostconf import NAME, HostConfig
@@ -77,6 +87,7 @@ class Agent:
             "items": self._items,
             "digests": self._digests,
             "disk": self._disk,
+            "tree": self._tree,
             "dump": self._dump,
             "join": self._join,
             "restore": self._restore,
@@ -168,6 +179,7 @@ class Agent:
         there = kept.allocated(self._host, chosen, facts)
         for n, (disk, size) in enumerate(zip(disks, sizes, strict=True)):
             volumes.check_free(disk, max(int(size) - there.get(f"disk {n}", 0), 0))
+        landing_trees.check(self._host.rsync, chosen.trees(), facts.get("trees") or [])
         return {"disks": [d.image for d in disks]}
 
     def _lock(self, runtime: Runtime) -> None:
@@ -227,6 +239,9 @@ class Agent:
     def _disk(self, index: int, channel: int, reuse: bool = False) -> dict[str, Any]:
         self._begun().take_disk(index, self._mux.open(channel), bool(reuse))
         return {}
+
+    def _tree(self, index: int, channel: int, last: bool) -> dict[str, Any]:
+        return {"name": self._begun().take_tree(index, self._mux.open(channel), last)}
 
     def _dump(
         self, channel: int, number: int = 0, parent: int = 0, room: int = 0

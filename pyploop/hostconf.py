@@ -44,6 +44,8 @@ class ContainerConfig:
     options: tuple[str, ...] = ("--tcp-established", "--file-locks")
     stop_timeout: float = 30.0
     disks: tuple[DiskConfig, ...] = ()
+    trees: tuple[str, ...] = ()
+    """Directories that are moved as they are."""
     commands: dict[str, tuple[str, ...]] = field(default_factory=dict)
 
 
@@ -67,6 +69,7 @@ class HostConfig:
     vzlist: str = "vzlist"
     vzcptcheck: str = "vzcptcheck"
     ploop: str = "ploop"
+    rsync: str = "rsync"
     containers: dict[str, ContainerConfig] = field(default_factory=dict)
 
     def container(self, name: str) -> ContainerConfig:
@@ -88,6 +91,7 @@ _TOP = {
 _SECTIONS: dict[str, dict[str, tuple[str, type]]] = {
     "remote": {"ssh": ("ssh", tuple), "agent": ("agent", tuple)},
     "runc": {"command": ("runc", str), "root": ("runc_root", str), "criu": ("criu", str)},
+    "rsync": {"command": ("rsync", str)},
     "vzctl": {
         "etc": ("vz_etc", str),
         "command": ("vzctl", str),
@@ -120,6 +124,7 @@ COMMANDS = (
     "start",
     "stop",
 )
+_TREE = re.compile(r"(/[^/%\x00-\x1f]*[^/%\x00-\x20])+")
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
 
 
@@ -168,10 +173,13 @@ def _container(name: str, table: dict[str, Any], path: str) -> ContainerConfig:
         raise MigrateError(USAGE, f"{where}: not a name")
     values: dict[str, Any] = {}
     disks: list[DiskConfig] = []
+    trees: tuple[str, ...] = ()
     commands: dict[str, tuple[str, ...]] = {}
     for key, value in table.items():
         if key == "disk":
             disks = [_disk(d, where) for d in (value if isinstance(value, list) else [value])]
+        elif key == "tree":
+            trees = _trees(value if isinstance(value, list) else [value], where)
         elif key == "commands":
             for word, argv in _table(value, f"{where}.commands").items():
                 if word not in COMMANDS:
@@ -181,7 +189,7 @@ def _container(name: str, table: dict[str, Any], path: str) -> ContainerConfig:
             values[key] = _typed(value, _CONTAINER[key], f"{where}.{key}")
         else:
             raise MigrateError(USAGE, f"{where} has no {key!r}")
-    return ContainerConfig(name, disks=tuple(disks), commands=commands, **values)
+    return ContainerConfig(name, disks=tuple(disks), trees=trees, commands=commands, **values)
 
 
 def _disk(value: Any, where: str) -> DiskConfig:
@@ -194,6 +202,25 @@ def _disk(value: Any, where: str) -> DiskConfig:
         if not str(texts.get(key, "")).startswith("/"):
             raise MigrateError(USAGE, f"{where}.disk.{key} must be an absolute path")
     return DiskConfig(**texts)
+
+
+def _trees(values: list[Any], where: str) -> tuple[str, ...]:
+    """Paths, none inside another: what is not in one goes from there."""
+    paths: list[str] = []
+    for value in values:
+        table = _table(value, f"{where}.tree")
+        if list(table) != ["path"]:
+            raise MigrateError(USAGE, f"{where}.tree has a path, and nothing else")
+        path = _typed(table["path"], str, f"{where}.tree.path")
+        if not _TREE.fullmatch(path) or ".." in path.split("/"):
+            # rsync's daemon reads it from a file, where a % is a variable.
+            raise MigrateError(
+                USAGE, f"{where}.tree.path must be an absolute path below /, without % and newlines"
+            )
+        if any(f"{path}/".startswith(f"{p}/") or f"{p}/".startswith(f"{path}/") for p in paths):
+            raise MigrateError(USAGE, f"{where}.tree.path: {path} lies in another one, or holds it")
+        paths.append(path)
+    return tuple(paths)
 
 
 def _table(value: Any, where: str) -> dict[str, Any]:

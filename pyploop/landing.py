@@ -23,6 +23,7 @@ from pyploop.events import Reporter
 from pyploop.hostconf import HostConfig
 from pyploop.jobs import Job
 from pyploop.journal import Journal
+from pyploop.landing_trees import LandingTrees
 from pyploop.receiver import receive
 from pyploop.runtimes import COPY_FAILED, Facts, Runtime
 from pyploop.shelf import Shelf
@@ -70,6 +71,14 @@ class Landing:
         self._folder.mkdir(mode=0o700)
         self._chain = Chain(self._folder)
         self._shelf = Shelf(host, runtime, self._journal, self._disks, report)
+        self._trees = LandingTrees(
+            host.rsync,
+            runtime.trees(),
+            folder=self._folder,
+            log=self._journal,
+            stall=stall,
+            keep_fds=runtime.keep_fds,
+        )
 
     def _log(self, kind: str, **fields: Any) -> None:
         self._journal.add({"kind": kind, **fields})
@@ -149,6 +158,12 @@ class Landing:
 
         self._jobs[f"disk {index}"] = Job(work)
 
+    def take_tree(self, index: int, fd: int, last: bool) -> str:
+        """One pass over a directory tree; the name to join."""
+        name, job = self._trees.take(index, fd, last)
+        self._jobs[name] = job
+        return name
+
     def take_dump(self, fd: int, number: int, parent: int, room: int) -> None:
         """The memory, into tmpfs, as it is written at the source: of a pre-dump, or
         (0) of the dump.  room: bytes that must be left for it, and what follows."""
@@ -174,7 +189,13 @@ class Landing:
             self._jobs.pop(name).over.wait(self._stall)
 
     def join(self, name: str, timeout: float) -> float:
-        """Wait for one of these; returns when it ended (time.monotonic())."""
+        """Wait for one of these; returns when it ended (time.monotonic()), or
+        raises how."""
+        ended = self._wait(name, timeout)
+        self._trees.check(name)
+        return ended
+
+    def _wait(self, name: str, timeout: float) -> float:
         if name not in self._jobs:
             raise ProtocolError(f"agent protocol: nothing called {name!r} is received")
         try:
@@ -188,7 +209,7 @@ class Landing:
     def restore(self, alive: Callable[[], None], timeout: float) -> dict[str, float]:
         """Let the container run here.  alive: raises when the source is gone,
         for then it may have decided otherwise.  Returns moments (monotonic)."""
-        moments = {f"{name} ended": self.join(name, timeout) for name in list(self._jobs)}
+        moments = {f"{name} ended": self._wait(name, timeout) for name in list(self._jobs)}
         self._need_disks()
         self._log("abandon", **undoing.naming(self._host, self._runtime))
         moments["restore"] = time.monotonic()
@@ -212,7 +233,7 @@ class Landing:
     def start(self, alive: Callable[[], None], timeout: float, run: bool) -> None:
         """The same without a dump; run: the container ran on the source."""
         for name in list(self._jobs):
-            self.join(name, timeout)
+            self._wait(name, timeout)
         self._need_disks()
         self._log("abandon", **undoing.naming(self._host, self._runtime))
         alive()
@@ -242,6 +263,7 @@ class Landing:
     def _need_disks(self) -> None:
         if any(f"disk {n}" not in self._jobs for n in range(len(self._disks))):
             raise ProtocolError("agent protocol: not all disks were sent")
+        self._trees.check_whole()
 
     def _withdraw(self) -> None:
         """The restore failed before the container could run."""

@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from pyploop import chain, pieces
-from pyploop.copying import REQUEST, Disks
+from pyploop.copies import Copies
+from pyploop.copying import REQUEST
 from pyploop.errors import MigrateError, PyploopError
 from pyploop.events import Reporter
 from pyploop.jobs import Job
@@ -160,7 +161,7 @@ def policy_for(runtime: Runtime, most: int | None, report: Reporter) -> MemoryPo
     return None if why else MemoryPolicy(max_rounds=most)
 
 
-def approach(disks: Disks, memory: Memory) -> None:
+def approach(disks: Copies, memory: Memory) -> None:
     """All that is sent while the container runs."""
     if not memory.wanted:
         disks.copy_while_running()

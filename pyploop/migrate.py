@@ -24,7 +24,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from pyploop import agent, chain, memory, pieces, recover, reuse, undoing, verdict
+from pyploop import agent, chain, memory, pieces, recover, reuse, trees, undoing, verdict
+from pyploop.copies import Copies
 from pyploop.copying import REQUEST, Disks, opened
 from pyploop.errors import MigrateError, PyploopError
 from pyploop.events import Reporter
@@ -58,6 +59,7 @@ class Wish:
     pre_dumps: int = MemoryPolicy.max_rounds
     """Rounds of memory before the freeze at most."""
     ssh_options: tuple[str, ...] = ()
+    rsync_options: tuple[str, ...] = ()
     copy: Options = field(default_factory=Options)
 
 
@@ -108,6 +110,7 @@ def migrate(host: HostConfig, runtime: Runtime, wish: Wish, report: Reporter) ->
     facts = runtime.check_source(wish.live)
     facts |= {"machine": platform.machine(), "cpu": agent.cpu_flags()}
     facts["source"] = reuse.identity(host.state_dir)
+    facts["trees"] = trees.check_source(runtime.trees(), host.rsync)
     with opened(runtime.disks(source=True)) as sources, connect(host, wish, report) as remote:
         sizes = [_allocated(s.sparse_fd if s.sparse_fd is not None else s.fd) for s in sources]
         remote.call(
@@ -128,7 +131,19 @@ def migrate(host: HostConfig, runtime: Runtime, wish: Wish, report: Reporter) ->
         try:
             kept = move.begin()
             send_items(runtime.items(), remote, wish.copy, report, kept)
-            with Disks(remote, sources, wish.copy, report, kept) as disks:
+            copies = Copies(
+                Disks(remote, sources, wish.copy, report, kept),
+                trees.Trees(
+                    remote,
+                    runtime.trees(),
+                    command=host.rsync,
+                    words=wish.rsync_options,
+                    options=wish.copy,
+                    report=report,
+                ),
+                runtime.dump_writes,
+            )
+            with copies as disks:
                 if wish.live:
                     move.live(disks, move.begin_memory(rounds, int(facts.get("memory") or 0)))
                 else:
@@ -203,7 +218,7 @@ class _Move:
             report=self._report,
         )
 
-    def live(self, disks: Disks, ahead: memory.Memory) -> None:
+    def live(self, disks: Copies, ahead: memory.Memory) -> None:
         """All while it runs; then suspend, dump and last blocks at once, restore on
         the target."""
         runtime, remote = self._runtime, self._remote
@@ -221,7 +236,7 @@ class _Move:
             dump = Job(lambda: runtime.dump(images, parent))
             stream = Job(lambda: pieces.stream_dump(images, out, dump))
             self._jobs += [dump, stream]
-            self.result.disks = disks.finish()
+            self.result.disks = disks.finish(dump)
             copied = time.monotonic()
             dump.join()
             stream.join()
@@ -229,14 +244,16 @@ class _Move:
         resumed = time.monotonic()
         self.result.moments = Moments(start, copied, dump.ended, stream.ended, resumed)
         running, asked = float(moments["running"]), float(moments["restore"])
-        mounted = max(float(at) for name, at in moments.items() if name.startswith("disk "))
+        there = max(
+            float(at) for name, at in moments.items() if name.startswith(("disk ", "tree "))
+        )
         self.result.steps = {
             "suspend": suspended - start,
             "dump": dump.ended - suspended,
             "dump sent": stream.ended - suspended,
             "disks": copied - suspended,
             # Beyond the dump, on the target: durable and mounted there.
-            "disks waited for": max(0.0, mounted - float(moments["dump ended"])),
+            "disks waited for": max(0.0, there - float(moments["dump ended"])),
             "restore": running - asked,
             "total": resumed - start,
         }
@@ -266,7 +283,7 @@ class _Move:
             there = float(self._remote.call("clock", REQUEST)["monotonic"])
             self.result.recorder.clock.exchange(sent, there, there, time.monotonic())
 
-    def stopped(self, disks: Disks, running: bool) -> None:
+    def stopped(self, disks: Copies, running: bool) -> None:
         """Stop, last blocks, start on the target."""
         if running:
             self._log("start")

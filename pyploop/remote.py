@@ -165,6 +165,11 @@ class Remote:
         self._channel += 1
         return self._channel, self._live().open(self._channel)
 
+    @property
+    def channels_left(self) -> int:
+        """How many can still be opened: their numbers are not used again."""
+        return wire.MAX_CHANNELS - 1 - self._channel
+
     def alive(self) -> bool:
         """A request would be sent."""
         return self._mux is not None and self._mux.failure is None

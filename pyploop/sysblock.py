@@ -133,7 +133,7 @@ def stacked_on(dev: BlockDevice) -> list[BlockDevice]:
     return list(found.values())
 
 
-def _unescape(text: str) -> str:
+def unescape(text: str) -> str:
     """mountinfo writes space, tab, newline and backslash in octal."""
     raw = re.sub(rb"\\([0-7]{3})", lambda m: bytes([int(m[1], 8)]), os.fsencode(text))
     return os.fsdecode(raw)
@@ -151,7 +151,7 @@ def mounts_of(devices: list[BlockDevice], mountinfo: Path) -> list[Mount]:
         if len(fields) < 5 or len(rest) < 2:
             continue
         dev = _parse_dev(fields[2])
-        source = _unescape(rest[1])
+        source = unescape(rest[1])
         if dev not in wanted:
             # btrfs shows an anonymous number of its own: go by the source.
             if rest[0] != "btrfs":
@@ -163,7 +163,7 @@ def mounts_of(devices: list[BlockDevice], mountinfo: Path) -> list[Mount]:
             dev = os.major(rdev), os.minor(rdev)
             if dev not in wanted:
                 continue
-        point = _unescape(fields[4])
+        point = unescape(fields[4])
         # A file system mounted twice is frozen once; a later mount may hide
         # an earlier point, so the first that can still be opened as it is.
         mount = Mount(point, rest[0], source, None if rest[0] == "btrfs" else dev)
@@ -178,7 +178,7 @@ def mount_points(dev: str) -> list[str]:
     for line in os.fsdecode(Path("/proc/self/mountinfo").read_bytes()).split("\n"):
         fields = line.split(" ")
         if len(fields) > 4 and fields[2] == dev:
-            found.append(_unescape(fields[4]))
+            found.append(unescape(fields[4]))
     return found
 
 
@@ -187,8 +187,8 @@ def mount_points_below(folder: str) -> list[str]:
     found = []
     for line in os.fsdecode(Path("/proc/self/mountinfo").read_bytes()).split("\n"):
         fields = line.split(" ")
-        if len(fields) > 4 and _unescape(fields[4]).startswith(folder.rstrip("/") + "/"):
-            found.append(_unescape(fields[4]))
+        if len(fields) > 4 and unescape(fields[4]).startswith(folder.rstrip("/") + "/"):
+            found.append(unescape(fields[4]))
     return found[::-1]
 
 
@@ -199,9 +199,9 @@ def cgroup_mounts() -> list[tuple[str, list[str] | None]]:
         left, _, right = line.partition(" - ")
         fields, rest = left.split(" "), right.split(" ")
         if rest[0] == "cgroup2":
-            found.append((_unescape(fields[4]), None))
+            found.append((unescape(fields[4]), None))
         elif rest[0] == "cgroup" and len(rest) > 2:
-            found.append((_unescape(fields[4]), rest[2].split(",")))
+            found.append((unescape(fields[4]), rest[2].split(",")))
     return found
 
 

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from pyploop import hostconf, recover, times
+from pyploop import hostconf, recover, rsync_options, times
 from pyploop.cli import migrate_options
 from pyploop.cli.migrate_options import MigrateOptions
 from pyploop.errors import Interrupted, MigrateError, PyploopError
@@ -48,13 +48,12 @@ def _run(o: MigrateOptions, report: Reporter) -> int:
         for text in failed:
             report.error(f"not undone: {text}")
         return DUMP_FAILED if failed else 0
+    wish = _wish(o)
     runtime = make_runtime(host, o.runtime, o.container)
     with recover.locks(host, runtime):
         if failed := recover.recover(host, runtime.container, report, locked=True):
             raise MigrateError(LOCKED, f"an earlier migration is not undone: {'; '.join(failed)}")
-        if o.rsync:
-            report.info("--rsync: nothing is copied by rsync; all goes over the one connection")
-        result = migrate(host, runtime, _wish(o), report)
+        result = migrate(host, runtime, wish, report)
     if o.trace is not None:
         try:
             Path(o.trace).write_text(chrome_trace(result.recorder))
@@ -82,6 +81,7 @@ def _wish(o: MigrateOptions) -> Wish:
         nodeps=o.nodeps,
         pre_dumps=o.pre_dumps,
         ssh_options=o.ssh,
+        rsync_options=rsync_options.check_options(o.rsync),
         copy=Options(
             stall=o.timeout,
             rate=o.bwlimit,

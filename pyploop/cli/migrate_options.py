@@ -92,7 +92,7 @@ def parser() -> Parser:
         action="append",
         default=[],
         metavar="OPTS",
-        help="accepted: nothing is copied by rsync",
+        help="more options for rsync, which copies a root that is a directory",
     )
     add("-t", "--times", action="store_true", help="print where the suspended time went")
     add("-v", dest="verbose", action="count", default=0, help="more messages (up to four)")

@@ -48,6 +48,13 @@ class Disk:
 
 
 @dataclass(frozen=True)
+class Tree:
+    """A directory of the container on this host, moved as it is."""
+
+    path: str
+
+
+@dataclass(frozen=True)
 class Item:
     """A file that is copied while the container runs: its label says what it
     is, and the target's runtime where it goes."""
@@ -72,7 +79,13 @@ class Runtime(Protocol):
     def disks(self, source: bool) -> list[Disk]:
         """source: with what is opened for copying."""
 
+    def trees(self) -> list[Tree]:
+        """On the target after `check_target`."""
+
     # ---- on the source
+
+    dump_writes: bool
+    """A dump may add something to the trees, which then has to be copied after it."""
 
     def check_source(self, live: bool) -> Facts:
         """All that can be known before anything starts."""

@@ -27,8 +27,10 @@ from pyploop.runtimes import (
     Facts,
     Item,
     State,
+    Tree,
     volumes,
 )
+from pyploop.runtimes.folders import remove_contents
 from pyploop.runtimes.process import run
 
 _STATES = {
@@ -45,6 +47,8 @@ class CommandRuntime:
     """One container of one host."""
 
     name = "command"
+    dump_writes = True
+    """Nobody knows what its `dump` does."""
 
     def __init__(self, host: HostConfig, container: str) -> None:
         self.container = container
@@ -52,8 +56,10 @@ class CommandRuntime:
         self.lock_dir = host.lock_dir
         self._host = host
         self._config = host.container(container)
-        if "status" not in self._config.commands or not self._config.disks:
-            raise MigrateError(USAGE, f"[container.{container}] needs commands.status and a disk")
+        if "status" not in self._config.commands or not (self._config.disks or self._config.trees):
+            raise MigrateError(
+                USAGE, f"[container.{container}] needs commands.status, and a disk or a tree"
+            )
 
     def _run(
         self, step: str, code: int, images: Path | None = None, parent: Path | None = None
@@ -91,6 +97,9 @@ class CommandRuntime:
             opened = (volumes.device_of(d.mount) or d.image) if source else ""
             result.append(Disk(d.image, d.mount, d.fstype, d.options, opened))
         return result
+
+    def trees(self) -> list[Tree]:
+        return [Tree(path) for path in self._config.trees]
 
     def check_source(self, live: bool) -> Facts:
         self._check_commands(live)
@@ -134,6 +143,8 @@ class CommandRuntime:
             volumes.unmount({"mount": disk.mount, "image": disk.image})
             if remove:
                 Path(disk.image).unlink(missing_ok=True)
+        for path in self._config.trees if remove else ():
+            remove_contents(path)
 
     def check_target(self, facts: Facts, live: bool) -> None:
         self._check_commands(live)

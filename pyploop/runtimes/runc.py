@@ -33,12 +33,14 @@ from pyploop.runtimes import (
     Facts,
     Item,
     State,
+    Tree,
     bundles,
     criu,
     tracking,
     volumes,
 )
 from pyploop.runtimes.cgroup import Freezer
+from pyploop.runtimes.folders import remove_contents
 from pyploop.runtimes.process import Command, last_words, run
 
 PREVIEW = 0.25
@@ -56,10 +58,16 @@ class Runc:
         self.lock_dir = host.lock_dir
         self._host = host
         self._config = host.container(container)
-        if not self._config.bundle.startswith("/") or not self._config.disks:
+        if not self._config.bundle.startswith("/") or not self._places():
             raise MigrateError(
-                USAGE, f"[container.{container}] needs an absolute bundle and a disk"
+                USAGE, f"[container.{container}] needs an absolute bundle, and a disk or a tree"
             )
+        # CRIU names a deleted file that has other names anew, for the restore.
+        self.dump_writes = "--link-remap" in self._config.options
+
+    def _places(self) -> list[str]:
+        """Folders that hold the container's files: disks, then trees."""
+        return [*(d.mount for d in self._config.disks), *self._config.trees]
 
     # ---- what there is
 
@@ -100,11 +108,14 @@ class Runc:
             result.append(Disk(d.image, d.mount, d.fstype, d.options, opened))
         return result
 
+    def trees(self) -> list[Tree]:
+        return [Tree(path) for path in self._config.trees]
+
     # ---- source
 
     def check_source(self, live: bool) -> Facts:
         config = bundles.read(self._config.bundle)
-        facts: Facts = {"mounts": [d.mount for d in self._config.disks], "config": config}
+        facts: Facts = {"mounts": self._places(), "config": config}
         if live:
             facts["criu"] = list(criu.version(self._host.criu))
             criu.probe(self._host.criu)
@@ -234,6 +245,10 @@ class Runc:
                 with contextlib.suppress(OSError):
                     Path(disk.mount).rmdir()
         if remove:
+            for path in self._config.trees:
+                remove_contents(path)
+                with contextlib.suppress(OSError):
+                    Path(path).rmdir()
             config.unlink(missing_ok=True)
             (config.parent / bundles.CRIU).unlink(missing_ok=True)
             with contextlib.suppress(OSError):
@@ -249,8 +264,10 @@ class Runc:
         if Path(self._config.bundle, bundles.CONFIG).exists():
             raise MigrateError(EXISTS, f"{self._config.bundle} holds a {bundles.CONFIG}")
         mounts = facts.get("mounts")
-        if not isinstance(mounts, list) or len(mounts) != len(self._config.disks):
-            raise MigrateError(BAD_CONFIG, "the two hosts configure another number of disks")
+        if not isinstance(mounts, list) or len(mounts) != len(self._places()):
+            raise MigrateError(
+                BAD_CONFIG, "the two hosts configure another number of disks or trees"
+            )
         bundles.adapt(facts.get("config"), self._mapping(facts), self._config)
         if not live:
             return
@@ -268,8 +285,8 @@ class Runc:
             )
 
     def _mapping(self, facts: Facts) -> dict[str, str]:
-        """Mount points of the source's disks -> ours."""
-        return dict(zip(facts["mounts"], (d.mount for d in self._config.disks), strict=True))
+        """Mount points of the source's disks, and its trees -> ours."""
+        return dict(zip(facts["mounts"], self._places(), strict=True))
 
     def destination(self, label: str) -> str:
         if label != "config.json":

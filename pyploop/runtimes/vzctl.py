@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""OpenVZ containers with a ploop disk, by vzctl's documented contract.
+"""OpenVZ containers, on a ploop disk or in a directory (simfs), by vzctl's
+documented contract.
 
 The suspended container is undumped on the target, and only resumed after the
 commit: so it is vzctl's own two steps that the turning point lies between.
@@ -37,6 +38,7 @@ from pyploop.runtimes import (
     Facts,
     Item,
     State,
+    Tree,
     volumes,
 )
 from pyploop.runtimes.process import Command, last_words, run
@@ -54,12 +56,16 @@ class Vzctl:
     """One container of one host."""
 
     name = "vzctl"
+    dump_writes = True
+    """The kernel gives deleted files that are open a name below VE_PRIVATE."""
 
     def __init__(self, host: HostConfig, container: str) -> None:
         self._host = host
         self.container = container if container.isdecimal() else self._resolve(container)
         self.keep_fds: tuple[int, ...] = ()
         self._top = f"{HDD}/root.hds"
+        self._simfs: bool | None = None
+        """The source's word, on the target."""
         try:
             self._conf = vzconf.load(self.container, Path(host.vz_etc))
             self.lock_dir = self._conf.path("LOCKDIR")
@@ -100,10 +106,21 @@ class Vzctl:
         said = self._vzctl(NO_CONTAINER, "status", skiplock=False)
         line = next((x for x in said.splitlines() if x.startswith("CTID")), said)
         status = parse_status(line, self.container)
-        mounted = volumes.is_mounted(self._root)
-        return State(status.exists, status.running, status.suspended, mounted)
+        # Its own word: a simfs may have the device number of the folder above.
+        return State(status.exists, status.running, status.suspended, status.mounted)
+
+    def _is_simfs(self) -> bool:
+        """Its private area is its root, and holds no disk."""
+        if self._simfs is not None:
+            return self._simfs
+        return not (self._private / HDD).exists() and self._private.is_dir()
+
+    def trees(self) -> list[Tree]:
+        return [Tree(str(self._private))] if self._is_simfs() else []
 
     def disks(self, source: bool) -> list[Disk]:
+        if self._is_simfs():
+            return []
         opened = ""
         if source:
             top = Path(self._descriptor().top.path)
@@ -129,17 +146,19 @@ class Vzctl:
     # ---- source
 
     def check_source(self, live: bool) -> Facts:
+        facts: Facts = {
+            "simfs": self._is_simfs(),
+            "ips": (self._conf.get("IP_ADDRESS") or "").split(),
+            "checkpoint": self._checkpoint_version() if live else None,
+        }
+        if self._is_simfs():
+            return facts
         top = self.disks(source=True)[0].image
         links = {}
         for path in self._files():
             if path.is_symlink():
                 links[str(path.relative_to(self._private))] = os.readlink(path)
-        return {
-            "top": str(Path(top).relative_to(self._private)),
-            "links": links,
-            "ips": (self._conf.get("IP_ADDRESS") or "").split(),
-            "checkpoint": self._checkpoint_version() if live else None,
-        }
+        return facts | {"top": str(Path(top).relative_to(self._private)), "links": links}
 
     def _checkpoint_version(self) -> int | None:
         """What this kernel writes and reads; None: no vzcptcheck here."""
@@ -151,7 +170,10 @@ class Vzctl:
         return int(said)
 
     def _files(self) -> Iterator[Path]:
-        """The private area without the top delta, which the disk's copy brings."""
+        """The private area without the top delta, which the disk's copy brings;
+        nothing of a simfs container's, which is a tree."""
+        if self._is_simfs():
+            return
         for number, path in enumerate(sorted(self._private.rglob("*"))):
             if number > MOST_FILES:
                 raise MigrateError(
@@ -224,7 +246,8 @@ class Vzctl:
     # ---- target
 
     def check_target(self, facts: Facts, live: bool) -> None:
-        if shutil.which(self._host.ploop) is None:
+        self._simfs = facts.get("simfs") is True
+        if not self._simfs and shutil.which(self._host.ploop) is None:
             raise MigrateError(NO_PLOOP, f"no {self._host.ploop} here")
         if self.state().exists:
             raise MigrateError(EXISTS, f"container {self.container} exists")
@@ -232,7 +255,8 @@ class Vzctl:
             with contextlib.suppress(FileNotFoundError):
                 if any(not p.name.endswith(volumes.KEPT) for p in path.iterdir()):
                     raise MigrateError(EXISTS, f"{path} is not empty")
-        self._top = self._inside(facts.get("top"))
+        if not self._simfs:
+            self._top = self._inside(facts.get("top"))
         for link, text in dict(facts.get("links") or {}).items():
             self._inside(link)
             if not isinstance(text, str) or "/" in text:

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The container that is moved: runc, its root an ext4 on a loop device, in it the
-processes of guest.c.  The same paths on each host (hosts.py)."""
+"""The container that is moved: runc, its root an ext4 on a loop device or a plain
+directory, in it the processes of guest.c.  The same paths on each host (hosts.py)."""
 
 from __future__ import annotations
 
@@ -39,10 +39,15 @@ bundle = "{BUNDLE}"
 netns = "{CONTAINER_NETNS}"
 link_up = {json.dumps(LINK_UP.split())}
 link_down = {json.dumps(LINK_DOWN.split())}
-
+"""
+_DISK = f"""
 [[container.{NAME}.disk]]
 image = "{IMAGE}"
 mount = "{ROOTFS}"
+"""
+_TREE = f"""
+[[container.{NAME}.tree]]
+path = "{ROOTFS}"
 """
 
 
@@ -91,9 +96,21 @@ def clear_bundle(host: Host) -> None:
     host.run("rm", "-rf", BUNDLE)
 
 
-def write_pyploop_config(host: Host) -> None:
+def write_pyploop_config(host: Host, tree: bool = False) -> None:
     """How the container looks on this host, for `pyploop migrate` and its agent."""
-    host.outside(PYPLOOP_CONFIG).write_text(_PYPLOOP_CONFIG)
+    host.outside(PYPLOOP_CONFIG).write_text(_PYPLOOP_CONFIG + (_TREE if tree else _DISK))
+
+
+def on_image(host: Host) -> bool:
+    """Whether its root, on this host, is a file system on a loop device."""
+    return "disk]]" in host.outside(PYPLOOP_CONFIG).read_text()
+
+
+def make_root(root: Path, guest: Path) -> None:
+    """Fill the folder that becomes the container's root."""
+    for folder in ("data", "proc", "dev", "sys", "tmp"):
+        (root / folder).mkdir()
+    shutil.copy2(guest, root / "guest")
 
 
 def make_image(host: Host, guest: Path, size: int = IMAGE_BYTES) -> None:
@@ -103,9 +120,7 @@ def make_image(host: Host, guest: Path, size: int = IMAGE_BYTES) -> None:
         f.truncate(size)
     with tempfile.TemporaryDirectory(prefix="pyploop-root-") as name:
         root = Path(name)
-        for folder in ("data", "proc", "dev", "sys", "tmp"):
-            (root / folder).mkdir()
-        shutil.copy2(guest, root / "guest")
+        make_root(root, guest)
         options = ["-E", "lazy_itable_init=0,lazy_journal_init=0", "-d", str(root)]
         run(["mkfs.ext4", "-q", "-F", *options, str(image)])
 
@@ -166,19 +181,29 @@ def remove(host: Host) -> None:
 
 @contextlib.contextmanager
 def container(
-    lab: Lab, append_interval_ms: int = 5, size: int = IMAGE_BYTES, memory: int = 0
+    lab: Lab,
+    append_interval_ms: int = 5,
+    size: int = IMAGE_BYTES,
+    memory: int = 0,
+    *,
+    tree: bool = False,
 ) -> Iterator[None]:
     """The container, running on host a, and unknown on host b; at the end removed
-    from both hosts.  memory: bytes that it holds and rewrites."""
+    from both hosts.  memory: bytes that it holds and rewrites.  tree: its root is
+    a directory, and `size` means nothing."""
     guest = build_guest(lab.folder)
     for host in (lab.a, lab.b):
-        write_pyploop_config(host)
+        write_pyploop_config(host, tree)
     write_bundle(lab.a, append_interval_ms, memory)
-    make_image(lab.a, guest, size)
+    if tree:
+        make_root(lab.a.outside(ROOTFS), guest)
+    else:
+        make_image(lab.a, guest, size)
     with contextlib.ExitStack() as stack:
         for host in (lab.a, lab.b):
             stack.callback(detach, host)
             stack.callback(remove, host)
-        attach(lab.a)
+        if not tree:
+            attach(lab.a)
         start(lab.a)
         yield

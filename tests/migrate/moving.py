@@ -154,9 +154,10 @@ def debris(host: Host, before: set[str], runs_here: bool) -> dict[str, Any]:
         processes = {p: c for p, c in processes.items() if not c.startswith("/guest")}
         sockets = []
     mounts = host.mounts()
-    if mounts.count(str(container.ROOTFS)) != int(runs_here):
+    mounted = int(runs_here and container.on_image(host))
+    if mounts.count(str(container.ROOTFS)) != mounted:
         left["mounts"] = [m for m in mounts if m.startswith("/srv/")]
-    if len(container.loops(host)) != int(runs_here):
+    if len(container.loops(host)) != mounted:
         left["loops"] = container.loops(host)
     link = "state UP" in host.run("ip", "link", "show", "ct0")
     if link != runs_here:

@@ -6,8 +6,9 @@ makes the programs).
     HOST/etc/vz/vz.conf, conf/ · HOST/private · HOST/root · HOST/lock · HOST/state
 
 A container is guest.py's process; its ploop disk is a raw delta, which is mounted
-by a loop device.  `chkpnt --dump` writes the number it has reached; `restore
---undump` starts the process that goes on from there, frozen.
+by a loop device, or it has none (simfs), and its private area is its root, where a
+dump leaves a name for a deleted file.  `chkpnt --dump` writes the number it has
+reached; `restore --undump` starts the process that goes on from there, frozen.
 
 HOST/state/faults has what goes wrong, as lines of JSON: `step` (its NUMBER-th
 call; 0: each), `when` ("before" or "after" it is done) and `action`: an exit
@@ -43,13 +44,21 @@ class Container(Guest):
         self.ctid = ctid
         self.conf = HOST / "etc/vz/conf" / f"{ctid}.conf"
         self.private, self.root = HOST / "private" / ctid, HOST / "root" / ctid
+        self.named = self.private / ".deleted_but_open"
         self.delta = self.private / "root.hdd/root.hds"
 
     def mounted(self) -> bool:
-        return os.path.ismount(self.root)
+        # Not ismount(): a bind mount has the device number of the folder above.
+        text = Path("/proc/self/mountinfo").read_text()
+        return any(line.split()[4] == str(self.root) for line in text.splitlines())
+
+    @property
+    def simfs(self) -> bool:
+        return not self.delta.exists()
 
     def mount(self) -> None:
-        subprocess.run(["mount", "-o", "loop", str(self.delta), str(self.root)], check=True)
+        what = ["--bind", self.private] if self.simfs else ["-o", "loop", self.delta]
+        subprocess.run(["mount", *map(str, what), str(self.root)], check=True)
 
     def reached(self) -> int:
         return len((self.root / NUMBERS).read_text().split())
@@ -119,6 +128,8 @@ def chkpnt(c: Container, step: str, file: str | None) -> int:
         if file is None or not c.frozen():
             return CHECKPOINT
         Path(file).write_text(json.dumps({"ctid": c.ctid, "reached": c.reached()}))
+        if c.simfs:
+            c.named.write_text(str(c.reached()))
     elif step == "--kill":
         c.end()
     else:
@@ -134,6 +145,10 @@ def restore(c: Container, step: str, file: str | None) -> int:
         c.mount()
         if dump["ctid"] != c.ctid or c.reached() != dump["reached"]:
             return RESTORE
+        if c.simfs:
+            if not c.named.exists() or c.named.read_text() != str(dump["reached"]):
+                return RESTORE
+            c.named.unlink()
         c.launch([c.root], frozen=True)
     elif step == "--resume":
         if not c.frozen():

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -195,18 +196,35 @@ def _make_host(folder: Path, peer: Path) -> VzHost:
     return VzHost(folder)
 
 
-@contextlib.contextmanager
-def vz_lab(folder: Path, size: int = 48 << 20) -> Iterator[VzLab]:
-    """The container runs on a."""
-    a, b = _make_host(folder / "a", folder / "b"), _make_host(folder / "b", folder / "a")
-    hdd = a.folder / "private" / CTID / "root.hdd"
-    hdd.mkdir(parents=True)
-    (a.folder / "root" / CTID).mkdir()
+def _make_disk(private: Path, size: int) -> None:
+    hdd = private / "root.hdd"
+    hdd.mkdir()
     with (hdd / "root.hds").open("wb") as f:
         f.truncate(size)
     support.run("mkfs.ext4", "-q", "-F", hdd / "root.hds")
     (hdd / "DiskDescriptor.xml").write_text(_DESCRIPTOR.format(sectors=size >> 9, guid=GUID))
-    (hdd.parent / ".ve.layout").symlink_to("5")
+
+
+def _make_tree(private: Path) -> None:
+    (private / "etc").mkdir()
+    (private / "etc/hostname").write_text("web\n")
+    os.link(private / "etc/hostname", private / "etc/second")
+    os.chown(private / "etc/hostname", 1000, 1000)
+    (private / "link").symlink_to("/etc/passwd")
+
+
+@contextlib.contextmanager
+def vz_lab(folder: Path, size: int = 48 << 20, *, simfs: bool = False) -> Iterator[VzLab]:
+    """The container runs on a; simfs: its private area is its root."""
+    a, b = _make_host(folder / "a", folder / "b"), _make_host(folder / "b", folder / "a")
+    private = a.folder / "private" / CTID
+    private.mkdir(parents=True)
+    (a.folder / "root" / CTID).mkdir()
+    if simfs:
+        _make_tree(private)
+    else:
+        _make_disk(private, size)
+    (private / ".ve.layout").symlink_to("5")
     (a.folder / f"etc/vz/conf/{CTID}.conf").write_text(
         'NAME="web"\nIP_ADDRESS="10.1.2.3"\nOSTEMPLATE="debian-12"\n'
     )

@@ -1,0 +1,81 @@
+# SPDX-License-Identifier: Apache-2.0
+"""All of a container's files in one migration: its disks, and its directory
+trees, each kind by its own steps, at the same time where that is right."""
+
+from __future__ import annotations
+
+import contextlib
+
+from pyploop.copying import Disks
+from pyploop.jobs import Job
+from pyploop.recorder import Span
+from pyploop.summary import Summary
+from pyploop.trees import Trees
+
+
+class Copies:
+    """A context manager, in which the disks are tracked.  The steps are those of
+    the disks; the disks come last in each, for their forecast is of the next moment."""
+
+    def __init__(self, disks: Disks, trees: Trees, dump_writes: bool) -> None:
+        """dump_writes: a dump may add something to the trees."""
+        self._disks, self._trees, self._dump_writes = disks, trees, dump_writes
+        self._stack = contextlib.ExitStack()
+
+    def __enter__(self) -> Copies:
+        with self._stack:
+            self._stack.enter_context(self._disks)
+            self._stack.enter_context(self._trees)
+            self._stack = self._stack.pop_all()
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._stack.close()
+
+    def spans(self) -> list[Span]:
+        """What was done when."""
+        return self._disks.spans() + self._trees.spans
+
+    def copy_while_running(self) -> None:
+        """All but what is for the suspended time."""
+        self._trees.copy_while_running()
+        self._disks.copy_while_running()
+        self._trees.prepare_last()
+
+    # ---- the same by steps
+
+    def first_pass(self) -> float:
+        """As Disks.first_pass."""
+        self._trees.copy_while_running()
+        return self._disks.first_pass()
+
+    def converge(self) -> None:
+        """After something else has taken time."""
+        self._trees.again()
+        self._disks.converge()
+
+    def prepare_freeze(self) -> None:
+        self._disks.prepare_freeze()
+        self._trees.prepare_last()
+
+    # ---- suspended
+
+    def finish(self, dump: Job[None] | None = None) -> list[Summary]:
+        """What is left, durable at the target.  dump: the one that is being made."""
+        if not self._trees:
+            return self._disks.finish()
+
+        def trees() -> None:
+            if dump is not None and self._dump_writes:
+                dump.join()
+            self._trees.finish()
+
+        job = Job(trees)
+        try:
+            summaries = self._disks.finish()
+            job.join()
+        except BaseException:
+            self._trees.cancel()
+            job.over.wait()
+            raise
+        return summaries

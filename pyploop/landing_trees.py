@@ -1,0 +1,112 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The target's side of a migration's directory trees: one rsync server for each
+pass, and what it wrote made durable.
+
+Invariant: a tree counts as whole only when the server of its last pass has
+ended well.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from pyploop import kernel, rsync, undoing
+from pyploop.errors import MigrateError, ProtocolError
+from pyploop.jobs import Job
+from pyploop.journal import Journal
+from pyploop.runtimes import COPY_FAILED, Tree, folders
+
+
+def check(command: str, trees: Sequence[Tree], sizes: Sequence[Any]) -> None:
+    """Before anything starts: rsync is here, and there is room for the trees,
+    and nothing in their way.  MigrateError."""
+    if trees or sizes:
+        rsync.check_installed(command)
+    if len(trees) != len(sizes):
+        raise ProtocolError(f"{len(sizes)} trees there, {len(trees)} here")
+    for tree, size in zip(trees, sizes, strict=True):
+        folders.check_free(tree, int(size))
+
+
+class LandingTrees:
+    """Of one migration."""
+
+    def __init__(
+        self,
+        command: str,
+        trees: Sequence[Tree],
+        *,
+        folder: Path,
+        log: Journal,
+        stall: float,
+        keep_fds: Sequence[int],
+    ) -> None:
+        """command: rsync; folder: for configurations and logs; stall: seconds
+        after which a silent client is given up; keep_fds: see Runtime."""
+        self._command, self._trees, self._folder = command, trees, folder
+        self._log, self._stall, self._keep_fds = log, stall, keep_fds
+        self._passes = 0
+        self._made: set[int] = set()
+        self._last: set[int] = set()
+        self._failed: dict[str, str] = {}
+
+    def take(self, index: int, fd: int, last: bool) -> tuple[str, Job[None]]:
+        """Serve one pass; (its name, what waits for its end).  last: the
+        container is suspended, so it must end well.  The descriptor is closed."""
+        try:
+            if not 0 <= index < len(self._trees):
+                raise ProtocolError(f"agent protocol: no tree {index!r} to receive")
+            path = self._trees[index].path
+            if index not in self._made:
+                undoing.make_folders(self._log, Path(path))
+                self._log.add({"kind": "empty", "path": path})
+                self._made.add(index)
+            name = f"tree {index}.{self._passes}"
+            file = name.replace(" ", "-")
+            self._passes += 1
+            process = rsync.serve(
+                self._command,
+                path,
+                fd,
+                folder=self._folder,
+                name=file,
+                stall=self._stall,
+                keep_fds=self._keep_fds,
+            )
+        finally:
+            os.close(fd)
+        if last:
+            self._last.add(index)
+
+        def work() -> None:
+            status = process.wait()
+            _sync(path)
+            if status:
+                said = rsync.last_errors(self._folder / f"{file}.log")
+                self._failed[name] = f"rsync ended with {status} here: {said}"
+            if last:
+                self.check(name)
+
+        return name, Job(work)
+
+    def check(self, name: str) -> None:
+        """MigrateError(6), with the reason, when this pass has ended badly.  One
+        that is not the last may: its source decides what that means."""
+        if name in self._failed:
+            raise MigrateError(COPY_FAILED, self._failed[name])
+
+    def check_whole(self) -> None:
+        """ProtocolError unless each tree had its last pass."""
+        if len(self._last) != len(self._trees):
+            raise ProtocolError("agent protocol: not all trees were sent")
+
+
+def _sync(path: str) -> None:
+    fd = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        kernel.syncfs(fd, path)
+    finally:
+        os.close(fd)

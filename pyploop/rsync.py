@@ -1,0 +1,252 @@
+# SPDX-License-Identifier: Apache-2.0
+"""rsync(1) as a migration uses it: its client here, its server at the agent.
+
+The server is rsync's own daemon on a channel instead of a port.  Its one
+module, its chroot there, and the options that it takes are in a configuration
+that the agent writes; so the peer can name no other place, read nothing, and
+run nothing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import shlex
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO
+
+from pyploop.errors import MigrateError, WriteError
+from pyploop.runtimes import COPY_FAILED
+from pyploop.runtimes.process import last_words
+
+OLDEST = (3, 2)
+"""The first whose daemon can refuse all options but some."""
+READY = 30.0
+"""Seconds for rsync to start its remote shell."""
+ALWAYS = (
+    "-aHAXSx",
+    "--numeric-ids",
+    # Times to the nanosecond: a change within the same second is seen.
+    "--modify-window=-1",
+    "--out-format=%i %n",
+)
+TREE = ("--delete",)
+"""Of a pass over all of it."""
+LISTED = ("--files-from=-", "--from0", "--checksum")
+"""Of one over files by name, compared by what they hold."""
+VANISHED, PARTIAL = 24, 23
+
+_TAKEN = (
+    "a hard-links acls xattrs sparse one-file-system numeric-ids modify-window log-format "
+    "delete delete-during relative no-r no-recursive dirs checksum checksum-choice compress* "
+    "new-compress old-compress whole-file no-whole-file block-size bwlimit timeout inplace partial"
+)
+"""What a client of ours sends, with the options that a user may add."""
+_CONFIG = """\
+use chroot = yes
+uid = 0
+gid = 0
+read only = no
+write only = yes
+list = no
+numeric ids = yes
+munge symlinks = no
+reverse lookup = no
+timeout = {stall}
+log file = {log}
+refuse options = * {taken}
+[tree]
+path = {path}
+"""
+
+
+def check_installed(command: str) -> None:
+    """MigrateError(6) when it is not there, or too old."""
+    if shutil.which(command) is None:
+        raise MigrateError(COPY_FAILED, f"no {command} here: it moves a container's directories")
+    done = subprocess.run([command, "--version"], capture_output=True, check=False, timeout=30)
+    found = re.match(rb"rsync +version v?(\d+)\.(\d+)", done.stdout)
+    if found is None:
+        raise MigrateError(COPY_FAILED, f"{command} --version does not say that it is rsync")
+    if (int(found[1]), int(found[2])) < OLDEST:
+        raise MigrateError(COPY_FAILED, f"{command} {found[0].decode()} here, 3.2 is needed")
+
+
+def _environment() -> dict[str, str]:
+    """Without what changes rsync's ways, and its messages in English."""
+    kept = {k: v for k, v in os.environ.items() if not k.startswith("RSYNC_")}
+    return kept | {"LC_ALL": "C"}
+
+
+# ---- the client
+
+
+@dataclass(frozen=True)
+class Done:
+    """An rsync that has ended."""
+
+    status: int
+    said: str
+    items: IO[bytes]
+
+    def explain(self, what: str) -> MigrateError:
+        return MigrateError(COPY_FAILED, f"rsync of {what} ended with {self.status}: {self.said}")
+
+    def changes(self) -> Iterable[tuple[bytes, bytes]]:
+        """(what rsync's %i says, path below the tree) of each item."""
+        self.items.seek(0)
+        for line in self.items:
+            item, space, name = line.rstrip(b"\n").partition(b" ")
+            if space and len(item) == 11:
+                yield item, _ESCAPED.sub(lambda m: bytes([int(m[1], 8)]), name)
+
+
+_ESCAPED = re.compile(rb"\\#([0-7]{3})")
+
+
+class Client:
+    """One pass, started, but held until it gets a channel."""
+
+    def __init__(self, command: str, words: Sequence[str], source: str) -> None:
+        """words: options; source: the tree's path here."""
+        ours, theirs = socket.socketpair()
+        self._control = ours
+        self._errors = tempfile.TemporaryFile()  # noqa: SIM115 - closed by close()
+        self._items = tempfile.TemporaryFile()  # noqa: SIM115
+        relay = [sys.executable, "-I", "-S", str(Path(__file__).with_name("relay.py"))]
+        # rsync splits this at spaces, and knows quotes.
+        shell = shlex.join([*relay, str(theirs.fileno())])
+        self._process: subprocess.Popen[bytes] | None = None
+        argv = [command, *ALWAYS, *words, f"--rsh={shell}", "--", f"{source}/", "pyploop::tree/"]
+        try:
+            self._process = subprocess.Popen(
+                argv,
+                stdin=subprocess.PIPE,
+                stdout=self._items,
+                stderr=self._errors,
+                env=_environment(),
+                pass_fds=(theirs.fileno(),),
+                start_new_session=True,
+            )
+        except OSError as e:
+            self.close()
+            raise MigrateError(COPY_FAILED, f"cannot run {command}: {e.strerror}") from e
+        finally:
+            theirs.close()
+
+    def wait_ready(self) -> None:
+        """Only the channel is missing.  MigrateError when rsync does not come so far."""
+        self._control.settimeout(READY)
+        try:
+            if self._control.recv(1):
+                return
+            why = self.wait().said
+        except OSError as e:
+            why = str(e)
+        raise MigrateError(COPY_FAILED, f"rsync does not start its remote shell: {why}")
+
+    def connect(self, channel: int) -> None:
+        """Go.  The channel's descriptor stays the caller's."""
+        try:
+            socket.send_fds(self._control, [b"."], [channel])
+        except OSError as e:
+            raise WriteError.of("cannot give rsync its channel", e) from e
+
+    def feed(self, names: Iterable[bytes]) -> None:
+        """The files of a LISTED pass."""
+        assert self._process is not None and self._process.stdin is not None
+        stdin = self._process.stdin
+        with contextlib.suppress(BrokenPipeError):  # its end tells why
+            # Before a name that begins with # or ; too: no comment.
+            stdin.write(b"".join(b"./" + name + b"\0" for name in names))
+            stdin.close()
+
+    def wait(self) -> Done:
+        """When it has ended, however; it gives a silent peer up by itself."""
+        assert self._process is not None
+        status = self._process.wait()
+        # What the server refuses is not told as an error.
+        said = last_words((_end_of(self._errors) or _end_of(self._items)).decode(errors="replace"))
+        return Done(status, said, self._items)
+
+    def kill(self) -> None:
+        """From any thread."""
+        if self._process is not None and self._process.poll() is None:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(self._process.pid, signal.SIGKILL)
+
+    def close(self) -> None:
+        """End it, wherever it is."""
+        self.kill()
+        self._control.close()
+        if self._process is not None:
+            self._process.wait()
+            assert self._process.stdin is not None
+            with contextlib.suppress(BrokenPipeError):
+                self._process.stdin.close()
+        self._errors.close()
+        self._items.close()
+
+
+def _end_of(file: IO[bytes]) -> bytes:
+    size = os.fstat(file.fileno()).st_size
+    return os.pread(file.fileno(), 2000, max(0, size - 2000))
+
+
+# ---- the server
+
+
+def serve(
+    command: str,
+    path: str,
+    fd: int,
+    *,
+    folder: Path,
+    name: str,
+    stall: float,
+    keep_fds: Sequence[int],
+) -> subprocess.Popen[bytes]:
+    """Start the server of one pass, whose client is at the socket fd (which
+    stays the caller's): it writes below `path` and nowhere else.
+
+    folder, name: where its configuration and log go.  MigrateError(6) when it
+    cannot be run."""
+    config = folder / f"{name}.conf"
+    log = folder / f"{name}.log"
+    taken = " ".join(f"!{word}" for word in _TAKEN.split())
+    config.write_text(_CONFIG.format(stall=max(1, int(stall)), log=log, path=path, taken=taken))
+    try:
+        return subprocess.Popen(
+            [command, "--server", "--daemon", f"--config={config}", "."],
+            stdin=fd,
+            stdout=fd,
+            stderr=subprocess.DEVNULL,
+            env=_environment(),
+            pass_fds=tuple(keep_fds),
+            start_new_session=True,
+        )
+    except OSError as e:
+        raise MigrateError(COPY_FAILED, f"cannot run {command}: {e.strerror}") from e
+
+
+def last_errors(log: Path) -> str:
+    """The end of a server's log, without its times."""
+    try:
+        with log.open("rb") as f:
+            lines = _end_of(f).decode(errors="replace").splitlines()
+    except OSError as e:
+        return f"{log}: {e.strerror}"
+    errors = [_STAMP.sub("", line) for line in lines if "rsync: " in line or "rsync error" in line]
+    return last_words("\n".join(errors))
+
+
+_STAMP = re.compile(r"^\S+ \S+ \[\d+\] ")

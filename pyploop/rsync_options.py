@@ -1,0 +1,51 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The options for rsync that a user may add (--rsync): none that leaves files
+out, changes what arrives or where, or runs a command."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+
+from pyploop.errors import MigrateError
+from pyploop.runtimes import USAGE
+
+_LETTERS = re.compile(r"-[aHAXSxrlptgoDzWc]+")
+_ALONE = frozenset(
+    (
+        *("--archive", "--recursive", "--links", "--perms", "--times", "--group", "--owner"),
+        *("--devices", "--specials", "--hard-links", "--acls", "--xattrs", "--sparse"),
+        *("--numeric-ids", "--one-file-system", "--delete", "--delete-during"),
+        *("--compress", "--new-compress", "--old-compress"),
+        *("--checksum", "--whole-file", "--no-whole-file"),
+    )
+)
+_VALUED = frozenset(
+    (
+        *("--bwlimit", "--block-size", "-B", "--checksum-choice", "--cc"),
+        *("--compress-level", "--zl", "--compress-choice", "--zc", "--skip-compress"),
+    )
+)
+
+
+def check_options(words: Sequence[str]) -> tuple[str, ...]:
+    """The user's options, values joined to their names.  MigrateError(1) for
+    one that changes what arrives, or where, or runs a command."""
+    result: list[str] = []
+    left = list(words)
+    while left:
+        word = left.pop(0)
+        name, equals, _ = word.partition("=")
+        if name in _VALUED:
+            if not equals:
+                if not left:
+                    raise MigrateError(USAGE, f"--rsync: {word} needs a value")
+                word = f"{word}={left.pop(0)}" if word.startswith("--") else word + left.pop(0)
+        elif word not in _ALONE and not _LETTERS.fullmatch(word):
+            raise MigrateError(
+                USAGE,
+                f"--rsync: {word} is not taken: only options for compression, speed and comparison "
+                f"are ({', '.join(sorted(_VALUED | {'-z', '-W', '-c'}))})",
+            )
+        result.append(word)
+    return tuple(result)

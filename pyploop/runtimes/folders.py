@@ -1,0 +1,53 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Directory trees on the host that a container leaves, or comes to."""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+from pyploop import sysblock
+from pyploop.errors import MigrateError
+from pyploop.runtimes import COPY_FAILED, EXISTS, Tree, volumes
+
+
+def check_free(tree: Tree, size: int) -> None:
+    """On the target: nothing is in the way, and there is room for `size` bytes."""
+    path = Path(tree.path)
+    if os.path.lexists(path):
+        if path.is_symlink() or not path.is_dir():
+            raise MigrateError(EXISTS, f"{path} is not a directory")
+        if any(path.iterdir()):
+            raise MigrateError(EXISTS, f"{path} is not empty")
+    folder = path if path.is_dir() else volumes.existing_parent(tree.path)
+    st = os.statvfs(folder)
+    room = st.f_bavail * st.f_frsize
+    if room < size:
+        raise MigrateError(
+            COPY_FAILED, f"{folder} has room for {room >> 20} MiB, {size >> 20} are needed"
+        )
+
+
+def remove_contents(path: str) -> None:
+    """Empty a directory; nothing if it is not there.  OSError (EBUSY) when
+    something is mounted in it: that is not the container's."""
+    if below := sysblock.mount_points_below(os.path.realpath(path)):
+        raise OSError(errno.EBUSY, "something is mounted there", below[-1])
+    try:
+        with os.scandir(path) as listing:
+            for entry in listing:
+                if entry.is_dir(follow_symlinks=False):
+                    shutil.rmtree(entry.path)
+                else:
+                    os.unlink(entry.path)
+    except FileNotFoundError:
+        if os.path.lexists(path):
+            raise
+
+
+def undo_copy(entry: dict[str, Any]) -> None:
+    """Journal kind `empty`: entry has the `path`."""
+    remove_contents(str(entry["path"]))

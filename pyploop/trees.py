@@ -1,0 +1,350 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The source's directory trees of one migration: passes of rsync through the
+agent's connection while the container runs, and one while it is suspended.
+
+A pass is two rsyncs.  The first goes over all of the tree and sends what differs
+in size, time (to the nanosecond), or attributes.  The second compares by
+contents the files that the first found the same although they may have changed
+since the pass before it (treescan).  In the last pass both stand ready before
+the container is suspended.
+
+Invariant: what is read in a pass is what the target has after it, but for files
+that changed since its beginning; so only those are in doubt in the next one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
+
+from pyploop import rsync, treescan
+from pyploop.errors import (
+    CancelledError,
+    LoopError,
+    MigrateError,
+    ProtocolError,
+    ReadError,
+    WriteError,
+)
+from pyploop.events import Reporter
+from pyploop.jobs import Job, in_parallel
+from pyploop.recorder import Span, Stage
+from pyploop.remote import Remote
+from pyploop.runtimes import COPY_FAILED, Tree
+from pyploop.summary import Options
+from pyploop.treescan import Since
+
+REQUEST = 30.0
+"""Seconds for a request that starts something."""
+QUICK = 0.3
+"""Seconds of a pass after which another one saves nothing."""
+SHRINK = 0.7
+"""A pass that takes more of its predecessor's time than this is the last."""
+MOST = 8
+"""Passes while the container runs, without --max-freeze."""
+RESERVED = 24
+"""Channels that are left to others: memory, its rounds."""
+
+
+def check_source(trees: Sequence[Tree], command: str) -> list[int]:
+    """Bytes of each tree.  MigrateError when one cannot be moved, or this host
+    has no rsync that could."""
+    if trees:
+        rsync.check_installed(command)
+    return [treescan.check_source(tree.path) for tree in trees]
+
+
+class _Held:
+    """A client that is ready, a server that is, and the channel between them."""
+
+    def __init__(self, client: rsync.Client, channel: int) -> None:
+        self.client, self._channel = client, channel
+        self.name = ""
+        """The target's word for it."""
+
+    def go(self) -> None:
+        self.client.connect(self._channel)
+        self._drop()
+
+    def _drop(self) -> None:
+        if self._channel >= 0:
+            os.close(self._channel)
+            self._channel = -1
+
+    def close(self) -> None:
+        self.client.close()
+        self._drop()
+
+
+class _Copy:
+    """Of one tree."""
+
+    def __init__(self, index: int, tree: Tree, owner: Trees) -> None:
+        self._index, self.tree, self._owner = index, tree, owner
+        self._first: Since | None = None
+        self._since: Since | None = None
+        """The beginning of the last complete pass, or of the first one."""
+        self._inplace = True
+        """No file at the target has two names: to write into it changes no other."""
+        self._whole: _Held | None = None
+        self._listed: _Held | None = None
+        self.doubtful = treescan.file_system(tree.path) not in treescan.TIMED
+        self.partial = ""
+        """Why the last pass left something out."""
+
+    def prepare(self, last: bool) -> None:
+        """Start the next pass, up to where it looks at the first file; the second
+        rsync only of the last one, for it may turn out not to be needed."""
+        words = list(rsync.TREE)
+        if last and self.doubtful:
+            words.append("--checksum")
+        elif last and self._since is not None:
+            self._listed = self._hold(rsync.LISTED, last=True)
+        if self._inplace:
+            words.append("--inplace")
+        self._whole = self._hold(words, last, counts=last)
+
+    def _hold(self, words: Sequence[str], last: bool, counts: bool = False) -> _Held:
+        return self._owner.hold(self._index, self.tree, words, limited=not last, counts=counts)
+
+    def run(self, last: bool) -> tuple[int, int]:
+        """The prepared pass.  (files sent, files compared by contents)."""
+        assert self._whole is not None
+        earlier = self._since
+        begin = None if last else Since(self.tree.path)
+        self._whole.go()
+        scan = None
+        if earlier is not None and not (last and self.doubtful):
+            assert self._first is not None
+            since, first = earlier.threshold(), self._first.threshold()
+            scan = Job(lambda: treescan.suspects(self.tree.path, since, first))
+        try:
+            ends = [(self._whole, self._owner.ended(self._whole, self.tree))]
+        finally:
+            found = scan.join() if scan is not None else {}
+        sent = {name for item, name in ends[0][1].changes() if self._noted(item)}
+        # A name that was sent brings the file's contents for its other names.
+        names = [n for all in found.values() if not sent.intersection(all) for n in all]
+        if names:
+            self._listed = self._listed or self._hold(rsync.LISTED, last)
+            self._listed.client.feed(names)
+            self._listed.go()
+            ends.append((self._listed, self._owner.ended(self._listed, self.tree)))
+        self._judge(ends, last)
+        if not self.partial or self._since is None:
+            self._since = begin
+        self._first = self._first or begin
+        self.close()
+        return len(sent), len(names)
+
+    def _judge(self, ends: Sequence[tuple[_Held, rsync.Done]], last: bool) -> None:
+        """Sets `partial`, which in the last pass is a failure."""
+        self.partial = ""
+        for held, done in ends:
+            judged = self._owner.judged(held, done)
+            if judged.status == rsync.PARTIAL or (last and judged.status):
+                error = judged.explain(self.tree.path)
+                if last:
+                    raise error
+                self.partial = str(error)
+
+    def _noted(self, item: bytes) -> bool:
+        """Whether the item is a file whose contents were sent."""
+        if item.startswith(b"h"):
+            self._inplace = False
+        return item.startswith(b"<f")
+
+    def held(self) -> list[_Held]:
+        return [h for h in (self._whole, self._listed) if h is not None]
+
+    def close(self) -> None:
+        for held in self.held():
+            held.close()
+        self._whole = self._listed = None
+
+
+class Trees:
+    """All trees; a context manager that ends what still runs."""
+
+    def __init__(
+        self,
+        remote: Remote,
+        trees: Sequence[Tree],
+        *,
+        command: str,
+        words: Sequence[str],
+        options: Options,
+        report: Reporter,
+    ) -> None:
+        """command: rsync; words: the user's options for it."""
+        self._remote, self._command, self._options = remote, command, options
+        self._report = report
+        self._words = tuple(words)
+        self._lock = threading.Lock()
+        self._copies = [_Copy(n, tree, self) for n, tree in enumerate(trees)]
+        self._gone = threading.Event()
+        self._passes = 0
+        """While the container runs, so far."""
+        self.spans: list[Span] = []
+
+    def __enter__(self) -> Trees:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.cancel()
+        for copy in self._copies:
+            copy.close()
+
+    def __bool__(self) -> bool:
+        return bool(self._copies)
+
+    def cancel(self) -> None:
+        """From any thread: what runs fails, and nothing more is begun."""
+        self._gone.set()
+        for copy in self._copies:
+            for held in copy.held():
+                held.client.kill()
+
+    def hold(
+        self, index: int, tree: Tree, words: Sequence[str], *, limited: bool, counts: bool
+    ) -> _Held:
+        """Both ends of one rsync, which have yet to be connected.  limited: by
+        --bwlimit.  counts: after it the tree is whole.  CancelledError after `cancel`."""
+        if self._gone.is_set():
+            raise CancelledError(f"the copy of {tree.path} was cancelled")
+        speed = [f"--timeout={max(1, int(self._options.stall))}"]
+        if limited and self._options.rate:
+            speed.append(f"--bwlimit={max(1, self._options.rate >> 10)}")
+        mine = [w for w in self._words if limited or not w.startswith("--bwlimit")]
+        client = rsync.Client(self._command, [*words, *speed, *mine], tree.path)
+        try:
+            client.wait_ready()
+            with self._lock:
+                number, fd = self._remote.open_channel()
+                held = _Held(client, fd)
+                try:
+                    args = {"index": index, "channel": number, "last": counts}
+                    held.name = self._remote.call("tree", REQUEST, **args)["name"]
+                except BaseException:
+                    held.close()
+                    raise
+            return held
+        except BaseException:
+            client.close()
+            raise
+
+    def ended(self, held: _Held, tree: Tree) -> rsync.Done:
+        """The client's end.  MigrateError when the copy failed as a whole, with
+        the target's reason where it has one: its last words may get lost."""
+        done = held.client.wait()
+        if self._gone.is_set():
+            raise CancelledError(f"the copy of {tree.path} was cancelled")
+        if done.status in (0, rsync.PARTIAL, rsync.VANISHED):
+            return done
+        with contextlib.suppress(ProtocolError, ReadError, WriteError):
+            self._join(held, REQUEST)
+        raise done.explain(tree.path)
+
+    def judged(self, held: _Held, done: rsync.Done) -> rsync.Done:
+        """The server's end, after which what came is durable; its word counts:
+        what it could not write is no failure of a client that talks to a daemon."""
+        try:
+            self._join(held, self._options.stall)
+        except MigrateError as e:
+            return replace(done, status=rsync.PARTIAL, said=str(e))
+        return done
+
+    def _join(self, held: _Held, timeout: float) -> None:
+        with self._lock:
+            self._remote.call("join", timeout + REQUEST, name=held.name, timeout=timeout)
+
+    # ---- the order
+
+    def copy_while_running(self) -> None:
+        """Passes until another one would save nothing."""
+        if not self._copies:
+            return
+        policy = self._options.policy
+        start = time.monotonic()
+        before = 0.0
+        while True:
+            seconds, left_out = self._running()
+            more = self._passes < MOST and self._room()
+            if policy.max_freeze is not None:
+                if self._passes > 1 and seconds <= policy.max_freeze and not left_out:
+                    break
+                if time.monotonic() - start > policy.deadline or not self._room():
+                    raise LoopError(
+                        f"the last pass took {seconds * 1000:.0f} ms, --max-freeze allows "
+                        f"{policy.max_freeze * 1000:.0f} ms; nothing was suspended"
+                    )
+            elif not left_out and (
+                seconds < QUICK or not more or (self._passes > 1 and seconds > SHRINK * before)
+            ):
+                break
+            before = seconds
+
+    def again(self) -> None:
+        """One more pass, after some time."""
+        if self._copies and self._room() and self._running()[1]:
+            self._running()
+
+    def _room(self) -> bool:
+        """Another pass leaves channels for the last one, and for others' things."""
+        return self._remote.channels_left >= RESERVED + 4 * len(self._copies)
+
+    def _running(self) -> tuple[float, bool]:
+        """One pass: its seconds, and whether something could not be written.
+        MigrateError when that is so for the second time."""
+        seconds = self._pass(self._passes, last=False)
+        self._passes += 1
+        left_out = [c.partial for c in self._copies if c.partial]
+        if left_out and self._passes > 1:
+            raise MigrateError(COPY_FAILED, left_out[0])
+        return seconds, bool(left_out)
+
+    def prepare_last(self) -> None:
+        """Both ends of the last pass, ready to begin; nothing when they are."""
+        waiting = [c for c in self._copies if not c.held()]
+        in_parallel([partial(c.prepare, True) for c in waiting], self.cancel)
+
+    def finish(self) -> None:
+        """The last pass: nothing may write to the trees any more."""
+        if self._copies:
+            self._pass(None, last=True)
+
+    def _pass(self, number: int | None, last: bool) -> float:
+        """Seconds that it took."""
+        phase = "frozen" if number is None else f"round {number}" if number else "first pass"
+        stage: Stage = "frozen" if last else "running"
+        self._report.event("phase", phase=phase, bytes=None)
+
+        def one(copy: _Copy) -> None:
+            if not last:
+                copy.prepare(last)
+            start = time.monotonic()
+            sent, compared = copy.run(last)
+            end = time.monotonic()
+            self.spans.append(Span(f"tree, {phase}", start, end, stage=stage))
+            self._report.event(
+                "tree",
+                path=copy.tree.path,
+                phase=phase,
+                seconds=end - start,
+                files=sent,
+                compared=compared,
+                everything=copy.doubtful and last,
+            )
+            self._report.info(
+                f"{copy.tree.path}, {phase}: {sent} files sent and {compared} compared by contents "
+                f"in {end - start:.3f} s" + (f" (not all: {copy.partial})" if copy.partial else "")
+            )
+
+        start = time.monotonic()
+        in_parallel([partial(one, c) for c in self._copies], self.cancel)
+        return time.monotonic() - start

@@ -1,0 +1,133 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a directory tree holds, and which of its files may have changed.
+
+A file's ctime is set by the kernel at each change of contents or attributes,
+and nobody can set it back; but it does not see everything: a page that a
+program has mapped, and written to once, is written to again without notice
+until it has been written back.  `Since` says from when on a ctime counts.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from pyploop import kernel, sysblock
+from pyploop.errors import MigrateError
+from pyploop.runtimes import COPY_FAILED
+
+_CLOCK_REALTIME_COARSE = 5
+"""Of linux/time.h; Python has no name for it."""
+SECOND = 1_000_000_000
+TIMED = frozenset(("ext2", "ext3", "ext4", "xfs", "btrfs", "f2fs"))
+"""File systems that set a file's times when a mapped page is first written to.
+tmpfs does not; of others nobody knows."""
+
+
+def entries(root: str) -> Iterator[tuple[bytes, os.stat_result]]:
+    """(path below root, lstat) of all in it, in no order, and not below what
+    lies on another file system; what goes away meanwhile is left out."""
+    top = os.fsencode(root)
+    device = os.stat(top).st_dev
+    folders = [b""]
+    while folders:
+        folder = folders.pop()
+        try:
+            listing = os.scandir(os.path.join(top, folder))
+        except (FileNotFoundError, NotADirectoryError):
+            continue
+        with listing:
+            for entry in listing:
+                try:
+                    st = entry.stat(follow_symlinks=False)
+                except FileNotFoundError:
+                    continue
+                name = os.path.join(folder, entry.name)
+                yield name, st
+                if stat.S_ISDIR(st.st_mode) and st.st_dev == device:
+                    folders.append(name)
+
+
+def check_source(path: str) -> int:
+    """Bytes that the tree's files take.  MigrateError(6) unless it is a
+    directory that moves as a whole."""
+    if not os.path.isdir(path) or os.path.islink(path):
+        raise MigrateError(COPY_FAILED, f"{path} is not a directory")
+    device = os.stat(path).st_dev
+    seen: set[int] = set()
+    total = 0
+    for name, st in entries(path):
+        if st.st_dev != device:
+            raise MigrateError(
+                COPY_FAILED,
+                f"{path}/{os.fsdecode(name)} is another file system's, and would stay behind",
+            )
+        if st.st_nlink > 1 and not stat.S_ISDIR(st.st_mode):
+            if st.st_ino in seen:
+                continue
+            seen.add(st.st_ino)
+        total += st.st_blocks * 512
+    return total
+
+
+def suspects(root: str, since: int, first: int) -> dict[int, list[bytes]]:
+    """Files with a ctime of `since` (nanoseconds) or later, in a folder that may
+    have been moved since then those of `first` or later, for a scan that ran
+    meanwhile may not have met them: inode -> its names."""
+    found: dict[int, list[bytes]] = {}
+    moved: set[bytes] = set()
+    for name, st in entries(root):
+        here = os.path.dirname(name) in moved
+        if stat.S_ISDIR(st.st_mode):
+            if here or st.st_ctime_ns >= since:
+                moved.add(name)
+        elif stat.S_ISREG(st.st_mode) and st.st_ctime_ns >= (first if here else since):
+            found.setdefault(st.st_ino, []).append(name)
+    return found
+
+
+class Since:
+    """The beginning of a pass over a tree: what a file holds that was read
+    after it is what the file holds now, unless its ctime is `threshold()` or
+    later."""
+
+    def __init__(self, root: str) -> None:
+        # The clock that file times are taken from; whole seconds, since some
+        # file systems keep no more.
+        now = time.clock_gettime_ns(_CLOCK_REALTIME_COARSE)
+        self._at = now // SECOND * SECOND
+        self._offset = _clock_offset()
+        # After this a mapped page that is written to gets a new ctime again.
+        fd = os.open(root, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            kernel.syncfs(fd, root)
+        finally:
+            os.close(fd)
+
+    def threshold(self) -> int:
+        """In nanoseconds; earlier when the clock was set back since."""
+        back = self._offset - _clock_offset()
+        return self._at - back - SECOND if back > SECOND // 10 else self._at
+
+
+def _clock_offset() -> int:
+    return time.clock_gettime_ns(time.CLOCK_REALTIME) - time.clock_gettime_ns(time.CLOCK_MONOTONIC)
+
+
+def file_system(path: str) -> str:
+    """The type of the file system that holds it, as /proc names it."""
+    real = os.path.realpath(path)
+    best, kind = "", "?"
+    for line in os.fsdecode(Path("/proc/self/mountinfo").read_bytes()).split("\n"):
+        left, _, right = line.partition(" - ")
+        fields = left.split(" ")
+        if len(fields) < 5:
+            continue
+        point = sysblock.unescape(fields[4])
+        inside = real == point or real.startswith(point.rstrip("/") + "/")
+        if inside and len(point) >= len(best):
+            best, kind = point, right.split(" ")[0]
+    return kind

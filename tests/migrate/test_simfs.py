@@ -1,0 +1,168 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`pyploop migrate` of OpenVZ containers whose root is a directory (simfs),
+against a stand-in for vzctl."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import support
+from treeloop import account
+from vzlab import CTID, VzHost, VzLab, vz_lab
+
+CHANGES = ("numbers", ".")
+"""What the container itself, or its end, changes."""
+
+
+@pytest.fixture
+def lab(tmp_path: Path) -> Iterator[VzLab]:
+    support.needs("root", "rsync")
+    with vz_lab(tmp_path, simfs=True) as made:
+        yield made
+
+
+def runs_only_on(lab: VzLab, host: VzHost) -> None:
+    """On this host, having lost and repeated no number; nothing on the other."""
+    other = lab.b if host is lab.a else lab.a
+    assert (host.status(), other.status()) == ("running", "down")
+    before = len(host.numbers())
+    support.wait_until(lambda: len(host.numbers()) > before, "it counts on")
+    numbers = host.numbers()
+    assert numbers == list(range(len(numbers)))
+    assert other.files() == set()
+    assert not [p for p in host.files() if p.startswith(("lock", "images", "varlib"))]
+    rsyncs = f"^[^ ]*rsync .*{lab.folder}"
+    support.wait_until(
+        lambda: not support.run("pgrep", "-f", rsyncs, check=False), "no rsync is left"
+    )
+
+
+def still(host: VzHost) -> dict[str, object]:
+    tree = account(host.folder / "private" / CTID)
+    return {k: v for k, v in tree.items() if k not in CHANGES}
+
+
+def test_a_container_in_a_directory_moves_live_there_and_back(lab: VzLab) -> None:
+    for host in (lab.a, lab.b):
+        (host.folder / "bin/ploop").unlink()  # not needed
+    before = still(lab.a)
+    done = lab.migrate(lab.a, "--live", "-t", "--rsync=-z", "hostb", CTID)
+    assert done.returncode == 0, done.stderr
+    assert "Total suspended time" in done.stdout
+    runs_only_on(lab, lab.b)
+    assert still(lab.b) == before
+    back = lab.migrate(lab.b, "--live", "hosta", CTID)
+    assert back.returncode == 0, back.stderr
+    runs_only_on(lab, lab.a)
+    assert still(lab.a) == before
+
+
+def test_without_live_it_is_stopped_and_started(lab: VzLab) -> None:
+    before = still(lab.a)
+    done = lab.migrate(lab.a, "hostb", CTID)
+    assert done.returncode == 0, done.stderr
+    runs_only_on(lab, lab.b)
+    assert still(lab.b) == before
+
+
+def test_the_source_is_kept_when_asked(lab: VzLab) -> None:
+    done = lab.migrate(lab.a, "--live", "-r", "no", "hostb", CTID)
+    assert done.returncode == 0, done.stderr
+    assert (lab.a.folder / f"private/{CTID}/etc/hostname").exists()
+    assert (lab.a.exists(), lab.b.status()) == (False, "running")
+
+
+FAILS = {
+    # who fails, and the exit code
+    "suspend": ("a", "chkpnt --suspend", 16, 8),
+    "dump": ("a", "chkpnt --dump", 16, 8),
+    "undump": ("b", "restore --undump", 17, 7),
+    "resume": ("b", "restore --resume", 17, 7),
+}
+
+
+@pytest.mark.parametrize("what", FAILS if os.environ.get("PYPLOOP_MATRIX") else ["dump", "undump"])
+def test_after_a_failing_step_it_runs_on_and_the_target_is_clean(lab: VzLab, what: str) -> None:
+    host, step, status, code = FAILS[what]
+    {"a": lab.a, "b": lab.b}[host].fail(step, status)
+    done = lab.migrate(lab.a, "--live", "hostb", CTID)
+    assert done.returncode == code, done.stderr
+    for h in (lab.a, lab.b):
+        h.mend()
+    runs_only_on(lab, lab.a)
+
+
+def test_a_failing_rsync_ends_with_6_and_names_the_reason(lab: VzLab) -> None:
+    """In the last pass, whose server does not know the tree."""
+    rsync = lab.b.folder / "bin/rsync"
+    real = shutil.which("rsync")
+    bad = f"{real} --server --daemon --config=/dev/null ."
+    rsync.write_text(
+        f'#!/bin/sh\ncase "$*" in *tree-0.[2-9].conf*) exec {bad} ;; esac\nexec {real} "$@"\n'
+    )
+    rsync.chmod(0o755)
+    config = lab.b.folder / "migrate.toml"
+    config.write_text(config.read_text() + f'[rsync]\ncommand = "{rsync}"\n')
+    done = lab.migrate(lab.a, "--live", "hostb", CTID)
+    assert done.returncode == 6, done.stderr
+    assert "rsync" in done.stderr
+    assert "Traceback" not in done.stderr
+    runs_only_on(lab, lab.a)
+
+
+@pytest.mark.parametrize("side", ["a", "b"])
+def test_a_missing_rsync_is_named_before_anything_starts(lab: VzLab, side: str) -> None:
+    config = {"a": lab.a, "b": lab.b}[side].folder / "migrate.toml"
+    config.write_text(config.read_text() + '[rsync]\ncommand = "rsync-that-is-not-there"\n')
+    files = lab.a.files()
+    done = lab.migrate(lab.a, "--live", "hostb", CTID)
+    assert done.returncode == 6, done.stderr
+    assert "no rsync-that-is-not-there here" in done.stderr
+    assert (lab.a.files(), lab.b.files()) == (files, set())
+    runs_only_on(lab, lab.a)
+
+
+def test_what_is_mounted_in_it_is_not_left_behind_silently(lab: VzLab) -> None:
+    point = lab.a.folder / f"private/{CTID}/more"
+    with support.mounted("none", point, fstype="tmpfs"):
+        done = lab.migrate(lab.a, "--live", "hostb", CTID)
+    assert done.returncode == 6, done.stderr
+    assert f"{point} is another file system's" in done.stderr
+    runs_only_on(lab, lab.a)
+
+
+def test_an_option_that_runs_a_command_is_a_wrong_usage(lab: VzLab) -> None:
+    done = lab.migrate(lab.a, "--live", "--rsync=-e sh", "hostb", CTID)
+    assert done.returncode == 1, done.stderr
+    assert "-e is not taken" in done.stderr
+    runs_only_on(lab, lab.a)
+
+
+KILLS = [
+    ("a", "chkpnt --suspend", "kill-caller", "a"),
+    ("a", "chkpnt --dump", "kill-caller", "a"),
+    ("b", "restore --undump", "kill-peer", "a"),
+    ("b", "restore --resume", "kill-peer", "b"),
+    ("a", "chkpnt --kill", "kill-caller", "b"),
+    ("a", "destroy", "kill-caller", "b"),
+]
+
+
+@pytest.mark.parametrize(
+    ("host", "step", "who", "runs_on"), KILLS if os.environ.get("PYPLOOP_MATRIX") else KILLS[:1]
+)
+def test_a_killed_orchestrator_is_recovered_from(
+    lab: VzLab, host: str, step: str, who: str, runs_on: str
+) -> None:
+    where = {"a": lab.a, "b": lab.b}
+    where[host].fail(step, who)
+    done = lab.migrate(lab.a, "--live", "hostb", CTID)
+    assert done.returncode == -9, done.stderr
+    where[host].mend()
+    done = lab.migrate(lab.a, "--recover")
+    assert done.returncode == 0, done.stderr
+    runs_only_on(lab, where[runs_on])

@@ -1,0 +1,147 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Both ends of a migration's directory trees in one process, with real rsyncs,
+and an account of a tree that is taken independently of them."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import socket
+import stat
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, cast
+
+from pyploop.events import Reporter
+from pyploop.jobs import Job
+from pyploop.journal import Journal
+from pyploop.landing_trees import LandingTrees
+from pyploop.remote import Remote
+from pyploop.runtimes import Tree
+from pyploop.summary import Options
+from pyploop.trees import Trees
+
+
+class Loop:
+    """In the place of `remote.Remote`: its agent is here."""
+
+    def __init__(self, landing: LandingTrees) -> None:
+        self.landing = landing
+        self.jobs: list[Job[None]] = []
+        self._named: dict[str, Job[None]] = {}
+        self._theirs: dict[int, socket.socket] = {}
+
+    def open_channel(self) -> tuple[int, int]:
+        ours, theirs = socket.socketpair()
+        number = len(self.jobs) + 1
+        self._theirs[number] = theirs
+        return number, ours.detach()
+
+    @property
+    def channels_left(self) -> int:
+        return 63 - len(self.jobs)
+
+    def call(self, op: str, timeout: float, /, **args: Any) -> dict[str, Any]:
+        if op == "join":
+            self._named[args["name"]].over.wait(timeout)
+            self.landing.check(args["name"])
+            return {}
+        assert op == "tree"
+        fd = self._theirs.pop(args["channel"]).detach()
+        name, job = self.landing.take(args["index"], fd, args["last"])
+        self.jobs.append(job)
+        self._named[name] = job
+        return {"name": name}
+
+
+class Events:
+    """The `tree` events of a reporter."""
+
+    def __init__(self) -> None:
+        self.seen: list[dict[str, Any]] = []
+
+    def event(self, name: str, at: float, fields: dict[str, Any]) -> None:
+        if name == "tree":
+            self.seen.append(fields)
+
+    def line(self, level: int, at: float, text: str) -> None:
+        pass
+
+    def close(self) -> None:
+        pass
+
+
+class Copying:
+    """One tree on its way from `source` to `target`."""
+
+    def __init__(self, source: Path, target: Path, trees: Trees, loop: Loop, events: Events):
+        self.source, self.target = source, target
+        self.trees, self._loop, self._events = trees, loop, events
+
+    @property
+    def events(self) -> list[dict[str, Any]]:
+        return self._events.seen
+
+    def finish(self) -> None:
+        """The last pass, the target's end included."""
+        self.trees.finish()
+        for job in self._loop.jobs:
+            job.join(30)
+        self._loop.landing.check_whole()
+
+
+@contextlib.contextmanager
+def copying(
+    folder: Path, source: Path, *words: str, options: Options | None = None, rsync: str = "rsync"
+) -> Iterator[Copying]:
+    """folder: for all but the source."""
+    target, state = folder / "target", folder / "state"
+    state.mkdir(mode=0o700)
+    log = Journal.create("test", state)
+    landing = LandingTrees(rsync, [Tree(str(target))], folder=state, log=log, stall=60, keep_fds=())
+    loop, events, report = Loop(landing), Events(), Reporter()
+    report.add(events)
+    trees = Trees(
+        cast("Remote", loop),
+        [Tree(str(source))],
+        command=rsync,
+        words=words,
+        options=options or Options(stall=60),
+        report=report,
+    )
+    try:
+        with trees:
+            yield Copying(source, target, trees, loop, events)
+    finally:
+        for job in loop.jobs:
+            job.over.wait(30)
+        log.close()
+
+
+def account(root: Path) -> dict[str, Any]:
+    """Everything of a tree that a container can see, by path; names of one
+    inode as the first of them."""
+    found: dict[str, Any] = {}
+    first: dict[int, str] = {}
+    paths = [root, *sorted(root.rglob("*"))]
+    for path in paths:
+        st = path.lstat()
+        name = str(path.relative_to(root))
+        entry: list[Any] = [stat.filemode(st.st_mode), st.st_uid, st.st_gid, st.st_mtime_ns]
+        entry.append({a: os.getxattr(path, a, follow_symlinks=False) for a in _xattrs(path)})
+        if stat.S_ISREG(st.st_mode):
+            entry.append(hashlib.sha256(path.read_bytes()).hexdigest())
+            entry.append(st.st_size)
+        elif stat.S_ISLNK(st.st_mode):
+            entry.append(os.readlink(path))
+        elif not stat.S_ISDIR(st.st_mode):
+            entry.append(st.st_rdev)
+        if not stat.S_ISDIR(st.st_mode):
+            entry.append(first.setdefault(st.st_ino, name))
+        found[name] = entry
+    return found
+
+
+def _xattrs(path: Path) -> list[str]:
+    return sorted(os.listxattr(path, follow_symlinks=False))
