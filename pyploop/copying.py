@@ -17,11 +17,11 @@ from pyploop.errors import MigrateError
 from pyploop.events import Reporter
 from pyploop.jobs import in_parallel
 from pyploop.kept_there import Kept
-from pyploop.outputs import StreamOutput
 from pyploop.recorder import Span
 from pyploop.remote import Remote
 from pyploop.runtimes import COPY_FAILED, Disk
 from pyploop.sender import Sender
+from pyploop.stream_output import StreamOutput
 from pyploop.summary import Options, Summary
 from pyploop.trackers.choose import choose
 from pyploop.units import MIB

@@ -31,7 +31,8 @@ from pyploop.errors import (
     PyploopError,
 )
 from pyploop.events import ERROR, INFO, NOTE, Reporter
-from pyploop.outputs import Output, open_output
+from pyploop.output import Output
+from pyploop.outputs import open_output
 from pyploop.packets import PacketOutput
 from pyploop.receiver import receive
 from pyploop.sender import Sender

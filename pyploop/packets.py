@@ -18,7 +18,7 @@ from pyploop.compat import PLOOP, PYPLOOP
 from pyploop.errors import CancelledError, ReadError, WriteError
 from pyploop.events import Reporter
 from pyploop.freeze import FileSystems
-from pyploop.outputs import Packets, explain_write
+from pyploop.output import Packets, explain_write
 from pyploop.recorder import Heard
 from pyploop.wire import d2, d3
 from pyploop.worker import run_cancellable

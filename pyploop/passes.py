@@ -29,7 +29,7 @@ from pyploop.errors import (
     WriteError,
 )
 from pyploop.events import Reporter
-from pyploop.outputs import Output, explain_write
+from pyploop.output import Output, explain_write
 from pyploop.summary import Options
 from pyploop.trackers import Batch, Tracker
 from pyploop.units import BLOCK, MIB, format_size

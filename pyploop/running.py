@@ -21,7 +21,7 @@ from pyploop.events import Reporter
 from pyploop.freeze import FileSystems
 from pyploop.freeze.hold import Hold
 from pyploop.hot import HotBlocks
-from pyploop.outputs import Output
+from pyploop.output import Output
 from pyploop.passes import Passes
 from pyploop.recorder import Recorder
 from pyploop.rounds import (

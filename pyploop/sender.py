@@ -27,7 +27,7 @@ from pyploop.freeze import FileSystems, run_command
 from pyploop.freeze.hold import Hold, Limits
 from pyploop.freeze.stoppers import Spec
 from pyploop.image import clear_in_use
-from pyploop.outputs import Output
+from pyploop.output import Output
 from pyploop.passes import Passes
 from pyploop.plan import Plan
 from pyploop.recorder import Recorder

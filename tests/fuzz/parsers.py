@@ -21,7 +21,7 @@ from pathlib import Path
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from pyploop import compat, descriptor, image, outputs, vzconf
+from pyploop import compat, descriptor, image, stream_output, vzconf
 from pyploop.errors import (
     DescriptorError,
     FormatError,
@@ -75,7 +75,7 @@ def parse_feedback(data: bytes) -> None:
             fds.callback(os.close, fd)
         os.write(back_w, data[:65536])
         os.close(back_w)
-        out = outputs.StreamOutput(
+        out = stream_output.StreamOutput(
             out_w, back_r, Reporter(), two_way=False, sync_wait=0, answer_timeout=5
         )
         # Ours is asked again, and then its answers may carry a record of times.

@@ -23,10 +23,10 @@ from pyploop.cli.main import main
 from pyploop.freeze.cgroup import CgroupStopper
 from pyploop.freeze.filesystems import FileSystems
 from pyploop.freeze.hold import Hold
-from pyploop.outputs import StreamOutput
 from pyploop.passes import Passes
 from pyploop.running import Running
 from pyploop.sender import Sender
+from pyploop.stream_output import StreamOutput
 
 AFTER = 1
 STEPS: dict[str, tuple[type, str, int, str]] = {

@@ -26,9 +26,9 @@ from pyploop.device import open_source
 from pyploop.events import Reporter
 from pyploop.freeze import FileSystems, filesystems
 from pyploop.jobs import Job
-from pyploop.outputs import StreamOutput
 from pyploop.receiver import receive
 from pyploop.sender import Sender
+from pyploop.stream_output import StreamOutput
 from pyploop.summary import Options
 from pyploop.trackers.choose import choose
 

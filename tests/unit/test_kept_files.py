@@ -36,10 +36,10 @@ from pyploop.hostconf import HostConfig
 from pyploop.jobs import Job
 from pyploop.journal import Journal
 from pyploop.kept_sink import KeptSink, check_untouched, hold
-from pyploop.outputs import StreamOutput
 from pyploop.receiver import receive
 from pyploop.runtimes import COPY_FAILED, Disk
 from pyploop.sender import Sender
+from pyploop.stream_output import StreamOutput
 from pyploop.summary import Options, Summary
 from pyploop.trackers.scan import ScanTracker
 from pyploop.undoing import undo_all

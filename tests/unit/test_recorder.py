@@ -22,9 +22,9 @@ from pyploop import times
 from pyploop.cli.main import main
 from pyploop.errors import ProtocolError, SyncError
 from pyploop.events import Reporter
-from pyploop.outputs import StreamOutput
 from pyploop.receiver import receive
 from pyploop.recorder import Clock, Heard, Recorder, chrome_trace
+from pyploop.stream_output import StreamOutput
 from pyploop.wire import d1
 
 HELLO, HELLO_REPLY = b"PYP\x01", b"PYPLOOP\x01"
