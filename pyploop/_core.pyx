@@ -486,6 +486,10 @@ cdef class PloopTracking:
     def start(self, uint64_t size):
         _check(pl_ploop_start(&self.t, size), "TRACK_INIT")
 
+    def set_position(self, uint64_t end):
+        """All before `end` counts as read: writes there are marked."""
+        _check(pl_ploop_setpos(&self.t, 0, end), "TRACK_SETPOS")
+
     def hook(self):
         """SETPOS before each read."""
         cdef Hook h = Hook()

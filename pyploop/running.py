@@ -82,6 +82,8 @@ class Running:
         self._hot = HotBlocks(source.size)
         self._same: Bitmap | None = None
         """What the target has kept as it is here."""
+        self._hooked = True
+        """The tracker is told how far the first pass is."""
         self._rounds: list[Round] = []
         self._first = Round(0, 0, 0)
         self._first_end = time.monotonic()
@@ -101,6 +103,7 @@ class Running:
         What is written from now on is marked, and goes in a round."""
         start = self._passes.window_start = time.monotonic()
         self._report.event("phase", phase="comparing", bytes=None)
+        self._hooked = self._tracker.mark_all()
         with self._recorder.step("compare"):
             self._same, found = self._passes.compare(digests)
         self._summary.reused_bytes = found.same
@@ -130,7 +133,7 @@ class Running:
         if self._same is None:
             self._passes.window_start = start
         with self._recorder.step("first pass"):
-            flags = _core.PASS_LAST | _core.PASS_HOOK
+            flags = _core.PASS_LAST | (_core.PASS_HOOK if self._hooked else 0)
             if self._tracker.name != "scan" and self._out.end_is_answered:
                 # What changes under way is marked; a scan would have to know
                 # what exactly was sent.  And a page that nobody has read by the

@@ -74,6 +74,11 @@ class Tracker(Protocol):
     def hook(self) -> Hook | None:
         """What the pump calls before each read of the first pass."""
 
+    def mark_all(self) -> bool:
+        """Before a first pass that leaves blocks out: from now on a write to any
+        block is marked, also where that pass has not been.  Returns whether its
+        hook is of use then."""
+
     def pending(self) -> int | None:
         """Bytes that are dirty now, without taking them; None: not known."""
 

@@ -171,6 +171,9 @@ class BpfTracker:
     def hook(self) -> Hook | None:
         return None if self._mode == _core.BPF_QUEUE else self._t.hook()
 
+    def mark_all(self) -> bool:
+        return True
+
     def pending(self) -> int | None:
         if self._mode == _core.BPF_QUEUE:
             return None

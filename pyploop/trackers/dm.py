@@ -71,6 +71,9 @@ class DmTracker:
     def hook(self) -> Hook | None:
         return None
 
+    def mark_all(self) -> bool:
+        return True
+
     def pending(self) -> int | None:
         return None
 

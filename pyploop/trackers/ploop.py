@@ -49,6 +49,15 @@ class PloopTracker:
     def hook(self) -> Hook | None:
         return self._tracking.hook()
 
+    def mark_all(self) -> bool:
+        # The driver marks only what lies before the position; and going back to an
+        # earlier one would make it forget what it has marked after that.
+        try:
+            self._tracking.set_position(self._size)
+        except OSError as e:
+            raise DeviceControlError.of(f"TRACK_SETPOS failed on {self._path}", e) from e
+        return False
+
     def pending(self) -> int | None:
         return None
 

@@ -32,6 +32,9 @@ class ScanTracker:
     def hook(self) -> Hook | None:
         return None
 
+    def mark_all(self) -> bool:
+        return True
+
     def pending(self) -> int | None:
         return None
 

@@ -19,6 +19,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from going_on import go_on, tell
 
 from pyploop import device, digests, kept, pieces, reuse, shelf
 from pyploop._core import Known
@@ -36,12 +37,7 @@ from pyploop.hostconf import HostConfig
 from pyploop.jobs import Job
 from pyploop.journal import Journal
 from pyploop.kept_sink import KeptSink, check_untouched, hold
-from pyploop.receiver import receive
 from pyploop.runtimes import COPY_FAILED, Disk
-from pyploop.sender import Sender
-from pyploop.stream_output import StreamOutput
-from pyploop.summary import Options, Summary
-from pyploop.trackers.scan import ScanTracker
 from pyploop.undoing import undo_all
 
 KIB, MIB = 1 << 10, 1 << 20
@@ -61,68 +57,6 @@ def make(path: Path, seed: int = 1, size: int = SIZE) -> bytes:
         f.write(bytes(min(300 * KIB, max(size - f.tell(), 0))))
         f.truncate(size)
     return path.read_bytes()
-
-
-@dataclass
-class Copied:
-    summary: Summary
-    found: reuse.Reused
-    target: bytes
-    inode: int
-
-
-def tell(fd: int, size: int) -> tuple[Reader, Job[None]]:
-    """A kept file's digests, on their way."""
-    ours, theirs = socket.socketpair()
-    os.ftruncate(fd, size)
-
-    def work() -> None:
-        with theirs:
-            digests.send(fd, size, theirs)
-
-    return Reader(ours.detach(), 10), Job(work)
-
-
-def go_on(
-    source: Path, held: Path, meanwhile: Callable[[], None] = lambda: None, target: str = "target"
-) -> Copied:
-    """Copy the source into what was kept, as a migration does; `meanwhile` happens
-    when they were compared."""
-    report, final = Reporter(), source.with_name(target)
-    src = device.open_source(str(source))
-    fd = os.open(held, os.O_RDWR)
-    hold(fd)
-    reader, telling = tell(fd, src.size)
-    a, b = socket.socketpair()
-    sink = KeptSink(str(final), str(held), fd, src.size, leased=True)
-    job = Job(lambda: receive(str(final), b.fileno(), None, report, 10, sink=sink))
-    try:
-        out = StreamOutput(
-            a.fileno(),
-            a.fileno(),
-            report,
-            two_way=True,
-            sync_wait=0,
-            answer_timeout=10,
-            compat="native",
-        )
-        with Sender(src, ScanTracker(src, "test"), out, Options(stall=10), report) as sender:
-            found = sender.reuse("disk 0", reader)
-            meanwhile()
-            sender.first_pass()
-            sender.converge()
-            sender.prepare_freeze()
-            with sender.frozen():
-                sender.last_blocks()
-                sender.finish()
-        telling.join(10)
-        job.join(10)
-    finally:
-        src.close()
-        reader.close()
-        a.close()
-        b.close()
-    return Copied(sender.summary, found, final.read_bytes(), final.stat().st_ino)
 
 
 def punch(path: Path, start: int, length: int) -> None:
@@ -485,7 +419,7 @@ def test_what_is_kept_can_be_kept_again(target: Target) -> None:
 
 
 def swap(file: Path) -> None:
-    file.unlink()
+    file.rename(file.with_name("elsewhere"))  # or its number would be taken again
     file.write_bytes(DATA)
 
 
