@@ -102,6 +102,9 @@ def recover(
                 runtime = undoing.runtime_of(fields)
                 held.enter_context(locks(host, runtime))
             failed += _one(host, record.adopt(), report)
+    if not locked:
+        # Who was killed before it had anything to undo has left no record.
+        ctlock.remove_dead(Path(host.lock_dir))
     return failed
 
 
