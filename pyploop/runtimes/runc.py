@@ -210,7 +210,11 @@ class Runc:
         if freezer := self._freezer():
             freezer.kill()
         if self._record() is not None:
-            run([*self._runc(), "delete", "--force", self.container], DUMP_FAILED, 30)
+            run(
+                [*self._runc(), "delete", "--force", self.container],
+                DUMP_FAILED,
+                self._host.command_timeout,
+            )
 
     def stop(self) -> None:
         record = self._record()
@@ -321,7 +325,11 @@ class Runc:
 
         def unlock() -> None:
             commit()
-            self._end_link(self._start_link(self._config.link_up), RESTORE_FAILED)
+            # With an agent that is killed here the restore ends, too: a link that came
+            # up after that would answer the peers in its place, with resets.
+            up = self._config.link_up
+            argv = ("setpriv", "--pdeathsig", "KILL", "--", *up) if up else ()
+            self._end_link(self._start_link(argv), RESTORE_FAILED)
 
         with criu.Hook(images.parent, unlock) as hook:
             bundles.write_criu(self._config.bundle, hook.script)
