@@ -1,10 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Places in a migration where a test can stop it: before and after runc's
-checkpoint (or pre-dump), restore and delete.  A script takes runc's place on the host."""
+"""Commands of a migration at which a test can stop it, or let it go wrong: runc's
+checkpoint (or pre-dump), restore and delete, CRIU's checks, the container's link.
+Scripts take the place of the programs on the host, and mostly call them."""
 
 from __future__ import annotations
 
 import contextlib
+import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,46 +14,71 @@ from pathlib import Path
 from lab.hosts import Host
 from support import wait_until
 
-STEPS = ("checkpoint", "restore", "delete")
-
 # Nobody waits for ever: a test that has ended removes the gate, and after 60 s it opens.
 _SCRIPT = """#!/bin/sh
-gate() {{
-  [ -e {folder}/$1 ] || return 0
-  : >{folder}/$1.reached
-  i=0
-  while [ -e {folder}/$1 ] && [ $i -lt 6000 ]; do sleep 0.01; i=$((i + 1)); done
-}}
-for step; do
-  case $step in
-  checkpoint|restore|delete)
-    case "$*" in *--pre-dump*) step=pre-dump ;; esac
-    [ ! -e {folder}/$step-fails ] || {{ echo "$step was made to fail" >&2; exit 1; }}
-    gate $step-before
-    {runc} "$@"
-    code=$?
-    gate $step-after
-    exit $code ;;
+here() {{
+  if [ -e {folder}/$1 ]; then
+    : >{folder}/$1.reached
+    i=0
+    while [ -e {folder}/$1 ] && [ $i -lt 6000 ]; do sleep 0.01; i=$((i + 1)); done
+  fi
+  [ -e {folder}/$1.fault ] || return 0
+  read -r action number <{folder}/$1.fault
+  [ "$number" = 0 ] || [ "$number" = "$count" ] || return 0
+  echo "$step" >>{folder}/happened
+  case $action in
+  hang) exec sleep 60 ;;
+  die) kill -9 $$ ;;
   esac
-done
-exec {runc} "$@"
+  echo "$step was made to fail" >&2
+  exit $action
+}}
+case " $* " in
+{steps}
+*) exec {program} "$@" ;;
+esac
+echo "$step" >>{folder}/steps
+count=$(grep -cxF -- "$step" {folder}/steps)
+here $step-before
+{program} "$@"
+code=$?
+here $step-after
+exit $code
 """
+STEPS = {
+    "runc": {
+        "* --pre-dump *": "pre-dump",
+        "* checkpoint *": "checkpoint",
+        "* restore *": "restore",
+        "* delete *": "delete",
+    },
+    "criu": {
+        "* --version *": "criu-version",
+        "* check *": "criu-check",
+        "* dump *": "criu-dump",
+    },
+    "ip": {"* ct0 down *": "link-down", "* ct0 up *": "link-up"},
+}
+"""Program -> pattern of its words -> the step's name."""
 
 
 class Gates:
     """Of one host."""
 
     def __init__(self, host: Host, folder: Path) -> None:
-        self._folder = folder
-        script = host.folder / "bin" / "runc"
-        runc: str | Path | None = shutil.which("runc")
-        if script.exists():  # another one has its place already
-            runc = script.rename(script.with_name("runc-behind"))
-        script.write_text(_SCRIPT.format(folder=folder, runc=runc))
-        script.chmod(0o755)
+        self._folder, self._bin = folder, host.folder / "bin"
+        for name, patterns in STEPS.items():
+            script, program = self._bin / name, shutil.which(name)
+            if os.path.lexists(script):  # another one has its place already
+                program = str(script.rename(self._bin / f"{name}-behind"))
+            steps = "\n".join(f'"{p}") step={s} ;;' for p, s in patterns.items())
+            steps = steps.replace('"* ', '*" ').replace(' *"', ' "*')
+            script.write_text(_SCRIPT.format(folder=folder, program=program, steps=steps))
+            script.chmod(0o755)
+
+    # ---- gates; place: a step, -before or -after
 
     def close_gate(self, place: str) -> None:
-        """place: a step, -before or -after."""
         (self._folder / place).touch()
 
     def reached(self, place: str) -> bool:
@@ -64,16 +91,37 @@ class Gates:
         (self._folder / place).unlink(missing_ok=True)
         (self._folder / f"{place}.reached").unlink(missing_ok=True)
 
+    # ---- faults
+
+    def fail(self, step: str, action: str | int, when: str = "before", number: int = 0) -> None:
+        """action: an exit code, "hang", or "die" (SIGKILL); number: of the step's
+        calls since `mend`, 0: each."""
+        (self._folder / f"{step}-{when}.fault").write_text(f"{action} {number}\n")
+
+    def happened(self) -> list[str]:
+        """Steps that went wrong, since `mend`."""
+        path = self._folder / "happened"
+        return path.read_text().split() if path.exists() else []
+
+    def mend(self) -> None:
+        """No gates, no faults, no calls seen."""
+        for path in self._folder.iterdir():
+            path.unlink()
+
+    def close(self) -> None:
+        for name in STEPS:
+            (self._bin / name).unlink(missing_ok=True)
+            if os.path.lexists(self._bin / f"{name}-behind"):
+                (self._bin / f"{name}-behind").rename(self._bin / name)
+
 
 @contextlib.contextmanager
 def gates(host: Host) -> Iterator[Gates]:
     folder = host.folder / "gates"
     folder.mkdir()
+    made = Gates(host, folder)
     try:
-        yield Gates(host, folder)
+        yield made
     finally:
-        script = host.folder / "bin" / "runc"
-        script.unlink(missing_ok=True)
-        if script.with_name("runc-behind").exists():
-            script.with_name("runc-behind").rename(script)
+        made.close()
         shutil.rmtree(folder)

@@ -14,6 +14,8 @@ ALL = bool(os.environ.get("PYPLOOP_MATRIX"))
 LOG = os.environ.get("PYPLOOP_MATRIX_LOG")
 """File that gets the tables too."""
 
+ORDER = ("fails", "done, but fails", "hangs", "killed")
+"""Columns that come first."""
 _tables: dict[str, dict[str, dict[str, str]]] = {}
 
 
@@ -36,7 +38,8 @@ def markdown() -> str:
     """All tables; a cell that was not run is empty."""
     text = ""
     for name, rows in _tables.items():
-        columns = list(dict.fromkeys(c for row in rows.values() for c in row))
+        seen = dict.fromkeys(c for row in rows.values() for c in row)
+        columns = [*(c for c in ORDER if c in seen), *(c for c in seen if c not in ORDER)]
         lines = [[name, *columns], ["---"] * (len(columns) + 1)]
         lines += [[row, *(cells.get(c, "") for c in columns)] for row, cells in rows.items()]
         text += "".join(f"| {' | '.join(line)} |\n" for line in lines) + "\n"

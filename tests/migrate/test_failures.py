@@ -1,11 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A migration that is disturbed, at each of its steps: the container runs on
-exactly one host, nothing acknowledged is lost, nothing is left over."""
+"""Migrations that cannot be: dumps and restores that really fail, a target disk
+that is full, a container that is being migrated.  What goes wrong at each
+step is in test_runc_failures.py."""
 
 from __future__ import annotations
 
-import os
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -14,101 +13,11 @@ import pytest
 from gates import gates
 from lab import container, verify
 from lab.hosts import CONTAINER_IP, CONTAINER_NETNS, Host, Lab
-from moving import Migration, files, judge, kill, migrate, migration, recover
+from moving import Migration, files, judge, migrate, migration
 from support import wait_until
+from table import note
 
 SIZE = 192 << 20
-LOG = os.environ.get("PYPLOOP_MATRIX_LOG")
-"""File that gets a row of a Markdown table for each disturbance."""
-
-PLACES = {
-    "while copying": ("", ""),
-    "suspended, before the dump": ("source", "checkpoint-before"),
-    "dump made": ("source", "checkpoint-after"),
-    "before the restore": ("target", "restore-before"),
-    "restored, not yet told": ("target", "restore-after"),
-    "source being removed": ("source", "delete-before"),
-}
-"""Where, and the gate that stops the migration there."""
-DISTURBANCES = {
-    "orchestrator killed": (signal.SIGKILL, "source", "pyploop.cli.main migrate"),
-    "orchestrator interrupted": (signal.SIGINT, "source", "pyploop.cli.main migrate"),
-    "ssh cut": (signal.SIGKILL, "source", "ssh -"),
-    "agent killed": (signal.SIGKILL, "target", "pyploop.cli.main agent"),
-}
-ORDINARY = {
-    ("while copying", "orchestrator killed"),
-    ("suspended, before the dump", "orchestrator interrupted"),
-    ("before the restore", "ssh cut"),
-    ("dump made", "agent killed"),
-    ("restored, not yet told", "orchestrator killed"),
-    ("source being removed", "orchestrator interrupted"),
-}
-"""The rest with PYPLOOP_MATRIX=1."""
-CASES = [
-    (place, disturbance)
-    for place in PLACES
-    for disturbance in DISTURBANCES
-    if os.environ.get("PYPLOOP_MATRIX") or (place, disturbance) in ORDINARY
-]
-STAYS = ("while copying", "suspended, before the dump", "dump made")
-"""Before the target is asked: it must go on where it was."""
-COMMITTED = ("restored, not yet told", "source being removed")
-"""After the commit point: it must run on the target."""
-
-
-def note(*cells: object) -> None:
-    if LOG is not None:
-        with open(LOG, "a") as f:
-            f.write("| " + " | ".join(str(c) for c in cells) + " |\n")
-
-
-@pytest.mark.parametrize(("place", "disturbance"), CASES)
-def test_a_disturbed_migration_leaves_one_container_and_no_debris(
-    two_hosts: Lab, place: str, disturbance: str
-) -> None:
-    how, side, pattern = DISTURBANCES[disturbance]
-    where, gate = PLACES[place]
-    source, target = two_hosts.a, two_hosts.b
-    sides = {"source": source, "target": target}
-    before = files(target)
-    slow = () if gate else ("--bwlimit", "2M")
-    with (
-        container.container(two_hosts, size=SIZE),
-        verify.client(two_hosts) as client,
-        gates(source) as on_source,
-        gates(target) as on_target,
-    ):
-        client.load(2)
-        stops = on_source if where == "source" else on_target
-        if gate:
-            stops.close_gate(gate)
-        with migration(two_hosts, source, *slow) as moving:
-            if gate:
-                stops.wait(gate)
-            else:
-                wait_until(lambda: moving.phase() == "first pass", "the copy has begun", 40)
-            kill(sides[side], pattern, how)
-            if gate:
-                stops.open_gate(gate)
-            done = moving.wait()
-        said = (done.errors.strip().splitlines() or [""])[-1]
-        assert "Traceback" not in done.errors
-        if how is signal.SIGKILL and side == "source" and "migrate" in pattern:
-            assert done.code != 0
-            said = recover(source).strip().splitlines()[-1]
-        here = judge(two_hosts, client, before)
-        note(place, disturbance, here.name, done.code, said)
-        if place in STAYS:
-            assert here is source
-            assert done.code != 0
-        if place in COMMITTED:
-            assert here is target
-        if place == "source being removed" and how is signal.SIGINT:
-            assert done.code == 0
-        # Whatever happened, the next one succeeds.
-        assert migrate(two_hosts, here).code == 0
-        assert judge(two_hosts, client, before) is two_hosts.other(here)
 
 
 _CONNECT = """
@@ -137,7 +46,7 @@ def test_a_container_that_cannot_be_dumped_goes_on(two_hosts: Lab) -> None:
             waiting.communicate()
         assert done.code == 8, done.errors
         assert "In-flight connection" in done.errors
-        note("dump", "cannot be made", "a", done.code, done.errors.strip().splitlines()[-1])
+        note("runc", "dump that cannot be made", "fails", f"source, {done.code}")
         assert judge(two_hosts, client, before) is two_hosts.a
         assert migrate(two_hosts, two_hosts.a).code == 0
         assert judge(two_hosts, client, before) is two_hosts.b
@@ -167,7 +76,7 @@ def test_a_target_that_cannot_restore_gives_the_container_back(two_hosts: Lab) -
         two_hosts.b.run(*inside, "del", *address)
         done = migrate(two_hosts, two_hosts.a)
         assert done.code == 7, done.errors
-        note("restore", "fails", "a", done.code, done.errors.strip().splitlines()[-1])
+        note("runc", "restore that cannot be made", "fails", f"source, {done.code}")
         two_hosts.b.run(*inside, "add", *address)
         assert judge(two_hosts, client, before) is two_hosts.a
         assert migrate(two_hosts, two_hosts.a).code == 0
@@ -187,7 +96,8 @@ def test_a_target_without_room_leaves_the_container_where_it_is(two_hosts: Lab, 
                     fill(disk)
                 done = moving.wait()
             assert done.code == 6, done.errors
-            note("target disk", f"full {when}", "a", done.code, done.errors.splitlines()[-1])
+            full = "too small" if when == "before" else "gets full"
+            note("runc", f"target disk {full}", "fails", f"source, {done.code}")
             (disk / "filler").unlink(missing_ok=True)
             assert judge(two_hosts, client, before) is two_hosts.a
 

@@ -26,7 +26,7 @@ from lab import container, criu, verify
 from lab.hosts import Host, Lab
 from moving import Outcome, files, judge, kill, migrate, migration, recover
 from test_command import Pair, pair  # noqa: F401 - a fixture
-from test_failures import DISTURBANCES
+from test_runc_failures import DISTURBANCES
 
 HERE = Path(__file__).parent
 SIZE = 192 << 20
