@@ -15,7 +15,6 @@
 #define _GNU_SOURCE
 #include <endian.h>
 #include <errno.h>
-#include <signal.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/eventfd.h>
@@ -24,125 +23,6 @@
 #include <unistd.h>
 
 #include "recv_internal.h"
-
-static void fail(struct pl_recv *r, int err, enum pl_stage stage, uint64_t pos)
-{
-	pthread_mutex_lock(&r->lock);
-	if (!r->err) {
-		r->err = err;
-		r->fault = (struct pl_fault){
-			.stage = stage, .pos = pos,
-			.stream = __atomic_load_n(&r->stats.stream_bytes,
-						  __ATOMIC_RELAXED),
-			.frame = __atomic_load_n(&r->stats.frames,
-						 __ATOMIC_RELAXED) };
-		/* The header is the reader's, and only its faults name it. */
-		if (stage == PL_STAGE_READ || stage == PL_STAGE_PROTOCOL) {
-			r->fault.mark = r->head.mark;
-			r->fault.size = r->head.size;
-			r->fault.type = r->head.type;
-			r->fault.command = r->command;
-		}
-	}
-	pthread_mutex_unlock(&r->lock);
-}
-
-/* The reader waits for a peer, who may wait for an answer that will not come. */
-static void wake_reader(struct pl_recv *r)
-{
-	uint64_t one = 1;
-
-	if (write(r->cancel_fd, &one, sizeof(one)) < 0)
-		return;		/* full counter: it is readable already */
-}
-
-static void *writer(void *arg)
-{
-	struct pl_recv *r = arg;
-
-	pthread_mutex_lock(&r->lock);
-	for (;;) {
-		struct recv_slot *s = &r->slot[r->written % r->cfg.slots];
-		uint64_t pos = 0;
-		int err = 0;
-
-		if (r->written == r->filled) {
-			if (r->quit)
-				break;
-			__atomic_store_n(&r->writer_idle, true, __ATOMIC_RELAXED);
-			pthread_cond_wait(&r->work, &r->lock);
-			__atomic_store_n(&r->writer_idle, false, __ATOMIC_RELAXED);
-			continue;
-		}
-		if (!r->err) {
-			pthread_mutex_unlock(&r->lock);
-			err = pl_recv_write_slot(r, s, &pos);
-			if (err)
-				fail(r, err, PL_STAGE_WRITE, pos);
-			else if (s->replies && (err = pl_recv_reply(r, s->replies)))
-				fail(r, err, PL_STAGE_REPLY, 0);
-			if (err)
-				wake_reader(r);
-			pthread_mutex_lock(&r->lock);
-		}
-		s->nparts = s->used = s->replies = 0;
-		r->written++;
-		if (r->reader_waits)
-			pthread_cond_signal(&r->done);
-	}
-	pthread_mutex_unlock(&r->lock);
-	return NULL;
-}
-
-/* Hand the current slot to the writer. */
-static void hand_over(struct pl_recv *r)
-{
-	pthread_mutex_lock(&r->lock);
-	r->filled++;
-	if (r->writer_idle)
-		pthread_cond_signal(&r->work);
-	pthread_mutex_unlock(&r->lock);
-}
-
-/* The slot to fill; waits for one.  NULL: a fault happened, or cancelled. */
-static struct recv_slot *current(struct pl_recv *r)
-{
-	struct recv_slot *s = NULL;
-
-	pthread_mutex_lock(&r->lock);
-	while (!r->err && r->filled - r->written >= r->cfg.slots) {
-		r->reader_waits = true;
-		pthread_cond_wait(&r->done, &r->lock);
-		r->reader_waits = false;
-	}
-	if (!r->err)
-		s = &r->slot[r->filled % r->cfg.slots];
-	pthread_mutex_unlock(&r->lock);
-	return s;
-}
-
-/* Everything that was read is written: 0, or the writer's error. */
-static int drain(struct pl_recv *r)
-{
-	int err;
-
-	pl_recv_end_page(r);
-	pthread_mutex_lock(&r->lock);
-	/* A slot that is being filled goes as it is. */
-	if (r->filled - r->written < r->cfg.slots &&
-	    r->slot[r->filled % r->cfg.slots].nparts) {
-		r->filled++;
-		pthread_cond_signal(&r->work);
-	}
-	while (r->written != r->filled) {
-		r->reader_waits = true;
-		pthread_cond_wait(&r->done, &r->lock);
-		r->reader_waits = false;
-	}
-	err = r->err;
-	pthread_mutex_unlock(&r->lock);
-	return err;
-}
 
 /* `part` bytes of payload to `to`; behind the last ones, as much of the next
    header as is there. */
@@ -182,14 +62,14 @@ static int read_payload(struct pl_recv *r)
 			pl_recv_placed(r, part);
 			continue;
 		}
-		s = current(r);
+		s = pl_recv_slot(r);
 		if (!s)
 			return r->err;
 		/* Parts start at PL_BLOCK in memory, as they mostly do in the file. */
 		part = left < r->cfg.slot_size - s->used ?
 			       left : r->cfg.slot_size - s->used;
 		if (s->nparts == RECV_PARTS || (part < left && s->nparts)) {
-			hand_over(r);
+			pl_recv_hand_over(r);
 			part = 0;
 			continue;
 		}
@@ -207,7 +87,7 @@ static int read_payload(struct pl_recv *r)
 		if (s->used >= r->cfg.slot_size ||
 		    (s->replies && r->raw_got < pl_recv_head_size(r)) ||
 		    __atomic_load_n(&r->writer_idle, __ATOMIC_RELAXED))
-			hand_over(r);
+			pl_recv_hand_over(r);
 	}
 	return 0;
 }
@@ -250,7 +130,7 @@ static int event(struct pl_recv *r, struct pl_recv_msg *msg, enum pl_stage *stag
 	msg->first_ns = r->first_ns;
 	r->first_ns = 0;
 	msg->arrived_ns = now_ns();
-	err = drain(r);
+	err = pl_recv_drain(r);
 	if (err)
 		return err;
 	/* The writer is idle: what is its is ours. */
@@ -297,10 +177,10 @@ int pl_recv_run(struct pl_recv *r, struct pl_recv_msg *msg,
 			__atomic_store_n(&r->stats.image_size, end, __ATOMIC_RELAXED);
 	}
 	if (ret < 0) {
-		fail(r, ret, stage, r->head.pos);
+		pl_recv_fail(r, ret, stage, r->head.pos);
 		/* The writer is done, so that who tells the peer of the failure
 		   does not talk between its answers. */
-		drain(r);
+		pl_recv_drain(r);
 		*fault = r->fault;
 		ret = r->err;
 	}
@@ -322,8 +202,8 @@ int pl_recv_expect_digests(struct pl_recv *r)
 
 void pl_recv_cancel(struct pl_recv *r)
 {
-	fail(r, -ECANCELED, PL_STAGE_NONE, 0);
-	wake_reader(r);
+	pl_recv_fail(r, -ECANCELED, PL_STAGE_NONE, 0);
+	pl_recv_wake(r);
 	pthread_mutex_lock(&r->lock);
 	pthread_cond_broadcast(&r->done);
 	pthread_mutex_unlock(&r->lock);
@@ -336,19 +216,6 @@ void pl_recv_stats(const struct pl_recv *r, struct pl_recv_stats *out)
 
 	for (size_t i = 0; i < sizeof(*out) / sizeof(*to); i++)
 		to[i] = __atomic_load_n(&from[i], __ATOMIC_RELAXED);
-}
-
-static int start_writer(struct pl_recv *r)
-{
-	sigset_t all, old;
-	int err;
-
-	sigfillset(&all);
-	pthread_sigmask(SIG_SETMASK, &all, &old);
-	err = -pthread_create(&r->thread, NULL, writer, r);
-	pthread_sigmask(SIG_SETMASK, &old, NULL);
-	r->has_thread = !err;
-	return err;
 }
 
 int pl_recv_new(struct pl_recv **out, const struct pl_recv_cfg *c)
@@ -381,7 +248,7 @@ int pl_recv_new(struct pl_recv **out, const struct pl_recv_cfg *c)
 	}
 	if (!err) {
 		r->cancel_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
-		err = r->cancel_fd < 0 ? -errno : start_writer(r);
+		err = r->cancel_fd < 0 ? -errno : pl_recv_start(r);
 	}
 	if (err) {
 		pl_recv_free(r);

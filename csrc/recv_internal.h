@@ -81,6 +81,17 @@ struct pl_recv {
 };
 
 /*
+ * recv_ring.c.  The first failure is the one that is reported; a reader that
+ * waits for its peer is woken.  The slot to fill, NULL after a failure; to the
+ * writer with it; until all is written: 0, or the writer's failure.
+ */
+void pl_recv_fail(struct pl_recv *r, int err, enum pl_stage stage, uint64_t pos);
+void pl_recv_wake(struct pl_recv *r);
+struct recv_slot *pl_recv_slot(struct pl_recv *r);
+void pl_recv_hand_over(struct pl_recv *r);
+int pl_recv_drain(struct pl_recv *r);
+int pl_recv_start(struct pl_recv *r);	/* the writer */
+/*
  * recv_in.c: at least `must` bytes into the vector, at most all of it.  Returns
  * the count, or -errno; -ENODATA at end of file.
  */

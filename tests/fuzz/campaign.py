@@ -23,7 +23,7 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 CSRC = HERE.parents[1] / "csrc"
 PRODUCT = {
-    "recv": ("recv", "recv_head", "recv_out", "recv_place", "hash", "hash_avx2"),
+    "recv": ("recv", "recv_ring", "recv_head", "recv_out", "recv_place", "hash", "hash_avx2"),
     "reply": ("pump_reply", "patience"),
 }
 """Harness -> the sources of csrc/ in it; the harness stands in for what these call."""
