@@ -1,0 +1,188 @@
+# SPDX-License-Identifier: Apache-2.0
+# Part of _core.pyx: the sending and the receiving pump.
+
+
+class PumpStats(NamedTuple):
+    """Monotonic counters of a sending pump, in bytes (`frames` in frames)."""
+    read: int
+    data: int
+    wire: int
+    zero: int
+    same: int
+    frames: int
+    done: int
+    huge: int
+
+
+cdef class Pump:
+    """The sending pump (csrc/pump.c).  Borrowed descriptors stay open."""
+    cdef pl_pump *p
+    cdef Known known
+    cdef Hook hook
+    cdef _Md5 md5
+
+    def __cinit__(self, *, int src_fd, uint64_t src_base, uint64_t size,
+                  uint32_t align, int out_fd, int sink, uint32_t cluster,
+                  uint32_t slots, uint32_t readers, uint32_t stall_ms=0,
+                  uint64_t rate=0, Known known=None, Hook hook=None,
+                  bint async_packets=False, uint32_t window=0, bint digests=False):
+        cdef pl_pump_cfg cfg
+        memset(&cfg, 0, sizeof(cfg))
+        cfg.src_fd, cfg.src_base, cfg.size = src_fd, src_base, size
+        cfg.align, cfg.out_fd, cfg.sink = align, out_fd, <pl_sink>sink
+        cfg.cluster, cfg.slots, cfg.readers = cluster, slots, readers
+        cfg.stall_ms, cfg.rate = stall_ms, rate
+        self.known, self.hook = known, hook
+        if known is not None:
+            cfg.known = &known.k
+        if hook is not None:
+            cfg.hook, cfg.hook_ctx = hook.fn, hook.ctx
+        cfg.async_, cfg.window = async_packets, window
+        if digests:
+            self.md5 = _Md5()
+            cfg.digest, cfg.digest_ctx = _md5, <void *>self.md5
+        _check(pl_pump_new(&self.p, &cfg))
+
+    def __dealloc__(self):
+        cdef pl_pump *p = self.p
+        self.p = NULL
+        if p != NULL:
+            with nogil:
+                pl_pump_free(p)
+
+    def run(self, Extents extents not None, unsigned flags=0):
+        """Send the extents.  Raises Fault."""
+        cdef pl_fault fault
+        cdef int ret
+        with nogil:
+            ret = pl_pump_pass(self.p, extents.ext, extents.n, flags, &fault)
+        if ret < 0:
+            raise _fault(ret, &fault)
+
+    def write(self, bytes data not None):
+        """Write raw bytes (a control frame) into the stream.  Raises Fault."""
+        cdef pl_fault fault
+        cdef const char *buf = data
+        cdef size_t n = len(data)
+        cdef int ret
+        with nogil:
+            ret = pl_pump_write(self.p, buf, n, &fault)
+        if ret < 0:
+            raise _fault(ret, &fault)
+
+    def ask(self, bytes data not None, uint32_t timeout_ms=0):
+        """Write a control packet of D2 and wait for the answers to it and to
+        all before it, so long at most (0: for ever).  Raises Fault."""
+        cdef pl_fault fault
+        cdef const char *buf = data
+        cdef size_t n = len(data)
+        cdef int ret
+        with nogil:
+            ret = pl_pump_ask(self.p, buf, n, timeout_ms, &fault)
+        if ret < 0:
+            raise _fault(ret, &fault)
+
+    def unlimit(self):
+        """Between two passes: no rate applies from now on."""
+        pl_pump_unlimit(self.p)
+
+    def cancel(self):
+        """From any thread: a run ends at once with ECANCELED."""
+        pl_pump_cancel(self.p)
+
+    @property
+    def stats(self):
+        cdef pl_pump_stats s
+        pl_pump_get_stats(self.p, &s)
+        return PumpStats(s.read_bytes, s.data_bytes, s.wire_bytes, s.zero_bytes,
+                         s.same_bytes, s.frames, s.done_bytes, s.huge_bytes)
+
+
+class RecvStats(NamedTuple):
+    """Monotonic counters of a receiving pump, in bytes (`frames` in frames)."""
+    stream: int
+    data: int
+    frames: int
+    written: int
+    holes: int
+    image_size: int
+    huge: int
+
+
+class Arrival(NamedTuple):
+    """When an event came, CLOCK_MONOTONIC in ns: the first data since the last
+    one (0: none), itself, and when all before it was written; and the bytes
+    that were written since `synced` and may not be on the disk."""
+    first: int
+    arrived: int
+    written: int
+    dirty: int
+
+
+cdef class Receiver:
+    """The receiving pump (csrc/recv.c).  Borrowed descriptors stay open."""
+    cdef pl_recv *r
+    cdef readonly object arrival
+    cdef _Md5 md5
+
+    def __cinit__(self, *, int in_fd, int out_fd, uint32_t slots,
+                  uint32_t slot_size, uint32_t max_frame, uint32_t stall_ms=0,
+                  uint64_t window=0, bint sparse=True, uint64_t held=0,
+                  int reply_fd=-1):
+        cdef pl_recv_cfg cfg
+        self.md5 = _Md5()
+        self.arrival = Arrival(0, 0, 0, 0)
+        memset(&cfg, 0, sizeof(cfg))
+        cfg.in_fd, cfg.out_fd = in_fd, out_fd
+        cfg.slots, cfg.slot_size, cfg.max_frame = slots, slot_size, max_frame
+        cfg.stall_ms, cfg.window, cfg.sparse = stall_ms, window, sparse
+        cfg.held = held
+        cfg.reply_fd, cfg.digest, cfg.digest_ctx = reply_fd, _md5, <void *>self.md5
+        _check(pl_recv_new(&self.r, &cfg))
+
+    def __dealloc__(self):
+        cdef pl_recv *r = self.r
+        self.r = NULL
+        if r != NULL:
+            with nogil:
+                pl_recv_free(r)
+
+    def run(self):
+        """Receive until SYNC or END: (RECV_SYNC or RECV_END, pos, SYNC's four
+        bytes).  All before it is written, not durable.  Raises Fault."""
+        cdef pl_fault fault
+        cdef pl_recv_msg msg
+        cdef int ret
+        memset(&msg, 0, sizeof(msg))
+        with nogil:
+            ret = pl_recv_run(self.r, &msg, &fault)
+        if ret < 0:
+            raise _fault(ret, &fault)
+        self.arrival = Arrival(msg.first_ns, msg.arrived_ns, msg.written_ns,
+                               msg.dirty_bytes)
+        return ret, msg.pos, PyBytes_FromStringAndSize(<char *>msg.data, 4)
+
+    def synced(self):
+        """Between two runs: the file was synced."""
+        pl_recv_synced(self.r)
+
+    @property
+    def dialect(self):
+        """DIALECT_D1 or DIALECT_D2 once a marker was seen, else DIALECT_NONE."""
+        return <int>pl_recv_dialect(self.r)
+
+    def expect_digests(self):
+        """Between two runs: D3's MD5 was agreed, every packet has one now."""
+        _check(pl_recv_expect_digests(self.r))
+
+    def cancel(self):
+        """From any thread: a run ends at once with ECANCELED."""
+        pl_recv_cancel(self.r)
+
+    @property
+    def stats(self):
+        cdef pl_recv_stats s
+        pl_recv_get_stats(self.r, &s)
+        return RecvStats(s.stream_bytes, s.data_bytes, s.frames,
+                         s.written_bytes, s.hole_bytes, s.image_size,
+                         s.huge_bytes)
