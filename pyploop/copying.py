@@ -30,8 +30,9 @@ from pyploop.wire.mux import MAX_CHANNELS
 T = TypeVar("T")
 TELLING = 16 * MIB
 """Bytes of a first pass that tell how fast the connection is."""
-OTHERS = 16
-"""Channels that a migration needs for other things than disks, at most."""
+OTHERS = 24
+"""Channels that a migration needs for other things than disks: 20 rounds of memory,
+the dump, items, and digests of these."""
 REQUEST = 30.0
 """Seconds for a request that starts something."""
 

@@ -81,6 +81,7 @@ def retain(log: Journal, entry: Entry) -> None:
         with _opened(kept) as fd:
             st = os.fstat(fd)
             if stat.S_ISREG(st.st_mode) and st.st_blocks * 512 >= LEAST:
+                os.fchmod(fd, 0o600)  # it lies in another folder than it will
                 # A failed writeback is told only once: now, perhaps.
                 fdatasync(fd)
                 if _add(log, str(entry["what"]), kept, st.st_ino):
