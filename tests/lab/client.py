@@ -12,13 +12,14 @@ line, answers go to stdout as JSON: `mark` tells what was since the last mark,
 from __future__ import annotations
 
 import json
+import os
 import select
 import socket
 import sys
 import time
 from typing import TextIO
 
-TIMEOUT = 60.0
+TIMEOUT = 60.0 * int(os.environ.get("PYPLOOP_SLOWNESS", "1"))
 """Seconds: a longer silence is a lost connection."""
 
 

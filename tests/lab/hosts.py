@@ -33,7 +33,9 @@ CLIENT_IP, CONTAINER_IP = f"{NET}.1", f"{NET}.100"
 CONTAINER_MAC = "02:00:0a:4d:00:64"
 CONTAINER_NETNS = "/run/netns/ct"
 """The container's network namespace, the same name on each host."""
-READY_SECONDS = 20.0
+SLOWNESS = int(os.environ.get("PYPLOOP_SLOWNESS", "1"))
+"""How many times slower this machine is than a usual one (emulated)."""
+READY_SECONDS = 20.0 * SLOWNESS
 _SLEEP = "sleep 86400"
 
 
@@ -298,7 +300,11 @@ def _sshd(host: Host, key: Path) -> Iterator[None]:
     (folder / "bin").mkdir()
     (folder / "bin" / "criu").symlink_to(criu.program() or "/nonexistent")
     python = f"PYTHONPATH={shlex.quote(str(ROOT))} exec {shlex.quote(sys.executable)}"
-    _script(folder / "bin" / "pyploop", f'{python} -m pyploop.cli.main "$@"\n')
+    if SLOWNESS == 1:
+        _script(folder / "bin" / "pyploop", f'{python} -m pyploop.cli.main "$@"\n')
+    else:
+        slowly = f"PYPLOOP_SLOWNESS={SLOWNESS} {python} {Path(__file__).with_name('slowly.py')}"
+        _script(folder / "bin" / "pyploop", f'{slowly} "$@"\n')
     with (folder / "sshd.log").open("wb") as log:
         # Dies with the host; waited for here so that it can say why it did not start.
         daemon = subprocess.Popen(

@@ -14,10 +14,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from lab import container
-from lab.hosts import CONTAINER_NETNS, Host, Lab
+from lab.hosts import CONTAINER_NETNS, SLOWNESS, Host, Lab
 from lab.verify import Client
 
-SECONDS = 90.0
+SECONDS = 90.0 * SLOWNESS
 """For a migration, whatever happens to it."""
 _OURS = ("/srv", "/var/lib", "/run", "/dev/shm")
 _STAY = {

@@ -1,0 +1,28 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`pyploop` with deadlines that are PYPLOOP_SLOWNESS times as long, for a machine
+that is emulated."""
+
+from __future__ import annotations
+
+import importlib
+import os
+
+from pyploop.cli.main import program
+
+DEADLINES = (
+    ("remote", "CONNECT"),
+    ("remote", "ENDING"),
+    ("agent", "HELLO_WAIT"),
+    ("copying", "REQUEST"),
+    ("memory", "REQUEST"),
+    ("migrate", "REQUEST"),
+    ("migrate", "CHECKING"),
+    ("runtimes.criu", "PROBE_TIMEOUT"),
+    ("runtimes.tracking", "TIMEOUT"),
+)
+
+if __name__ == "__main__":
+    for module, name in DEADLINES:
+        found = importlib.import_module(f"pyploop.{module}")
+        setattr(found, name, getattr(found, name) * float(os.environ["PYPLOOP_SLOWNESS"]))
+    program()
