@@ -143,8 +143,7 @@ class Disks:
     def _compare(self, sender: Sender) -> None:
         """What the target has kept of its disk need not be sent."""
         if digests := self._kept.get(sender):
-            name = digests.names[0]
-            digests.tell(self._wanted[3], name, sender.reuse(name, digests.reader))
+            digests.tell(self._wanted[3], digests.names[0], sender.reuse(digests.reader))
 
     def _each(self, step: Callable[[Sender], T]) -> list[T]:
         works: list[Callable[[], T]] = [partial(step, s) for s in self._senders]

@@ -9,6 +9,7 @@ from pyploop.digests import Reader
 from pyploop.events import Reporter
 from pyploop.remote import Remote
 from pyploop.reuse import Reused
+from pyploop.units import format_size
 
 REQUEST = 30.0
 """Seconds for the request; the digests take as long as they are read there."""
@@ -19,6 +20,7 @@ class Kept:
 
     def __init__(self, remote: Remote, files: Sequence[tuple[str, int]], stall: float) -> None:
         """files: (name, size here)."""
+        self._host = remote.host
         self.names = [name for name, _ in files]
         number, fd = remote.open_channel()
         self.reader = Reader(fd, stall)
@@ -29,8 +31,12 @@ class Kept:
             raise
 
     def tell(self, report: Reporter, name: str, found: Reused) -> None:
-        """What came of it, as an event."""
+        """What came of it."""
         report.event("reused", name=name, held=found.held, same=found.same)
+        report.info(
+            f"{self._host} had kept {format_size(found.held)} of {name}; {format_size(found.same)} "
+            "of these are the same, and are not sent"
+        )
 
     def __enter__(self) -> Kept:
         return self

@@ -98,20 +98,15 @@ class Running:
 
     # ---- passes
 
-    def reuse(self, name: str, digests: Reader) -> Reused:
+    def reuse(self, digests: Reader) -> Reused:
         """Leave out of the first pass what the target has kept and is the same.
         What is written from now on is marked, and goes in a round."""
-        start = self._passes.window_start = time.monotonic()
+        self._passes.window_start = time.monotonic()
         self._report.event("phase", phase="comparing", bytes=None)
         self._hooked = self._tracker.mark_all()
         with self._recorder.step("compare"):
             self._same, found = self._passes.compare(digests)
         self._summary.reused_bytes = found.same
-        seconds = time.monotonic() - start
-        self._report.info(
-            f"{name}: {format_size(found.same)} of {format_size(found.held)} that the target had "
-            f"kept are the same ({seconds:.3f} s)"
-        )
         return found
 
     def first_pass(self) -> Round:

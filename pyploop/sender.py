@@ -138,10 +138,10 @@ class Sender:
 
     # ---- running
 
-    def reuse(self, name: str, digests: Reader) -> Reused:
+    def reuse(self, digests: Reader) -> Reused:
         """Before the first pass: go on from what the target has kept of this
-        source, as its digests tell.  name: for the log."""
-        return self._running.reuse(name, digests)
+        source, as its digests tell."""
+        return self._running.reuse(digests)
 
     def first_pass(self) -> Round:
         """All data of the source, and what may not be zero at the target."""

@@ -48,10 +48,14 @@ def tell(fd: int, size: int) -> tuple[Reader, Job[None]]:
 
 
 def go_on(
-    source: Path, held: Path, meanwhile: Callable[[], None] = lambda: None, target: str = "target"
+    source: Path,
+    held: Path,
+    meanwhile: Callable[[], None] = lambda: None,
+    target: str = "target",
+    stop: Callable[[], None] = lambda: None,
 ) -> Copied:
     """Copy the source into what was kept, as a migration does; `meanwhile` happens
-    when they were compared."""
+    when they were compared, `stop` before the last blocks."""
     report, final = Reporter(), held.with_name(target)
     src = device.open_source(str(source))
     fd = os.open(held, os.O_RDWR)
@@ -71,11 +75,12 @@ def go_on(
             compat="native",
         )
         with Sender(src, choose("auto", src), out, Options(stall=10), report) as sender:
-            found = sender.reuse("disk 0", reader)
+            found = sender.reuse(reader)
             meanwhile()
             sender.first_pass()
             sender.converge()
             sender.prepare_freeze()
+            stop()
             with sender.frozen():
                 sender.last_blocks()
                 sender.finish()
