@@ -50,12 +50,12 @@ class LandingTrees:
         self._log, self._stall, self._keep_fds = log, stall, keep_fds
         self._passes = 0
         self._made: set[int] = set()
-        self._last: set[int] = set()
+        self._last: dict[int, str] = {}
         self._failed: dict[str, str] = {}
 
     def take(self, index: int, fd: int, last: bool) -> tuple[str, Job[None]]:
-        """Serve one pass; (its name, what waits for its end).  last: the
-        container is suspended, so it must end well.  The descriptor is closed."""
+        """Serve one pass; (its name, what waits for its end, and never fails).
+        last: it is the last one, or replaces that.  The descriptor is closed."""
         try:
             if not 0 <= index < len(self._trees):
                 raise ProtocolError(f"agent protocol: no tree {index!r} to receive")
@@ -79,29 +79,30 @@ class LandingTrees:
         finally:
             os.close(fd)
         if last:
-            self._last.add(index)
+            self._last[index] = name
 
         def work() -> None:
             status = process.wait()
             _sync(path)
-            if status:
+            if status not in (0, rsync.VANISHED) or (last and status):
                 said = rsync.last_errors(self._folder / f"{file}.log")
                 self._failed[name] = f"rsync ended with {status} here: {said}"
-            if last:
-                self.check(name)
 
         return name, Job(work)
 
     def check(self, name: str) -> None:
-        """MigrateError(6), with the reason, when this pass has ended badly.  One
-        that is not the last may: its source decides what that means."""
+        """MigrateError(6), with the reason, when this pass has ended badly; its
+        source decides what that means."""
         if name in self._failed:
             raise MigrateError(COPY_FAILED, self._failed[name])
 
     def check_whole(self) -> None:
-        """ProtocolError unless each tree had its last pass."""
-        if len(self._last) != len(self._trees):
-            raise ProtocolError("agent protocol: not all trees were sent")
+        """All servers have ended: MigrateError unless the last pass over each tree
+        has ended well."""
+        for index in range(len(self._trees)):
+            if index not in self._last:
+                raise ProtocolError("agent protocol: not all trees were sent")
+            self.check(self._last[index])
 
 
 def _sync(path: str) -> None:

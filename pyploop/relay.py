@@ -22,6 +22,7 @@ SIZE = 1 << 18
 def main() -> int:
     """0 when the channel has ended; 1 when none came."""
     control = socket.socket(fileno=int(sys.argv[1]))
+    os.set_blocking(1, True)  # rsync leaves its ends of the pair as it needs them itself
     control.sendall(b".")
     _, fds, _, _ = socket.recv_fds(control, 1, 1)
     if not fds:

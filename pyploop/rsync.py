@@ -41,8 +41,12 @@ ALWAYS = (
 )
 TREE = ("--delete",)
 """Of a pass over all of it."""
-LISTED = ("--files-from=-", "--from0", "--checksum")
-"""Of one over files by name, compared by what they hold."""
+CHANGING = ("--no-inc-recursive",)
+"""Of one over a tree that changes meanwhile.  With hard links in it, an rsync that
+lists it bit by bit (3.5.0) may wait for ever for a name that has moved away."""
+LISTED = ("--files-from=-", "--from0", "--checksum", "--ignore-missing-args")
+"""Of one over files by name, compared by what they hold.  What is gone meanwhile
+is the next pass's."""
 VANISHED, PARTIAL = 24, 23
 
 _TAKEN = (

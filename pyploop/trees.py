@@ -14,7 +14,6 @@ that changed since its beginning; so only those are in doubt in the next one.
 
 from __future__ import annotations
 
-import contextlib
 import os
 import threading
 import time
@@ -23,14 +22,7 @@ from dataclasses import replace
 from functools import partial
 
 from pyploop import rsync, treescan
-from pyploop.errors import (
-    CancelledError,
-    LoopError,
-    MigrateError,
-    ProtocolError,
-    ReadError,
-    WriteError,
-)
+from pyploop.errors import CancelledError, LoopError, MigrateError
 from pyploop.events import Reporter
 from pyploop.jobs import Job, in_parallel
 from pyploop.recorder import Span, Stage
@@ -94,13 +86,14 @@ class _Copy:
         self._whole: _Held | None = None
         self._listed: _Held | None = None
         self.doubtful = treescan.file_system(tree.path) not in treescan.TIMED
-        self.partial = ""
-        """Why the last pass left something out."""
+        self._failures = 0
+        self.left_out = ""
+        """Why the pass before left something out; empty: it did not."""
 
     def prepare(self, last: bool) -> None:
         """Start the next pass, up to where it looks at the first file; the second
         rsync only of the last one, for it may turn out not to be needed."""
-        words = list(rsync.TREE)
+        words = [*rsync.TREE, *(() if last else rsync.CHANGING)]
         if last and self.doubtful:
             words.append("--checksum")
         elif last and self._since is not None:
@@ -112,11 +105,45 @@ class _Copy:
     def _hold(self, words: Sequence[str], last: bool, counts: bool = False) -> _Held:
         return self._owner.hold(self._index, self.tree, words, limited=not last, counts=counts)
 
-    def run(self, last: bool) -> tuple[int, int]:
-        """The prepared pass.  (files sent, files compared by contents)."""
+    def run_last(self) -> tuple[int, int]:
+        """The prepared pass: (files sent, files compared by contents).  Once more
+        when it fails, if not for ever: rsync (3.5.0) complains of a folder that it
+        has just replaced by a hard link."""
+        try:
+            result = self._run(last=True)
+        except MigrateError as e:
+            self._owner.tell(f"{self.tree.path} once more, still suspended: {e}")
+            self.close()
+            self.prepare(last=True)
+            result = self._run(last=True)
+        # The target waits for the second server's end, too, needed or not.
+        self.close()
+        return result
+
+    def run(self) -> tuple[int, int]:
+        """The same while the container runs.  One that fails is followed by another:
+        rsync does not bear everything that may happen to a tree meanwhile.
+        MigrateError when two in a row fail."""
+        begin = Since(self.tree.path)
+        try:
+            result = self._run(last=False)
+            self._failures = 0
+        except MigrateError as e:
+            self._failures += 1
+            if self._failures > 1:
+                raise
+            self.left_out = str(e)
+            self._inplace = False  # what it has linked is not known
+            result = (0, 0)
+        self._first = self._first or begin
+        if not self.left_out or self._since is None:
+            self._since = begin
+        self.close()
+        return result
+
+    def _run(self, last: bool) -> tuple[int, int]:
         assert self._whole is not None
         earlier = self._since
-        begin = None if last else Since(self.tree.path)
         self._whole.go()
         scan = None
         if earlier is not None and not (last and self.doubtful):
@@ -136,22 +163,18 @@ class _Copy:
             self._listed.go()
             ends.append((self._listed, self._owner.ended(self._listed, self.tree)))
         self._judge(ends, last)
-        if not self.partial or self._since is None:
-            self._since = begin
-        self._first = self._first or begin
-        self.close()
         return len(sent), len(names)
 
     def _judge(self, ends: Sequence[tuple[_Held, rsync.Done]], last: bool) -> None:
-        """Sets `partial`, which in the last pass is a failure."""
-        self.partial = ""
+        """Sets `left_out`, which in the last pass is a failure."""
+        self.left_out = ""
         for held, done in ends:
             judged = self._owner.judged(held, done)
             if judged.status == rsync.PARTIAL or (last and judged.status):
                 error = judged.explain(self.tree.path)
                 if last:
                     raise error
-                self.partial = str(error)
+                self.left_out = str(error)
 
     def _noted(self, item: bytes) -> bool:
         """Whether the item is a file whose contents were sent."""
@@ -210,6 +233,9 @@ class Trees:
             for held in copy.held():
                 held.client.kill()
 
+    def tell(self, text: str) -> None:
+        self._report.note(text)
+
     def hold(
         self, index: int, tree: Tree, words: Sequence[str], *, limited: bool, counts: bool
     ) -> _Held:
@@ -246,9 +272,13 @@ class Trees:
             raise CancelledError(f"the copy of {tree.path} was cancelled")
         if done.status in (0, rsync.PARTIAL, rsync.VANISHED):
             return done
-        with contextlib.suppress(ProtocolError, ReadError, WriteError):
+        error = done.explain(tree.path)
+        try:
             self._join(held, REQUEST)
-        raise done.explain(tree.path)
+        except MigrateError as e:
+            # Each may have seen nothing but the other's end.
+            raise MigrateError(COPY_FAILED, f"{e}; {error}") from e
+        raise error
 
     def judged(self, held: _Held, done: rsync.Done) -> rsync.Done:
         """The server's end, after which what came is durable; its word counts:
@@ -283,8 +313,9 @@ class Trees:
                         f"the last pass took {seconds * 1000:.0f} ms, --max-freeze allows "
                         f"{policy.max_freeze * 1000:.0f} ms; nothing was suspended"
                     )
-            elif not left_out and (
-                seconds < QUICK or not more or (self._passes > 1 and seconds > SHRINK * before)
+            elif not more or (
+                not left_out
+                and (seconds < QUICK or (self._passes > 1 and seconds > SHRINK * before))
             ):
                 break
             before = seconds
@@ -299,14 +330,17 @@ class Trees:
         return self._remote.channels_left >= RESERVED + 4 * len(self._copies)
 
     def _running(self) -> tuple[float, bool]:
-        """One pass: its seconds, and whether something could not be written.
-        MigrateError when that is so for the second time."""
+        """One pass: its seconds, and whether something was left out, as may be when
+        it changed meanwhile.  MigrateError when that was so before, for the same
+        reason: the last pass would fail by it."""
+        before = [c.left_out for c in self._copies]
         seconds = self._pass(self._passes, last=False)
         self._passes += 1
-        left_out = [c.partial for c in self._copies if c.partial]
-        if left_out and self._passes > 1:
-            raise MigrateError(COPY_FAILED, left_out[0])
-        return seconds, bool(left_out)
+        now = [c.left_out for c in self._copies]
+        for old, new in zip(before, now, strict=True):
+            if new and new == old:
+                raise MigrateError(COPY_FAILED, new)
+        return seconds, any(now)
 
     def prepare_last(self) -> None:
         """Both ends of the last pass, ready to begin; nothing when they are."""
@@ -328,7 +362,7 @@ class Trees:
             if not last:
                 copy.prepare(last)
             start = time.monotonic()
-            sent, compared = copy.run(last)
+            sent, compared = copy.run_last() if last else copy.run()
             end = time.monotonic()
             self.spans.append(Span(f"tree, {phase}", start, end, stage=stage))
             self._report.event(
@@ -338,11 +372,13 @@ class Trees:
                 seconds=end - start,
                 files=sent,
                 compared=compared,
+                left_out=copy.left_out,
                 everything=copy.doubtful and last,
             )
             self._report.info(
                 f"{copy.tree.path}, {phase}: {sent} files sent and {compared} compared by contents "
-                f"in {end - start:.3f} s" + (f" (not all: {copy.partial})" if copy.partial else "")
+                f"in {end - start:.3f} s"
+                + (f" (not all: {copy.left_out})" if copy.left_out else "")
             )
 
         start = time.monotonic()
