@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 import subprocess
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ SANITIZERS = {
     "tsan": ["-fsanitize=thread"],
 }
 SKIPPED = 77
+NATIVE_TEST = "test_native_code_is_right_and_clean_under_sanitizers"
 
 
 def _flags(kind: str) -> list[str]:
@@ -45,7 +47,7 @@ def library(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 
 def _run(name: str, kind: str, folder: Path, timeout: float) -> subprocess.CompletedProcess[str]:
-    program = folder / name
+    program = folder / f"{name}-{kind}"
     objects = sorted(folder.glob("*.o"))
     support.run("cc", *_flags(kind), NATIVE / f"{name}.c", *objects, "-o", program)
     env = {
@@ -62,27 +64,41 @@ def _run(name: str, kind: str, folder: Path, timeout: float) -> subprocess.Compl
     )
 
 
-@pytest.mark.parametrize(
-    ("name", "kind"),
-    [
-        ("test_bitmap", "asan"),
-        ("test_hash", "asan"),
-        ("test_pump", "asan"),
-        ("test_pump", "tsan"),
-        ("test_pump_d2", "asan"),
-        ("test_pump_d2", "tsan"),
-        ("test_recv", "asan"),
-        ("test_recv", "tsan"),
-        ("test_huge", "asan"),
-        ("test_huge", "tsan"),
-        ("test_recv_d2", "asan"),
-        ("test_recv_d2", "tsan"),
-    ],
-)
+PROGRAMS = [
+    ("test_bitmap", "asan"),
+    ("test_hash", "asan"),
+    ("test_pump", "asan"),
+    ("test_pump", "tsan"),
+    ("test_pump_d2", "asan"),
+    ("test_pump_d2", "tsan"),
+    ("test_recv", "asan"),
+    ("test_recv", "tsan"),
+    ("test_huge", "asan"),
+    ("test_huge", "tsan"),
+    ("test_recv_d2", "asan"),
+    ("test_recv_d2", "tsan"),
+]
+
+
+@pytest.fixture(scope="module")
+def runs(
+    request: pytest.FixtureRequest, library: dict[str, Path]
+) -> dict[tuple[str, str], Future[subprocess.CompletedProcess[str]]]:
+    """The programs that are asked for, built and run side by side, and ended."""
+    wanted = [
+        (str(item.callspec.params["name"]), str(item.callspec.params["kind"]))
+        for item in request.session.items
+        if isinstance(item, pytest.Function) and item.originalname == NATIVE_TEST
+    ]
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        return {(n, k): pool.submit(_run, n, k, library[k], 240) for n, k in wanted}
+
+
+@pytest.mark.parametrize(("name", "kind"), PROGRAMS)
 def test_native_code_is_right_and_clean_under_sanitizers(
-    library: dict[str, Path], name: str, kind: str
+    runs: dict[tuple[str, str], Future[subprocess.CompletedProcess[str]]], name: str, kind: str
 ) -> None:
-    done = _run(name, kind, library[kind], 120)
+    done = runs[name, kind].result()
     if "unexpected memory mapping" in done.stderr:
         support.missing(f"ThreadSanitizer cannot run here: {done.stderr.strip()[:200]}")
     assert (done.returncode, done.stderr) == (0, "")
