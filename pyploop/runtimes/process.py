@@ -44,7 +44,14 @@ class Command:
     def wait(self, timeout: float) -> tuple[int, str]:
         """(exit status, what it said); TimeoutError, and killed, if it is late."""
         try:
-            status = self._process.wait(timeout)
+            try:
+                status = self._process.wait(timeout)
+            except subprocess.TimeoutExpired:
+                raise
+            except BaseException:
+                # A signal's.  What undoes the command must not overtake it.
+                self._process.wait(timeout)
+                raise
         except subprocess.TimeoutExpired:
             self._process.kill()
             self._process.wait()

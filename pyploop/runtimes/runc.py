@@ -136,8 +136,10 @@ class Runc:
         self._none_stopped(freezer)
         # A packet taken in after its socket is dumped would be lost.
         link = self._start_link(self._config.link_down)
-        freezer.freeze()
-        self._end_link(link, DUMP_FAILED)
+        try:
+            freezer.freeze()
+        finally:
+            self._end_link(link, DUMP_FAILED)
 
     def _none_stopped(self, freezer: Freezer) -> None:
         """CRIU waits for ever for a stopped process in a frozen cgroup, and for

@@ -5,6 +5,7 @@ in a channel, the bundle that is fitted, jobs."""
 from __future__ import annotations
 
 import os
+import signal
 import socket
 import struct
 import subprocess
@@ -21,6 +22,7 @@ from pyploop.errors import BusyError, MigrateError, ProtocolError, PyploopError,
 from pyploop.hostconf import ContainerConfig
 from pyploop.jobs import Job, in_parallel
 from pyploop.runtimes import bundles
+from pyploop.runtimes.process import Command
 
 # ---- configuration
 
@@ -274,3 +276,27 @@ def test_the_first_failure_cancels_the_others_and_goes_on() -> None:
     with pytest.raises(MigrateError, match="the cause"):
         in_parallel([waits, fails], cancelled.set)
     assert in_parallel([lambda: 1, lambda: 2], cancelled.set) == [1, 2]
+
+
+def test_a_command_whose_wait_is_interrupted_has_ended_before_anything_is_undone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(signum: int, frame: object) -> None:
+        raise KeyboardInterrupt
+
+    go, done = tmp_path / "go", tmp_path / "done"
+    script = f"until [ -e {go} ]; do sleep 0.01; done; kill -USR1 {os.getpid()}"
+    wait = subprocess.Popen.wait
+
+    def waits(process: Any, timeout: float | None = None) -> int:
+        go.touch()
+        return wait(process, timeout)
+
+    monkeypatch.setattr(subprocess.Popen, "wait", waits)
+    old = signal.signal(signal.SIGUSR1, interrupt)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            Command(["sh", "-c", f"{script}; sleep 0.2; : >{done}"]).wait(20)
+    finally:
+        signal.signal(signal.SIGUSR1, old)
+    assert done.exists()
