@@ -175,10 +175,14 @@ def only_side(lab: Lab) -> Host:
     return lab.a if states["a"] == "running" else lab.b
 
 
+DEAD_LOCK = "/run/lock/pyploop/ct.lck"
+"""Of an agent that was killed before it had a record; the next one takes it over."""
+
+
 def judge(lab: Lab, client: Client, before: set[str]) -> Host:
     """Everything that has to be true after each migration, failed or not: the
     container runs on exactly one host, which is returned; the connection is the
-    first one; nothing acknowledged is lost; no debris."""
+    first one; nothing acknowledged is lost; no debris beyond what was `before`."""
     side = only_side(lab)
     acknowledged = client.verify_database()
     client.verify_blocks()
