@@ -18,7 +18,14 @@ from typing import Any
 import pytest
 
 from pyploop import hostconf, pieces, verdict
-from pyploop.errors import BusyError, MigrateError, ProtocolError, PyploopError, ReadError
+from pyploop.errors import (
+    BusyError,
+    Interrupted,
+    MigrateError,
+    ProtocolError,
+    PyploopError,
+    ReadError,
+)
 from pyploop.hostconf import ContainerConfig
 from pyploop.jobs import Job, in_parallel
 from pyploop.runtimes import bundles
@@ -282,7 +289,7 @@ def test_a_command_whose_wait_is_interrupted_has_ended_before_anything_is_undone
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def interrupt(signum: int, frame: object) -> None:
-        raise KeyboardInterrupt
+        raise Interrupted(signum)
 
     go, done = tmp_path / "go", tmp_path / "done"
     script = f"until [ -e {go} ]; do sleep 0.01; done; kill -USR1 {os.getpid()}"
@@ -295,7 +302,7 @@ def test_a_command_whose_wait_is_interrupted_has_ended_before_anything_is_undone
     monkeypatch.setattr(subprocess.Popen, "wait", waits)
     old = signal.signal(signal.SIGUSR1, interrupt)
     try:
-        with pytest.raises(KeyboardInterrupt):
+        with pytest.raises(Interrupted):
             Command(["sh", "-c", f"{script}; sleep 0.2; : >{done}"]).wait(20)
     finally:
         signal.signal(signal.SIGUSR1, old)
