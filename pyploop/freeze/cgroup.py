@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The cgroup freezer, v1 (freezer.state) and v2 (cgroup.freeze).
+"""Stops a copy's source by its cgroup's freezer.
 
 A frozen task stands at the border of the kernel, so it holds no lock of a file
 system; a task that waits for a frozen file system cannot be frozen by v2 any
@@ -10,99 +10,29 @@ then file systems.
 from __future__ import annotations
 
 import os
-import select
 import time
-from dataclasses import dataclass
 from pathlib import Path
 
 from pyploop.errors import CommandError, LoopError, OpenError, ParameterError
 from pyploop.events import Reporter
+from pyploop.freezer import Freezer, freezer_in
 from pyploop.plan import Held, Plan
 from pyploop.sysblock import cgroup_mounts
 
 FREEZE_DEADLINE = 10.0
 """Seconds for a cgroup to be really frozen."""
-LONGEST_POLL = 0.005
-"""Seconds between two looks at a v1 freezer, which has no notification."""
-
-
-@dataclass(frozen=True)
-class Freezer:
-    """One cgroup's freezer.  v2: the unified hierarchy."""
-
-    folder: Path
-    v2: bool
-
-    @property
-    def knob(self) -> Path:
-        return self.folder / ("cgroup.freeze" if self.v2 else "freezer.state")
-
-    @property
-    def freeze_word(self) -> str:
-        return "1" if self.v2 else "FROZEN"
-
-    @property
-    def thaw_word(self) -> str:
-        return "0" if self.v2 else "THAWED"
-
-    def asked(self) -> bool:
-        """Somebody has asked for this very cgroup to be frozen; what its
-        parents are does not count."""
-        knob = self.knob if self.v2 else self.folder / "freezer.self_freezing"
-        return knob.read_text().strip() == "1"
-
-    def frozen(self) -> bool:
-        """Every task in it, and in the cgroups below it, stands still."""
-        if self.v2:
-            return "frozen 1" in (self.folder / "cgroup.events").read_text().splitlines()
-        return self.knob.read_text().strip() == "FROZEN"
-
-    def wait(self, deadline: float) -> bool:
-        """Until it is frozen, or the deadline (time.monotonic()) has passed."""
-        if self.v2:
-            return self._wait_for_event(deadline)
-        pause = LONGEST_POLL / 32
-        while not self.frozen():
-            if time.monotonic() >= deadline:
-                return False
-            time.sleep(pause)
-            pause = min(pause * 2, LONGEST_POLL)
-        return True
-
-    def _wait_for_event(self, deadline: float) -> bool:
-        with (self.folder / "cgroup.events").open() as f:
-            poll = select.poll()
-            poll.register(f, select.POLLPRI)
-            while True:
-                f.seek(0)
-                if "frozen 1" in f.read().splitlines():
-                    return True
-                left = deadline - time.monotonic()
-                if left <= 0:
-                    return False
-                poll.poll(min(left, 0.1) * 1000)
-
-    def processes(self) -> list[int]:
-        """Of this cgroup and those below it."""
-        found: list[int] = []
-        for procs in [self.folder / "cgroup.procs", *self.folder.rglob("cgroup.procs")]:
-            try:
-                found += [int(line) for line in procs.read_text().split()]
-            except OSError:  # removed, or threaded
-                continue
-        return sorted(set(found))
 
 
 def find(path: str) -> Freezer:
     """The freezer of a cgroup, given by its folder or relative to its
     hierarchy.  OpenError: there is none; ParameterError: two."""
-    if (here := Path(path)).is_absolute() and (found := _freezer_in(here)):
+    if (here := Path(path)).is_absolute() and (found := freezer_in(here)):
         return found
     candidates: dict[int, Freezer] = {}
     for root, controllers in cgroup_mounts():
         if controllers is None or "freezer" in controllers:
             folder = Path(root) / path.lstrip("/")
-            if ".." not in Path(path).parts and (found := _freezer_in(folder)):
+            if ".." not in Path(path).parts and (found := freezer_in(folder)):
                 # By its number: one hierarchy may be mounted twice.
                 candidates.setdefault(found.knob.stat().st_ino, found)
     # Managers make the same cgroup in each hierarchy; processes tell which.
@@ -113,14 +43,6 @@ def find(path: str) -> Freezer:
         names = " and ".join(str(c.folder) for c in populated)
         raise ParameterError(f"cgroup {path} is both {names}: give the whole path")
     return populated[0]
-
-
-def _freezer_in(folder: Path) -> Freezer | None:
-    for v2 in (False, True):
-        freezer = Freezer(folder, v2)
-        if freezer.knob.exists():
-            return freezer
-    return None
 
 
 class CgroupStopper:

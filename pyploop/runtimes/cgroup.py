@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The cgroup freezer, v1 and v2, written directly: no process is started."""
+"""The cgroup of a container: frozen, thawed, its processes ended."""
 
 from __future__ import annotations
 
@@ -7,60 +7,39 @@ import contextlib
 import os
 import signal
 import time
-from pathlib import Path
 
 from pyploop import kernel
 from pyploop.errors import MigrateError
+from pyploop.freezer import Freezer
 from pyploop.runtimes import DUMP_FAILED
 
 DEADLINE = 10.0
 """Seconds for all processes to stop, or to end."""
 
 
-class Freezer:
-    """Of one cgroup, given by its folder in the v1 freezer or the v2 tree."""
+class ContainerCgroup:
+    """A container's cgroup, with all below it."""
 
-    def __init__(self, folder: str) -> None:
-        self.folder = Path(folder)
-        self._v2 = (self.folder / "cgroup.freeze").exists()
-
-    def _write(self, frozen: bool) -> None:
-        if self._v2:
-            (self.folder / "cgroup.freeze").write_text("1" if frozen else "0")
-        else:
-            (self.folder / "freezer.state").write_text("FROZEN" if frozen else "THAWED")
-
-    def is_frozen(self) -> bool:
-        """Every process of it has stopped."""
-        if self._v2:
-            return "frozen 1" in (self.folder / "cgroup.events").read_text()
-        return (self.folder / "freezer.state").read_text().strip() == "FROZEN"
+    def __init__(self, freezer: Freezer) -> None:
+        self._freezer = freezer
+        self.is_frozen, self.pids = freezer.frozen, freezer.processes
 
     def freeze(self) -> None:
         """MigrateError when not all have stopped in time; thawed then."""
-        deadline = time.monotonic() + DEADLINE
+        folder = self._freezer.folder
         try:
-            self._write(True)
-            while not self.is_frozen():
-                if time.monotonic() > deadline:
-                    self._write(False)
-                    raise MigrateError(
-                        DUMP_FAILED, f"the processes in {self.folder} did not freeze; thawed"
-                    )
-                time.sleep(0.0005)  # the kernel tells nobody; a read asks again
+            self._freezer.knob.write_text(self._freezer.freeze_word)
+            if self._freezer.wait(time.monotonic() + DEADLINE):
+                return
+            self.thaw()
         except OSError as e:
-            raise MigrateError(DUMP_FAILED, f"cannot freeze {self.folder}: {e.strerror}") from e
+            raise MigrateError(DUMP_FAILED, f"cannot freeze {folder}: {e.strerror}") from e
+        raise MigrateError(DUMP_FAILED, f"the processes in {folder} did not freeze; thawed")
 
     def thaw(self) -> None:
         """Also one that is gone, or was not frozen."""
-        with contextlib.suppress(FileNotFoundError, OSError):
-            self._write(False)
-
-    def pids(self) -> list[int]:
-        try:
-            return [int(p) for p in (self.folder / "cgroup.procs").read_text().split()]
-        except OSError:
-            return []
+        with contextlib.suppress(OSError):
+            self._freezer.knob.write_text(self._freezer.thaw_word)
 
     def kill(self) -> None:
         """End every process in it, frozen or not; MigrateError if some stay.
@@ -84,7 +63,9 @@ class Freezer:
                     os.kill(pid, signal.SIGKILL)
             self.thaw()  # v1 delivers signals only then
             if time.monotonic() > deadline:
-                raise MigrateError(DUMP_FAILED, f"processes {pids} in {self.folder} do not end")
+                raise MigrateError(
+                    DUMP_FAILED, f"processes {pids} in {self._freezer.folder} do not end"
+                )
             time.sleep(0.002)
 
 

@@ -19,6 +19,7 @@ from typing import Any
 
 from pyploop import journal
 from pyploop.errors import MigrateError, PyploopError
+from pyploop.freezer import freezer_in
 from pyploop.hostconf import HostConfig
 from pyploop.runtimes import (
     BAD_CONFIG,
@@ -39,7 +40,7 @@ from pyploop.runtimes import (
     tracking,
     volumes,
 )
-from pyploop.runtimes.cgroup import Freezer
+from pyploop.runtimes.cgroup import ContainerCgroup
 from pyploop.runtimes.folders import remove_contents
 from pyploop.runtimes.process import Command, last_words, run
 
@@ -82,13 +83,14 @@ class Runc:
             raise MigrateError(NO_CONTAINER, f"cannot read {path}: {e}") from e
         return record if isinstance(record, dict) else None
 
-    def _freezer(self) -> Freezer | None:
+    def _freezer(self) -> ContainerCgroup | None:
         record = self._record()
         if record is None:
             return None
         paths = record.get("cgroup_paths") or {}
         folder = paths.get("freezer") or paths.get("")
-        return Freezer(folder) if folder and Path(folder).is_dir() else None
+        freezer = freezer_in(Path(folder)) if folder else None
+        return ContainerCgroup(freezer) if freezer else None
 
     def state(self) -> State:
         record = self._record()
@@ -141,7 +143,7 @@ class Runc:
         finally:
             self._end_link(link, DUMP_FAILED)
 
-    def _none_stopped(self, freezer: Freezer) -> None:
+    def _none_stopped(self, freezer: ContainerCgroup) -> None:
         """CRIU waits for ever for a stopped process in a frozen cgroup, and for
         ten seconds for one that is traced."""
         for pid in freezer.pids():
