@@ -12,7 +12,6 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 from pyploop.errors import MigrateError
 from pyploop.hostconf import HostConfig
@@ -23,14 +22,11 @@ from pyploop.runtimes import (
     NO_CONTAINER,
     RESTORE_FAILED,
     USAGE,
-    Disk,
     Facts,
     Item,
     State,
-    Tree,
-    volumes,
 )
-from pyploop.runtimes.folders import remove_contents
+from pyploop.runtimes.configured import Configured
 from pyploop.runtimes.process import run
 
 _STATES = {
@@ -43,7 +39,7 @@ LIVE = ("suspend", "resume", "dump", "undump", "resume_restored", "kill", "aband
 STOPPED = ("start", "stop", "abandon")
 
 
-class CommandRuntime:
+class CommandRuntime(Configured):
     """One container of one host."""
 
     name = "command"
@@ -91,16 +87,6 @@ class CommandRuntime:
             )
         return _STATES[said]
 
-    def disks(self, source: bool) -> list[Disk]:
-        result = []
-        for d in self._config.disks:
-            opened = (volumes.device_of(d.mount) or d.image) if source else ""
-            result.append(Disk(d.image, d.mount, d.fstype, d.options, opened))
-        return result
-
-    def trees(self) -> list[Tree]:
-        return [Tree(path) for path in self._config.trees]
-
     def check_source(self, live: bool) -> Facts:
         self._check_commands(live)
         return {}
@@ -132,19 +118,12 @@ class CommandRuntime:
         self._run("stop", DUMP_FAILED)
 
     def start(self) -> None:
-        for disk in self.disks(source=False):
-            if not volumes.is_mounted(disk.mount):
-                volumes.mount(disk)
+        self._mount_all()
         if not self.state().running:
             self._run("start", RESTORE_FAILED)
 
     def discard(self, remove: bool) -> None:
-        for disk in self._config.disks:
-            volumes.unmount({"mount": disk.mount, "image": disk.image})
-            if remove:
-                Path(disk.image).unlink(missing_ok=True)
-        for path in self._config.trees if remove else ():
-            remove_contents(path)
+        self._discard_places(remove)
 
     def check_target(self, facts: Facts, live: bool) -> None:
         self._check_commands(live)
@@ -157,17 +136,8 @@ class CommandRuntime:
     def makes(self, facts: Facts) -> list[str]:
         return []
 
-    def folders(self) -> list[str]:
-        return [d.mount for d in self._config.disks]
-
     def placed(self, facts: Facts) -> None:
         pass
-
-    def attach(self, disk: Disk) -> list[dict[str, Any]]:
-        return [{"kind": "unmount", "mount": disk.mount, "image": disk.image}]
-
-    def mount(self, disk: Disk) -> None:
-        volumes.mount(disk)
 
     def undump(self, images: Path, commit: Callable[[], None]) -> None:
         self._run("undump", RESTORE_FAILED, images)

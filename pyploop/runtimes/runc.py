@@ -30,25 +30,23 @@ from pyploop.runtimes import (
     NO_CONTAINER,
     RESTORE_FAILED,
     USAGE,
-    Disk,
     Facts,
     Item,
     State,
-    Tree,
     bundles,
     criu,
     tracking,
     volumes,
 )
 from pyploop.runtimes.cgroup import ContainerCgroup
-from pyploop.runtimes.folders import remove_contents
+from pyploop.runtimes.configured import Configured
 from pyploop.runtimes.process import Command, last_words, run
 
 PREVIEW = 0.25
 """Part of the memory that a dump may be larger than what is in use."""
 
 
-class Runc:
+class Runc(Configured):
     """One container of one host."""
 
     name = "runc"
@@ -65,10 +63,6 @@ class Runc:
             )
         # CRIU names a deleted file that has other names anew, for the restore.
         self.dump_writes = "--link-remap" in self._config.options
-
-    def _places(self) -> list[str]:
-        """Folders that hold the container's files: disks, then trees."""
-        return [*(d.mount for d in self._config.disks), *self._config.trees]
 
     # ---- what there is
 
@@ -102,16 +96,6 @@ class Runc:
         freezer = self._freezer()
         frozen = running and freezer is not None and freezer.is_frozen()
         return State(True, running, frozen, mounted)
-
-    def disks(self, source: bool) -> list[Disk]:
-        result = []
-        for d in self._config.disks:
-            opened = (volumes.device_of(d.mount) or d.image) if source else ""
-            result.append(Disk(d.image, d.mount, d.fstype, d.options, opened))
-        return result
-
-    def trees(self) -> list[Tree]:
-        return [Tree(path) for path in self._config.trees]
 
     # ---- source
 
@@ -232,9 +216,7 @@ class Runc:
         self._end_link(self._start_link(self._config.link_down), DUMP_FAILED)
 
     def start(self) -> None:
-        for disk in self.disks(source=False):
-            if not volumes.is_mounted(disk.mount):
-                volumes.mount(disk)
+        self._mount_all()
         if not self.state().exists:
             self._run()
         self._end_link(self._start_link(self._config.link_up), RESTORE_FAILED)
@@ -246,17 +228,9 @@ class Runc:
 
     def discard(self, remove: bool) -> None:
         config = Path(self._config.bundle) / bundles.CONFIG
-        for disk in self._config.disks:
-            volumes.unmount({"mount": disk.mount, "image": disk.image})
-            if remove:
-                Path(disk.image).unlink(missing_ok=True)
-                with contextlib.suppress(OSError):
-                    Path(disk.mount).rmdir()
+        self._discard_places(remove)
         if remove:
-            for path in self._config.trees:
-                remove_contents(path)
-                with contextlib.suppress(OSError):
-                    Path(path).rmdir()
+            self._remove_folders()
             config.unlink(missing_ok=True)
             (config.parent / bundles.CRIU).unlink(missing_ok=True)
             with contextlib.suppress(OSError):
@@ -304,21 +278,12 @@ class Runc:
     def makes(self, facts: Facts) -> list[str]:
         return [f"{self._config.bundle}/{bundles.CRIU}"]
 
-    def folders(self) -> list[str]:
-        return [d.mount for d in self._config.disks]
-
     def placed(self, facts: Facts) -> None:
         bundle = self._config.bundle
         config = bundles.adapt(bundles.read(bundle), self._mapping(facts), self._config)
         bundles.write(bundle, config)
         # Nothing may answer in its place before the restore.
         self._end_link(self._start_link(self._config.link_down), BAD_CONFIG)
-
-    def attach(self, disk: Disk) -> list[dict[str, Any]]:
-        return [{"kind": "unmount", "mount": disk.mount, "image": disk.image}]
-
-    def mount(self, disk: Disk) -> None:
-        volumes.mount(disk)
 
     def undump(self, images: Path, commit: Callable[[], None]) -> None:
         work = images.parent / "restore-work"
