@@ -304,7 +304,7 @@ def _sshd(host: Host, key: Path) -> Iterator[None]:
         _script(folder / "bin" / "pyploop", f'{python} -m pyploop.cli.main "$@"\n')
     else:
         slowly = f"PYPLOOP_SLOWNESS={SLOWNESS} {python} {Path(__file__).with_name('slowly.py')}"
-        _script(folder / "bin" / "pyploop", f'{slowly} "$@"\n')
+        _script(folder / "bin" / "pyploop", f'{slowly} pyploop.cli.main "$@"\n')
     with (folder / "sshd.log").open("wb") as log:
         # Dies with the host; waited for here so that it can say why it did not start.
         daemon = subprocess.Popen(

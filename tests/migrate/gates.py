@@ -11,7 +11,7 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-from lab.hosts import Host
+from lab.hosts import SLOWNESS, Host
 from support import wait_until
 
 # Nobody waits for ever: a test that has ended removes the gate, and after 60 s it opens.
@@ -85,7 +85,7 @@ class Gates:
         return (self._folder / f"{place}.reached").exists()
 
     def wait(self, place: str) -> None:
-        wait_until(lambda: self.reached(place), f"{place} is reached", 40)
+        wait_until(lambda: self.reached(place), f"{place} is reached", 40 * SLOWNESS)
 
     def open_gate(self, place: str) -> None:
         (self._folder / place).unlink(missing_ok=True)

@@ -189,7 +189,7 @@ def judge(lab: Lab, client: Client, before: set[str]) -> Host:
     client.mark()
     assert client.verify_database() > acknowledged
     for host in (lab.other(side), side):
-        deadline = time.monotonic() + 5  # the last process may be going yet
+        deadline = time.monotonic() + 5 * SLOWNESS  # the last process may be going yet
         while (left := debris(host, before, host is side)) and time.monotonic() < deadline:
             time.sleep(0.05)
         assert not left, f"left on host {host.name}: {left}"

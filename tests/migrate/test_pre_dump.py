@@ -29,6 +29,8 @@ from moving import Outcome, files, judge, kill, migrate, migration, recover
 from test_command import Pair, pair  # noqa: F401 - a fixture
 from test_runc_failures import DISTURBANCES
 
+from pyploop.runtimes.tracking import problem
+
 HERE = Path(__file__).parent
 SIZE = 192 << 20
 MEMORY = 48 << 20
@@ -42,13 +44,17 @@ MATRIX = bool(os.environ.get("PYPLOOP_MATRIX"))
 
 @contextlib.contextmanager
 def tracking(*hosts: Host, spoiled: str = "none") -> Iterator[None]:
-    """CRIU and runc of these hosts can pre-dump; `spoiled`: the pre-dump that is
-    made, but reported as a failure, and leaves the container frozen."""
+    """CRIU and runc of these hosts can pre-dump, by themselves or played; `spoiled`:
+    the pre-dump that is made, but reported as a failure, and leaves the container
+    frozen."""
     real = {"criu": criu.program() or "", "runc": shutil.which("runc") or ""}
     when = {
         "criu": "check*mem_dirty_track*|pre-dump*",
         "runc": "*' checkpoint '*'--pre-dump '*|*' checkpoint '*' --parent-path '*",
     }
+    if spoiled == "none" and not problem(real["criu"]):
+        yield
+        return
     play = shlex.join([sys.executable, str(HERE / "predumps.py")])
     for host in hosts:
         for name, program in real.items():
@@ -143,13 +149,13 @@ if MATRIX:
         a, b = two_hosts.a, two_hosts.b
         before = files(b)
         with (
-            container.container(two_hosts, size=SIZE, memory=MEMORY),
-            verify.client(two_hosts) as client,
+            container.container(two_hosts, 5 * SLOWNESS, size=SIZE, memory=MEMORY),
+            verify.client(two_hosts, 5 * SLOWNESS) as client,
             tracking(a, b),
             gates(a) as on_source,
             gates(b) as on_target,
         ):
-            client.load(2)
+            client.load(2 if SLOWNESS == 1 else 0)
             stops = on_target if place.startswith("restore") else on_source
             stops.close_gate(place)
             with migration(two_hosts, a) as moving:
