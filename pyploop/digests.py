@@ -2,8 +2,8 @@
 """What a file holds, told by digests, to one who sends only what differs.
 
 Runs `position u64, count u32`, little endian, each followed by `count` digests
-of CLUSTER bytes (the last cluster of a file is shorter), in ascending order;
-what lies in no run is zeroes.  A count of 0 ends the file.
+of a cluster each (the last one of a file is shorter), in ascending order; what
+lies in no run is zeroes.  A count of 0 ends the file.
 
 The digest stands for the data, so it is one that nobody can find two data for:
 a container's user may have written both.
@@ -23,7 +23,12 @@ from pyploop._core import fdatasync
 from pyploop.errors import ProtocolError, ReadError, WriteError
 from pyploop.units import KIB, MIB
 
-CLUSTER = 64 * KIB
+CLUSTERS = (16 * KIB, 64 * KIB)
+"""The smallest and the largest.  Of a small write all of its cluster is sent again,
+but each costs a digest."""
+MANY = 1 << 21
+"""Clusters of a file above which they are larger; where the pump's hashes cover more,
+too, so that a cluster is never less than one of these (passes.py)."""
 SIZE = 32
 """Bytes of a digest: BLAKE2b-256."""
 UNKNOWN = bytes(SIZE)
@@ -38,10 +43,18 @@ def digest(data: bytes | memoryview) -> bytes:
     return hashlib.blake2b(data, digest_size=SIZE).digest()
 
 
+def cluster(size: int) -> int:
+    """Bytes that a digest covers of a file of this size."""
+    unit = CLUSTERS[0]
+    while unit < CLUSTERS[1] and size > unit * MANY:
+        unit *= 2
+    return unit
+
+
 def data_extents(fd: int, size: int) -> Iterator[tuple[int, int]]:
     """Where the file has data below `size`, widened to whole clusters, none of
     them twice."""
-    pos = 0
+    pos, unit = 0, cluster(size)
     while pos < size:
         try:
             start = os.lseek(fd, pos, os.SEEK_DATA)
@@ -52,8 +65,8 @@ def data_extents(fd: int, size: int) -> Iterator[tuple[int, int]]:
         if start >= size:
             return
         end = os.lseek(fd, start, os.SEEK_HOLE)
-        start = max(start // CLUSTER * CLUSTER, pos)
-        end = min(-(-end // CLUSTER) * CLUSTER, size)
+        start = max(start // unit * unit, pos)
+        end = min(-(-end // unit) * unit, size)
         yield start, end
         pos = end
 
@@ -67,11 +80,11 @@ def send(fd: int, size: int, out: socket.socket) -> None:
     with contextlib.suppress(OSError):  # then the disk has other data, and we see them
         fdatasync(fd)
     os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+    unit = cluster(size)
     try:
         for start, end in data_extents(fd, size):
             for pos in range(start, end, PIECE):
-                length = min(PIECE, end - pos)
-                found = list(_digests(fd, pos, length))
+                found = list(_digests(fd, pos, min(PIECE, end - pos), unit))
                 out.sendall(RUN.pack(pos, len(found)) + b"".join(found))
         out.sendall(RUN.pack(size, 0))
     except TimeoutError as e:
@@ -80,14 +93,14 @@ def send(fd: int, size: int, out: socket.socket) -> None:
         raise WriteError.of("cannot tell the source what was kept", e) from e
 
 
-def _digests(fd: int, pos: int, length: int) -> Iterator[bytes]:
+def _digests(fd: int, pos: int, length: int, unit: int) -> Iterator[bytes]:
     try:
         data = memoryview(os.pread(fd, length, pos))
     except OSError:
         data = memoryview(b"")
-    for at in range(0, length, CLUSTER):
-        part = data[at : min(at + CLUSTER, length)]
-        yield digest(part) if len(part) == min(CLUSTER, length - at) else UNKNOWN
+    for at in range(0, length, unit):
+        part = data[at : min(at + unit, length)]
+        yield digest(part) if len(part) == min(unit, length - at) else UNKNOWN
 
 
 class Reader:
@@ -103,15 +116,15 @@ class Reader:
 
     def runs(self, size: int) -> Iterator[tuple[int, list[bytes]]]:
         """(position, digests) of the next file, of which `size` bytes are wanted."""
-        floor = 0
+        floor, unit = 0, cluster(size)
         while True:
             pos, count = RUN.unpack(self._exactly(RUN.size))
             if not count:
                 return
-            last = pos + (count - 1) * CLUSTER
-            if pos % CLUSTER or pos < floor or count > LONGEST_RUN or last >= size:
+            last = pos + (count - 1) * unit
+            if pos % unit or pos < floor or count > LONGEST_RUN or last >= size:
                 raise ProtocolError(f"{count} digests at {pos} are none that may come")
-            floor = last + CLUSTER
+            floor = last + unit
             raw = self._exactly(count * SIZE)
             yield pos, [raw[i : i + SIZE] for i in range(0, len(raw), SIZE)]
 
@@ -147,17 +160,17 @@ def equal_parts(
     """(position, data here, whether they are the same there) for all that the
     peer's file may hold; joined as far as they are alike and at most PIECE.
     read: the data at (position, length), valid until the next call."""
+    unit = cluster(size)
+    step = PIECE // unit
     for pos, found in runs:
-        for at in range(0, len(found), PIECE // CLUSTER):
-            start = pos + at * CLUSTER
-            wanted = found[at : at + PIECE // CLUSTER]
-            data = read(start, min(len(wanted) * CLUSTER, size - start))
+        for at in range(0, len(found), step):
+            start, wanted = pos + at * unit, found[at : at + step]
+            data = read(start, min(len(wanted) * unit, size - start))
             same = [
-                digest(data[i * CLUSTER : (i + 1) * CLUSTER]) == theirs
-                for i, theirs in enumerate(wanted)
+                digest(data[i * unit : (i + 1) * unit]) == theirs for i, theirs in enumerate(wanted)
             ]
             first = 0
             for i in range(1, len(same) + 1):
                 if i == len(same) or same[i] != same[first]:
-                    yield start + first * CLUSTER, data[first * CLUSTER : i * CLUSTER], same[first]
+                    yield start + first * unit, data[first * unit : i * unit], same[first]
                     first = i

@@ -20,7 +20,7 @@ from pathlib import Path
 
 from pyploop._core import Bitmap, Known
 from pyploop.device import Source
-from pyploop.digests import CLUSTER, PIECE, Reader, data_extents, equal_parts
+from pyploop.digests import PIECE, Reader, cluster, data_extents, equal_parts
 from pyploop.errors import ReadError
 from pyploop.pieces import Writer
 from pyploop.units import BLOCK
@@ -104,7 +104,7 @@ class _Blocks:
 def send_file(out: Writer, name: str, path: str, size: int, digests: Reader) -> Reused:
     """A file that nobody writes, of which the target has kept something, and has
     told so for a file of `size` bytes."""
-    covered = Bitmap(size, CLUSTER.bit_length() - 1)
+    covered = Bitmap(size, cluster(size).bit_length() - 1)
     held = equals = 0
     try:
         with open(path, "rb", buffering=0) as f:

@@ -23,7 +23,7 @@ from going_on import go_on, tell
 
 from pyploop import device, digests, kept, pieces, reuse, shelf
 from pyploop._core import Known
-from pyploop.digests import CLUSTER, Reader
+from pyploop.digests import Reader
 from pyploop.errors import (
     CancelledError,
     MigrateError,
@@ -37,12 +37,14 @@ from pyploop.hostconf import HostConfig
 from pyploop.jobs import Job
 from pyploop.journal import Journal
 from pyploop.kept_sink import KeptSink, check_untouched, hold
+from pyploop.passes import _hash_shift
 from pyploop.runtimes import COPY_FAILED, Disk
 from pyploop.undoing import undo_all
 
 KIB, MIB = 1 << 10, 1 << 20
 SIZE = 5 * MIB + 3 * KIB + 7
 """Of a source: no multiple of anything."""
+CLUSTER = digests.cluster(SIZE)
 
 
 def make(path: Path, seed: int = 1, size: int = SIZE) -> bytes:
@@ -85,7 +87,10 @@ DAMAGES: dict[str, tuple[Callable[[Path], object], int]] = {
     "one byte": (lambda p: put(p, MIB - 3, b"\0"), CLUSTER),
     "one byte of the last block": (lambda p: put(p, SIZE - 1, b"\0"), CLUSTER),
     "one byte in a zero block": (lambda p: put(p, 3 * MIB + 200 * KIB, b"x"), CLUSTER),
-    "data in a hole": (lambda p: put(p, MIB + 400 * KIB, NOISE[: 300 * KIB]), 6 * CLUSTER),
+    "data in a hole": (
+        lambda p: put(p, MIB + 400 * KIB, NOISE[: 300 * KIB]),
+        300 * KIB + 2 * CLUSTER,
+    ),
     "data in the hole of a cluster that has data": (
         lambda p: put(p, 2 * MIB + 40 * KIB, b"left over"),
         CLUSTER,
@@ -227,6 +232,15 @@ def test_digests_that_may_not_come_are_refused(stream: str) -> None:
     with pytest.raises(PyploopError):
         list(reader.runs(8 * CLUSTER))
     reader.close()
+
+
+@pytest.mark.parametrize("gib", [0, 1, 8, 9, 31, 32, 33, 63, 64, 65, 4096])
+def test_a_cluster_is_whole_chunks_of_what_the_pump_knows(gib: int) -> None:
+    for size in (gib << 30, (gib << 30) + 1, (gib << 30) + 4096):
+        unit, chunk = digests.cluster(size), 1 << _hash_shift(size)
+        assert unit % chunk == 0
+        assert 16 * KIB <= unit <= 64 * KIB
+        assert size / unit <= digests.MANY or unit == 64 * KIB
 
 
 def test_a_digest_of_what_could_not_be_read_equals_nothing() -> None:
