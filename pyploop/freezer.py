@@ -4,6 +4,7 @@ directly: no process is started."""
 
 from __future__ import annotations
 
+import os
 import select
 import time
 from dataclasses import dataclass
@@ -73,9 +74,9 @@ class Freezer:
     def processes(self) -> list[int]:
         """Of this cgroup and those below it."""
         found: list[int] = []
-        for procs in [self.folder / "cgroup.procs", *self.folder.rglob("cgroup.procs")]:
+        for folder, _, _ in os.walk(self.folder):  # which bears that one is removed
             try:
-                found += [int(line) for line in procs.read_text().split()]
+                found += [int(line) for line in Path(folder, "cgroup.procs").read_text().split()]
             except OSError:  # removed, or threaded
                 continue
         return sorted(set(found))
