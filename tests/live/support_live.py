@@ -355,12 +355,19 @@ def succeeded(got: Copied) -> None:
 
 def bpf_holders() -> list[str]:
     """Processes that have a BPF descriptor open."""
-    found = []
-    for fd in Path("/proc").glob("[0-9]*/fd/*"):
+    return [str(fd) for fd, name in open_files() if "bpf" in name]
+
+
+def open_files() -> Iterator[tuple[Path, str]]:
+    """(/proc/PID/fd/N, what it is) of all processes, some of which end meanwhile."""
+    for process in os.listdir("/proc"):
+        if not process.isdecimal():
+            continue
         with contextlib.suppress(OSError):
-            if "bpf" in os.readlink(fd):
-                found.append(str(fd))
-    return found
+            for number in os.listdir(f"/proc/{process}/fd"):
+                fd = Path(f"/proc/{process}/fd/{number}")
+                with contextlib.suppress(OSError):
+                    yield fd, os.readlink(fd)
 
 
 def thawed(point: Path) -> bool:

@@ -26,6 +26,7 @@ from support_live import (
     copy,
     file_system,
     fio,
+    open_files,
     sparse_file,
     succeeded,
     work_dir,
@@ -87,12 +88,7 @@ def writes_wait(point: Path, probes: list[subprocess.Popen[bytes]]) -> bool:
 
 def watchdogs_on(point: Path) -> list[str]:
     """Processes that hold the mount point open."""
-    found = []
-    for fd in Path("/proc").glob("[0-9]*/fd/*"):
-        with contextlib.suppress(OSError):
-            if os.readlink(fd) == str(point):
-                found.append(fd.parts[2])
-    return found
+    return [fd.parts[2] for fd, name in open_files() if name == str(point)]
 
 
 def recovered(bench: Bench, died: float, copies: Callable[[], None] | None = None) -> None:
