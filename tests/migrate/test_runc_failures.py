@@ -160,7 +160,11 @@ def no_descriptor_is_left() -> None:
 
 @pytest.fixture
 def here(scenes: Reused[Scene]) -> Scene:
-    return scenes.take()
+    """With no call seen yet."""
+    taken = scenes.take()
+    for one in taken.gates.values():
+        one.mend()
+    return taken
 
 
 def end(
@@ -183,8 +187,6 @@ def end(
     if side == "target":
         assert migrate(s.lab, host).code == 0
         assert judge(s.lab, s.client, s.before) is s.lab.a
-        for one in s.gates.values():
-            one.mend()
     scenes.fit()
     return side, recovered
 
