@@ -20,6 +20,7 @@ from pyploop import (
     ctlock,
     journal,
     kept,
+    kept_trees,
     landing,
     landing_trees,
     transport,
@@ -179,7 +180,10 @@ class Agent:
         there = kept.allocated(self._host, chosen, facts)
         for n, (disk, size) in enumerate(zip(disks, sizes, strict=True)):
             volumes.check_free(disk, max(int(size) - there.get(f"disk {n}", 0), 0))
-        landing_trees.check(self._host.rsync, chosen.trees(), facts.get("trees") or [])
+        held = kept_trees.allocated(
+            self._host.state_dir, chosen.name, chosen.container, kept.source_of(facts)
+        )
+        landing_trees.check(self._host.rsync, chosen.trees(), facts.get("trees") or [], held)
         return {"disks": [d.image for d in disks]}
 
     def _lock(self, runtime: Runtime) -> None:

@@ -78,6 +78,7 @@ class Landing:
             log=self._journal,
             stall=stall,
             keep_fds=runtime.keep_fds,
+            report=report,
         )
 
     def _log(self, kind: str, **fields: Any) -> None:
@@ -100,7 +101,7 @@ class Landing:
     @property
     def kept_names(self) -> list[str]:
         """What the source need not send again where it is the same."""
-        return self._shelf.names
+        return self._shelf.names + self._trees.kept
 
     def tell_kept(self, files: Any, fd: int) -> None:
         """Digests of kept files, [name, size] each, into the channel."""

@@ -13,22 +13,23 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from pyploop import kernel, rsync, undoing
+from pyploop import kept_trees, kernel, rsync, undoing
 from pyploop.errors import MigrateError, ProtocolError
+from pyploop.events import Reporter
 from pyploop.jobs import Job
 from pyploop.journal import Journal
 from pyploop.runtimes import COPY_FAILED, Tree, folders
 
 
-def check(command: str, trees: Sequence[Tree], sizes: Sequence[Any]) -> None:
+def check(command: str, trees: Sequence[Tree], sizes: Sequence[Any], kept: dict[int, int]) -> None:
     """Before anything starts: rsync is here, and there is room for the trees,
-    and nothing in their way.  MigrateError."""
+    and nothing in their way.  kept: bytes that are there.  MigrateError."""
     if trees or sizes:
         rsync.check_installed(command)
     if len(trees) != len(sizes):
         raise ProtocolError(f"{len(sizes)} trees there, {len(trees)} here")
-    for tree, size in zip(trees, sizes, strict=True):
-        folders.check_free(tree, int(size))
+    for index, (tree, size) in enumerate(zip(trees, sizes, strict=True)):
+        folders.check_free(tree, max(int(size) - kept.get(index, 0), 0))
 
 
 class LandingTrees:
@@ -43,13 +44,16 @@ class LandingTrees:
         log: Journal,
         stall: float,
         keep_fds: Sequence[int],
+        report: Reporter,
     ) -> None:
         """command: rsync; folder: for configurations and logs; stall: seconds
         after which a silent client is given up; keep_fds: see Runtime."""
         self._command, self._trees, self._folder = command, trees, folder
         self._log, self._stall, self._keep_fds = log, stall, keep_fds
         self._passes = 0
-        self._made: set[int] = set()
+        self._made = kept_trees.adopt(log, trees, report)
+        self.kept = [f"tree {index}" for index in sorted(self._made)]
+        """What was kept of an earlier migration, and lies in its place."""
         self._last: dict[int, str] = {}
         self._failed: dict[str, str] = {}
 
@@ -61,8 +65,9 @@ class LandingTrees:
                 raise ProtocolError(f"agent protocol: no tree {index!r} to receive")
             path = self._trees[index].path
             if index not in self._made:
+                entry = kept_trees.entry_for(self._log, index, path)
                 undoing.make_folders(self._log, Path(path))
-                self._log.add({"kind": "empty", "path": path})
+                self._log.add(entry)
                 self._made.add(index)
             name = f"tree {index}.{self._passes}"
             file = name.replace(" ", "-")

@@ -140,6 +140,7 @@ def migrate(host: HostConfig, runtime: Runtime, wish: Wish, report: Reporter) ->
                     words=wish.rsync_options,
                     options=wish.copy,
                     report=report,
+                    kept=kept,
                 ),
                 runtime.dump_writes,
             )

@@ -17,7 +17,7 @@ from __future__ import annotations
 import os
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from dataclasses import replace
 from functools import partial
 
@@ -76,12 +76,14 @@ class _Held:
 class _Copy:
     """Of one tree."""
 
-    def __init__(self, index: int, tree: Tree, owner: Trees) -> None:
+    def __init__(self, index: int, tree: Tree, owner: Trees, kept: bool) -> None:
+        """kept: the target has something of it already, of which nothing is believed."""
+        self._kept = kept
         self._index, self.tree, self._owner = index, tree, owner
         self._first: Since | None = None
         self._since: Since | None = None
         """The beginning of the last complete pass, or of the first one."""
-        self._inplace = True
+        self._inplace = not kept
         """No file at the target has two names: to write into it changes no other."""
         self._whole: _Held | None = None
         self._listed: _Held | None = None
@@ -94,7 +96,7 @@ class _Copy:
         """Start the next pass, up to where it looks at the first file; the second
         rsync only of the last one, for it may turn out not to be needed."""
         words = [*rsync.TREE, *(() if last else rsync.CHANGING)]
-        if last and self.doubtful:
+        if (last and self.doubtful) or self._kept:
             words.append("--checksum")
         elif last and self._since is not None:
             self._listed = self._hold(rsync.LISTED, last=True)
@@ -128,6 +130,7 @@ class _Copy:
         try:
             result = self._run(last=False)
             self._failures = 0
+            self._kept = self._kept and bool(self.left_out)  # all of it is compared now
         except MigrateError as e:
             self._failures += 1
             if self._failures > 1:
@@ -203,13 +206,15 @@ class Trees:
         words: Sequence[str],
         options: Options,
         report: Reporter,
+        kept: Container[str] = (),
     ) -> None:
-        """command: rsync; words: the user's options for it."""
+        """command: rsync; words: the user's options for it.  kept: names of what the
+        target can go on from, `tree N` among them."""
         self._remote, self._command, self._options = remote, command, options
         self._report = report
         self._words = tuple(words)
         self._lock = threading.Lock()
-        self._copies = [_Copy(n, tree, self) for n, tree in enumerate(trees)]
+        self._copies = [_Copy(n, tree, self, f"tree {n}" in kept) for n, tree in enumerate(trees)]
         self._gone = threading.Event()
         self._passes = 0
         """While the container runs, so far."""

@@ -13,10 +13,10 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from pyploop import hostconf, journal, kept, kernel, sysblock
+from pyploop import hostconf, journal, kept, kept_trees, kernel, sysblock
 from pyploop.errors import PyploopError
 from pyploop.journal import Entry, Journal
-from pyploop.runtimes import Runtime, folders, volumes
+from pyploop.runtimes import Runtime, volumes
 from pyploop.runtimes.choose import make_runtime
 
 
@@ -63,7 +63,7 @@ journal.register("put-back", _put_back, outlives_boot=True)
 journal.register("rmdir", _rmdir, outlives_boot=True)
 journal.register("remove-tree", _remove_tree, outlives_boot=True)
 journal.register("copied", kept.remove, outlives_boot=True)
-journal.register("empty", folders.undo_copy, outlives_boot=True)
+journal.register("tree", kept_trees.undo, outlives_boot=True)
 journal.register("unmount", volumes.unmount)
 journal.register("resume", lambda e: runtime_of(e).resume())
 journal.register("start", lambda e: runtime_of(e).start())
@@ -90,6 +90,8 @@ def undo_all(log: Journal, keep: bool = False, over: bool = True) -> list[str]:
         try:
             if keep and entry["kind"] == "copied":
                 kept.retain(log, entry)
+            elif keep and entry["kind"] == "tree":
+                kept_trees.retain(log, entry)
             else:
                 journal.undo(entry)
         except (OSError, PyploopError) as e:

@@ -7,7 +7,6 @@ import errno
 import os
 import shutil
 from pathlib import Path
-from typing import Any
 
 from pyploop import sysblock
 from pyploop.errors import MigrateError
@@ -46,8 +45,3 @@ def remove_contents(path: str) -> None:
     except FileNotFoundError:
         if os.path.lexists(path):
             raise
-
-
-def undo_copy(entry: dict[str, Any]) -> None:
-    """Journal kind `empty`: entry has the `path`."""
-    remove_contents(str(entry["path"]))

@@ -4,6 +4,7 @@ against a stand-in for vzctl."""
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from collections.abc import Iterator
@@ -14,7 +15,7 @@ import support
 from treeloop import account
 from vzlab import CTID, VzHost, VzLab, vz_lab
 
-CHANGES = ("numbers", ".")
+CHANGES = ("numbers", ".", ".deleted_but_open")
 """What the container itself, or its end, changes."""
 
 
@@ -140,6 +141,53 @@ def test_an_option_that_runs_a_command_is_a_wrong_usage(lab: VzLab) -> None:
     assert done.returncode == 1, done.stderr
     assert "-e is not taken" in done.stderr
     runs_only_on(lab, lab.a)
+
+
+def test_a_tree_that_was_kept_is_gone_on_with_and_not_believed(lab: VzLab) -> None:
+    (lab.a.folder / f"private/{CTID}/big").write_bytes(os.urandom(4 << 20))
+    lab.b.fail("restore --undump", 17)
+    assert lab.migrate(lab.a, "--live", "--keep-dst", "hostb", CTID).returncode == 7
+    lab.b.mend()
+    (kept,) = (lab.b.folder / "private").iterdir()
+    assert not lab.b.exists()
+    assert (kept / "big").stat().st_ino  # and what it holds is changed, behind our back
+    times = (kept / "big").stat()
+    with (kept / "big").open("r+b") as f:
+        f.write(b"not what the container wrote")
+    os.utime(kept / "big", ns=(times.st_atime_ns, times.st_mtime_ns))
+    (kept / "etc/hostname").unlink()
+    (kept / "more").mkdir()
+    before, inode = still(lab.a), (kept / "etc").stat().st_ino
+    done = lab.migrate(lab.a, "--live", "hostb", CTID)
+    assert done.returncode == 0, done.stderr
+    runs_only_on(lab, lab.b)
+    assert still(lab.b) == before
+    assert (lab.b.folder / f"private/{CTID}/etc").stat().st_ino == inode
+    assert [p.name for p in (lab.b.folder / "private").iterdir()] == [CTID]
+
+
+def test_a_kept_tree_goes_with_a_failure_that_keeps_nothing(lab: VzLab) -> None:
+    lab.b.fail("restore --undump", 17)
+    assert lab.migrate(lab.a, "--live", "--keep-dst", "hostb", CTID).returncode == 7
+    assert len(lab.b.files()) > 1
+    assert lab.migrate(lab.a, "--live", "hostb", CTID).returncode == 7
+    lab.b.mend()
+    runs_only_on(lab, lab.a)
+
+
+def test_a_tree_that_came_from_another_host_is_removed(lab: VzLab) -> None:
+    lab.b.fail("restore --undump", 17)
+    assert lab.migrate(lab.a, "--live", "--keep-dst", "hostb", CTID).returncode == 7
+    lab.b.mend()
+    record = lab.b.folder / f"varlib/pyploop/vzctl-{CTID}.kept-trees"
+    told = json.loads(record.read_text())
+    told["source"]["id"] = "another"
+    record.write_text(json.dumps(told))
+    done = lab.migrate(lab.a, "--live", "hostb", CTID)
+    assert done.returncode == 0, done.stderr
+    assert "cannot be used" in done.stdout
+    runs_only_on(lab, lab.b)
+    assert [p.name for p in (lab.b.folder / "private").iterdir()] == [CTID]
 
 
 KILLS = [

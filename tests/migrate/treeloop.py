@@ -99,9 +99,12 @@ def copying(
     target, state = folder / "target", folder / "state"
     state.mkdir(mode=0o700)
     log = Journal.create("test", state)
-    landing = LandingTrees(rsync, [Tree(str(target))], folder=state, log=log, stall=60, keep_fds=())
-    loop, events, report = Loop(landing), Events(), Reporter()
+    events, report = Events(), Reporter()
     report.add(events)
+    landing = LandingTrees(
+        rsync, [Tree(str(target))], folder=state, log=log, stall=60, keep_fds=(), report=report
+    )
+    loop = Loop(landing)
     trees = Trees(
         cast("Remote", loop),
         [Tree(str(source))],

@@ -1,0 +1,153 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Directory trees that a failed migration to this host has left with --keep-dst.
+
+A kept tree lies under a name of its own beside its place, and one record for each
+container (STATE_DIR/RUNTIME-CONTAINER.kept-trees) says so; while a migration uses
+it, that one's journal does instead.
+
+Invariant: of what a kept tree holds nothing is believed.  The source's first pass
+compares all of it by contents, and its other passes go by times only then.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from pyploop import treescan
+from pyploop.errors import PyploopError
+from pyploop.events import Reporter
+from pyploop.journal import Entry, Journal
+from pyploop.runtimes import Tree, folders
+from pyploop.runtimes.volumes import KEPT, existing_parent
+
+SCHEMA = "pyploop.kept-trees/1"
+
+
+def entry_for(log: Journal, index: int, path: str) -> Entry:
+    """The journal's entry of a tree that is about to come, before its folder is made;
+    `made`: it is not there yet."""
+    name = f".{log.get('container')}-{log.get('migration')}-tree{index}{KEPT}"
+    made = not os.path.isdir(path)
+    home = existing_parent(path)
+    return {"kind": "tree", "path": path, "kept": str(home / name), "index": index, "made": made}
+
+
+def undo(entry: Entry) -> None:
+    """Journal kind `tree`."""
+    for name in ("path", "kept"):
+        folders.remove_contents(str(entry[name]))
+        if name == "kept" or entry["made"]:
+            with contextlib.suppress(OSError):
+                os.rmdir(entry[name])
+
+
+def retain(log: Journal, entry: Entry) -> None:
+    """In place of undoing it: put aside and recorded; removed where it cannot be."""
+    path, kept = str(entry["path"]), str(entry["kept"])
+    try:
+        if os.path.isdir(path) and any(os.scandir(path)):
+            os.rename(path, kept)
+            if not entry["made"]:
+                os.mkdir(path)
+        inode = os.lstat(kept).st_ino
+        _add(log, {"index": entry["index"], "path": kept, "inode": inode})
+    except OSError:  # a mount point, for instance
+        undo(entry)
+
+
+def _file(state_dir: str | Path, runtime: str, container: str) -> Path:
+    return Path(state_dir) / f"{runtime}-{container}.kept-trees"
+
+
+def _add(log: Journal, tree: dict[str, Any]) -> None:
+    file = _file(log.path.parent, log.get("runtime"), log.get("container"))
+    record = _read(file)
+    if record is None or record["migration"] != log.get("migration"):
+        names = ("migration", "source")
+        record = {"schema": SCHEMA, **{n: log.get(n) for n in names}, "trees": []}
+    # Again after a kill in the midst of this.
+    others = [t for t in record["trees"] if t["index"] != tree["index"]]
+    record["trees"] = [*others, tree]
+    new = file.with_name(file.name + ".new")
+    with open(os.open(new, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600), "w") as f:
+        json.dump(record, f)
+        f.flush()
+        os.fsync(f.fileno())
+    os.replace(new, file)
+
+
+def _read(file: Path) -> dict[str, Any] | None:
+    """None when it is not there, or not what `_add` wrote."""
+    try:
+        record = json.loads(file.read_bytes())
+        if record["schema"] != SCHEMA or not isinstance(record["source"]["id"], str):
+            return None
+        for tree in record["trees"]:
+            if not (isinstance(tree["index"], int) and isinstance(tree["inode"], int)):
+                return None
+            if not os.path.isabs(tree["path"]) or not tree["path"].endswith(KEPT):
+                return None
+        str(record["migration"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return dict(record)
+
+
+# ---- the next migration
+
+
+def allocated(
+    state_dir: str, runtime: str, container: str, source: dict[str, str]
+) -> dict[int, int]:
+    """Bytes of what is kept for this source, by the tree's index: room that it has."""
+    record = _read(_file(state_dir, runtime, container))
+    found: dict[int, int] = {}
+    if record is not None and record["source"]["id"] == source["id"]:
+        for tree in record["trees"]:
+            with contextlib.suppress(OSError, PyploopError):
+                found[tree["index"]] = treescan.check_source(tree["path"])
+    return found
+
+
+def adopt(log: Journal, trees: Sequence[Tree], report: Reporter) -> set[int]:
+    """Take what was kept to its place; from now on it is in this journal.  Returns
+    the indexes of those trees.  What cannot be used is removed."""
+    file = _file(log.path.parent, log.get("runtime"), log.get("container"))
+    record = _read(file)
+    taken: set[int] = set()
+    for kept in record["trees"] if record is not None else ():
+        index, old = kept["index"], kept["path"]
+        try:
+            if os.lstat(old).st_ino != kept["inode"]:
+                report.note(f"{old} is another folder now: its tree is copied anew")
+                continue
+        except OSError:
+            continue
+        ours = record is not None and record["source"]["id"] == log.get("source")["id"]
+        path = trees[index].path if ours and index < len(trees) else ""
+        if path and _move(log, index, old, path):
+            taken.add(index)
+        else:
+            report.note(f"{old} cannot be used: its tree is copied anew")
+            with contextlib.suppress(OSError):
+                undo({"path": old, "kept": old, "made": True})
+    file.unlink(missing_ok=True)
+    return taken
+
+
+def _move(log: Journal, index: int, old: str, path: str) -> bool:
+    entry = entry_for(log, index, path)
+    log.add({**entry, "kept": old})  # it lies there until it is moved
+    try:
+        if not entry["made"]:
+            os.rmdir(path)
+        os.rename(old, path)
+    except OSError:
+        return False
+    log.add(entry)
+    return True
