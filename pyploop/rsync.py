@@ -166,7 +166,7 @@ class Client:
             raise WriteError.of("cannot give rsync its channel", e) from e
 
     def feed(self, names: Iterable[bytes]) -> None:
-        """The files of a LISTED pass."""
+        """The files of a LISTED pass, which rsync reads when it is connected."""
         assert self._process is not None and self._process.stdin is not None
         stdin = self._process.stdin
         with contextlib.suppress(BrokenPipeError):  # its end tells why

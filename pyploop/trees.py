@@ -162,8 +162,8 @@ class _Copy:
         names = [n for all in found.values() if not sent.intersection(all) for n in all]
         if names:
             self._listed = self._listed or self._hold(rsync.LISTED, last)
-            self._listed.client.feed(names)
             self._listed.go()
+            self._listed.client.feed(names)
             ends.append((self._listed, self._owner.ended(self._listed, self.tree)))
         self._judge(ends, last)
         return len(sent), len(names)

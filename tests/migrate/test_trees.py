@@ -134,6 +134,20 @@ def test_only_what_may_have_changed_is_compared_in_the_last_pass(
         assert (c.events[-1]["files"], c.events[-1]["compared"]) == (0, 1)
 
 
+def test_more_files_may_have_changed_than_a_pipe_holds_names(source: Path, tmp_path: Path) -> None:
+    for n in range(1500):
+        (source / f"{n:0100}").write_bytes(b"x")
+    with copying(tmp_path, source) as c:
+        c.trees.copy_while_running()
+        c.trees.prepare_last()
+        same_second(source / f"{7:0100}")
+        for n in range(1500):
+            (source / f"{n:0100}").chmod(0o600)  # a new ctime
+        c.finish()
+        assert c.events[-1]["compared"] == 1500
+        assert account(c.source) == account(c.target)
+
+
 def _second_has_passed(source: Path) -> Callable[[], bool]:
     newest = max(p.stat().st_ctime_ns for p in source.rglob("*")) // 10**9
     probe = source.parent / "probe"
