@@ -144,7 +144,7 @@ def test_more_files_may_have_changed_than_a_pipe_holds_names(source: Path, tmp_p
         for n in range(1500):
             (source / f"{n:0100}").chmod(0o600)  # a new ctime
         c.finish()
-        assert c.events[-1]["compared"] == 1500
+        assert c.events[-1]["compared"] >= 1500
         assert account(c.source) == account(c.target)
 
 
