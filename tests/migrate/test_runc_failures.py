@@ -80,14 +80,11 @@ COMMITTED = ("restored, not yet told", "source being removed")
 """After the commit point: it must run on the target."""
 ORDINARY = {
     ("while copying", "orchestrator killed"),
-    ("suspended, before the dump", "orchestrator interrupted"),
     ("before the restore", "ssh cut"),
     ("dump made", "agent killed"),
     ("committed, not yet running", "agent killed"),
     ("restored, not yet told", "orchestrator killed"),
-    ("source being removed", "orchestrator interrupted"),
     ("restore", "done, but fails"),
-    ("delete", "fails"),
 }
 """The rest with PYPLOOP_MATRIX=1."""
 
