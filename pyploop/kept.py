@@ -19,7 +19,7 @@ import json
 import os
 import re
 import stat
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -171,9 +171,9 @@ def allocated(host: HostConfig, runtime: Runtime, facts: dict[str, Any]) -> dict
 
 
 def adopt(
-    host: HostConfig, runtime: Runtime, log: Journal, home: Path, report: Reporter
+    host: HostConfig, runtime: Runtime, log: Journal, homes: Collection[Path], report: Reporter
 ) -> dict[str, KeptFile]:
-    """Take over what was kept; from now on it is in this journal.  home: where
+    """Take over what was kept; from now on it is in this journal.  homes: where
     files are kept at present."""
     file = _file(host.state_dir, runtime.name, runtime.container)
     record = _claim(file, report)
@@ -188,7 +188,8 @@ def adopt(
         except Unusable as e:
             report.note(f"What was kept of {f['name']} is not used, and is copied anew: {e}")
             _drop(f)
-    _sweep(home, runtime.container, file.parent)
+    for home in homes:
+        _sweep(home, runtime.container, file.parent)
     return usable
 
 
@@ -265,13 +266,13 @@ def _sweep(home: Path, container: str, state_dir: Path) -> None:
             os.unlink(path)
 
 
-def told(host: HostConfig, log: Journal) -> str:
-    """What is kept now, for a person; empty: nothing."""
+def told(host: HostConfig, log: Journal) -> list[str]:
+    """What is kept now, for a person."""
     record = _read(_file(host.state_dir, log.get("runtime"), log.get("container")))
     if record is None or record["migration"] != log.get("migration"):
-        return ""
+        return []
     sizes = []
     for f in record["files"]:
         with contextlib.suppress(OSError):
             sizes.append(f"{f['name']} ({format_size(os.lstat(f['path']).st_blocks * 512)})")
-    return ", ".join(sizes)
+    return sizes

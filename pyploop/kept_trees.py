@@ -14,7 +14,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,15 +22,15 @@ from pyploop import treescan
 from pyploop.errors import PyploopError
 from pyploop.events import Reporter
 from pyploop.journal import Entry, Journal
-from pyploop.runtimes import Tree, folders
+from pyploop.runtimes import folders
 from pyploop.runtimes.volumes import KEPT, existing_parent
 
 SCHEMA = "pyploop.kept-trees/1"
 
 
 def entry_for(log: Journal, index: int, path: str) -> Entry:
-    """The journal's entry of a tree that is about to come, before its folder is made;
-    `made`: it is not there yet."""
+    """The journal's entry of a tree that is about to come, before any folder is made;
+    `made`: its own is not there yet."""
     name = f".{log.get('container')}-{log.get('migration')}-tree{index}{KEPT}"
     made = not os.path.isdir(path)
     home = existing_parent(path)
@@ -114,9 +114,12 @@ def allocated(
     return found
 
 
-def adopt(log: Journal, trees: Sequence[Tree], report: Reporter) -> set[int]:
+def adopt(
+    log: Journal, entries: Sequence[Entry], make_parent: Callable[[str], None], report: Reporter
+) -> set[int]:
     """Take what was kept to its place; from now on it is in this journal.  Returns
-    the indexes of those trees.  What cannot be used is removed."""
+    the indexes of those trees.  What cannot be used is removed.  entries: of all
+    trees.  make_parent: makes the folders above a path, as far as they are missing."""
     file = _file(log.path.parent, log.get("runtime"), log.get("container"))
     record = _read(file)
     taken: set[int] = set()
@@ -129,8 +132,7 @@ def adopt(log: Journal, trees: Sequence[Tree], report: Reporter) -> set[int]:
         except OSError:
             continue
         ours = record is not None and record["source"]["id"] == log.get("source")["id"]
-        path = trees[index].path if ours and index < len(trees) else ""
-        if path and _move(log, index, old, path):
+        if ours and index < len(entries) and _move(log, entries[index], old, make_parent):
             taken.add(index)
         else:
             report.note(f"{old} cannot be used: its tree is copied anew")
@@ -140,14 +142,28 @@ def adopt(log: Journal, trees: Sequence[Tree], report: Reporter) -> set[int]:
     return taken
 
 
-def _move(log: Journal, index: int, old: str, path: str) -> bool:
-    entry = entry_for(log, index, path)
-    log.add({**entry, "kept": old})  # it lies there until it is moved
+def _move(log: Journal, entry: Entry, old: str, make_parent: Callable[[str], None]) -> bool:
+    path = str(entry["path"])
     try:
+        make_parent(path)
+        log.add({**entry, "kept": old})  # it lies there until it is moved
         if not entry["made"]:
             os.rmdir(path)
-        os.rename(old, path)
+        try:
+            os.rename(old, path)
+        except OSError:
+            if not entry["made"]:
+                os.mkdir(path)
+            raise
     except OSError:
         return False
     log.add(entry)
     return True
+
+
+def told(log: Journal) -> list[str]:
+    """What is kept now, for a person."""
+    record = _read(_file(log.path.parent, log.get("runtime"), log.get("container")))
+    if record is None or record["migration"] != log.get("migration"):
+        return []
+    return [f"tree {tree['index']}" for tree in record["trees"]]

@@ -16,7 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from pyploop import kept, pieces, undoing, verdict
+from pyploop import kept, kept_trees, pieces, undoing, verdict
 from pyploop.chain import Chain, check_room, folder_of
 from pyploop.errors import MigrateError, ProtocolError, PyploopError
 from pyploop.events import Reporter
@@ -292,8 +292,9 @@ class Landing:
                 continue  # what it made is in the journal
         self._shelf.close()
         failed = undoing.undo_all(self._journal, self._journal.get("keep"))
-        if what := kept.told(self._host, self._journal):
-            self._report.note(f"Kept for the next migration from there: {what}")
+        what = kept.told(self._host, self._journal) + kept_trees.told(self._journal)
+        if what:
+            self._report.note(f"Kept for the next migration from there: {', '.join(what)}")
         if not failed:
             self.verdict.write(ABORTED)
         self.verdict.close(remove=not failed)

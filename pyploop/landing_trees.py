@@ -51,11 +51,16 @@ class LandingTrees:
         self._command, self._trees, self._folder = command, trees, folder
         self._log, self._stall, self._keep_fds = log, stall, keep_fds
         self._passes = 0
-        self._made = kept_trees.adopt(log, trees, report)
+        # Before anything is made: what is kept lies in folders that stay.
+        self._entries = [kept_trees.entry_for(log, n, tree.path) for n, tree in enumerate(trees)]
+        self._made = kept_trees.adopt(log, self._entries, self._make_parent, report)
         self.kept = [f"tree {index}" for index in sorted(self._made)]
         """What was kept of an earlier migration, and lies in its place."""
         self._last: dict[int, str] = {}
         self._failed: dict[str, str] = {}
+
+    def _make_parent(self, path: str) -> None:
+        undoing.make_folders(self._log, Path(path).parent)
 
     def take(self, index: int, fd: int, last: bool) -> tuple[str, Job[None]]:
         """Serve one pass; (its name, what waits for its end, and never fails).
@@ -65,9 +70,8 @@ class LandingTrees:
                 raise ProtocolError(f"agent protocol: no tree {index!r} to receive")
             path = self._trees[index].path
             if index not in self._made:
-                entry = kept_trees.entry_for(self._log, index, path)
                 undoing.make_folders(self._log, Path(path))
-                self._log.add(entry)
+                self._log.add(self._entries[index])
                 self._made.add(index)
             name = f"tree {index}.{self._passes}"
             file = name.replace(" ", "-")

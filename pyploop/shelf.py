@@ -42,9 +42,11 @@ class Shelf:
     ) -> None:
         """log: has `migration`, `source` and `keep`, and takes what must be undone."""
         self._log, self._container = log, runtime.container
-        # Before anything is made: a folder that stays, on the disks' file system.
-        self._home = existing_parent(disks[0].image) if disks else Path(host.state_dir)
-        self._files = kept.adopt(host, runtime, log, self._home, report)
+        # Before anything is made: folders that stay, on the file system of each disk.
+        self._homes = {f"disk {n}": existing_parent(disk.image) for n, disk in enumerate(disks)}
+        self._items_home = next(iter(self._homes.values()), Path(host.state_dir))
+        homes = {*self._homes.values(), self._items_home}
+        self._files = kept.adopt(host, runtime, log, homes, report)
         self._asked: dict[str, int] = {}
         self._placed: list[tuple[int, str]] = []
         self._number = 0
@@ -91,7 +93,7 @@ class Shelf:
         if not self._log.get("keep"):
             self._log.add({"kind": "remove", "path": path})
             return None
-        unfinished = self._new_path()
+        unfinished = self._new_path(self._homes[name])
         self._copied(name, path, unfinished)
         flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
         fd = os.open(unfinished, flags, 0o600)
@@ -110,7 +112,7 @@ class Shelf:
             os.rename(file.path, path)
             return os.dup(file.fd)
         if self._log.get("keep"):
-            self._copied(label, path, self._new_path())
+            self._copied(label, path, self._new_path(self._items_home))
         else:
             self._log.add({"kind": "remove", "path": path})
         return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
@@ -134,9 +136,9 @@ class Shelf:
     def _copied(self, name: str, path: str, unfinished: str) -> None:
         self._log.add({"kind": "copied", "what": name, "path": path, "kept": unfinished})
 
-    def _new_path(self) -> str:
+    def _new_path(self, home: Path) -> str:
         self._number += 1
-        return kept.new_path(self._home, self._container, self._log.get("migration"), self._number)
+        return kept.new_path(home, self._container, self._log.get("migration"), self._number)
 
     # ---- the end
 

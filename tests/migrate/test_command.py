@@ -5,6 +5,7 @@ which must be frozen at the same moment."""
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -152,3 +153,49 @@ def test_a_missing_command_is_named_before_anything_starts(pair: Pair) -> None:
     done = pair.migrate(pair.a, "--live")
     assert (done.returncode, "lacks undump" in done.stderr) == (1, True), done.stderr
     pair.runs_only_on(pair.a)
+
+
+@pytest.fixture
+def elsewhere(pair: Pair) -> Iterator[Path]:
+    """On b the second disk's image has a file system of its own, and a tree, which
+    a has, too, comes into folders that are not there yet."""
+    support.needs("rsync")
+    point = pair.b / "other"
+    for host, image, tree in ((pair.a, "two.img", "tree"), (pair.b, "other/two.img", "a/b/tree")):
+        text = (host / "migrate.toml").read_text().replace(f"{host}/two.img", f"{host}/{image}")
+        text += f'[[container.box.tree]]\npath = "{host}/{tree}"\n'
+        (host / "migrate.toml").write_text(text)
+    for folder in (pair.a / "one", pair.a / "two", pair.a / "tree"):
+        folder.mkdir(exist_ok=True)
+        (folder / "data").write_bytes(os.urandom(2 << 20))
+    with support.tmpfs(point, 64 << 20):
+        try:
+            yield point
+        finally:
+            pair.step(pair.b, "kill")
+            subprocess.run(["umount", pair.b / "two"], capture_output=True, check=False)
+
+
+def test_what_is_kept_lies_on_the_file_system_where_it_belongs(pair: Pair, elsewhere: Path) -> None:
+    fails = pair.b / "undump-fails"
+    fails.touch()
+    done = pair.migrate(pair.a, "--live", "--keep-dst")
+    assert done.returncode == 7, done.stderr
+    assert "disk 0" in done.stdout and "disk 1" in done.stdout and "tree 0" in done.stdout
+    fails.unlink()
+    # In folders that were there before.
+    assert not (pair.b / "a").exists()
+    (two,) = elsewhere.iterdir()
+    (one,) = (p for p in pair.b.glob(".*.pyploop-kept") if p.is_file())
+    (tree,) = (p for p in pair.b.glob(".*.pyploop-kept") if p.is_dir())
+    inodes = [p.stat().st_ino for p in (one, two, tree / "data")]
+    data = [(pair.a / d / "data").read_bytes() for d in ("one", "two", "tree")]
+    done = pair.migrate(pair.a, "--live")
+    assert done.returncode == 0, done.stderr
+    images = [pair.b / "one.img", elsewhere / "two.img", pair.b / "a/b/tree/data"]
+    assert [p.stat().st_ino for p in images] == inodes
+    assert [(pair.b / d / "data").read_bytes() for d in ("one", "two", "a/b/tree")] == data
+    assert not [p for p in (*pair.b.iterdir(), *elsewhere.iterdir()) if "kept" in p.name]
+    assert not any((pair.a / "tree").iterdir())
+    (pair.a / "tree").rmdir()
+    pair.runs_only_on(pair.b)
