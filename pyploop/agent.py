@@ -39,6 +39,8 @@ from pyploop.wire import mux as wire
 HELLO_WAIT = 30.0
 IDLE = 24 * 3600.0
 """Seconds without a request, pings notwithstanding, until it gives up."""
+TAKES = ("memory", "tree")
+"""What an agent of this major version need not take: rounds of memory, trees."""
 SETTLE_WAIT = 60.0
 """Seconds to wait for one who may still decide."""
 
@@ -184,7 +186,7 @@ class Agent:
             self._host.state_dir, chosen.name, chosen.container, kept.source_of(facts)
         )
         landing_trees.check(self._host.rsync, chosen.trees(), facts.get("trees") or [], held)
-        return {"disks": [d.image for d in disks]}
+        return {"disks": [d.image for d in disks], "takes": list(TAKES)}
 
     def _lock(self, runtime: Runtime) -> None:
         folder = Path(self._host.lock_dir)

@@ -150,12 +150,16 @@ class Memory:
         self._report.note(f"A pre-dump failed, so the memory is dumped whole: {cause}")
 
 
-def policy_for(runtime: Runtime, most: int | None, report: Reporter) -> MemoryPolicy | None:
+def policy_for(
+    runtime: Runtime, most: int | None, report: Reporter, taken: bool
+) -> MemoryPolicy | None:
     """For rounds of memory, `most` at most, where they work; told in any case.
-    most: None when there is no memory to move."""
+    most: None when there is no memory to move.  taken: by the target's agent."""
     if most is None:
         return None
-    why = runtime.why_no_pre_dump() if most else "not wanted"
+    why = "not wanted"
+    if most:
+        why = runtime.why_no_pre_dump() if taken else "the target's pyploop is too old"
     report.event("pre-dump", works=not why, why=why)
     report.info(f"Memory is copied ahead: no ({why})" if why else "Memory is copied ahead: yes")
     return None if why else MemoryPolicy(max_rounds=most)

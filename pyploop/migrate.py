@@ -36,7 +36,7 @@ from pyploop.journal import Journal
 from pyploop.memory_rounds import MemoryPolicy
 from pyploop.recorder import Recorder
 from pyploop.remote import Remote
-from pyploop.runtimes import NO_CONTAINER, STOPPED, Runtime
+from pyploop.runtimes import CANNOT_CONNECT, NO_CONTAINER, STOPPED, Runtime
 from pyploop.summary import Options, Summary
 from pyploop.times import Moments
 
@@ -113,7 +113,7 @@ def migrate(host: HostConfig, runtime: Runtime, wish: Wish, report: Reporter) ->
     facts["trees"] = trees.check_source(runtime.trees(), host.rsync)
     with opened(runtime.disks(source=True)) as sources, connect(host, wish, report) as remote:
         sizes = [_allocated(s.sparse_fd if s.sparse_fd is not None else s.fd) for s in sources]
-        remote.call(
+        checked = remote.call(
             "check",
             CHECKING,
             container=runtime.container,
@@ -123,8 +123,17 @@ def migrate(host: HostConfig, runtime: Runtime, wish: Wish, report: Reporter) ->
             sizes=sizes,
             nodeps=sorted(wish.nodeps),
         )
+        takes = checked.get("takes")
+        takes = takes if isinstance(takes, list) else []  # an older agent tells nothing
+        if runtime.trees() and "tree" not in takes:
+            raise MigrateError(
+                CANNOT_CONNECT,
+                f"pyploop {remote.version} on {wish.host} is too old to take directories",
+            )
         report.info(f"Both sides are checked; {wish.host} has pyploop {remote.version}")
-        rounds = memory.policy_for(runtime, wish.pre_dumps if wish.live else None, report)
+        rounds = memory.policy_for(
+            runtime, wish.pre_dumps if wish.live else None, report, "memory" in takes
+        )
         if wish.check_only:
             return Result()
         move = _Move(host, runtime, wish, report, remote)
@@ -228,7 +237,9 @@ class _Move:
         images.mkdir(mode=0o700)
         number, fd = remote.open_channel()
         with pieces.Writer(fd, self._wish.copy.stall) as out:
-            remote.call("dump", REQUEST, channel=number, parent=ahead.parent)
+            # An agent that knows no rounds knows no such argument.
+            after = {"parent": ahead.parent} if ahead.parent else {}
+            remote.call("dump", REQUEST, channel=number, **after)
             self._compare_clocks()
             self._log("resume")
             start = time.monotonic()

@@ -199,3 +199,50 @@ def test_what_is_kept_lies_on_the_file_system_where_it_belongs(pair: Pair, elsew
     assert not any((pair.a / "tree").iterdir())
     (pair.a / "tree").rmdir()
     pair.runs_only_on(pair.b)
+
+
+OLDER = """
+import sys
+from pyploop import agent
+from pyploop.cli.main import main
+
+check, dump = agent.Agent._check, agent.Agent._dump
+agent.Agent._check = lambda self, **args: {"disks": check(self, **args)["disks"]}
+agent.Agent._dump = lambda self, channel: dump(self, channel)
+sys.exit(main())
+"""
+"""An agent from before there were rounds of memory, and trees."""
+
+
+def older_agent(pair: Pair) -> None:
+    for host, peer in ((pair.a, pair.b), (pair.b, pair.a)):
+        agent = [sys.executable, "-c", OLDER, "agent", "--config", str(peer / "migrate.toml")]
+        lines = (host / "migrate.toml").read_text().splitlines()
+        lines = [f"agent = {json.dumps(agent)}" if x.startswith("agent =") else x for x in lines]
+        (host / "migrate.toml").write_text("\n".join(lines) + "\n")
+
+
+def test_an_older_agent_of_the_same_major_version_takes_a_container(pair: Pair) -> None:
+    older_agent(pair)
+    config = pair.a / "migrate.toml"
+    step = [sys.executable, str(HERE / "anyhost.py"), str(pair.a), "pre_dump"]
+    commands = "[container.box.commands]\n"
+    config.write_text(
+        config.read_text().replace(commands, f"{commands}pre_dump = {json.dumps(step)}\n")
+    )
+    done = pair.migrate(pair.a, "--live")
+    assert done.returncode == 0, done.stderr
+    assert "the target's pyploop is too old" in done.stdout
+    pair.runs_only_on(pair.b)
+
+
+def test_an_older_agent_is_named_before_anything_starts_when_there_is_a_tree(
+    pair: Pair, elsewhere: Path
+) -> None:
+    older_agent(pair)
+    done = pair.migrate(pair.a, "--live")
+    assert done.returncode == 4, done.stderr
+    assert "too old to take directories" in done.stderr
+    assert not any(elsewhere.iterdir())
+    assert not (pair.b / "one.img").exists()
+    assert pair.step(pair.a, "status") == "running"
