@@ -123,7 +123,8 @@ class TextRenderer:
         if self._level >= DETAIL:
             text = f"[{int(at):2}.{int(at * 1e6) % 1000000:06}] {text}"
         try:
-            print(text, file=to, flush=True)
+            to.write(f"{text}\n")  # print() lets another thread's line in between
+            to.flush()
         except OSError:
             # Nobody reads the log any more; the copy matters more than that.
             return
@@ -143,7 +144,8 @@ class JsonRenderer:
             return
         record = {"schema": SCHEMA, "event": name, "time": round(at, 6), **fields}
         try:
-            print(json.dumps(record), file=self._out, flush=True)
+            self._out.write(json.dumps(record) + "\n")  # at once: there are several threads
+            self._out.flush()
         except OSError:
             return
 

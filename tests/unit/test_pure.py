@@ -551,3 +551,19 @@ def test_dm_knows_the_targets_that_track(dm_source: Source) -> None:
 
 def test_extents_count_their_bytes() -> None:
     assert Extents.of([(0, 5), (7, 9)]).bytes == 7
+
+
+@pytest.mark.parametrize("renderer", ["text", "json"])
+def test_a_line_of_the_log_is_written_at_once_so_that_threads_do_not_mix_theirs(
+    renderer: str,
+) -> None:
+    class Writes(io.StringIO):
+        def write(self, text: str) -> int:
+            seen.append(text)
+            return len(text)
+
+    seen: list[str] = []
+    out = Writes()
+    one = TextRenderer(9, out, out) if renderer == "text" else JsonRenderer(out)
+    one.line(0, 1.0, "an error")
+    assert len(seen) == 1 and seen[0].endswith("\n")
