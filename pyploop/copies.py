@@ -7,10 +7,27 @@ from __future__ import annotations
 import contextlib
 
 from pyploop.copying import Disks
+from pyploop.errors import MigrateError
 from pyploop.jobs import Job
 from pyploop.recorder import Span
+from pyploop.runtimes import COPY_FAILED
 from pyploop.summary import Summary
-from pyploop.trees import Trees
+from pyploop.trees import CHANNELS, Trees
+from pyploop.wire.mux import MAX_CHANNELS
+
+OTHERS = 4
+"""Channels for the dump, items, and digests of these."""
+
+
+def check_number(disks: int, trees: int, rounds: int) -> None:
+    """MigrateError when one connection has too few channels for so many disks,
+    trees, and rounds of memory."""
+    if disks + CHANNELS * trees + rounds + OTHERS >= MAX_CHANNELS:
+        raise MigrateError(
+            COPY_FAILED,
+            f"{disks} disks, {trees} trees and {rounds} rounds of memory (--pre-dumps) are "
+            "too many for one migration",
+        )
 
 
 class Copies:

@@ -59,13 +59,17 @@ class Disks:
         options: Options,
         report: Reporter,
         kept: Container[str] = (),
+        *,
+        others: int = OTHERS,
     ) -> None:
-        """kept: names of what the target can go on from, `disk N` among them."""
+        """kept: names of what the target can go on from, `disk N` among them.
+        others: channels that must be left."""
         self._stack = contextlib.ExitStack()
         self._senders: list[Sender] = []
         self._kept: dict[Sender, Kept] = {}
         self._wanted = (remote, sources, options, report, kept)
         self._limited = bool(options.rate)
+        self._others = others
 
     def __enter__(self) -> Disks:
         remote, sources, options, report, kept = self._wanted
@@ -76,7 +80,7 @@ class Disks:
                 self._stack.callback(os.close, fd)
                 args: dict[str, Any] = {"index": index, "channel": number}
                 # A channel more for each, of which there are not many.
-                reused = name in kept and 2 * len(sources) + OTHERS < MAX_CHANNELS
+                reused = name in kept and 2 * len(sources) + self._others < MAX_CHANNELS
                 if reused:
                     digests = self._stack.enter_context(
                         Kept(remote, [(name, source.size)], options.stall)

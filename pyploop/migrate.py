@@ -25,8 +25,8 @@ from pathlib import Path
 from typing import Any
 
 from pyploop import agent, chain, memory, pieces, recover, reuse, trees, undoing, verdict
-from pyploop.copies import Copies
-from pyploop.copying import REQUEST, Disks, opened
+from pyploop.copies import Copies, check_number
+from pyploop.copying import OTHERS, REQUEST, Disks, opened
 from pyploop.errors import MigrateError, PyploopError
 from pyploop.events import Reporter
 from pyploop.hostconf import HostConfig
@@ -134,6 +134,7 @@ def migrate(host: HostConfig, runtime: Runtime, wish: Wish, report: Reporter) ->
         rounds = memory.policy_for(
             runtime, wish.pre_dumps if wish.live else None, report, "memory" in takes
         )
+        check_number(len(sources), len(runtime.trees()), rounds.max_rounds if rounds else 0)
         if wish.check_only:
             return Result()
         move = _Move(host, runtime, wish, report, remote)
@@ -141,7 +142,14 @@ def migrate(host: HostConfig, runtime: Runtime, wish: Wish, report: Reporter) ->
             kept = move.begin()
             send_items(runtime.items(), remote, wish.copy, report, kept)
             copies = Copies(
-                Disks(remote, sources, wish.copy, report, kept),
+                Disks(
+                    remote,
+                    sources,
+                    wish.copy,
+                    report,
+                    kept,
+                    others=OTHERS + trees.CHANNELS * len(runtime.trees()),
+                ),
                 trees.Trees(
                     remote,
                     runtime.trees(),

@@ -27,6 +27,8 @@ _VALUED = frozenset(
     )
 )
 
+_CHECKSUM = ("--checksum-choice", "--cc")
+
 
 def check_options(words: Sequence[str]) -> tuple[str, ...]:
     """The user's options, values joined to their names.  MigrateError(1) for
@@ -41,6 +43,9 @@ def check_options(words: Sequence[str]) -> tuple[str, ...]:
                 if not left:
                     raise MigrateError(USAGE, f"--rsync: {word} needs a value")
                 word = f"{word}={left.pop(0)}" if word.startswith("--") else word + left.pop(0)
+            value = word.partition("=")[2]
+            if name in _CHECKSUM and "none" in value.split(","):  # it would compare nothing
+                raise MigrateError(USAGE, f"--rsync: {word} is not taken: there must be a checksum")
         elif word not in _ALONE and not _LETTERS.fullmatch(word):
             raise MigrateError(
                 USAGE,

@@ -39,6 +39,8 @@ SHRINK = 0.7
 """A pass that takes more of its predecessor's time than this is the last."""
 MOST = 8
 """Passes while the container runs, without --max-freeze."""
+CHANNELS = 5
+"""Of each tree at least: the first pass, and the last one, which may be made twice."""
 RESERVED = 24
 """Channels that are left to others: memory, its rounds."""
 

@@ -7,6 +7,7 @@ import contextlib
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TextIO
 
 from pyploop import hostconf, recover, rsync_options, times
 from pyploop.cli import migrate_options
@@ -60,7 +61,10 @@ def _run(o: MigrateOptions, report: Reporter) -> int:
         except OSError as e:
             report.error(f"--trace {o.trace}: {e.strerror}")
     if o.times and result.moments is not None:
-        print(times.table(result.moments.rows(), result.moments.total))
+        try:
+            print(times.table(result.moments.rows(), result.moments.total), flush=True)
+        except OSError as e:
+            report.error(f"-t: {e.strerror}; the container has moved")
     return _told(result)
 
 
@@ -93,6 +97,14 @@ def _wish(o: MigrateOptions) -> Wish:
     )
 
 
+def _close(handle: TextIO, path: str) -> None:
+    """What cannot be written changes nothing of what became of the migration."""
+    try:
+        handle.close()
+    except OSError as e:
+        print(f"pyploop: --json {path}: {e.strerror}", file=sys.stderr)
+
+
 @contextlib.contextmanager
 def _reporter(o: MigrateOptions, level: int) -> Iterator[Reporter]:
     report = Reporter()
@@ -104,9 +116,10 @@ def _reporter(o: MigrateOptions, level: int) -> Iterator[Reporter]:
         else:
             if o.json is not None:
                 try:
-                    handle = files.enter_context(open(o.json, "w"))
+                    handle = open(o.json, "w")  # noqa: SIM115 - closed by _close
                 except OSError as e:
                     raise MigrateError(USAGE, f"--json {o.json}: {e.strerror}") from e
+                files.callback(_close, handle, o.json)
                 report.add(JsonRenderer(handle))
             report.add(TextRenderer(level, sys.stdout, sys.stderr))
         yield report

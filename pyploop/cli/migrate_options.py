@@ -131,7 +131,7 @@ def parser() -> Parser:
     )
     add(
         "--timeout",
-        type=parsed(parse_time, "time"),
+        type=parsed(_some_time, "time"),
         default=600.0,
         metavar="TIME",
         help="give a silent peer up after this (600)",
@@ -148,6 +148,13 @@ def _count(text: str) -> int:
     return int(text)
 
 
+def _some_time(text: str) -> float:
+    seconds = parse_time(text)
+    if seconds < 1:  # rsync takes whole seconds, and 0 for ever
+        raise ValueError(f"{text!r} is less than a second")
+    return seconds
+
+
 def _spelled_out(args: list[str]) -> list[str]:
     """`-f` and `--nodeps` have a value only with `=`; argparse would take HOST."""
     return ["--nodeps=all" if a in ("-f", "--nodeps") else a for a in args]
@@ -156,6 +163,9 @@ def _spelled_out(args: list[str]) -> list[str]:
 def parse(args: list[str]) -> MigrateOptions:
     """SystemExit (1) with the usage on stderr for a wrong command line."""
     p = parser()
+    for a in args[: args.index("--") if "--" in args else None]:
+        if a.startswith("--") and a.endswith("=--"):  # argparse drops that value
+            p.error(f"{a}: -- is no value")
     o = p.parse_args(_spelled_out(args))
     if not o.recover and (o.host is None or o.container is None):
         p.error("HOST and CT are needed")

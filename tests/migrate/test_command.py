@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -246,3 +247,37 @@ def test_an_older_agent_is_named_before_anything_starts_when_there_is_a_tree(
     assert not any(elsewhere.iterdir())
     assert not (pair.b / "one.img").exists()
     assert pair.step(pair.a, "status") == "running"
+
+
+def test_more_trees_than_a_connection_has_channels_for_are_refused_at_once(pair: Pair) -> None:
+    support.needs("rsync")
+    for host in (pair.a, pair.b):
+        with (host / "migrate.toml").open("a") as f:
+            f.writelines(f'[[container.box.tree]]\npath = "{host}/tree/{n}"\n' for n in range(12))
+    for n in range(12):
+        (pair.a / "tree" / str(n)).mkdir(parents=True)
+    done = pair.migrate(pair.a, "--live")
+    assert done.returncode == 6, done.stderr
+    assert "2 disks, 12 trees" in done.stderr
+    shutil.rmtree(pair.a / "tree")
+    pair.runs_only_on(pair.a)
+
+
+def test_output_that_nobody_can_have_changes_nothing_of_what_is_told(pair: Pair) -> None:
+    words = ["migrate", "--config", str(pair.a / "migrate.toml"), "--live", "-t"]
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            [*support.pyploop_cmd(), *words, "--json", "/dev/full", "other", "box"],
+            stdin=subprocess.DEVNULL,
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+            timeout=60,
+            check=False,
+            env=support.pyploop_env(),
+        )
+    assert done.returncode == 0, done.stderr
+    assert "-t: No space left on device; the container has moved" in done.stderr
+    assert "--json /dev/full: No space left on device" in done.stderr
+    assert "Traceback" not in done.stderr and "undone" not in done.stderr
+    pair.runs_only_on(pair.b)

@@ -415,6 +415,8 @@ def test_a_peer_can_neither_read_nor_write_elsewhere_nor_choose_how(
         *(["--files-from=x"], ["--exclude=x"], ["-f", "x"], ["--remove-source-files"], ["-n"]),
         *(["--backup"], ["-b"], ["--temp-dir=/x"], ["--log-file=x"], ["--inplace"], ["--append"]),
         *(["-avb"], ["/etc/", "x::y"], ["--"], ["-z", "host:"], ["--bwlimit"], ["--size-only"]),
+        ["--cc=none"],
+        ["--checksum-choice", "xxh3,none"],
     ],
 )
 def test_an_option_that_is_not_for_speed_is_refused(words: list[str]) -> None:

@@ -42,6 +42,8 @@ def test_options_for_ssh_are_words_as_a_shell_splits_them() -> None:
         ["-r", "maybe"],
         ["--pre-dumps", "21", "dst", "1"],
         ["--pre-dumps", "-1", "dst", "1"],
+        ["--timeout", "0", "dst", "1"],
+        ["--rsync=--", "dst", "1"],
     ],
 )
 def test_a_wrong_command_line_exits_with_vzmigrate_s_code(

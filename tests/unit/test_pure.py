@@ -37,7 +37,7 @@ from pyploop.errors import (
     ReadError,
     WriteError,
 )
-from pyploop.events import JsonRenderer, Reporter, TextRenderer
+from pyploop.events import ERROR, JsonRenderer, Reporter, TextRenderer
 from pyploop.freeze import FileSystems
 from pyploop.outputs import FileOutput
 from pyploop.sender import Sender
@@ -565,5 +565,5 @@ def test_a_line_of_the_log_is_written_at_once_so_that_threads_do_not_mix_theirs(
     seen: list[str] = []
     out = Writes()
     one = TextRenderer(9, out, out) if renderer == "text" else JsonRenderer(out)
-    one.line(0, 1.0, "an error")
+    one.line(ERROR, 1.0, "what went wrong")
     assert len(seen) == 1 and seen[0].endswith("\n")
