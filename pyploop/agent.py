@@ -32,7 +32,7 @@ from pyploop.events import Reporter
 from pyploop.hostconf import NAME, HostConfig
 from pyploop.landing import Landing
 from pyploop.mux import Mux
-from pyploop.runtimes import CPU, LOCKED, USAGE, Facts, Runtime, volumes
+from pyploop.runtimes import CPU, EXISTS, LOCKED, USAGE, Facts, Runtime, volumes
 from pyploop.runtimes.choose import make_runtime
 from pyploop.wire import mux as wire
 
@@ -218,15 +218,21 @@ class Agent:
     def _begin(self, migration: str, stall: float, keep: bool) -> dict[str, Any]:
         if self._runtime is None or self._landing is not None:
             raise ProtocolError("agent protocol: begin comes after check, once")
-        self._landing = Landing(
-            self._host,
-            self._runtime,
-            verdict.check_id(migration),
-            self._facts,
-            stall=float(stall),
-            keep=bool(keep),
-            report=self._report,
-        )
+        chosen = self._runtime
+        # vzctl's containers are not locked here: another source may have been as far.
+        with ctlock.exclusive(verdict.make_folder(Path(self._host.state_dir))):
+            self._settle_dead(chosen)
+            if chosen.state().exists:
+                raise MigrateError(EXISTS, f"container {chosen.container} exists by now")
+            self._landing = Landing(
+                self._host,
+                chosen,
+                verdict.check_id(migration),
+                self._facts,
+                stall=float(stall),
+                keep=bool(keep),
+                report=self._report,
+            )
         return {"kept": self._landing.kept_names}
 
     def _begun(self) -> Landing:

@@ -31,7 +31,7 @@ def container_lock(folder: Path, ctid: str) -> Iterator[None]:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         # Two who find the same stale lock must not both take it over.
-        with _exclusive(folder):
+        with exclusive(folder):
             _remove_stale(path)
             _make(path, ctid)
     except OSError as e:
@@ -46,7 +46,7 @@ def container_lock(folder: Path, ctid: str) -> Iterator[None]:
 
 def remove_dead(folder: Path) -> None:
     """Remove the locks whose owners are gone; others stay."""
-    with contextlib.suppress(FileNotFoundError), _exclusive(folder):
+    with contextlib.suppress(FileNotFoundError), exclusive(folder):
         for path in folder.glob("*.lck"):
             _remove_stale(path)
 
@@ -93,7 +93,8 @@ def _owner(path: Path) -> int | None:
 
 
 @contextlib.contextmanager
-def _exclusive(folder: Path) -> Iterator[None]:
+def exclusive(folder: Path) -> Iterator[None]:
+    """Keep others who do the same with this folder out; they wait."""
     fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         fcntl.flock(fd, fcntl.LOCK_EX)

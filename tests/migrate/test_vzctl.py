@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import contextlib
+import platform
 import re
 import subprocess
 from collections.abc import Iterator
@@ -12,6 +13,10 @@ from pathlib import Path
 import pytest
 import support
 from vzlab import CTID, VzLab, runs_only_on, vz_lab
+
+from pyploop import hostconf
+from pyploop.errors import MigrateError
+from pyploop.remote import Remote
 
 
 @pytest.fixture
@@ -316,3 +321,28 @@ def test_another_version_of_pyploop_is_named_before_anything_starts(still: VzLab
     newer = "#!/bin/sh\nprintf 'PYPLOOP-AGENT 1 7.0.0\\n'; cat >/dev/null\n"
     with changed(still.a.folder / "bin/ssh", newer):
         expect(still, 4, says="pyploop 7.0.0")
+
+
+def test_of_two_sources_with_the_same_number_only_one_begins(lab: VzLab) -> None:
+    """vzctl locks a container in its own steps only, so both pass the checks."""
+    host = hostconf.load(str(lab.a.folder / "migrate.toml"))
+    facts = {
+        "machine": platform.machine(),
+        "source": {"id": "1", "name": "one"},
+        "top": "root.hdd/root.hds",
+        "trees": [],
+    }
+    checks = {"container": CTID, "runtime": "vzctl", "live": False, "facts": facts}
+    begins = {"stall": 60.0, "keep": True}
+    with (
+        Remote("hostb", host.ssh, (), host.agent) as one,
+        Remote("hostb", host.ssh, (), host.agent) as two,
+    ):
+        for remote in (one, two):
+            remote.call("check", 30.0, **checks, sizes=[0], nodeps=[])
+        one.call("begin", 30.0, migration="1" * 16, **begins)
+        with pytest.raises(MigrateError, match="is under way") as refused:
+            two.call("begin", 30.0, migration="2" * 16, **begins)
+        assert refused.value.exit_code == 20
+    assert not {f for f in lab.b.files() if not f.endswith(".target")}
+    runs_only_on(lab, lab.a, clean=False)
