@@ -42,16 +42,17 @@ class Call:
 
     def __str__(self) -> str:
         where = {"a": "source", "b": "target"}[self.host]
-        count = f" ({self.number})" if self.step == "status" and self.host == "a" else ""
+        count = f" ({self.number})" if self.step == "status" else ""
         return f"{where}: {self.step}{count}" + (", stopped" if self.stopped else "")
 
 
 LIVE = [
     Call("a", "status", 1),
     Call("a", "vzcptcheck version"),
-    Call("b", "status"),
+    Call("b", "status", 1),
     Call("b", "vzlist -a"),
     Call("b", "vzcptcheck version"),
+    Call("b", "status", 2),
     Call("a", "chkpnt --suspend"),
     Call("a", "chkpnt --dump"),
     Call("b", "restore --undump"),
@@ -67,7 +68,7 @@ LIVE = [
 STOPPED = [
     Call("a", "status", 2, stopped=True),
     Call("a", "stop", stopped=True),
-    Call("b", "status", 2, stopped=True),
+    Call("b", "status", 3, stopped=True),
     Call("b", "start", stopped=True, committed=True),
 ]
 """What differs from LIVE until the container runs on the target."""
