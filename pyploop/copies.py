@@ -8,7 +8,7 @@ import contextlib
 
 from pyploop.copying import Disks
 from pyploop.errors import MigrateError
-from pyploop.jobs import Job
+from pyploop.jobs import Job, end_all
 from pyploop.recorder import Span
 from pyploop.runtimes import COPY_FAILED
 from pyploop.summary import Summary
@@ -89,10 +89,10 @@ class Copies:
 
         job = Job(trees)
         try:
+            job.start()
             summaries = self._disks.finish()
             job.join()
         except BaseException:
-            self._trees.cancel()
-            job.over.wait()
+            end_all([job], self._trees.cancel)
             raise
         return summaries

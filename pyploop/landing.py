@@ -103,6 +103,10 @@ class Landing:
         """What the source need not send again where it is the same."""
         return self._shelf.names + self._trees.kept
 
+    def _start(self, name: str, job: Job[None]) -> None:
+        self._jobs[name] = job
+        job.start()
+
     def tell_kept(self, files: Any, fd: int) -> None:
         """Digests of kept files, [name, size] each, into the channel."""
         out = socket.socket(fileno=fd)
@@ -112,11 +116,11 @@ class Landing:
         except BaseException:
             out.close()
             raise
-        self._jobs[f"digests {len(self._jobs)}"] = Job(work)
+        self._start(f"digests {len(self._jobs)}", Job(work))
 
     def take_items(self, fd: int) -> None:
         """The container's files, each to where its label belongs."""
-        self._jobs["items"] = Job(lambda: self._items(fd))
+        self._start("items", Job(lambda: self._items(fd)))
 
     def _items(self, fd: int) -> None:
         def create(label: str) -> int:
@@ -157,12 +161,12 @@ class Landing:
                 os.close(fd)
             self._runtime.mount(disk)
 
-        self._jobs[f"disk {index}"] = Job(work)
+        self._start(f"disk {index}", Job(work))
 
     def take_tree(self, index: int, fd: int, last: bool) -> str:
         """One pass over a directory tree; the name to join."""
         name, job = self._trees.take(index, fd, last)
-        self._jobs[name] = job
+        self._start(name, job)
         return name
 
     def take_dump(self, fd: int, number: int, parent: int, room: int) -> None:
@@ -182,7 +186,7 @@ class Landing:
         def work() -> None:
             pieces.receive(fd, self._stall, create, durable=False)
 
-        self._jobs[f"memory {number}" if number else "dump"] = Job(work)
+        self._start(f"memory {number}" if number else "dump", Job(work))
 
     def _forget_rounds(self) -> None:
         """One of them failed: the dump comes whole."""
@@ -286,10 +290,7 @@ class Landing:
         """It goes, or what was copied is kept.  Returns what could not be
         undone, which a later process may try again."""
         for job in self._jobs.values():
-            try:
-                job.join(self._stall)
-            except BaseException:
-                continue  # what it made is in the journal
+            job.end(self._stall)  # what it made is in the journal
         self._shelf.close()
         failed = undoing.undo_all(self._journal, self._journal.get("keep"))
         what = kept.told(self._host, self._journal) + kept_trees.told(self._journal)

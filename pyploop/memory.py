@@ -19,7 +19,7 @@ from pyploop.copies import Copies
 from pyploop.copying import REQUEST
 from pyploop.errors import MigrateError, PyploopError
 from pyploop.events import Reporter
-from pyploop.jobs import Job
+from pyploop.jobs import Job, end_all
 from pyploop.journal import Journal
 from pyploop.memory_rounds import MemoryPolicy, MemoryRound, another
 from pyploop.recorder import Recorder
@@ -121,6 +121,8 @@ class Memory:
         dump = Job(lambda: self._runtime.pre_dump(images, parent))
         stream = Job(lambda: pieces.stream_dump(images, out, dump))
         self._jobs += [dump, stream]
+        dump.start()
+        stream.start()
         frozen = dump.join()
         stream.join()
         self._remote.call("join", self._stall, name=f"memory {number}", timeout=self._stall)
@@ -137,8 +139,7 @@ class Memory:
     def _undo(self, cause: Exception) -> None:
         """As if the failed round had not been, but for the tracking."""
         self._spoiled = True
-        for job in self._jobs:
-            job.over.wait()
+        end_all(self._jobs)
         if not self._remote.alive():
             raise cause
         self._runtime.resume()

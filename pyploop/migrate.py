@@ -31,7 +31,7 @@ from pyploop.errors import MigrateError, PyploopError
 from pyploop.events import Reporter
 from pyploop.hostconf import HostConfig
 from pyploop.items import send_items
-from pyploop.jobs import Job
+from pyploop.jobs import Job, end_all
 from pyploop.journal import Journal
 from pyploop.memory_rounds import MemoryPolicy
 from pyploop.recorder import Recorder
@@ -256,6 +256,8 @@ class _Move:
             dump = Job(lambda: runtime.dump(images, parent))
             stream = Job(lambda: pieces.stream_dump(images, out, dump))
             self._jobs += [dump, stream]
+            dump.start()
+            stream.start()
             self.result.disks = disks.finish(dump)
             copied = time.monotonic()
             dump.join()
@@ -319,8 +321,7 @@ class _Move:
     def lost(self, cause: BaseException) -> bool:
         """After a failure: false when it runs here again, true when it turns
         out that it runs on the target.  MigrateError: that cannot be known."""
-        for job in self._jobs:
-            job.over.wait()  # CRIU, ended in the midst of a dump, spoils the container
+        end_all(self._jobs)  # CRIU, ended in the midst of a dump, spoils the container
         if self._journal.get("stage") == recover.ASKED and self._settle(cause):
             self._report.note(f"Went wrong after the target had it: {cause}")
             return True

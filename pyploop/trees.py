@@ -154,7 +154,7 @@ class _Copy:
         if earlier is not None and not (last and self.doubtful):
             assert self._first is not None
             since, first = earlier.threshold(), self._first.threshold()
-            scan = Job(lambda: treescan.suspects(self.tree.path, since, first))
+            scan = Job(lambda: treescan.suspects(self.tree.path, since, first)).start()
         try:
             ends = [(self._whole, self._owner.ended(self._whole, self.tree))]
         finally:

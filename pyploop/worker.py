@@ -6,15 +6,14 @@ from __future__ import annotations
 import contextlib
 import os
 import select
-import signal
 import subprocess
-import threading
 from collections.abc import Callable
 from typing import TypeVar
 
+from pyploop.jobs import Job, end_all
+
 T = TypeVar("T")
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGALRM)
 TICK = 0.1
 """Seconds between two calls of `tick`."""
 
@@ -29,42 +28,16 @@ def run_cancellable(
     When an exception is raised here (a signal's), `cancel` is called, `work`
     is waited for, and the exception goes on.  `tick` is called every 0.1 s.
     """
-    done = threading.Event()
-    result: list[T] = []
-    failure: list[BaseException] = []
-
-    def body() -> None:
-        try:
-            result.append(work())
-        except BaseException as e:
-            failure.append(e)
-        finally:
-            done.set()
-
-    thread = threading.Thread(target=body, daemon=True)
-    # No signal between the start and the `try` that cancels.  One that came
-    # before raises in the second call, which looks for it: hence two.
-    mask = signal.pthread_sigmask(signal.SIG_BLOCK, ())
+    job = Job(work)
     try:
-        signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
-        thread.start()
-    except BaseException:
-        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
-        raise
-    try:
-        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
-        while not done.wait(TICK):
+        job.start()
+        while not job.over.wait(TICK):
             if tick is not None:
                 tick()
+        return job.join()
     except BaseException:
-        if cancel is not None:
-            cancel()
-        thread.join()
+        end_all([job], cancel)
         raise
-    thread.join()
-    if failure:
-        raise failure[0]
-    return result[0]
 
 
 def wait_for(process: subprocess.Popen[bytes], timeout: float | None) -> int:

@@ -44,7 +44,7 @@ def tell(fd: int, size: int) -> tuple[Reader, Job[None]]:
         with theirs:
             digests.send(fd, size, theirs)
 
-    return Reader(ours.detach(), 10), Job(work)
+    return Reader(ours.detach(), 10), Job(work).start()
 
 
 def go_on(
@@ -63,7 +63,7 @@ def go_on(
     reader, telling = tell(fd, src.size)
     a, b = socket.socketpair()
     sink = KeptSink(str(final), str(held), fd, src.size, leased=True)
-    job = Job(lambda: receive(str(final), b.fileno(), None, report, 10, sink=sink))
+    job = Job(lambda: receive(str(final), b.fileno(), None, report, 10, sink=sink)).start()
     try:
         out = StreamOutput(
             a.fileno(),

@@ -81,7 +81,7 @@ def test_a_copy_approaches_its_freeze_again_when_something_took_its_time_meanwhi
     folder, device, point = place
     ours, theirs = (s.detach() for s in socket.socketpair())
     target = folder / "target"
-    receiving = Job(lambda: receive(str(target), theirs, None, Reporter(), 20))
+    receiving = Job(lambda: receive(str(target), theirs, None, Reporter(), 20)).start()
     out = StreamOutput(
         ours, ours, Reporter(), two_way=True, sync_wait=0, answer_timeout=20, compat="native"
     )

@@ -346,7 +346,7 @@ def test_after_a_pass_whose_server_is_killed_another_one_brings_everything(
 ) -> None:
     (source / "big").write_bytes(os.urandom(4 << 20))
     with copying(tmp_path, source, options=Options(stall=20, rate=2 << 20)) as c:
-        copy = Job(c.trees.copy_while_running)
+        copy = Job(c.trees.copy_while_running).start()
         pids: list[str] = []
 
         def begun() -> bool:

@@ -51,7 +51,7 @@ class Loop:
         fd = self._theirs.pop(args["channel"]).detach()
         name, job = self.landing.take(args["index"], fd, args["last"])
         self.jobs.append(job)
-        self._named[name] = job
+        self._named[name] = job.start()
         return {"name": name}
 
 

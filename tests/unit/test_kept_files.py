@@ -191,7 +191,7 @@ def test_a_lower_delta_is_the_source_s_whatever_was_kept(tmp_path: Path, damage:
     fd = os.open(held, os.O_RDWR)
     reader, _ = tell(fd, SIZE)
     a, b = socket.socketpair()
-    job = Job(lambda: pieces.receive(b.detach(), 10, lambda name: fd, durable=True))
+    job = Job(lambda: pieces.receive(b.detach(), 10, lambda name: fd, durable=True)).start()
     with pieces.Writer(a.detach(), 10) as out:
         found = reuse.send_file(out, "lower", str(source), SIZE, reader)
         out.end()
@@ -258,7 +258,7 @@ def test_a_comparison_that_is_cancelled_ends(tmp_path: Path) -> None:
     src = device.open_source(str(tmp_path / "source"))
     a, _b = socket.socketpair()  # nobody tells anything
     reader = Reader(a.detach(), 60)
-    job = Job(lambda: reuse.compare_disk(src, Known(SIZE), reader, lambda: None))
+    job = Job(lambda: reuse.compare_disk(src, Known(SIZE), reader, lambda: None)).start()
     reader.cancel()
     with pytest.raises(ReadError):
         job.join(10)

@@ -116,7 +116,7 @@ def receive(fd: int, folder: Path) -> Job[list[str]]:
     def create(name: str) -> int:
         return os.open(folder / name, os.O_WRONLY | os.O_CREAT | os.O_EXCL)
 
-    return Job(lambda: pieces.receive(fd, 10, create, durable=True))
+    return Job(lambda: pieces.receive(fd, 10, create, durable=True)).start()
 
 
 def test_files_arrive_with_their_holes_sizes_and_modes(
@@ -157,9 +157,9 @@ def test_a_dump_is_sent_while_it_is_written(channel: tuple[int, int], tmp_path: 
         (source / "core.img").write_bytes(b"core")
 
     job = receive(channel[1], target)
-    dumping = Job(dump)
+    dumping = Job(dump).start()
     with pieces.Writer(channel[0], 10) as out:
-        sending = Job(lambda: pieces.stream_dump(source, out, dumping))
+        sending = Job(lambda: pieces.stream_dump(source, out, dumping)).start()
         deadline = time.monotonic() + 10
         pages = target / "pages-1.img"
         while not (pages.exists() and pages.stat().st_size == 500_000):
@@ -197,7 +197,7 @@ def test_a_dump_that_fails_is_not_taken_for_a_whole_one(
 
     job = receive(channel[1], target)
     with pieces.Writer(channel[0], 10) as out, pytest.raises(MigrateError):
-        pieces.stream_dump(source, out, Job(dump))
+        pieces.stream_dump(source, out, Job(dump).start())
     with pytest.raises(ReadError, match="ended early"):
         job.join(10)
 

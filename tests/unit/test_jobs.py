@@ -1,0 +1,121 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Whatever moment a signal comes at, no work goes on behind who gave it up."""
+
+from __future__ import annotations
+
+import contextlib
+import signal
+import threading
+from collections.abc import Callable
+from types import FrameType
+
+import pytest
+
+from pyploop.errors import CancelledError, Interrupted
+from pyploop.jobs import Job, end_all, in_parallel
+from pyploop.worker import run_cancellable
+
+MOMENTS = [20e-6 * n for n in range(1, 60)]
+"""Seconds until the signal; a thread takes 0.1 to 1 ms to start."""
+
+
+class Endless:
+    """Work that ends by `cancel` alone, as a pump does."""
+
+    def __init__(self) -> None:
+        self._cancelled = threading.Event()
+        self._lock = threading.Lock()
+        self.running = 0
+
+    def work(self) -> None:
+        with self._lock:
+            self.running += 1
+        ended = self._cancelled.wait(60)
+        with self._lock:
+            self.running -= 1
+        assert ended
+
+    def cancel(self) -> None:
+        self._cancelled.set()
+
+
+def in_threads(endless: Endless) -> None:
+    in_parallel([endless.work, endless.work], endless.cancel)
+
+
+def in_one(endless: Endless) -> None:
+    run_cancellable(endless.work, endless.cancel)
+
+
+def held(endless: Endless) -> None:
+    jobs = [Job(endless.work), Job(endless.work)]
+    try:
+        for job in jobs:
+            job.start()
+        jobs[0].join()
+    finally:
+        end_all(jobs, endless.cancel)
+
+
+@pytest.mark.parametrize("how", [in_threads, in_one, held])
+def test_no_work_goes_on_after_a_signal(how: Callable[[Endless], None]) -> None:
+    def interrupt(signum: int, frame: FrameType | None) -> None:
+        raise Interrupted(signum)
+
+    old = signal.signal(signal.SIGALRM, interrupt)
+    try:
+        for moment in MOMENTS:
+            endless = Endless()
+            with contextlib.suppress(Interrupted):
+                signal.setitimer(signal.ITIMER_REAL, moment)
+                how(endless)
+                pytest.fail("nothing interrupted it")
+            assert not endless.running
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, old)
+
+
+@pytest.mark.parametrize("how", [in_threads, in_one, held])
+def test_a_thread_whose_start_was_interrupted_is_not_left_behind(
+    how: Callable[[Endless], None], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    start = threading.Thread.start
+
+    def interrupted(thread: threading.Thread) -> None:
+        start(thread)
+        raise Interrupted(signal.SIGTERM)
+
+    monkeypatch.setattr(threading.Thread, "start", interrupted)
+    endless = Endless()
+    with pytest.raises(Interrupted):
+        how(endless)
+    assert not endless.running
+
+
+def test_a_job_that_was_ended_before_it_began_never_begins() -> None:
+    done: list[int] = []
+    job = Job(lambda: done.append(1))
+    job.end()
+    job.start()
+    with pytest.raises(CancelledError):
+        job.join()
+    assert not done
+
+
+def test_a_signal_while_others_are_waited_for_leaves_none_either() -> None:
+    one = Endless()
+    cancels: list[int] = []
+
+    def cancel() -> None:
+        cancels.append(1)
+        if len(cancels) == 1:
+            raise Interrupted(signal.SIGTERM)
+        one.cancel()
+
+    def fails() -> None:
+        raise ValueError
+
+    with pytest.raises(Interrupted):
+        in_parallel([one.work, fails], cancel)
+    assert not one.running
