@@ -7,6 +7,7 @@ or a command that is not written here.
 
 from __future__ import annotations
 
+import os
 import re
 import tomllib
 from dataclasses import dataclass, field
@@ -189,7 +190,30 @@ def _container(name: str, table: dict[str, Any], path: str) -> ContainerConfig:
             values[key] = _typed(value, _CONTAINER[key], f"{where}.{key}")
         else:
             raise MigrateError(USAGE, f"{where} has no {key!r}")
-    return ContainerConfig(name, disks=tuple(disks), trees=trees, commands=commands, **values)
+    made = ContainerConfig(name, disks=tuple(disks), trees=trees, commands=commands, **values)
+    _check_apart(made, where)
+    return made
+
+
+def _check_apart(c: ContainerConfig, where: str) -> None:
+    """What is moved for itself lies in no tree, and no tree on a disk: it would
+    be copied twice, or not at all."""
+    for tree in c.trees:
+        for disk in c.disks:
+            if _within(disk.image, tree):
+                raise MigrateError(USAGE, f"{where}: the disk {disk.image} lies in the tree {tree}")
+            if _within(disk.mount, tree) or _within(tree, disk.mount):
+                raise MigrateError(
+                    USAGE, f"{where}: the disk mounted on {disk.mount} and the tree {tree} overlap"
+                )
+        if c.bundle and _within(c.bundle, tree):
+            raise MigrateError(USAGE, f"{where}: the bundle {c.bundle} lies in the tree {tree}")
+
+
+def _within(path: str, folder: str) -> bool:
+    """A path below the folder, or the folder itself, as they are written."""
+    path, folder = (os.path.normpath(p).replace("//", "/") for p in (path, folder))
+    return f"{path}/".startswith(folder.rstrip("/") + "/")
 
 
 def _disk(value: Any, where: str) -> DiskConfig:
@@ -212,12 +236,15 @@ def _trees(values: list[Any], where: str) -> tuple[str, ...]:
         if list(table) != ["path"]:
             raise MigrateError(USAGE, f"{where}.tree has a path, and nothing else")
         path = _typed(table["path"], str, f"{where}.tree.path")
-        if not _TREE.fullmatch(path) or ".." in path.split("/"):
-            # rsync's daemon reads it from a file, where a % is a variable.
+        if not _TREE.fullmatch(path) or path.endswith("\\") or {".", ".."} & {*path.split("/")}:
+            # rsync's daemon reads it from a file, where a % is a variable, and a
+            # backslash at the end joins the next line to it; a ./ is a root of names.
             raise MigrateError(
-                USAGE, f"{where}.tree.path must be an absolute path below /, without % and newlines"
+                USAGE,
+                f"{where}.tree.path must be an absolute path below /, without . and .. in it, "
+                "% and newlines, and a backslash or a slash at its end",
             )
-        if any(f"{path}/".startswith(f"{p}/") or f"{p}/".startswith(f"{path}/") for p in paths):
+        if any(_within(path, p) or _within(p, path) for p in paths):
             raise MigrateError(USAGE, f"{where}.tree.path: {path} lies in another one, or holds it")
         paths.append(path)
     return tuple(paths)

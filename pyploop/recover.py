@@ -63,8 +63,7 @@ def settled(
                     f"({e}): it stays suspended here until `pyploop migrate --recover` can ask",
                 ) from e
             time.sleep(RETRY)
-    for text in answer.get("failed", []):
-        report.error(f"{log.get('host')}: not undone: {text}")
+    _tell(answer, log, report)
     return bool(answer.get("verdict") == verdict.COMMITTED)
 
 
@@ -73,6 +72,20 @@ def ask(host: HostConfig, log: Journal) -> dict[str, Any]:
     killed agent left is undone, or finished."""
     with Remote(log.get("host"), host.ssh, log.get("ssh_options") or [], host.agent) as remote:
         return remote.call("settle", SETTLING, migration=log.get("migration"))
+
+
+def _tidy(host: HostConfig, log: Journal, report: Reporter) -> None:
+    """The target has undone it by itself, unless its agent was killed, too.  The
+    container runs here whether it can be asked or not."""
+    try:
+        _tell(ask(host, log), log, report)
+    except PyploopError as e:
+        report.note(f"Something of it may be left on {log.get('host')}: {e}")
+
+
+def _tell(answer: dict[str, Any], log: Journal, report: Reporter) -> None:
+    for text in answer.get("failed", []):
+        report.error(f"{log.get('host')}: not undone: {text}")
 
 
 def forget(host: HostConfig, log: Journal) -> None:
@@ -89,10 +102,12 @@ def recover(
     holds that container's lock."""
     folder = Path(host.state_dir)
     failed: list[str] = []
+    found = False
     for record in journal.records(folder):
         fields = record.fields
         if fields.get("side") != "source" or container not in (None, fields.get("container")):
             continue
+        found = True
         if record.owner() is not None:
             if container is None:
                 continue
@@ -103,6 +118,8 @@ def recover(
                 held.enter_context(locks(host, runtime))
             failed += _one(host, record.adopt(), report)
     if not locked:
+        if container is not None and not found:
+            report.note(f"No migration of {container} from here is unfinished")
         # Who was killed before it had anything to undo has left no record.
         ctlock.remove_dead(Path(host.lock_dir))
     return failed
@@ -141,7 +158,10 @@ def _one(host: HostConfig, log: Journal, report: Reporter) -> list[str]:
                 forget(own, log)
             else:
                 report.note(f"Undone: {what}")
+                stage = log.get("stage")
                 failed = undoing.undo_all(log)
+                if stage == COPYING:
+                    _tidy(own, log, report)
             if lock is not None and not failed:
                 lock.path.unlink(missing_ok=True)
             return failed

@@ -22,7 +22,7 @@ _ALONE = frozenset(
 )
 _VALUED = frozenset(
     (
-        *("--bwlimit", "--block-size", "-B", "--checksum-choice", "--cc"),
+        *("--bwlimit", "--block-size", "--checksum-choice", "--cc"),
         *("--compress-level", "--zl", "--compress-choice", "--zc", "--skip-compress"),
     )
 )
@@ -37,12 +37,14 @@ def check_options(words: Sequence[str]) -> tuple[str, ...]:
     left = list(words)
     while left:
         word = left.pop(0)
+        if word.startswith("-B"):
+            word = "--block-size" + (f"={word[2:].removeprefix('=')}" if len(word) > 2 else "")
         name, equals, _ = word.partition("=")
         if name in _VALUED:
             if not equals:
                 if not left:
                     raise MigrateError(USAGE, f"--rsync: {word} needs a value")
-                word = f"{word}={left.pop(0)}" if word.startswith("--") else word + left.pop(0)
+                word = f"{word}={left.pop(0)}"
             value = word.partition("=")[2]
             if name in _CHECKSUM and "none" in value.split(","):  # it would compare nothing
                 raise MigrateError(USAGE, f"--rsync: {word} is not taken: there must be a checksum")

@@ -45,7 +45,7 @@ def run(args: list[str], level: int) -> int:
 def _run(o: MigrateOptions, report: Reporter) -> int:
     host = hostconf.load(o.config)
     if o.recover:
-        failed = recover.recover(host, o.container or None, report)
+        failed = recover.recover(host, _recovered(host, o), report)
         for text in failed:
             report.error(f"not undone: {text}")
         return DUMP_FAILED if failed else 0
@@ -66,6 +66,13 @@ def _run(o: MigrateOptions, report: Reporter) -> int:
         except OSError as e:
             report.error(f"-t: {e.strerror}; the container has moved")
     return _told(result)
+
+
+def _recovered(host: hostconf.HostConfig, o: MigrateOptions) -> str | None:
+    """Whose migrations are to be settled, as the records name it; None: all."""
+    if o.runtime == "vzctl" and o.container and not o.container.isdecimal():
+        return make_runtime(host, o.runtime, o.container).container
+    return o.container or None
 
 
 def _told(result: Result) -> int:

@@ -94,6 +94,8 @@ def parser() -> Parser:
         metavar="OPTS",
         help="more options for rsync, which copies a root that is a directory",
     )
+    add("-c", "--compact", action="store_true", help="accepted: nothing is compacted")
+    add("-s", "--snapshot", action="store_true", help="accepted: no snapshot is needed")
     add("-t", "--times", action="store_true", help="print where the suspended time went")
     add("-v", dest="verbose", action="count", default=0, help="more messages (up to four)")
     g = p.add_argument_group("pyploop's own")
@@ -127,7 +129,7 @@ def parser() -> Parser:
         type=parsed(parse_size, "size"),
         default=0,
         metavar="RATE",
-        help="bytes per second of a disk while the container runs",
+        help="bytes per second (K, M, G) of a disk while the container runs",
     )
     add(
         "--timeout",
@@ -201,6 +203,8 @@ def parse(args: list[str]) -> MigrateOptions:
 def _nodeps(p: argparse.ArgumentParser, given: list[str]) -> frozenset[str]:
     names: set[str] = set()
     for text in given:
+        if not text:
+            p.error(f"--nodeps= takes {', '.join(NODEPS)}; without = all of them are left out")
         names.update(NODEPS if text == "all" else text.split(","))
     unknown = names.difference(NODEPS)
     if unknown:

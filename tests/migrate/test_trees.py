@@ -429,7 +429,8 @@ def test_options_for_speed_are_taken_and_work(source: Path, tmp_path: Path) -> N
     words = "-z --bwlimit 100000 -aHAX --whole-file --compress-level=1 -B 2000 -c --numeric-ids"
     taken = rsync_options.check_options(words.split())
     assert "--bwlimit=100000" in taken
-    assert "-B2000" in taken
+    assert "--block-size=2000" in taken
+    assert rsync_options.check_options(["-B2000", "-B=2000"]) == ("--block-size=2000",) * 2
     with copying(tmp_path, source, *taken) as c:
         c.trees.copy_while_running()
         c.trees.prepare_last()

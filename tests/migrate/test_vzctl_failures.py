@@ -310,6 +310,26 @@ def test_a_process_that_goes_during_a_call(labs: Labs, lab: VzLab, call: Call, g
     assert recovered <= (gone == "orchestrator killed")
 
 
+def test_both_ends_killed_before_the_restore_are_tidied_by_recover(labs: Labs, lab: VzLab) -> None:
+    lab.a.fail("chkpnt --dump", "gate")
+    with migration(lab) as moving:
+        support.wait_until(lab.a.reached, "the dump is reached", 40)
+        kill(lab.b, " agent ", signal.SIGSTOP)
+        moving.process.kill()
+        kill(lab.b, " agent ", signal.SIGKILL)
+        lab.a.open_gate()
+        code = moving.wait()
+    assert any("private" in path for path in lab.b.files()), "nothing was left to tidy"
+    side, recovered = judge(labs, lab, "source: chkpnt --dump", "both ends killed", code)
+    assert (side, recovered) == ("source", True)
+
+
+def test_recover_says_when_there_is_nothing_for_a_container(labs: Labs, lab: VzLab) -> None:
+    done = lab.migrate(lab.a, "--recover", "hostb", "999")
+    assert (done.returncode, done.stdout) == (0, "No migration of 999 from here is unfinished\n")
+    labs.spoiled = False
+
+
 @pytest.mark.parametrize(
     ("first", "call", "wrong"),
     [

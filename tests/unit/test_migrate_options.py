@@ -9,7 +9,22 @@ from pyploop.cli.migrate_options import NODEPS, parse
 
 
 def test_vzmigrate_s_command_line_is_taken_as_it_is() -> None:
-    o = parse(["-r", "no", "--online", "-t", "-vv", "--ssh=-p22", "--keep-dst", "-f", "dst", "101"])
+    o = parse(
+        [
+            "-r",
+            "no",
+            "-c",
+            "-s",
+            "--online",
+            "-t",
+            "-vv",
+            "--ssh=-p22",
+            "--keep-dst",
+            "-f",
+            "dst",
+            "101",
+        ]
+    )
     assert (o.host, o.container) == ("dst", "101")
     assert o.live and o.times and o.keep_dst and not o.remove_area
     assert o.verbose == 2
@@ -36,6 +51,7 @@ def test_options_for_ssh_are_words_as_a_shell_splits_them() -> None:
         ["dst"],
         ["-x", "dst", "1"],
         ["--nodeps=gpu", "dst", "1"],
+        ["--nodeps=", "dst", "1"],
         ["--ssh='", "dst", "1"],
         ["--recover", "--live", "dst", "1"],
         ["--", "-oProxyCommand=true", "1"],

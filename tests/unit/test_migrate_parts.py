@@ -42,6 +42,21 @@ GOOD: dict[str, Any] = {
 }
 
 
+def trees(*paths: str, disk: tuple[str, str] | None = None) -> dict[str, Any]:
+    """The container, with these trees, and a disk (image, where it is mounted)."""
+    disks = [] if disk is None else [{"image": disk[0], "mount": disk[1]}]
+    return {
+        "container": {
+            "web": {"bundle": "/b", "disk": disks, "tree": [{"path": path} for path in paths]}
+        }
+    }
+
+
+def test_a_tree_beside_a_disk_and_in_the_bundle_is_taken() -> None:
+    web = hostconf.parse(trees("/b/rootfs", "/b2", disk=("/b/i", "/b/root")), "x").container("web")
+    assert web.trees == ("/b/rootfs", "/b2")
+
+
 def test_a_configuration_is_read_with_its_defaults() -> None:
     host = hostconf.parse(GOOD, "x.toml")
     assert (host.state_dir, host.ssh, host.agent) == ("/s", ("ssh", "-4"), ("pyploop", "agent"))
@@ -66,6 +81,16 @@ def test_a_configuration_is_read_with_its_defaults() -> None:
         ({"container": {"web": {"disk": {"mount": "/m"}}}}, "image"),
         ({"container": {"web": {"commands": {"run": ["x"]}}}}, "run"),
         ({"container": {"web": {"link_up": []}}}, "link_up"),
+        *(
+            ({"container": {"web": {"tree": {"path": path}}}}, "absolute path below /")
+            for path in ("/", "t", "/t/", "/t/../u", "/t/./u", "/t\\", "/%t", "/t\n", "//t")
+        ),
+        (trees("/t", "/t/u"), "another"),
+        (trees("/b"), "bundle /b lies in"),
+        (trees("/b/rootfs", disk=("/b/rootfs/i", "/m")), "disk /b/rootfs/i lies in"),
+        (trees("/t", disk=("/i", "/t/m")), "/t/m and the tree /t overlap"),
+        (trees("/m//t", disk=("/i", "/m")), "absolute path below /"),
+        (trees("/m/t", disk=("/i", "//m/")), "overlap"),
     ],
 )
 def test_what_is_wrong_in_a_configuration_is_named(change: dict[str, Any], named: str) -> None:
