@@ -20,18 +20,27 @@ HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE / "fakeploop"), str(HERE / "fuzz"), str(HERE.parent)]
 
 
-def pytest_configure() -> None:
+def pytest_configure(config: pytest.Config) -> None:
     """Ended from outside (by `timeout`, say), a run still takes down its loop
     devices, mounts and namespaces."""
+    leads = config.pluginmanager.hasplugin("dsession")  # pytest-xdist's, whose workers test
+    names = [signal.SIGTERM, signal.SIGHUP]
+    if leads or hasattr(config, "workerinput"):
+        # A ^C goes to all of them, and the leader would kill who takes long.
+        names.append(signal.SIGINT)
 
     def stop(signum: int, frame: FrameType | None) -> None:
-        signal.signal(signum, signal.SIG_IGN)
-        raise KeyboardInterrupt
+        for name in names:
+            signal.signal(name, signal.SIG_IGN)
+        if not leads:
+            raise KeyboardInterrupt
+        for pid in Path("/proc/self/task", str(os.getpid()), "children").read_text().split():
+            os.kill(int(pid), signal.SIGTERM)  # when they end, this ends
 
-    for signum in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(signum, stop)
     # A shell ignores ^C in what it starts with `&`, and so would every copy here.
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    for signum in names:
+        signal.signal(signum, stop)
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

@@ -148,12 +148,22 @@ def loop_device(
     image: Path | str, *, offset: int = 0, options: Sequence[str] = ()
 ) -> Iterator[str]:
     """/dev/loopN on an image file."""
-    command = ["losetup", "--find", "--show", f"--offset={offset}", *options, image]
-    name = run(*command).strip()
+    before = _loops(image)
+    try:
+        name = run("losetup", "--find", "--show", f"--offset={offset}", *options, image).strip()
+    except BaseException:  # interrupted, it may have made one
+        for made in _loops(image) - before:
+            run("losetup", "--detach", made)
+        raise
     try:
         yield name
     finally:
         run("losetup", "--detach", name)
+
+
+def _loops(image: Path | str) -> set[str]:
+    """The loop devices on an image file, as /dev/loopN."""
+    return set(run("losetup", "-nO", "NAME", "--associated", image).split())
 
 
 @contextlib.contextmanager
@@ -162,22 +172,19 @@ def mounted(
 ) -> Iterator[Path]:
     """`source` mounted on the folder `point`, which is made if need be."""
     point.mkdir(parents=True, exist_ok=True)
-    run("mount", *(["-t", fstype] if fstype else []), "-o", options, source, point)
     try:
+        run("mount", *(["-t", fstype] if fstype else []), "-o", options, source, point)
         yield point
     finally:
         # A test that failed while frozen must not leave the machine so.
         subprocess.run(["fsfreeze", "-u", str(point)], stderr=subprocess.DEVNULL, check=False)
-        for _ in range(50):
-            if (
-                subprocess.run(["umount", str(point)], capture_output=True, check=False).returncode
-                == 0
-            ):
-                break
-            time.sleep(0.1)
-        else:
-            run("umount", "--lazy", point)
-            raise AssertionError(f"{point} stayed busy; unmounted lazily")
+        deadline = time.monotonic() + 5
+        while os.path.ismount(point):
+            if time.monotonic() > deadline:
+                run("umount", "--lazy", point)
+                raise AssertionError(f"{point} stayed busy; unmounted lazily")
+            if subprocess.run(["umount", str(point)], capture_output=True, check=False).returncode:
+                time.sleep(0.1)
 
 
 def tmpfs(point: Path, size: int) -> contextlib.AbstractContextManager[Path]:
