@@ -168,7 +168,9 @@ def migrate(host: HostConfig, runtime: Runtime, wish: Wish, report: Reporter) ->
                     disks.copy_while_running()
                     move.stopped(disks, state.running)
         except BaseException as e:
-            if not move.lost(e):
+            with _uninterrupted(report, "is late: all is being undone already"):
+                arrived = move.lost(e)
+            if not arrived:
                 raise
         move.arrived()
         return move.result
@@ -360,7 +362,7 @@ class _Move:
     def arrived(self) -> None:
         """It runs on the target: end it here, and tidy both sides."""
         self._journal.set(stage=recover.MOVED)
-        with _uninterrupted(self._report):
+        with _uninterrupted(self._report, "came too late: the container has moved"):
             self._there("finish")
             self._tell(recover.finish_source(self._journal, self._runtime, self._wish.remove_area))
             self._lock.close(remove=True)
@@ -368,15 +370,16 @@ class _Move:
 
 
 @contextlib.contextmanager
-def _uninterrupted(report: Reporter) -> Iterator[None]:
-    """Signals come too late: there is no way back, and what is left takes seconds."""
+def _uninterrupted(report: Reporter, why: str) -> Iterator[None]:
+    """Signals change nothing any more, and the user is told why."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
     names = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
 
     def late(signum: int, frame: object) -> None:
-        report.note(f"Signal {signum} came too late: the container has moved")
+        with contextlib.suppress(RuntimeError):  # another line is being written
+            report.note(f"Signal {signum} {why}")
 
     old = {name: signal.signal(name, late) for name in names}
     try:

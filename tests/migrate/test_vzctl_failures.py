@@ -310,6 +310,18 @@ def test_a_process_that_goes_during_a_call(labs: Labs, lab: VzLab, call: Call, g
     assert recovered <= (gone == "orchestrator killed")
 
 
+def test_a_signal_while_a_failure_is_undone_changes_nothing(labs: Labs, lab: VzLab) -> None:
+    lab.a.fail("chkpnt --dump", 3, "before")
+    lab.a.fail("chkpnt --resume", "gate")
+    with migration(lab) as moving:
+        support.wait_until(lab.a.reached, "the undoing is reached", 40)
+        moving.process.terminate()
+        lab.a.open_gate()
+        code = moving.wait()
+    assert code == 8
+    assert judge(labs, lab, "undoing", "orchestrator ended", code) == ("source", False)
+
+
 def test_both_ends_killed_before_the_restore_are_tidied_by_recover(labs: Labs, lab: VzLab) -> None:
     lab.a.fail("chkpnt --dump", "gate")
     with migration(lab) as moving:
