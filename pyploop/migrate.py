@@ -16,15 +16,13 @@ from __future__ import annotations
 import contextlib
 import os
 import platform
-import signal
-import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from pyploop import agent, chain, memory, pieces, recover, reuse, trees, undoing, verdict
+from pyploop import agent, chain, memory, pieces, recover, reuse, signals, trees, undoing, verdict
 from pyploop.copies import Copies, check_number
 from pyploop.copying import OTHERS, REQUEST, Disks, opened
 from pyploop.errors import MigrateError, PyploopError
@@ -167,10 +165,9 @@ def migrate(host: HostConfig, runtime: Runtime, wish: Wish, report: Reporter) ->
                 else:
                     disks.copy_while_running()
                     move.stopped(disks, state.running)
+            move.too_late()
         except BaseException as e:
-            with _uninterrupted(report, "is late: all is being undone already"):
-                arrived = move.lost(e)
-            if not arrived:
+            if not move.lost(e):
                 raise
         move.arrived()
         return move.result
@@ -193,18 +190,23 @@ class _Move:
         self.result = Result()
         self.id = verdict.new_id()
         folder = verdict.make_folder(Path(host.state_dir))
-        self._journal = Journal.create(
-            f"migration of {runtime.container} to {wish.host}",
-            folder,
-            migration=self.id,
-            side="source",
-            host=wish.host,
-            ssh_options=list(wish.ssh_options),
-            remove_area=wish.remove_area,
-            stage=recover.COPYING,
-            **undoing.naming(host, runtime),
-        )
-        self._lock = verdict.Verdict.create(folder, self.id, "source")
+        with contextlib.ExitStack() as made:
+            with signals.held_back():
+                self._journal = Journal.create(
+                    f"migration of {runtime.container} to {wish.host}",
+                    folder,
+                    migration=self.id,
+                    side="source",
+                    host=wish.host,
+                    ssh_options=list(wish.ssh_options),
+                    remove_area=wish.remove_area,
+                    stage=recover.COPYING,
+                    **undoing.naming(host, runtime),
+                )
+                made.callback(self._journal.close)
+                self._lock = verdict.Verdict.create(folder, self.id, "source")
+                made.callback(self._lock.close, remove=True)
+            made.pop_all()
         runtime.keep_fds = (self._lock.fd,)
         self._jobs: list[Job[Any]] = []
         self._folder = Path(host.images_dir) / f"pyploop-{self.id}-out"
@@ -323,6 +325,7 @@ class _Move:
     def lost(self, cause: BaseException) -> bool:
         """After a failure: false when it runs here again, true when it turns
         out that it runs on the target.  MigrateError: that cannot be known."""
+        signals.only_told(self._report, "is late: what has failed is being ended already")
         end_all(self._jobs)  # CRIU, ended in the midst of a dump, spoils the container
         if self._journal.get("stage") == recover.ASKED and self._settle(cause):
             self._report.note(f"Went wrong after the target had it: {cause}")
@@ -359,31 +362,15 @@ class _Move:
             except PyploopError as e:
                 self._report.note(f"Something of it may be left on {self._wish.host}: {e}")
 
+    def too_late(self) -> None:
+        """There is no way back, and what is left takes seconds."""
+        signals.only_told(self._report, "came too late: the container has moved")
+
     def arrived(self) -> None:
         """It runs on the target: end it here, and tidy both sides."""
+        self.too_late()
         self._journal.set(stage=recover.MOVED)
-        with _uninterrupted(self._report, "came too late: the container has moved"):
-            self._there("finish")
-            self._tell(recover.finish_source(self._journal, self._runtime, self._wish.remove_area))
-            self._lock.close(remove=True)
-            self._there("forget", migration=self.id)
-
-
-@contextlib.contextmanager
-def _uninterrupted(report: Reporter, why: str) -> Iterator[None]:
-    """Signals change nothing any more, and the user is told why."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    names = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
-
-    def late(signum: int, frame: object) -> None:
-        with contextlib.suppress(RuntimeError):  # another line is being written
-            report.note(f"Signal {signum} {why}")
-
-    old = {name: signal.signal(name, late) for name in names}
-    try:
-        yield
-    finally:
-        for name, handler in old.items():
-            signal.signal(name, handler)
+        self._there("finish")
+        self._tell(recover.finish_source(self._journal, self._runtime, self._wish.remove_area))
+        self._lock.close(remove=True)
+        self._there("forget", migration=self.id)

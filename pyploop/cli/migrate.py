@@ -38,7 +38,8 @@ def run(args: list[str], level: int) -> int:
             report.error(f"{e.filename or 'migrate'}: {e.strerror}; undone")
             return COPY_FAILED
         except Interrupted as e:
-            report.error(f"Interrupted by signal {e.signum}; everything was undone")
+            what = "`--recover` goes on from there" if o.recover else "everything was undone"
+            report.error(f"Interrupted by signal {e.signum}; {what}")
             raise
 
 

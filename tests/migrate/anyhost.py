@@ -33,12 +33,17 @@ def memory(images: Path) -> str:
     return file.read_text() if file.exists() else memory(images / "parent")
 
 
+def reach(host: Path, step: str, which: str = "") -> None:
+    """Stand still there when a test wants to be told of it."""
+    gate = host / f"{step}{which}-waits"
+    while gate.exists():
+        (host / f"{step}-reached").touch()
+        time.sleep(0.01)
+
+
 def pre_dump(host: Path, images: Path) -> None:
     """The first is large and takes its time, so that a second one pays."""
-    gate = host / f"pre_dump-{images.name}-waits"
-    while gate.exists():
-        (host / "pre_dump-reached").touch()
-        time.sleep(0.01)
+    reach(host, "pre_dump", f"-{images.name}")
     dump(images, os.environ["PYPLOOP_CONTAINER"])
     with (images / "pages-1.img").open("wb") as f:
         f.write(bytes((16 << 20) // int(images.name) ** 4))
@@ -55,6 +60,7 @@ def main(host: str, step: str) -> int:
         if step == "pre_dump":  # as a CRIU that aborts
             g.freeze(True)
         return 3
+    reach(folder, step)
     if step == "status":
         there = g.pids() or (folder / "one.img").exists()
         state = "suspended" if g.pids() and g.frozen() else "running" if g.pids() else "stopped"

@@ -4,9 +4,11 @@ which must be frozen at the same moment."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -29,6 +31,25 @@ class Pair:
 
     def step(self, host: Path, step: str) -> str:
         return support.run(sys.executable, HERE / "anyhost.py", host, step).strip()
+
+    @contextlib.contextmanager
+    def moving(self, source: Path) -> Iterator[subprocess.Popen[str]]:
+        """A live migration, whose messages go to one pipe; ended here in any case."""
+        words = ["migrate", "--config", str(source / "migrate.toml"), "--live", "other", "box"]
+        process = subprocess.Popen(
+            [*support.pyploop_cmd(), *words],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            env=support.pyploop_env(),
+        )
+        try:
+            yield process
+        finally:
+            if process.poll() is None:
+                process.kill()
+            process.communicate()
 
     def migrate(self, source: Path, *options: str) -> subprocess.CompletedProcess[str]:
         words = ["migrate", "--config", str(source / "migrate.toml"), *options, "other", "box"]
@@ -145,6 +166,33 @@ def test_a_step_that_fails_leaves_it_where_it_was(
     assert done.returncode == code, done.stderr
     assert f"{step} was made to fail" in done.stderr
     pair.runs_only_on(pair.a)
+
+
+def reached(host: Path, step: str) -> None:
+    support.wait_until((host / f"{step}-reached").exists, f"{step} is reached")
+    (host / f"{step}-reached").unlink()
+
+
+def test_signals_that_come_too_late_change_nothing_of_what_is_told(pair: Pair) -> None:
+    """One while the source is ended, one when only the connection is left."""
+    lingers = pair.a / "lingers"
+    lingers.touch()
+    script = f"{_SSH.replace('exec ', '')}while [ -e {lingers} ]; do sleep 0.01; done\n"
+    (pair.a / "ssh").write_text(script)
+    gate = pair.a / "kill-waits"
+    gate.touch()
+    with pair.moving(pair.a) as moving:
+        reached(pair.a, "kill")
+        moving.send_signal(signal.SIGINT)
+        gate.unlink()
+        lock = pair.b / "lock/box.lck"
+        support.wait_until(lambda: not lock.exists(), "the agent ends")
+        moving.send_signal(signal.SIGTERM)
+        lingers.unlink()
+        said = moving.communicate(timeout=20)[0]
+    assert moving.returncode == 0, said
+    assert "Signal 15 came too late" in said and "undone" not in said
+    pair.runs_only_on(pair.b)
 
 
 def test_a_missing_command_is_named_before_anything_starts(pair: Pair) -> None:
