@@ -7,7 +7,11 @@ import subprocess
 import tempfile
 from collections.abc import Mapping, Sequence
 
+from pyploop import signals
 from pyploop.errors import MigrateError
+
+BEGUN = 120.0
+"""Seconds for a command to end at whose start a signal came."""
 
 
 class Command:
@@ -27,17 +31,23 @@ class Command:
         cannot be run."""
         self.argv = list(argv)
         self._output = tempfile.TemporaryFile()  # noqa: SIM115 - closed by wait()
+        begun = False
         try:
-            self._process = subprocess.Popen(
-                self.argv,
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.DEVNULL if silent else self._output,
-                stderr=subprocess.DEVNULL if silent else self._output,
-                pass_fds=tuple(keep_fds),
-                env=env,
-                start_new_session=True,
-            )
+            # Between its fork and our knowing of it, a signal would leave it behind.
+            with signals.held_back():
+                self._process = subprocess.Popen(
+                    self.argv,
+                    stdin=subprocess.DEVNULL,
+                    stdout=subprocess.DEVNULL if silent else self._output,
+                    stderr=subprocess.DEVNULL if silent else self._output,
+                    pass_fds=tuple(keep_fds),
+                    env=env,
+                    start_new_session=True,
+                )
+                begun = True
         except BaseException:
+            if begun:
+                self.wait(BEGUN)
             self._output.close()
             raise
 

@@ -5,14 +5,18 @@ from __future__ import annotations
 
 import contextlib
 import signal
+import subprocess
 import threading
 from collections.abc import Callable
+from pathlib import Path
 from types import FrameType
+from typing import Any
 
 import pytest
 
 from pyploop.errors import CancelledError, Interrupted
 from pyploop.jobs import Job, end_all, in_parallel
+from pyploop.runtimes.process import Command
 from pyploop.worker import run_cancellable
 
 MOMENTS = [20e-6 * n for n in range(1, 60)]
@@ -91,6 +95,28 @@ def test_a_thread_whose_start_was_interrupted_is_not_left_behind(
     with pytest.raises(Interrupted):
         how(endless)
     assert not endless.running
+
+
+def test_a_command_at_whose_start_a_signal_came_has_ended_before_it_is_undone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(signum: int, frame: FrameType | None) -> None:
+        raise Interrupted(signum)
+
+    def begun(argv: list[str], **options: Any) -> subprocess.Popen[bytes]:
+        process = popen(argv, **options)
+        signal.raise_signal(signal.SIGALRM)
+        return process
+
+    popen = subprocess.Popen
+    monkeypatch.setattr(subprocess, "Popen", begun)
+    old = signal.signal(signal.SIGALRM, interrupt)
+    try:
+        with pytest.raises(Interrupted):
+            Command(["sh", "-c", f"sleep 0.2; touch {tmp_path}/suspended"])
+    finally:
+        signal.signal(signal.SIGALRM, old)
+    assert (tmp_path / "suspended").exists()
 
 
 def test_a_job_that_was_ended_before_it_began_never_begins() -> None:
