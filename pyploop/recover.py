@@ -74,11 +74,14 @@ def ask(host: HostConfig, log: Journal) -> dict[str, Any]:
         return remote.call("settle", SETTLING, migration=log.get("migration"))
 
 
-def _tidy(host: HostConfig, log: Journal, report: Reporter) -> None:
-    """The target has undone it by itself, unless its agent was killed, too.  The
-    container runs here whether it can be asked or not."""
+def _tidy(host: HostConfig, log: Journal, report: Reporter, moved: bool) -> None:
+    """The target's end.  Not moved: it has undone it by itself, unless its agent was
+    killed, too.  Where the container runs is settled whether it can be asked or not."""
     try:
-        _tell(ask(host, log), log, report)
+        if moved:
+            forget(host, log)
+        else:
+            _tell(ask(host, log), log, report)
     except PyploopError as e:
         report.note(f"Something of it may be left on {log.get('host')}: {e}")
 
@@ -145,8 +148,9 @@ def _one(host: HostConfig, log: Journal, report: Reporter) -> list[str]:
     migration = verdict.check_id(log.get("migration"))
     try:
         with verdict.held(Path(host.state_dir), migration, DUMP_WAIT, "source") as lock:
-            moved = log.get("stage") == MOVED
-            if log.get("stage") == ASKED:
+            stage = log.get("stage")
+            moved = stage == MOVED
+            if stage == ASKED:
                 moved = settled(own, log, what, report, patience=0)
             if moved:
                 log.set(stage=MOVED)
@@ -155,15 +159,14 @@ def _one(host: HostConfig, log: Journal, report: Reporter) -> list[str]:
                 runtime = undoing.runtime_of(names)
                 runtime.keep_fds = (lock.fd,) if lock is not None else ()
                 failed = finish_source(log, runtime, bool(log.get("remove_area")))
-                forget(own, log)
             else:
                 report.note(f"Undone: {what}")
-                stage = log.get("stage")
                 failed = undoing.undo_all(log)
-                if stage == COPYING:
-                    _tidy(own, log, report)
+            # Before the target is asked: that may take long, and be interrupted.
             if lock is not None and not failed:
                 lock.path.unlink(missing_ok=True)
+            if moved or stage == COPYING:
+                _tidy(own, log, report, moved)
             return failed
     except BusyError as e:
         raise MigrateError(LOCKED, str(e)) from e

@@ -33,9 +33,9 @@ class Pair:
         return support.run(sys.executable, HERE / "anyhost.py", host, step).strip()
 
     @contextlib.contextmanager
-    def moving(self, source: Path) -> Iterator[subprocess.Popen[str]]:
-        """A live migration, whose messages go to one pipe; ended here in any case."""
-        words = ["migrate", "--config", str(source / "migrate.toml"), "--live", "other", "box"]
+    def moving(self, source: Path, option: str = "--live") -> Iterator[subprocess.Popen[str]]:
+        """A migration, whose messages go to one pipe; ended here in any case."""
+        words = ["migrate", "--config", str(source / "migrate.toml"), option, "other", "box"]
         process = subprocess.Popen(
             [*support.pyploop_cmd(), *words],
             stdin=subprocess.DEVNULL,
@@ -193,6 +193,46 @@ def test_signals_that_come_too_late_change_nothing_of_what_is_told(pair: Pair) -
     assert moving.returncode == 0, said
     assert "Signal 15 came too late" in said and "undone" not in said
     pair.runs_only_on(pair.b)
+
+
+def killed(pair: Pair, step: str) -> None:
+    """A migration from a whose orchestrator is killed there."""
+    gate = pair.a / f"{step}-waits"
+    gate.touch()
+    with pair.moving(pair.a) as moving:
+        reached(pair.a, step)
+        moving.kill()
+        gate.unlink()
+        moving.wait(20)
+    lock = pair.b / "lock/box.lck"
+    support.wait_until(lambda: not lock.exists(), "the agent ends")
+
+
+@pytest.mark.parametrize(("step", "runs"), [("dump", "a"), ("kill", "b")])
+def test_recover_needs_no_target_when_it_is_known_where_the_container_runs(
+    pair: Pair, step: str, runs: str
+) -> None:
+    killed(pair, step)
+    (pair.a / "ssh").write_text("#!/bin/sh\nexit 255\n")
+    done = pair.migrate(pair.a, "--recover")
+    assert done.returncode == 0, done.stderr
+    assert "may be left on other" in done.stdout
+    pair.runs_only_on(pair.a if runs == "a" else pair.b)
+    assert not any((pair.a / "state").iterdir())
+
+
+def test_recover_leaves_nothing_when_a_signal_comes_as_the_target_is_asked(pair: Pair) -> None:
+    killed(pair, "dump")
+    asked = pair.a / "asked"
+    (pair.a / "ssh").write_text(f"#!/bin/sh\ntouch {asked}\nexec sleep 60\n")
+    with pair.moving(pair.a, "--recover") as recovering:
+        support.wait_until(asked.exists, "the target is asked")
+        recovering.send_signal(signal.SIGTERM)
+        said = recovering.communicate(timeout=5)[0]
+    assert recovering.returncode == -signal.SIGTERM, said
+    assert not any((pair.a / "state").iterdir())
+    asked.unlink()
+    pair.runs_only_on(pair.a)
 
 
 def test_a_missing_command_is_named_before_anything_starts(pair: Pair) -> None:
