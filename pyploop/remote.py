@@ -79,6 +79,7 @@ class Remote:
             early = self._greet()
             self._mux = Mux(self._rfd, self._wfd, early)
         except BaseException:
+            self._process.terminate()  # nothing was asked of it: nothing is to be undone
             self.close()
             raise
 
