@@ -195,17 +195,12 @@ def fail(s: Scene, side: str, step: str, wrong: str, number: int = 0) -> None:
     s.gates[side].fail(step, action, when, number)
 
 
-def wrongs(step: str) -> list[str]:
-    tried_once = step.startswith("criu") and step != "criu-check"
-    return [w for w in WRONG if not (tried_once and w == "hangs")]
-
-
 @pytest.mark.parametrize(
     ("side", "step", "wrong"),
     [
         (side, step, wrong)
         for side, step in COMMANDS
-        for wrong in wrongs(step)
+        for wrong in WRONG
         if table.ALL or (step, wrong) in ORDINARY
     ],
 )
