@@ -63,7 +63,8 @@ def _run(o: MigrateOptions, report: Reporter) -> int:
             report.error(f"--trace {o.trace}: {e.strerror}")
     if o.times and result.moments is not None:
         try:
-            print(times.table(result.moments.rows(), result.moments.total), flush=True)
+            table = times.table(result.moments.rows(), result.moments.total)
+            print(table, file=sys.stderr if o.json == "-" else sys.stdout, flush=True)
         except OSError as e:
             report.error(f"-t: {e.strerror}; the container has moved")
     return _told(result)

@@ -135,8 +135,10 @@ def test_a_container_with_two_disks_moves_live_and_back(pair: Pair) -> None:
     trace = json.loads((pair.a.parent / "trace.json").read_text())
     spans = {(e["pid"], e["name"]) for e in trace["traceEvents"] if e["ph"] == "X"}
     assert {(1, "suspend"), (1, "dump"), (1, "restore"), (2, "committed"), (2, "running")} <= spans
-    done = pair.migrate(pair.b, "--live")
+    done = pair.migrate(pair.b, "--live", "-t", "--json", "-")
     assert done.returncode == 0, done.stderr
+    events = [json.loads(line)["event"] for line in done.stdout.splitlines()]
+    assert "moved" in events and "Total" in done.stderr
     pair.runs_only_on(pair.a)
 
 
