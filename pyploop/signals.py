@@ -8,8 +8,11 @@ import signal
 import threading
 from collections.abc import Callable, Iterator
 from types import FrameType
+from typing import TypeVar
 
 from pyploop.events import Reporter
+
+T = TypeVar("T")
 
 NAMES = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGALRM)
 """SIGALRM: cli/main.py raises a signal again by it."""
@@ -27,6 +30,20 @@ def held_back() -> Iterator[None]:
             signal.signal(name, handler)
         if came:
             signal.raise_signal(came[0])
+
+
+def begun(begin: Callable[[], T], end: Callable[[T], object]) -> T:
+    """What `begin` made.  A signal that came meanwhile does not lose it: `end` gets it
+    first.  (Popen returns when the command runs: it would have been left behind.)"""
+    made: list[T] = []
+    try:
+        with held_back():
+            made.append(begin())
+    except BaseException:
+        for one in made:
+            end(one)
+        raise
+    return made[0]
 
 
 def only_told(report: Reporter, why: str) -> None:

@@ -10,6 +10,7 @@ import signal
 import subprocess
 from collections.abc import Sequence
 
+from pyploop import signals
 from pyploop.errors import CommandError
 from pyploop.worker import wait_for
 
@@ -55,8 +56,11 @@ def answer(argv: Sequence[str], what: str, timeout: float) -> tuple[int, str]:
 
 def _start(argv: Sequence[str], what: str, stdout: int) -> subprocess.Popen[bytes]:
     try:
-        return subprocess.Popen(
-            argv, stdin=subprocess.DEVNULL, stdout=stdout, start_new_session=True
+        return signals.begun(
+            lambda: subprocess.Popen(
+                argv, stdin=subprocess.DEVNULL, stdout=stdout, start_new_session=True
+            ),
+            _end,
         )
     except OSError as e:
         raise CommandError.of(f"cannot run {what}", e) from e

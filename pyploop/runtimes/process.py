@@ -31,11 +31,9 @@ class Command:
         cannot be run."""
         self.argv = list(argv)
         self._output = tempfile.TemporaryFile()  # noqa: SIM115 - closed by wait()
-        begun = False
         try:
-            # Between its fork and our knowing of it, a signal would leave it behind.
-            with signals.held_back():
-                self._process = subprocess.Popen(
+            self._process = signals.begun(
+                lambda: subprocess.Popen(
                     self.argv,
                     stdin=subprocess.DEVNULL,
                     stdout=subprocess.DEVNULL if silent else self._output,
@@ -43,11 +41,10 @@ class Command:
                     pass_fds=tuple(keep_fds),
                     env=env,
                     start_new_session=True,
-                )
-                begun = True
+                ),
+                _outlast,
+            )
         except BaseException:
-            if begun:
-                self.wait(BEGUN)
             self._output.close()
             raise
 
@@ -72,6 +69,15 @@ class Command:
 
     def ended(self) -> bool:
         return self._process.poll() is not None
+
+
+def _outlast(process: subprocess.Popen[bytes]) -> None:
+    """What undoes a command must not overtake it."""
+    try:
+        process.wait(BEGUN)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.wait()
 
 
 def run(

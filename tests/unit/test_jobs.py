@@ -8,13 +8,13 @@ import signal
 import subprocess
 import threading
 from collections.abc import Callable
-from pathlib import Path
 from types import FrameType
 from typing import Any
 
 import pytest
 
 from pyploop.errors import CancelledError, Interrupted
+from pyploop.freeze.command import run_command
 from pyploop.jobs import Job, end_all, in_parallel
 from pyploop.runtimes.process import Command
 from pyploop.worker import run_cancellable
@@ -97,26 +97,36 @@ def test_a_thread_whose_start_was_interrupted_is_not_left_behind(
     assert not endless.running
 
 
+@pytest.mark.parametrize(
+    ("start", "status"),
+    [
+        (lambda: Command(["sleep", "0.2"]), 0),
+        (lambda: run_command("sleep 60", "-F"), -signal.SIGTERM),
+    ],
+)
 def test_a_command_at_whose_start_a_signal_came_has_ended_before_it_is_undone(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    start: Callable[[], object], status: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def interrupt(signum: int, frame: FrameType | None) -> None:
         raise Interrupted(signum)
 
-    def begun(argv: list[str], **options: Any) -> subprocess.Popen[bytes]:
-        process = popen(argv, **options)
+    def begin(argv: list[str], **options: Any) -> subprocess.Popen[bytes]:
+        begun.append(popen(argv, **options))
         signal.raise_signal(signal.SIGALRM)
-        return process
+        return begun[0]
 
+    begun: list[subprocess.Popen[bytes]] = []
     popen = subprocess.Popen
-    monkeypatch.setattr(subprocess, "Popen", begun)
+    monkeypatch.setattr(subprocess, "Popen", begin)
     old = signal.signal(signal.SIGALRM, interrupt)
     try:
         with pytest.raises(Interrupted):
-            Command(["sh", "-c", f"sleep 0.2; touch {tmp_path}/suspended"])
+            start()
+        assert begun[0].poll() == status
     finally:
         signal.signal(signal.SIGALRM, old)
-    assert (tmp_path / "suspended").exists()
+        begun[0].kill()
+        begun[0].wait()
 
 
 def test_a_job_that_was_ended_before_it_began_never_begins() -> None:
