@@ -101,7 +101,7 @@ def test_a_thread_whose_start_was_interrupted_is_not_left_behind(
     ("start", "status"),
     [
         (lambda: Command(["sleep", "0.2"]), 0),
-        (lambda: run_command("sleep 60", "-F"), -signal.SIGTERM),
+        (lambda: run_command("exec sleep 60", "-F"), -signal.SIGTERM),
     ],
 )
 def test_a_command_at_whose_start_a_signal_came_has_ended_before_it_is_undone(
