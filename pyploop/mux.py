@@ -48,6 +48,9 @@ class Mux:
         self._silence, self._on_dead = silence, on_dead
         self._out = threading.Lock()
         self._channels: dict[int, _Channel] = {}
+        self._ended: set[int] = set()
+        """Channels whose peer closed them before they were opened here: who gave up
+        a request does not wait for it to be taken."""
         self._inbox: queue.SimpleQueue[Message | None] = queue.SimpleQueue()
         self._stop_r, self._stop_w = os.pipe()
         self._stopping = threading.Event()
@@ -95,7 +98,9 @@ class Mux:
                 ours.close()
                 theirs.close()
                 raise self.failure or ProtocolError(f"agent protocol: channel {number} is open")
-            self._channels[number] = _Channel(number, ours, self._write, self._forget)
+            made = self._channels[number] = _Channel(number, ours, self._write, self._forget)
+            if number in self._ended:
+                made.deliver(b"")
         return theirs.detach()
 
     def _forget(self, number: int) -> None:
@@ -198,9 +203,12 @@ class Mux:
         if frame.kind == wire.CONTROL:
             self._inbox.put(wire.decode(payload))
             return
-        channel = self._channels.get(frame.channel)
+        with self._lock:
+            channel = self._channels.get(frame.channel)
+            if channel is None and frame.kind == wire.END:
+                self._ended.add(frame.channel)
         if channel is None:
-            return  # closed here a moment ago, or a ping
+            return  # closed here a moment ago, not yet open, or a ping
         if frame.kind == wire.DATA:
             channel.deliver(payload)
         elif frame.kind == wire.CREDIT:

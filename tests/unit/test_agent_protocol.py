@@ -97,6 +97,22 @@ def test_the_sender_learns_that_the_receiver_has_closed_its_channel(pair: tuple[
             s.sendall(bytes(1 << 16))
 
 
+def test_a_channel_that_the_peer_closed_before_it_was_opened_here_has_ended() -> None:
+    """As of a request that a signal broke off as it was sent."""
+    a, b = socket.socketpair()
+    mux = Mux(a.fileno(), a.fileno())
+    try:
+        b.sendall(header(wire.END, 5, 0) + wire.encode({"n": 1}))
+        assert mux.receive(5) == {"n": 1}
+        with socket.socket(fileno=mux.open(5)) as channel:
+            channel.settimeout(5)
+            assert channel.recv(1) == b""
+    finally:
+        mux.close()
+        a.close()
+        b.close()
+
+
 def test_the_end_of_the_connection_ends_messages_and_channels() -> None:
     a, b = socket.socketpair()
     causes: list[PyploopError] = []
