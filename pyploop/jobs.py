@@ -3,14 +3,54 @@
 
 from __future__ import annotations
 
+import contextlib
+import math
+import queue
 import threading
 import time
 from collections.abc import Callable, Sequence
 from typing import Generic, TypeVar
 
+from pyploop import signals
 from pyploop.errors import CancelledError
 
 T = TypeVar("T")
+
+TICK = 0.1
+"""Seconds that a thread which signals may interrupt sleeps at a time."""
+
+
+class Latch:
+    """What threading.Event is, for a thread in which a signal may raise at any moment.
+
+    An exception as Event.wait begins leaves its lock taken for ever.  This has none
+    that Python code holds: a flag, and a queue, safe by its own promise, that wakes
+    who sleeps.  Of what an exception takes out of that, or a signal that came just
+    before the sleep, each costs TICK at most.
+    """
+
+    def __init__(self) -> None:
+        self._set = False
+        self._wakes: queue.SimpleQueue[None] = queue.SimpleQueue()
+
+    def is_set(self) -> bool:
+        return self._set
+
+    def set(self) -> None:
+        self._set = True
+        self._wakes.put(None)
+
+    def wait(self, timeout: float | None = None) -> bool:
+        """Whether it was set within so many seconds (None: it is waited for)."""
+        deadline = math.inf if timeout is None else time.monotonic() + timeout
+        while not self._set:
+            left = deadline - time.monotonic()
+            if left <= 0:
+                return False
+            with contextlib.suppress(queue.Empty):
+                self._wakes.get(timeout=min(TICK, left))
+                self._wakes.put(None)  # the next one's
+        return True
 
 
 class Job(Generic[T]):
@@ -29,12 +69,13 @@ class Job(Generic[T]):
         self.failure: BaseException | None = None
         self.ended = 0.0
         """time.monotonic() of its end."""
-        self.over = threading.Event()
+        self.over = Latch()
         self._thread = threading.Thread(target=self._run, daemon=True)
 
     def start(self) -> Job[T]:
         """Once; this job."""
-        self._thread.start()
+        with signals.held_back():  # it waits by an Event
+            self._thread.start()
         return self
 
     def _run(self) -> None:
@@ -95,7 +136,7 @@ def in_parallel(works: Sequence[Callable[[], T]], cancel: Callable[[], None]) ->
             job.start()
         waiting = list(jobs)
         while waiting:
-            waiting[0].over.wait(0.05 if len(waiting) > 1 else None)
+            waiting[0].over.wait(TICK / 2)
             for job in jobs:
                 if job.over.is_set() and job.failure is not None:
                     raise job.failure

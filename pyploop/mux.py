@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import collections
 import contextlib
+import math
 import os
 import queue
 import select
@@ -21,7 +22,9 @@ import threading
 import time
 from collections.abc import Callable
 
+from pyploop import signals
 from pyploop.errors import ProtocolError, PyploopError, ReadError, WriteError
+from pyploop.jobs import TICK
 from pyploop.units import MIB
 from pyploop.wire import mux as wire
 from pyploop.wire.mux import Message
@@ -62,8 +65,9 @@ class Mux:
             threading.Thread(target=self._read_loop, daemon=True),
             threading.Thread(target=self._ping_loop, daemon=True),
         ]
-        for t in self._threads:
-            t.start()
+        with signals.held_back():
+            for t in self._threads:
+                t.start()
 
     # ---- messages
 
@@ -74,10 +78,15 @@ class Mux:
     def receive(self, timeout: float | None) -> Message:
         """The next message.  ReadError: none in time; the connection's own
         error when it is dead and all that came is taken."""
-        try:
-            message = self._inbox.get(timeout=timeout)
-        except queue.Empty:
-            raise ReadError(f"no answer within {timeout:g} s") from None
+        deadline = math.inf if timeout is None else time.monotonic() + timeout
+        while True:
+            try:  # for a short time: jobs.Latch has why
+                left = deadline - time.monotonic()
+                message = self._inbox.get(timeout=max(0.0, min(TICK, left)))
+                break
+            except queue.Empty:
+                if time.monotonic() >= deadline:
+                    raise ReadError(f"no answer within {timeout:g} s") from None
         if message is None:
             self._inbox.put(None)
             raise self.failure or ReadError("the connection ended")

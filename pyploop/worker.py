@@ -4,18 +4,17 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import select
 import subprocess
+import time
 from collections.abc import Callable
 from typing import TypeVar
 
-from pyploop.jobs import Job, end_all
+from pyploop.jobs import TICK, Job, end_all
 
 T = TypeVar("T")
-
-TICK = 0.1
-"""Seconds between two calls of `tick`."""
 
 
 def run_cancellable(
@@ -51,8 +50,11 @@ def wait_for(process: subprocess.Popen[bytes], timeout: float | None) -> int:
         try:
             poll = select.poll()
             poll.register(fd, select.POLLIN)
-            if not poll.poll(None if timeout is None else timeout * 1000):
-                raise subprocess.TimeoutExpired(process.args, timeout or 0.0)
+            deadline = math.inf if timeout is None else time.monotonic() + timeout
+            # Short ones: a signal that comes just before a wait does not end it.
+            while not poll.poll(max(0.0, min(TICK, deadline - time.monotonic())) * 1000):
+                if time.monotonic() >= deadline:
+                    raise subprocess.TimeoutExpired(process.args, timeout or 0.0)
         finally:
             os.close(fd)
         return process.wait()

@@ -16,7 +16,7 @@ import pytest
 
 from pyploop.errors import CancelledError, Interrupted
 from pyploop.freeze.command import run_command
-from pyploop.jobs import Job, end_all, in_parallel
+from pyploop.jobs import Job, Latch, end_all, in_parallel
 from pyploop.runtimes.process import Command
 from pyploop.worker import run_cancellable
 
@@ -31,14 +31,16 @@ class Endless:
         self._cancelled = threading.Event()
         self._lock = threading.Lock()
         self.running = 0
+        self.forgotten = False
+        """Nobody cancelled it for long after the signal."""
 
     def work(self) -> None:
         with self._lock:
             self.running += 1
-        ended = self._cancelled.wait(60)
+        ended = self._cancelled.wait(20)
         with self._lock:
             self.running -= 1
-        assert ended
+            self.forgotten |= not ended
 
     def cancel(self) -> None:
         self._cancelled.set()
@@ -84,6 +86,7 @@ def test_no_work_goes_on_after_a_signal(
                 how(endless)
                 pytest.fail("nothing interrupted it")
             assert not endless.running
+            assert not endless.forgotten
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, old)
@@ -164,3 +167,18 @@ def test_a_signal_while_others_are_waited_for_leaves_none_either() -> None:
     with pytest.raises(Interrupted):
         in_parallel([one.work, fails], cancel)
     assert not one.running
+
+
+def test_a_latch_wakes_all_who_wait_and_nobody_before() -> None:
+    latch = Latch()
+    assert not latch.wait(0.01)
+    seen: list[bool] = []
+    waiting = [threading.Thread(target=lambda: seen.append(latch.wait(20))) for _ in range(5)]
+    for thread in waiting:
+        thread.start()
+    assert not seen
+    latch.set()
+    for thread in waiting:
+        thread.join()
+    assert seen == [True] * 5
+    assert latch.wait(0)
