@@ -3,11 +3,12 @@
 
     sudo python3 bench/bench_freeze.py --repeat 10 --append freeze.ndjson
     python3 bench/freeze_report.py freeze.ndjson
+    sudo python3 bench/bench_freeze.py --other /opt/older/bin/pyploop --modes other,pyploop
 
 A loop device with a mounted ext4, the load in it, a copy of it through a pipe;
 each kind of copy (freeze_rig.py) once per repetition, in turns.  Can be run in
 slices (`--loads`): what is in FILE is kept.  Needs root, Debian's ploop and
-fio, and Linux 6.5.
+fio, and Linux 6.5.  The last command compares two versions of pyploop.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from typing import Any
 import freeze_report
 from common import GIB, MIB, cleaned_up, folder, loop_device, mounted, random_file, warm_memory
 from freeze_loads import Pace, prepare, running
-from freeze_report import LOADS, MODES
+from freeze_report import LOADS, MODES, OTHER
 from freeze_rig import Rig
 
 MKFS = ["mkfs.ext4", "-q", "-F", "-E", "lazy_itable_init=0,lazy_journal_init=0"]
@@ -37,19 +38,21 @@ def arguments() -> argparse.Namespace:
     add = p.add_argument
     add("--repeat", type=int, default=10, metavar="N", help="counted repetitions (10)")
     add("--loads", default=",".join(LOADS), help="of %(default)s")
-    add("--modes", default=",".join(MODES), help="of %(default)s")
+    add("--modes", default=",".join(MODES), help="of %(default)s, and of other")
     add("--size", type=int, default=1024, metavar="MIB", help="of the source (1024)")
     add("--settle", type=float, default=2.0, metavar="S", help="of the load, before a copy (2)")
     add("--source-dir", type=Path, default=Path("/var/tmp"), help="of the loop device's file")
     add("--target-dir", type=Path, default=Path("/var/tmp"), help="of the copies")
     add("--pyploop", type=shlex.split, default=[sys.executable, "-m", "pyploop.cli.main"])
+    add("--other", type=shlex.split, default=[], help="another pyploop, for the mode `other`")
     add("--extra", type=shlex.split, default=[], help="options for our sender")
     add("--append", type=Path, metavar="FILE", help="one line of JSON per copy")
     add("--quick", action="store_true", help="a small disk, one repetition, no sleep in 1.11")
     add("-v", "--verbose", action="store_true")
     o = p.parse_args()
     o.loads, o.modes = o.loads.split(","), o.modes.split(",")
-    for given, known in ((o.loads, LOADS), (o.modes, MODES)):
+    known_modes = (*MODES, OTHER) if o.other else MODES
+    for given, known in ((o.loads, LOADS), (o.modes, known_modes)):
         if unknown := set(given) - set(known):
             p.error(f"no {', '.join(unknown)}; there are {', '.join(known)}")
     if o.quick:
@@ -113,7 +116,15 @@ def main() -> int:
         if not o.quick:
             stack.enter_context(warm_memory(2 * GIB))
         rig = Rig(
-            device, image, point, target / "copy", scratch, o.pyploop, o.extra, c_sleep=not o.quick
+            device,
+            image,
+            point,
+            target / "copy",
+            scratch,
+            o.pyploop,
+            o.extra,
+            o.other,
+            c_sleep=not o.quick,
         )
         run = {"run": int(time.time()), "commit": commit(), "kernel": os.uname().release}
         records = measure(o, rig, run)

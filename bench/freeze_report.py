@@ -21,6 +21,8 @@ Record = dict[str, Any]
 LOADS = ("idle", "fsync", "buffered", "sqlite")
 MODES = ("1.10", "1.11", "1.15", "pyploop")
 OURS = "pyploop"
+OTHER = "other"
+"""Another pyploop, for comparison; only when it was asked for."""
 PARTS = {
     "stop": ("stop", "stop command"),
     "source sync": ("sync", "source sync"),
@@ -64,7 +66,7 @@ def select(records: Sequence[Record], load: str, mode: str) -> list[Record]:
 def names(records: Sequence[Record], key: str) -> list[str]:
     """The loads or modes that there are, in a fixed order."""
     present = {r[key] for r in records}
-    return [name for name in {"load": LOADS, "mode": MODES}[key] if name in present]
+    return [name for name in {"load": LOADS, "mode": (*MODES, OTHER)}[key] if name in present]
 
 
 def ratios(records: Sequence[Record], load: str, against: str, key: str = "durable") -> list[float]:

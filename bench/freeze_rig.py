@@ -5,6 +5,7 @@
     1.11     C pair that sends SYNC and sleeps 5 s (Debian's 1.15 without -f)
     1.15     C pair with feedback
     pyploop  our pair with feedback
+    other    the same of another pyploop, say an older version
 
 The C tool runs on the faked device of tests/fakeploop, with real tracking of
 writes.  1.10 is the 1.11 kind without the sleep, whose receiver does not sync
@@ -32,6 +33,7 @@ from typing import IO
 
 from common import ROOT, Sample, Step
 from freeze_loads import Load
+from freeze_report import OTHER, OURS
 
 sys.path.insert(0, str(ROOT / "tests" / "fakeploop"))
 import fakeploop
@@ -39,6 +41,7 @@ import fakeploop
 HERE = Path(__file__).resolve().parent
 PATIENCE = 120.0
 """Seconds for one copy."""
+PYPLOOPS = (OURS, OTHER)
 SYS_CACHESTAT = 451
 STAMP = struct.Struct("Q")
 CARELESS = 4096
@@ -67,6 +70,7 @@ class Rig:
     pyploop: Sequence[str]
     extra: Sequence[str] = ()
     """Options for our sender."""
+    other: Sequence[str] = ()
     c_sleep: bool = True
     _stop: Path = field(init=False)
     _peer: Path = field(init=False)
@@ -89,7 +93,7 @@ class Rig:
         (self.scratch / "log").unlink(missing_ok=True)
         try:
             run = self._run(mode, load)
-            tool = self._ours(run) if mode == "pyploop" else self._c(run)
+            tool = self._ours(run) if mode in PYPLOOPS else self._c(run)
             compare = ["cmp", f"--ignore-initial={CARELESS}", str(self.image), str(self.target)]
             subprocess.run(compare, check=True)
         finally:
@@ -105,17 +109,18 @@ class Rig:
         }
 
     def _commands(self, mode: str, stop: str) -> tuple[list[str], list[str]]:
-        if mode == "pyploop":
-            send = [*self.pyploop, "-v-1", "copy", "-s", self.device, "-F", stop]
+        if mode in PYPLOOPS:
+            program = self.pyploop if mode == OURS else self.other
+            send = [*program, "-v-1", "copy", "-s", self.device, "-F", stop]
             send += ["--json", str(self._events), *self.extra]
-            receive = [*self.pyploop, "-v-1", "copy", "-d", str(self.target)]
+            receive = [*program, "-v-1", "copy", "-d", str(self.target)]
             return send, [*receive, "--json", str(self._received)]
         receive = fakeploop.c_receiver_cmd(self.target, program=("ploop", "-v-1"))
         return fakeploop.c_sender_cmd(stop=stop, verbose=-1), receive
 
     def _environments(self, mode: str) -> tuple[dict[str, str], dict[str, str]]:
-        if mode == "pyploop":
-            env = {**os.environ, "PYTHONPATH": str(ROOT)}
+        if mode in PYPLOOPS:
+            env = {**os.environ, "PYTHONPATH": str(ROOT)} if mode == OURS else dict(os.environ)
             return env, env
         sender = fakeploop.env(
             self._library,
@@ -136,7 +141,7 @@ class Rig:
         send, receive = self._commands(mode, stop)
         send_env, receive_env = self._environments(mode)
         stream, answer = os.pipe(), os.pipe()
-        if mode in ("1.15", "pyploop"):
+        if mode in ("1.15", *PYPLOOPS):
             send += ["-f", str(answer[0])]
             receive += ["-f", str(answer[1])]
         steps = [
