@@ -30,6 +30,9 @@ ffi.cdef(
     };
     static const uint32_t LO_FLAGS_DIRECT_IO;
 
+    struct pk_access { uint64_t mask; int pid; };
+    static const uint64_t FAN_OPEN, FAN_MODIFY, FAN_CLOSE_WRITE, FAN_Q_OVERFLOW;
+
     int pk_ioctl0(int fd, unsigned long request);
     int pk_ioctl_u64(int fd, unsigned long request, uint64_t *value);
     int pk_ioctl_int(int fd, unsigned long request, int *value);
@@ -48,6 +51,8 @@ ffi.cdef(
     int pk_flush_buffers(int fd);
     int pk_pidfd_getfd(int pidfd, int fd);
     int pk_tcp_repair(int fd, int on);
+    int pk_watch_file(int file_fd, uint64_t mask);
+    int pk_read_accesses(int fd, struct pk_access *found, int max);
     """
 )
 ffi.set_source(
@@ -63,6 +68,7 @@ ffi.set_source(
     #include <stdint.h>
     #include <stdio.h>
     #include <string.h>
+    #include <sys/fanotify.h>
     #include <sys/ioctl.h>
     #include <sys/mount.h>
     #include <sys/socket.h>
@@ -120,6 +126,34 @@ ffi.set_source(
     { return result((int)syscall(SYS_pidfd_getfd, pidfd, fd, 0)); }
     static int pk_tcp_repair(int fd, int on)
     { return result(setsockopt(fd, IPPROTO_TCP, TCP_REPAIR, &on, sizeof on)); }
+    struct pk_access { uint64_t mask; int pid; };
+    static int pk_watch_file(int file_fd, uint64_t mask)
+    {
+        int fd = fanotify_init(FAN_CLASS_NOTIF | FAN_CLOEXEC | FAN_NONBLOCK, O_RDONLY | O_CLOEXEC);
+        if (fd < 0)
+            return -errno;
+        if (fanotify_mark(fd, FAN_MARK_ADD, mask, file_fd, NULL) < 0) {
+            int ret = -errno;
+            close(fd);
+            return ret;
+        }
+        return fd;
+    }
+    /* Each event brings an open file, which nobody needs. */
+    static int pk_read_accesses(int fd, struct pk_access *found, int max)
+    {
+        struct fanotify_event_metadata events[64], *e = events;
+        int n = 0;
+        ssize_t left = read(fd, events, sizeof events[0] * (max < 64 ? max : 64));
+        if (left < 0)
+            return -errno;
+        for (; FAN_EVENT_OK(e, left); e = FAN_EVENT_NEXT(e, left)) {
+            if (e->fd >= 0)
+                close(e->fd);
+            found[n++] = (struct pk_access){ .mask = e->mask, .pid = e->pid };
+        }
+        return n;
+    }
     static int pk_flush_buffers(int fd)
     { return result(ioctl(fd, BLKFLSBUF, 0)); }
     """,

@@ -19,15 +19,15 @@ from typing import Literal
 
 from pyploop import kernel, sysblock
 from pyploop.errors import (
-    DeviceControlError,
     DeviceError,
     FormatError,
-    LoopError,
     OpenError,
     ParameterError,
     ReadError,
 )
-from pyploop.sysblock import BlockDevice, Mount
+from pyploop.lookout import Lookout, Subject
+from pyploop.reach import Reach, reach
+from pyploop.sysblock import BlockDevice, Loop, Mount
 from pyploop.units import BLOCK, MIB, SECTOR
 
 Kind = Literal["block", "file", "ploop"]
@@ -62,39 +62,44 @@ class Source:
     image_format: str = "raw"
     control_fd: int = -1
     """The open device that takes ioctls, when `fd` is another file."""
-    caches: list[tuple[str, int]] = field(default_factory=list)
-    """Block devices (path, open descriptor) through whose page cache the
-    source can be written: itself, its partitions, what is stacked on them."""
+    where: Reach | None = None
+    """The devices that share bytes with a block device; None: not one."""
+    lookout: Lookout | None = None
+    """Who uses it; None: a ploop device, whose driver tracks all writes."""
     _owned: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)
 
     def close(self) -> None:
         self._owned.close()
 
-    def check_same(self) -> None:
-        """Fails when the source's size, or what is mounted from it, is not what
-        it was when it was opened: nothing of that was tracked."""
-        path, fd = self.caches[0] if self.caches else (self.path, self.fd)
-        size = kernel.device_size(fd, path) if self.caches else os.fstat(fd).st_size
+    @property
+    def queue(self) -> BlockDevice | None:
+        """The block device, and the part of it, that all writes to the source pass:
+        the source's own, or that on which it lies."""
+        return self.block if self.where is None else self.where.queue
+
+    def check_size(self) -> None:
+        """ReadError when the size is not what it was when it was opened."""
+        if self.kind == "block":
+            size = kernel.device_size(self.control_fd, self.path)
+        else:
+            size = os.fstat(self.fd).st_size
         if size != self.size:
-            raise ReadError(f"{path} had {self.size} bytes at the start and has {size} now")
-        if self.kind != "block" or self.mount_given or self.block is None:
-            return
-        devices = sysblock.stacked_on(self.block)
-        known = {m.source for m in self.mounts}
-        for mount in sysblock.mounts_of(devices, Path("/proc/self/mountinfo")):
-            if mount.source not in known:
-                raise LoopError(
-                    f"{mount.source} was mounted at {mount.point} during the copy; start again"
-                )
+            raise ReadError(
+                f"{self.path} had {self.size} bytes at the start and has {size} now: start again; "
+                "no target was made"
+            )
+
+    def check_same(self) -> None:
+        """Fails when the source's size, or who uses it, is not what it was at the
+        last look: nothing of that was tracked."""
+        self.check_size()
+        if self.lookout is not None:
+            self.lookout.check_end()
 
     def write_back(self) -> None:
-        """Write back what was written through a device's own page cache; until
-        then neither a tracker nor a read of ours knows of it."""
-        for path, fd in self.caches:
-            try:
-                kernel.write_back(fd, path)
-            except OSError as e:
-                raise DeviceControlError.of(f"cannot write back the page cache of {path}", e) from e
+        """Write back what was written through a device's own page cache."""
+        if self.lookout is not None:
+            self.lookout.write_back()
 
     def holes(self) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
         """(data, holes): both ascending and disjoint, together the whole
@@ -132,7 +137,12 @@ def _seek(fd: int, pos: int, whence: int, end: int) -> int:
 
 
 def open_source(
-    path: str, read: ReadPath = "auto", mount: str | None = None, *, to_freeze: bool = True
+    path: str,
+    read: ReadPath = "auto",
+    mount: str | None = None,
+    *,
+    to_freeze: bool = True,
+    unsafe: bool = False,
 ) -> Source:
     """Open a block device, /dev/ploopN, an image file, or the image file of an
     attached loop device (then the device is the source).
@@ -140,7 +150,8 @@ def open_source(
     read: how a loop device is read: `backing` from its backing file, `device`
     with O_DIRECT from the device, `auto` the first where it can be shown to be
     the same data.  mount: a mount point that replaces the ones found.
-    to_freeze: find what must be frozen; OpenError when some of it cannot be.
+    to_freeze: find what must be frozen, and watch who uses the source; OpenError
+    when some of it cannot be frozen, or somebody else uses the source, unless `unsafe`.
     """
     try:
         st = os.stat(path)
@@ -151,7 +162,8 @@ def open_source(
         if len(loops) > 1:
             raise DeviceError(f"{path} is attached to {', '.join(loops)}: name the device to copy")
         if not loops:
-            return _open_file(path)
+            source = _open_file(path)
+            return _watched(source, mount, to_freeze, unsafe)
         _check_whole(path, st.st_size, loops[0])
         path = loops[0]
         st = os.stat(path)
@@ -161,13 +173,40 @@ def open_source(
         source = _open_ploop(path)
     else:
         source = _open_block(path, (os.major(st.st_rdev), os.minor(st.st_rdev)), read)
+    return _watched(source, mount, to_freeze, unsafe)
+
+
+def _watched(source: Source, mount: str | None, to_freeze: bool, unsafe: bool) -> Source:
+    """The source, with those who use it; closed after a failure."""
     try:
+        if source.kind == "ploop":
+            if to_freeze:
+                _find_mounts(source, mount)
+            return source
+        if mount is not None:
+            source.mounts = [Mount(mount, "?", source.path)]
+            source.mount_given = True
+            _check_mount(source, mount)
+        source.lookout = Lookout(_subject(source), source.mounts, unsafe)
         if to_freeze:
-            _find_mounts(source, mount)
+            source._owned.callback(source.lookout.close)
+            source.lookout.begin()
+            source.mounts = source.mounts or source.lookout.found.mounts
     except BaseException:
         source.close()
         raise
     return source
+
+
+def _subject(source: Source) -> Subject:
+    if source.where is None:
+        st = os.fstat(source.fd)
+        file = (os.major(st.st_dev), os.minor(st.st_dev)), st.st_ino
+        return Subject(source.path, None, file, source.path)
+    loop = source.where.loop
+    if loop is None:
+        return Subject(source.path, source.where, None)
+    return Subject(source.path, source.where, loop.file, loop.name, source.sparse_fd)
 
 
 def _check_whole(path: str, size: int, loop: str) -> None:
@@ -212,6 +251,7 @@ def _open_block(path: str, dev: tuple[int, int], read: ReadPath) -> Source:
         fd = _open(path, os.O_RDONLY | os.O_DIRECT, owned, "the source")
         size = kernel.device_size(fd, path)
         block = sysblock.find(dev)
+        where = reach(block)
         source = Source(
             path,
             "block",
@@ -220,52 +260,51 @@ def _open_block(path: str, dev: tuple[int, int], read: ReadPath) -> Source:
             align=kernel.logical_block_size(fd, path),
             io_mode="device, O_DIRECT",
             block=block,
+            where=where,
             image=path,
+            control_fd=fd,
             _owned=owned,
         )
         if size == 0:
             raise DeviceError(f"the source {path} has no size (nothing attached to it?)")
-        _open_caches(source, block)
-        if block.disk.startswith("loop"):
-            _use_backing(source, block, read)
+        if where.loop is not None:
+            _use_backing(source, where, where.loop, read)
         elif read == "backing":
-            raise ParameterError(f"{path} is not a loop device: it has no backing file to read")
+            raise ParameterError(f"{path} is not on a loop device: it has no backing file to read")
+        elif where.queue.dev != block.dev:
+            _use_lower(source, where)
     except BaseException:
         owned.close()
         raise
     return source
 
 
-def _open_caches(source: Source, block: BlockDevice) -> None:
-    """The source's own descriptor, and one for each device on top of it."""
-    source.caches.append((source.path, source.fd))
-    for device in sysblock.stacked_on(block):
-        if device.dev == block.dev:
-            continue
-        path = "/dev/" + device.name.replace("!", "/")
-        try:
-            fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-        except OSError as e:
-            if e.errno in (errno.ENOENT, errno.ENXIO, errno.ENOMEDIUM):
-                continue
-            raise DeviceError.of(f"cannot open {path}, which lies on {source.path}", e) from e
-        source._owned.callback(os.close, fd)
-        source.caches.append((path, fd))
+def _use_lower(source: Source, where: Reach) -> None:
+    """Read the block device on which the source lies.  A loop device between them
+    reads through that one's page cache, which knows nothing of a write by another way."""
+    path = f"/dev/{where.queue.name}"
+    fd = _open(path, os.O_RDONLY | os.O_DIRECT, source._owned, f"what {source.path} lies on,")
+    align = kernel.logical_block_size(fd, path)
+    if where.base % align:
+        source.io_mode += f" ({path}, on which it lies, not used: {align}-byte sectors)"
+        return
+    source.fd, source.base, source.align = fd, where.base, align
+    source.io_mode = f"{path}, on which it lies, O_DIRECT"
 
 
-def _use_backing(source: Source, block: BlockDevice, read: ReadPath) -> None:
+def _use_backing(source: Source, where: Reach, loop: Loop, read: ReadPath) -> None:
     """Find the loop device's backing file; take the holes from it, and read it
     unless `device` was asked for."""
-    disk = f"/dev/{block.disk}"
+    disk = loop.path
     why = ""
     fd = -1
     try:
         status_fd = source.fd
-        if block.is_partition:
+        if loop.device.dev != (source.block and source.block.dev):
             status_fd = os.open(disk, os.O_RDONLY | os.O_CLOEXEC)
             source._owned.callback(os.close, status_fd)
         status = kernel.loop_status(status_fd, disk)
-        name = sysblock.attribute(Path("/sys/block") / block.disk / "loop/backing_file")
+        name = sysblock.backing_file(loop.device.name)
         # The loop's own mode decides how: behind a direct-io loop the page
         # cache of the file is cold, behind a buffered one it is the truth.
         fd = os.open(name, os.O_RDONLY | os.O_CLOEXEC | (os.O_DIRECT if status.direct_io else 0))
@@ -285,7 +324,7 @@ def _use_backing(source: Source, block: BlockDevice, read: ReadPath) -> None:
         source.io_mode += f" (backing file not used: {why})"
         return
     source._owned.callback(os.close, fd)
-    base = status.offset + block.start
+    base = status.offset + where.queue.start
     source.sparse_fd, source.sparse_base = fd, base
     if read == "device":
         return
@@ -347,28 +386,15 @@ def _open_image(image: str, owned: contextlib.ExitStack) -> int:
 
 
 def _find_mounts(source: Source, mount: str | None) -> None:
+    """Of a ploop device."""
     if mount is not None:
         source.mounts = [Mount(mount, "?", source.path)]
         source.mount_given = True
-        _check_mount(source, mount)
-        return
-    if source.block is None:
-        return
-    devices = sysblock.stacked_on(source.block)
-    source.mounts = sysblock.mounts_of(devices, Path("/proc/self/mountinfo"))
-    if source.kind == "ploop":
+    elif source.block is not None:
+        devices = sysblock.stacked_on(source.block)
+        found = sysblock.mounts_of(devices, Path("/proc/self/mountinfo"))
         # The driver's partitions may be numbered apart from what sysfs tells.
-        source.mounts = [replace(m, dev=None) for m in source.mounts]
-    if source.kind == "ploop":
-        return
-    here = {m.device() for m in source.mounts}
-    elsewhere = sysblock.mounted_elsewhere([d for d in devices if d.dev not in here])
-    if elsewhere:
-        pid, there = elsewhere
-        raise OpenError(
-            f"{source.path} is mounted in another mount namespace (process {pid}, {there.point}), "
-            f"so it cannot be frozen from here; use --mount /proc/{pid}/root{there.point}"
-        )
+        source.mounts = [replace(m, dev=None) for m in found]
 
 
 def _check_mount(source: Source, mount: str) -> None:
@@ -377,16 +403,17 @@ def _check_mount(source: Source, mount: str) -> None:
         st = os.stat(mount)
     except OSError as e:
         raise OpenError.of(f"cannot open the mount point {mount}", e) from e
-    if source.kind != "block" or source.block is None:
+    if source.where is None:
         return
-    devices = sysblock.stacked_on(source.block)
+    devices = source.where.tracked
     if (os.major(st.st_dev), os.minor(st.st_dev)) in {d.dev for d in devices}:
         return
-    # btrfs has a device number of its own: go by the mount point.
+    # btrfs has a device number of its own, and so has XFS when the source is its
+    # log: go by the mount point.
     process, point = "self", os.path.realpath(mount)
     if m := re.match(r"/proc/(\d+)/root(/.*)?$", mount):
         process, point = m[1], m[2] or "/"
     for known in sysblock.mounts_of(devices, Path(f"/proc/{process}/mountinfo")):
-        if known.fstype == "btrfs" and known.point == point:
+        if known.point == point:
             return
     raise OpenError(f"{mount} is not on a file system of {source.path}")

@@ -73,22 +73,27 @@ class LoopStatus(NamedTuple):
     offset: int
     sizelimit: int
     direct_io: bool
+    rdevice: tuple[int, int] | None = None
+    """The block device that the backing file is; None: it is none."""
 
 
 def loop_status(fd: int, path: str) -> LoopStatus:
     """ENXIO: nothing is attached.  ENOTTY: not a loop device."""
     info = _ffi.new("struct loop_info64 *")
     _check(_lib.pk_loop_status(fd, info), path)
-    # huge_encode_dev() of the kernel: major in bits 8..19, minor in 0..7 and 20..
-    dev = int(info.lo_device)
-    major, minor = (dev >> 8) & 0xFFF, (dev & 0xFF) | ((dev >> 12) & 0xFFFFF00)
     return LoopStatus(
-        (major, minor),
+        _decode_dev(int(info.lo_device)),
         int(info.lo_inode),
         int(info.lo_offset),
         int(info.lo_sizelimit),
         bool(info.lo_flags & _lib.LO_FLAGS_DIRECT_IO),
+        _decode_dev(int(info.lo_rdevice)) if info.lo_rdevice else None,
     )
+
+
+def _decode_dev(dev: int) -> tuple[int, int]:
+    """huge_encode_dev() of the kernel: major in bits 8..19, minor in 0..7 and 20.."""
+    return (dev >> 8) & 0xFFF, (dev & 0xFF) | ((dev >> 12) & 0xFFFFF00)
 
 
 def set_pipe_size(fd: int, size: int) -> int:
@@ -171,3 +176,39 @@ def tcp_repair(fd: int) -> None:
     """From here on the connection is closed without a packet.  EPERM: it
     listens; ENOPROTOOPT, EOPNOTSUPP: it is no TCP socket."""
     _check(_lib.pk_tcp_repair(fd, 1))
+
+
+class Access(NamedTuple):
+    """Somebody else's use of a watched file."""
+
+    opened: bool
+    wrote: bool
+    """It was written, or closed by one who could write."""
+    pid: int
+
+
+def watch_file(fd: int, path: str) -> int:
+    """A descriptor that tells who opens and writes the file `fd`, by fanotify.
+    Writes of the loop driver are not told (from Linux 6.x on), nor are those by
+    io_submit or through a mapping: their files are closed after writing.
+    EPERM: this takes CAP_SYS_ADMIN."""
+    mask = _lib.FAN_OPEN | _lib.FAN_MODIFY | _lib.FAN_CLOSE_WRITE
+    return _check(_lib.pk_watch_file(fd, mask), path)
+
+
+def read_accesses(fd: int, path: str) -> list[Access]:
+    """What happened since the last call; never waits.  When the kernel lost some,
+    there is one that may be anything, of PID 0."""
+    found: list[Access] = []
+    events = _ffi.new("struct pk_access[64]")
+    while True:
+        n = _lib.pk_read_accesses(fd, events, 64)
+        if n == -errno.EAGAIN:
+            return found
+        if n < 0:  # the event's file could not be opened for us: it is lost
+            found.append(Access(True, True, 0))
+            return found
+        for e in events[0:n]:
+            lost = bool(e.mask & _lib.FAN_Q_OVERFLOW)
+            wrote = bool(e.mask & (_lib.FAN_MODIFY | _lib.FAN_CLOSE_WRITE)) or lost
+            found.append(Access(bool(e.mask & _lib.FAN_OPEN) or lost, wrote, int(e.pid)))

@@ -35,7 +35,7 @@ from pyploop.rounds import (
     forecast,
 )
 from pyploop.summary import Options, Summary
-from pyploop.trackers import Batch, Tracker, Verdict
+from pyploop.trackers import Batch, Repair, Tracker, Verdict
 from pyploop.units import MIB, format_size
 from pyploop.worker import run_cancellable
 
@@ -153,9 +153,11 @@ class Running:
         """What was dirtied until now, the file systems' page cache included;
         hot blocks too when it may be the last."""
         number = len(self._rounds) + 1
+        self._look_around(last)
         start = time.monotonic()
         before = self._tracker.pending()
         run_cancellable(self.write_back)
+        beside = self.beside()
         after = self._tracker.pending()
         batches = self._tracker.take()
         window_start, self._passes.window_start = self._passes.window_start, time.monotonic()
@@ -173,6 +175,8 @@ class Running:
         self._recorder.add(f"round {number}", send_start, end)
         verdict = self._tracker.check(quiesced=False)
         repaired = self.repair(quiesced=False) if verdict.state == "lossy" else 0
+        if beside:
+            repaired = (repaired or 0) + self.compare_all(beside, quiesced=False)
         result = Round(
             sent,
             end - send_start,
@@ -227,14 +231,45 @@ class Running:
         repair = self._tracker.repair(quiesced)
         if repair is None:
             return None if quiesced else 0
+        return self._compare(repair, "Lost events", quiesced)
+
+    def _compare(self, repair: Repair, why: str, quiesced: bool) -> int:
         sent = self._passes.send(repair.batches)
         self._summary.repairs += 1
         self._summary.repaired_bytes += sent
         self._report.note(
-            f"Lost events: compared {repair.scope} by hash, sent {format_size(sent)} that differed"
+            f"{why}: compared {repair.scope} by hash, sent {format_size(sent)} that differed"
         )
         self._report.event("repair", scope=repair.scope, sent=sent, frozen=quiesced)
         return sent
+
+    # ---- who else uses the source
+
+    def _look_around(self, last: bool) -> None:
+        """Between rounds: what has grown, or is used by somebody new, is named now and
+        not inside the freeze.  A file system that was mounted since is frozen, too."""
+        self._source.check_size()
+        lookout = self._source.lookout
+        for user in lookout.changed(last) if lookout is not None else []:
+            self._report.note(f"New since the last look: {user}")
+        known = {m.device() for m in self._source.mounts}
+        for mount in lookout.found.mounts if lookout is not None else []:
+            if mount.device() not in known:
+                self._mounts.adopt(mount)
+                self._source.mounts.append(mount)
+
+    def beside(self) -> list[str]:
+        """What was written where no tracker sees it, in words."""
+        lookout = self._source.lookout
+        return [] if lookout is None else lookout.beside()
+
+    def compare_all(self, beside: list[str], quiesced: bool) -> int:
+        """Compare the whole source; returns the bytes that differed."""
+        data, holes = self._source.holes()
+        batches = [Batch(Extents.of(data), changed=True)]
+        if holes:
+            batches.append(Batch(Extents.of(holes), changed=True, holes=True))
+        return self._compare(Repair(batches, "the whole source"), "; ".join(beside), quiesced)
 
     # ---- decisions
 

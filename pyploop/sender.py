@@ -89,6 +89,7 @@ class Sender:
         report.event("sending", image=source.image, size=source.size, clock=report.start)
         report.info(f"Source: {source.path}, {format_size(source.size)}, read by {source.io_mode}")
         report.info(f"Tracker: {self._tracker.name} ({self._tracker.why})")
+        self._tell_users()
         if source.kind == "ploop" and not source.mounts:
             raise OpenError(f"{source.path} has no mount point, so it cannot be frozen")
         with contextlib.ExitStack() as undo:
@@ -101,6 +102,8 @@ class Sender:
             if self._options.throttle is not None:
                 disk = None if source.block is None else source.block.disk_dev
                 self._options.throttle.prepare(self._plan, disk, self._specs())
+            for switch in source.lookout.switched_off if source.lookout else []:
+                self._plan.set_file(switch, "1", f"switch {switch} off again")
             self._tracker.start(self._plan)
             undo.callback(self._tracker.stop, False)
             self._passes = Passes(source, self._tracker, self._out, self._options, report)
@@ -124,6 +127,16 @@ class Sender:
             )
             self._undo = undo.pop_all()
         return self
+
+    def _tell_users(self) -> None:
+        """Whom the copy finds at work on the source."""
+        if self._source.lookout is None:
+            return
+        for text in self._source.lookout.warnings():
+            self._report.note(text)
+        self.summary.unsafe = self._source.lookout.unsafe
+        for text in self.summary.unsafe:
+            self._report.error(f"UNSAFE (--unsafe-in-use): {text}; the copy may be stale")
 
     def _specs(self) -> list[Spec]:
         command = self._options.stop_command
@@ -216,6 +229,9 @@ class Sender:
             run_cancellable(self._running.write_back)
         with step("freeze"):
             self._mounts.freeze()
+            # What the freeze itself wrote to a loop device on top of the source; and
+            # what somebody wrote through a device since the sync.
+            self._source.write_back()
 
     def last_blocks(self) -> None:
         """Send what is dirty until nothing is, and no event is missing."""
@@ -299,8 +315,13 @@ class Sender:
             verdict = self._tracker.check(quiesced=True)
         if verdict.state == "busy":
             raise self._still_written()
+        beside = self._running.beside()
         with self.recorder.step("last blocks"):
             sent = self._passes.send(self._running.take())
+        if beside:
+            with self.recorder.step("repair"):
+                self._running.compare_all(beside, quiesced=True)
+            return False
         if verdict.state in ("complete", "unknown"):
             self.summary.completeness = verdict.state
             # A stopped scan has compared everything: once is enough.

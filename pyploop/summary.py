@@ -76,3 +76,5 @@ class Summary:
     repaired_bytes: int = 0
     repairs: int = 0
     acknowledged: str = "unknown"
+    unsafe: list[str] = field(default_factory=list)
+    """Users of the source that were disregarded, as the user wanted."""

@@ -9,9 +9,11 @@ from __future__ import annotations
 import os
 import re
 import stat
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from pyploop import kernel
 from pyploop.errors import SysfsError
 from pyploop.units import SECTOR
 
@@ -70,10 +72,15 @@ class Mount:
             return False
 
 
+def text_of(path: Path) -> str:
+    """A file of /proc or /sys.  Names in it are bytes, of any encoding or none."""
+    return os.fsdecode(path.read_bytes())
+
+
 def attribute(path: Path) -> str:
     """The text of a sysfs attribute; SysfsError when it cannot be read."""
     try:
-        return path.read_text().strip()
+        return text_of(path).strip()
     except OSError as e:
         raise SysfsError.of(f"cannot read {path}", e) from e
 
@@ -87,7 +94,8 @@ def number(path: Path) -> int:
         raise SysfsError(f"{path} holds {text[:40]!r}, not a number") from None
 
 
-def _parse_dev(text: str) -> tuple[int, int]:
+def parse_dev(text: str) -> tuple[int, int]:
+    """Of `8:1`."""
     major, _, minor = text.partition(":")
     return int(major), int(minor)
 
@@ -104,7 +112,7 @@ def find(dev: tuple[int, int]) -> BlockDevice:
         return BlockDevice(node.name, dev, node.name, dev, 0, size)
     disk = node.parent
     start = number(node / "start") * SECTOR
-    return BlockDevice(node.name, dev, disk.name, _parse_dev(attribute(disk / "dev")), start, size)
+    return BlockDevice(node.name, dev, disk.name, parse_dev(attribute(disk / "dev")), start, size)
 
 
 def is_bio_based(disk: str) -> bool:
@@ -123,11 +131,11 @@ def stacked_on(dev: BlockDevice) -> list[BlockDevice]:
         node = Path(f"/sys/dev/block/{d.dev[0]}:{d.dev[1]}").resolve()
         if not d.is_partition:
             for part in sorted(node.glob(f"{d.name}*/partition")):
-                visit(find(_parse_dev(attribute(part.parent / "dev"))))
+                visit(find(parse_dev(attribute(part.parent / "dev"))))
         holders = node / "holders"
         if holders.is_dir():
             for holder in sorted(holders.iterdir()):
-                visit(find(_parse_dev(attribute(holder / "dev"))))
+                visit(find(parse_dev(attribute(holder / "dev"))))
 
     visit(dev)
     return list(found.values())
@@ -139,34 +147,87 @@ def unescape(text: str) -> str:
     return os.fsdecode(raw)
 
 
-def mounts_of(devices: list[BlockDevice], mountinfo: Path) -> list[Mount]:
-    """Mounted file systems of these devices, one mount point for each."""
-    wanted = {d.dev for d in devices}
-    result: dict[tuple[int, int], Mount] = {}
+@dataclass(frozen=True)
+class Entry:
+    """A line of mountinfo."""
+
+    dev: tuple[int, int]
+    point: str
+    fstype: str
+    source: str
+    options: list[str]
+    """Of the file system, not of the mount: `ro` is one that is not written."""
+
+
+def entries(mountinfo: Path) -> list[Entry]:
+    """What is mounted, as this file of /proc tells."""
+    found = []
     # Bytes: a name may hold anything but what the kernel escapes, also what
     # str.split and str.splitlines take for a space or the end of a line.
-    for line in os.fsdecode(mountinfo.read_bytes()).split("\n"):
+    for line in text_of(mountinfo).split("\n"):
         left, _, right = line.partition(" - ")
         fields, rest = left.split(" "), right.split(" ")
         if len(fields) < 5 or len(rest) < 2:
             continue
-        dev = _parse_dev(fields[2])
-        source = unescape(rest[1])
-        if dev not in wanted:
-            # btrfs shows an anonymous number of its own: go by the source.
-            if rest[0] != "btrfs":
-                continue
+        options = rest[2].split(",") if len(rest) > 2 else []
+        point, source = unescape(fields[4]), unescape(rest[1])
+        found.append(Entry(parse_dev(fields[2]), point, rest[0], source, options))
+    return found
+
+
+def device_number(path: str) -> tuple[int, int] | None:
+    """Of the block device with this name; None when there is none here."""
+    try:
+        st = os.stat(path)
+    except OSError:
+        return None
+    return (os.major(st.st_rdev), os.minor(st.st_rdev)) if stat.S_ISBLK(st.st_mode) else None
+
+
+def devices_of(entry: Entry) -> set[tuple[int, int]]:
+    """The block devices that the mounted file system writes: several of a btrfs,
+    whose own number is none of theirs, and of an XFS with a log device."""
+    if entry.fstype == "btrfs":
+        dev = device_number(entry.source)
+        return set() if dev is None else btrfs_devices(dev)
+    found = {entry.dev}
+    if entry.fstype == "xfs":
+        for option in entry.options:
+            name, _, value = option.partition("=")
+            if name in ("logdev", "rtdev") and (dev := device_number(unescape(value))):
+                found.add(dev)
+    return found
+
+
+def btrfs_devices(dev: tuple[int, int]) -> set[tuple[int, int]]:
+    """All devices of the mounted btrfs that this one belongs to, itself included."""
+    for folder in Path("/sys/fs/btrfs").glob("*/devices"):
+        found = set()
+        for device in folder.iterdir():
             try:
-                rdev = os.stat(source).st_rdev
-            except OSError:
+                found.add(parse_dev(attribute(device / "dev")))
+            except SysfsError:  # missing from the file system
                 continue
-            dev = os.major(rdev), os.minor(rdev)
-            if dev not in wanted:
-                continue
-        point = unescape(fields[4])
+        if dev in found:
+            return found
+    return {dev}
+
+
+def mounts_of(devices: Sequence[BlockDevice], mountinfo: Path) -> list[Mount]:
+    """Mounted file systems of these devices, one mount point for each."""
+    wanted = {d.dev for d in devices}
+    result: dict[tuple[int, int], Mount] = {}
+    for entry in entries(mountinfo):
+        if entry.dev not in wanted and entry.fstype not in ("btrfs", "xfs"):
+            continue
+        if not devices_of(entry) & wanted:
+            continue
+        # A btrfs shows an anonymous number, and each subvolume has its own.
+        of_btrfs = entry.fstype == "btrfs"
+        dev = min(devices_of(entry)) if of_btrfs else entry.dev
         # A file system mounted twice is frozen once; a later mount may hide
         # an earlier point, so the first that can still be opened as it is.
-        mount = Mount(point, rest[0], source, None if rest[0] == "btrfs" else dev)
+        mount = Mount(entry.point, entry.fstype, entry.source, None if of_btrfs else dev)
         if dev not in result or (mount.is_visible() and not result[dev].is_visible()):
             result[dev] = mount
     return list(result.values())
@@ -175,7 +236,7 @@ def mounts_of(devices: list[BlockDevice], mountinfo: Path) -> list[Mount]:
 def mount_points(dev: str) -> list[str]:
     """Where the file system with this device number ('8:1') is mounted here."""
     found = []
-    for line in os.fsdecode(Path("/proc/self/mountinfo").read_bytes()).split("\n"):
+    for line in text_of(Path("/proc/self/mountinfo")).split("\n"):
         fields = line.split(" ")
         if len(fields) > 4 and fields[2] == dev:
             found.append(unescape(fields[4]))
@@ -185,7 +246,7 @@ def mount_points(dev: str) -> list[str]:
 def mount_points_below(folder: str) -> list[str]:
     """Everything that is mounted below this folder, the innermost first."""
     found = []
-    for line in os.fsdecode(Path("/proc/self/mountinfo").read_bytes()).split("\n"):
+    for line in text_of(Path("/proc/self/mountinfo")).split("\n"):
         fields = line.split(" ")
         if len(fields) > 4 and unescape(fields[4]).startswith(folder.rstrip("/") + "/"):
             found.append(unescape(fields[4]))
@@ -195,7 +256,7 @@ def mount_points_below(folder: str) -> list[str]:
 def cgroup_mounts() -> list[tuple[str, list[str] | None]]:
     """Mounted cgroup hierarchies: (folder, controllers), None for v2."""
     found: list[tuple[str, list[str] | None]] = []
-    for line in os.fsdecode(Path("/proc/self/mountinfo").read_bytes()).split("\n"):
+    for line in text_of(Path("/proc/self/mountinfo")).split("\n"):
         left, _, right = line.partition(" - ")
         fields, rest = left.split(" "), right.split(" ")
         if rest[0] == "cgroup2":
@@ -205,33 +266,101 @@ def cgroup_mounts() -> list[tuple[str, list[str] | None]]:
     return found
 
 
-def mounted_elsewhere(devices: list[BlockDevice]) -> tuple[int, Mount] | None:
+def mounted_elsewhere(devices: Sequence[BlockDevice]) -> tuple[int, Mount] | None:
     """A process that sees one of the devices mounted in its own mount
     namespace, and that mount; None when no process does."""
-    seen = {str(Path("/proc/self/ns/mnt").readlink())}
-    for proc in Path("/proc").glob("[0-9]*"):
+    seen = {os.readlink("/proc/self/ns/mnt")}
+    for pid in processes():
         try:
-            namespace = str((proc / "ns/mnt").readlink())
+            namespace = os.readlink(f"/proc/{pid}/ns/mnt")
             if namespace in seen:
                 continue
             seen.add(namespace)
-            mounts = mounts_of(devices, proc / "mountinfo")
+            mounts = mounts_of(devices, Path(f"/proc/{pid}/mountinfo"))
         except OSError:
             continue
         if mounts:
-            return int(proc.name), mounts[0]
+            return pid, mounts[0]
     return None
+
+
+def processes() -> list[int]:
+    """The PIDs that /proc shows."""
+    return [int(name) for name in os.listdir("/proc") if name.isdecimal()]
+
+
+@dataclass(frozen=True)
+class Loop:
+    """An attached loop device, and the part of its backing file that it shows."""
+
+    device: BlockDevice
+    file: tuple[tuple[int, int], int]
+    """The backing file: device number and inode."""
+    below: tuple[int, int] | None
+    """The block device that the backing file is; None: a regular file."""
+    offset: int
+    name: str
+    """Of the backing file, as its opener saw it; ` (deleted)` after it."""
+
+    @property
+    def path(self) -> str:
+        return f"/dev/{self.device.name}"
+
+
+def loop_names() -> list[str]:
+    """The loop devices that something is attached to."""
+    return sorted(
+        name
+        for name in os.listdir("/sys/block")
+        if name.startswith("loop") and os.access(f"/sys/block/{name}/loop", os.F_OK)
+    )
+
+
+def loops() -> list[Loop]:
+    """All attached loop devices.  The kernel is asked for the file's inode: a name
+    may be another file's by now, or of another mount namespace."""
+    found = []
+    for name in loop_names():
+        try:
+            found.append(_loop(name))
+        except (OSError, SysfsError):  # detached meanwhile
+            continue
+    return found
+
+
+def backing_file(disk: str) -> str:
+    """Of a loop device; SysfsError when nothing is attached."""
+    path = Path("/sys/block") / disk / "loop/backing_file"
+    try:
+        return text_of(path).removesuffix("\n")
+    except OSError as e:
+        raise SysfsError.of(f"cannot read {path}", e) from e
+
+
+def _loop(name: str) -> Loop:
+    folder = Path("/sys/block") / name
+    device = find(parse_dev(attribute(folder / "dev")))
+    backing = backing_file(name)
+    offset = number(folder / "loop/offset")
+    try:
+        fd = os.open(f"/dev/{name}", os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            status = kernel.loop_status(fd, name)
+        finally:
+            os.close(fd)
+        return Loop(device, (status.device, status.inode), status.rdevice, offset, backing)
+    except OSError:  # not for this user, or no such node here: go by the name
+        st = os.stat(backing)
+        dev = os.major(st.st_dev), os.minor(st.st_dev)
+        return Loop(device, (dev, st.st_ino), device_number(backing), offset, backing)
+
+
+def loops_on(st: os.stat_result) -> list[Loop]:
+    """The loop devices that this regular file is attached to."""
+    file = (os.major(st.st_dev), os.minor(st.st_dev)), st.st_ino
+    return [loop for loop in loops() if loop.file == file]
 
 
 def loop_device_of(path: str) -> list[str]:
     """Loop devices (/dev/loopN) that this image file is attached to."""
-    st = os.stat(path)
-    found = []
-    for attr in sorted(Path("/sys/block").glob("loop*/loop/backing_file")):
-        try:
-            backing = os.stat(attr.read_text().rstrip("\n"))
-        except OSError:
-            continue
-        if (backing.st_dev, backing.st_ino) == (st.st_dev, st.st_ino):
-            found.append(f"/dev/{attr.parent.parent.name}")
-    return found
+    return [loop.path for loop in loops_on(os.stat(path))]

@@ -125,7 +125,9 @@ def _send(o: argparse.Namespace, report: Reporter) -> None:
             answer_timeout=o.timeout or ANSWER_TIMEOUT,
             compat=o.compat,
         ) as out,
-        contextlib.closing(device.open_source(o.source, o.read, o.mount)) as source,
+        contextlib.closing(
+            device.open_source(o.source, o.read, o.mount, unsafe=o.unsafe)
+        ) as source,
     ):
         tracker = choose(o.tracker, source, o.cluster)
         if o.compat == "ploop" and tracker.name == "ploop":

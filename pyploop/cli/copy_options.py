@@ -82,6 +82,13 @@ def parser() -> Parser:
     )
     add("--mount", metavar="DIR", help="mount point to freeze, instead of those found")
     add(
+        "--unsafe-in-use",
+        dest="unsafe",
+        action="store_true",
+        help="copy although something uses the source that the copy cannot take into account "
+        "(it is named): the copy may be stale",
+    )
+    add(
         "--freeze",
         dest="stops",
         action=StopAction,

@@ -23,6 +23,7 @@ from pyploop.image import Image
 from pyploop.sysblock import BlockDevice
 from pyploop.trackers.choose import choose
 from pyploop.units import KIB, format_size
+from pyploop.users import Found, refusal
 
 SCHEMA = "pyploop.info/1"
 Report = dict[str, Any]
@@ -87,6 +88,7 @@ def _empty(path: str, kind: str) -> Report:
         "chain": [],
         "device": None,
         "mounts": [],
+        "users": [],
         "tracker": None,
         "notes": [],
     }
@@ -224,6 +226,7 @@ def _put_device(report: Report, path: str) -> Source:
             report["mounts"] = [
                 {"point": m.point, "fstype": m.fstype, "source": m.source} for m in source.mounts
             ]
+        report["users"] = _users(source)
         if report["tracker"] is None:
             report["tracker"] = _tracker(source)
         if report["kind"] == "device" and source.sparse_fd is not None:
@@ -233,13 +236,23 @@ def _put_device(report: Report, path: str) -> Source:
     return source
 
 
+def _users(source: Source) -> list[Report]:
+    found = [] if source.lookout is None else source.lookout.found.users
+    return [
+        {"device": u.device, "what": u.what, "state": u.state, "advice": u.advice or None}
+        for u in found
+    ]
+
+
 def _open(report: Report, path: str) -> Source:
     try:
         return open_source(path)
     except OpenError as e:
-        # Mounted where this process cannot freeze it: the rest is still true.
+        # Used in a way that a copy cannot be right with: the rest is still true.
         source = open_source(path, to_freeze=False)
-        report["notes"].append(str(e))
+        found = Found() if source.lookout is None else source.lookout.look()
+        source.mounts = found.mounts
+        report["notes"] += [refusal([u]) for u in found.unknown] or [str(e)]
         return source
 
 
@@ -282,7 +295,7 @@ def _backing_file(source: Source, block: BlockDevice | None) -> str | None:
     if block is None or not block.disk.startswith("loop"):
         return None
     try:
-        return sysblock.attribute(Path("/sys/block") / block.disk / "loop/backing_file")
+        return sysblock.backing_file(block.disk)
     except SysfsError:  # detached meanwhile
         return None
 
@@ -329,6 +342,9 @@ def as_text(report: Report) -> list[str]:
     if device:
         mounts = [f"{m['point']} ({m['fstype']} on {m['source']})" for m in report["mounts"]]
         lines += _list("mounts", mounts or ["none"])
+    # What is frozen with the source stands among the mounts already.
+    others = [u for u in report["users"] if u["state"] != "frozen"]
+    lines += _list("used by", [f"{u['device']} {u['what']} ({u['state']})" for u in others])
     tracker = report["tracker"]
     lines.append(("tracker", f"{tracker['name'] or 'none'}: {tracker['why']}"))
     lines += [("note", note) for note in report["notes"]]

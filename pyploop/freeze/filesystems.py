@@ -86,6 +86,11 @@ class FileSystems:
         self._open.append(_Open(mount, fd))
         return self._open[-1]
 
+    def adopt(self, mount: Mount) -> None:
+        """A file system of the source that was mounted since."""
+        self._add(mount)
+        self._locked = False  # it is not, yet
+
     def __len__(self) -> int:
         return len(self._open)
 

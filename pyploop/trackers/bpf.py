@@ -64,12 +64,12 @@ class BpfTracker:
     stop_before_end = False
 
     def __init__(self, source: Source, why: str = "asked for") -> None:
-        if source.block is None:
+        if source.queue is None:
             raise DeviceControlError(
                 f"{source.path} is a plain file: --tracker bpf follows block devices (use scan)"
             )
         self.why = why
-        self._block: BlockDevice = source.block
+        self._block: BlockDevice = source.queue
         self._source = source
         self._size = source.size
         disk = self._block.disk
@@ -368,14 +368,15 @@ class BpfTracker:
 
 def usable(source: Source) -> str:
     """Empty when BPF can track this source, else why it cannot."""
-    if source.block is None:
+    queue = source.queue
+    if queue is None:
         return "a plain file"
-    if source.size % SECTOR or source.block.start % SECTOR:
+    if source.size % SECTOR or queue.start % SECTOR:
         return "not made of sectors"
-    zoned = Path("/sys/block") / source.block.disk / "queue/zoned"
+    zoned = Path("/sys/block") / queue.disk / "queue/zoned"
     if zoned.exists() and zoned.read_text().strip() != "none":
         return "a zoned device (a zone reset changes data without an event)"
-    dax = Path("/sys/block") / source.block.disk / "queue/dax"
+    dax = Path("/sys/block") / queue.disk / "queue/dax"
     if dax.exists() and dax.read_text().strip() == "1":
         return "a DAX device (what is mapped from it is written without an event)"
     if os.geteuid() != 0:

@@ -23,7 +23,7 @@ from pyploop.sysblock import Mount
 MIB = 1 << 20
 KEYS = {
     "schema", "path", "kind", "format", "version", "size", "file_size", "cluster", "allocated",
-    "data", "in_use", "chain", "device", "mounts", "tracker", "notes",
+    "data", "in_use", "chain", "device", "mounts", "users", "tracker", "notes",
 }  # fmt: skip
 BASE, TOP = (f"{{0000000{i}-0000-4000-8000-0123456789ab}}" for i in (1, 2))
 NONE = "{00000000-0000-0000-0000-000000000000}"

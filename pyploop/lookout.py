@@ -1,0 +1,259 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Who uses a source, from before the first block until the last.
+
+At the start everything is looked for, and a copy that cannot be right does not
+begin.  Between rounds only what can have changed is looked at: mounts, swap space,
+loop devices, partitions.  Inside the freeze nothing is searched unless one of
+these has changed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from pyploop import kernel, sysblock, users
+from pyploop.errors import DeviceControlError, DeviceError, LoopError, OpenError, SysfsError
+from pyploop.reach import Dev, Member, Reach, reach
+from pyploop.sysblock import Mount
+from pyploop.users import Found, User
+from pyploop.witness import Witness
+
+FLAG = "--unsafe-in-use"
+
+
+@dataclass(frozen=True)
+class _Sight:
+    """What tells at a glance that there may be other users."""
+
+    mounts: bytes = b""
+    swaps: bytes = b""
+    devices: tuple[str, ...] = ()
+    loops: tuple[bytes, ...] = ()
+
+    @classmethod
+    def now(cls) -> _Sight:
+        names = sysblock.loop_names()
+        return cls(
+            _read("/proc/self/mountinfo"),
+            _read("/proc/swaps"),
+            (*sorted(os.listdir("/sys/class/block")), *names),
+            tuple(_read(f"/sys/block/{name}/loop/backing_file") for name in names),
+        )
+
+
+def _read(path: str) -> bytes:
+    try:
+        with open(path, "rb", buffering=0) as f:
+            return f.readall()
+    except OSError:
+        return b""
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What is copied."""
+
+    path: str
+    where: Reach | None
+    """None: a plain file."""
+    file: tuple[Dev, int] | None
+    """Device and inode of the file in which its bytes are, if they are in one."""
+    name: str = ""
+    """That file's."""
+    file_fd: int | None = None
+    """The same, open, when it can be had."""
+
+
+class Lookout:
+    """The users of one open source."""
+
+    def __init__(self, subject: Subject, given: Sequence[Mount] = (), unsafe: bool = False) -> None:
+        """given: what the user says is to be frozen.  unsafe: he says that the
+        copy is to be made whatever is found."""
+        self._subject, self._given, self._unsafe = subject, given, unsafe
+        self._where = subject.where
+        self._caches: dict[Dev, tuple[Member, int]] = {}
+        self._owned = contextlib.ExitStack()
+        self._witness: Witness | None = None
+        self._claimed: list[Dev] = []
+        self._sight = _Sight()
+        self.found = Found()
+
+    def close(self) -> None:
+        self._owned.close()
+
+    def look(self) -> Found:
+        """Search; changes nothing and keeps nothing open."""
+        self._sight = _Sight.now()
+        self.found = self._find()
+        return self.found
+
+    def begin(self) -> None:
+        """Search, and watch from now on.  OpenError when somebody uses the source
+        in a way that no copy can be right with."""
+        s = self._subject
+        if s.where is not None:
+            self._witness = Witness(s.file_fd, s.name)
+            self._owned.callback(self._witness.close)
+            self._open_caches()
+            # What is dirty there now is no write of the time of the copy.
+            self.write_back()
+            self._witness.count(s.where, at_start=True)
+        # After the watch has begun, so that nobody comes in between.
+        self.look()
+        if self.found.unknown and not self._unsafe:
+            raise OpenError(
+                f"{users.refusal(self.found.unknown)} (or copy all the same, by {FLAG}); "
+                "no target was made"
+            )
+
+    # ---- page caches
+
+    def _open_caches(self) -> None:
+        assert self._where is not None
+        for member in self._where.members:
+            if member.device.dev in self._caches:
+                continue
+            path = self._path_of(member)
+            try:
+                fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            except OSError as e:
+                if e.errno in (errno.ENOENT, errno.ENXIO, errno.ENOMEDIUM):
+                    continue
+                raise DeviceError.of(
+                    f"cannot open {path}, which shares bytes with {self._subject.path}", e
+                ) from e
+            self._owned.callback(os.close, fd)
+            self._caches[member.device.dev] = member, fd
+
+    def _path_of(self, member: Member) -> str:
+        assert self._where is not None
+        return self._subject.path if member is self._where.members[0] else member.path
+
+    def write_back(self) -> None:
+        """Write back what was written through the page cache of any device that
+        shares bytes with the source, the uppermost first; until then neither a
+        tracker nor a read of ours knows of it."""
+        for member, fd in sorted(self._caches.values(), key=lambda c: -c[0].height):
+            try:
+                kernel.write_back(fd, member.path)
+            except OSError as e:
+                what = f"cannot write back the page cache of {member.path}"
+                raise DeviceControlError.of(what, e) from e
+
+    # ---- who is there
+
+    def _find(self) -> Found:
+        if self._where is None:
+            return Found([], [*self._attached(), *self._writers("compared")])
+        self._claimed = self._claims()
+        found = users.find(self._subject.path, self._where, self._given)
+        return Found(found.mounts, [*found.users, *self._writers("unknown")])
+
+    def _claims(self) -> list[Dev]:
+        members = [] if self._where is None else self._where.members
+        return [m.device.dev for m in members if users.is_claimed(self._path_of(m), m.device)]
+
+    def _attached(self) -> list[User]:
+        """Loop devices on a plain file: what is mounted there is not frozen."""
+        return [
+            User(loop.path, f"shows {self._subject.name}", "unknown", f"copy {loop.path} instead")
+            for loop in sysblock.loops()
+            if loop.file == self._subject.file
+        ]
+
+    def _writers(self, state: users.State) -> list[User]:
+        s = self._subject
+        found = []
+        for pid, how in users.writers(s.file) if s.file is not None else []:
+            shown = "" if state == "compared" else f", which {s.path} shows,"
+            what = f"has {s.name}{shown} {how} for writing"
+            found.append(User(users.describe(pid), what, state, "end it", pid))
+        return found
+
+    # ---- later
+
+    def changed(self, last: bool = False, frozen: bool = False) -> list[User]:
+        """Who has come since the last look and can be lived with: a file system that
+        is to be frozen with the others, a process that may end in time.  LoopError
+        when somebody cannot.  last: no other look comes; frozen: inside the freeze."""
+        sight = _Sight.now()
+        same = sight == self._sight and not (self._witness is not None and self._witness.opened)
+        if same and last:
+            same = not any(u.pid for u in self.found.unknown)
+            same = same and (frozen or self._claims() == self._claimed)
+        if same:
+            return []
+        if self._witness is not None:
+            self._witness.opened = False
+        known = self.found
+        try:
+            self._renew()
+        except SysfsError:  # a device vanished meanwhile: seen in full next time
+            return []
+        self._sight = sight
+        new = [u for u in self.found.users if u not in known.users]
+        if not self._unsafe:
+            bad = [u for u in self.found.unknown if last or not u.pid]
+            if bad:
+                raise LoopError(
+                    f"{users.refusal(bad)}; this began during the copy of {self._subject.path}; "
+                    "no target was made"
+                )
+        return new
+
+    def _renew(self) -> None:
+        if self._where is not None:
+            self._where = reach(self._where.members[0].device)
+            if self._witness is not None:
+                self._open_caches()
+                self._witness.count(self._where, at_start=False)
+        self.found = self._find()
+
+    def beside(self) -> list[str]:
+        """What was written past the queue since the last look, in words: blocks
+        that can be anywhere."""
+        return [] if self._witness is None else self._witness.look()
+
+    def check_end(self) -> None:
+        """LoopError unless the users are those that were known, and nothing was
+        written past the queue since the last `beside`."""
+        if self._unsafe:
+            return
+        written = self.beside()
+        new = [u for u in self.changed(last=True, frozen=True) if u.state == "frozen"]
+        written += [f"{u} since the last look" for u in new] + self.beside()
+        if written:
+            raise LoopError(
+                f"{'; '.join(written)}: this came while the last blocks of {self._subject.path} "
+                "were sent; no target was made"
+            )
+
+    # ---- for the log
+
+    @property
+    def switched_off(self) -> list[str]:
+        """Accounting that must be on for the time of the copy."""
+        return [] if self._witness is None else self._witness.unaccounted
+
+    def warnings(self) -> list[str]:
+        """What must be said, a line each."""
+        said = [f"Not frozen: {u}" for u in self.found.users if u.state == "unfrozen"]
+        said += [
+            f"{u}: what it writes is found by comparing; stop it with -F"
+            for u in self.found.users
+            if u.state == "compared"
+        ]
+        if self._witness is not None and self._witness.why_not:
+            name, why = self._subject.name, self._witness.why_not
+            said.append(f"Writes to {name} beside its loop device cannot be seen: {why}")
+        return said
+
+    @property
+    def unsafe(self) -> list[str]:
+        """Whom the user wants to be disregarded."""
+        return [str(u) for u in self.found.unknown] if self._unsafe else []

@@ -1,0 +1,194 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which block devices share bytes with a source, by whatever way.
+
+First down from the source: a partition lies on its disk, a loop device on its
+backing file or on another block device, a mapped device on its slaves.  Then up
+from each of these: partitions, holders, and loop devices on the same inode or
+block device.  Ranges are kept, so that a neighbour that shares no byte is left out.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from pyploop import sysblock
+from pyploop.sysblock import BlockDevice, Loop
+
+Dev = tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Member:
+    """A block device that shares bytes with the source."""
+
+    device: BlockDevice
+    tracked: bool
+    """What is written to it passes the source's queue, where a tracker sees it."""
+    height: int
+    """Page caches between it and the source; below the source it is negative."""
+
+    @property
+    def path(self) -> str:
+        return "/dev/" + self.device.name.replace("!", "/")
+
+
+@dataclass(frozen=True)
+class Reach:
+    """All of them, the source first."""
+
+    members: list[Member]
+    queue: BlockDevice
+    """Where the ways to the bytes meet: the lowest device, and the part of it that
+    is the source.  Of a source that lies on no other device, itself."""
+    base: int
+    """The source's first byte in `queue`'s device."""
+    loop: Loop | None
+    """The loop device that shows the file in which the bytes are; None: no file."""
+
+    @property
+    def tracked(self) -> list[BlockDevice]:
+        return [m.device for m in self.members if m.tracked]
+
+    @property
+    def untracked(self) -> list[BlockDevice]:
+        return [m.device for m in self.members if not m.tracked]
+
+
+def reach(source: BlockDevice) -> Reach:
+    """SysfsError when a device vanishes meanwhile."""
+    return _Walk(sysblock.loops()).all(source)
+
+
+@dataclass(frozen=True)
+class _Span:
+    """The bytes of a device that are the source's, or may be."""
+
+    device: BlockDevice
+    start: int
+    end: int
+    height: int
+
+
+class _Walk:
+    def __init__(self, loops: list[Loop]) -> None:
+        self._loops = loops
+        self._members: dict[Dev, Member] = {}
+
+    def all(self, source: BlockDevice) -> Reach:
+        chain, loop = self._down(source)
+        for span in chain:
+            self._up(span, tracked=True)
+        bottom = chain[-1]
+        if loop is not None:
+            self._beside(loop, bottom)
+        for slave in _related(bottom.device, "slaves"):
+            self._below(slave, bottom.height - 1)
+        # A partition has counters of its own, so it is told apart from its disk.
+        at = next((s for s in reversed(chain[-2:]) if s.device.is_partition), bottom)
+        d = at.device
+        queue = BlockDevice(d.name, d.dev, d.disk, d.disk_dev, d.start + at.start, source.size)
+        return Reach(list(self._members.values()), queue, at.start, loop)
+
+    def _down(self, source: BlockDevice) -> tuple[list[_Span], Loop | None]:
+        """The source, what it lies on, and so on; and the loop device that is the
+        last of them when it shows a file."""
+        by_device = {loop.device.dev: loop for loop in self._loops}
+        span = _Span(source, 0, source.size, 0)
+        chain = [span]
+        while True:
+            if span.device.is_partition:
+                disk, at, height = span.device.disk_dev, span.device.start, span.height
+            elif (loop := by_device.get(span.device.dev)) is None:
+                return chain, None
+            elif loop.below is None:
+                return chain, loop
+            else:
+                disk, at, height = loop.below, loop.offset, span.height - 1
+            span = _Span(sysblock.find(disk), span.start + at, span.end + at, height)
+            chain.append(span)
+
+    def _up(self, span: _Span, tracked: bool) -> None:
+        device = span.device
+        if device.dev in self._members:
+            return
+        self._members[device.dev] = Member(device, tracked, span.height)
+        if not device.is_partition:
+            for part in partitions(device):
+                if shared := _overlap(span, part.start, part, span.height):
+                    self._up(shared, tracked)
+        for loop in self._loops:
+            if loop.below == device.dev and (
+                shared := _overlap(span, loop.offset, loop.device, span.height + 1)
+            ):
+                self._up(shared, tracked)
+        for holder in _related(device, "holders"):
+            # Which of its bytes lie here, only its driver knows.
+            self._up(_Span(holder, 0, holder.size, span.height + 1), tracked)
+
+    def _beside(self, shown: Loop, span: _Span) -> None:
+        """The other loop devices on the file that `shown` shows."""
+        start, end = shown.offset + span.start, shown.offset + span.end
+        in_file = _Span(shown.device, start, end, span.height)
+        overlays = _overlays()
+        file = _real(shown, overlays)
+        for loop in self._loops:
+            if loop.below is None and _real(loop, overlays) == file:
+                shared = _overlap(in_file, loop.offset, loop.device, span.height)
+                if shared is not None:
+                    self._up(shared, tracked=False)
+
+    def _below(self, device: BlockDevice, height: int) -> None:
+        """What a mapped device lies on; its driver has claimed it."""
+        if device.dev in self._members:
+            return
+        self._members[device.dev] = Member(device, False, height)
+        if device.is_partition:
+            self._below(sysblock.find(device.disk_dev), height)
+        for slave in _related(device, "slaves"):
+            self._below(slave, height - 1)
+
+
+def _overlap(span: _Span, at: int, device: BlockDevice, height: int) -> _Span | None:
+    """What of the device, which begins at `at` in the span's, lies in the span."""
+    start, end = max(span.start - at, 0), min(span.end - at, device.size)
+    return _Span(device, start, end, height) if start < end else None
+
+
+def partitions(disk: BlockDevice) -> Iterator[BlockDevice]:
+    """The partitions of a whole disk."""
+    node = Path("/sys/block") / disk.name
+    for part in sorted(node.glob("*/partition")):
+        yield sysblock.find(sysblock.parse_dev(sysblock.attribute(part.parent / "dev")))
+
+
+def _related(device: BlockDevice, kind: str) -> Iterator[BlockDevice]:
+    """The `holders` or the `slaves` of a device."""
+    folder = Path(f"/sys/dev/block/{device.dev[0]}:{device.dev[1]}") / kind
+    if folder.is_dir():
+        for other in sorted(folder.iterdir()):
+            yield sysblock.find(sysblock.parse_dev(sysblock.attribute(other / "dev")))
+
+
+def _overlays() -> dict[Dev, Dev]:
+    """The device numbers of overlays, with those of what they write to."""
+    found = {}
+    for entry in sysblock.entries(Path("/proc/self/mountinfo")):
+        for option in entry.options if entry.fstype == "overlay" else []:
+            name, _, folder = option.partition("=")
+            try:
+                st = os.stat(sysblock.unescape(folder)) if name == "upperdir" else None
+            except OSError:
+                continue
+            if st is not None:
+                found[entry.dev] = os.major(st.st_dev), os.minor(st.st_dev)
+    return found
+
+
+def _real(loop: Loop, overlays: dict[Dev, Dev]) -> tuple[Dev, int]:
+    """An overlay shows a written file by a device number of its own, and by the
+    inode number that it has below."""
+    dev, inode = loop.file
+    return overlays.get(dev, dev), inode

@@ -1,0 +1,346 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Who uses the bytes of a source: file systems, swap space, drivers, processes.
+
+A file system whose writes pass the source's queue is frozen with it.  Any other
+user is named, and no copy begins: what it writes would be missing, or would be in
+no state that means anything.  The kernel knows of each user of a block device that
+claims it, so a claim that nothing here explains is a user, too.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from pyploop import sysblock
+from pyploop.reach import Dev, Member, Reach, partitions
+from pyploop.sysblock import BlockDevice, Mount
+
+CLAIM_TRIES = 6
+CLAIM_PAUSE = 0.02
+"""Seconds between two looks at a claim that nothing explains: mkfs, blkid and
+another copy that looks as we do hold one for an instant."""
+
+
+State = Literal["frozen", "unfrozen", "compared", "unknown"]
+
+
+@dataclass(frozen=True)
+class User:
+    """One who uses the source."""
+
+    device: str
+    what: str
+    """A predicate: `is mounted at /m (ext4)`."""
+    state: State
+    """frozen: it will be, with the source.  unfrozen: `--mount` names another.
+    compared: what it writes is found by comparing.  unknown: the copy cannot be
+    right while it is there."""
+    advice: str = ""
+    """What to do about an unknown one."""
+    pid: int = 0
+    """Of a process, which may end before the copy does."""
+
+    def __str__(self) -> str:
+        return f"{self.device} {self.what}"
+
+
+@dataclass(frozen=True)
+class Found:
+    """What `find` found."""
+
+    mounts: list[Mount] = field(default_factory=list)
+    """To be frozen."""
+    users: list[User] = field(default_factory=list)
+
+    @property
+    def unknown(self) -> list[User]:
+        return [u for u in self.users if u.state == "unknown"]
+
+
+def refusal(users: Iterable[User]) -> str:
+    """The users and what to do about each, in one sentence."""
+    return "; ".join(f"{u}: {u.advice}" for u in users)
+
+
+def find(path: str, reach: Reach, given: Sequence[Mount] = ()) -> Found:
+    """All users of the source `path`.  given: what the user says is to be frozen,
+    instead of what is found here."""
+    return _Finder(path, reach, given).all()
+
+
+class _Finder:
+    def __init__(self, path: str, reach: Reach, given: Sequence[Mount]) -> None:
+        self._path, self._reach, self._given = path, reach, given
+        self._users: list[User] = []
+        self._explained: set[Dev] = set()
+        """Devices whose claim is known."""
+
+    def all(self) -> Found:
+        mounts = self._mounted_here()
+        self._swaps()
+        self._mounted_elsewhere()
+        for mount in self._given:
+            self._explained |= _covered(mount)
+        self._claims()
+        return Found(mounts, self._users)
+
+    def _add(self, device: str, what: str, advice: str) -> None:
+        self._users.append(User(device, what, "unknown", advice))
+
+    def _mounted_here(self) -> list[Mount]:
+        mountinfo = Path("/proc/self/mountinfo")
+        found = sysblock.mounts_of(self._reach.tracked, mountinfo)
+        given = {dev for mount in self._given for dev in _covered(mount)}
+        for mount in found:
+            self._explained |= _covered(mount)
+            covered = not self._given or bool(_covered(mount) & given)
+            what = f"is mounted at {mount.point} ({mount.fstype})"
+            if not covered:
+                what += ", and is not frozen: --mount names another"
+            self._users.append(User(mount.source, what, "frozen" if covered else "unfrozen"))
+        for device in self._reach.untracked:
+            for entry in sysblock.entries(mountinfo):
+                if device.dev in sysblock.devices_of(entry) - self._explained:
+                    self._explained.add(device.dev)
+                    if "ro" not in entry.options:  # else only looked at
+                        self._beside(device, f"is mounted at {entry.point} ({entry.fstype})")
+        return list(self._given) or found
+
+    def _beside(self, device: BlockDevice, what: str) -> None:
+        name = f"/dev/{device.name}"
+        why = f"{what}, and what it writes to the bytes of {self._path} does not pass that device"
+        self._add(name, why, f"copy {name} instead, or unmount it")
+
+    def _mounted_elsewhere(self) -> None:
+        tracked = [d for d in self._reach.tracked if d.dev not in self._explained]
+        elsewhere = sysblock.mounted_elsewhere(tracked) if tracked else None
+        if elsewhere:
+            pid, there = elsewhere
+            self._explained |= {d.dev for d in tracked}
+            what = f"is mounted in another mount namespace (process {pid}, {there.point})"
+            if self._given:
+                what += ", and is not frozen: --mount names another"
+                self._users.append(User(there.source, what, "unfrozen"))
+            else:
+                what += ", so it cannot be frozen from here"
+                self._add(self._path, what, f"use --mount /proc/{pid}/root{there.point}")
+        beside = [d for d in self._reach.untracked if d.dev not in self._explained]
+        for device in beside:
+            elsewhere = sysblock.mounted_elsewhere([device])
+            if elsewhere:
+                self._explained.add(device.dev)
+                pid, there = elsewhere
+                what = f"is mounted in another mount namespace (process {pid}, {there.point})"
+                self._beside(device, what)
+
+    def _swaps(self) -> None:
+        members = {m.device.dev for m in self._reach.members}
+        for name in swaps():
+            try:
+                st = os.stat(name)
+            except OSError:
+                continue
+            if stat.S_ISBLK(st.st_mode):
+                dev = os.major(st.st_rdev), os.minor(st.st_rdev)
+                if dev in members:
+                    self._explained.add(dev)
+                    self._add(
+                        name, "is swap space in use, which no freeze stops", f"swapoff {name}"
+                    )
+            elif (os.major(st.st_dev), os.minor(st.st_dev)) in members or self._on_btrfs(name):
+                what = f"is swap space in use on {self._path}, which no freeze stops"
+                self._add(name, what, f"swapoff {name}")
+
+    def _on_btrfs(self, name: str) -> bool:
+        """The file lies on a btrfs of the source: its device number is nobody's."""
+        members = {m.device.dev for m in self._reach.members}
+        best: tuple[int, bool] = (0, False)
+        for entry in sysblock.entries(Path("/proc/self/mountinfo")):
+            if name.startswith(entry.point.rstrip("/") + "/") and len(entry.point) >= best[0]:
+                ours = entry.fstype == "btrfs" and bool(sysblock.devices_of(entry) & members)
+                best = len(entry.point), ours
+        return best[1]
+
+    # ---- claims
+
+    def _claims(self) -> None:
+        for member in self._reach.members:
+            for attempt in range(CLAIM_TRIES):
+                if attempt:
+                    time.sleep(CLAIM_PAUSE)
+                if not self._is_claimed_by_unknown(member):
+                    break
+            else:
+                self._name_claim(member)
+
+    def _is_claimed_by_unknown(self, member: Member) -> bool:
+        device = member.device
+        if device.dev in self._explained or device.disk_dev in self._explained or _held(device):
+            return False
+        path = self._path if member is self._reach.members[0] else member.path
+        if not is_claimed(path, device):
+            return False
+        if device.is_partition:
+            return not _held(sysblock.find(device.disk_dev))
+        # A partition's claim shows on its disk; those that are members are asked
+        # themselves, and the others share no byte with the source.
+        return not any(is_claimed(f"/dev/{part.name}", part) for part in partitions(device))
+
+    def _name_claim(self, member: Member) -> None:
+        name = member.device.name
+        fstype = _live_file_system(name)
+        if fstype:
+            where = _descriptor_on(member.device.dev)
+            what = (
+                f"holds a live {fstype} file system that is mounted nowhere in sight (umount -l?)"
+            )
+            advice = "end what uses it"
+            if where:
+                pid = where.split("/")[2]
+                advice += f" (process {pid} does), or freeze it by --mount {where}"
+        elif os.path.isdir(f"/proc/fs/jbd2/{name}"):
+            what = "is the external journal of a mounted ext4 file system"
+            advice = "unmount that"
+        else:
+            what = "is claimed by something that /proc and /sys do not name"
+            advice = "find and end it"
+        self._add(member.path, what, advice)
+
+
+def _covered(mount: Mount) -> set[Dev]:
+    """The devices that a freeze of this mount covers."""
+    found = set()
+    try:
+        st = os.stat(mount.point)
+        found.add((os.major(st.st_dev), os.minor(st.st_dev)))
+    except OSError:
+        pass
+    dev = mount.device()
+    if dev is not None:
+        found |= sysblock.btrfs_devices(dev)
+    for entry in sysblock.entries(Path("/proc/self/mountinfo")):
+        if entry.dev in found:
+            found |= sysblock.devices_of(entry)
+    return found
+
+
+def is_claimed(path: str, device: BlockDevice) -> bool:
+    """Somebody has the block device for himself: a file system, swap space, a
+    driver on top of it.  False also when nothing can be known."""
+    if sysblock.device_number(path) != device.dev:
+        return False
+    try:
+        os.close(os.open(path, os.O_RDONLY | os.O_EXCL | os.O_CLOEXEC | os.O_NONBLOCK))
+    except OSError as e:
+        return e.errno == errno.EBUSY
+    return False
+
+
+def _held(device: BlockDevice) -> bool:
+    """A driver that sysfs names has it: its devices are members, too."""
+    try:
+        return bool(os.listdir(f"/sys/dev/block/{device.dev[0]}:{device.dev[1]}/holders"))
+    except OSError:
+        return False
+
+
+def _live_file_system(name: str) -> str:
+    """The type of the file system that sysfs knows of this device, or nothing."""
+    for folder in Path("/sys/fs").glob(f"*/{name}"):
+        return folder.parent.name
+    for folder in Path("/sys/fs/btrfs").glob(f"*/devices/{name}"):
+        return folder.parents[2].name
+    return ""
+
+
+def _descriptor_on(dev: Dev) -> str:
+    """What leads to a file system that is mounted nowhere: a process's folder or
+    open file there, as a path below /proc."""
+    for pid in sysblock.processes():
+        for path in (f"/proc/{pid}/cwd", f"/proc/{pid}/root", *_descriptors(pid)):
+            try:
+                st = os.stat(path)
+            except OSError:
+                continue
+            on_it = (os.major(st.st_dev), os.minor(st.st_dev)) == dev
+            if on_it and (stat.S_ISDIR(st.st_mode) or stat.S_ISREG(st.st_mode)):
+                return path
+    return ""
+
+
+def swaps() -> list[str]:
+    """The files and devices that are swap space in use."""
+    try:
+        lines = sysblock.text_of(Path("/proc/swaps")).split("\n")[1:]
+    except OSError:
+        return []
+    return [sysblock.unescape(line.split(" ")[0].split("\t")[0]) for line in lines if line]
+
+
+# ---- processes
+
+
+def _descriptors(pid: int) -> Iterator[str]:
+    folder = f"/proc/{pid}/fd"
+    try:
+        names = os.listdir(folder)
+    except OSError:  # it has ended, or is not ours to look at
+        return
+    for name in names:
+        yield f"{folder}/{name}"
+
+
+def writers(file: tuple[Dev, int]) -> list[tuple[int, str]]:
+    """(PID, how) of other processes that can write this file (device, inode): that
+    have it open, or mapped."""
+    found = []
+    for pid in sysblock.processes():
+        if pid == os.getpid():
+            continue
+        if any(_is_open_for_writing(fd, file) for fd in _descriptors(pid)):
+            found.append((pid, "open"))
+        elif _maps_for_writing(pid, file[1]):
+            found.append((pid, "mapped"))
+    return found
+
+
+def _is_open_for_writing(fd: str, file: tuple[Dev, int]) -> bool:
+    try:
+        st = os.stat(fd)
+        if st.st_ino != file[1] or (os.major(st.st_dev), os.minor(st.st_dev)) != file[0]:
+            return False
+        return bool(os.lstat(fd).st_mode & stat.S_IWUSR)  # the descriptor's own mode
+    except OSError:
+        return False
+
+
+def _maps_for_writing(pid: int, inode: int) -> bool:
+    """By the inode number: on btrfs and overlays the device's is another there."""
+    try:
+        with open(f"/proc/{pid}/maps", "rb") as f:
+            text = f.read()
+    except OSError:
+        return False
+    if b" %d " % inode not in text:
+        return False
+    for line in text.split(b"\n"):
+        fields = line.split(None, 5)
+        if len(fields) > 4 and fields[4] == b"%d" % inode and fields[1][1:4:2] == b"ws":
+            return True
+    return False
+
+
+def describe(pid: int) -> str:
+    """`process 4711 (dd)`."""
+    try:
+        name = sysblock.text_of(Path(f"/proc/{pid}/comm")).removesuffix("\n")
+    except OSError:
+        return f"process {pid} (it has ended)"
+    return f"process {pid} ({name})"

@@ -1,0 +1,148 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What reaches the source's bytes without passing its queue, where no tracker sees
+it: writes to the backing file of a loop device, and to other loop devices on it.
+
+Of the file the kernel tells who opened and wrote it (fanotify); the loop driver's
+own writes are not told.  Not told either is what a process writes by io_submit or
+through a mapping; but it had to open the file, so from then on until it is closed
+that process counts as one that writes.  Of a loop device, its accounting tells.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Sequence
+
+from pyploop import kernel
+from pyploop.reach import Dev, Member, Reach, partitions
+from pyploop.sysblock import BlockDevice
+from pyploop.users import describe
+
+STILL_TRIES = 20
+"""Looks at counters that a neighbour of the source keeps moving."""
+
+
+class Witness:
+    """Watches from when it is made until it is closed."""
+
+    def __init__(self, file_fd: int | None, name: str) -> None:
+        """file_fd: the backing file, open; None: there is none, or it is not to be
+        had.  name: the file's."""
+        self._owned = contextlib.ExitStack()
+        self._name = name
+        self._fd = -1
+        self.why_not = ""
+        """Why writes to the file cannot be seen; empty: they are."""
+        self.opened = False
+        """Somebody has opened the file since this was last set to false."""
+        self._beside: dict[Dev, _Counters] = {}
+        self._new: list[str] = []
+        if file_fd is not None:
+            try:
+                self._fd = kernel.watch_file(file_fd, name)
+                self._owned.callback(os.close, self._fd)
+            except OSError as e:
+                self.why_not = e.strerror or str(e)
+
+    def count(self, where: Reach, at_start: bool) -> None:
+        """Count the writes to the other loop devices on the file from now on.  What
+        one that is new has written before, nobody knows."""
+        # The slaves of a mapped device are moved by its own writes.
+        for member in where.members if where.loop is not None else []:
+            new = not member.tracked and member.device.dev not in self._beside
+            if new and not member.device.is_partition:
+                with contextlib.suppress(OSError):  # detached meanwhile
+                    counters = self._owned.enter_context(_Counters(member, where))
+                    self._beside[member.device.dev] = counters
+                    self._new += [] if at_start else [f"{member.path} was attached"]
+
+    @property
+    def unaccounted(self) -> list[str]:
+        """The `iostats` switches that must be on, and are off."""
+        paths = [f"/sys/block/{c.device.name}/queue/iostats" for c in self._beside.values()]
+        return [p for p in paths if _read(p) == b"0\n"]
+
+    def look(self) -> list[str]:
+        """What was written past the queue since the last look, in words."""
+        found, self._new = self._new, []
+        for access in kernel.read_accesses(self._fd, self._name) if self._fd >= 0 else []:
+            if access.pid == os.getpid() or (access.wrote and _is_loop_worker(access.pid)):
+                continue
+            self.opened |= access.opened
+            if access.wrote:
+                who = describe(access.pid) if access.pid else "a process"
+                found.append(f"{who} could write {self._name}, beside its loop device")
+        found += [f"{c.path} was written" for c in self._beside.values() if c.moved()]
+        return list(dict.fromkeys(found))
+
+    def close(self) -> None:
+        self._owned.close()
+
+
+def _read(path: str) -> bytes:
+    try:
+        with open(path, "rb") as f:
+            return f.read()
+    except OSError:
+        return b""
+
+
+def _is_loop_worker(pid: int) -> bool:
+    """A kernel thread that writes for a loop device: older kernels tell of it."""
+    name = _read(f"/proc/{pid}/comm")
+    return name.startswith((b"kworker", b"loop")) and not _read(f"/proc/{pid}/cmdline")
+
+
+class _Counters:
+    """Sectors written to one loop device, where it shares bytes with the source."""
+
+    def __init__(self, member: Member, where: Reach) -> None:
+        self.device, self.path = member.device, member.path
+        ours = {m.device.dev for m in where.members}
+        with contextlib.ExitStack() as undo:
+            self._whole = self._open(self.device, undo)
+            # What shares no byte with the source is taken off.
+            others = [p for p in partitions(self.device) if p.dev not in ours]
+            self._others = [self._open(p, undo) for p in others]
+            self._seen = self._count()
+            self._owned = undo.pop_all()
+
+    @staticmethod
+    def _open(device: BlockDevice, undo: contextlib.ExitStack) -> int:
+        path = f"/sys/dev/block/{device.dev[0]}:{device.dev[1]}/stat"
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        undo.callback(os.close, fd)
+        return fd
+
+    def __enter__(self) -> _Counters:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._owned.close()
+
+    def _count(self) -> int | None:
+        """None: the neighbours did not stand still."""
+        rest = _sectors(self._others)
+        for _ in range(STILL_TRIES):
+            whole, before, rest = _sectors([self._whole]), rest, _sectors(self._others)
+            if rest == before:
+                return whole - rest
+        return None
+
+    def moved(self) -> bool:
+        try:
+            now = self._count()
+        except OSError:
+            now = None
+        before, self._seen = self._seen, now
+        return now is None or now != before
+
+
+def _sectors(fds: Sequence[int]) -> int:
+    """Written and discarded (fields 7 and 14 of `stat`)."""
+    total = 0
+    for fd in fds:
+        fields = os.pread(fd, 512, 0).split()
+        total += int(fields[6]) + (int(fields[13]) if len(fields) > 13 else 0)
+    return total
