@@ -64,7 +64,7 @@ class Events:
 
 def cpu_flags() -> list[str]:
     """What this CPU can, as the kernel names it."""
-    with open("/proc/cpuinfo") as f:
+    with open("/proc/cpuinfo", errors="replace") as f:
         for line in f:
             if line.startswith(("flags", "Features")):
                 return sorted(line.split(":", 1)[1].split())

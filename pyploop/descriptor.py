@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pyploop import image, sysblock
-from pyploop.errors import DescriptorError, DeviceError, OpenError, PyploopError
+from pyploop.errors import DescriptorError, DeviceError, OpenError, PyploopError, SysfsError
 from pyploop.image import Format
 from pyploop.units import SECTOR
 
@@ -257,9 +257,9 @@ def serving_ploop(delta: str, sys_block: Path = Path("/sys/block")) -> str | Non
     for state in sorted(sys_block.glob("ploop*/pstate/top")):
         node = state.parent.parent
         try:
-            name = (node / "pdelta" / state.read_text().strip() / "image").read_text()
+            name = sysblock.text_of(node / "pdelta" / sysblock.attribute(state) / "image")
             st = os.stat(name.rstrip("\n"))
-        except OSError:
+        except (OSError, SysfsError):
             continue
         if (st.st_dev, st.st_ino) == (wanted.st_dev, wanted.st_ino):
             return f"/dev/{node.name}"

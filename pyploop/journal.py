@@ -74,11 +74,11 @@ def folder() -> Path:
 def start_time(pid: int) -> int | None:
     """When the process started, in ticks since the boot; None: it is gone."""
     try:
-        with open(f"/proc/{pid}/stat") as f:
-            fields = f.read().rpartition(")")[2].split()
+        with open(f"/proc/{pid}/stat", "rb") as f:  # the program's name is any bytes
+            fields = f.read().rpartition(b")")[2].split()
     except OSError:
         return None
-    return None if fields[0] in "ZX" else int(fields[19])
+    return None if fields[0] in b"ZX" else int(fields[19])
 
 
 def boot_id() -> str:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import select
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -80,6 +81,8 @@ class Lookout:
         self._owned = contextlib.ExitStack()
         self._witness: Witness | None = None
         self._claimed: list[Dev] = []
+        self._moved = select.poll()
+        """Ready once after a change of what is mounted, or of the swap space."""
         self._sight = _Sight()
         self.found = Found()
 
@@ -96,6 +99,11 @@ class Lookout:
         """Search, and watch from now on.  OpenError when somebody uses the source
         in a way that no copy can be right with."""
         s = self._subject
+        for path in ("/proc/self/mountinfo", "/proc/swaps"):
+            with contextlib.suppress(OSError):
+                fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+                self._owned.callback(os.close, fd)
+                self._moved.register(fd, select.POLLPRI)
         if s.where is not None:
             self._witness = Witness(s.file_fd, s.name)
             self._owned.callback(self._witness.close)
@@ -181,12 +189,14 @@ class Lookout:
         """Who has come since the last look and can be lived with: a file system that
         is to be frozen with the others, a process that may end in time.  LoopError
         when somebody cannot.  last: no other look comes; frozen: inside the freeze."""
+        same = not (self._witness is not None and self._witness.opened)
+        same = same and not (last and any(u.pid for u in self.found.unknown))
+        moved = bool(self._moved.poll(0))
+        if same and frozen and not moved:
+            return []
         sight = _Sight.now()
-        same = sight == self._sight and not (self._witness is not None and self._witness.opened)
-        if same and last:
-            same = not any(u.pid for u in self.found.unknown)
-            same = same and (frozen or self._claims() == self._claimed)
-        if same:
+        same = same and sight == self._sight
+        if same and not (last and not frozen and self._claims() != self._claimed):
             return []
         if self._witness is not None:
             self._witness.opened = False

@@ -22,7 +22,7 @@ from pyploop.events import Reporter
 from pyploop.freeze import cgroup
 from pyploop.freeze.stoppers import Spec
 from pyploop.plan import Held, Plan
-from pyploop.sysblock import cgroup_mounts
+from pyploop.sysblock import cgroup_mounts, text_of
 from pyploop.units import format_size, parse_size
 
 
@@ -89,7 +89,7 @@ def find_of(specs: Sequence[Spec], disk: str) -> Knob:
             freezer = cgroup.find(spec.argument)
             for pid in freezer.processes():
                 try:
-                    text = Path(f"/proc/{pid}/cgroup").read_text()
+                    text = text_of(Path(f"/proc/{pid}/cgroup"))
                 except OSError:
                     continue
                 if m := re.search(

@@ -17,7 +17,7 @@ from pyploop.errors import CommandError, LoopError, OpenError, ParameterError
 from pyploop.events import Reporter
 from pyploop.freezer import Freezer, freezer_in
 from pyploop.plan import Held, Plan
-from pyploop.sysblock import cgroup_mounts
+from pyploop.sysblock import cgroup_mounts, text_of
 
 FREEZE_DEADLINE = 10.0
 """Seconds for a cgroup to be really frozen."""
@@ -110,7 +110,7 @@ class CgroupStopper:
         """Who does not stand still: a task in an uninterruptible wait."""
         for pid in self.freezer.processes():
             try:
-                text = Path(f"/proc/{pid}/stat").read_text()
+                text = text_of(Path(f"/proc/{pid}/stat"))
             except OSError:
                 continue
             left, _, right = text.rpartition(")")

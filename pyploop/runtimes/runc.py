@@ -326,7 +326,7 @@ class Runc(Configured):
 def _held(pid: int) -> str:
     """'stopped' or 'traced' when a signal or a debugger holds the process."""
     try:
-        text = Path(f"/proc/{pid}/status").read_text()
+        text = os.fsdecode(Path(f"/proc/{pid}/status").read_bytes())
     except OSError:
         return ""
     lines = dict(line.split(":\t", 1) for line in text.splitlines() if ":\t" in line)
