@@ -26,7 +26,7 @@ from pyploop.errors import (
     ReadError,
 )
 from pyploop.lookout import Lookout, Subject
-from pyploop.reach import Reach, reach
+from pyploop.reach import Reach, below_overlay, reach
 from pyploop.sysblock import BlockDevice, Loop, Mount
 from pyploop.units import BLOCK, MIB, SECTOR
 
@@ -202,11 +202,17 @@ def _subject(source: Source) -> Subject:
     if source.where is None:
         st = os.fstat(source.fd)
         file = (os.major(st.st_dev), os.minor(st.st_dev)), st.st_ino
-        return Subject(source.path, None, file, source.path)
+        return Subject(source.path, None, [file], source.path)
     loop = source.where.loop
     if loop is None:
-        return Subject(source.path, source.where, None)
-    return Subject(source.path, source.where, loop.file, loop.name, source.sparse_fd)
+        return Subject(source.path, source.where)
+    files = [loop.file]
+    fds = [] if source.sparse_fd is None else [source.sparse_fd]
+    if lower := below_overlay(loop):
+        fds.append(_open(lower, os.O_RDONLY, source._owned, "the backing file"))
+        st = os.fstat(fds[-1])
+        files.append(((os.major(st.st_dev), os.minor(st.st_dev)), st.st_ino))
+    return Subject(source.path, source.where, files, loop.name, fds)
 
 
 def _check_whole(path: str, size: int, loop: str) -> None:

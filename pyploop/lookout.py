@@ -61,11 +61,12 @@ class Subject:
     path: str
     where: Reach | None
     """None: a plain file."""
-    file: tuple[Dev, int] | None
-    """Device and inode of the file in which its bytes are, if they are in one."""
+    files: Sequence[tuple[Dev, int]] = ()
+    """Device and inode of the file in which its bytes are, if they are in one; two
+    of them when it is written through an overlay."""
     name: str = ""
     """That file's."""
-    file_fd: int | None = None
+    fds: Sequence[int] = ()
     """The same, open, when it can be had."""
 
 
@@ -105,7 +106,7 @@ class Lookout:
                 self._owned.callback(os.close, fd)
                 self._moved.register(fd, select.POLLPRI)
         if s.where is not None:
-            self._witness = Witness(s.file_fd, s.name)
+            self._witness = Witness(s.fds, s.name)
             self._owned.callback(self._witness.close)
             self._open_caches()
             # What is dirty there now is no write of the time of the copy.
@@ -171,13 +172,13 @@ class Lookout:
         return [
             User(loop.path, f"shows {self._subject.name}", "unknown", f"copy {loop.path} instead")
             for loop in sysblock.loops()
-            if loop.file == self._subject.file
+            if loop.file in self._subject.files
         ]
 
     def _writers(self, state: users.State) -> list[User]:
         s = self._subject
         found = []
-        for pid, how in users.writers(s.file) if s.file is not None else []:
+        for pid, how in users.writers(s.files) if s.files else []:
             shown = "" if state == "compared" else f", which {s.path} shows,"
             what = f"has {s.name}{shown} {how} for writing"
             found.append(User(users.describe(pid), what, state, "end it", pid))
@@ -224,10 +225,13 @@ class Lookout:
                 self._witness.count(self._where, at_start=False)
         self.found = self._find()
 
-    def beside(self) -> list[str]:
+    def beside(self, frozen: bool = False) -> list[str]:
         """What was written past the queue since the last look, in words: blocks
-        that can be anywhere."""
-        return [] if self._witness is None else self._witness.look()
+        that can be anywhere.  Inside the freeze a user whom the copy is to
+        disregard would go on for ever."""
+        if self._witness is None or (frozen and self._unsafe):
+            return []
+        return self._witness.look()
 
     def check_end(self) -> None:
         """LoopError unless the users are those that were known, and nothing was

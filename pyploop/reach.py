@@ -172,23 +172,50 @@ def _related(device: BlockDevice, kind: str) -> Iterator[BlockDevice]:
             yield sysblock.find(sysblock.parse_dev(sysblock.attribute(other / "dev")))
 
 
-def _overlays() -> dict[Dev, Dev]:
-    """The device numbers of overlays, with those of what they write to."""
+@dataclass(frozen=True)
+class _Overlay:
+    point: str
+    upper: str
+    """The folder to which it writes."""
+    dev: Dev
+    """That folder's device number."""
+
+
+def _overlays() -> dict[Dev, _Overlay]:
+    """The overlays that are mounted, by their device numbers."""
     found = {}
     for entry in sysblock.entries(Path("/proc/self/mountinfo")):
         for option in entry.options if entry.fstype == "overlay" else []:
             name, _, folder = option.partition("=")
+            upper = sysblock.unescape(folder)
             try:
-                st = os.stat(sysblock.unescape(folder)) if name == "upperdir" else None
+                st = os.stat(upper) if name == "upperdir" else None
             except OSError:
                 continue
             if st is not None:
-                found[entry.dev] = os.major(st.st_dev), os.minor(st.st_dev)
+                dev = os.major(st.st_dev), os.minor(st.st_dev)
+                found[entry.dev] = _Overlay(entry.point, upper, dev)
     return found
 
 
-def _real(loop: Loop, overlays: dict[Dev, Dev]) -> tuple[Dev, int]:
+def _real(loop: Loop, overlays: dict[Dev, _Overlay]) -> tuple[Dev, int]:
     """An overlay shows a written file by a device number of its own, and by the
     inode number that it has below."""
     dev, inode = loop.file
-    return overlays.get(dev, dev), inode
+    return (overlays[dev].dev if dev in overlays else dev), inode
+
+
+def below_overlay(loop: Loop) -> str:
+    """Where the backing file is written when it was opened in an overlay; empty: it
+    was not, or it cannot be found."""
+    overlays = _overlays()
+    over = overlays.get(loop.file[0])
+    if over is None or not loop.name.startswith(over.point.rstrip("/") + "/"):
+        return ""
+    path = os.path.join(over.upper, os.path.relpath(loop.name, over.point))
+    try:
+        st = os.stat(path)
+    except OSError:
+        return ""
+    here = (os.major(st.st_dev), os.minor(st.st_dev)), st.st_ino
+    return path if here == _real(loop, overlays) else ""

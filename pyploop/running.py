@@ -258,10 +258,10 @@ class Running:
                 self._mounts.adopt(mount)
                 self._source.mounts.append(mount)
 
-    def beside(self) -> list[str]:
+    def beside(self, frozen: bool = False) -> list[str]:
         """What was written where no tracker sees it, in words."""
         lookout = self._source.lookout
-        return [] if lookout is None else lookout.beside()
+        return [] if lookout is None else lookout.beside(frozen)
 
     def compare_all(self, beside: list[str], quiesced: bool) -> int:
         """Compare the whole source; returns the bytes that differed."""
@@ -329,6 +329,8 @@ class Running:
         """The target durable so far, the watchdog ready, one more round, and a
         freeze that fits what was asked for; nothing when there is nothing to
         freeze or stop."""
+        if not self.stops:
+            self._look_around(last=True)
         if not self.stops:
             return
         self._hold.prepare()

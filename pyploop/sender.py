@@ -315,7 +315,7 @@ class Sender:
             verdict = self._tracker.check(quiesced=True)
         if verdict.state == "busy":
             raise self._still_written()
-        beside = self._running.beside()
+        beside = self._running.beside(frozen=True)
         with self.recorder.step("last blocks"):
             sent = self._passes.send(self._running.take())
         if beside:

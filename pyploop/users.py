@@ -13,7 +13,7 @@ import errno
 import os
 import stat
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -297,43 +297,43 @@ def _descriptors(pid: int) -> Iterator[str]:
         yield f"{folder}/{name}"
 
 
-def writers(file: tuple[Dev, int]) -> list[tuple[int, str]]:
-    """(PID, how) of other processes that can write this file (device, inode): that
-    have it open, or mapped."""
+def writers(files: Sequence[tuple[Dev, int]]) -> list[tuple[int, str]]:
+    """(PID, how) of other processes that can write one of these files (device,
+    inode): that have it open, or mapped."""
+    inodes = {inode for _, inode in files}
     found = []
     for pid in sysblock.processes():
         if pid == os.getpid():
             continue
-        if any(_is_open_for_writing(fd, file) for fd in _descriptors(pid)):
+        if any(_is_open_for_writing(fd, files) for fd in _descriptors(pid)):
             found.append((pid, "open"))
-        elif _maps_for_writing(pid, file[1]):
+        elif _maps_for_writing(pid, inodes):
             found.append((pid, "mapped"))
     return found
 
 
-def _is_open_for_writing(fd: str, file: tuple[Dev, int]) -> bool:
+def _is_open_for_writing(fd: str, files: Sequence[tuple[Dev, int]]) -> bool:
     try:
         st = os.stat(fd)
-        if st.st_ino != file[1] or (os.major(st.st_dev), os.minor(st.st_dev)) != file[0]:
+        if ((os.major(st.st_dev), os.minor(st.st_dev)), st.st_ino) not in files:
             return False
         return bool(os.lstat(fd).st_mode & stat.S_IWUSR)  # the descriptor's own mode
     except OSError:
         return False
 
 
-def _maps_for_writing(pid: int, inode: int) -> bool:
+def _maps_for_writing(pid: int, inodes: Collection[int]) -> bool:
     """By the inode number: on btrfs and overlays the device's is another there."""
     try:
         with open(f"/proc/{pid}/maps", "rb") as f:
             text = f.read()
     except OSError:
         return False
-    if b" %d " % inode not in text:
-        return False
-    for line in text.split(b"\n"):
-        fields = line.split(None, 5)
-        if len(fields) > 4 and fields[4] == b"%d" % inode and fields[1][1:4:2] == b"ws":
-            return True
+    for inode in inodes:
+        for line in text.split(b"\n") if b" %d " % inode in text else []:
+            fields = line.split(None, 5)
+            if len(fields) > 4 and fields[4] == b"%d" % inode and fields[1][1:4:2] == b"ws":
+                return True
     return False
 
 

@@ -26,22 +26,22 @@ STILL_TRIES = 20
 class Witness:
     """Watches from when it is made until it is closed."""
 
-    def __init__(self, file_fd: int | None, name: str) -> None:
-        """file_fd: the backing file, open; None: there is none, or it is not to be
-        had.  name: the file's."""
+    def __init__(self, files: Sequence[int], name: str) -> None:
+        """files: the backing file, open, by each of the inodes that it has; none
+        when it is not to be had.  name: the file's."""
         self._owned = contextlib.ExitStack()
         self._name = name
-        self._fd = -1
+        self._fds: list[int] = []
         self.why_not = ""
         """Why writes to the file cannot be seen; empty: they are."""
         self.opened = False
         """Somebody has opened the file since this was last set to false."""
         self._beside: dict[Dev, _Counters] = {}
         self._new: list[str] = []
-        if file_fd is not None:
+        for file in files:
             try:
-                self._fd = kernel.watch_file(file_fd, name)
-                self._owned.callback(os.close, self._fd)
+                self._fds.append(kernel.watch_file(file, name))
+                self._owned.callback(os.close, self._fds[-1])
             except OSError as e:
                 self.why_not = e.strerror or str(e)
 
@@ -66,7 +66,7 @@ class Witness:
     def look(self) -> list[str]:
         """What was written past the queue since the last look, in words."""
         found, self._new = self._new, []
-        for access in kernel.read_accesses(self._fd, self._name) if self._fd >= 0 else []:
+        for access in [a for fd in self._fds for a in kernel.read_accesses(fd, self._name)]:
             if access.pid == os.getpid() or (access.wrote and _is_loop_worker(access.pid)):
                 continue
             self.opened |= access.opened

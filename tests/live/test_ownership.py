@@ -103,7 +103,7 @@ def test_a_mount_that_comes_during_the_copy_ends_it(folder: Path) -> None:
     with loop_device(image) as device:
         mount = f"mount {device} {folder}/m"
         try:
-            fails(14, "was mounted at", folder / "target", "-s", device, "-F", mount)
+            fails(14, "is mounted at", folder / "target", "-s", device, "-F", mount)
         finally:
             run("umount", folder / "m")
 

@@ -1,0 +1,529 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Who else uses the bytes of a source: frozen together, noticed, or refused before
+the first byte; never a copy with exit 0 that lacks what they wrote."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shlex
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+
+import pytest
+from support import MIB, loop_device, mounted, needs, run, wait_until
+from support_live import Copied, Copy, comparison, copy, same, sparse_file, succeeded, work_dir
+
+pytestmark = pytest.mark.root
+
+SIZE = 24 * MIB
+DATA = 12 * MIB
+"""Bytes of random data in an image; a position in it, too."""
+
+
+@pytest.fixture
+def folder() -> Iterator[Path]:
+    needs("loop", "mkfs.ext4")
+    with work_dir() as path:
+        yield path
+
+
+def image(folder: Path, name: str = "image") -> Path:
+    """An ext4 with a file of random data."""
+    path = sparse_file(folder / name, SIZE)
+    content = folder / "content"
+    content.mkdir()
+    (content / "data").write_bytes(os.urandom(DATA))
+    quiet = ["-E", "lazy_itable_init=0,lazy_journal_init=0"]
+    run("mkfs.ext4", "-q", "-F", *quiet, "-d", content, path)
+    return path
+
+
+@contextlib.contextmanager
+def partition(disk: str, number: int, start: int, size: int) -> Iterator[str]:
+    """A partition told to the kernel, which then need not know any kind of table."""
+    needs("addpart", "delpart")
+    run("addpart", disk, number, start // 512, size // 512)
+    try:
+        yield f"{disk}p{number}"
+    finally:
+        run("delpart", disk, number)
+
+
+def slowly(
+    source: str, target: Path, act: Callable[[], object], *options: str, rate: str = "12M"
+) -> Copied:
+    """A copy, and something that is done during its first pass."""
+    with Copy(source, target, "--bwlimit", rate, *options, via="local") as running:
+        wait_until(lambda: running.in_phase("first pass"), "the first pass")
+        time.sleep(0.2)  # what was at the beginning has been read
+        act()
+        return running.wait()
+
+
+def in_phase(got: Copied, name: str) -> bool:
+    return any(e["event"] == "phase" and e["phase"] == name for e in got.events)
+
+
+def refused(source: str, target: Path, *words: str) -> None:
+    """Before the first byte, with these words."""
+    done = copy(source, target, via="local")
+    assert done.code == 4, done.errors
+    assert not target.exists()
+    assert "Traceback" not in done.errors and "First pass" not in done.errors
+    for word in (*words, "--unsafe-in-use"):
+        assert word in done.errors
+
+
+# ---- other ways to the same bytes
+
+
+def test_a_second_loop_device_that_is_mounted_is_named(folder: Path) -> None:
+    disk = image(folder)
+    os.link(disk, folder / "link")
+    with (
+        loop_device(disk) as source,
+        loop_device(folder / "link") as other,
+        mounted(other, folder / "m") as point,
+    ):
+        refused(source, folder / "copy", other, str(point), "copy " + other)
+        # And that one can be copied, the idle one beside it.
+        (point / "f").write_bytes(b"x" * MIB)
+        check = comparison(disk, folder / "copy", SIZE)
+        succeeded(copy(other, folder / "copy", "--before-thaw", check, via="local"))
+
+
+def test_a_mounted_loop_device_of_the_whole_disk_is_named_for_a_part_of_it(folder: Path) -> None:
+    disk = image(folder)
+    with (
+        loop_device(disk) as whole,
+        loop_device(disk, offset=4 * MIB) as part,
+        mounted(whole, folder / "m"),
+    ):
+        refused(part, folder / "copy", whole, str(folder / "m"))
+
+
+def test_a_renamed_file_is_the_same_file(folder: Path) -> None:
+    disk = image(folder)
+    with loop_device(disk) as source:
+        disk.rename(folder / "renamed")
+        with loop_device(folder / "renamed") as other, mounted(other, folder / "m"):
+            refused(source, folder / "copy", other)
+
+
+def test_a_file_below_an_overlay_is_the_same_file(folder: Path) -> None:
+    for name in ("lower", "upper", "work", "merged"):
+        (folder / name).mkdir()
+    disk = image(folder / "upper")
+    options = f"lowerdir={folder}/lower,upperdir={folder}/upper,workdir={folder}/work"
+    with (
+        mounted("overlay", folder / "merged", options, "overlay") as merged,
+        loop_device(merged / disk.name) as source,
+        loop_device(disk) as other,
+        mounted(other, folder / "m"),
+    ):
+        refused(source, folder / "copy", other)
+
+
+def test_neighbours_that_share_no_byte_are_no_users(folder: Path) -> None:
+    disk = sparse_file(folder / "image", 2 * SIZE)
+    with (
+        loop_device(disk, options=["--sizelimit", str(SIZE)]) as first,
+        loop_device(disk, offset=SIZE) as second,
+        loop_device(disk) as whole,
+        partition(whole, 1, 0, SIZE) as part,
+    ):
+        run("mkfs.ext4", "-q", "-F", first)
+        run("mkfs.ext4", "-q", "-F", second)
+        for neighbour in (first, part):
+            with mounted(neighbour, folder / "m") as point, mounted(second, folder / "n"):
+                target = folder / f"copy-{Path(neighbour).name}"
+                check = comparison(disk, target, SIZE, offset=SIZE)
+                write = partial((point / "f").write_bytes, os.urandom(MIB))
+                got = slowly(second, target, write, "--before-thaw", check)
+                succeeded(got)
+                assert not got.repairs
+
+
+def test_one_that_is_only_read_is_no_user(folder: Path) -> None:
+    disk = image(folder)
+    with (
+        loop_device(disk) as source,
+        loop_device(disk, options=["--read-only"]) as other,
+        mounted(other, folder / "m", "ro"),
+        disk.open("rb"),
+    ):
+        succeeded(copy(source, folder / "copy", via="local"))
+    assert same(disk, folder / "copy", SIZE)
+
+
+def _mapped(disk: Path) -> None:
+    code = (
+        "import mmap, os, sys; f = os.open(sys.argv[1], os.O_RDWR); m = mmap.mmap(f, 0); "
+        f"os.close(f); m[{DATA}:{DATA + 5}] = b'hello'"
+    )
+    run(sys.executable, "-c", code, disk)
+
+
+def _submitted(disk: Path) -> None:
+    needs("qemu-io")
+    run("qemu-io", "-t", "none", "-n", "-f", "raw", "-c", f"write -P 7 {DATA} 64k", disk)
+
+
+def _punched(disk: Path) -> None:
+    run("fallocate", "--punch-hole", "--offset", DATA, "--length", MIB, disk)
+
+
+def _by_another_loop(disk: Path) -> None:
+    with loop_device(disk) as other, open(other, "r+b") as f:
+        f.seek(DATA)
+        f.write(os.urandom(MIB))
+
+
+def by_dd(to: object, at: int, size: int = MIB) -> None:
+    """Written in a process of its own, and no fsync."""
+    words = ["dd", "if=/dev/urandom", f"of={to}", "bs=64K", f"count={size // 65536}"]
+    run(*words, f"seek={at // 65536}", "conv=notrunc", "status=none")
+
+
+@pytest.mark.parametrize("direct", [False, True], ids=["buffered", "direct"])
+@pytest.mark.parametrize(
+    "act",
+    [lambda disk: by_dd(disk, DATA), _mapped, _submitted, _punched, _by_another_loop],
+    ids=["write", "mmap", "io_submit", "punch", "another loop device"],
+)
+def test_what_is_written_beside_the_loop_device_arrives(
+    folder: Path, act: Callable[[Path], object], direct: bool
+) -> None:
+    disk = image(folder)
+    with loop_device(disk, options=["--direct-io=on"] if direct else []) as source:
+        before = disk.read_bytes()
+        got = slowly(source, folder / "copy", lambda: act(disk))
+        succeeded(got)
+        assert disk.read_bytes() != before
+        assert same(disk, folder / "copy", SIZE)
+        assert got.summary["repairs"] >= 1 and not any(r["frozen"] for r in got.repairs)
+
+
+def test_what_an_idle_second_loop_device_gets_arrives(folder: Path) -> None:
+    """With its accounting switched off, too, which is put back."""
+    disk = image(folder)
+    with loop_device(disk) as source, loop_device(disk) as other:
+        switch = Path(f"/sys/block/{Path(other).name}/queue/iostats")
+        for on in ("1", "0"):
+            switch.write_text(on)
+            target = folder / f"copy-{on}"
+            succeeded(slowly(source, target, lambda: by_dd(other, DATA)))
+            assert same(disk, target, SIZE)
+            assert switch.read_text().strip() == on
+
+
+def test_a_write_to_the_file_during_the_freeze_arrives_or_ends_the_copy(folder: Path) -> None:
+    disk = image(folder)
+    dd = f"dd if=/dev/urandom of={shlex.quote(str(disk))} bs=64K seek=200 conv=notrunc status=none"
+    with loop_device(disk) as source, mounted(source, folder / "m"):
+        got = copy(source, folder / "once", "-F", f"{dd} count=4", via="local")
+        succeeded(got)
+        assert [r["frozen"] for r in got.repairs] == [True]
+        assert got.repairs[0]["sent"] == 4 * 65536
+        go, over = folder / "go", folder / "over"
+        go.touch()
+        loop = f"while [ -e {go} ]; do {dd} count=1; done; : >{over}"
+        again = f"({loop}) >/dev/null 2>&1 & sleep 0.1"
+        try:
+            got = copy(source, folder / "always", "-F", again, via="local")
+        finally:
+            go.unlink()
+            wait_until(over.exists, "the end of the writer")
+        assert got.code == 14, got.errors
+        assert not (folder / "always").exists()
+
+
+def test_a_second_loop_device_that_is_mounted_meanwhile_ends_the_copy(folder: Path) -> None:
+    disk = image(folder)
+    with (
+        loop_device(disk) as source,
+        contextlib.ExitStack() as later,
+    ):
+
+        def act() -> None:
+            other = later.enter_context(loop_device(disk))
+            later.enter_context(mounted(other, folder / "m"))
+
+        got = slowly(source, folder / "copy", act)
+        assert got.code == 14, got.errors
+        assert str(folder / "m") in got.errors and "began during the copy" in got.errors
+        assert not (folder / "copy").exists()
+
+
+@pytest.mark.parametrize("how", ["open", "mapped"])
+def test_a_process_that_can_write_the_backing_file_is_named(folder: Path, how: str) -> None:
+    disk = image(folder)
+    code = "import mmap, os, sys; f = os.open(sys.argv[1], os.O_RDWR); m = mmap.mmap(f, 0); "
+    code += "os.closerange(3, 99); " if how == "mapped" else "m.close(); "
+    code += "print(flush=True); sys.stdin.read()"
+    with (
+        loop_device(disk) as source,
+        subprocess.Popen(
+            [sys.executable, "-c", code, str(disk)], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+        ) as holder,
+    ):
+        assert holder.stdout and holder.stdout.readline()
+        refused(source, folder / "copy", f"process {holder.pid} (", f"{how} for writing")
+
+
+def test_a_process_that_opens_the_backing_file_and_keeps_it_ends_the_copy(folder: Path) -> None:
+    disk = image(folder)
+    with loop_device(disk) as source, contextlib.ExitStack() as later:
+        got = slowly(source, folder / "copy", lambda: later.enter_context(disk.open("r+b")))
+        assert got.code == 14, got.errors
+        assert f"process {os.getpid()} (" in got.errors
+        assert not (folder / "copy").exists()
+
+
+# ---- in use, and mountinfo does not say so
+
+
+@pytest.mark.parametrize("fstype", ["ext4", "xfs", "btrfs"])
+def test_a_file_system_that_lives_on_without_a_mount_is_named(folder: Path, fstype: str) -> None:
+    needs(f"mkfs.{fstype}")
+    disk = sparse_file(folder / "image", (320 if fstype == "xfs" else 128) * MIB)
+    run(f"mkfs.{fstype}", "-q", disk)
+    with loop_device(disk) as source:
+        with mounted(source, folder / "m") as point:
+            kept = os.open(point, os.O_RDONLY | os.O_DIRECTORY)
+            run("umount", "--lazy", point)
+        try:
+            with os.fdopen(os.open("f", os.O_WRONLY | os.O_CREAT, dir_fd=kept), "wb") as f:
+                f.write(os.urandom(MIB))
+            refused(source, folder / "copy", source, fstype)
+            # It can be frozen by what leads there, and then nothing is missing.
+            way = f"/proc/{os.getpid()}/fd/{kept}"
+            if fstype != "btrfs":
+                check = comparison(disk, folder / "copy", disk.stat().st_size)
+                options = ["--mount", way, "--before-thaw", check]
+                succeeded(copy(source, folder / "copy", *options, via="local"))
+        finally:
+            os.close(kept)
+        wait_until(lambda: _is_free(source), f"{source} is free")
+
+
+def _is_free(device: str) -> bool:
+    try:
+        os.close(os.open(device, os.O_RDONLY | os.O_EXCL))
+    except OSError:
+        return False
+    return True
+
+
+@pytest.mark.parametrize("levels", [1, 2])
+def test_a_file_system_on_loop_devices_above_the_source_is_frozen(
+    folder: Path, levels: int
+) -> None:
+    disk = image(folder)
+    with contextlib.ExitStack() as stack:
+        source = top = stack.enter_context(loop_device(disk))
+        for _ in range(levels):
+            top = stack.enter_context(loop_device(top))
+        point = stack.enter_context(mounted(top, folder / "m"))
+        for device in (source, top):
+            target = folder / f"copy-{Path(device).name}"
+            (point / target.name).write_bytes(os.urandom(MIB))
+            got = copy(device, target, "--before-thaw", comparison(disk, target, SIZE), via="local")
+            succeeded(got)
+            assert "freeze" in got.summary["frozen"]
+            with loop_device(target) as back, mounted(back, folder / "n", "ro,norecovery") as n:
+                assert (n / target.name).read_bytes() == (point / target.name).read_bytes()
+
+
+@pytest.mark.parametrize("kind", ["journal of ext4", "log of XFS", "second device of btrfs"])
+def test_a_device_that_another_file_system_writes_too(folder: Path, kind: str) -> None:
+    needs("mkfs.xfs", "mkfs.btrfs")
+    main, extra = sparse_file(folder / "main", 320 * MIB), sparse_file(folder / "extra", 128 * MIB)
+    with loop_device(main) as a, loop_device(extra) as b:
+        options = "rw"
+        if kind == "journal of ext4":
+            run("mke2fs", "-q", "-F", "-b", "4096", "-O", "journal_dev", b)
+            run("mkfs.ext4", "-q", "-F", "-b", "4096", "-J", f"device={b}", a)
+        elif kind == "log of XFS":
+            run("mkfs.xfs", "-q", "-f", "-l", f"logdev={b}", a)
+            options = f"rw,logdev={b}"
+        else:
+            run("mkfs.btrfs", "-q", "-f", a, b)
+            options = f"rw,device={a},device={b}"
+        with mounted(a, folder / "m", options) as point:
+            (point / "f").write_bytes(os.urandom(MIB))
+            if kind == "journal of ext4":  # of which file system, the kernel does not tell
+                refused(b, folder / "copy", b, "journal")
+                return
+            check = comparison(extra, folder / "copy", 128 * MIB)
+            got = copy(b, folder / "copy", "--before-thaw", check, via="local")
+            succeeded(got)
+            assert "freeze" in got.summary["frozen"]
+
+
+def test_swap_space_on_the_source_is_named(folder: Path) -> None:
+    needs("mkswap", "swapon")
+    disk = image(folder)
+    with loop_device(disk) as source:
+        with mounted(source, folder / "m") as point:
+            file = point / "swap"
+            file.write_bytes(bytes(2 * MIB))
+            file.chmod(0o600)
+            with swapped_on(file):
+                refused(source, folder / "copy", f"swapoff {file}")
+        with swapped_on(source):
+            refused(source, folder / "copy", f"swapoff {source}")
+
+
+@contextlib.contextmanager
+def swapped_on(path: object) -> Iterator[None]:
+    run("mkswap", "-q", path)
+    run("swapon", path)
+    try:
+        yield
+    finally:
+        run("swapoff", path)
+
+
+def test_unsafe_in_use_copies_all_the_same_and_says_so(folder: Path) -> None:
+    disk = image(folder)
+    with (
+        loop_device(disk) as source,
+        loop_device(disk) as other,
+        mounted(other, folder / "m"),
+    ):
+        got = copy(source, folder / "copy", "--unsafe-in-use", via="local")
+        succeeded(got)
+        assert "UNSAFE" in got.errors and other in got.errors
+        (said,) = got.summary["unsafe"]
+        assert said.startswith(f"{other} is mounted at {folder}/m")
+
+
+# ---- page caches
+
+
+@pytest.mark.parametrize("stacked", ["partition", "loop device on it"])
+@pytest.mark.parametrize("by", ["disk", "partition", "loop device on it"])
+def test_a_write_through_any_device_of_the_pile_arrives(
+    folder: Path, stacked: str, by: str
+) -> None:
+    disk = sparse_file(folder / "image", SIZE + MIB)
+    disk.write_bytes(os.urandom(SIZE + MIB))
+    with (
+        loop_device(disk) as whole,
+        partition(whole, 1, MIB, SIZE) as part,
+        loop_device(part) as above,
+    ):
+        source = part if stacked == "partition" else above
+        to, at = {"disk": (whole, MIB), "partition": (part, 0), "loop device on it": (above, 0)}[by]
+        got = slowly(source, folder / "copy", lambda: by_dd(to, at), rate="24M")
+        succeeded(got)
+        run("sync", disk)
+        assert same(disk, folder / "copy", SIZE, offset=MIB)
+
+
+# ---- between rounds
+
+
+def test_a_file_system_that_is_mounted_meanwhile_is_frozen_too(folder: Path) -> None:
+    disk = image(folder)
+    with loop_device(disk) as source, contextlib.ExitStack() as later:
+
+        def act() -> None:
+            point = later.enter_context(mounted(source, folder / "m"))
+            (point / "f").write_bytes(os.urandom(MIB))
+
+        check = comparison(disk, folder / "copy", SIZE)
+        got = slowly(source, folder / "copy", act, "--before-thaw", check)
+        succeeded(got)
+        assert got.summary["frozen"]["freeze"] > 0
+        with loop_device(folder / "copy") as back, mounted(back, folder / "n", "ro,norecovery"):
+            assert (folder / "n/f").stat().st_size == MIB
+
+
+def test_swap_space_and_growth_during_a_copy_are_told_before_the_freeze(folder: Path) -> None:
+    needs("mkswap", "swapon")
+    disk = image(folder)
+    with loop_device(disk) as source, mounted(source, folder / "m") as point:
+        file = point / "swap"
+        file.write_bytes(bytes(2 * MIB))
+        file.chmod(0o600)
+        with contextlib.ExitStack() as later:
+            got = slowly(source, folder / "copy", lambda: later.enter_context(swapped_on(file)))
+        assert got.code == 14 and f"swapoff {file}" in got.errors
+        assert not in_phase(got, "frozen")
+
+        def grow() -> None:
+            os.truncate(disk, SIZE + MIB)
+            run("losetup", "--set-capacity", source)
+
+        got = slowly(source, folder / "copy", grow)
+        assert got.code == 6 and str(SIZE + MIB) in got.errors
+        assert not in_phase(got, "frozen")
+
+
+def test_a_mount_in_another_namespace_during_a_copy_is_told_before_the_freeze(
+    folder: Path,
+) -> None:
+    needs("unshare")
+    disk = image(folder)
+    (folder / "m").mkdir()
+    script = f"mount {{}} {folder}/m && echo && read x"
+    with loop_device(disk) as source, contextlib.ExitStack() as later:
+
+        def act() -> None:
+            words = ["unshare", "--mount", "sh", "-c", script.format(source)]
+            other = subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+            later.enter_context(other)
+            assert other.stdout and other.stdout.readline() == b"\n"
+
+        got = slowly(source, folder / "copy", act)
+        assert got.code == 14 and "--mount /proc/" in got.errors
+        assert not in_phase(got, "frozen")
+
+
+# ---- names are bytes
+
+
+def test_a_loop_device_on_a_file_whose_name_is_no_text_harms_nobody(folder: Path) -> None:
+    strange = folder / os.fsdecode(b"caf\xe9 \xff")
+    image(folder).rename(strange)
+    plain = folder / "plain"
+    plain.write_bytes(os.urandom(MIB))
+    with loop_device(strange) as source:
+        succeeded(copy(plain, folder / "one", via="local"))
+        for number, what in enumerate((source, str(strange))):
+            got = copy(what, folder / f"copy{number}", via="local")
+            succeeded(got)
+            assert "Traceback" not in got.errors
+            assert same(strange, folder / f"copy{number}", SIZE)
+        assert "backing file" in got.summary["io_mode"]
+
+
+def test_a_program_whose_name_is_no_text_is_named(folder: Path) -> None:
+    disk = image(folder)
+    program = folder / os.fsdecode(b"w\xffiter")
+    program.symlink_to(sys.executable)
+    code = "import sys; f = open(sys.argv[1], 'r+b'); print(flush=True); sys.stdin.read()"
+    with (
+        loop_device(disk) as source,
+        subprocess.Popen(
+            [program, "-I", "-S", "-c", code, disk], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+        ) as holder,
+    ):
+        assert holder.stdout and holder.stdout.readline()
+        refused(source, folder / "copy", f"process {holder.pid} (w\\udcffiter)")
+
+
+def test_one_who_writes_a_plain_file_is_named_and_the_copy_goes_on(folder: Path) -> None:
+    disk = image(folder)
+    with disk.open("r+b"):
+        got = copy(disk, folder / "copy", via="local")
+    succeeded(got)
+    assert f"process {os.getpid()} (" in got.errors and "-F" in got.errors
+    assert same(disk, folder / "copy", SIZE)
