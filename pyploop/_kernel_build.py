@@ -30,7 +30,7 @@ ffi.cdef(
     };
     static const uint32_t LO_FLAGS_DIRECT_IO;
 
-    struct pk_access { uint64_t mask; int pid; };
+    struct pk_access { uint64_t mask; uint64_t dev; uint64_t inode; int pid; };
     static const uint64_t FAN_OPEN, FAN_MODIFY, FAN_CLOSE_WRITE, FAN_Q_OVERFLOW;
 
     int pk_ioctl0(int fd, unsigned long request);
@@ -51,7 +51,8 @@ ffi.cdef(
     int pk_flush_buffers(int fd);
     int pk_pidfd_getfd(int pidfd, int fd);
     int pk_tcp_repair(int fd, int on);
-    int pk_watch_file(int file_fd, uint64_t mask);
+    static const unsigned int FAN_MARK_FILESYSTEM;
+    int pk_watch(int file_fd, unsigned int whole, uint64_t mask);
     int pk_read_accesses(int fd, struct pk_access *found, int max);
     """
 )
@@ -72,6 +73,7 @@ ffi.set_source(
     #include <sys/ioctl.h>
     #include <sys/mount.h>
     #include <sys/socket.h>
+    #include <sys/stat.h>
     #include <sys/syscall.h>
     #include <sys/vfs.h>
     #include <unistd.h>
@@ -126,20 +128,20 @@ ffi.set_source(
     { return result((int)syscall(SYS_pidfd_getfd, pidfd, fd, 0)); }
     static int pk_tcp_repair(int fd, int on)
     { return result(setsockopt(fd, IPPROTO_TCP, TCP_REPAIR, &on, sizeof on)); }
-    struct pk_access { uint64_t mask; int pid; };
-    static int pk_watch_file(int file_fd, uint64_t mask)
+    struct pk_access { uint64_t mask; uint64_t dev; uint64_t inode; int pid; };
+    static int pk_watch(int file_fd, unsigned int whole, uint64_t mask)
     {
         int fd = fanotify_init(FAN_CLASS_NOTIF | FAN_CLOEXEC | FAN_NONBLOCK, O_RDONLY | O_CLOEXEC);
         if (fd < 0)
             return -errno;
-        if (fanotify_mark(fd, FAN_MARK_ADD, mask, file_fd, NULL) < 0) {
+        if (fanotify_mark(fd, FAN_MARK_ADD | whole, mask, file_fd, NULL) < 0) {
             int ret = -errno;
             close(fd);
             return ret;
         }
         return fd;
     }
-    /* Each event brings an open file, which nobody needs. */
+    /* Each event brings an open file; inode 0: it does not. */
     static int pk_read_accesses(int fd, struct pk_access *found, int max)
     {
         struct fanotify_event_metadata events[64], *e = events;
@@ -148,9 +150,14 @@ ffi.set_source(
         if (left < 0)
             return -errno;
         for (; FAN_EVENT_OK(e, left); e = FAN_EVENT_NEXT(e, left)) {
-            if (e->fd >= 0)
+            struct stat st = { .st_ino = 0 };
+            if (e->fd >= 0) {
+                if (fstat(e->fd, &st) < 0)
+                    st.st_ino = 0;
                 close(e->fd);
-            found[n++] = (struct pk_access){ .mask = e->mask, .pid = e->pid };
+            }
+            found[n++] = (struct pk_access){
+                .mask = e->mask, .dev = st.st_dev, .inode = st.st_ino, .pid = e->pid };
         }
         return n;
     }

@@ -185,15 +185,18 @@ class Access(NamedTuple):
     wrote: bool
     """It was written, or closed by one who could write."""
     pid: int
+    file: tuple[tuple[int, int], int] | None
+    """Its device number and inode; None: not known."""
 
 
-def watch_file(fd: int, path: str) -> int:
-    """A descriptor that tells who opens and writes the file `fd`, by fanotify.
+def watch_file(fd: int, path: str, *, whole: bool = False) -> int:
+    """A descriptor that tells who opens and writes the file `fd`, by fanotify;
+    whole: any file of its file system.
     Writes of the loop driver are not told (from Linux 6.x on), nor are those by
     io_submit or through a mapping: their files are closed after writing.
     EPERM: this takes CAP_SYS_ADMIN."""
     mask = _lib.FAN_OPEN | _lib.FAN_MODIFY | _lib.FAN_CLOSE_WRITE
-    return _check(_lib.pk_watch_file(fd, mask), path)
+    return _check(_lib.pk_watch(fd, _lib.FAN_MARK_FILESYSTEM if whole else 0, mask), path)
 
 
 def read_accesses(fd: int, path: str) -> list[Access]:
@@ -206,9 +209,12 @@ def read_accesses(fd: int, path: str) -> list[Access]:
         if n == -errno.EAGAIN:
             return found
         if n < 0:  # the event's file could not be opened for us: it is lost
-            found.append(Access(True, True, 0))
+            found.append(Access(True, True, 0, None))
             return found
         for e in events[0:n]:
             lost = bool(e.mask & _lib.FAN_Q_OVERFLOW)
             wrote = bool(e.mask & (_lib.FAN_MODIFY | _lib.FAN_CLOSE_WRITE)) or lost
-            found.append(Access(bool(e.mask & _lib.FAN_OPEN) or lost, wrote, int(e.pid)))
+            opened = bool(e.mask & _lib.FAN_OPEN) or lost
+            dev = os.major(e.dev), os.minor(e.dev)
+            file = (dev, int(e.inode)) if e.inode else None
+            found.append(Access(opened, wrote, int(e.pid), file))

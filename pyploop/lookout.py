@@ -106,7 +106,7 @@ class Lookout:
                 self._owned.callback(os.close, fd)
                 self._moved.register(fd, select.POLLPRI)
         if s.where is not None:
-            self._witness = Witness(s.fds, s.name)
+            self._witness = Witness(s.fds, s.files, s.name)
             self._owned.callback(self._witness.close)
             self._open_caches()
             # What is dirty there now is no write of the time of the copy.

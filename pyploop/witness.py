@@ -14,7 +14,7 @@ import contextlib
 import os
 from collections.abc import Sequence
 
-from pyploop import kernel
+from pyploop import kernel, sysblock
 from pyploop.reach import Dev, Member, Reach, partitions
 from pyploop.sysblock import BlockDevice
 from pyploop.users import describe
@@ -26,9 +26,10 @@ STILL_TRIES = 20
 class Witness:
     """Watches from when it is made until it is closed."""
 
-    def __init__(self, files: Sequence[int], name: str) -> None:
-        """files: the backing file, open, by each of the inodes that it has; none
-        when it is not to be had.  name: the file's."""
+    def __init__(self, fds: Sequence[int], files: Sequence[tuple[Dev, int]], name: str) -> None:
+        """fds: the backing file, open, by each of the inodes that it has; none when
+        it is not to be had: it was deleted, and may have another name, or this
+        name is one of another mount namespace.  files, name: that file's."""
         self._owned = contextlib.ExitStack()
         self._name = name
         self._fds: list[int] = []
@@ -38,12 +39,33 @@ class Witness:
         """Somebody has opened the file since this was last set to false."""
         self._beside: dict[Dev, _Counters] = {}
         self._new: list[str] = []
-        for file in files:
+        self._files = files
+        for fd in fds:
+            self._watch(fd)
+        if not fds:
+            for dev, _ in files:
+                self._watch_file_system(dev)
+
+    def _watch(self, fd: int, whole: bool = False) -> None:
+        try:
+            self._fds.append(kernel.watch_file(fd, self._name, whole=whole))
+            self._owned.callback(os.close, self._fds[-1])
+        except OSError as e:
+            self.why_not = e.strerror or str(e)
+
+    def _watch_file_system(self, dev: Dev) -> None:
+        """All of it, for one file that cannot be opened here."""
+        for point in sysblock.mount_points(f"{dev[0]}:{dev[1]}"):
             try:
-                self._fds.append(kernel.watch_file(file, name))
-                self._owned.callback(os.close, self._fds[-1])
-            except OSError as e:
-                self.why_not = e.strerror or str(e)
+                fd = os.open(point, os.O_RDONLY | os.O_CLOEXEC)
+            except OSError:
+                continue
+            try:
+                self._watch(fd, whole=True)
+            finally:
+                os.close(fd)
+            return
+        self.why_not = "it cannot be opened here"
 
     def count(self, where: Reach, at_start: bool) -> None:
         """Count the writes to the other loop devices on the file from now on.  What
@@ -68,6 +90,8 @@ class Witness:
         found, self._new = self._new, []
         for access in [a for fd in self._fds for a in kernel.read_accesses(fd, self._name)]:
             if access.pid == os.getpid() or (access.wrote and _is_loop_worker(access.pid)):
+                continue
+            if access.file is not None and access.file not in self._files:
                 continue
             self.opened |= access.opened
             if access.wrote:

@@ -129,24 +129,26 @@ def test_a_file_below_an_overlay_is_the_same_file(folder: Path) -> None:
         refused(source, folder / "copy", other)
 
 
-def test_neighbours_that_share_no_byte_are_no_users(folder: Path) -> None:
+@pytest.mark.parametrize("kind", ["loop device", "partition"])
+def test_neighbours_that_share_no_byte_are_no_users(folder: Path, kind: str) -> None:
     disk = sparse_file(folder / "image", 2 * SIZE)
-    with (
-        loop_device(disk, options=["--sizelimit", str(SIZE)]) as first,
-        loop_device(disk, offset=SIZE) as second,
-        loop_device(disk) as whole,
-        partition(whole, 1, 0, SIZE) as part,
-    ):
-        run("mkfs.ext4", "-q", "-F", first)
-        run("mkfs.ext4", "-q", "-F", second)
-        for neighbour in (first, part):
-            with mounted(neighbour, folder / "m") as point, mounted(second, folder / "n"):
-                target = folder / f"copy-{Path(neighbour).name}"
-                check = comparison(disk, target, SIZE, offset=SIZE)
-                write = partial((point / "f").write_bytes, os.urandom(MIB))
-                got = slowly(second, target, write, "--before-thaw", check)
-                succeeded(got)
-                assert not got.repairs
+    with contextlib.ExitStack() as stack:
+        source = stack.enter_context(loop_device(disk, offset=SIZE))
+        if kind == "partition":
+            whole = stack.enter_context(loop_device(disk))
+            neighbour = stack.enter_context(partition(whole, 1, 0, SIZE))
+        else:
+            options = ["--sizelimit", str(SIZE)]
+            neighbour = stack.enter_context(loop_device(disk, options=options))
+        for device, point in ((source, folder / "m"), (neighbour, folder / "n")):
+            run("mkfs.ext4", "-q", "-F", device)
+            stack.enter_context(mounted(device, point))
+        (folder / "m/f").write_bytes(os.urandom(8 * MIB))
+        write = partial((folder / "n/f").write_bytes, os.urandom(MIB))
+        check = comparison(disk, folder / "copy", SIZE, offset=SIZE)
+        got = slowly(source, folder / "copy", write, "--before-thaw", check)
+        succeeded(got)
+        assert not got.repairs
 
 
 def test_one_that_is_only_read_is_no_user(folder: Path) -> None:
@@ -462,7 +464,7 @@ def test_swap_space_and_growth_during_a_copy_are_told_before_the_freeze(folder: 
             os.truncate(disk, SIZE + MIB)
             run("losetup", "--set-capacity", source)
 
-        got = slowly(source, folder / "copy", grow)
+        got = slowly(source, folder / "grown", grow)
         assert got.code == 6 and str(SIZE + MIB) in got.errors
         assert not in_phase(got, "frozen")
 
