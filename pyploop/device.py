@@ -25,6 +25,7 @@ from pyploop.errors import (
     ParameterError,
     ReadError,
 )
+from pyploop.identity import Identity
 from pyploop.lookout import Lookout, Subject
 from pyploop.reach import Reach, below_overlay, reach
 from pyploop.sysblock import BlockDevice, Loop, Mount
@@ -66,6 +67,8 @@ class Source:
     """The devices that share bytes with a block device; None: not one."""
     lookout: Lookout | None = None
     """Who uses it; None: a ploop device, whose driver tracks all writes."""
+    identity: Identity | None = None
+    """What the whole disk showed when it was opened."""
     _owned: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)
 
     def close(self) -> None:
@@ -92,9 +95,15 @@ class Source:
     def check_same(self) -> None:
         """Fails when the source's size, or who uses it, is not what it was at the
         last look: nothing of that was tracked."""
+        self.check_device()
         self.check_size()
         if self.lookout is not None:
             self.lookout.check_end()
+
+    def check_device(self) -> None:
+        """Fails when the device shows something else than when it was opened."""
+        if self.identity is not None:
+            self.identity.check()
 
     def write_back(self) -> None:
         """Write back what was written through a device's own page cache."""
@@ -279,6 +288,8 @@ def _open_block(path: str, dev: tuple[int, int], read: ReadPath) -> Source:
             raise ParameterError(f"{path} is not on a loop device: it has no backing file to read")
         elif where.queue.dev != block.dev:
             _use_lower(source, where)
+        if where.loop is None:
+            source.identity = Identity.of(where.queue.disk)
     except BaseException:
         owned.close()
         raise
@@ -309,6 +320,7 @@ def _use_backing(source: Source, where: Reach, loop: Loop, read: ReadPath) -> No
         if loop.device.dev != (source.block and source.block.dev):
             status_fd = os.open(disk, os.O_RDONLY | os.O_CLOEXEC)
             source._owned.callback(os.close, status_fd)
+        source.identity = Identity.of(loop.device.name, status_fd)
         status = kernel.loop_status(status_fd, disk)
         name = sysblock.backing_file(loop.device.name)
         # The loop's own mode decides how: behind a direct-io loop the page

@@ -153,6 +153,7 @@ class Running:
         """What was dirtied until now, the file systems' page cache included;
         hot blocks too when it may be the last."""
         number = len(self._rounds) + 1
+        self._source.check_device()
         self._look_around(last)
         start = time.monotonic()
         before = self._tracker.pending()
