@@ -40,6 +40,7 @@ ffi.cdef(
     int pk_syncfs(int fd);
     int pk_is_tmpfs(int fd);
     int pk_write_back(int fd);
+    int pk_watch_writes(const char *path);
     int pk_set_pipe_size(int fd, int bytes);
     int pk_rename_noreplace(int dirfd, const char *from, const char *to);
     int pk_mount(const char *source, const char *point, const char *type,
@@ -70,6 +71,7 @@ ffi.set_source(
     #include <stdio.h>
     #include <string.h>
     #include <sys/fanotify.h>
+    #include <sys/inotify.h>
     #include <sys/ioctl.h>
     #include <sys/mount.h>
     #include <sys/socket.h>
@@ -103,6 +105,15 @@ ffi.set_source(
     static int pk_write_back(int fd)
     { return result(sync_file_range(fd, 0, 0, SYNC_FILE_RANGE_WAIT_BEFORE |
         SYNC_FILE_RANGE_WRITE | SYNC_FILE_RANGE_WAIT_AFTER)); }
+    static int pk_watch_writes(const char *path)
+    {
+        int fd = inotify_init1(IN_NONBLOCK | IN_CLOEXEC), err;
+        if (fd < 0 || inotify_add_watch(fd, path, IN_MODIFY) >= 0)
+            return result(fd);
+        err = -errno;
+        close(fd);
+        return err;
+    }
     static int pk_set_pipe_size(int fd, int bytes)
     { return result(fcntl(fd, F_SETPIPE_SZ, bytes)); }
     static int pk_rename_noreplace(int dirfd, const char *from, const char *to)

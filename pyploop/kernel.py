@@ -96,6 +96,12 @@ def _decode_dev(dev: int) -> tuple[int, int]:
     return (dev >> 8) & 0xFFF, (dev & 0xFF) | ((dev >> 12) & 0xFFFFF00)
 
 
+def watch_writes(path: str) -> int:
+    """A descriptor (inotify, non-blocking) that has events once somebody has
+    written to the file."""
+    return _check(_lib.pk_watch_writes(os.fsencode(path)), path)
+
+
 def set_pipe_size(fd: int, size: int) -> int:
     """Enlarge a pipe's buffer; returns what it is now, in bytes."""
     return _check(_lib.pk_set_pipe_size(fd, size))

@@ -95,6 +95,7 @@ class Sender:
         with contextlib.ExitStack() as undo:
             self._plan = Plan(f"copy of {source.path}", report)
             undo.callback(self._plan.close)
+            undo.callback(self._tracker.stop, False)
             self._mounts = FileSystems(source.mounts, report, self._plan)
             undo.callback(self._mounts.close)
             self._hold = Hold(self._specs(), self._mounts, self._plan, report)
@@ -105,7 +106,6 @@ class Sender:
             for switch in source.lookout.switched_off if source.lookout else []:
                 self._plan.set_file(switch, "1", f"switch {switch} off again")
             self._tracker.start(self._plan)
-            undo.callback(self._tracker.stop, False)
             self._passes = Passes(source, self._tracker, self._out, self._options, report)
             if self._hold:
                 self._plan.launch()

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """`pyploop info`: what an image, a device or a DiskDescriptor.xml is.
 
-Reads only; no tracker is started, nothing is frozen.  The JSON object is
+Reads only; a tracker is tried out, but not started; nothing is frozen.  The JSON object is
 documented in docs/images.md; the text shows the same.
 """
 
@@ -305,6 +305,7 @@ def _tracker(source: Source) -> Report:
         tracker = choose("auto", source)
     except PyploopError as e:
         return _no_tracker(str(e))
+    tracker.stop(False)
     return {"name": tracker.name, "why": tracker.why}
 
 

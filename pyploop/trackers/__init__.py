@@ -35,6 +35,8 @@ class Verdict:
     missed: int = 0
     at_most: int = 0
     why: str = ""
+    needs_repair: bool = False
+    """No later look can tell: only a comparison (`Tracker.repair`) does."""
 
 
 @dataclass(frozen=True)

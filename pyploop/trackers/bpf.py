@@ -19,7 +19,6 @@ Invariants:
 
 from __future__ import annotations
 
-import contextlib
 import os
 import time
 from dataclasses import dataclass
@@ -30,15 +29,19 @@ from pyploop._core import Bitmap, BpfTracking, Counters, Extents, Hook, Snapshot
 from pyploop.device import Source
 from pyploop.errors import DeviceControlError
 from pyploop.events import Reporter
-from pyploop.plan import Held, Plan
+from pyploop.plan import Plan
 from pyploop.sysblock import BlockDevice, is_bio_based
 from pyploop.trackers import Batch, Repair, Verdict
+from pyploop.trackers.accounting import Accounting
 from pyploop.units import SECTOR
 
 QUIET_DEADLINE = 5.0
 """Seconds to wait for writes in flight after the freeze."""
 BASE_DEADLINE = 0.25
 """Seconds to look for an exact base before the first pass."""
+LAGS = 10
+"""Looks, 2 ms apart, until sums that lag behind the events are taken for lost:
+a request is counted by the events first."""
 MAX_BITMAP = 64 << 20
 """Bytes of one bitmap; a larger device gets a coarser granule."""
 
@@ -87,9 +90,10 @@ class BpfTracker:
         self._count_discards = not disk.startswith("zram")
         self._tracking: BpfTracking | None = None
         self._stat_fd = -1
-        self._plan: Plan | None = None
         self._own_plan: Plan | None = None
-        self._iostats: Held | None = None
+        self._accounting = Accounting(disk)
+        self._suspect = ""
+        """Why nothing since the base is proven, until a repair."""
         self._base: _Base | None = None
         self._owes_proof = False
         self._checked: Counters | None = None
@@ -103,7 +107,28 @@ class BpfTracker:
     # ---- life
 
     def start(self, plan: Plan | None = None) -> None:
-        self._want_iostats(plan)
+        if plan is None:
+            plan = self._own_plan = Plan(f"tracking of {self._source.path}", Reporter())
+        try:
+            self._accounting.start(plan)
+            self._open()
+        except DeviceControlError:
+            self.stop(ok=False)
+            raise
+        self._find_base()
+
+    def try_out(self) -> None:
+        """Load and attach, ahead of `start`: DeviceControlError when the kernel
+        refuses.  Then `start` has less to do; `stop` ends it, too."""
+        try:
+            self._open()
+        except DeviceControlError:
+            self.stop(ok=False)
+            raise
+
+    def _open(self) -> None:
+        if self._tracking is not None:
+            return
         try:
             self._tracking = BpfTracking(
                 major=self._block.disk_dev[0],
@@ -116,24 +141,9 @@ class BpfTracker:
             )
             self._stat_fd = os.open(self._block.stat_path, os.O_RDONLY | os.O_CLOEXEC)
         except OSError as e:
-            self.stop(ok=False)
             raise DeviceControlError(
                 f"cannot track {self._source.path} with BPF: {e.strerror}"
             ) from e
-        self._find_base()
-
-    def _want_iostats(self, plan: Plan | None) -> None:
-        """Completeness is proven against the accounting, so it must be on."""
-        disk = self._block.disk
-        if plan is None:
-            plan = self._own_plan = Plan(f"tracking of {self._source.path}", Reporter())
-        self._plan = plan
-        with contextlib.suppress(OSError):
-            self._iostats = self._plan.set_file(
-                f"/sys/block/{disk}/queue/iostats",
-                "1",
-                f"switch the accounting of {disk} off again",
-            )
 
     def _find_base(self) -> None:
         deadline = time.monotonic() + BASE_DEADLINE
@@ -154,10 +164,7 @@ class BpfTracker:
         if self._stat_fd >= 0:
             os.close(self._stat_fd)
             self._stat_fd = -1
-        if self._iostats is not None and self._plan is not None:
-            held, self._iostats = self._iostats, None
-            with contextlib.suppress(DeviceControlError):
-                self._plan.undo(held)
+        self._accounting.stop()
         if self._own_plan is not None:
             self._own_plan.close()
 
@@ -259,13 +266,18 @@ class BpfTracker:
         return True
 
     def check(self, quiesced: bool) -> Verdict:
+        if self._accounting.interrupted():
+            self._suspect = "the accounting of the disk (queue/iostats) was switched meanwhile"
         if quiesced and not self._wait_quiet():
             return Verdict("busy", 0, self._size, "writes stay in flight")
         # Frozen time is dear, but a failed proof is dearer.
-        shot = self._snapshot(2000 if quiesced else 200)
+        shot = self._caught_up(2000 if quiesced else 200)
         self._checked = shot.after if quiesced and shot.stable else None
         if self._base is None:
-            return Verdict("undecided", 0, self._size, "the device was never still enough to count")
+            self._suspect = self._suspect or "the device was never still enough to count"
+        if self._suspect:
+            return Verdict("undecided", 0, self._size, self._suspect, needs_repair=True)
+        assert self._base is not None
         if self._mode == _core.BPF_QUEUE:
             return self._check_queued(shot, quiesced)
         low = (self._done_gap(shot, late=True) - self._base.done_gap) * SECTOR
@@ -274,9 +286,23 @@ class BpfTracker:
             return Verdict("lossy", low, high)
         if not shot.stable:
             return Verdict("undecided", 0, max(high, 0), "writes during the check")
-        if low < 0:
-            return Verdict("undecided", 0, self._size, "the kernel accounted less than was seen")
         return self._check_still(shot, quiesced)
+
+    def _caught_up(self, tries: int) -> Snapshot:
+        """A snapshot; when the kernel stays behind what was seen, what is proven
+        against it is not."""
+        base = self._base
+        for left in reversed(range(LAGS)):
+            shot = self._snapshot(tries)
+            if self._mode == _core.BPF_QUEUE or base is None or not shot.stable:
+                break
+            if self._done_gap(shot) >= base.done_gap:
+                break
+            if left:
+                time.sleep(0.002)
+        else:
+            self._suspect = self._suspect or "the kernel accounted less than was seen"
+        return shot
 
     def _check_still(self, shot: Snapshot, quiesced: bool) -> Verdict:
         """The events balance; see whether more follows from this moment."""
@@ -331,56 +357,41 @@ class BpfTracker:
     def repair(self, quiesced: bool) -> Repair | None:
         shot = self._snapshot()
         if self._mode == _core.BPF_QUEUE:
-            if not quiesced:
+            still = self._is_still(shot)
+            if not quiesced and not (still and self._suspect):
                 return None
             # Counting starts anew here, as below; else no proof ever follows.
-            still = (
-                shot.stable
-                and self._writes_in_flight() == 0
-                and self._same(shot, self._snapshot(20))
-            )
             self._base = _Base(self._done_gap(shot), self._queued_gap(shot) if still else None)
-            return self._compare_all("submissions cannot be proven complete")
+            return self._compare_all()
         if not quiesced and not shot.stable:
             return None  # no exact moment to count from: left to the freeze
         queued_gap = self._base.queued_gap if self._base else None
         if quiesced and queued_gap is not None and self._queued_gap(shot) != queued_gap:
+            queued_gap = None
+        if self._suspect:
+            # The sums of submissions are against the same accounting.
             queued_gap = None
         # Whatever was missed had completed before this moment, so the
         # comparison that follows finds it, and counting starts anew.
         self._base = _Base(self._done_gap(shot), queued_gap)
         if queued_gap is None:
             self._owes_proof = False
-            return self._compare_all("submissions cannot be proven complete")
+            return self._compare_all()
         self._t.take_queued(self._queued)
         self._owes_proof = not quiesced
         return Repair(
             [Batch(self._queued.extents(), changed=True)], "blocks submitted since the last proof"
         )
 
-    def _compare_all(self, why: str) -> Repair:
+    def _is_still(self, shot: Snapshot) -> bool:
+        return (
+            shot.stable and self._writes_in_flight() == 0 and self._same(shot, self._snapshot(20))
+        )
+
+    def _compare_all(self) -> Repair:
+        why, self._suspect = self._suspect or "submissions cannot be proven complete", ""
         data, holes = self._source.holes()
         batches = [Batch(Extents.of(data), changed=True)]
         if holes:
             batches.append(Batch(Extents.of(holes), changed=True, holes=True))
         return Repair(batches, f"the whole source ({why})")
-
-
-def usable(source: Source) -> str:
-    """Empty when BPF can track this source, else why it cannot."""
-    queue = source.queue
-    if queue is None:
-        return "a plain file"
-    if source.size % SECTOR or queue.start % SECTOR:
-        return "not made of sectors"
-    zoned = Path("/sys/block") / queue.disk / "queue/zoned"
-    if zoned.exists() and zoned.read_text().strip() != "none":
-        return "a zoned device (a zone reset changes data without an event)"
-    dax = Path("/sys/block") / queue.disk / "queue/dax"
-    if dax.exists() and dax.read_text().strip() == "1":
-        return "a DAX device (what is mapped from it is written without an event)"
-    if os.geteuid() != 0:
-        return "needs root (or CAP_BPF and CAP_PERFMON)"
-    if not Path("/sys/kernel/btf/vmlinux").exists():
-        return "the kernel has no BTF (/sys/kernel/btf/vmlinux)"
-    return ""

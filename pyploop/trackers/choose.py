@@ -4,15 +4,20 @@ that was asked for by name and cannot work is an error, never a fallback."""
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from pyploop.device import Source
 from pyploop.errors import DeviceControlError, ParameterError
 from pyploop.trackers import TRACKERS, Tracker, bpf, dm
+from pyploop.trackers.accounting import Accounting
 from pyploop.trackers.ploop import PloopTracker
 from pyploop.trackers.scan import ScanTracker
+from pyploop.units import SECTOR
 
 
 def choose(name: str, source: Source, cluster: int | None = None) -> Tracker:
-    """The tracker called `name`, made for the source, not started.
+    """The tracker called `name`, made for the source, not started; `stop` ends
+    what `auto` has tried out.
 
     cluster: bytes of a cluster of a device-mapper target, which nothing else
     tells; a wrong one would lose data, so there is no default.
@@ -22,7 +27,7 @@ def choose(name: str, source: Source, cluster: int | None = None) -> Tracker:
     if name not in TRACKERS:
         raise ParameterError(f"unknown tracker {name!r} (one of {', '.join(TRACKERS)})")
     if name == "bpf":
-        reason = bpf.usable(source)
+        reason = bpf_problem(source)
         if reason:
             raise DeviceControlError(f"--tracker bpf cannot follow {source.path}: {reason}")
         return bpf.BpfTracker(source)
@@ -45,7 +50,31 @@ def _auto(source: Source, cluster: int | None) -> Tracker:
     if is_dm and cluster is not None and dm.has_tracking(source):
         source.cluster = cluster
         return dm.DmTracker(source, "the device-mapper target has its own tracking")
-    reason = bpf.usable(source)
+    reason = bpf_problem(source)
     if not reason:
-        return bpf.BpfTracker(source, "a block device, and the kernel has BPF with BTF")
+        # Capabilities, seccomp, lockdown, memory: only a trial tells.
+        tracker = bpf.BpfTracker(source, "a block device, and the kernel has BPF with BTF")
+        try:
+            tracker.try_out()
+            return tracker
+        except DeviceControlError as e:
+            reason = str(e)
     return ScanTracker(source, f"BPF cannot be used: {reason}")
+
+
+def bpf_problem(source: Source) -> str:
+    """Why BPF cannot track this source; empty when only trying can tell."""
+    queue = source.queue
+    if queue is None:
+        return "a plain file"
+    if source.size % SECTOR or queue.start % SECTOR:
+        return "not made of sectors"
+    zoned = Path("/sys/block") / queue.disk / "queue/zoned"
+    if zoned.exists() and zoned.read_text().strip() != "none":
+        return "a zoned device (a zone reset changes data without an event)"
+    dax = Path("/sys/block") / queue.disk / "queue/dax"
+    if dax.exists() and dax.read_text().strip() == "1":
+        return "a DAX device (what is mapped from it is written without an event)"
+    if not Path("/sys/kernel/btf/vmlinux").exists():
+        return "the kernel has no BTF (/sys/kernel/btf/vmlinux)"
+    return Accounting(queue.disk).problem()

@@ -1,0 +1,100 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The kernel's accounting of a disk (queue/iostats), against which completeness
+is proven.  It must be on all the time: what is written while it is off is not
+counted, and an event that is lost meanwhile is never noticed.
+
+Anybody may switch it off: an administrator, tuned, another copy that restores
+what it found.  So its value is read before each proof, and a watch tells of
+writes to the switch in between (inotify sees those made in this mount of sysfs).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+from pathlib import Path
+
+from pyploop import kernel
+from pyploop.errors import DeviceControlError
+from pyploop.plan import Held, Plan
+
+EVENTS = 4096
+"""Bytes of inotify events that are read at once."""
+
+
+class Accounting:
+    """Of one disk ('loop0')."""
+
+    def __init__(self, disk: str) -> None:
+        self._disk = disk
+        self._path = f"/sys/block/{disk}/queue/iostats"
+        self._plan: Plan | None = None
+        self._held: Held | None = None
+        self._watch = -1
+
+    def problem(self) -> str:
+        """Why it cannot be on; empty: it is, or can be switched on."""
+        try:
+            if Path(self._path).read_text().strip() != "0" or os.access(self._path, os.W_OK):
+                return ""
+        except OSError:
+            return ""
+        return f"the accounting of {self._disk} is off, and {self._path} cannot be written"
+
+    def start(self, plan: Plan) -> None:
+        """Switch it on until `stop`.  DeviceControlError when that is refused."""
+        self._plan = plan
+        with contextlib.suppress(OSError):  # no inotify left: the value tells most
+            self._watch = kernel.watch_writes(self._path)
+        self._switch_on()
+
+    def interrupted(self) -> bool:
+        """It was off at some time since the last call; it is on again when this
+        returns."""
+        if self._plan is None:
+            return False
+        touched = self._was_touched()
+        return self._switch_on() or touched
+
+    def _was_touched(self) -> bool:
+        if self._watch < 0:
+            return False
+        touched = False
+        with contextlib.suppress(BlockingIOError):
+            while os.read(self._watch, EVENTS):
+                touched = True
+        return touched
+
+    def _switch_on(self) -> bool:
+        """True when it was off."""
+        assert self._plan is not None
+        try:
+            if Path(self._path).read_text().strip() != "0":
+                return False
+            if self._held is None:
+                what = f"switch the accounting of {self._disk} off again"
+                self._held = self._plan.set_file(self._path, "1", what)
+            else:
+                Path(self._path).write_text("1")
+        except OSError as e:
+            if e.errno == errno.ENOENT:  # a disk without the switch accounts always
+                return False
+            raise DeviceControlError.of(
+                f"cannot switch on the accounting of {self._disk}, against which tracking is "
+                f"proven ({self._path})",
+                e,
+            ) from e
+        self._was_touched()  # that was us
+        return True
+
+    def stop(self) -> None:
+        """Put back what was there; never raises."""
+        if self._watch >= 0:
+            os.close(self._watch)
+            self._watch = -1
+        held, plan = self._held, self._plan
+        self._held = self._plan = None
+        if held is not None and plan is not None:
+            with contextlib.suppress(DeviceControlError):
+                plan.undo(held)
