@@ -251,7 +251,8 @@ int pl_pump_write(struct pl_pump *p, const void *buf, size_t len,
  */
 int pl_pump_ask(struct pl_pump *p, const void *buf, size_t len,
 		uint32_t timeout_ms, struct pl_fault *fault);
-void pl_pump_unlimit(struct pl_pump *p);	/* between two passes */
+/* Between two passes; bytes per second, 0: no limit. */
+void pl_pump_limit(struct pl_pump *p, uint64_t rate);
 void pl_pump_cancel(struct pl_pump *p);			/* any thread */
 void pl_pump_stats(const struct pl_pump *p, struct pl_pump_stats *out); /* any */
 

@@ -174,10 +174,10 @@ int pl_pump_write(struct pl_pump *p, const void *buf, size_t len,
 	return pl_stream_write(p, &iov, 1, fault);
 }
 
-void pl_pump_unlimit(struct pl_pump *p)
+void pl_pump_limit(struct pl_pump *p, uint64_t rate)
 {
 	pthread_mutex_lock(&p->lock);	/* readers look at it after they took work */
-	p->cfg.rate = 0;
+	p->cfg.rate = rate;
 	pthread_mutex_unlock(&p->lock);
 }
 

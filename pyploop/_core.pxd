@@ -115,7 +115,7 @@ cdef extern from "pl.h" nogil:
     int pl_pump_write(pl_pump *p, const void *buf, size_t len, pl_fault *fault)
     int pl_pump_ask(pl_pump *p, const void *buf, size_t len,
                     uint32_t timeout_ms, pl_fault *fault)
-    void pl_pump_unlimit(pl_pump *p)
+    void pl_pump_limit(pl_pump *p, uint64_t rate)
     void pl_pump_cancel(pl_pump *p)
     void pl_pump_get_stats "pl_pump_stats"(const pl_pump *p, pl_pump_stats *out)
 

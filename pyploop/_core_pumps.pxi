@@ -82,9 +82,9 @@ cdef class Pump:
         if ret < 0:
             raise _fault(ret, &fault)
 
-    def unlimit(self):
-        """Between two passes: no rate applies from now on."""
-        pl_pump_unlimit(self.p)
+    def limit(self, uint64_t rate):
+        """Between two passes: this rate applies from now on; 0: none."""
+        pl_pump_limit(self.p, rate)
 
     def cancel(self):
         """From any thread: a run ends at once with ECANCELED."""

@@ -102,10 +102,7 @@ class ploopcopy:
 
         def work() -> int:
             before = self._sender.sent
-            self._sender.prepare_freeze()
-            with self._sender.frozen():
-                self._sender.last_blocks()
-                self._sender.finish()
+            self._sender.freeze_and_finish()
             return self._sender.sent - before
 
         self._expect("running")

@@ -81,9 +81,9 @@ class Passes:
         """Do nothing for a while; a cancel ends it."""
         self._gone.wait(seconds)
 
-    def unlimit(self) -> None:
+    def limit(self, running: bool) -> None:
         """--bwlimit is for the time in which the source runs."""
-        self.pump.unlimit()
+        self.pump.limit(self._options.rate if running else 0)
 
     @property
     def stats(self) -> PumpStats:
@@ -100,6 +100,14 @@ class Passes:
     def extend(self, deadline: float) -> None:
         """Only the peer's last answer is waited for, until then."""
         self.deadline = deadline
+        if self._out.deadline:  # 0: cancelled
+            self._out.deadline = deadline
+
+    def run_on(self, deadline: float) -> None:
+        """After a freeze: no limit of it applies any more.  deadline: what the
+        output had before."""
+        self.limit(running=True)
+        self.deadline, self.watch = None, lambda: None
         if self._out.deadline:  # 0: cancelled
             self._out.deadline = deadline
 

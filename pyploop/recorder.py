@@ -11,7 +11,7 @@ import contextlib
 import json
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from pyploop.wire import d1
@@ -96,6 +96,13 @@ class Recorder:
         self.spans: list[Span] = []
         self.clock = Clock()
         self.stage: Stage = "running"
+
+    def give_up(self) -> None:
+        """What was frozen so far was none of the freeze that counts."""
+        frozen = [s for s in self.spans if s.stage == "frozen"]
+        if frozen:
+            self.spans = [replace(s, stage="running") for s in self.spans]
+            self.add("freeze given up", frozen[0].start, self.now())
 
     @contextlib.contextmanager
     def step(self, name: str) -> Iterator[None]:

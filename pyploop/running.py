@@ -24,6 +24,7 @@ from pyploop.hot import HotBlocks
 from pyploop.output import Output
 from pyploop.passes import Passes
 from pyploop.recorder import Recorder
+from pyploop.repairs import Repairs
 from pyploop.rounds import (
     MEANINGFUL,
     Costs,
@@ -35,7 +36,7 @@ from pyploop.rounds import (
     forecast,
 )
 from pyploop.summary import Options, Summary
-from pyploop.trackers import Batch, Repair, Tracker, Verdict
+from pyploop.trackers import Batch, Repair, Tracker, Verdict, whole
 from pyploop.units import MIB, format_size
 from pyploop.worker import run_cancellable
 
@@ -54,6 +55,12 @@ TARGET_WINDOW = 32 * MIB
 """Bytes that a target of ours leaves unwritten while it receives, about."""
 COLD_FREEZE = 0.03
 """Seconds of a FIFREEZE that was not rehearsed: RCU grace periods."""
+REPAIR_SLACK = 1.0
+"""Seconds of a repair inside the freeze, beside twice what was forecast, when no
+--max-freeze is given."""
+REPAIR_TRIES = 20
+"""Rounds that go on, since the tracker wants a comparison and finds no moment to
+count from."""
 RETRY = 0.2
 """Seconds between two approaches that ended in vain: each stalls the writer."""
 
@@ -90,11 +97,21 @@ class Running:
         self._sent_at_sync = 0
         self._target_times: list[tuple[int, float]] = []
         self._freeze_time: float | None = None
+        self.repairs = Repairs(passes, report, summary)
+        self._unproven = 0
+        """Rounds in a row after which a repair was wanted, and not possible."""
 
     @property
     def stops(self) -> bool:
         """Something will be frozen or stopped."""
         return bool(self._hold)
+
+    @property
+    def allowed(self) -> float:
+        """Seconds that one repair may take inside the freeze."""
+        if self._options.policy.max_freeze is not None:
+            return self._options.policy.max_freeze
+        return 2 * (self._summary.predicted or 0.0) + REPAIR_SLACK
 
     # ---- passes
 
@@ -175,9 +192,9 @@ class Running:
         self._recorder.add("source sync", start, send_start)
         self._recorder.add(f"round {number}", send_start, end)
         verdict = self._tracker.check(quiesced=False)
-        repaired = self.repair(quiesced=False) if verdict.state == "lossy" else 0
+        repaired = self._repair(verdict)
         if beside:
-            repaired = (repaired or 0) + self.compare_all(beside, quiesced=False)
+            repaired += self.repairs.run(self.compare_all(beside), frozen=False) or 0
         result = Round(
             sent,
             end - send_start,
@@ -226,23 +243,18 @@ class Running:
         self._mounts.sync()
         self._source.write_back()
 
-    def repair(self, quiesced: bool) -> int | None:
-        """Compare what may have been missed; returns the bytes that differed,
-        None when the tracker has no way to tell."""
-        repair = self._tracker.repair(quiesced)
+    def _repair(self, verdict: Verdict) -> int:
+        """After a round: compare what may have been missed, if there is a moment
+        to count from; returns the bytes that differed."""
+        if verdict.state != "lossy" and not verdict.needs_repair:
+            self._unproven = 0
+            return 0
+        repair = self._tracker.repair(quiesced=False)
         if repair is None:
-            return None if quiesced else 0
-        return self._compare(repair, "Lost events", quiesced)
-
-    def _compare(self, repair: Repair, why: str, quiesced: bool) -> int:
-        sent = self._passes.send(repair.batches)
-        self._summary.repairs += 1
-        self._summary.repaired_bytes += sent
-        self._report.note(
-            f"{why}: compared {repair.scope} by hash, sent {format_size(sent)} that differed"
-        )
-        self._report.event("repair", scope=repair.scope, sent=sent, frozen=quiesced)
-        return sent
+            self._unproven += 1
+            return 0
+        self._unproven = 0
+        return self.repairs.run(repair, frozen=False) or 0
 
     # ---- who else uses the source
 
@@ -264,13 +276,9 @@ class Running:
         lookout = self._source.lookout
         return [] if lookout is None else lookout.beside(frozen)
 
-    def compare_all(self, beside: list[str], quiesced: bool) -> int:
-        """Compare the whole source; returns the bytes that differed."""
-        data, holes = self._source.holes()
-        batches = [Batch(Extents.of(data), changed=True)]
-        if holes:
-            batches.append(Batch(Extents.of(holes), changed=True, holes=True))
-        return self._compare(Repair(batches, "the whole source"), "; ".join(beside), quiesced)
+    def compare_all(self, beside: list[str]) -> Repair:
+        """Everything is to be compared, for what was written `beside` the queue."""
+        return Repair(whole(self._source), f"the whole source ({'; '.join(beside)})")
 
     # ---- decisions
 
@@ -307,15 +315,19 @@ class Running:
 
     def _iterate(self, last: bool) -> None:
         paused = False
-        while (decision := self._decide()).action == "round":
+        while (decision := self._decide()).action == "round" or self._must_repair(decision):
             if decision.throttle and self._options.throttle is not None:
                 self._options.throttle.apply()
-            if decision.pause:
-                self._passes.pause(decision.pause)
+            if pause := RETRY if decision.freeze else decision.pause:
+                self._passes.pause(pause)
             paused = bool(decision.pause)
             self.round(last, paused)
         self._report.info(f"Stop iterating after round {len(self._rounds)}: {decision.why}")
         self._give_up(decision)
+
+    def _must_repair(self, decision: Decision) -> bool:
+        """Inside the freeze it would cost frozen time."""
+        return decision.freeze and 0 < self._unproven < REPAIR_TRIES
 
     def _give_up(self, decision: Decision) -> None:
         if decision.action == "abort":

@@ -31,10 +31,11 @@ from pyploop.output import Output
 from pyploop.passes import Passes
 from pyploop.plan import Plan
 from pyploop.recorder import Recorder
+from pyploop.repairs import FreezeGivenUp
 from pyploop.rounds import Round
 from pyploop.running import Running, words
 from pyploop.summary import Options, Summary
-from pyploop.trackers import Tracker
+from pyploop.trackers import Repair, Tracker, Verdict
 from pyploop.units import format_size
 from pyploop.worker import run_cancellable
 
@@ -46,6 +47,8 @@ FINAL_PASSES = 3
 """Passes with dirty blocks inside the freeze before it is called a loop."""
 UNSTOPPED_PASSES = 20
 """The same when nothing stops the writer."""
+FREEZES = 3
+"""Freezes that are begun, when one had to be given up for a long repair."""
 
 
 class Sender:
@@ -62,6 +65,7 @@ class Sender:
         self._source, self._tracker, self._out = source, tracker, out
         self._options, self._report = options, report
         self._undo = contextlib.ExitStack()
+        self._may_thaw = False
         self.recorder = Recorder()
         self.summary = Summary(
             source.path,
@@ -77,11 +81,27 @@ class Sender:
         with self:
             self.first_pass()
             self.converge()
-            self.prepare_freeze()
-            with self.frozen():
-                self.last_blocks()
-                self.finish()
+            self.freeze_and_finish()
         return self.summary
+
+    def freeze_and_finish(self) -> None:
+        """The approach, the freeze, the end.  When too much would have to be
+        compared inside the freeze, all is undone, that is compared while the
+        source runs, and the next approach begins."""
+        for number in range(1, FREEZES + 1):
+            self.prepare_freeze()
+            try:
+                with self.frozen():
+                    self.last_blocks(may_thaw=self._hold.can_undo)
+                    self.finish()
+                return
+            except FreezeGivenUp as e:
+                self.recorder.give_up()
+                self.summary.freezes_given_up += 1
+                if number == FREEZES:
+                    raise
+                self._report.note(f"Thawed, and on with freeze {number + 1} of {FREEZES}: {e}")
+            self._running.repairs.run_left()
 
     def __enter__(self) -> Sender:
         """Tracking begins, and the peer is found out about."""
@@ -194,12 +214,17 @@ class Sender:
         report.event("phase", phase="frozen", bytes=None)
         before = self._passes.stats.data
         with contextlib.ExitStack() as held:
+            held.callback(self._run_on, self._out.deadline)
             held.enter_context(report.held())
             held.enter_context(self._hold.undone())
             held.enter_context(_no_collection())
             self.recorder.stage = "frozen"
             self._stop_and_freeze()
-            yield
+            try:
+                yield
+            except FreezeGivenUp as e:
+                self._undo_to_go_on(e)
+                raise
             if self._options.before_thaw:
                 with step("before thaw"):
                     what = "the target is complete, but the command before the thaw"
@@ -207,12 +232,21 @@ class Sender:
             with step("thaw"):
                 self._hold.release(self._options.resume)
             self.recorder.stage = "running"
-            self._passes.deadline = None
             self._tell(self._passes.stats.data - before)
+
+    def _undo_to_go_on(self, why: FreezeGivenUp) -> None:
+        """Fails when something is left as it is: the source does not run then."""
+        if left := self._hold.undo():
+            raise LoopError("; ".join([f"{why}; no target was made", *left])) from why
+
+    def _run_on(self, deadline: float) -> None:
+        """After the freeze the source runs, and nothing is in a hurry."""
+        self.recorder.stage = "running"
+        self._passes.run_on(deadline)
 
     def _stop_and_freeze(self) -> None:
         options, step = self._options, self.recorder.step
-        self._passes.unlimit()
+        self._passes.limit(running=False)
         scanned = self._tracker.name == "scan" and not self._mounts
         limits = None
         if options.freeze_limit and self._running.stops and not scanned:
@@ -233,8 +267,12 @@ class Sender:
             # what somebody wrote through a device since the sync.
             self._source.write_back()
 
-    def last_blocks(self) -> None:
-        """Send what is dirty until nothing is, and no event is missing."""
+    def last_blocks(self, may_thaw: bool = False) -> None:
+        """Send what is dirty until nothing is, and no event is missing.
+
+        may_thaw: a long repair raises FreezeGivenUp, after which all is undone,
+        and `freeze_and_finish` goes on; else it has until the freeze limit."""
+        self._may_thaw = may_thaw
         limit = FINAL_PASSES if self._running.stops else UNSTOPPED_PASSES
         stamp = self._stamp()
         for _ in range(limit):
@@ -320,19 +358,42 @@ class Sender:
             sent = self._passes.send(self._running.take())
         if beside:
             with self.recorder.step("repair"):
-                self._running.compare_all(beside, quiesced=True)
+                self._compare(self._running.compare_all(beside), "; ".join(beside))
             return False
         if verdict.state in ("complete", "unknown"):
             self.summary.completeness = verdict.state
             # A stopped scan has compared everything: once is enough.
             return sent == 0 or (self._running.stops and self._tracker.name == "scan")
         with self.recorder.step("repair"):
-            if self._running.repair(quiesced=True) is None:
-                raise DeviceControlError(
-                    f"tracking of {self._source.path} lost events ({words(verdict)}) and cannot "
-                    "tell which; no target was made"
-                )
+            self._repair(verdict)
         return False  # prove again, from the new base
+
+    def _repair(self, verdict: Verdict) -> None:
+        """Compare what the tracker may have missed."""
+        path = self._source.path
+        repair = self._tracker.repair(quiesced=True)
+        if repair is None:
+            raise DeviceControlError(
+                f"tracking of {path} lost events ({words(verdict)}) and cannot "
+                "tell which; no target was made"
+            )
+        self._compare(repair, f"tracking of {path} could not be proven ({words(verdict)})")
+
+    def _compare(self, repair: Repair, why: str) -> None:
+        """As long as a freeze may last."""
+        repairs, until = self._running.repairs, self._passes.deadline
+        if self._may_thaw and self._running.stops:
+            allowed = time.monotonic() + self._running.allowed
+            until = allowed if until is None else min(until, allowed)
+        if repairs.run(repair, frozen=True, until=until) is not None:
+            return
+        why += f", and comparing {repair.scope} would take {repairs.seconds_left:.1f} s more"
+        if self._may_thaw:
+            raise FreezeGivenUp(f"{why}, too long for a freeze (--max-freeze)")
+        raise LoopError(
+            f"{why}, which the freeze limit does not allow (--freeze-limit); no target was made. "
+            "A stop that can be undone (--undo, --freeze cgroup:PATH) lets the source run meanwhile"
+        )
 
     def _still_written(self) -> LoopError:
         who = "and nothing stops its writer (-F)"

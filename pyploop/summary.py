@@ -72,6 +72,8 @@ class Summary:
     largest_part: str = ""
     """Which part of the frozen time was the largest, and what would shorten it."""
     frozen_bytes: int = 0
+    freezes_given_up: int = 0
+    """Freezes that ended with a thaw and a repair, before the last one."""
     completeness: str = "unknown"
     repaired_bytes: int = 0
     repairs: int = 0

@@ -149,6 +149,7 @@ class Throttle:
 
     def remove(self) -> None:
         """Put back what was there before `apply`."""
+        self._applied = False
         held, self._held = self._held, None
         if held is not None and self._plan is not None:
             self._plan.undo(held)

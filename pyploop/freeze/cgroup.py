@@ -49,6 +49,8 @@ class CgroupStopper:
     """Freezes one cgroup with all below it; one that somebody else has frozen
     is left so."""
 
+    can_undo = True
+
     def __init__(self, path: str, report: Reporter) -> None:
         self.name = f"cgroup:{path}"
         self._path, self._report = path, report

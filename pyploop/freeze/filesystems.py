@@ -246,6 +246,7 @@ class FileSystems:
         finally:
             if only is None:
                 self.cool_down()
+                self._by_others.clear()  # freeze() looks again
             for o in self._open:
                 if only not in (None, o.mount):
                     continue

@@ -65,6 +65,11 @@ class Hold:
         return bool(self._stoppers or self._mounts)
 
     @property
+    def can_undo(self) -> bool:
+        """Everything that is stopped can be let go again, and stopped later."""
+        return all(stopper.can_undo for stopper in self._stoppers)
+
+    @property
     def expected(self) -> float:
         """Seconds that stopping will take, as far as one can know: nobody can
         try it out."""

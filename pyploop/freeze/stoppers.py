@@ -54,6 +54,8 @@ class Stopper(Protocol):
     """One thing to stop, once."""
 
     name: str
+    can_undo: bool
+    """What `stop` did can be undone."""
 
     def prepare(self, plan: Plan) -> None:
         """While all runs: find out whether it can be stopped.  Stops nothing."""
@@ -82,6 +84,7 @@ class CommandStopper:
     def __init__(self, spec: Spec) -> None:
         self.name = spec.name
         self._command, self._undo = spec.argument, spec.undo
+        self.can_undo = spec.undo is not None
         self._plan: Plan | None = None
         self._held: Held | None = None
         self._ran = False
@@ -126,6 +129,8 @@ class CommandStopper:
 
 class FsStopper:
     """The file systems, frozen at this place of the order."""
+
+    can_undo = True
 
     def __init__(self, mounts: FileSystems, only: Mount | None) -> None:
         self.name = "fs" if only is None else f"fs:{only.point}"

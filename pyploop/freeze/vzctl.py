@@ -77,6 +77,8 @@ def parse_status(text: str, ctid: str) -> Status:
 class VzctlStopper:
     """One container; one that is suspended already is left so."""
 
+    can_undo = True
+
     def __init__(self, argument: str, report: Reporter) -> None:
         ctid, comma, option = argument.partition(",")
         if not ctid or ctid.startswith("-") or (comma and option != "lock"):

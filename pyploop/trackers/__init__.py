@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
 from pyploop._core import Extents, Hook
+from pyploop.device import Source
 from pyploop.plan import Plan
 
 TRACKERS = ("auto", "bpf", "ploop", "dm", "scan")
@@ -56,6 +57,15 @@ class Repair:
 
     batches: list[Batch] = field(default_factory=list)
     scope: str = ""
+
+
+def whole(source: Source) -> list[Batch]:
+    """The whole source, to be compared."""
+    data, holes = source.holes()
+    batches = [Batch(Extents.of(data), changed=True)]
+    if holes:
+        batches.append(Batch(Extents.of(holes), changed=True, holes=True))
+    return batches
 
 
 class Tracker(Protocol):

@@ -31,7 +31,7 @@ from pyploop.errors import DeviceControlError
 from pyploop.events import Reporter
 from pyploop.plan import Plan
 from pyploop.sysblock import BlockDevice, is_bio_based
-from pyploop.trackers import Batch, Repair, Verdict
+from pyploop.trackers import Batch, Repair, Verdict, whole
 from pyploop.trackers.accounting import Accounting
 from pyploop.units import SECTOR
 
@@ -390,8 +390,4 @@ class BpfTracker:
 
     def _compare_all(self) -> Repair:
         why, self._suspect = self._suspect or "submissions cannot be proven complete", ""
-        data, holes = self._source.holes()
-        batches = [Batch(Extents.of(data), changed=True)]
-        if holes:
-            batches.append(Batch(Extents.of(holes), changed=True, holes=True))
-        return Repair(batches, f"the whole source ({why})")
+        return Repair(whole(self._source), f"the whole source ({why})")

@@ -9,6 +9,7 @@ never count it, both from the moment at which the write completes."""
 from __future__ import annotations
 
 import contextlib
+import errno
 import mmap
 import os
 import random
@@ -21,12 +22,15 @@ import pytest
 from support import MIB, loop_device, needs
 from support_live import random_file, same, work_dir
 
-from pyploop import device
+from pyploop import device, repairs
 from pyploop._core import Bitmap, BpfTracking, Counters, Extents, Hook, Snapshot
-from pyploop.errors import LoopError
+from pyploop.errors import DeviceControlError, LoopError
 from pyploop.events import Reporter
 from pyploop.freeze import stoppers
 from pyploop.outputs import FileOutput
+from pyploop.plan import Plan
+from pyploop.repairs import Repairs
+from pyploop.running import Running
 from pyploop.sender import Sender
 from pyploop.sink import Sink
 from pyploop.summary import Options, Summary
@@ -179,7 +183,10 @@ class Lab:
         self.target = folder / "target"
         self.writer = Direct(path)
 
-    def copy(self, loss: Loss, act: Callable[[str], None]) -> tuple[Summary, Script]:
+    def copy(
+        self, loss: Loss, act: Callable[[str], None], undo: str | None = None
+    ) -> tuple[Summary, Script]:
+        """undo: of the stop command."""
         tracking = type("Lossy", (LossyTracking,), {"loss": loss})
         self._monkeypatch.setattr(bpf, "BpfTracking", tracking)
         self._monkeypatch.setattr(stoppers, "run_command", lambda *_: act("frozen"))
@@ -191,12 +198,17 @@ class Lab:
             contextlib.closing(device.open_source(self.path)) as source,
             Sink(str(self.target)) as sink,
         ):
-            out, options = FileOutput(sink), Options(stop_command="the script")
+            out = FileOutput(sink)
+            options = Options(stops=[stoppers.Spec("cmd", "the script", undo)])
             summary = Sender(source, bpf.BpfTracker(source), out, options, report).run()
         return summary, script
 
     def identical(self) -> bool:
         return same(self.path, self.target, SIZE, direct=True)
+
+
+def iostats(path: str) -> Path:
+    return Path("/sys/block", Path(path).name, "queue/iostats")
 
 
 @pytest.fixture
@@ -206,10 +218,13 @@ def lab(monkeypatch: pytest.MonkeyPatch) -> Iterator[Lab]:
         image = random_file(folder / "image", SIZE)
         with loop_device(image) as path:
             made = Lab(folder, path, monkeypatch)
+            switch = iostats(path)
+            before = switch.read_text()
             try:
                 yield made
             finally:
                 made.writer.close()
+                switch.write_text(before)  # the kernel keeps it for the next file
 
 
 def everywhere(lab: Lab, blocks: int = 300) -> Callable[[str], None]:
@@ -329,9 +344,9 @@ def test_losses_in_the_first_pass_are_repaired(lab: Lab) -> None:
 def test_without_the_counters_a_loss_would_show_in_the_comparison(lab: Lab) -> None:
     """The control: the losses above are real ones."""
     loss = Loss(done=0.5, counted=True, early=True)
-    summary, _ = lab.copy(loss, everywhere(lab))
+    summary, script = lab.copy(loss, everywhere(lab))
     assert loss.lost_done
-    assert summary.repairs == 0
+    assert summary.repairs == 0, script.repairs
     assert not lab.identical()
 
 
@@ -347,3 +362,182 @@ def test_a_source_that_is_written_for_ever_after_the_stop_makes_no_target(lab: L
         with pytest.raises(LoopError):
             lab.copy(Loss(), lambda _: None)
     assert not lab.target.exists()
+
+
+# ---- how long a repair may take inside the freeze
+
+
+MANY = 5000
+"""Blocks, more than are compared before the first look at the time."""
+
+
+def losing_in_freezes(lab: Lab, loss: Loss, freezes: int) -> Callable[[str], None]:
+    """The first so many freezes lose all completions."""
+    loss.on = False
+    done = 0
+
+    def act(phase: str) -> None:
+        nonlocal done
+        done += phase == "frozen"
+        loss.on = phase == "frozen" and done <= freezes
+        if loss.on:
+            lab.writer.write(MANY)
+
+    return act
+
+
+@pytest.fixture
+def no_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The freeze leaves no time to a repair that is not done at once."""
+    monkeypatch.setattr(Running, "allowed", 0.0)
+
+
+def test_a_long_repair_is_done_after_a_thaw_and_the_freeze_begun_again(
+    lab: Lab, no_time: None
+) -> None:
+    loss = Loss(done=1.0)
+    undone = lab.target.with_name("undone")
+    act = losing_in_freezes(lab, loss, 1)
+    summary, script = lab.copy(loss, act, undo=f"echo >>{undone}")
+    assert lab.identical()
+    assert (summary.freezes_given_up, summary.completeness) == (1, "complete")
+    assert undone.read_text() == "\n", "undone once: before the second freeze"
+    # A slice inside the freeze, the rest while running; all that was lost.
+    assert [r["frozen"] for r in script.repairs] == [True, False]
+    assert sum(r["sent"] for r in script.repairs) == MANY * BLOCK
+    assert "repair" not in summary.frozen
+
+
+def test_repairs_that_are_too_long_in_every_freeze_end_the_copy(lab: Lab, no_time: None) -> None:
+    loss = Loss(done=1.0)
+    freezes = lab.target.with_name("undone")
+    act = losing_in_freezes(lab, loss, 99)
+    with pytest.raises(LoopError, match="too long for a freeze") as failed:
+        lab.copy(loss, act, undo=f"echo >>{freezes}")
+    assert failed.value.exit_code == 14
+    assert freezes.read_text() == "\n" * 3
+    assert not lab.target.exists()
+
+
+def test_after_a_stop_that_cannot_be_undone_a_long_repair_is_done_in_the_freeze(
+    lab: Lab, no_time: None
+) -> None:
+    loss = Loss(done=1.0)
+    summary, script = lab.copy(loss, losing_in_freezes(lab, loss, 1))
+    assert lab.identical()
+    assert (summary.freezes_given_up, summary.completeness) == (0, "complete")
+    assert [(r["frozen"], r["sent"]) for r in script.repairs] == [(True, MANY * BLOCK)]
+
+
+def test_a_repair_that_the_freeze_limit_does_not_allow_ends_the_copy(
+    lab: Lab, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loss = Loss(done=1.0)
+    begin = Repairs.run
+
+    def slowly(self: Repairs, *args: Any, **how: Any) -> int | None:
+        self.rate = 1000.0  # bytes per second
+        return begin(self, *args, **how)
+
+    monkeypatch.setattr(Repairs, "run", slowly)
+    with pytest.raises(LoopError, match=r"the freeze limit does not allow .*--undo") as failed:
+        lab.copy(loss, losing_in_freezes(lab, loss, 1))
+    assert failed.value.exit_code == 14
+    assert not lab.target.exists()
+
+
+# ---- the accounting that all is proven against
+
+
+def test_accounting_that_is_switched_off_while_running_is_repaired_while_running(
+    lab: Lab,
+) -> None:
+    switch = iostats(lab.path)
+    seen = []
+
+    def act(phase: str) -> None:
+        if phase == "first pass":
+            switch.write_text("0")
+        if phase == "round 1":
+            lab.writer.write(200)
+        if phase.startswith("round"):
+            seen.append(switch.read_text().strip())
+
+    summary, script = lab.copy(Loss(), act)
+    assert lab.identical()
+    assert summary.completeness == "complete"
+    assert seen[0] == "0" and set(seen[1:]) == {"1"}, "on again after the first round"
+    assert script.repairs and not any(r["frozen"] for r in script.repairs)
+    assert "accounting" in script.repairs[0]["scope"]
+    assert switch.read_text().strip() == "0", "as somebody wants it"
+
+
+def test_what_is_lost_while_the_accounting_is_off_for_a_moment_is_found(lab: Lab) -> None:
+    """Neither the counters nor the accounting know of it: both are as before."""
+    switch = iostats(lab.path)
+    loss = Loss(done=1.0)
+    loss.on = False
+
+    def act(phase: str) -> None:
+        loss.on = phase == "round 1"
+        if loss.on:
+            switch.write_text("0")
+            lab.writer.write(100)
+            switch.write_text("1")
+
+    summary, script = lab.copy(loss, act)
+    assert loss.lost_done == 100
+    assert lab.identical()
+    assert summary.completeness == "complete"
+    assert any("accounting" in r["scope"] and not r["frozen"] for r in script.repairs)
+
+
+def test_accounting_that_is_switched_off_in_every_round_and_freeze_ends_the_copy(
+    lab: Lab, no_time: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    switch = iostats(lab.path)
+    monkeypatch.setattr(repairs, "SLICE", MIB)
+
+    def act(phase: str) -> None:
+        if phase.startswith(("round", "frozen")):
+            switch.write_text("0")
+
+    with pytest.raises(LoopError, match="accounting of the disk") as failed:
+        lab.copy(Loss(), act, undo="true")
+    assert failed.value.exit_code == 14
+    assert not lab.target.exists()
+
+
+def test_accounting_that_cannot_be_switched_on_again_ends_the_copy(
+    lab: Lab, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    switch = iostats(lab.path)
+
+    def refuse(*_: object) -> None:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    def act(phase: str) -> None:
+        if phase == "round 1":
+            switch.write_text("0")
+            monkeypatch.setattr(Plan, "set_file", refuse)
+
+    with pytest.raises(DeviceControlError, match=r"accounting .*Read-only"):
+        lab.copy(Loss(), act)
+    assert not lab.target.exists()
+
+
+def test_another_scheduler_during_the_copy_loses_nothing(lab: Lab) -> None:
+    knob = iostats(lab.path).with_name("scheduler")
+    names = [n.strip("[]") for n in knob.read_text().split()]
+    if len(names) < 2:
+        pytest.skip("the kernel has one I/O scheduler only")
+
+    def act(phase: str) -> None:
+        lab.writer.write(100)
+        if phase.startswith(("round", "frozen")):
+            knob.write_text(names[-1] if phase == "round 1" else names[0])
+            lab.writer.write(100)
+
+    summary, _ = lab.copy(Loss(), act)
+    assert lab.identical()
+    assert summary.completeness == "complete"

@@ -257,6 +257,54 @@ def test_accounting_that_lags_behind_the_events_is_never_complete(kernel: Kernel
     assert t.check(quiesced=True).state == "undecided"
 
 
+def test_accounting_that_goes_back_is_repaired_while_running(kernel: Kernel) -> None:
+    """As after a reset of the device, or while the accounting was off."""
+    t = started(kernel)
+    kernel.write(3)
+    kernel.stat -= 1000
+    verdict = t.check(quiesced=False)
+    assert (verdict.state, verdict.needs_repair) == ("undecided", True)
+    assert compared(t.repair(quiesced=False)) == EVERYTHING
+    kernel.write(4)
+    assert t.check(quiesced=True).state == "complete"
+
+
+def test_accounting_that_catches_up_at_once_needs_no_repair(
+    kernel: Kernel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    t = started(kernel)
+    kernel.done += SECTORS  # its request is being accounted just now
+
+    def wait(_: float) -> None:
+        kernel.stat += SECTORS
+
+    monkeypatch.setattr("pyploop.trackers.bpf.time.sleep", wait)
+    assert t.check(quiesced=True).state == "complete"
+
+
+def test_a_device_that_was_never_still_is_repaired_while_running_once_it_is(
+    kernel: Kernel,
+) -> None:
+    kernel.restless = True
+    t = started(kernel)
+    assert t.check(quiesced=False).needs_repair
+    assert t.repair(quiesced=False) is None
+    kernel.restless = False
+    assert t.check(quiesced=False).needs_repair
+    assert compared(t.repair(quiesced=False)) == EVERYTHING
+    assert t.check(quiesced=True).state == "complete"
+
+
+def test_a_suspicion_stays_until_everything_was_compared(kernel: Kernel) -> None:
+    t = started(kernel)
+    kernel.stat -= 1000
+    assert t.check(quiesced=False).needs_repair
+    kernel.stat += 1000  # by chance, as far as anybody knows
+    assert t.check(quiesced=True).needs_repair
+    assert compared(t.repair(quiesced=True)) == EVERYTHING
+    assert t.check(quiesced=True).state == "complete"
+
+
 def test_a_moving_device_gives_no_repair_while_running(kernel: Kernel) -> None:
     t = started(kernel)
     kernel.write(5, lost=True)

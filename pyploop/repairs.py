@@ -1,0 +1,107 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Comparisons by hash of what a tracker may have missed.
+
+While the source runs they may take their time.  Inside a freeze they are done
+in slices, and given up as soon as what is left would take longer than allowed:
+the rest is kept, for the time after the thaw.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+
+from pyploop._core import Extents
+from pyploop.errors import LoopError
+from pyploop.events import Reporter
+from pyploop.passes import Passes
+from pyploop.summary import Summary
+from pyploop.trackers import Batch, Repair
+from pyploop.units import MIB, format_size
+
+SLICE = 8 * MIB
+"""Bytes that are compared between two looks at the time: some 10 ms."""
+MEANINGFUL = MIB
+"""Bytes from which on a comparison tells a rate."""
+
+
+class FreezeGivenUp(LoopError):
+    """The source was thawed: a repair would have taken too long inside the freeze."""
+
+
+class Repairs:
+    """Of one copy."""
+
+    def __init__(self, passes: Passes, report: Reporter, summary: Summary) -> None:
+        self._passes, self._report, self._summary = passes, report, summary
+        self.rate = 0.0
+        """Bytes per second that were read and compared last; 0: not known."""
+        self.left: Repair | None = None
+        """What was given up."""
+
+    @property
+    def seconds_left(self) -> float:
+        """What the comparison that was given up would still take."""
+        left = 0 if self.left is None else sum(_cost(b) for b in self.left.batches)
+        return left / self.rate if self.rate else 0.0
+
+    def run(self, repair: Repair, *, frozen: bool, until: float | None = None) -> int | None:
+        """Compare, and send what differs; returns the bytes sent.
+
+        until: time.monotonic() by which it must be done; None returned: it would
+        not be, and what was not compared is in `left`."""
+        parts = list(repair.batches)
+        if until is not None:
+            parts = [s for b in repair.batches for s in ([b] if b.holes else _slices(b))]
+        costs = [_cost(b) for b in parts]
+        rest, compared, sent, begin = sum(costs), 0, 0, time.monotonic()
+        self.left = None
+        for n, part in enumerate(parts):
+            if until is not None and self.rate and time.monotonic() + rest / self.rate > until:
+                self.left = Repair(parts[n:], repair.scope)
+                break
+            sent += self._passes.send([part])
+            rest -= costs[n]
+            compared += costs[n]
+            if compared >= MEANINGFUL:
+                self.rate = compared / max(time.monotonic() - begin, 1e-6)
+        if compared or self.left is None:
+            self._tell(repair.scope, compared, sent, frozen)
+        return sent if self.left is None else None
+
+    def run_left(self) -> None:
+        """What was given up inside the freeze, now that the source runs."""
+        if self.left is not None:
+            self.run(self.left, frozen=False)
+
+    def _tell(self, scope: str, compared: int, sent: int, frozen: bool) -> None:
+        self._summary.repairs += 1
+        self._summary.repaired_bytes += sent
+        part = f", {format_size(compared)} of it inside the freeze" if self.left else ""
+        self._report.note(
+            f"Tracking was not proven: compared {scope} by hash{part}, "
+            f"sent {format_size(sent)} that differed"
+        )
+        self._report.event("repair", scope=scope, sent=sent, frozen=frozen)
+
+
+def _cost(batch: Batch) -> int:
+    """Bytes to be read."""
+    return 0 if batch.holes else batch.extents.bytes
+
+
+def _slices(batch: Batch) -> Iterator[Batch]:
+    part: list[tuple[int, int]] = []
+    room = SLICE
+    for start, end in batch.extents:
+        at = start
+        while at < end:
+            cut = min(end, at + room)
+            part.append((at, cut))
+            room -= cut - at
+            at = cut
+            if not room:
+                yield Batch(Extents.of(part), changed=batch.changed)
+                part, room = [], SLICE
+    if part:
+        yield Batch(Extents.of(part), changed=batch.changed)
