@@ -25,6 +25,7 @@ from pyploop.errors import (
     ParameterError,
     ReadError,
 )
+from pyploop.holes import data_extents
 from pyploop.identity import Identity
 from pyploop.lookout import Lookout, Subject
 from pyploop.reach import Reach, below_overlay, reach
@@ -67,6 +68,9 @@ class Source:
     """The devices that share bytes with a block device; None: not one."""
     lookout: Lookout | None = None
     """Who uses it; None: a ploop device, whose driver tracks all writes."""
+    notes: list[str] = field(default_factory=list)
+    """What its copy should say; grows."""
+    _holes_unknown: bool = False
     identity: Identity | None = None
     """What the whole disk showed when it was opened."""
     _owned: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)
@@ -113,20 +117,24 @@ class Source:
     def holes(self) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
         """(data, holes): both ascending and disjoint, together the whole
         source.  Without a file that knows, everything is data."""
-        data: list[tuple[int, int]] = []
         if self.sparse_fd is None or _has_all_pages(self.sparse_fd, self.path):
             return ([(0, self.size)] if self.size else []), []
+        base, pos = self.sparse_base, 0
+        data: list[tuple[int, int]] = []
         holes: list[tuple[int, int]] = []
-        base = pos = self.sparse_base
-        end = base + self.size
-        while pos < end:
-            start = _seek(self.sparse_fd, pos, os.SEEK_DATA, end)
-            if start > pos:
-                holes.append((pos - base, start - base))
-            pos = _seek(self.sparse_fd, start, os.SEEK_HOLE, end) if start < end else end
-            if pos > start:
-                data.append((start - base, pos - base))
+        for first, last in data_extents(self.sparse_fd, base, base + self.size, self._note_once):
+            if first - base > pos:
+                holes.append((pos, first - base))
+            pos = last - base
+            data.append((first - base, pos))
+        if pos < self.size:
+            holes.append((pos, self.size))
         return data, holes
+
+    def _note_once(self, why: str) -> None:
+        if not self._holes_unknown:
+            self._holes_unknown = True
+            self.notes.append(f"{self.path}: {why}")
 
 
 def _has_all_pages(fd: int, path: str) -> bool:
@@ -134,15 +142,6 @@ def _has_all_pages(fd: int, path: str) -> bool:
     counts exactly those it has.  Elsewhere what is allocated may still be a hole."""
     st = os.fstat(fd)
     return st.st_blocks * SECTOR >= st.st_size and kernel.is_tmpfs(fd, path)
-
-
-def _seek(fd: int, pos: int, whence: int, end: int) -> int:
-    try:
-        return min(os.lseek(fd, pos, whence), end)
-    except OSError as e:
-        if e.errno == errno.ENXIO:  # nothing but a hole until the end
-            return end
-        raise
 
 
 def open_source(

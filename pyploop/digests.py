@@ -12,13 +12,13 @@ a container's user may have written both.
 from __future__ import annotations
 
 import contextlib
-import errno
 import hashlib
 import os
 import socket
 import struct
 from collections.abc import Callable, Iterator
 
+from pyploop import holes
 from pyploop._core import fdatasync
 from pyploop.errors import ProtocolError, ReadError, WriteError
 from pyploop.units import KIB, MIB
@@ -55,20 +55,12 @@ def data_extents(fd: int, size: int) -> Iterator[tuple[int, int]]:
     """Where the file has data below `size`, widened to whole clusters, none of
     them twice."""
     pos, unit = 0, cluster(size)
-    while pos < size:
-        try:
-            start = os.lseek(fd, pos, os.SEEK_DATA)
-        except OSError as e:
-            if e.errno == errno.ENXIO:
-                return
-            raise
-        if start >= size:
-            return
-        end = os.lseek(fd, start, os.SEEK_HOLE)
-        start = max(start // unit * unit, pos)
-        end = min(-(-end // unit) * unit, size)
-        yield start, end
-        pos = end
+    for first, last in holes.data_extents(fd, 0, size):
+        if last <= pos:
+            continue
+        start = max(first // unit * unit, pos)
+        pos = min(-(-last // unit) * unit, size)
+        yield start, pos
 
 
 def send(fd: int, size: int, out: socket.socket) -> None:

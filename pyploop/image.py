@@ -12,17 +12,17 @@ sectors.  Nothing here writes.
 
 from __future__ import annotations
 
-import errno
 import os
 import stat
 import struct
 import sys
 from array import array
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from pyploop.errors import DeviceError, FormatError, OpenError
+from pyploop.holes import data_extents
 from pyploop.units import SECTOR
 
 Format = Literal["raw", "ploop1"]
@@ -102,6 +102,8 @@ class Image:
     header: Header | None = None
     signed: bool = False
     """It begins with a ploop1 signature, whatever the format is."""
+    notes: list[str] = field(default_factory=list)
+    """What could not be found out, in words."""
 
     @property
     def in_use(self) -> bool | None:
@@ -262,23 +264,6 @@ class _Used:
         return _bad(self._name, at + i * ENTRY, f"entry {word} (offset {where}) is {what}")
 
 
-def _data_bytes(fd: int, size: int) -> int:
-    """Bytes that are not holes; all of them where the file system cannot tell."""
-    data = pos = 0
-    while pos < size:
-        try:
-            start = os.lseek(fd, pos, os.SEEK_DATA)
-            pos = min(os.lseek(fd, start, os.SEEK_HOLE), size)
-        except OSError as e:
-            if e.errno == errno.ENXIO:  # nothing but a hole until the end
-                break
-            if e.errno == errno.EINVAL:
-                return size
-            raise
-        data += max(0, pos - start)
-    return data
-
-
 def open_regular(path: str, error: type[DeviceError | OpenError], what: str) -> int:
     """Open a regular file for reading and never wait for it (a FIFO); any
     other thing is an `error` that calls it `what`."""
@@ -317,6 +302,11 @@ def inspect(
 
 
 def _inspect(fd: int, path: str, claimed: Format | None) -> Image:
+    notes: list[str] = []
+
+    def say(why: str) -> None:
+        notes.append(f"{path}: {why}")
+
     st = os.fstat(fd)
     size = st.st_size
     if size == 0:
@@ -324,9 +314,9 @@ def _inspect(fd: int, path: str, claimed: Format | None) -> Image:
     start = os.pread(fd, HEADER.size, 0)
     signed = is_ploop1(start)
     if claimed == "raw" or (claimed is None and not signed):
-        data = _data_bytes(fd, size)
-        return Image(path, "raw", size, size, st.st_blocks * 512, data, signed=signed)
+        data = sum(end - begin for begin, end in data_extents(fd, 0, size, say))
+        return Image(path, "raw", size, size, st.st_blocks * 512, data, None, signed, notes)
     header = parse_header(start, path)
     allocated = count_allocated(fd, header, path) * header.cluster
-    data = _data_bytes(fd, size)
-    return Image(path, "ploop1", header.size, size, allocated, data, header, signed)
+    data = sum(end - begin for begin, end in data_extents(fd, 0, size, say))
+    return Image(path, "ploop1", header.size, size, allocated, data, header, signed, notes)

@@ -54,6 +54,8 @@ class Passes:
         self._source, self._tracker, self._out = source, tracker, out
         self._options, self._report = options, report
         self._known: Known | None = None
+        self._notes = 0
+        """Of the source's, so many are in the log."""
         self._greeting = 0
         self._gone = threading.Event()
         self.window_start = time.monotonic()
@@ -148,11 +150,18 @@ class Passes:
         """(data, holes) of the source, as the first pass treats them."""
         framing = self._out.framing
         data, holes = framing.parts(self._source)
+        self.tell_notes()
         if framing.as_ploop and framing.holes_left_out and self._known is not None:
             # A block of zeroes that is no hole is sent, as the C tool does.
             for start, end in data:
                 self._known.assume_data(start, end)
         return data, holes
+
+    def tell_notes(self) -> None:
+        """What the user should know about the source, each once."""
+        for note in self._source.notes[self._notes :]:
+            self._report.note(note)
+        self._notes = len(self._source.notes)
 
     def compare(self, digests: Reader) -> tuple[Bitmap, Reused]:
         """What of the source the target has kept as it is here; tracking is on."""

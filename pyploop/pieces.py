@@ -10,7 +10,6 @@ complete and `position` bytes long; one without a name ends the stream.
 from __future__ import annotations
 
 import contextlib
-import errno
 import os
 import socket
 import struct
@@ -21,6 +20,7 @@ from typing import Any
 
 from pyploop._core import fdatasync
 from pyploop.errors import ProtocolError, ReadError, SyncError, WriteError
+from pyploop.holes import data_extents
 from pyploop.jobs import Job
 from pyploop.units import KIB, MIB
 
@@ -74,15 +74,8 @@ class Writer:
         try:
             with open(path, "rb", buffering=0) as f:
                 st = os.fstat(f.fileno())
-                pos = 0
-                while pos < st.st_size:
-                    try:
-                        pos = os.lseek(f.fileno(), pos, os.SEEK_DATA)
-                    except OSError as e:
-                        if e.errno == errno.ENXIO:
-                            break
-                        raise
-                    end = os.lseek(f.fileno(), pos, os.SEEK_HOLE)
+                for start, end in data_extents(f.fileno(), 0, st.st_size):
+                    pos = start
                     while pos < end and (data := os.pread(f.fileno(), min(PIECE, end - pos), pos)):
                         self.piece(name, st.st_mode & 0o7777, pos, data)
                         pos += len(data)

@@ -309,6 +309,7 @@ class Sender:
     def _tell(self, sent: int) -> None:
         """The summary's figures, and the events about them."""
         s, report, stats = self.summary, self._report, self._passes.stats
+        self._passes.tell_notes()
         s.frozen = self.recorder.seconds("frozen")
         s.frozen_remote = self.recorder.seconds("frozen", "target")
         s.frozen_total = sum(s.frozen.values())

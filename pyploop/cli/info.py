@@ -104,6 +104,7 @@ def _of_image(path: str) -> Report:
 
 def _put_image(report: Report, found: Image) -> None:
     header = found.header
+    report["notes"] += found.notes
     report.update(
         format=found.format,
         size=found.size,
@@ -231,6 +232,7 @@ def _put_device(report: Report, path: str) -> Source:
             report["tracker"] = _tracker(source)
         if report["kind"] == "device" and source.sparse_fd is not None:
             report["data"] = sum(end - start for start, end in source.holes()[0])
+        report["notes"] += source.notes
     finally:
         source.close()
     return source
