@@ -182,8 +182,12 @@ struct pl_pump_cfg {
 	int src_fd;
 	uint64_t src_base;	/* where the source starts in src_fd */
 	uint64_t size;		/* bytes of the source */
-	uint32_t align;		/* of position, length and memory for src_fd: 1 for
-				   buffered reads, a power of two <= 4096 for O_DIRECT */
+	uint32_t align;		/* of position and length for src_fd: 1 for buffered
+				   reads, a power of two <= 65536 for O_DIRECT */
+	uint32_t tail;		/* bytes at the source's end that O_DIRECT cannot
+				   read, since they are no whole sector; < align */
+	int tail_fd;		/* what they are read from, buffered, */
+	uint64_t tail_pos;	/* and where they begin in it */
 	int out_fd;
 	enum pl_sink sink;
 	uint32_t cluster;	/* largest frame, cut from an extent's start; a

@@ -17,6 +17,8 @@
 
 #include "pump_internal.h"
 
+#define MAX_ALIGN 65536u	/* the largest logical block of a disk */
+
 /* Lock held: the first failure is the one that is reported. */
 static void fail(struct pl_pump *p, int err, const struct pl_fault *fault)
 {
@@ -209,7 +211,8 @@ static int check_cfg(const struct pl_pump_cfg *c)
 
 	if (!sink || c->src_fd < 0 || c->out_fd < 0 || c->slots < 2 ||
 	    c->slots > 1024 || c->readers > 64 || !c->align ||
-	    (c->align & (c->align - 1)) || c->align > PL_BLOCK ||
+	    (c->align & (c->align - 1)) || c->align > MAX_ALIGN ||
+	    c->tail >= c->align || c->tail > c->size ||
 	    !c->cluster || c->cluster % PL_BLOCK || c->cluster > 64u << 20 ||
 	    c->size > INT64_MAX - c->src_base || c->stall_ms > INT32_MAX)
 		return -EINVAL;
@@ -254,7 +257,8 @@ int pl_pump_new(struct pl_pump **out, const struct pl_pump_cfg *cfg)
 	pthread_cond_init(&p->work, NULL);
 	pthread_cond_init(&p->done, NULL);
 	/* A cluster, and what alignment adds before and after it. */
-	p->buf_size = cfg->cluster + 2 * PL_BLOCK;
+	p->buf_size = cfg->cluster +
+		      2 * (cfg->align > PL_BLOCK ? cfg->align : PL_BLOCK);
 	/* Runs are apart by a block at least; or there is one per fragment. */
 	p->max_runs = cfg->cluster / PL_BLOCK / 2 + PL_FRAGS + 2;
 	p->hdr_size = cfg->sink != PL_SINK_PACKETS ? PL_D1_HEADER :

@@ -7,6 +7,7 @@
  */
 #define _GNU_SOURCE
 #include <errno.h>
+#include <fcntl.h>
 #include <string.h>
 #include <unistd.h>
 
@@ -111,6 +112,23 @@ struct slot *pl_slot_claim(struct pl_pump *p)
 	return s;
 }
 
+/* One read of [pos, pos + room) of src_fd, of which `want` bytes are wanted.  The
+   tail is another read, and of what the disk has now, not of what was cached. */
+static ssize_t read_part(const struct pl_pump *p, uint8_t *buf, uint32_t want,
+			 uint32_t room, uint64_t pos)
+{
+	uint64_t tail = p->cfg.src_base + p->cfg.size - p->cfg.tail;
+	off_t begin = (off_t)p->cfg.tail_pos;
+
+	if (!p->cfg.tail)
+		return pread(p->cfg.src_fd, buf, room, (off_t)pos);
+	if (pos < tail)
+		return pread(p->cfg.src_fd, buf,
+			     room < tail - pos ? room : tail - pos, (off_t)pos);
+	(void)posix_fadvise(p->cfg.tail_fd, begin, 0, POSIX_FADV_DONTNEED);
+	return pread(p->cfg.tail_fd, buf, want, begin + (off_t)(pos - tail));
+}
+
 static int read_frag(struct pl_pump *p, struct slot *s, const struct frag *f)
 {
 	uint32_t align = p->cfg.align;
@@ -122,8 +140,8 @@ static int read_frag(struct pl_pump *p, struct slot *s, const struct frag *f)
 
 	pos -= lead;
 	while (got < want) {
-		ssize_t n = pread(p->cfg.src_fd, buf + got, ask - got,
-				  (off_t)(pos + got));
+		ssize_t n = read_part(p, buf + got, want - got, ask - got,
+				      pos + got);
 		if (n < 0 && errno == EINTR)
 			continue;
 		if (n < 0)

@@ -69,6 +69,9 @@ cdef extern from "pl.h" nogil:
         uint64_t src_base
         uint64_t size
         uint32_t align
+        uint32_t tail
+        int tail_fd
+        uint64_t tail_pos
         int out_fd
         pl_sink sink
         uint32_t cluster

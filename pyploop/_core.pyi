@@ -114,6 +114,9 @@ class Pump:
         async_packets: bool = False,
         window: int = 0,
         digests: bool = False,
+        tail: int = 0,
+        tail_fd: int = -1,
+        tail_pos: int = 0,
     ) -> None: ...
     def run(self, extents: Extents, flags: int = 0) -> None: ...
     def write(self, data: bytes) -> None: ...

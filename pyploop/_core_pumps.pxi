@@ -25,11 +25,13 @@ cdef class Pump:
                   uint32_t align, int out_fd, int sink, uint32_t cluster,
                   uint32_t slots, uint32_t readers, uint32_t stall_ms=0,
                   uint64_t rate=0, Known known=None, Hook hook=None,
-                  bint async_packets=False, uint32_t window=0, bint digests=False):
+                  bint async_packets=False, uint32_t window=0, bint digests=False,
+                  uint32_t tail=0, int tail_fd=-1, uint64_t tail_pos=0):
         cdef pl_pump_cfg cfg
         memset(&cfg, 0, sizeof(cfg))
         cfg.src_fd, cfg.src_base, cfg.size = src_fd, src_base, size
         cfg.align, cfg.out_fd, cfg.sink = align, out_fd, <pl_sink>sink
+        cfg.tail, cfg.tail_fd, cfg.tail_pos = tail, tail_fd, tail_pos
         cfg.cluster, cfg.slots, cfg.readers = cluster, slots, readers
         cfg.stall_ms, cfg.rate = stall_ms, rate
         self.known, self.hook = known, hook

@@ -36,6 +36,16 @@ Kind = Literal["block", "file", "ploop"]
 ReadPath = Literal["auto", "device", "backing"]
 
 
+@dataclass(frozen=True)
+class Tail:
+    """`size` bytes, read from `pos` of `fd`, buffered."""
+
+    size: int
+    path: str
+    fd: int
+    pos: int
+
+
 @dataclass
 class Source:
     """An open source.  All positions of the copy count from its first byte,
@@ -48,6 +58,8 @@ class Source:
     base: int = 0
     align: int = 1
     """Alignment of reads from `fd`, bytes; 1: buffered."""
+    tail: Tail | None = None
+    """The end that is no whole sector of the device: O_DIRECT cannot read it."""
     io_mode: str = ""
     """How it is read, in words, for the log and the summary."""
     sparse_fd: int | None = None
@@ -289,6 +301,9 @@ def _open_block(path: str, dev: tuple[int, int], read: ReadPath) -> Source:
             _use_lower(source, where)
         if where.loop is None:
             source.identity = Identity.of(where.queue.disk)
+        if source.fd == fd and size % source.align:
+            source.tail = _find_tail(source, size % source.align)
+            source.io_mode += f", the last {source.tail.size} bytes from {source.tail.path}"
     except BaseException:
         owned.close()
         raise
@@ -301,11 +316,30 @@ def _use_lower(source: Source, where: Reach) -> None:
     path = f"/dev/{where.queue.name}"
     fd = _open(path, os.O_RDONLY | os.O_DIRECT, source._owned, f"what {source.path} lies on,")
     align = kernel.logical_block_size(fd, path)
-    if where.base % align:
+    if where.base % align or source.size % align:
         source.io_mode += f" ({path}, on which it lies, not used: {align}-byte sectors)"
         return
     source.fd, source.base, source.align = fd, where.base, align
     source.io_mode = f"{path}, on which it lies, O_DIRECT"
+
+
+def _find_tail(source: Source, size: int) -> Tail:
+    """What the last bytes can be read from, since they are no whole sector.
+    ReadError: nothing.  The device's own cache has them before Linux 6.11 only."""
+    at = source.size - size
+    ways = [(source.path, source.path, at)]
+    if source.sparse_fd is not None:
+        path = f"/proc/self/fd/{source.sparse_fd}"
+        ways.insert(0, ("the backing file", path, source.sparse_base + at))
+    for name, path, pos in ways:
+        fd = _open(path, os.O_RDONLY, source._owned, "the source")
+        with contextlib.suppress(OSError):
+            if len(os.pread(fd, size, pos)) == size:
+                return Tail(size, name, fd, pos)
+    raise ReadError(
+        f"the last {size} bytes of {source.path} are less than one of its sectors "
+        f"({source.align} bytes), and this kernel does not read them; copy what lies below it"
+    )
 
 
 def _use_backing(source: Source, where: Reach, loop: Loop, read: ReadPath) -> None:
@@ -347,7 +381,8 @@ def _use_backing(source: Source, where: Reach, loop: Loop, read: ReadPath) -> No
         return
     source.fd, source.base = fd, base
     if status.direct_io:
-        source.align = BLOCK
+        # A loop device's sector is no smaller than what its file wants.
+        source.align = max(BLOCK, source.align)
         source.io_mode = f"backing file {name}, O_DIRECT"
     else:
         source.align = 1

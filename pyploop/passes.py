@@ -10,13 +10,12 @@ from __future__ import annotations
 import contextlib
 import errno
 import mmap
-import os
 import threading
 import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from pyploop import _core
+from pyploop import _core, reading
 from pyploop._core import Bitmap, Extents, Fault, Known, Pump, PumpStats
 from pyploop.compat import PIECE, Extent
 from pyploop.device import Source
@@ -137,6 +136,9 @@ class Passes:
             async_packets=self._out.packets.unanswered,
             window=self._out.packets.window,
             digests=self._out.packets.digests,
+            tail=0 if source.tail is None else source.tail.size,
+            tail_fd=-1 if source.tail is None else source.tail.fd,
+            tail_pos=0 if source.tail is None else source.tail.pos,
         )
 
     def send(self, batches: list[Batch], flags: int = 0) -> int:
@@ -214,14 +216,8 @@ class Passes:
 
     def first_bytes(self, size: int) -> bytes:
         """The first `size` bytes, 4096 at most; zeroes where there are fewer."""
-        base = self._source.base
-        lead = base % self._source.align
-        with mmap.mmap(-1, 8192) as page:  # aligned, as O_DIRECT wants it
-            try:
-                os.preadv(self._source.fd, [page], base - lead)
-            except OSError as e:
-                raise ReadError.of(f"cannot read {self._source.path} at byte 0", e) from e
-            return page[lead : lead + size]
+        with mmap.mmap(-1, reading.room(self._source, size)) as page, memoryview(page) as memory:
+            return bytes(reading.read(self._source, memory, 0, size)).ljust(size, b"\0")
 
 
 def _hash_shift(size: int) -> int:

@@ -18,12 +18,12 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from pyploop import reading
 from pyploop._core import Bitmap, Known
 from pyploop.device import Source
 from pyploop.digests import PIECE, Reader, cluster, data_extents, equal_parts
 from pyploop.errors import ReadError
 from pyploop.pieces import Writer
-from pyploop.units import BLOCK
 
 
 @dataclass(frozen=True)
@@ -75,23 +75,14 @@ class _Blocks:
 
     def __init__(self, source: Source) -> None:
         self._source = source
-        self._page = mmap.mmap(-1, PIECE + 2 * max(source.align, BLOCK))
+        self._page = mmap.mmap(-1, reading.room(source, PIECE))
 
     def read(self, pos: int, length: int) -> memoryview:
         """Valid until the next one."""
-        source = self._source
-        lead = (source.base + pos) % source.align
-        want = -(-(lead + length) // source.align) * source.align
-        view, got = memoryview(self._page), 0
-        while got < lead + length:
-            try:
-                n = os.preadv(source.fd, [view[got:want]], source.base + pos - lead + got)
-            except OSError as e:
-                raise ReadError.of(f"cannot read {source.path} at byte {pos}", e) from e
-            if n == 0:
-                raise ReadError(f"{source.path} ends before byte {pos + length}")
-            got += n
-        return view[lead : lead + length]
+        found = reading.read(self._source, memoryview(self._page), pos, length)
+        if len(found) < length:
+            raise ReadError(f"{self._source.path} ends before byte {pos + length}")
+        return found
 
     def __enter__(self) -> _Blocks:
         return self

@@ -432,7 +432,7 @@ static void aligned(void)
 
 	fill_random(data, base + size);
 	src = temp_file(data, base + size);
-	for (uint32_t align = 1; align <= 4096; align *= 8) {
+	for (uint32_t align = 1; align <= 65536; align *= align < 4096 ? 8 : 16) {
 		out = taker_start(&t, size, false);
 		cfg = config(src, size, out, PL_SINK_FRAMES);
 		cfg.align = align;
@@ -447,6 +447,39 @@ static void aligned(void)
 		taker_free(&t);
 	}
 	close(src);
+	free(data);
+}
+
+/* The last bytes, no whole sector, come from elsewhere; also the only ones. */
+static void tail(uint64_t size)
+{
+	uint64_t base = 4096, whole = size - size % 4096;
+	struct pl_extent ext = { 0, size };
+	uint8_t *data = must_alloc(base + size);
+	struct pl_pump_cfg cfg;
+	struct pl_fault fault;
+	struct pl_pump *p;
+	struct taker t;
+	int src, end, out;
+
+	fill_random(data, base + size);
+	src = temp_file(data, base + whole);
+	end = temp_file(data + base + whole - 7, 7 + size - whole);
+	out = taker_start(&t, size, false);
+	cfg = config(src, size, out, PL_SINK_FRAMES);
+	cfg.align = 4096;
+	cfg.src_base = base;
+	cfg.tail = (uint32_t)(size - whole);
+	cfg.tail_fd = end;
+	cfg.tail_pos = 7;
+	p = new_pump(&cfg);
+	EQ(pl_pump_pass(p, &ext, 1, 0, &fault), 0);
+	pl_pump_free(p);
+	taker_end(&t, out);
+	OK(!memcmp(t.image, data + base, size));
+	taker_free(&t);
+	close(src);
+	close(end);
 	free(data);
 }
 
@@ -607,7 +640,9 @@ static void bad_configs(void)
 	REFUSED(c.readers = 65);
 	REFUSED(c.align = 0);
 	REFUSED(c.align = 3);
-	REFUSED(c.align = 8192);
+	REFUSED(c.align = 131072);
+	REFUSED(c.tail = 1);
+	REFUSED((c.align = 4096, c.tail = 4096));
 	REFUSED(c.cluster = 0);
 	REFUSED(c.cluster = 4097);
 	REFUSED(c.cluster = (64u << 20) + 4096);
@@ -661,6 +696,8 @@ int main(void)
 	}
 	tails();
 	aligned();
+	tail(300 * KiB + 1536);
+	tail(512);
 	hooks();
 	passes(12);
 	passes(16);
