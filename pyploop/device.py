@@ -30,20 +30,11 @@ from pyploop.identity import Identity
 from pyploop.lookout import Lookout, Subject
 from pyploop.reach import Reach, below_overlay, reach
 from pyploop.sysblock import BlockDevice, Loop, Mount
+from pyploop.tail import Tail, find_tail, left_out
 from pyploop.units import BLOCK, MIB, SECTOR
 
 Kind = Literal["block", "file", "ploop"]
 ReadPath = Literal["auto", "device", "backing"]
-
-
-@dataclass(frozen=True)
-class Tail:
-    """`size` bytes, read from `pos` of `fd`, buffered."""
-
-    size: int
-    path: str
-    fd: int
-    pos: int
 
 
 @dataclass
@@ -302,8 +293,10 @@ def _open_block(path: str, dev: tuple[int, int], read: ReadPath) -> Source:
         if where.loop is None:
             source.identity = Identity.of(where.queue.disk)
         if source.fd == fd and size % source.align:
-            source.tail = _find_tail(source, size % source.align)
-            source.io_mode += f", the last {source.tail.size} bytes from {source.tail.path}"
+            at = size - size % source.align
+            source.tail = find_tail(path, at, size, source.sparse_fd, source.sparse_base)
+            owned.callback(os.close, source.tail.fd)
+            source.io_mode += f", the last {source.tail.size} bytes from {source.tail.name}"
     except BaseException:
         owned.close()
         raise
@@ -321,25 +314,6 @@ def _use_lower(source: Source, where: Reach) -> None:
         return
     source.fd, source.base, source.align = fd, where.base, align
     source.io_mode = f"{path}, on which it lies, O_DIRECT"
-
-
-def _find_tail(source: Source, size: int) -> Tail:
-    """What the last bytes can be read from, since they are no whole sector.
-    ReadError: nothing.  The device's own cache has them before Linux 6.11 only."""
-    at = source.size - size
-    ways = [(source.path, source.path, at)]
-    if source.sparse_fd is not None:
-        path = f"/proc/self/fd/{source.sparse_fd}"
-        ways.insert(0, ("the backing file", path, source.sparse_base + at))
-    for name, path, pos in ways:
-        fd = _open(path, os.O_RDONLY, source._owned, "the source")
-        with contextlib.suppress(OSError):
-            if len(os.pread(fd, size, pos)) == size:
-                return Tail(size, name, fd, pos)
-    raise ReadError(
-        f"the last {size} bytes of {source.path} are less than one of its sectors "
-        f"({source.align} bytes), and this kernel does not read them; copy what lies below it"
-    )
 
 
 def _use_backing(source: Source, where: Reach, loop: Loop, read: ReadPath) -> None:
@@ -365,6 +339,8 @@ def _use_backing(source: Source, where: Reach, loop: Loop, read: ReadPath) -> No
             why = f"{name} is another file now, or a file of another mount namespace"
         elif not stat.S_ISREG(st.st_mode):
             why = f"{name} is not a regular file"
+        elif not block.is_partition:
+            source.notes += left_out(source.path, source.size, name, st.st_size, status)
     except (OSError, DeviceError) as e:
         why = str(e)
     if why:

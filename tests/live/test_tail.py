@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from support import MIB, loop_device, needs
+from support import MIB, loop_device, needs, pyploop_cmd, pyploop_env, run
 from support_live import copy, random_file, succeeded, work_dir
 
 pytestmark = pytest.mark.root
@@ -88,3 +88,31 @@ def test_a_tail_that_nothing_can_read_is_refused_before_the_first_byte(folder: P
     assert got.code == 6, got.errors
     assert "the last 512 bytes" in got.errors and "First pass" not in got.errors
     assert not target.exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "size", "grown", "said"),
+    [
+        ("", MIB + 100, 0, "The last 100 of "),
+        ("--offset=1024", MIB + 511, 0, "The last 511 of "),
+        ("--sizelimit=1000", MIB, 0, "The last 488 of 1000 bytes"),
+        ("", MIB, 8192, "the file has grown"),
+        ("", MIB, 0, ""),
+        ("--sizelimit=1024", MIB + 100, 0, ""),  # as it was asked for
+    ],
+)
+def test_what_of_a_file_its_loop_device_does_not_show_is_said(
+    options: str, size: int, grown: int, said: str, folder: Path
+) -> None:
+    image, target = random_file(folder / "image", MIB), folder / "target"
+    os.truncate(image, size)
+    with loop_device(image, options=options.split()) as device:
+        os.truncate(image, size + grown)
+        shown = int(run("blockdev", "--getsize64", device))
+        got = copy(device, target, via="local")
+        info = run(*pyploop_cmd(), "info", device, env=pyploop_env())
+    succeeded(got)
+    assert target.stat().st_size == shown
+    for text in (got.errors, info):
+        assert text.count("not in the copy") == bool(said)
+        assert said in text

@@ -1,0 +1,64 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The end of a device that is no whole sector, and the end of a file that its
+loop device does not show."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from dataclasses import dataclass
+
+from pyploop.errors import ReadError
+from pyploop.kernel import LoopStatus
+
+
+@dataclass(frozen=True)
+class Tail:
+    """`size` bytes, less than a sector, read from `pos` of `fd`, buffered."""
+
+    size: int
+    name: str
+    """Of what they are read from."""
+    fd: int
+    pos: int
+
+
+def find_tail(source: str, at: int, end: int, file: int | None, base: int) -> Tail:
+    """From `at` to `end` of the device `source`, whose byte 0 is at `base` of `file`,
+    where there is one.  The caller closes the descriptor.  ReadError: nothing has it.
+
+    A device's own cache has its tail before Linux 6.11 only: later kernels refuse
+    any request for a part of a sector."""
+    size = end - at
+    ways = [(source, source, at)]
+    if file is not None:
+        ways.insert(0, ("the backing file", f"/proc/self/fd/{file}", base + at))
+    for name, path, pos in ways:
+        with contextlib.suppress(OSError):
+            fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            try:
+                if len(os.pread(fd, size, pos)) == size:
+                    return Tail(size, name, os.dup(fd), pos)
+            finally:
+                os.close(fd)
+    raise ReadError(
+        f"the last {size} bytes of {source} are less than one of its sectors, and this kernel "
+        "does not read them: copy the image file, or what else lies below the device"
+    )
+
+
+def left_out(device: str, size: int, file: str, file_size: int, status: LoopStatus) -> list[str]:
+    """A note when the loop device shows less of its file than it was asked to:
+    whole sectors only, or what the file had when it was attached."""
+    wanted = file_size - status.offset
+    if status.sizelimit:
+        wanted = min(wanted, status.sizelimit)
+    if wanted <= size:
+        return []
+    why = "a loop device shows whole sectors only"
+    if wanted - size >= 512:
+        why = "the file has grown since it was attached (losetup --set-capacity)"
+    return [
+        f"The last {wanted - size} of {wanted} bytes of {file} are not on {device}, and so not "
+        f"in the copy: {why}"
+    ]
