@@ -19,7 +19,7 @@ from pyploop.device import Source
 from pyploop.errors import LoopError
 from pyploop.events import Reporter
 from pyploop.freeze import FileSystems
-from pyploop.freeze.hold import Hold
+from pyploop.freeze.hold import Hold, Limits
 from pyploop.hot import HotBlocks
 from pyploop.output import Output
 from pyploop.passes import Passes
@@ -363,9 +363,24 @@ class Running:
             self._mounts.cool_down()
             self._freeze_time = None  # the next rehearsal may find another
             self._passes.pause(RETRY)
-        self._summary.predicted = self._forecast().total
+        f = self._forecast()
+        self._check_scan(f)
+        self._summary.predicted = f.total
         self._summary.target_unsynced = self._passes.stats.data - self._sent_at_sync
         self._summary.max_freeze = self._options.policy.max_freeze
+
+    def _check_scan(self, f: Forecast) -> None:
+        """A scan compares everything inside the freeze: refused when that is known
+        to be too long, not ended when the limit passes."""
+        limit = self._options.freeze_limit
+        if self._tracker.name != "scan" or not self._mounts or not limit:
+            return
+        if f.total > Limits.of(limit).own:
+            self._mounts.cool_down()
+            raise LoopError(
+                f"a scan of {self._source.path} would keep it frozen for about {f.total:.0f} s, "
+                f"--freeze-limit allows {limit:g} s; nothing was frozen, no target was made"
+            )
 
     def sync_target(self) -> str:
         self._report.event("phase", phase="sync", bytes=None)

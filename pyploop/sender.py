@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import contextlib
 import gc
-import os
 import time
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
@@ -36,6 +35,7 @@ from pyploop.rounds import Round
 from pyploop.running import Running, words
 from pyploop.summary import Options, Summary
 from pyploop.trackers import Repair, Tracker, Verdict
+from pyploop.trackers.scan import stamp
 from pyploop.units import format_size
 from pyploop.worker import run_cancellable
 
@@ -355,6 +355,7 @@ class Sender:
         if verdict.state == "busy":
             raise self._still_written()
         beside = self._running.beside(frozen=True)
+        before = self._stamp()
         with self.recorder.step("last blocks"):
             sent = self._passes.send(self._running.take())
         if beside:
@@ -364,7 +365,8 @@ class Sender:
         if verdict.state in ("complete", "unknown"):
             self.summary.completeness = verdict.state
             # A stopped scan has compared everything: once is enough.
-            return sent == 0 or (self._running.stops and self._tracker.name == "scan")
+            stopped = self._running.stops and self._tracker.name == "scan"
+            return stopped or (sent == 0 and self._stamp() == before)
         with self.recorder.step("repair"):
             self._repair(verdict)
         return False  # prove again, from the new base
@@ -402,9 +404,9 @@ class Sender:
             who = "although it should be stopped"
         return LoopError(f"{self._source.path} is still being written {who}; no target was made")
 
-    def _stamp(self) -> int:
-        """Modification time of a plain file: scan has no other witness."""
-        return os.fstat(self._source.fd).st_mtime_ns if self._source.kind == "file" else 0
+    def _stamp(self) -> tuple[int, ...]:
+        """A scan has no other witness of writes."""
+        return stamp(self._source) if self._tracker.name == "scan" else ()
 
 
 @contextlib.contextmanager

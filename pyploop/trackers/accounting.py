@@ -13,14 +13,46 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 from pyploop import kernel
 from pyploop.errors import DeviceControlError
 from pyploop.plan import Held, Plan
+from pyploop.sysblock import BlockDevice
 
+QUIET_DEADLINE = 5.0
+"""Seconds to wait for writes in flight after the freeze."""
 EVENTS = 4096
 """Bytes of inotify events that are read at once."""
+
+
+def _folder(block: BlockDevice) -> Path:
+    disk = Path("/sys/block") / block.disk
+    return disk / block.name if block.is_partition else disk
+
+
+def writes_in_flight(block: BlockDevice) -> int:
+    """On the device alone: another partition may stay busy."""
+    return int((_folder(block) / "inflight").read_text().split()[1])
+
+
+def sectors_written(block: BlockDevice) -> tuple[int, int]:
+    """(written, discarded) on the device alone, as the kernel counts them once
+    they are done."""
+    words = (_folder(block) / "stat").read_text().split()
+    return int(words[6]), int(words[13]) if len(words) > 13 else 0
+
+
+def wait_quiet(in_flight: Callable[[], int], seconds: float) -> bool:
+    """No write is in flight any more; false: still after so many seconds."""
+    deadline = time.monotonic() + seconds
+    while in_flight():
+        if time.monotonic() >= deadline:
+            return False
+        time.sleep(0.0005)
+    return True
 
 
 class Accounting:

@@ -32,11 +32,14 @@ from pyploop.events import Reporter
 from pyploop.plan import Plan
 from pyploop.sysblock import BlockDevice, is_bio_based
 from pyploop.trackers import Batch, Repair, Verdict, whole
-from pyploop.trackers.accounting import Accounting
+from pyploop.trackers.accounting import (
+    QUIET_DEADLINE,
+    Accounting,
+    wait_quiet,
+    writes_in_flight,
+)
 from pyploop.units import SECTOR
 
-QUIET_DEADLINE = 5.0
-"""Seconds to wait for writes in flight after the freeze."""
 BASE_DEADLINE = 0.25
 """Seconds to look for an exact base before the first pass."""
 LAGS = 10
@@ -252,23 +255,13 @@ class BpfTracker:
 
     def _own_writes_in_flight(self) -> int:
         """On the source alone: another partition may stay busy."""
-        if not self._block.is_partition:
-            return self._writes_in_flight()
-        path = Path("/sys/block") / self._block.disk / self._block.name / "inflight"
-        return int(path.read_text().split()[1])
-
-    def _wait_quiet(self) -> bool:
-        deadline = time.monotonic() + QUIET_DEADLINE
-        while self._own_writes_in_flight():
-            if time.monotonic() >= deadline:
-                return False
-            time.sleep(0.0005)
-        return True
+        block = self._block
+        return writes_in_flight(block) if block.is_partition else self._writes_in_flight()
 
     def check(self, quiesced: bool) -> Verdict:
         if self._accounting.interrupted():
             self._suspect = "the accounting of the disk (queue/iostats) was switched meanwhile"
-        if quiesced and not self._wait_quiet():
+        if quiesced and not wait_quiet(self._own_writes_in_flight, QUIET_DEADLINE):
             return Verdict("busy", 0, self._size, "writes stay in flight")
         # Frozen time is dear, but a failed proof is dearer.
         shot = self._caught_up(2000 if quiesced else 200)

@@ -4,15 +4,36 @@ sent last.  For files, and for users without privileges.
 
 Authoritative only once writing has stopped: a round sees each block at a
 moment of its own.  The last pass, after the freeze or the stop command, is the
-one that counts; nothing here can prove that nobody writes any more.
+one that counts; nothing here can prove that nobody writes any more.  What can
+show that somebody does is `stamp`: it must be the same before and after.
 """
 
 from __future__ import annotations
 
+import contextlib
+import os
+
 from pyploop._core import Extents, Hook
 from pyploop.device import Source
+from pyploop.errors import DeviceControlError
 from pyploop.plan import Plan
 from pyploop.trackers import Batch, Repair, Verdict
+from pyploop.trackers.accounting import (
+    QUIET_DEADLINE,
+    Accounting,
+    sectors_written,
+    wait_quiet,
+    writes_in_flight,
+)
+
+
+def stamp(source: Source) -> tuple[int, ...]:
+    """Moves when the source is written: of a file its times and size, of a device
+    what the kernel accounts (when it does)."""
+    if source.block is not None:
+        return sectors_written(source.block)
+    st = os.fstat(source.fd)
+    return st.st_mtime_ns, st.st_size
 
 
 class ScanTracker:
@@ -25,9 +46,12 @@ class ScanTracker:
     def __init__(self, source: Source, why: str = "asked for") -> None:
         self._source = source
         self.why = why
+        self._accounting = None if source.block is None else Accounting(source.block.disk)
 
     def start(self, plan: Plan | None = None) -> None:
-        pass
+        if self._accounting is not None and plan is not None:
+            with contextlib.suppress(DeviceControlError):  # one witness less
+                self._accounting.start(plan)
 
     def hook(self) -> Hook | None:
         return None
@@ -46,10 +70,15 @@ class ScanTracker:
         return batches
 
     def check(self, quiesced: bool) -> Verdict:
+        block = self._source.block
+        # What was submitted before the stop may land behind the scan's back.
+        if quiesced and block and not wait_quiet(lambda: writes_in_flight(block), QUIET_DEADLINE):
+            return Verdict("busy", why="writes stay in flight")
         return Verdict("unknown", why="scan compares contents, it has no events to count")
 
     def repair(self, quiesced: bool) -> Repair | None:
         return None
 
     def stop(self, ok: bool) -> None:
-        pass
+        if self._accounting is not None:
+            self._accounting.stop()

@@ -15,7 +15,7 @@ from support_live import Copied, Copy, random_file, work_dir
 
 pytestmark = pytest.mark.root
 
-SIZE = 16 * MIB
+SIZE = 8 * MIB
 LOOP_SET_STATUS64, LOOP_GET_STATUS64, LOOP_CHANGE_FD = 0x4C04, 0x4C05, 0x4C06
 INFO = struct.Struct("=QQQQQIIII64s64s32s2Q")
 """struct loop_info64."""
