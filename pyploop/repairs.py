@@ -32,8 +32,12 @@ class FreezeGivenUp(LoopError):
 class Repairs:
     """Of one copy."""
 
-    def __init__(self, passes: Passes, report: Reporter, summary: Summary) -> None:
+    def __init__(
+        self, passes: Passes, report: Reporter, summary: Summary, *, limited: bool = False
+    ) -> None:
+        """limited: while running, --bwlimit decides the rate."""
         self._passes, self._report, self._summary = passes, report, summary
+        self._limited = limited
         self.rate = 0.0
         """Bytes per second that were read and compared last; 0: not known."""
         self.left: Repair | None = None
@@ -63,7 +67,7 @@ class Repairs:
             sent += self._passes.send([part])
             rest -= costs[n]
             compared += costs[n]
-            if compared >= MEANINGFUL:
+            if compared >= MEANINGFUL and (frozen or not self._limited):
                 self.rate = compared / max(time.monotonic() - begin, 1e-6)
         if compared or self.left is None:
             self._tell(repair.scope, compared, sent, frozen)

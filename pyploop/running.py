@@ -97,7 +97,7 @@ class Running:
         self._sent_at_sync = 0
         self._target_times: list[tuple[int, float]] = []
         self._freeze_time: float | None = None
-        self.repairs = Repairs(passes, report, summary)
+        self.repairs = Repairs(passes, report, summary, limited=bool(options.rate))
         self._unproven = 0
         """Rounds in a row after which a repair was wanted, and not possible."""
 
