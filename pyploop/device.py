@@ -9,7 +9,6 @@ backing file of a loop device, which is where the loop driver itself reads.
 from __future__ import annotations
 
 import contextlib
-import errno
 import os
 import re
 import stat
@@ -339,7 +338,7 @@ def _use_backing(source: Source, where: Reach, loop: Loop, read: ReadPath) -> No
             why = f"{name} is another file now, or a file of another mount namespace"
         elif not stat.S_ISREG(st.st_mode):
             why = f"{name} is not a regular file"
-        elif not block.is_partition:
+        elif source.block is not None and loop.device.dev == source.block.dev:
             source.notes += left_out(source.path, source.size, name, st.st_size, status)
     except (OSError, DeviceError) as e:
         why = str(e)

@@ -25,7 +25,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pyploop import _core
-from pyploop._core import Bitmap, BpfTracking, Counters, Extents, Hook, Snapshot
+from pyploop._core import Bitmap, BpfTracking, Counters, Hook, Snapshot
 from pyploop.device import Source
 from pyploop.errors import DeviceControlError
 from pyploop.events import Reporter

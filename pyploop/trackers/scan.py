@@ -13,11 +13,11 @@ from __future__ import annotations
 import contextlib
 import os
 
-from pyploop._core import Extents, Hook
+from pyploop._core import Hook
 from pyploop.device import Source
 from pyploop.errors import DeviceControlError
 from pyploop.plan import Plan
-from pyploop.trackers import Batch, Repair, Verdict
+from pyploop.trackers import Batch, Repair, Verdict, whole
 from pyploop.trackers.accounting import (
     QUIET_DEADLINE,
     Accounting,
@@ -30,8 +30,8 @@ from pyploop.trackers.accounting import (
 def stamp(source: Source) -> tuple[int, ...]:
     """Moves when the source is written: of a file its times and size, of a device
     what the kernel accounts (when it does)."""
-    if source.block is not None:
-        return sectors_written(source.block)
+    if source.queue is not None:
+        return sectors_written(source.queue)
     st = os.fstat(source.fd)
     return st.st_mtime_ns, st.st_size
 
@@ -46,7 +46,7 @@ class ScanTracker:
     def __init__(self, source: Source, why: str = "asked for") -> None:
         self._source = source
         self.why = why
-        self._accounting = None if source.block is None else Accounting(source.block.disk)
+        self._accounting = None if source.queue is None else Accounting(source.queue.disk)
 
     def start(self, plan: Plan | None = None) -> None:
         if self._accounting is not None and plan is not None:
@@ -63,14 +63,10 @@ class ScanTracker:
         return None
 
     def take(self) -> list[Batch]:
-        data, holes = self._source.holes()
-        batches = [Batch(Extents.of(data), changed=True)]
-        if holes:
-            batches.append(Batch(Extents.of(holes), changed=True, holes=True))
-        return batches
+        return whole(self._source)
 
     def check(self, quiesced: bool) -> Verdict:
-        block = self._source.block
+        block = self._source.queue
         # What was submitted before the stop may land behind the scan's back.
         if quiesced and block and not wait_quiet(lambda: writes_in_flight(block), QUIET_DEADLINE):
             return Verdict("busy", why="writes stay in flight")
