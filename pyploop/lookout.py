@@ -41,7 +41,7 @@ class _Sight:
         return cls(
             _read("/proc/self/mountinfo"),
             _read("/proc/swaps"),
-            (*sorted(os.listdir("/sys/class/block")), *names),
+            (*sysblock.names("/sys/class/block"), *names),
             tuple(_read(f"/sys/block/{name}/loop/backing_file") for name in names),
         )
 
@@ -110,7 +110,7 @@ class Lookout:
             self._owned.callback(self._witness.close)
             self._open_caches()
             # What is dirty there now is no write of the time of the copy.
-            self.write_back()
+            self._write_back([c for c in self._caches.values() if not c[0].tracked])
             self._witness.count(s.where, at_start=True)
         # After the watch has begun, so that nobody comes in between.
         self.look()
@@ -147,7 +147,11 @@ class Lookout:
         """Write back what was written through the page cache of any device that
         shares bytes with the source, the uppermost first; until then neither a
         tracker nor a read of ours knows of it."""
-        for member, fd in sorted(self._caches.values(), key=lambda c: -c[0].height):
+        self._write_back(sorted(self._caches.values(), key=lambda c: -c[0].height))
+
+    @staticmethod
+    def _write_back(caches: Sequence[tuple[Member, int]]) -> None:
+        for member, fd in caches:
             try:
                 kernel.write_back(fd, member.path)
             except OSError as e:

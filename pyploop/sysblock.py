@@ -284,9 +284,18 @@ def mounted_elsewhere(devices: Sequence[BlockDevice]) -> tuple[int, Mount] | Non
     return None
 
 
+def names(folder: str) -> list[str]:
+    """What is in a folder of /proc or /sys; nothing where that is not mounted, or
+    not to be read."""
+    try:
+        return sorted(os.listdir(folder))
+    except OSError:
+        return []
+
+
 def processes() -> list[int]:
     """The PIDs that /proc shows."""
-    return [int(name) for name in os.listdir("/proc") if name.isdecimal()]
+    return [int(name) for name in names("/proc") if name.isdecimal()]
 
 
 @dataclass(frozen=True)
@@ -309,11 +318,11 @@ class Loop:
 
 def loop_names() -> list[str]:
     """The loop devices that something is attached to."""
-    return sorted(
+    return [
         name
-        for name in os.listdir("/sys/block")
+        for name in names("/sys/block")
         if name.startswith("loop") and os.access(f"/sys/block/{name}/loop", os.F_OK)
-    )
+    ]
 
 
 def loops() -> list[Loop]:

@@ -245,10 +245,7 @@ def is_claimed(path: str, device: BlockDevice) -> bool:
 
 def _held(device: BlockDevice) -> bool:
     """A driver that sysfs names has it: its devices are members, too."""
-    try:
-        return bool(os.listdir(f"/sys/dev/block/{device.dev[0]}:{device.dev[1]}/holders"))
-    except OSError:
-        return False
+    return bool(sysblock.names(f"/sys/dev/block/{device.dev[0]}:{device.dev[1]}/holders"))
 
 
 def _live_file_system(name: str) -> str:
@@ -289,11 +286,7 @@ def swaps() -> list[str]:
 
 def _descriptors(pid: int) -> Iterator[str]:
     folder = f"/proc/{pid}/fd"
-    try:
-        names = os.listdir(folder)
-    except OSError:  # it has ended, or is not ours to look at
-        return
-    for name in names:
+    for name in sysblock.names(folder):  # none when it has ended, or is not ours to look at
         yield f"{folder}/{name}"
 
 

@@ -211,6 +211,48 @@ def test_what_is_written_beside_the_loop_device_arrives(
         assert got.summary["repairs"] >= 1 and not any(r["frozen"] for r in got.repairs)
 
 
+def test_a_file_whose_name_is_gone_is_watched_all_the_same(folder: Path) -> None:
+    disk, other = image(folder), folder / "other name"
+    with loop_device(disk) as source:
+        os.link(disk, other)
+        disk.unlink()
+        got = slowly(source, folder / "copy", lambda: by_dd(other, MIB))
+        succeeded(got)
+        assert got.summary["repairs"] >= 1
+        assert same(other, folder / "copy", SIZE)
+
+
+def test_a_file_that_is_written_below_an_overlay_is_watched_there_too(folder: Path) -> None:
+    for name in ("lower", "upper", "work", "merged"):
+        (folder / name).mkdir()
+    disk = image(folder / "upper")
+    options = f"lowerdir={folder}/lower,upperdir={folder}/upper,workdir={folder}/work"
+    with (
+        mounted("overlay", folder / "merged", options, "overlay") as merged,
+        loop_device(merged / disk.name) as source,
+    ):
+        for number, file in enumerate((disk, merged / disk.name)):
+            target = folder / f"copy{number}"
+            got = slowly(source, target, partial(by_dd, file, MIB))
+            succeeded(got)
+            assert got.summary["repairs"] >= 1
+            assert same(disk, target, SIZE)
+
+
+def test_a_plain_file_that_is_attached_meanwhile_ends_the_copy(folder: Path) -> None:
+    disk = image(folder)
+    with contextlib.ExitStack() as later:
+        devices: list[str] = []
+
+        def act() -> None:
+            devices.append(later.enter_context(loop_device(disk)))
+            later.enter_context(mounted(devices[0], folder / "m"))
+
+        got = slowly(str(disk), folder / "copy", act)
+        assert got.code == 14, got.errors
+        assert devices[0] in got.errors and not (folder / "copy").exists()
+
+
 def test_what_an_idle_second_loop_device_gets_arrives(folder: Path) -> None:
     """With its accounting switched off, too, which is put back."""
     disk = image(folder)
