@@ -185,7 +185,7 @@ class Lookout:
         for pid, how in users.writers(s.files) if s.files else []:
             shown = "" if state == "compared" else f", which {s.path} shows,"
             what = f"has {s.name}{shown} {how} for writing"
-            found.append(User(users.describe(pid), what, state, "end it", pid))
+            found.append(User(users.describe(pid), what, state, "end it", passing=True))
         return found
 
     # ---- later
@@ -195,7 +195,7 @@ class Lookout:
         is to be frozen with the others, a process that may end in time.  LoopError
         when somebody cannot.  last: no other look comes; frozen: inside the freeze."""
         same = not (self._witness is not None and self._witness.opened)
-        same = same and not (last and any(u.pid for u in self.found.unknown))
+        same = same and not (last and any(u.passing for u in self.found.unknown))
         moved = bool(self._moved.poll(0))
         if same and frozen and not moved:
             return []
@@ -213,7 +213,7 @@ class Lookout:
         self._sight = sight
         new = [u for u in self.found.users if u not in known.users]
         if not self._unsafe:
-            bad = [u for u in self.found.unknown if last or not u.pid]
+            bad = [u for u in self.found.unknown if last or not u.passing]
             if bad:
                 raise LoopError(
                     f"{users.refusal(bad)}; this began during the copy of {self._subject.path}; "

@@ -24,8 +24,8 @@ from pyploop.sysblock import BlockDevice, Mount
 
 CLAIM_TRIES = 6
 CLAIM_PAUSE = 0.02
-"""Seconds between two looks at a claim that nothing explains: mkfs, blkid and
-another copy that looks as we do hold one for an instant."""
+"""Seconds between two looks when a claim is not explained: mkfs, blkid and another
+copy that looks as we do hold one for an instant."""
 
 
 State = Literal["frozen", "unfrozen", "compared", "unknown"]
@@ -44,8 +44,8 @@ class User:
     right while it is there."""
     advice: str = ""
     """What to do about an unknown one."""
-    pid: int = 0
-    """Of a process, which may end before the copy does."""
+    passing: bool = False
+    """It may be gone before the copy ends: a process, a claim for a moment."""
 
     def __str__(self) -> str:
         return f"{self.device} {self.what}"
@@ -72,7 +72,13 @@ def refusal(users: Iterable[User]) -> str:
 def find(path: str, reach: Reach, given: Sequence[Mount] = ()) -> Found:
     """All users of the source `path`.  given: what the user says is to be frozen,
     instead of what is found here."""
-    return _Finder(path, reach, given).all()
+    for _ in range(CLAIM_TRIES):
+        finder = _Finder(path, reach, given)
+        found = finder.all()
+        if not finder.puzzled:
+            break
+        time.sleep(CLAIM_PAUSE)  # or it is a mount that was made meanwhile: look again
+    return found
 
 
 class _Finder:
@@ -81,6 +87,8 @@ class _Finder:
         self._users: list[User] = []
         self._explained: set[Dev] = set()
         """Devices whose claim is known."""
+        self.puzzled = False
+        """A claim is not."""
 
     def all(self) -> Found:
         mounts = self._mounted_here()
@@ -91,8 +99,8 @@ class _Finder:
         self._claims()
         return Found(mounts, self._users)
 
-    def _add(self, device: str, what: str, advice: str) -> None:
-        self._users.append(User(device, what, "unknown", advice))
+    def _add(self, device: str, what: str, advice: str, passing: bool = False) -> None:
+        self._users.append(User(device, what, "unknown", advice, passing))
 
     def _mounted_here(self) -> list[Mount]:
         mountinfo = Path("/proc/self/mountinfo")
@@ -172,12 +180,8 @@ class _Finder:
 
     def _claims(self) -> None:
         for member in self._reach.members:
-            for attempt in range(CLAIM_TRIES):
-                if attempt:
-                    time.sleep(CLAIM_PAUSE)
-                if not self._is_claimed_by_unknown(member):
-                    break
-            else:
+            if self._is_claimed_by_unknown(member):
+                self.puzzled = True
                 self._name_claim(member)
 
     def _is_claimed_by_unknown(self, member: Member) -> bool:
@@ -211,7 +215,7 @@ class _Finder:
         else:
             what = "is claimed by something that /proc and /sys do not name"
             advice = "find and end it"
-        self._add(member.path, what, advice)
+        self._add(member.path, what, advice, passing=True)
 
 
 def _covered(mount: Mount) -> set[Dev]:

@@ -474,20 +474,31 @@ def test_a_write_through_any_device_of_the_pile_arrives(
 # ---- between rounds
 
 
-def test_a_file_system_that_is_mounted_meanwhile_is_frozen_too(folder: Path) -> None:
+@pytest.mark.parametrize("what", ["source", "new partition", "new loop device on it"])
+def test_a_file_system_that_is_mounted_meanwhile_is_frozen_too(folder: Path, what: str) -> None:
     disk = image(folder)
     with loop_device(disk) as source, contextlib.ExitStack() as later:
 
         def act() -> None:
-            point = later.enter_context(mounted(source, folder / "m"))
+            device = source
+            if what == "new partition":
+                device = later.enter_context(partition(source, 1, 4 * MIB, 16 * MIB))
+                run("mkfs.ext4", "-q", "-F", device)
+            elif what == "new loop device on it":
+                device = later.enter_context(loop_device(source))
+            point = later.enter_context(mounted(device, folder / "m"))
             (point / "f").write_bytes(os.urandom(MIB))
 
         check = comparison(disk, folder / "copy", SIZE)
         got = slowly(source, folder / "copy", act, "--before-thaw", check)
         succeeded(got)
         assert got.summary["frozen"]["freeze"] > 0
-        with loop_device(folder / "copy") as back, mounted(back, folder / "n", "ro,norecovery"):
-            assert (folder / "n/f").stat().st_size == MIB
+        offset = 4 * MIB if what == "new partition" else 0
+        with (
+            loop_device(folder / "copy", offset=offset) as back,
+            mounted(back, folder / "n", "ro,norecovery") as copied,
+        ):
+            assert (copied / "f").read_bytes() == (folder / "m/f").read_bytes()
 
 
 def test_swap_space_and_growth_during_a_copy_are_told_before_the_freeze(folder: Path) -> None:
