@@ -51,7 +51,13 @@ def partition(disk: str, number: int, start: int, size: int) -> Iterator[str]:
     try:
         yield f"{disk}p{number}"
     finally:
-        run("delpart", disk, number)
+        # A new mount namespace of another test may still have it mounted.
+        wait_until(lambda: gone(disk, number), f"{disk}p{number} is removed")
+
+
+def gone(disk: str, number: int) -> bool:
+    done = subprocess.run(["delpart", disk, str(number)], capture_output=True, check=False)
+    return done.returncode == 0
 
 
 def slowly(
