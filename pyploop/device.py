@@ -106,6 +106,11 @@ class Source:
         if self.lookout is not None:
             self.lookout.check_end()
 
+    def identify(self, disk: str, loop_fd: int = -1) -> None:
+        """OSError: nothing is attached to the loop device."""
+        self.identity = Identity(disk, loop_fd)
+        self._owned.callback(self.identity.close)
+
     def check_device(self) -> None:
         """Fails when the device shows something else than when it was opened."""
         if self.identity is not None:
@@ -290,7 +295,7 @@ def _open_block(path: str, dev: tuple[int, int], read: ReadPath) -> Source:
         elif where.queue.dev != block.dev:
             _use_lower(source, where)
         if where.loop is None:
-            source.identity = Identity.of(where.queue.disk)
+            source.identify(where.queue.disk)
         if source.fd == fd and size % source.align:
             at = size - size % source.align
             source.tail = find_tail(path, at, size, source.sparse_fd, source.sparse_base)
@@ -326,7 +331,7 @@ def _use_backing(source: Source, where: Reach, loop: Loop, read: ReadPath) -> No
         if loop.device.dev != (source.block and source.block.dev):
             status_fd = os.open(disk, os.O_RDONLY | os.O_CLOEXEC)
             source._owned.callback(os.close, status_fd)
-        source.identity = Identity.of(loop.device.name, status_fd)
+        source.identify(loop.device.name, status_fd)
         status = kernel.loop_status(status_fd, disk)
         name = sysblock.backing_file(loop.device.name)
         # The loop's own mode decides how: behind a direct-io loop the page

@@ -8,52 +8,58 @@ contents change then, and no write passes through the queue: no tracker sees it.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from pathlib import Path
+import os
 
 from pyploop import kernel
 from pyploop.errors import ReadError
 from pyploop.kernel import LoopStatus
 
 
-@dataclass(frozen=True)
 class Identity:
     """Of one disk ('loop0'), as it was when it was opened."""
 
-    disk: str
-    sequence: str
-    """The kernel's number of the medium; empty before Linux 5.15."""
-    loop: LoopStatus | None = None
-    fd: int = field(default=-1, compare=False)
-    """Of the loop device; borrowed."""
-
-    @classmethod
-    def of(cls, disk: str, loop_fd: int = -1) -> Identity:
-        """OSError when nothing is attached to the loop device."""
-        loop = None
-        if loop_fd >= 0:
-            # How it reads and writes may change: that changes no contents.
-            loop = kernel.loop_status(loop_fd, f"/dev/{disk}")._replace(direct_io=False)
+    def __init__(self, disk: str, loop_fd: int = -1) -> None:
+        """loop_fd: of the loop device; borrowed.  OSError: nothing is attached."""
+        self._path, self._loop_fd = f"/dev/{disk}", loop_fd
         try:
-            sequence = (Path("/sys/block") / disk / "diskseq").read_text().strip()
+            # Kept open: it is read inside the freeze, where opening would show.
+            self._sequence_fd = os.open(f"/sys/block/{disk}/diskseq", os.O_RDONLY | os.O_CLOEXEC)
+        except OSError:  # before Linux 5.15
+            self._sequence_fd = -1
+        try:
+            self._at_start = self._read()
         except OSError:
-            sequence = ""
-        return cls(disk, sequence, loop, loop_fd)
+            self.close()
+            raise
+
+    def close(self) -> None:
+        if self._sequence_fd >= 0:
+            os.close(self._sequence_fd)
+            self._sequence_fd = -1
+
+    def _read(self) -> tuple[bytes, LoopStatus | None]:
+        """The kernel's number of the medium, and what the loop device shows."""
+        sequence = os.pread(self._sequence_fd, 32, 0) if self._sequence_fd >= 0 else b""
+        if self._loop_fd < 0:
+            return sequence, None
+        # How it reads and writes may change: that changes no contents.
+        return sequence, kernel.loop_status(self._loop_fd, self._path)._replace(direct_io=False)
 
     def check(self) -> None:
         """ReadError when the device shows something else now."""
         try:
-            now = Identity.of(self.disk, self.fd)
+            now = self._read()
         except OSError as e:
-            what = f"/dev/{self.disk} shows no file any more"
+            what = f"{self._path} shows nothing any more"
             raise ReadError.of(f"{what}; no target was made", e) from e
-        if now == self:
+        if now == self._at_start:
             return
+        (_, before), (_, loop) = self._at_start, now
         what = "another medium than"
-        if self.loop is not None and now.loop is not None and now.loop != self.loop:
-            same_file = now.loop[:2] == self.loop[:2]
+        if before is not None and loop is not None and loop != before:
+            same_file = loop[:2] == before[:2]
             what = "another part of its file than" if same_file else "another file than"
         raise ReadError(
-            f"/dev/{self.disk} shows {what} at the start of the copy (it was reconfigured "
+            f"{self._path} shows {what} at the start of the copy (it was reconfigured "
             "meanwhile); no target was made, start again"
         )

@@ -65,7 +65,9 @@ class ploopcopy:
                 contextlib.closing(device.open_source(serving_device(ddxml)))
             )
             options = Options(stall=STALL)
-            self._sender = Sender(source, choose("auto", source), self._out, options, report)
+            tracker = choose("auto", source)
+            undo.callback(tracker.stop, False)  # it may have been tried out, and not started
+            self._sender = Sender(source, tracker, self._out, options, report)
             self._undo = undo.pop_all()
         self._state = "new"
 

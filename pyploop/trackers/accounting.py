@@ -11,7 +11,6 @@ writes to the switch in between (inotify sees those made in this mount of sysfs)
 from __future__ import annotations
 
 import contextlib
-import errno
 import os
 import time
 from collections.abc import Callable
@@ -63,7 +62,7 @@ class Accounting:
         self._path = f"/sys/block/{disk}/queue/iostats"
         self._plan: Plan | None = None
         self._held: Held | None = None
-        self._watch = -1
+        self._watch = self._switch = -1
 
     def problem(self) -> str:
         """Why it cannot be on; empty: it is, or can be switched on."""
@@ -79,6 +78,9 @@ class Accounting:
         self._plan = plan
         with contextlib.suppress(OSError):  # no inotify left: the value tells most
             self._watch = kernel.watch_writes(self._path)
+        with contextlib.suppress(OSError):  # none: it accounts always
+            # Kept open: it is read inside the freeze, where opening would show.
+            self._switch = os.open(self._path, os.O_RDONLY | os.O_CLOEXEC)
         self._switch_on()
 
     def interrupted(self) -> bool:
@@ -101,8 +103,10 @@ class Accounting:
     def _switch_on(self) -> bool:
         """True when it was off."""
         assert self._plan is not None
+        if self._switch < 0:
+            return False
         try:
-            if Path(self._path).read_text().strip() != "0":
+            if os.pread(self._switch, 8, 0).strip() != b"0":
                 return False
             if self._held is None:
                 what = f"switch the accounting of {self._disk} off again"
@@ -110,8 +114,6 @@ class Accounting:
             else:
                 Path(self._path).write_text("1")
         except OSError as e:
-            if e.errno == errno.ENOENT:  # a disk without the switch accounts always
-                return False
             raise DeviceControlError.of(
                 f"cannot switch on the accounting of {self._disk}, against which tracking is "
                 f"proven ({self._path})",
@@ -122,9 +124,10 @@ class Accounting:
 
     def stop(self) -> None:
         """Put back what was there; never raises."""
-        if self._watch >= 0:
-            os.close(self._watch)
-            self._watch = -1
+        for fd in (self._watch, self._switch):
+            if fd >= 0:
+                os.close(fd)
+        self._watch = self._switch = -1
         held, plan = self._held, self._plan
         self._held = self._plan = None
         if held is not None and plan is not None:
