@@ -99,7 +99,10 @@ class Sender:
                 self.recorder.give_up()
                 self.summary.freezes_given_up += 1
                 if number == FREEZES:
-                    raise
+                    raise FreezeGivenUp(
+                        f"{e}; it was so in {FREEZES} freezes, the source was thawed and no "
+                        "target was made"
+                    ) from e
                 self._report.note(f"Thawed, and on with freeze {number + 1} of {FREEZES}: {e}")
             self._running.repairs.run_left()
 
