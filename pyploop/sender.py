@@ -66,6 +66,8 @@ class Sender:
         self._options, self._report = options, report
         self._undo = contextlib.ExitStack()
         self._may_thaw = False
+        self._doubt = ""
+        """What the last pass had to compare for."""
         self.recorder = Recorder()
         self.summary = Summary(
             source.path,
@@ -358,7 +360,7 @@ class Sender:
         if verdict.state == "busy":
             raise self._still_written()
         beside = self._running.beside(frozen=True)
-        before = self._stamp()
+        before, self._doubt = self._stamp(), ""
         with self.recorder.step("last blocks"):
             sent = self._passes.send(self._running.take())
         if beside:
@@ -377,6 +379,7 @@ class Sender:
     def _repair(self, verdict: Verdict) -> None:
         """Compare what the tracker may have missed."""
         path = self._source.path
+        self._doubt = words(verdict)
         repair = self._tracker.repair(quiesced=True)
         if repair is None:
             raise DeviceControlError(
@@ -402,6 +405,11 @@ class Sender:
         )
 
     def _still_written(self) -> LoopError:
+        if self._doubt:
+            return LoopError(
+                f"tracking of {self._source.path} could not be proven ({self._doubt}), again and "
+                "again; no target was made"
+            )
         who = "and nothing stops its writer (-F)"
         if self._running.stops:
             who = "although it should be stopped"

@@ -509,6 +509,30 @@ def test_accounting_that_is_switched_off_in_every_round_and_freeze_ends_the_copy
     assert not lab.target.exists()
 
 
+def test_accounting_that_is_switched_off_all_the_time_ends_the_copy_with_its_reason(
+    lab: Lab, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each repair inside the freeze is short, and yet nothing is proven."""
+    switch = iostats(lab.path)
+    run = Repairs.run
+
+    def run_and_switch_off(self: Repairs, *args: Any, **how: Any) -> int | None:
+        sent = run(self, *args, **how)
+        switch.write_text("0")
+        return sent
+
+    monkeypatch.setattr(Repairs, "run", run_and_switch_off)
+
+    def act(phase: str) -> None:
+        if phase == "round 1":
+            switch.write_text("0")
+
+    with pytest.raises(LoopError, match=r"could not be proven .*accounting") as failed:
+        lab.copy(Loss(), act)
+    assert failed.value.exit_code == 14
+    assert not lab.target.exists()
+
+
 def test_accounting_that_cannot_be_switched_on_again_ends_the_copy(
     lab: Lab, monkeypatch: pytest.MonkeyPatch
 ) -> None:
