@@ -73,8 +73,8 @@ class Source:
     notes: list[str] = field(default_factory=list)
     """What its copy should say; grows."""
     _holes_unknown: bool = False
-    identity: Identity | None = None
-    """What the whole disk showed when it was opened."""
+    identities: list[Identity] = field(default_factory=list)
+    """What each device showed through which the bytes are reached."""
     _owned: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)
 
     def close(self) -> None:
@@ -106,15 +106,11 @@ class Source:
         if self.lookout is not None:
             self.lookout.check_end()
 
-    def identify(self, disk: str, loop_fd: int = -1) -> None:
-        """OSError: nothing is attached to the loop device."""
-        self.identity = Identity(disk, loop_fd)
-        self._owned.callback(self.identity.close)
-
     def check_device(self) -> None:
-        """Fails when the device shows something else than when it was opened."""
-        if self.identity is not None:
-            self.identity.check()
+        """Fails when the device, or one on which it lies, shows something else than
+        when it was opened."""
+        for identity in self.identities:
+            identity.check()
 
     def write_back(self) -> None:
         """Write back what was written through a device's own page cache."""
@@ -294,8 +290,7 @@ def _open_block(path: str, dev: tuple[int, int], read: ReadPath) -> Source:
             raise ParameterError(f"{path} is not on a loop device: it has no backing file to read")
         elif where.queue.dev != block.dev:
             _use_lower(source, where)
-        if where.loop is None:
-            source.identify(where.queue.disk)
+        _identify(source, where)
         if source.fd == fd and size % source.align:
             at = size - size % source.align
             source.tail = find_tail(path, at, size, source.sparse_fd, source.sparse_base)
@@ -305,6 +300,18 @@ def _open_block(path: str, dev: tuple[int, int], read: ReadPath) -> Source:
         owned.close()
         raise
     return source
+
+
+def _identify(source: Source, where: Reach) -> None:
+    """Before the first read.  OSError: nothing is attached to a loop device any more."""
+    for disk in where.below:
+        fd = -1
+        if disk.name.startswith("loop"):
+            fd = os.open(f"/dev/{disk.name}", os.O_RDONLY | os.O_CLOEXEC)
+            source._owned.callback(os.close, fd)
+        identity = Identity(disk.name, fd)
+        source._owned.callback(identity.close)
+        source.identities.append(identity)
 
 
 def _use_lower(source: Source, where: Reach) -> None:
@@ -331,7 +338,6 @@ def _use_backing(source: Source, where: Reach, loop: Loop, read: ReadPath) -> No
         if loop.device.dev != (source.block and source.block.dev):
             status_fd = os.open(disk, os.O_RDONLY | os.O_CLOEXEC)
             source._owned.callback(os.close, status_fd)
-        source.identify(loop.device.name, status_fd)
         status = kernel.loop_status(status_fd, disk)
         name = sysblock.backing_file(loop.device.name)
         # The loop's own mode decides how: behind a direct-io loop the page

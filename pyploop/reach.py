@@ -47,6 +47,8 @@ class Reach:
     """The source's first byte in `queue`'s device."""
     loop: Loop | None
     """The loop device that shows the file in which the bytes are; None: no file."""
+    below: list[BlockDevice]
+    """The source and what it lies on, down to `queue`'s device; disks, no partitions."""
 
     @property
     def tracked(self) -> list[BlockDevice]:
@@ -90,7 +92,8 @@ class _Walk:
         at = next((s for s in reversed(chain[-2:]) if s.device.is_partition), bottom)
         d = at.device
         queue = BlockDevice(d.name, d.dev, d.disk, d.disk_dev, d.start + at.start, source.size)
-        return Reach(list(self._members.values()), queue, at.start, loop)
+        below = [span.device for span in chain if not span.device.is_partition]
+        return Reach(list(self._members.values()), queue, at.start, loop, below)
 
     def _down(self, source: BlockDevice) -> tuple[list[_Span], Loop | None]:
         """The source, what it lies on, and so on; and the loop device that is the

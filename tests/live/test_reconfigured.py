@@ -42,20 +42,33 @@ def failed_without_a_target(got: Copied, target: Path, *words: str) -> None:
     assert not target.exists()
 
 
+def change_file(device: str, other: Path | str) -> None:
+    fd, file = os.open(device, os.O_RDONLY), os.open(other, os.O_RDONLY)
+    try:
+        fcntl.ioctl(fd, LOOP_CHANGE_FD, file)
+    finally:
+        os.close(fd)
+        os.close(file)
+
+
 def test_a_loop_device_that_gets_another_file_during_the_copy_fails_it(folder: Path) -> None:
     image, other = random_file(folder / "a", SIZE), random_file(folder / "b", SIZE)
     with loop_device(image, options=["--read-only"]) as device:
-
-        def change() -> None:
-            fd, file = os.open(device, os.O_RDONLY), os.open(other, os.O_RDONLY)
-            try:
-                fcntl.ioctl(fd, LOOP_CHANGE_FD, file)
-            finally:
-                os.close(fd)
-                os.close(file)
-
-        got = copied_while(device, folder / "target", change)
+        got = copied_while(device, folder / "target", lambda: change_file(device, other))
     failed_without_a_target(got, folder / "target", device, "another file", "start again")
+
+
+def test_a_loop_device_on_a_loop_device_that_gets_another_one_during_the_copy_fails_it(
+    folder: Path,
+) -> None:
+    image, other = random_file(folder / "a", SIZE), random_file(folder / "b", SIZE)
+    with (
+        loop_device(image) as below,
+        loop_device(other) as beside,
+        loop_device(Path(below), options=["--read-only"]) as device,
+    ):
+        got = copied_while(device, folder / "target", lambda: change_file(device, beside))
+    failed_without_a_target(got, folder / "target", device, "another", "start again")
 
 
 def test_a_loop_device_that_gets_another_offset_during_the_copy_fails_it(folder: Path) -> None:
