@@ -20,7 +20,8 @@ import select
 import socket
 import subprocess
 import sys
-from dataclasses import dataclass
+import time
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +56,10 @@ class Held:
     def number(self) -> int:
         return int(self.entry["id"])
 
+    def by(self, fd: int) -> Held:
+        """The same entry, undone by another descriptor."""
+        return self if fd == self.fd else replace(self, fd=fd)
+
 
 class Plan:
     """The undo steps of one copy, oldest first.  Nothing is started, and no
@@ -72,6 +77,10 @@ class Plan:
         self._ready = False
         self._ended: str | None = None
         self._limit = 0.0
+        self._until: float | None = None
+        """time.monotonic() at which the watchdog undoes everything."""
+        self._final = False
+        """A watchdog that ends now is not replaced: it may have undone something."""
 
     # ---- the watchdog
 
@@ -89,10 +98,13 @@ class Plan:
 
     def start(self) -> None:
         """Have a living watchdog, and a journal; both before anything is held,
-        so that neither costs frozen time."""
+        so that neither costs frozen time.  What `watch` raises when the one
+        there was may have undone something."""
         if self._ready and self._ended is None:
             self._listen()
         if self._ready and self._ended is not None:
+            if self._final or self._ended == "undone":
+                self.watch()
             self._end_watchdog()
         if self._ready:
             return
@@ -100,6 +112,8 @@ class Plan:
         self._await_ready()
         for held in self._held:
             self._tell_add(held)
+        if self._until is not None:
+            self._tell(op="limit", seconds=max(self._until - time.monotonic(), 0.0))
 
     def drop_journal(self, why: str) -> None:
         """Go on without a journal: writing it would wait for a thaw."""
@@ -178,7 +192,7 @@ class Plan:
 
     def watch(self) -> None:
         """LoopError when the watchdog has undone everything because the limit
-        had passed; DeviceControlError when it has died."""
+        had passed; DeviceControlError when it has died before that."""
         if not self._ready:
             return
         self._listen()
@@ -186,14 +200,36 @@ class Plan:
             raise LoopError(
                 f"held for more than {self._limit:g} s: the watchdog undid it; no target was made"
             )
+        if self._ended == "dead" and self._until is not None and time.monotonic() >= self._until:
+            # It may have begun to undo, and not have come to say so.
+            raise LoopError(
+                f"held for more than {self._limit:g} s, and the watchdog does not answer: it may "
+                "have undone everything; no target was made"
+            )
         if self._ended == "dead":
             raise DeviceControlError("the thaw watchdog has died; undone, no target was made")
 
     def limit(self, seconds: float | None) -> None:
-        """The watchdog undoes everything so many seconds from now; None: when
-        this process ends only."""
+        """The freeze begins.  The watchdog undoes everything so many seconds
+        from now; None: when this process ends only."""
         self._limit = seconds or 0.0
+        self._until = None if seconds is None else time.monotonic() + seconds
+        self._final = True
         self._tell(op="limit", seconds=seconds)
+
+    def unlimit(self) -> None:
+        """The freeze has ended and all of it is undone: another may begin."""
+        self._until, self._final = None, False
+        self._tell(op="limit", seconds=None)
+
+    def in_time(self) -> None:
+        """What `watch` raises, and LoopError when the limit has passed here:
+        the watchdog is undoing by now.  No question, so it costs nothing."""
+        self.watch()
+        if self._until is not None and time.monotonic() >= self._until:
+            raise LoopError(
+                f"held for more than {self._limit:g} s, so it is being undone; no target was made"
+            )
 
     def still_held(self, seconds: float | None) -> None:
         """Ask whether nothing has been undone, and set a new limit at once:
@@ -203,12 +239,22 @@ class Plan:
         self._ask(seconds)
         self.watch()
 
+    def settle(self) -> None:
+        """Returns when the watchdog has done all that it was told so far, such
+        as to close a descriptor.  What `watch` raises."""
+        if self._ready:
+            left = None if self._until is None else max(self._until - time.monotonic(), 0.0)
+            self.still_held(left)
+
     def _ask(self, seconds: float | None) -> bool:
+        until = None if seconds is None else time.monotonic() + seconds
         self._tell(op="ask", seconds=seconds)
         if self._ended is None:
             answer = self._receive()
             if answer != watchdog.HELD:
                 self._ended = "undone" if answer == watchdog.UNDONE else "dead"
+        if self._ended is None:
+            self._until = until
         return self._ended is None
 
     # ---- entries

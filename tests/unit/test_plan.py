@@ -213,6 +213,111 @@ def test_a_watchdog_that_died_before_the_freeze_is_replaced_by_one_that_knows_al
     wait_until(lambda: text(log) == "2\n1\n", "everything is undone")
 
 
+def test_what_the_watchdog_has_undone_is_never_forgotten_by_a_new_one(place: Path) -> None:
+    path, plan = setting(place), Plan("a test", Reporter())
+    try:
+        plan.set_file(str(path), "new", "put it back")
+        plan.limit(0)
+        wait_until(lambda: path.read_text() == "old", "the limit has passed")
+        with pytest.raises(LoopError, match="the watchdog undid it"):
+            plan.still_held(60)
+        for _ in range(2):
+            with pytest.raises(LoopError, match="the watchdog undid it"):
+                plan.start()
+        with pytest.raises(LoopError, match="the watchdog undid it"):
+            plan.add({"kind": "write", "path": str(path), "value": "old"})
+        plan.unlimit()
+        with pytest.raises(LoopError, match="the watchdog undid it"):
+            plan.in_time()
+    finally:
+        plan.close()
+    assert (path.read_text(), journal.records()) == ("old", [])
+
+
+@pytest.mark.parametrize("seconds", [60.0, None])
+def test_a_watchdog_that_dies_in_the_freeze_is_not_replaced(
+    place: Path, seconds: float | None
+) -> None:
+    """It may have undone something just before: nobody can tell."""
+    path, plan = setting(place), Plan("a test", Reporter())
+    try:
+        plan.set_file(str(path), "new", "put it back")
+        plan.limit(seconds)
+        kill_watchdog(plan)
+        with pytest.raises(DeviceControlError, match="has died"):
+            plan.start()
+        assert path.read_text() == "new"
+    finally:
+        plan.close()
+    assert path.read_text() == "old"
+
+
+def test_a_watchdog_that_is_dead_when_the_limit_has_passed_may_have_undone(place: Path) -> None:
+    path, plan = setting(place), Plan("a test", Reporter())
+    try:
+        plan.set_file(str(path), "new", "put it back")
+        plan.limit(0.3)
+        kill_watchdog(plan)
+        until = time.monotonic() + 0.3
+        wait_until(lambda: time.monotonic() > until, "the limit passes")
+        plan.take_over()
+        with pytest.raises(LoopError, match="may have undone everything"):
+            plan.watch()
+        assert path.read_text() == "new"
+    finally:
+        plan.close()
+    assert path.read_text() == "old", "undone here"
+
+
+def test_a_limit_that_has_passed_is_known_without_an_answer(place: Path) -> None:
+    """The watchdog is still busy: it undoes before it says so."""
+    plan = Plan("a test", Reporter())
+    try:
+        plan.add({"kind": "run", "argv": ["sleep", "1"], "timeout": 9})
+        plan.limit(0.1)
+        plan.in_time()
+        until = time.monotonic() + 0.1
+        wait_until(lambda: time.monotonic() > until, "the limit passes")
+        with pytest.raises(LoopError, match="held for more than"):
+            plan.in_time()
+    finally:
+        plan.close()
+
+
+def test_a_watchdog_that_starts_after_the_limit_was_set_knows_it(place: Path) -> None:
+    path, plan = setting(place), Plan("a test", Reporter())
+    try:
+        plan.limit(0.5)
+        plan.set_file(str(path), "new", "put it back")
+        assert path.read_text() == "new"
+        wait_until(lambda: path.read_text() == "old", "undone at the limit")
+    finally:
+        plan.close()
+
+
+def test_after_a_freeze_that_was_undone_here_another_may_begin(place: Path) -> None:
+    path, plan = setting(place), Plan("a test", Reporter())
+    try:
+        for _ in range(2):
+            held = plan.set_file(str(path), "new", "put it back")
+            assert held is not None
+            plan.limit(60)
+            plan.still_held(60)
+            assert plan.undo(held)
+            plan.unlimit()
+        kill_watchdog(plan)
+        plan.start()  # between two freezes it is replaced
+        plan.watch()
+    finally:
+        plan.close()
+
+
+def kill_watchdog(plan: Plan) -> None:
+    assert plan._process is not None
+    plan._process.kill()
+    plan._process.wait()
+
+
 def zombie(pid: int) -> bool:
     return journal.start_time(pid) is None
 
