@@ -12,6 +12,7 @@ import contextlib
 import os
 import re
 import stat
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
@@ -59,7 +60,7 @@ class Source:
     block: BlockDevice | None = None
     mounts: list[Mount] = field(default_factory=list)
     mount_given: bool = False
-    """The user named the mount point."""
+    """The user named the mount points."""
     cluster: int = MIB
     image: str = ""
     """What is being sent, for `Sending IMAGE`."""
@@ -150,7 +151,7 @@ def _has_all_pages(fd: int, path: str) -> bool:
 def open_source(
     path: str,
     read: ReadPath = "auto",
-    mount: str | None = None,
+    mounts: Sequence[str] = (),
     *,
     to_freeze: bool = True,
     unsafe: bool = False,
@@ -160,7 +161,7 @@ def open_source(
 
     read: how a loop device is read: `backing` from its backing file, `device`
     with O_DIRECT from the device, `auto` the first where it can be shown to be
-    the same data.  mount: a mount point that replaces the ones found.
+    the same data.  mounts: mount points that replace the ones found.
     to_freeze: find what must be frozen, and watch who uses the source; OpenError
     when some of it cannot be frozen, or somebody else uses the source, unless `unsafe`.
     """
@@ -174,7 +175,7 @@ def open_source(
             raise DeviceError(f"{path} is attached to {', '.join(loops)}: name the device to copy")
         if not loops:
             source = _open_file(path)
-            return _watched(source, mount, to_freeze, unsafe)
+            return _watched(source, mounts, to_freeze, unsafe)
         _check_whole(path, st.st_size, loops[0])
         path = loops[0]
         st = os.stat(path)
@@ -184,20 +185,21 @@ def open_source(
         source = _open_ploop(path)
     else:
         source = _open_block(path, (os.major(st.st_rdev), os.minor(st.st_rdev)), read)
-    return _watched(source, mount, to_freeze, unsafe)
+    return _watched(source, mounts, to_freeze, unsafe)
 
 
-def _watched(source: Source, mount: str | None, to_freeze: bool, unsafe: bool) -> Source:
+def _watched(source: Source, mounts: Sequence[str], to_freeze: bool, unsafe: bool) -> Source:
     """The source, with those who use it; closed after a failure."""
     try:
         if source.kind == "ploop":
             if to_freeze:
-                _find_mounts(source, mount)
+                _find_mounts(source, mounts)
             return source
-        if mount is not None:
-            source.mounts = [Mount(mount, "?", source.path)]
+        if mounts:
+            source.mounts = [Mount(mount, "?", source.path) for mount in mounts]
             source.mount_given = True
-            _check_mount(source, mount)
+            for mount in mounts:
+                _check_mount(source, mount)
         source.lookout = Lookout(_subject(source), source.mounts, unsafe)
         if to_freeze:
             source._owned.callback(source.lookout.close)
@@ -423,10 +425,10 @@ def _open_image(image: str, owned: contextlib.ExitStack) -> int:
     return fd
 
 
-def _find_mounts(source: Source, mount: str | None) -> None:
+def _find_mounts(source: Source, mounts: Sequence[str]) -> None:
     """Of a ploop device."""
-    if mount is not None:
-        source.mounts = [Mount(mount, "?", source.path)]
+    if mounts:
+        source.mounts = [Mount(mount, "?", source.path) for mount in mounts]
         source.mount_given = True
     elif source.block is not None:
         devices = sysblock.stacked_on(source.block)

@@ -126,7 +126,7 @@ def _send(o: argparse.Namespace, report: Reporter) -> None:
             compat=o.compat,
         ) as out,
         contextlib.closing(
-            device.open_source(o.source, o.read, o.mount, unsafe=o.unsafe)
+            device.open_source(o.source, o.read, o.mounts, unsafe=o.unsafe)
         ) as source,
     ):
         tracker = choose(o.tracker, source, o.cluster)

@@ -50,6 +50,7 @@ def parser() -> Parser:
     add("-d", dest="target", metavar="FILE", help="new file: target of a local copy, or to receive")
     add(
         "-o",
+        action="last",
         dest="out",
         type=DESCRIPTOR,
         default=1,
@@ -58,6 +59,7 @@ def parser() -> Parser:
     )
     add(
         "-i",
+        action="last",
         dest="inp",
         type=DESCRIPTOR,
         default=0,
@@ -66,6 +68,7 @@ def parser() -> Parser:
     )
     add(
         "-f",
+        action="last",
         dest="feedback",
         type=DESCRIPTOR,
         metavar="FFD",
@@ -80,7 +83,14 @@ def parser() -> Parser:
         default="auto",
         help="how a loop device is read: from the device, or from its backing file (auto)",
     )
-    add("--mount", metavar="DIR", help="mount point to freeze, instead of those found")
+    add(
+        "--mount",
+        dest="mounts",
+        action="append",
+        default=[],
+        metavar="DIR",
+        help="mount point to freeze, instead of those found; may be given several times",
+    )
     add(
         "--unsafe-in-use",
         dest="unsafe",

@@ -27,8 +27,6 @@ class StopAction(argparse.Action):
         specs: list[Spec] = list(getattr(namespace, self.dest) or [])
         text = str(values)
         if option == "-F":
-            # As the C tool: the last one counts.
-            specs = [s for s in specs if s.name != FIRST]
             specs.append(Spec("cmd", text, name=FIRST))
         elif option == "--undo":
             if not specs or specs[-1].kind != "cmd":

@@ -84,7 +84,7 @@ def test_stops_keep_their_order_and_undo_belongs_to_the_one_before() -> None:
     line = ["--freeze", "cgroup:a", "-F", "old", "--undo", "x", "--freeze", "cmd:b", "--undo=-b"]
     stops = parser().parse_args(["-s", "d", *line, "-F", "new"]).stops
     assert [(s.kind, s.argument, s.undo) for s in stops] == [
-        ("cgroup", "a", None), ("cmd", "b", "-b"), ("cmd", "new", None),
+        ("cgroup", "a", None), ("cmd", "old", "x"), ("cmd", "b", "-b"), ("cmd", "new", None),
     ]  # fmt: skip
     assert stops[-1].name == Spec("cmd", "").name
     for bad in (["--undo", "x"], ["--freeze", "cgroup:a", "--undo", "x"], ["--freeze", "x"]):
