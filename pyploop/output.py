@@ -9,6 +9,7 @@ says how it knows; `finish` likewise for the finished image under its final name
 from __future__ import annotations
 
 import errno
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -45,6 +46,9 @@ class Output(Protocol):
     """Bytes that `header` takes."""
     deadline: float
     """time.monotonic() at which waiting for an answer ends, whatever else."""
+    before_end: Callable[[], None]
+    """Called with nothing but END's write, or the target's name, after it; what
+    it raises ends the copy without a target."""
     heard: Heard | None
     """What came with the last answer, when the peer tells such things."""
 

@@ -41,6 +41,7 @@ class FileOutput:
         self._sink = target if isinstance(target, Sink) else None
         self.fd = target.fd if isinstance(target, Sink) else target
         self.deadline = math.inf
+        self.before_end: Callable[[], None] = lambda: None
 
     def check_apart(self, mounts: FileSystems) -> None:
         point = mounts.holding(os.fstat(self.fd).st_dev)
@@ -70,7 +71,8 @@ class FileOutput:
     def finish(self, pump: Pump, size: int, start: bytes) -> str:
         if self._sink is not None:
             self._sink.set_size(size)
-            run_cancellable(self._sink.commit)
+            sink = self._sink
+            run_cancellable(lambda: sink.commit(self.before_end))
             return "local"
         try:
             if os.fstat(self.fd).st_size != size:
@@ -78,6 +80,7 @@ class FileOutput:
         except OSError as e:
             raise WriteError.of(f"cannot set the size of the output to {size}", e) from e
         self._durable(lambda: os.fsync(self.fd))
+        self.before_end()
         return "local"
 
     def _durable(self, call: Callable[[], None]) -> None:

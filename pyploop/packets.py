@@ -11,6 +11,7 @@ from __future__ import annotations
 import errno
 import math
 import time
+from collections.abc import Callable
 
 from pyploop import _core, transport
 from pyploop._core import Fault, Known, Pump
@@ -45,6 +46,7 @@ class PacketOutput:
         self.framing = PLOOP
         self.packets = Packets(unanswered=knows_async, window=WINDOW)
         self.deadline = math.inf
+        self.before_end: Callable[[], None] = lambda: None
         self.heard: Heard | None = None
         self._report = report
         self._timeout = answer_timeout
@@ -92,6 +94,7 @@ class PacketOutput:
         self._ask(pump, d2.packet(d2.DATA, 0, data, self.packets.digests), "the header")
 
     def finish(self, pump: Pump, size: int, start: bytes) -> str:
+        self.before_end()
         self._ask(pump, d2.end(self.packets.digests), "END")
         return "acknowledged"
 

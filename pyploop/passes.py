@@ -99,7 +99,7 @@ class Passes:
             self.pump.cancel()
 
     def extend(self, deadline: float) -> None:
-        """Only the peer's last answer is waited for, until then."""
+        """Passes, and waiting for the peer's answers, end then."""
         self.deadline = deadline
         if self._out.deadline:  # 0: cancelled
             self._out.deadline = deadline

@@ -23,7 +23,7 @@ from pyploop.device import Source
 from pyploop.errors import DeviceControlError, LoopError, OpenError
 from pyploop.events import Reporter
 from pyploop.freeze import FileSystems, run_command
-from pyploop.freeze.hold import Hold, Limits
+from pyploop.freeze.hold import Hold, Limits, newer
 from pyploop.freeze.stoppers import Spec
 from pyploop.image import clear_in_use
 from pyploop.output import Output
@@ -35,9 +35,9 @@ from pyploop.rounds import Round
 from pyploop.running import Running, words
 from pyploop.summary import Options, Summary
 from pyploop.trackers import Repair, Tracker, Verdict
-from pyploop.trackers.scan import stamp
 from pyploop.units import format_size
 from pyploop.worker import run_cancellable
+from pyploop.writes import Writes
 
 if TYPE_CHECKING:
     from pyploop.digests import Reader
@@ -68,6 +68,8 @@ class Sender:
         self._may_thaw = False
         self._doubt = ""
         """What the last pass had to compare for."""
+        self._stamp: tuple[int, ...] = ()
+        """What `Writes` told at the beginning of the last pass."""
         self.recorder = Recorder()
         self.summary = Summary(
             source.path,
@@ -124,13 +126,17 @@ class Sender:
             self._mounts = FileSystems(source.mounts, report, self._plan)
             undo.callback(self._mounts.close)
             self._hold = Hold(self._specs(), self._mounts, self._plan, report)
+            self._writes = Writes(source)
+            undo.callback(self._writes.close)
             self._out.check_apart(self._mounts)
+            self._mounts.try_out()
             if self._options.throttle is not None:
                 disk = None if source.block is None else source.block.disk_dev
                 self._options.throttle.prepare(self._plan, disk, self._specs())
             for switch in source.lookout.switched_off if source.lookout else []:
                 self._plan.set_file(switch, "1", f"switch {switch} off again")
             self._tracker.start(self._plan)
+            self._check_unfrozen()
             self._passes = Passes(source, self._tracker, self._out, self._options, report)
             if self._hold:
                 self._plan.launch()
@@ -162,6 +168,14 @@ class Sender:
         self.summary.unsafe = self._source.lookout.unsafe
         for text in self.summary.unsafe:
             self._report.error(f"UNSAFE (--unsafe-in-use): {text}; the copy may be stale")
+
+    def _check_unfrozen(self) -> None:
+        """What is mounted and cannot be frozen needs somebody who sees writes."""
+        if (points := self._mounts.unfreezable) and not self._writes.knows:
+            raise DeviceControlError(
+                f"{', '.join(points)} cannot be frozen, and nothing here tells whether it is "
+                "written to (queue/iostats is off): unmount it, or mount -o remount,ro"
+            )
 
     def _specs(self) -> list[Spec]:
         command = self._options.stop_command
@@ -235,6 +249,9 @@ class Sender:
                     what = "the target is complete, but the command before the thaw"
                     run_command(self._options.before_thaw, what, self._time_left())
             with step("thaw"):
+                self._hold.complete()
+                if self._written():
+                    raise newer("was written during the last steps")
                 self._hold.release(self._options.resume)
             self.recorder.stage = "running"
             self._tell(self._passes.stats.data - before)
@@ -257,20 +274,22 @@ class Sender:
         if options.freeze_limit and self._running.stops and not scanned:
             # A scan compares all there is after the stop: as long as it takes.
             limits = Limits.of(options.freeze_limit)
-            self._passes.deadline = time.monotonic() + limits.own
+            self._passes.extend(time.monotonic() + limits.own)
             self._passes.watch = self._plan.watch
-            self._out.deadline = min(self._out.deadline, self._passes.deadline)
         with step("stop command") if self._specs() else contextlib.nullcontext():
             self._hold.stop(limits)
         if options.throttle is not None:
             options.throttle.remove()
+            self._hold.watch()
         with step("source sync"):
             run_cancellable(self._running.write_back)
+            self._hold.watch()
         with step("freeze"):
             self._mounts.freeze()
             # What the freeze itself wrote to a loop device on top of the source; and
             # what somebody wrote through a device since the sync.
             self._source.write_back()
+            self._hold.watch()
 
     def last_blocks(self, may_thaw: bool = False) -> None:
         """Send what is dirty until nothing is, and no event is missing.
@@ -279,17 +298,17 @@ class Sender:
         and `freeze_and_finish` goes on; else it has until the freeze limit."""
         self._may_thaw = may_thaw
         limit = FINAL_PASSES if self._running.stops else UNSTOPPED_PASSES
-        stamp = self._stamp()
         for _ in range(limit):
+            self._stamp = self._writes.stamp()
             if self._last_pass():
                 break
         else:
             raise self._still_written()
-        if self._running.stops and self._stamp() != stamp:
-            raise self._still_written()
         with self.recorder.step("prove"):
             self._source.check_same()
             self._hold.check()
+            if self._written():
+                raise self._still_written()
 
     def finish(self) -> None:
         """The end of the image; returns when the target is durable, as far as
@@ -303,10 +322,13 @@ class Sender:
                 self._out.header(pump, clear_in_use(start))
         with step("prove"):
             self._hold.commit()
+            if self._written():
+                raise self._still_written()
             if self._hold.last is not None:
                 self._passes.extend(self._hold.last)
         with step("target commit"):
             size = self._source.size
+            self._out.before_end = self._hold.before_end
             self.summary.acknowledged = self._out.finish(pump, size, start[:4])
         if self.summary.acknowledged == "acknowledged":
             self.recorder.remote(self._out.heard)
@@ -360,7 +382,7 @@ class Sender:
         if verdict.state == "busy":
             raise self._still_written()
         beside = self._running.beside(frozen=True)
-        before, self._doubt = self._stamp(), ""
+        self._doubt = ""
         with self.recorder.step("last blocks"):
             sent = self._passes.send(self._running.take())
         if beside:
@@ -371,7 +393,9 @@ class Sender:
             self.summary.completeness = verdict.state
             # A stopped scan has compared everything: once is enough.
             stopped = self._running.stops and self._tracker.name == "scan"
-            return stopped or (sent == 0 and self._stamp() == before)
+            # Unstopped, it sees nothing of what is written behind it.
+            behind = self._tracker.name == "scan" and self._writes.stamp() != self._stamp
+            return stopped or (sent == 0 and not behind)
         with self.recorder.step("repair"):
             self._repair(verdict)
         return False  # prove again, from the new base
@@ -415,9 +439,14 @@ class Sender:
             who = "although it should be stopped"
         return LoopError(f"{self._source.path} is still being written {who}; no target was made")
 
-    def _stamp(self) -> tuple[int, ...]:
-        """A scan has no other witness of writes."""
-        return stamp(self._source) if self._tracker.name == "scan" else ()
+    def _written(self) -> bool:
+        """The source was written since the last pass began, although something
+        should have stopped that.  So is what somebody else thawed and froze
+        again: a freeze writes back what came in between."""
+        if self._mounts.unfreezable:
+            # What waits in a page cache becomes a write now, or never.
+            run_cancellable(self._running.write_back)
+        return self._running.stops and self._writes.stamp() != self._stamp
 
 
 @contextlib.contextmanager

@@ -13,6 +13,7 @@ import contextlib
 import errno
 import os
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 from pyploop import kernel
@@ -91,13 +92,15 @@ class Sink:
             raise SyncError.of(f"cannot sync {self.path}", e) from e
         self.synced_ns = time.monotonic_ns()
 
-    def commit(self) -> None:
-        """Durable contents, then the name, then a durable name.
+    def commit(self, before_name: Callable[[], None] = lambda: None) -> None:
+        """Durable contents, then the name, then a durable name.  before_name:
+        called right before the name; what it raises leaves none.
 
         The sync of the folder carries what fdatasync leaves out (the times),
         in the same journal commit: with fsync there would be two.
         """
         self.sync()
+        before_name()
         try:
             self._give_name()
         except OSError as e:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Callable
 
 from pyploop import _core, transport
 from pyploop._core import Fault, Known, Pump
@@ -58,6 +59,7 @@ class StreamOutput:
         self._asked = 0.0
         self.heard: Heard | None = None
         self.deadline = math.inf
+        self.before_end: Callable[[], None] = lambda: None
 
     @property
     def end_is_answered(self) -> bool:
@@ -180,12 +182,21 @@ class StreamOutput:
         if self.framing is PYPLOOP and self._answers is not None:
             # One round trip: the answer to END says all that SYNC's would.
             self._asked = time.monotonic()
-            _write(pump, d1.end())
+            self._end(pump)
             self._answer(self._answers, "END")
             return "acknowledged"
         self.sync(pump, waiting=False, start=start)
-        _write(pump, d1.end())
+        self._end(pump)
         return "unknown"
+
+    def _end(self, pump: Pump) -> None:
+        self.before_end()
+        _write(pump, d1.end(), self._check_deadline)
+
+    def _check_deadline(self) -> None:
+        """A receiver that takes END late would keep what is stale by then."""
+        if time.monotonic() > self.deadline > 0:  # 0: cancelled
+            raise WriteError("the receiver does not take the end of the stream in time")
 
 
 def _readable_before(fd: int, deadline: float) -> bool:
@@ -195,8 +206,8 @@ def _readable_before(fd: int, deadline: float) -> bool:
     return False
 
 
-def _write(pump: Pump, frame: bytes) -> None:
+def _write(pump: Pump, frame: bytes, tick: Callable[[], None] | None = None) -> None:
     try:
-        run_cancellable(lambda: pump.write(frame), pump.cancel)
+        run_cancellable(lambda: pump.write(frame), pump.cancel, tick)
     except Fault as fault:
         raise explain_write(fault) from fault

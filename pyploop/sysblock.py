@@ -61,15 +61,19 @@ class Mount:
         return os.major(rdev), os.minor(rdev)
 
     def is_at(self, st: os.stat_result) -> bool:
-        """This folder lies on the file system, not on another that hides it."""
+        """This folder or file lies on the file system, not on another that hides it."""
         here = os.major(st.st_dev), os.minor(st.st_dev)
-        return stat.S_ISDIR(st.st_mode) and self.dev in (None, here)
+        known = stat.S_ISDIR(st.st_mode) or stat.S_ISREG(st.st_mode)
+        return known and self.dev in (None, here)
 
-    def is_visible(self) -> bool:
+    def rank(self) -> int:
+        """How good this mount point is to open: 2: a folder, 1: a file that is
+        mounted by itself, 0: hidden, or a socket, a pipe, a device node."""
         try:
-            return self.is_at(os.stat(self.point))
+            st = os.stat(self.point)
         except OSError:
-            return False
+            return 0
+        return 0 if not self.is_at(st) else 2 if stat.S_ISDIR(st.st_mode) else 1
 
 
 def text_of(path: Path) -> str:
@@ -226,9 +230,9 @@ def mounts_of(devices: Sequence[BlockDevice], mountinfo: Path) -> list[Mount]:
         of_btrfs = entry.fstype == "btrfs"
         dev = min(devices_of(entry)) if of_btrfs else entry.dev
         # A file system mounted twice is frozen once; a later mount may hide
-        # an earlier point, so the first that can still be opened as it is.
+        # an earlier point, so the best that can still be opened as it is.
         mount = Mount(entry.point, entry.fstype, entry.source, None if of_btrfs else dev)
-        if dev not in result or (mount.is_visible() and not result[dev].is_visible()):
+        if dev not in result or mount.rank() > result[dev].rank():
             result[dev] = mount
     return list(result.values())
 
@@ -241,6 +245,17 @@ def mount_points(dev: str) -> list[str]:
         if len(fields) > 4 and fields[2] == dev:
             found.append(unescape(fields[4]))
     return found
+
+
+def mounted_as(dev: tuple[int, int]) -> tuple[str, list[str]] | None:
+    """The type, and the options that the file system itself has, of what has this
+    number; None when it is not mounted here."""
+    for line in os.fsdecode(Path("/proc/self/mountinfo").read_bytes()).split("\n"):
+        left, _, right = line.partition(" - ")
+        fields, rest = left.split(" "), right.split(" ")
+        if len(fields) > 4 and len(rest) > 2 and fields[2] == f"{dev[0]}:{dev[1]}":
+            return rest[0], rest[2].split(",")
+    return None
 
 
 def mount_points_below(folder: str) -> list[str]:

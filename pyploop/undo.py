@@ -9,6 +9,7 @@ import os
 
 from pyploop import journal, kernel, sysblock, watchdog
 from pyploop.errors import DeviceControlError
+from pyploop.freeze.mounted import in_use, open_at
 from pyploop.journal import Entry
 
 
@@ -18,7 +19,7 @@ def thaw(entry: Entry) -> None:
     places = [entry["mount"], *sysblock.mount_points(entry["dev"])]
     for place in places:
         try:
-            fd = os.open(place, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+            fd = open_at(place)
         except OSError:
             continue
         try:
@@ -34,6 +35,9 @@ def thaw(entry: Entry) -> None:
             return  # not frozen
         finally:
             os.close(fd)
+    major, _, minor = entry["dev"].partition(":")
+    if major != "0" and not in_use((int(major), int(minor)), wait=0.0):
+        return  # a frozen file system keeps its device in use, mounted or not
     raise DeviceControlError(
         f"{entry['mount']} is not mounted there any more, nor elsewhere: mount device "
         f"{entry['dev']} again and run this again (a frozen file system stays so, mounted or not)"

@@ -7,6 +7,7 @@ import contextlib
 import errno
 import fcntl
 import os
+import re
 import time
 from pathlib import Path
 
@@ -19,36 +20,14 @@ from pyploop.errors import (
     ParameterError,
 )
 from pyploop.events import Reporter
+from pyploop.freeze.mounted import FREEZABLE, Mounted
 from pyploop.plan import Held, Plan
 from pyploop.sysblock import Mount
 
 LOCK_DEADLINE = 120.0
 """Seconds to wait for another copy's freeze of the same file system."""
+CAP_SYS_ADMIN = 21
 RCU_EXPEDITED = "/sys/kernel/rcu_expedited"
-
-
-class _Open:
-    """One mounted file system, and what holds it frozen."""
-
-    def __init__(self, mount: Mount, fd: int) -> None:
-        self.mount, self.fd = mount, fd
-        self.dev = os.fstat(fd).st_dev
-        self.foreseen: Held | None = None
-        """Its entry, once it is in the journal."""
-        self.held: Held | None = None
-        """The same entry, while it is frozen by us."""
-
-    @property
-    def entry(self) -> dict[str, str | int]:
-        point = os.path.abspath(self.mount.point)
-        return {
-            "kind": "thaw",
-            "mount": point,
-            "dev": f"{os.major(self.dev)}:{os.minor(self.dev)}",
-            "fsid": os.fstatvfs(self.fd).f_fsid,
-            "what": f"thaw {point}",
-            "by_hand": f"fsfreeze -u {point}",
-        }
 
 
 class FileSystems:
@@ -58,13 +37,12 @@ class FileSystems:
         """plan: what else must be undone is in it; None: nothing else."""
         self._report = report
         self._stack = contextlib.ExitStack()
-        self._open: list[_Open] = []
+        self._all: list[Mounted] = []
         self._plan = plan or Plan("frozen file systems", report)
         if plan is None:
             self._stack.callback(self._plan.close)
-        self._by_others: list[_Open] = []
         self._expedited: Held | None = None
-        self._locked = False
+        self._locks: list[int] = []
         try:
             for mount in mounts:
                 self._add(mount)
@@ -72,27 +50,28 @@ class FileSystems:
             self._stack.close()
             raise
 
-    def _add(self, mount: Mount) -> _Open:
-        try:
-            fd = os.open(mount.point, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        except OSError as e:
-            raise OpenError.of(f"cannot open the mount point {mount.point}", e) from e
-        self._stack.callback(os.close, fd)
-        if not mount.is_at(os.fstat(fd)):
-            raise OpenError(
-                f"{mount.point} is hidden under another mount, so {mount.source} cannot be "
-                "frozen there; use --mount with a folder where it is visible"
-            )
-        self._open.append(_Open(mount, fd))
-        return self._open[-1]
+    def _add(self, mount: Mount) -> Mount:
+        """One more, unless it is there already under another name."""
+        made = Mounted(mount)
+        self._stack.callback(made.close)
+        for m in self._all:
+            if m.dev == made.dev:
+                return m.mount
+        self._all.append(made)
+        return mount
 
     def adopt(self, mount: Mount) -> None:
         """A file system of the source that was mounted since."""
         self._add(mount)
-        self._locked = False  # it is not, yet
+        self._unlock()  # `guard` locks all, this one too
+        self.try_out()
+
+    def _unlock(self) -> None:
+        while self._locks:
+            os.close(self._locks.pop())
 
     def __len__(self) -> int:
-        return len(self._open)
+        return len(self._all)
 
     def include(self, folder: str) -> Mount:
         """The file system that this folder is on, taken in when it was not one
@@ -101,19 +80,19 @@ class FileSystems:
             st = os.stat(folder)
         except OSError as e:
             raise OpenError.of(f"cannot open the mount point {folder}", e) from e
-        for o in self._open:
-            if o.dev == st.st_dev:
-                return o.mount
+        dev = os.major(st.st_dev), os.minor(st.st_dev)
+        for m in self._all:
+            if m.dev == dev:
+                return m.mount
         if not os.path.ismount(folder):
             raise ParameterError(f"{folder} is no mount point, nor on a file system of the source")
-        dev = os.major(st.st_dev), os.minor(st.st_dev)
-        return self._add(Mount(folder, "?", folder, dev)).mount
+        return self._add(Mount(folder, "?", folder, dev))
 
     def holding(self, st_dev: int) -> str | None:
         """The mount point of the file system with this st_dev, or None."""
-        for o in self._open:
-            if o.dev == st_dev:
-                return o.mount.point
+        for m in self._all:
+            if m.dev == (os.major(st_dev), os.minor(st_dev)):
+                return m.point
         return None
 
     def close(self) -> None:
@@ -123,86 +102,198 @@ class FileSystems:
         finally:
             self._stack.close()
 
+    def let_go(self) -> None:
+        """Close what is not frozen: it may be unmounted then.  What needs it
+        opens it again, where it is mounted by then."""
+        for m in self._all:
+            if m.held is None and not m.by_others:
+                m.close()
+
+    def _there(self) -> list[Mounted]:
+        """Those that are mounted, open.  Who unmounts instead of freezing has
+        nothing left that could write."""
+        for m in self._all:
+            if m.fd < 0 and not m.gone:
+                m.find_again()
+                if m.gone:
+                    self._report.info(f"{m.point} was unmounted, so there is nothing to freeze")
+        return [m for m in self._all if not m.gone]
+
     def sync(self) -> None:
         """Write back what is dirty, while running or after the stop command."""
-        for o in self._open:
-            try:
-                kernel.syncfs(o.fd, o.mount.point)
-            except OSError as e:
-                raise DeviceControlError.of(f"cannot sync {o.mount.point}", e) from e
+        for m in self._there():
+            self._sync(m)
+
+    def _sync(self, m: Mounted) -> None:
+        try:
+            kernel.syncfs(m.fd, m.point)
+        except OSError as e:
+            raise DeviceControlError.of(f"cannot sync {m.point}", e) from e
+
+    # ---- before the freeze
+
+    def try_out(self) -> None:
+        """Before the first byte: find those that cannot be frozen, such as an
+        EFI partition's.  They are synced, and what is written to them meanwhile
+        fails the copy."""
+        for m in self._all:
+            if m.fstype not in FREEZABLE:
+                self._try(m)
+            if m.can_freeze and not _may_freeze():
+                raise DeviceControlError(
+                    f"cannot freeze {m.point}: that takes the capability CAP_SYS_ADMIN (run as "
+                    "root); nothing was copied"
+                )
+
+    def _try(self, m: Mounted) -> None:
+        held = self._plan.add(m.entry, m.fd)
+        try:
+            kernel.fifreeze(m.fd, m.point)
+        except OSError as e:
+            self._plan.done(held)
+            if e.errno == errno.EOPNOTSUPP:
+                self._cannot_freeze(m)
+            elif e.errno != errno.EBUSY:
+                raise DeviceControlError.of(f"cannot freeze {m.point}", e) from e
+        else:
+            self._plan.undo(held)
+
+    def _cannot_freeze(self, m: Mounted) -> None:
+        m.can_freeze = False
+        if not m.read_only():
+            self._report.note(
+                f"{m.point} ({m.fstype or 'its file system'}) cannot be frozen: it is synced "
+                "instead, and the copy fails if it is written to during the last blocks"
+            )
+
+    @property
+    def unfreezable(self) -> list[str]:
+        """Mount points of those that cannot be frozen."""
+        return [m.point for m in self._all if not m.can_freeze]
 
     def guard(self) -> None:
         """Lock the file systems against the freeze of another copy, and have
         the watchdog and the journal ready; before the stop command, so that
         neither costs frozen time."""
-        if not self._open:
+        if not self._all:
             return
         self._lock()
         self._plan.start()
-        for o in self._open:
-            if o.foreseen is None:
-                o.foreseen = self._plan.foresee(o.entry, o.fd)
+        for m in self._all:
+            if m.foreseen is None:
+                m.foreseen = self._plan.foresee(m.entry, m.fd)
 
     def _lock(self) -> None:
-        """Two copies of one file system must not rely on each other's freeze."""
-        if self._locked:
+        """Two copies of one file system must not rely on each other's freeze.
+        The lock is on the device's own file in sysfs: on the mount point it
+        would be in the way of who unmounts."""
+        if self._locks:
             return
         deadline = time.monotonic() + LOCK_DEADLINE
-        for o in self._open:
+        for m in self._all:
+            if (device := m.device) is None:
+                continue
+            try:
+                fd = os.open(
+                    f"/sys/dev/block/{device[0]}:{device[1]}/dev", os.O_RDONLY | os.O_CLOEXEC
+                )
+            except OSError:
+                continue  # of no device here; `check_frozen` sees what ends too early
+            self._locks.append(fd)
             while True:
                 try:
-                    fcntl.flock(o.fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
                     break
                 except BlockingIOError:
                     if time.monotonic() > deadline:
                         raise BusyError(
-                            f"another copy keeps {o.mount.point} frozen, or is about to"
+                            f"another copy keeps {m.point} frozen, or is about to"
                         ) from None
                     time.sleep(0.02)
-        self._locked = True
 
-    def check_frozen(self) -> None:
-        """What somebody else froze must still be frozen: LoopError if not."""
-        for o in self._by_others:
-            point = o.mount.point
-            try:
-                kernel.fifreeze(o.fd, point)
-            except OSError as e:
-                if e.errno == errno.EBUSY:
-                    continue
-                raise DeviceControlError.of(f"cannot freeze {point}", e) from e
-            kernel.fithaw(o.fd, point)
-            raise LoopError(f"{point}, frozen by somebody else, was thawed during the last blocks")
+    # ---- the freeze
 
     def freeze(self, only: Mount | None = None) -> None:
         """Freeze each that is not yet (or this one); one that somebody else
         has frozen (the stop command) is left as it is, also at the end."""
-        if not self._open:
+        before = [m for m in self._all if m.by_others]
+        self._freeze_all(only)
+        for m in self._all:
+            if m.by_others and m not in before:
+                self._report.info(f"{m.point} is frozen already, and will be left so")
+
+    def _freeze_all(self, only: Mount | None = None) -> None:
+        if not self._all:
             return
         self.guard()
         if self._expedited is not None:
             # Another copy may have ended meanwhile, and put back what it found.
             with contextlib.suppress(OSError):
                 Path(RCU_EXPEDITED).write_text("1")
-        for o in self._open:
-            if o.held is None and o not in self._by_others and only in (None, o.mount):
-                self._freeze(o)
+        for m in self._there():
+            new = m.held is None and not m.by_others and m.can_freeze
+            if new and only in (None, m.mount):
+                self._freeze(m)
         # The watchdog may have thawed while the kernel was still freezing.
         self._plan.watch()
 
-    def _freeze(self, o: _Open) -> None:
-        assert o.foreseen is not None
+    def _freeze(self, m: Mounted) -> None:
         # Held first: a signal right after the freeze must find it.
-        o.held = self._plan.add(o.foreseen)
+        m.held = self._plan.add(self._entry_of(m))
         try:
-            kernel.fifreeze(o.fd, o.mount.point)
+            kernel.fifreeze(m.fd, m.point)
         except OSError as e:
-            self._plan.release(o.held)
-            o.held = None
+            self._plan.release(m.held)
+            m.held = None
+            if e.errno == errno.EOPNOTSUPP:
+                self._cannot_freeze(m)
+            elif e.errno == errno.EBUSY:
+                m.by_others = True
+            else:
+                raise DeviceControlError.of(f"cannot freeze {m.point}", e) from e
+
+    def _entry_of(self, m: Mounted) -> Held:
+        """Its journaled entry, with the descriptor that it has now."""
+        assert m.foreseen is not None
+        if m.foreseen.entry["fsid"] != m.fsid:
+            # Another one, made and mounted by the stop command.
+            self._plan.done(m.foreseen)
+            m.foreseen = self._plan.foresee(m.entry, m.fd)
+        m.foreseen = m.foreseen.by(m.fd)
+        return m.foreseen
+
+    def check_frozen(self) -> None:
+        """LoopError when one is frozen no more, whoever froze it.  A frozen
+        file system answers FIFREEZE with EBUSY, in microseconds."""
+        for m in self._all:
+            if m.gone:
+                m.check_gone()
+            elif m.held is not None:
+                if not self._is_frozen(m):
+                    raise LoopError(f"{m.point} was thawed by somebody else during the last blocks")
+            elif m.by_others:
+                # Should it freeze, and this process die right then.
+                held = self._plan.add(self._entry_of(m))
+                frozen = self._is_frozen(m)
+                if not frozen:
+                    self._plan.undo(held, keep_note=True)
+                    raise LoopError(
+                        f"{m.point}, frozen by somebody else, was thawed during the last blocks"
+                    )
+                self._plan.release(held)
+
+    @staticmethod
+    def _is_frozen(m: Mounted) -> bool:
+        """False: it was not, and is now."""
+        try:
+            kernel.fifreeze(m.fd, m.point)
+        except OSError as e:
             if e.errno != errno.EBUSY:
-                raise DeviceControlError.of(f"cannot freeze {o.mount.point}", e) from e
-            self._by_others.append(o)
-            self._report.info(f"{o.mount.point} is frozen already, and will be left so")
+                raise DeviceControlError.of(f"cannot freeze {m.point}", e) from e
+            return True
+        return False
+
+    # ---- short freezes
 
     def warm_up(self) -> float:
         """Freeze and thaw twice, while running.  What a freeze costs is waiting
@@ -218,16 +309,15 @@ class FileSystems:
         with self._report.held():
             for _ in range(2):
                 start = time.monotonic()
-                self.freeze()
+                self._freeze_all()
                 seconds = time.monotonic() - start
                 self._thaw_ours()
-                self._by_others.clear()  # freeze() looks again
         return seconds
 
     def _expedite(self) -> None:
         """Until the thaw.  A kernel without the file, or one that is not ours
         to write, has the freeze itself to warm up."""
-        if self._open and self._expedited is None:
+        if self._all and self._expedited is None:
             with contextlib.suppress(OSError):
                 what = "let RCU grace periods take their time again"
                 self._expedited = self._plan.set_file(RCU_EXPEDITED, "1", what)
@@ -238,6 +328,8 @@ class FileSystems:
         if held is not None:
             self._plan.undo(held)
 
+    # ---- the thaw
+
     def thaw(self, only: Mount | None = None) -> None:
         """Thaw what `freeze` froze (or this one), in reverse order, and let
         others freeze."""
@@ -246,26 +338,31 @@ class FileSystems:
         finally:
             if only is None:
                 self.cool_down()
-                self._by_others.clear()  # freeze() looks again
-            for o in self._open:
-                if only not in (None, o.mount):
-                    continue
-                fcntl.flock(o.fd, fcntl.LOCK_UN)
-                if o.foreseen is not None:
-                    self._plan.done(o.foreseen)
-                    o.foreseen = None
-            self._locked = False
+                self._unlock()
+            for m in self._all:
+                if only in (None, m.mount) and m.foreseen is not None:
+                    self._plan.done(m.foreseen)
+                    m.foreseen = None
 
     def _thaw_ours(self, only: Mount | None = None) -> None:
         failed: list[str] = []
-        for o in reversed(self._open):
-            if o.held is None or only not in (None, o.mount):
+        for m in reversed(self._all):
+            if only not in (None, m.mount):
+                continue
+            m.by_others = False  # `freeze` looks again
+            if m.held is None:
                 continue
             try:
-                self._plan.undo(o.held, keep_note=True)
+                self._plan.undo(m.held, keep_note=True)
             except DeviceControlError as e:
                 failed.append(str(e))
-                o.foreseen = None  # stays in the journal
-            o.held = None
+                m.foreseen = None  # stays in the journal
+            m.held = None
         if failed:
             raise DeviceControlError("; ".join(failed))
+
+
+def _may_freeze() -> bool:
+    """This process has CAP_SYS_ADMIN."""
+    found = re.search(r"^CapEff:\s*(\w+)$", Path("/proc/self/status").read_text(), re.MULTILINE)
+    return found is None or bool(int(found[1], 16) >> CAP_SYS_ADMIN & 1)

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from pyploop.errors import DeviceControlError, LoopError, OpenError, PyploopError
 from pyploop.events import Reporter
 from pyploop.freeze.filesystems import FileSystems
-from pyploop.freeze.stoppers import Spec, Stopper, build
+from pyploop.freeze.stoppers import CommandStopper, Spec, Stopper, build
 from pyploop.journal import folder
 from pyploop.plan import Plan
 
@@ -45,6 +45,11 @@ class Limits:
             last=hard - min(0.2, hard / 16),
             hard=hard,
         )
+
+
+def newer(why: str) -> LoopError:
+    """The failure after which there is a target that is not to be used."""
+    return LoopError(f"the target is complete, but the source {why}: it is the newer one")
 
 
 class Hold:
@@ -95,20 +100,37 @@ class Hold:
 
     def stop(self, limits: Limits | None) -> None:
         """Stop in order; the clock of the limits starts."""
+        self._let_go()
         start = time.monotonic()
-        if limits is not None and self:
-            self._plan.start()
-            self._plan.limit(limits.watchdog)
-            self.last, self._end = start + limits.last, start + limits.hard
+        if self:
+            if limits is not None:
+                self._plan.start()
+                self.last, self._end = start + limits.last, start + limits.hard
+            self._plan.limit(None if limits is None else limits.watchdog)
         for stopper in self._stoppers:
             left = None if limits is None else max(start + limits.own - time.monotonic(), 0.0)
             self._begun.append(stopper)
             stopper.stop(left)
             self._plan.watch()
 
+    def _let_go(self) -> None:
+        """A command may unmount: no descriptor of the mount points, the
+        watchdog's among them, stays open."""
+        if any(isinstance(s, CommandStopper) for s in self._stoppers):
+            self._mounts.let_go()
+            self._plan.settle()
+
+    def watch(self) -> None:
+        """What has been held since `stop` has not been undone, as far as is
+        known without a question: what Plan.watch raises."""
+        self._plan.watch()
+
     def check(self) -> None:
         """Everything is still stopped and frozen, as far as can be seen."""
         self._plan.watch()
+        self._check_held()
+
+    def _check_held(self) -> None:
         for stopper in self._begun:
             stopper.check()
         self._mounts.check_frozen()
@@ -120,20 +142,31 @@ class Hold:
         left = None if self._end is None else max(self._end - time.monotonic(), 0.0)
         self._plan.still_held(left)
 
-    def release(self, resume: bool) -> None:
-        """The copy is complete.  Thaw; resume what was stopped, or leave it to
-        the caller.  LoopError when it has not been held until now."""
+    def before_end(self) -> None:
+        """The last look, with nothing but END's write after it: this process
+        may have been asleep since `commit`."""
+        self._plan.in_time()
+
+    def complete(self) -> None:
+        """The target is complete: the limit ends.  LoopError when the source
+        has not been held until now."""
         self._plan.take_over()
         try:
             self._plan.watch()
         except LoopError:
-            raise LoopError(
-                "the target is complete, but the source has been running again since the limit "
-                "passed: it is the newer one"
-            ) from None
+            raise newer("has been running again since the limit passed") from None
         except DeviceControlError:
-            # Nobody would undo for us any more; but it has held until here.
+            # Nobody would undo for us any more; whether it has held until here
+            # is looked at below.
             self._report.info("The thaw watchdog died during the last steps")
+        try:
+            self._check_held()
+        except LoopError as e:
+            raise newer(f"may have been running again ({e})") from None
+
+    def release(self, resume: bool) -> None:
+        """After `complete`: thaw; resume what was stopped, or leave it to the
+        caller."""
         self._mounts.thaw()
         while self._begun:
             stopper = self._begun[-1]
@@ -142,6 +175,7 @@ class Hold:
             else:
                 stopper.leave()
             self._begun.pop()
+        self._plan.unlimit()
 
     def undo(self) -> list[str]:
         """After a failure: undo all, in reverse.  Never raises; returns what
@@ -152,6 +186,7 @@ class Hold:
             stopper = self._begun.pop()
             left += self._attempt(stopper.undo)
             left += [words] if (words := stopper.by_hand()) else []
+        self._plan.unlimit()
         return left
 
     @staticmethod

@@ -9,11 +9,20 @@ then refuses while somebody else works on the container.
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import dataclass
 
-from pyploop.errors import BusyError, CommandError, ParameterError, PyploopError
+from pyploop.errors import (
+    BusyError,
+    CommandError,
+    LoopError,
+    OpenError,
+    ParameterError,
+    PyploopError,
+)
 from pyploop.events import Reporter
-from pyploop.freeze import command
+from pyploop.freeze import cgroup, command
+from pyploop.freezer import Freezer
 from pyploop.plan import UNDO_TIMEOUT, Held, Plan
 
 SUSPEND_DEADLINE = 60.0
@@ -89,6 +98,8 @@ class VzctlStopper:
         self._plan: Plan | None = None
         self._held: Held | None = None
         self._left_so = False
+        self._freezer: Freezer | None = None
+        """The container's, if it is one that tells of a suspension."""
 
     def _chkpnt(self, step: str, timeout: float) -> int:
         argv = ["vzctl", *self._options, "chkpnt", self._ctid, step]
@@ -111,12 +122,15 @@ class VzctlStopper:
         if not (status.exists and status.running):
             raise CommandError(f"container {self._ctid} is not running: nothing to suspend")
         self._left_so = status.suspended
+        with contextlib.suppress(OpenError, ParameterError):
+            self._freezer = cgroup.find(self._ctid)
         plan.start()
 
     def stop(self, timeout: float | None) -> None:
         assert self._plan is not None, "prepared"
         if self._left_so:
             self._report.info(f"Container {self._ctid} is suspended already, and will be left so")
+            self._see_suspended()
             return
         resume = self._resume_argv()
         self._held = self._plan.add(
@@ -136,10 +150,16 @@ class VzctlStopper:
             self._held = None
         if code:
             raise explain(f"cannot suspend container {self._ctid}", code)
+        self._see_suspended()
+
+    def _see_suspended(self) -> None:
+        if self._freezer is not None and not self._freezer.frozen():
+            self._freezer = None  # it is suspended by other means
 
     def check(self) -> None:
-        """A suspended container does not resume by itself; asking vzctl would
-        cost frozen time."""
+        """Asking vzctl would cost frozen time; its cgroup tells for nothing."""
+        if self._freezer is not None and not self._freezer.frozen():
+            raise LoopError(f"container {self._ctid} was resumed during the last blocks")
 
     def leave(self) -> None:
         if self._held is not None and self._plan is not None:

@@ -37,13 +37,6 @@ def writes_in_flight(block: BlockDevice) -> int:
     return int((_folder(block) / "inflight").read_text().split()[1])
 
 
-def sectors_written(block: BlockDevice) -> tuple[int, int]:
-    """(written, discarded) on the device alone, as the kernel counts them once
-    they are done."""
-    words = (_folder(block) / "stat").read_text().split()
-    return int(words[6]), int(words[13]) if len(words) > 13 else 0
-
-
 def wait_quiet(in_flight: Callable[[], int], seconds: float) -> bool:
     """No write is in flight any more; false: still after so many seconds."""
     deadline = time.monotonic() + seconds

@@ -5,13 +5,12 @@ sent last.  For files, and for users without privileges.
 Authoritative only once writing has stopped: a round sees each block at a
 moment of its own.  The last pass, after the freeze or the stop command, is the
 one that counts; nothing here can prove that nobody writes any more.  What can
-show that somebody does is `stamp`: it must be the same before and after.
+show that somebody does is `pyploop.writes`.
 """
 
 from __future__ import annotations
 
 import contextlib
-import os
 
 from pyploop._core import Hook
 from pyploop.device import Source
@@ -21,19 +20,9 @@ from pyploop.trackers import Batch, Repair, Verdict, whole
 from pyploop.trackers.accounting import (
     QUIET_DEADLINE,
     Accounting,
-    sectors_written,
     wait_quiet,
     writes_in_flight,
 )
-
-
-def stamp(source: Source) -> tuple[int, ...]:
-    """Moves when the source is written: of a file its times and size, of a device
-    what the kernel accounts (when it does)."""
-    if source.queue is not None:
-        return sectors_written(source.queue)
-    st = os.fstat(source.fd)
-    return st.st_mtime_ns, st.st_size
 
 
 class ScanTracker:

@@ -27,6 +27,7 @@ from pyploop.passes import Passes
 from pyploop.running import Running
 from pyploop.sender import Sender
 from pyploop.stream_output import StreamOutput
+from pyploop.trackers.bpf import BpfTracker
 
 AFTER = 1
 STEPS: dict[str, tuple[type, str, int, str]] = {
@@ -44,8 +45,10 @@ STEPS: dict[str, tuple[type, str, int, str]] = {
     "stopped source synced": (FileSystems, "sync", AFTER, "cgroup frozen"),
     "freeze begins": (FileSystems, "freeze", 0, "cgroup frozen"),
     "frozen": (FileSystems, "freeze", AFTER, "cgroup frozen"),
+    "proving": (BpfTracker, "check", 0, "frozen"),
     "last blocks sent": (Sender, "last_blocks", AFTER, ""),
     "END may go": (Hold, "commit", AFTER, ""),
+    "END begins": (StreamOutput, "finish", 0, "END may go"),
     "END sent": (StreamOutput, "_answer", 0, "END may go"),
     "acknowledged": (Sender, "finish", AFTER, ""),
     "thawed": (FileSystems, "thaw", AFTER, "acknowledged"),

@@ -24,6 +24,7 @@ from support_live import (
     file_system,
     fio,
     note,
+    partition,
     random_file,
     same,
     sparse_file,
@@ -158,17 +159,6 @@ def test_what_was_written_through_the_page_cache_of_a_raw_device_arrives(
             return got
 
         repeat(f"raw buffered {via}", folder, once)
-
-
-@contextlib.contextmanager
-def partition(device: str, number: int, start: int, size: int) -> Iterator[str]:
-    """A partition of the device, without a table: not every kernel reads one."""
-    needs("addpart")
-    run("addpart", device, number, start // 512, size // 512)
-    try:
-        yield f"{device}p{number}"
-    finally:
-        run("delpart", device, number)
 
 
 @both_ways

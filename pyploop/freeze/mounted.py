@@ -1,0 +1,202 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One mounted file system of the source: opened, let go, and found again by its
+device, wherever it is mounted then."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import stat
+import time
+from pathlib import Path
+
+from pyploop import sysblock
+from pyploop.errors import LoopError, OpenError
+from pyploop.journal import Entry
+from pyploop.plan import Held
+from pyploop.sysblock import Mount
+
+FREEZABLE = ("bcachefs", "btrfs", "ext2", "ext3", "ext4", "f2fs", "jfs", "nilfs2", "xfs")
+"""File systems that are known to freeze.  Any other is tried out before the copy."""
+UNMOUNT_DEADLINE = 1.0
+"""Seconds that a device may still be in use after its file system was unmounted."""
+
+
+class Mounted:
+    """One file system.  fd: an open file or folder on it, -1 while there is none."""
+
+    def __init__(self, mount: Mount) -> None:
+        """OpenError when it cannot be opened at its mount point."""
+        self.mount = mount
+        self.fd = _open(mount)
+        st = os.fstat(self.fd)
+        self.dev = os.major(st.st_dev), os.minor(st.st_dev)
+        self._inode = st.st_ino
+        self.fsid = os.fstatvfs(self.fd).f_fsid
+        self.can_freeze = True
+        self.gone = False
+        """It is not mounted any more, and nobody uses its device."""
+        self.by_others = False
+        """Somebody else has frozen it."""
+        self.foreseen: Held | None = None
+        """Its entry, once it is in the journal."""
+        self.held: Held | None = None
+        """The same entry, while it is frozen by us."""
+
+    @property
+    def point(self) -> str:
+        return self.mount.point
+
+    @property
+    def entry(self) -> Entry:
+        point = os.path.abspath(self.point)
+        return {
+            "kind": "thaw",
+            "mount": point,
+            "dev": f"{self.dev[0]}:{self.dev[1]}",
+            "fsid": self.fsid,
+            "what": f"thaw {point}",
+            "by_hand": f"fsfreeze -u {point}",
+        }
+
+    @property
+    def device(self) -> tuple[int, int] | None:
+        """The block device that it is on; None: not known."""
+        if self.dev[0]:
+            return self.dev
+        # btrfs has a number of its own, of no device.
+        return _number(self.mount.source)
+
+    @property
+    def fstype(self) -> str:
+        """As mountinfo has it; '' when it cannot be told."""
+        if self.mount.fstype != "?":
+            return self.mount.fstype
+        found = sysblock.mounted_as(self.dev)
+        return found[0] if found else ""
+
+    def read_only(self) -> bool:
+        """The file system, not only this mount of it."""
+        found = sysblock.mounted_as(self.dev)
+        return found is not None and "ro" in found[1]
+
+    def close(self) -> None:
+        if self.fd >= 0:
+            os.close(self.fd)
+            self.fd = -1
+
+    def find_again(self) -> None:
+        """Open again what was let go, or find it gone.  LoopError when it can
+        be found no more and yet is in use; OpenError: no way to it."""
+        if self.fd >= 0:
+            return
+        self.gone = False
+        if self._reopen(self.point):
+            return
+        device = self.device
+        dev = f"{self.dev[0]}:{self.dev[1]}"
+        for point in sysblock.mount_points(dev):
+            if self._reopen(point):
+                return
+        if device is not None and not in_use(device):
+            self.gone = True
+            return
+        if device is not None:
+            found = sysblock.mounted_elsewhere([sysblock.find(device)])
+            if found and self._reopen(f"/proc/{found[0]}/root{found[1].point}"):
+                return
+        raise LoopError(
+            f"the file system of {self.point} was unmounted by what stops the source, and is "
+            "still in use: unmounted lazily, say, or mounted out of reach (umount without -l)"
+        )
+
+    def _reopen(self, point: str) -> bool:
+        """Open it there, if it is what is mounted there now."""
+        try:
+            fd = open_at(point)
+        except OSError:
+            return False
+        st, fsid = os.fstat(fd), os.fstatvfs(fd).f_fsid
+        # A number without a device may belong to another file system by now.
+        same = (os.major(st.st_dev), os.minor(st.st_dev)) == self.dev and (
+            self.dev[0] != 0 or (fsid, st.st_ino) == (self.fsid, self._inode)
+        )
+        if not same:
+            os.close(fd)
+            return False
+        self.fd, self.fsid = fd, fsid
+        return True
+
+    def check_gone(self) -> None:
+        """LoopError when it is in use again."""
+        device = self.device
+        if device is not None and in_use(device, wait=0.0):
+            raise LoopError(
+                f"the file system of {self.point}, unmounted by what stops the source, was mounted "
+                "again during the last blocks"
+            )
+
+
+def _open(mount: Mount) -> int:
+    try:
+        fd = open_at(mount.point)
+    except NotADirectoryError:
+        raise OpenError(
+            f"of {mount.source} only {mount.point} is mounted, which is neither a folder nor a "
+            "file: name a folder on that file system with --mount (/proc/PID/cwd, say)"
+        ) from None
+    except OSError as e:
+        raise OpenError.of(f"cannot open the mount point {mount.point}", e) from e
+    if not mount.is_at(os.fstat(fd)):
+        os.close(fd)
+        raise OpenError(
+            f"{mount.point} is hidden under another mount, so {mount.source} cannot be "
+            "frozen there; use --mount with a folder where it is visible"
+        )
+    return fd
+
+
+def open_at(point: str) -> int:
+    """Any descriptor does, but opening what is no folder and no file may do
+    something: start a device, wake who waits at a pipe."""
+    mode = os.stat(point).st_mode
+    if not (stat.S_ISDIR(mode) or stat.S_ISREG(mode)):
+        raise OSError(errno.ENOTDIR, "neither a folder nor a file", point)
+    return os.open(point, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+
+
+def _number(path: str) -> tuple[int, int] | None:
+    with contextlib.suppress(OSError):
+        st = os.stat(path)
+        if stat.S_ISBLK(st.st_mode):
+            return os.major(st.st_rdev), os.minor(st.st_rdev)
+    return None
+
+
+def in_use(device: tuple[int, int], wait: float = UNMOUNT_DEADLINE) -> bool:
+    """Somebody has claimed the block device: as a mounted file system does, for
+    one.  wait: seconds for that to end."""
+    deadline = time.monotonic() + wait
+    while True:
+        try:
+            os.close(os.open(_node(device), os.O_RDONLY | os.O_EXCL | os.O_CLOEXEC))
+        except OSError as e:
+            if e.errno != errno.EBUSY:
+                # Gone, or out of reach: nothing can be mounted from it here.
+                return e.errno not in (errno.ENOENT, errno.ENXIO, errno.ENODEV)
+            if time.monotonic() >= deadline:
+                return True
+            time.sleep(0.005)
+        else:
+            return False
+
+
+def _node(device: tuple[int, int]) -> str:
+    """Its name in /dev, as the kernel gives it."""
+    with contextlib.suppress(OSError):
+        text = Path(f"/sys/dev/block/{device[0]}:{device[1]}/uevent").read_text()
+        for line in text.splitlines():
+            if line.startswith("DEVNAME="):
+                return f"/dev/{line.removeprefix('DEVNAME=')}"
+    return f"/dev/block/{device[0]}:{device[1]}"
