@@ -255,6 +255,13 @@ class Record:
             self.path.unlink(missing_ok=True)
         return failed
 
+    def forget(self) -> None:
+        """Drop it with all that is in it.  BusyError when the owner lives."""
+        pid = self.owner()
+        if pid is not None:
+            raise BusyError(f"{self.id} belongs to process {pid}, which undoes it itself")
+        self.path.unlink(missing_ok=True)
+
     def _undo(self, entry: Entry) -> None:
         kind = _kind(entry)
         if self.of_this_boot or kind.outlives_boot:

@@ -23,6 +23,11 @@ def parser() -> Parser:
     )
     p.add_argument("--list", action="store_true", help="list the journals, and what is in them")
     p.add_argument("--all", action="store_true", help="undo everything whose copy has died")
+    p.add_argument(
+        "--forget",
+        action="store_true",
+        help="drop the named journals and undo nothing, for what can never be undone",
+    )
     p.add_argument("ids", nargs="*", metavar="ID", help="journals to undo, as --list names them")
     return p
 
@@ -32,11 +37,14 @@ def run(args: list[str], level: int) -> int:
     o = p.parse_args(args)
     if o.ids and (o.all or o.list):
         p.error("an ID, --all or --list")
+    if o.forget and not o.ids:
+        p.error("--forget goes with the IDs of the journals")
     try:
         if not (o.ids or o.all):
             return _list(records())
         with replaying():
-            return _undo(_chosen(o, records()), level)
+            chosen = _chosen(o, records())
+            return _forget(chosen, level) if o.forget else _undo(chosen, level)
     except PyploopError as e:
         print(f"pyploop thaw: {e}", file=sys.stderr)
         return e.exit_code
@@ -64,6 +72,17 @@ def _chosen(o: argparse.Namespace, found: list[Record]) -> list[Record]:
     return [by_id[name] for name in dict.fromkeys(o.ids)]
 
 
+def _forget(chosen: list[Record], level: int) -> int:
+    """BusyError when one belongs to a living copy; then none is dropped after it."""
+    for record in chosen:
+        entries = record.entries
+        record.forget()
+        if level >= 0:
+            left = ", ".join(describe(e) for e in reversed(entries)) or "nothing was left"
+            print(f"{record.id}  forgotten, not undone: {left}")
+    return 0
+
+
 def _undo(chosen: list[Record], level: int) -> int:
     """The exit code: that of the last failure."""
     code = 0
@@ -77,6 +96,12 @@ def _undo(chosen: list[Record], level: int) -> int:
             code = DeviceControlError.exit_code if failed else code
         for words in failed:
             print(f"pyploop thaw: {words}", file=sys.stderr)
+        if failed and entries:
+            print(
+                f"pyploop thaw: {record.id} stays, for another try; if that can never succeed, see "
+                f"to it by hand, then: pyploop thaw --forget {record.id}",
+                file=sys.stderr,
+            )
         if not failed and level >= 0:
             done = ", ".join(describe(e) for e in reversed(entries)) or "nothing was left"
             print(f"{record.id}  {done}")

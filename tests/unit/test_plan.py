@@ -361,8 +361,32 @@ def test_what_the_watchdog_could_not_undo_is_listed_with_its_reason(
     assert (code, "resume it: exit code 1" in out) == (3, True)
 
 
+def test_what_can_never_be_undone_is_forgotten_by_name(place: Path, holder: Holder) -> None:
+    name = str(holder.process.pid)
+    holder.do("plan.add(dict(kind='run', argv=['false'], timeout=9, what='resume it'))")
+    assert thaw("--forget", name) == (
+        17,
+        f"pyploop thaw: {name} belongs to process {name}, which undoes it itself\n",
+    )
+    holder.process.kill()
+    wait_until(lambda: "failed" in thaw("--list")[1], "it is told")
+    code, out = thaw("--all")
+    assert (code, out.splitlines()[0]) == (3, "pyploop thaw: resume it: exit code 1")
+    assert f"pyploop thaw --forget {name}" in out
+    assert thaw("--forget", name) == (0, f"{name}  forgotten, not undone: resume it\n")
+    assert (journal.records(), thaw("--all")) == ([], (0, ""))
+
+
 @pytest.mark.parametrize(
-    ("args", "code"), [(["nobody"], 4), (["--all", "1"], 38), (["--what"], 38), ([], 0)]
+    ("args", "code"),
+    [
+        (["nobody"], 4),
+        (["--forget"], 38),
+        (["--forget", "--all"], 38),
+        (["--all", "1"], 38),
+        (["--what"], 38),
+        ([], 0),
+    ],
 )
 def test_thaw_has_an_exit_code_for_each_end(place: Path, args: list[str], code: int) -> None:
     assert thaw(*args)[0] == code
