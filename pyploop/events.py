@@ -85,6 +85,13 @@ class Reporter:
             for show in held or []:
                 show()
 
+    def at_once(self, text: str) -> None:
+        """A note that is not kept back, and may wait for a frozen file system:
+        for a thread that nobody waits for."""
+        at = self.now()
+        for r in self._renderers:
+            r.line(NOTE, at, one_line(text))
+
     def error(self, text: str) -> None:
         self.line(ERROR, text)
 

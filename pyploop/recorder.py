@@ -88,14 +88,24 @@ class Clock:
         return at - (self.offset or 0.0)
 
 
+@dataclass(frozen=True, eq=False)
+class Doing:
+    """A step that has begun at `start`, and not ended."""
+
+    name: str
+    start: float
+
+
 class Recorder:
-    """Collects spans; one thread."""
+    """Collects spans; one thread.  Others may look at `doing`."""
 
     def __init__(self, now: Callable[[], float] = time.monotonic) -> None:
         self.now = now
         self.spans: list[Span] = []
         self.clock = Clock()
         self.stage: Stage = "running"
+        self.doing: Doing | None = None
+        """The innermost step that is under way."""
 
     def give_up(self) -> None:
         """What was frozen so far was none of the freeze that counts."""
@@ -108,9 +118,11 @@ class Recorder:
     def step(self, name: str) -> Iterator[None]:
         """The time of the body, also of one that fails."""
         start = self.now()
+        before, self.doing = self.doing, Doing(name, start)
         try:
             yield
         finally:
+            self.doing = before
             self.add(name, start, self.now())
 
     def add(self, name: str, start: float, end: float, side: Side = "source") -> None:

@@ -174,7 +174,8 @@ class Running:
         self._look_around(last)
         start = time.monotonic()
         before = self._tracker.pending()
-        run_cancellable(self.write_back)
+        with self._recorder.step("source sync"):
+            run_cancellable(self.write_back)
         beside = self.beside()
         after = self._tracker.pending()
         batches = self._tracker.take()
@@ -189,7 +190,6 @@ class Running:
         send_start = time.monotonic()
         sent = self._passes.send(batches)
         end = time.monotonic()
-        self._recorder.add("source sync", start, send_start)
         self._recorder.add(f"round {number}", send_start, end)
         verdict = self._tracker.check(quiesced=False)
         repaired = self._repair(verdict)
@@ -357,7 +357,8 @@ class Running:
             unsynced = self._passes.stats.data - self._sent_at_sync
             if how == "acknowledged" and unsynced > UNSYNCED and attempt < APPROACHES:
                 continue
-            self._freeze_time = self._mounts.warm_up()
+            with self._recorder.step("freeze"):
+                self._freeze_time = self._mounts.warm_up()
             if self._fits():
                 break
             self._mounts.cool_down()

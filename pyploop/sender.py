@@ -28,6 +28,7 @@ from pyploop.freeze.stoppers import Spec
 from pyploop.image import clear_in_use
 from pyploop.output import Output
 from pyploop.passes import Passes
+from pyploop.patience import Patience
 from pyploop.plan import Plan
 from pyploop.recorder import Recorder
 from pyploop.repairs import FreezeGivenUp
@@ -125,6 +126,7 @@ class Sender:
             undo.callback(self._tracker.stop, False)
             self._mounts = FileSystems(source.mounts, report, self._plan)
             undo.callback(self._mounts.close)
+            undo.callback(Patience(self.recorder, report, source.path).close)
             self._hold = Hold(self._specs(), self._mounts, self._plan, report)
             self._writes = Writes(source)
             undo.callback(self._writes.close)

@@ -1,0 +1,59 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Says what is being waited for, once, when a step takes long: storage that hangs
+says nothing by itself.
+
+In a thread of its own, which holds nothing that the copy needs: a log that is a
+file on the frozen source blocks it, and nothing else.
+"""
+
+from __future__ import annotations
+
+import threading
+
+from pyploop.events import Reporter
+from pyploop.recorder import Recorder
+
+LONG = 5.0
+"""Seconds of a step after which it is said what is waited for."""
+LOOK = 0.5
+"""Seconds between two looks."""
+WORDS = {
+    "stop command": "what stops the source to end",
+    "source sync": "the source to write back what is dirty (syncfs): the storage below may hang",
+    "freeze": "the source's file systems to freeze: the storage below may hang",
+    "prove": "the source's last writes to land",
+    "last blocks": "the last blocks to be read and sent",
+    "repair": "blocks to be compared",
+    "target sync": "the target to make durable what it has",
+    "target commit": "the target to become durable",
+    "before thaw": "the command before the thaw",
+    "thaw": "the source's file systems to thaw: the storage below may hang",
+}
+"""Step of the recorder -> what it waits for.  Others show their progress."""
+
+
+class Patience:
+    """Watches the steps of one copy until `close`."""
+
+    def __init__(self, recorder: Recorder, report: Reporter, what: str) -> None:
+        """what: the source, as messages call it."""
+        self._recorder, self._report, self._what = recorder, report, what
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+        self._thread.start()
+
+    def _watch(self) -> None:
+        said = None
+        while not self._over.wait(LOOK):
+            step = self._recorder.doing
+            if step is None or step is said or step.name not in WORDS:
+                continue
+            if self._recorder.now() - step.start >= LONG:
+                said = step
+                self._report.at_once(
+                    f"{self._what}: waiting for {WORDS[step.name]} (for {LONG:g} s now)"
+                )
+
+    def close(self) -> None:
+        self._over.set()
+        self._thread.join(LOOK)
