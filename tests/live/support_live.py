@@ -21,7 +21,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from support import MIB, is_frozen, needs, pyploop_cmd, pyploop_env, run
+from support import MIB, is_frozen, needs, pyploop_cmd, pyploop_env, run, wait_until
 
 REPEAT = int(os.environ.get("PYPLOOP_REPEAT", "1"))
 """Copies per live case."""
@@ -396,4 +396,9 @@ def partition(device: str, number: int, start: int, size: int) -> Iterator[str]:
     try:
         yield f"{device}p{number}"
     finally:
-        run("delpart", device, number)
+        # The server of a FUSE file system closes it some time after umount(8).
+        words = ["delpart", device, str(number)]
+        wait_until(
+            lambda: subprocess.run(words, capture_output=True, check=False).returncode == 0,
+            f"{device}p{number} is not in use",
+        )

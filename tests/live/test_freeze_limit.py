@@ -13,7 +13,7 @@ from collections.abc import Iterator
 
 import pytest
 from support import is_frozen, loop_device, needs, wait_until
-from support_live import file_system, sparse_file, work_dir
+from support_live import copy, file_system, sparse_file, work_dir
 from test_kill_matrix import SIZE, Bench, make_bench, stopped_at
 
 pytestmark = pytest.mark.root
@@ -80,28 +80,30 @@ def test_a_watchdog_that_is_killed_before_the_limit_passes_is_no_way_around_it(
 
 
 @pytest.mark.parametrize("held", [1.12, 2.0])
-def test_a_sync_that_hangs_past_the_limit_after_the_stop_is_noticed(
-    monkeypatch: pytest.MonkeyPatch, held: float
-) -> None:
+@pytest.mark.parametrize("via", ["local", "pipe"])
+def test_a_sync_that_hangs_past_the_limit_after_the_stop_is_noticed(held: float, via: str) -> None:
     """The image lies on a file system that the stop command freezes for a while."""
     needs("loop", "mkfs.ext4", "fsfreeze")
     with contextlib.ExitStack() as stack:
         folder = stack.enter_context(work_dir())
         disk = stack.enter_context(loop_device(sparse_file(folder / "outer", 4 * SIZE)))
         outer = stack.enter_context(file_system(disk, folder / "o"))
-        bench = stack.enter_context(
-            contextlib.contextmanager(make_bench)(monkeypatch, folder, outer)
-        )
+        device = stack.enter_context(loop_device(sparse_file(outer / "image", SIZE)))
+        point = stack.enter_context(file_system(device, folder / "m"))
+        log, target = folder / "log", folder / "target"
         # Something must be dirty, or no sync waits.
         stop = (
-            f"dd if=/dev/urandom of={bench.point}/x bs=64k count=8 2>/dev/null; fsfreeze -f {outer}"
-            f"; (sleep {held}; fsfreeze -u {outer}) >/dev/null 2>&1 &"
+            f"echo stop >>{log}; dd if=/dev/urandom of={point}/x bs=64k count=8 2>/dev/null; "
+            f"fsfreeze -f {outer}; (sleep {held}; fsfreeze -u {outer}) >/dev/null 2>&1 &"
         )
-        with stopped_at(bench, "released", *LIMIT, "-F", stop) as made:
-            assert made.sender.wait(20) == 14, made.words("it fails")
-            assert made.receiver.wait(20) == 6, made.words("no END")
+        undo = f"echo go on >>{log}"
+        try:
+            got = copy(device, target, *LIMIT, "-F", stop, "--undo", undo, via=via)
+        finally:
             wait_until(lambda: not is_frozen(outer), "thawed below")
-            made.check()
+        assert (got.code, got.receiver_code) == (14, None if via == "local" else 6), got.errors
+        assert log.read_text() == "stop\ngo on\n", "undone once"
+        assert not target.exists() and not is_frozen(point)
 
 
 def test_end_is_not_written_late_into_a_pipe_that_was_full(bench: Bench) -> None:
