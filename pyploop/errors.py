@@ -31,6 +31,10 @@ class PyploopError(Exception):
         reason = os.strerror(error.errno) if error.errno else str(error)
         return cls(f"{what}: {reason}")
 
+    def add(self, words: str) -> None:
+        """More about the state that things are in now."""
+        self.args = (f"{self.args[0]}; {words}", *self.args[1:])
+
 
 class CreateError(PyploopError):
     """The target cannot be created, or exists."""
@@ -154,3 +158,4 @@ class Interrupted(BaseException):
     def __init__(self, signum: int) -> None:
         super().__init__(f"signal {signum}")
         self.signum = signum
+        self.state = "everything was undone here"

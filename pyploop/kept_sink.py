@@ -8,11 +8,12 @@ tells whether somebody opened it for writing since, and makes him wait at first.
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import os
 import signal
 
-from pyploop import kernel
+from pyploop import naming
 from pyploop.errors import WriteError
 from pyploop.sink import Sink
 
@@ -54,8 +55,9 @@ class KeptSink(Sink):
     def _give_name(self) -> None:
         if self._leased:
             check_untouched(self.fd, self._unfinished)
-        kernel.rename_noreplace(self._dir_fd, self._unfinished, self._name)
+        naming.give_name(self._dir_fd, self._unfinished, self._name)
+        with contextlib.suppress(FileNotFoundError):  # renamed, not linked
+            os.unlink(self._unfinished)
 
-    def __exit__(self, kind: object, *exc: object) -> None:
-        os.close(self.fd)
-        os.close(self._dir_fd)
+    def _other_name(self) -> str:
+        return self._unfinished

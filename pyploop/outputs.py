@@ -104,7 +104,7 @@ def open_output(
     """The output that `-d`, `-o` and `-f` name.  ParameterError for one that
     cannot take an image."""
     if target is not None:
-        with Sink(target) as sink:
+        with Sink(target, report) as sink:
             yield FileOutput(sink)
         return
     mode = transport.check_open(out_fd, "-o").st_mode

@@ -97,7 +97,7 @@ class _Receipt:
 
     def run(self, stall: float) -> Received:
         path, report = self._path, self._report
-        with self._sink or Sink(path) as sink:
+        with self._sink or Sink(path, report) as sink:
             size = transport.enlarge_pipe(self._in_fd)
             transport.no_delay(self._in_fd)
             if self._feedback is not None:
@@ -119,7 +119,6 @@ class _Receipt:
             syncs = self._serve(pump, sink)
             sink.set_size(pump.stats.image_size)
             run_cancellable(sink.commit)
-            sink.keep()
             self.answers.done(self.event, _times(pump, sink, named=time.monotonic_ns()))
             return self._finished(pump.stats, syncs)
 

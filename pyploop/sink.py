@@ -1,50 +1,70 @@
 # SPDX-License-Identifier: Apache-2.0
 """The target file.
 
-Invariant: its final name appears only when its contents are complete and
-durable, and never replaces a file that is there.  Until then it has no name at
-all (O_TMPFILE), so nothing is left behind however the process ends; where the
-file system has no O_TMPFILE it has a temporary name in the same folder.
+Invariants: its final name appears only when its contents are complete and
+durable, and never replaces a file that is there.  What is complete and durable
+is not removed any more, whatever fails after that.
+
+Until it is complete it has no name at all (O_TMPFILE), so nothing is left behind
+however the process ends; where the file system cannot do that it is a part in
+the same folder (naming.py).
 """
 
 from __future__ import annotations
 
 import contextlib
-import errno
 import os
+import stat
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import NoReturn
 
-from pyploop import kernel
+from pyploop import kernel, naming
 from pyploop._core import fdatasync
-from pyploop.errors import CreateError, SyncError, WriteError
+from pyploop.errors import (
+    CreateError,
+    Interrupted,
+    OpenError,
+    PyploopError,
+    ReadError,
+    SyncError,
+    WriteError,
+)
+from pyploop.events import Reporter
+from pyploop.journal import Journal
 
 MODE = 0o600
+_KINDS = {
+    stat.S_IFBLK: "a block device, and a target is a new file: copy to a file, and write that onto "
+    "the device while nothing uses it (dd conv=fsync)",
+    stat.S_IFCHR: "a character device, and a target is a new file",
+    stat.S_IFDIR: "a folder: name a file in it",
+    stat.S_IFIFO: "a named pipe, and a target is a new file (without -d, the stream goes to -o)",
+    stat.S_IFSOCK: "a socket, and a target is a new file",
+    stat.S_IFLNK: "a symbolic link: name the file itself",
+}
 
 
 class Sink:
     """An open, unfinished target; a context manager that discards it unless
     `commit` was reached."""
 
-    def __init__(self, path: str) -> None:
+    def __init__(self, path: str, report: Reporter | None = None) -> None:
         self.path = path
         if not path or path.endswith("/"):
             raise CreateError(f"cannot create {path!r}: not the name of a file")
         target = Path(path)
         self._name = target.name
-        self._temp: str | None = None
-        self._revocable = False
+        self._report = report or Reporter()
+        self._part: str | None = None
+        self._ways = naming.WAYS
+        self._journal: Journal | None = None
+        self._complete = ""
+        """Where the complete file is, once it is."""
         self.synced_ns = 0
         """time.monotonic_ns() of the last sync's end."""
-        try:
-            os.lstat(path)
-        except FileNotFoundError:
-            pass
-        except OSError as e:
-            raise CreateError.of(f"cannot create {path}", e) from e
-        else:
-            raise CreateError(f"cannot create {path}: File exists (it was not touched)")
+        _check_free(path)
         try:
             self._dir_fd = os.open(target.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         except OSError as e:
@@ -57,24 +77,107 @@ class Sink:
         self.held = 0
         """The file may hold data below this position."""
 
+    # ---- before the first byte
+
     def _create(self) -> int:
         # The folder by descriptor: it stays the same one if it is renamed.
         folder = f"/proc/self/fd/{self._dir_fd}"
+        with contextlib.suppress(OSError):
+            self._try_link(folder)
+            return self._nameless(folder)
+        return self._create_part()
+
+    @staticmethod
+    def _nameless(folder: str) -> int:
+        return os.open(folder, os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, MODE)
+
+    def _try_link(self, folder: str) -> None:
+        """Whether a file without a name can get one here: some file systems have
+        the first half only, and it would be known when all is copied."""
+        fd = self._nameless(folder)
         try:
-            return os.open(folder, os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, MODE)
-        except OSError as e:
-            if e.errno not in (errno.EOPNOTSUPP, errno.EISDIR, errno.EINVAL, errno.ENOENT):
-                raise
-        # At most 255 bytes, which may be fewer characters.
-        stem = os.fsdecode(os.fsencode(self._name)[:200])
-        self._temp = f".{stem}.{os.urandom(4).hex()}.part"
-        flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
-        return os.open(self._temp, flags, MODE, dir_fd=self._dir_fd)
+            part = naming.part_of(self._dir_fd, self._name)
+            self._link(fd, part, self._dir_fd)
+            self._unlink(part)
+        finally:
+            os.close(fd)
+
+    @staticmethod
+    def _link(fd: int, name: str, dir_fd: int) -> None:
+        os.link(f"/proc/self/fd/{fd}", name, dst_dir_fd=dir_fd, follow_symlinks=True)
+
+    def _create_part(self) -> int:
+        for part in naming.left_behind(self._dir_fd, self._name):
+            self._report.note(f"Removed {self._beside(part)}, left by a copy that was killed")
+        self._ways = self._try_naming()
+        self._part = naming.part_of(self._dir_fd, self._name)
+        self._note_part(self._part)
+        try:
+            fd = self._new_part(self._part)
+        except OSError:
+            self._forget_part()
+            raise
+        self._report.info(
+            f"The target is {self._beside(self._part)} until it is complete (no files without a "
+            f"name here), and then {naming.IN_WORDS[self._ways[0]]}"
+        )
+        return fd
+
+    def _new_part(self, part: str) -> int:
+        flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+        fd = os.open(part, flags, MODE, dir_fd=self._dir_fd)
+        try:
+            naming.lock_part(fd)
+        except OSError:
+            os.close(fd)
+            raise
+        return fd
+
+    def _try_naming(self) -> tuple[naming.Way, ...]:
+        """The way that its name will take, tried with an empty file."""
+        old, new = (naming.part_of(self._dir_fd, self._name) for _ in range(2))
+        fd = self._new_part(old)
+        try:
+            return naming.give_name(self._dir_fd, old, new)
+        finally:
+            os.close(fd)
+            self._unlink(old)
+            self._unlink(new)
+
+    def _note_part(self, part: str) -> None:
+        """For `pyploop thaw`, when this process is killed."""
+        path = os.path.abspath(self._beside(part))
+        try:
+            self._journal = Journal.create(f"copy to {self.path}")
+            self._journal.add({"kind": "part", "path": path, "what": f"remove {path}"})
+        except (OpenError, PyploopError) as e:
+            self._report.info(f"{e}; `pyploop thaw` will know nothing of the unfinished target")
+
+    def _forget_part(self) -> None:
+        if self._journal is not None:
+            self._journal.clear()
+            self._journal = None
+
+    def _beside(self, name: str) -> str:
+        return str(Path(self.path).with_name(name))
+
+    def _unlink(self, name: str) -> None:
+        with contextlib.suppress(OSError):
+            os.unlink(name, dir_fd=self._dir_fd)
 
     @property
     def temporary(self) -> str | None:
         """The name of the unfinished file, None when it has none."""
-        return self._temp
+        return self._part
+
+    def expect(self, size: int) -> None:
+        """It will have `size` bytes: WriteError now when the file system, or a
+        limit of this process, does not let a file have so many."""
+        before = os.fstat(self.fd).st_size
+        self.set_size(size)
+        self.set_size(before)
+
+    # ---- contents
 
     def set_size(self, size: int) -> None:
         """Make the file exactly `size` bytes long."""
@@ -92,6 +195,8 @@ class Sink:
             raise SyncError.of(f"cannot sync {self.path}", e) from e
         self.synced_ns = time.monotonic_ns()
 
+    # ---- the end
+
     def commit(self, before_name: Callable[[], None] = lambda: None) -> None:
         """Durable contents, then the name, then a durable name.  before_name:
         called right before the name; what it raises leaves none.
@@ -104,40 +209,113 @@ class Sink:
         try:
             self._give_name()
         except OSError as e:
-            raise CreateError.of(
-                f"the copy is complete, but cannot be named {self.path}; it was dropped", e
-            ) from e
-        self._temp = None
-        self._revocable = True
+            if not self._is_named():  # a network's file system may lose an answer
+                self._keep_aside(e)
+        self._complete = self.path
+        self._sync_folder()
+
+    def _give_name(self) -> None:
+        if self._part is None:
+            self._link(self.fd, self._name, self._dir_fd)
+        else:
+            naming.give_name(self._dir_fd, self._part, self._name, self._ways)
+
+    def _is_named(self) -> bool:
+        try:
+            found = os.stat(self._name, dir_fd=self._dir_fd, follow_symlinks=False)
+        except OSError:
+            return False
+        return os.path.samestat(found, os.fstat(self.fd))
+
+    def _sync_folder(self) -> None:
         try:
             os.fsync(self._dir_fd)
         except OSError as e:
-            raise SyncError.of(f"{self.path} is complete, but its folder is not synced", e) from e
+            if e.errno not in naming.UNSUPPORTED:
+                raise SyncError.of(
+                    f"cannot sync the folder of {self.path}, so a crash may take its name away", e
+                ) from e
+            self._sync_file_system()
 
-    def _give_name(self) -> None:
-        if self._temp is None:
-            os.link(
-                f"/proc/self/fd/{self.fd}",
-                self._name,
-                dst_dir_fd=self._dir_fd,
-                follow_symlinks=True,
-            )
+    def _sync_file_system(self) -> None:
+        how = "so all of it was synced"
+        try:
+            kernel.syncfs(self._dir_fd, self.path)
+        except OSError as e:
+            if e.errno not in naming.UNSUPPORTED:
+                raise SyncError.of(f"cannot sync the file system of {self.path}", e) from e
+            how = "so a crash may take the name away"
+        self._report.note(f"The file system of {self.path} cannot sync a folder, {how}")
+
+    def _keep_aside(self, why: OSError) -> NoReturn:
+        """The name cannot be had, but what is complete is not dropped."""
+        at = self._other_name()
+        failed = f"the copy is complete and durable, but cannot be named {self.path}"
+        if at:
+            self._complete = at
         else:
-            kernel.rename_noreplace(self._dir_fd, self._temp, self._name)
+            failed += "; it is lost, since no folder of its file system takes it"
+        raise CreateError.of(failed, why) from why
 
-    def keep(self) -> None:
-        """The finished file stays from now on, also when something fails yet:
-        somebody may have been told that it is there."""
-        self._revocable = False
+    def _other_name(self) -> str:
+        """A name beside the one that was wanted; of a file without a name also in
+        a folder above, for its own may be gone or closed."""
+        name = naming.complete_of(self._dir_fd, self._name)
+        if self._part is not None:
+            try:
+                naming.give_name(self._dir_fd, self._part, name, self._ways)
+            except OSError:
+                part, self._part = self._part, None
+                with contextlib.suppress(OSError):
+                    os.fchmod(self.fd, naming.COMPLETE)
+                return self._beside(part)
+            return self._beside(name)
+        for folder in Path(os.path.abspath(self.path)).parents:
+            with contextlib.suppress(OSError):
+                fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+                try:
+                    self._link(self.fd, name, fd)
+                    with contextlib.suppress(OSError):
+                        os.fsync(fd)
+                    return str(folder / name)
+                finally:
+                    os.close(fd)
+        return ""
 
     def __enter__(self) -> Sink:
         return self
 
-    def __exit__(self, kind: object, *exc: object) -> None:
-        # A signal in the middle of `commit` takes the name back.
-        leftover = self._name if self._revocable and kind is not None else self._temp
-        os.close(self.fd)
-        if leftover is not None:
-            with contextlib.suppress(OSError):
-                os.unlink(leftover, dir_fd=self._dir_fd)
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        with contextlib.suppress(OSError):  # its data were synced, or are dropped
+            os.close(self.fd)
+        if self._part is not None:
+            self._unlink(self._part)
+        self._forget_part()
         os.close(self._dir_fd)
+        if self._complete and error is not None:
+            self._tell_kept(error)
+
+    def _tell_kept(self, error: BaseException) -> None:
+        words = f"{self._complete} is complete and was kept"
+        if isinstance(error, PyploopError):
+            error.add(words)
+        elif isinstance(error, Interrupted):
+            error.state = f"{words}; everything else was undone here"
+        elif isinstance(error, OSError):
+            raise ReadError(f"{error.filename or self.path}: {error.strerror}; {words}") from error
+
+
+def _check_free(path: str) -> None:
+    """CreateError when there is something of this name."""
+    try:
+        mode = os.lstat(path).st_mode
+    except FileNotFoundError:
+        return
+    except OSError as e:
+        raise CreateError.of(f"cannot create {path}", e) from e
+    kind = _KINDS.get(stat.S_IFMT(mode))
+    raise CreateError(
+        f"cannot create {path}: File exists (it was not touched)"
+        if kind is None
+        else f"cannot create {path}: File exists, and it is {kind}"
+    )

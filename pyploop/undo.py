@@ -7,7 +7,13 @@ from __future__ import annotations
 import errno
 import os
 
-from pyploop import journal, kernel, sysblock, watchdog
+from pyploop import (
+    journal,
+    kernel,
+    naming,  # noqa: F401 - registers `part`
+    sysblock,
+    watchdog,
+)
 from pyploop.errors import DeviceControlError
 from pyploop.freeze.mounted import in_use, open_at
 from pyploop.journal import Entry

@@ -68,7 +68,7 @@ def run(args: list[str], level: int) -> int:
             report.error("out of memory; no target was made")
             return TooLargeError.exit_code
         except Interrupted as e:
-            report.error(f"Interrupted by signal {e.signum}; everything was undone here")
+            report.error(f"Interrupted by signal {e.signum}; {e.state}")
             raise
     return 0
 

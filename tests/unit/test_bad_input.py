@@ -666,7 +666,10 @@ def test_sender_dies_by_its_signal_and_the_file_system_is_thawed_defects_4_and_8
         if moment != "first pass":
             assert not Path(f"/proc/{pid}").exists()
         left = sorted(p.name for p in tmp_path.iterdir() if p != flag)
-        assert left == ["img", "m"]
+        # When it was killed while frozen, the target was complete.
+        complete = moment == "frozen"
+        assert left == (["image", "img", "m"] if complete else ["img", "m"])
+        assert (b"image is complete and was kept" in err) == complete
 
 
 # ---- rows that need a ploop device

@@ -321,29 +321,6 @@ def test_an_unfinished_target_leaves_nothing(tmp_path: Path, any_sink: str) -> N
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_file_that_appears_meanwhile_is_not_replaced(tmp_path: Path, any_sink: str) -> None:
-    with pytest.raises(CreateError, match="File exists"), Sink(str(tmp_path / "image")) as sink:
-        (tmp_path / "image").write_text("mine")
-        sink.commit()
-    assert (tmp_path / "image").read_text() == "mine"
-    assert list(tmp_path.iterdir()) == [tmp_path / "image"]
-
-
-def test_a_signal_in_the_commit_takes_the_name_back(tmp_path: Path, any_sink: str) -> None:
-    with pytest.raises(Interrupted), Sink(str(tmp_path / "image")) as sink:
-        sink.commit()
-        raise Interrupted(15)
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_a_target_that_somebody_was_told_of_stays(tmp_path: Path, any_sink: str) -> None:
-    with pytest.raises(Interrupted), Sink(str(tmp_path / "image")) as sink:
-        sink.commit()
-        sink.keep()
-        raise Interrupted(15)
-    assert list(tmp_path.iterdir()) == [tmp_path / "image"]
-
-
 @pytest.mark.parametrize("name", ["n" * 255, "\u6f22" * 85])
 def test_the_longest_names_work(tmp_path: Path, any_sink: str, name: str) -> None:
     with Sink(str(tmp_path / name)) as sink:
