@@ -10,7 +10,7 @@ from typing import Protocol
 
 from pyploop import transport
 from pyploop._core import RECV_END, RECV_SYNC, Receiver
-from pyploop.errors import ProtocolError, PyploopError, WriteError
+from pyploop.errors import ParameterError, ProtocolError, PyploopError, WriteError
 from pyploop.wire import d1, d2, d3
 
 CANNOT = "cannot answer the sender"
@@ -34,6 +34,16 @@ class Answers(Protocol):
         """The copy failed.  Never raises: that is not the error to tell."""
 
 
+class Asked(Protocol):
+    """The target, as a pyploop sender asks about it before the first byte."""
+
+    def expect(self, size: int) -> None:
+        """WriteError when it cannot have so many bytes."""
+
+    def place(self) -> d1.Place:
+        """Where it lies."""
+
+
 class NoAnswers:
     """Before the first marker."""
 
@@ -54,8 +64,9 @@ class Feedback:
     """D1: eight bytes for each SYNC on the feedback descriptor; for a pyploop
     sender END too, and without a descriptor back on the stream's own socket."""
 
-    def __init__(self, pump: Receiver, in_fd: int, feedback: int | None) -> None:
+    def __init__(self, pump: Receiver, in_fd: int, feedback: int | None, target: Asked) -> None:
         self.dialect = "D1"
+        self._target = target
         self.native = False
         self._timed = False
         self._pump, self._guessed = pump, feedback is None
@@ -67,6 +78,11 @@ class Feedback:
     def greeted(self, pos: int, payload: bytes) -> bool:
         if payload == d1.HELLO_2 and self.native and not self._pump.stats.frames:
             return self._greeted_again()
+        if self._timed and not self._pump.stats.frames:
+            if payload == d1.PLACE:
+                return self._asked_for_place(pos)
+            if payload == d1.REFUSED:
+                raise _refusal(pos)
         first, self._first = self._first, False
         if not first or payload != d1.HELLO or self._pump.stats.frames:
             return False
@@ -88,6 +104,20 @@ class Feedback:
             came = self._pump.arrival
             times = d1.Times(arrived=came.arrived, written=came.written)
             transport.write_all(self._channel, d1.HELLO_2_REPLY + self._record(times), CANNOT)
+        return True
+
+    def _asked_for_place(self, size: int) -> bool:
+        assert self._channel is not None
+        came = self._pump.arrival
+        times = self._record(d1.Times(arrived=came.arrived, written=came.written))
+        try:
+            self._target.expect(size)
+            place = self._target.place().pack()
+        except WriteError:
+            with contextlib.suppress(WriteError):
+                transport.write_all(self._channel, d1.FAILURE + times, CANNOT)
+            raise
+        transport.write_all(self._channel, d1.PLACE_REPLY + times + place, CANNOT)
         return True
 
     def _record(self, times: d1.Times) -> bytes:
@@ -116,6 +146,17 @@ class Feedback:
         if channel is not None:
             with contextlib.suppress(WriteError):
                 transport.write_all(channel, d1.FAILURE + self._record(d1.Times()), CANNOT)
+
+
+def _refusal(code: int) -> PyploopError:
+    """Why the sender does not begin, by the code that it ends with."""
+    if code == WriteError.exit_code:
+        return WriteError(
+            "the sender does not begin: there is not room enough (see its own message)"
+        )
+    return ParameterError(
+        "the sender does not begin: the target lies on what it copies (see its message)"
+    )
 
 
 class Replies:

@@ -14,9 +14,10 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from pyploop._core import Fault, Known, Pump
+from pyploop.below import Thing
 from pyploop.compat import Framing
+from pyploop.device import Source
 from pyploop.errors import ProtocolError, PyploopError, ReadError, SyncError, WriteError
-from pyploop.freeze import FileSystems
 from pyploop.recorder import Heard
 from pyploop.units import format_size
 from pyploop.wire import d2
@@ -57,8 +58,17 @@ class Output(Protocol):
         """All that was sent has left our hands when `finish` returns; known
         after `hello`."""
 
-    def check_apart(self, mounts: FileSystems) -> None:
-        """ParameterError when the target lies on what will be frozen."""
+    def announce(self, source: Source, *, compare_room: bool) -> int:
+        """After `hello`: WriteError when the target cannot have the source's size, or,
+        if it is to be compared, has no room for its data.  Returns the bytes that
+        this wrote."""
+
+    def things(self) -> set[Thing] | None:
+        """What lies below the target, known after `announce`; None: not known, or
+        not of this machine."""
+
+    def refuse(self, error: PyploopError) -> None:
+        """Nothing was sent, and nothing will be: the peer may say why."""
 
     def hello(self) -> int:
         """Before all else: find out what the peer can do, and so the framing.

@@ -10,18 +10,19 @@ import os
 import stat
 from collections.abc import Callable, Iterator
 
-from pyploop import _core, transport
+from pyploop import _core, below, room, transport
 from pyploop._core import Known, Pump
+from pyploop.below import Thing
 from pyploop.compat import NATIVE, Compat
-from pyploop.errors import ParameterError, SyncError, WriteError
+from pyploop.device import Source
+from pyploop.errors import ParameterError, PyploopError, SyncError, WriteError
 from pyploop.events import Reporter
-from pyploop.freeze import FileSystems
 from pyploop.image import HEADER_FRAME
 from pyploop.output import Output, Packets
 from pyploop.recorder import Heard
 from pyploop.sink import Sink
 from pyploop.stream_output import StreamOutput
-from pyploop.units import format_size
+from pyploop.units import SECTOR, format_size
 from pyploop.worker import run_cancellable
 
 
@@ -37,21 +38,38 @@ class FileOutput:
     heard: Heard | None = None
     end_is_answered = True
 
-    def __init__(self, target: Sink | int) -> None:
+    def __init__(self, target: Sink | int, report: Reporter | None = None) -> None:
         self._sink = target if isinstance(target, Sink) else None
         self.fd = target.fd if isinstance(target, Sink) else target
+        self._name = (
+            target.path if isinstance(target, Sink) else f"the output (descriptor {target})"
+        )
+        self._report = report or Reporter()
         self.deadline = math.inf
         self.before_end: Callable[[], None] = lambda: None
+        self._below = below.of_file(self.fd)
+        self.holds = ""
+        """What the file holds of the copy, in words."""
 
-    def check_apart(self, mounts: FileSystems) -> None:
-        point = mounts.holding(os.fstat(self.fd).st_dev)
-        if point is not None:
-            raise ParameterError(
-                f"the target lies on {point}, which is part of the source and will be frozen: "
-                "writing it would never end"
-            )
+    def announce(self, source: Source, *, compare_room: bool) -> int:
+        found = self._below
+        room.check_size(self.fd, source.size, found.file_systems[0].fstype, self._name)
+        if compare_room:
+            left, where = room.of_target(found)
+            has = os.fstat(self.fd).st_blocks * SECTOR
+            room.check(source, None if left is None else left + has, where)
+        for words in found.unknown:
+            self._report.info(f"Where {words} stores its data is not known")
+        return 0
+
+    def things(self) -> set[Thing] | None:
+        return self._below.things
+
+    def refuse(self, error: PyploopError) -> None:
+        pass
 
     def prepare(self, known: Known | None) -> None:
+        self.holds = "only a part of the copy"
         if known is not None:
             known.assume_data(0, os.fstat(self.fd).st_size)
 
@@ -81,6 +99,7 @@ class FileOutput:
             raise WriteError.of(f"cannot set the size of the output to {size}", e) from e
         self._durable(lambda: os.fsync(self.fd))
         self.before_end()
+        self.holds = "the complete copy"
         return "local"
 
     def _durable(self, call: Callable[[], None]) -> None:
@@ -105,7 +124,7 @@ def open_output(
     cannot take an image."""
     if target is not None:
         with Sink(target, report) as sink:
-            yield FileOutput(sink)
+            yield FileOutput(sink, report)
         return
     mode = transport.check_open(out_fd, "-o").st_mode
     if stat.S_ISREG(mode):
@@ -113,7 +132,13 @@ def open_output(
             raise ParameterError(
                 f"-o {out_fd} is a file opened for appending (>>): an image is written in place"
             )
-        yield FileOutput(out_fd)
+        in_place = FileOutput(out_fd, report)
+        try:
+            yield in_place
+        except PyploopError as e:
+            if in_place.holds:
+                e.add(f"the file of descriptor {out_fd} holds {in_place.holds}")
+            raise
         return
     size = transport.enlarge_pipe(out_fd)
     if size:

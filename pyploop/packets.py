@@ -15,10 +15,11 @@ from collections.abc import Callable
 
 from pyploop import _core, transport
 from pyploop._core import Fault, Known, Pump
+from pyploop.below import Thing
 from pyploop.compat import PLOOP, PYPLOOP
-from pyploop.errors import CancelledError, ReadError, WriteError
+from pyploop.device import Source
+from pyploop.errors import CancelledError, PyploopError, ReadError, WriteError
 from pyploop.events import Reporter
-from pyploop.freeze import FileSystems
 from pyploop.output import Packets, explain_write
 from pyploop.recorder import Heard
 from pyploop.wire import d2, d3
@@ -51,8 +52,14 @@ class PacketOutput:
         self._report = report
         self._timeout = answer_timeout
 
-    def check_apart(self, mounts: FileSystems) -> None:
-        pass  # where the peer writes is not known here
+    def announce(self, source: Source, *, compare_room: bool) -> int:
+        return 0  # D2 and D3 have no way to say it
+
+    def things(self) -> set[Thing] | None:
+        return None
+
+    def refuse(self, error: PyploopError) -> None:
+        pass
 
     def hello(self) -> int:
         """D3's handshake; to an older receiver it is a SYNC."""

@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from pyploop import _core, reading
+from pyploop import _core, reading, room
 from pyploop._core import Bitmap, Extents, Fault, Known, Pump, PumpStats
 from pyploop.compat import PIECE, Extent
 from pyploop.device import Source
@@ -29,6 +29,7 @@ from pyploop.errors import (
 )
 from pyploop.events import Reporter
 from pyploop.output import Output, explain_write
+from pyploop.room import Watched
 from pyploop.summary import Options
 from pyploop.trackers import Batch, Tracker
 from pyploop.units import BLOCK, MIB, format_size
@@ -63,11 +64,14 @@ class Passes:
         """time.monotonic() at which a pass fails: the freeze's."""
         self.watch: Callable[[], None] = lambda: None
         """Called now and then during a pass; what it raises ends the pass."""
+        self._shared: list[Watched] = []
         self.pump: Pump
 
     def greet(self) -> None:
         """Find out about the peer, which decides what it gets; before all else."""
         self._greeting = self._out.hello()
+        compare = self._options.reserve != 0
+        self._greeting += self._out.announce(self._source, compare_room=compare)
         framing = self._out.framing
         unit = BLOCK
         if framing.needs_hashes(self._tracker.needs_hashes):
@@ -77,6 +81,23 @@ class Passes:
         self.pump = self._make_pump(framing.cluster(self._source, unit))
         if self._gone.is_set():
             self.pump.cancel()
+
+    def watch_room(self) -> None:
+        """From now on a pass fails before the target has filled what the source
+        needs to grow.  WriteError when the copy does not fit there at all."""
+        things, reserve = self._out.things(), self._options.reserve
+        if things is None or reserve == 0:
+            return
+        try:
+            self._shared = room.shared(self._source, things, reserve)
+        except WriteError as e:
+            self._out.refuse(e)
+            raise
+        for watched in self._shared:
+            self._report.detail(
+                f"The target grows on {watched.name}, as the source does: "
+                f"{format_size(watched.reserve)} are left free there (--reserve)"
+            )
 
     def pause(self, seconds: float) -> None:
         """Do nothing for a while; a cancel ends it."""
@@ -190,6 +211,8 @@ class Passes:
                 "near; thawed, no target was made"
             )
         self.watch()
+        for file_system in self._shared:
+            file_system.check()
         pending = self._tracker.pending()
         dirty = ""
         if pending is not None:

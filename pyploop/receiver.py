@@ -8,10 +8,12 @@ after the file is durable under its final name; a failure leaves nothing there.
 from __future__ import annotations
 
 import errno
+import os
 import time
 from dataclasses import dataclass
+from functools import cached_property
 
-from pyploop import _core, transport
+from pyploop import _core, below, room, transport
 from pyploop._core import Fault, Receiver, RecvStats
 from pyploop.answers import Answers, Feedback, NoAnswers, Replies
 from pyploop.errors import (
@@ -25,7 +27,7 @@ from pyploop.errors import (
 )
 from pyploop.events import Reporter
 from pyploop.sink import Sink
-from pyploop.units import MIB, format_size
+from pyploop.units import MIB, SECTOR, format_size
 from pyploop.wire import d1, d2
 from pyploop.worker import run_cancellable
 
@@ -73,6 +75,30 @@ def receive(
         # The unfinished target is gone by now, also when the peer hears of it.
         receipt.answers.failed(receipt.event, e)
         raise
+
+
+class _Target:
+    """What a pyploop sender asks about before the first byte."""
+
+    def __init__(self, sink: Sink) -> None:
+        self._sink = sink
+
+    @cached_property
+    def _below(self) -> below.Below:
+        return below.of_file(self._sink.fd)
+
+    def expect(self, size: int) -> None:
+        fstype = self._below.file_systems[0].fstype
+        room.check_size(self._sink.fd, size, fstype, self._sink.path)
+
+    def place(self) -> d1.Place:
+        left, _ = room.of_target(self._below)
+        has = os.fstat(self._sink.fd).st_blocks * SECTOR
+        return d1.Place(
+            below.boot(),
+            d1.UNKNOWN_ROOM if left is None else left + has,
+            tuple(sorted(self._below.things)),
+        )
 
 
 class _Receipt:
@@ -130,9 +156,9 @@ class _Receipt:
             try:
                 event, pos, payload = run_cancellable(pump.run, pump.cancel)
             except Fault as fault:
-                self._choose(pump, dialect)
+                self._choose(pump, sink, dialect)
                 raise explain(fault, self._path, pump.dialect) from fault
-            dialect = self._choose(pump, dialect)
+            dialect = self._choose(pump, sink, dialect)
             if event == _core.RECV_END:
                 self.event = event
                 return syncs
@@ -146,11 +172,11 @@ class _Receipt:
             pump.synced()
             self._report.detail(f"Synced {self._path}: {format_size(pump.stats.data)} so far")
 
-    def _choose(self, pump: Receiver, before: int) -> int:
+    def _choose(self, pump: Receiver, sink: Sink, before: int) -> int:
         """The way back, once the marker has told the dialect."""
         if pump.dialect != before:
             if pump.dialect == _core.DIALECT_D1:
-                self.answers = Feedback(pump, self._in_fd, self._feedback)
+                self.answers = Feedback(pump, self._in_fd, self._feedback, _Target(sink))
             elif transport.is_socket(self._in_fd):
                 self.answers = Replies(self._in_fd, pump)
         return pump.dialect

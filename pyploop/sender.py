@@ -18,7 +18,7 @@ import time
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from pyploop import _core
+from pyploop import _core, apart
 from pyploop.device import Source
 from pyploop.errors import DeviceControlError, LoopError, OpenError
 from pyploop.events import Reporter
@@ -130,7 +130,7 @@ class Sender:
             self._hold = Hold(self._specs(), self._mounts, self._plan, report)
             self._writes = Writes(source)
             undo.callback(self._writes.close)
-            self._out.check_apart(self._mounts)
+            apart.check(source, self._mounts.points, self._out)
             self._mounts.try_out()
             if self._options.throttle is not None:
                 disk = None if source.block is None else source.block.disk_dev
@@ -143,6 +143,8 @@ class Sender:
             if self._hold:
                 self._plan.launch()
             self._passes.greet()
+            apart.check(source, self._mounts.points, self._out)  # as the peer has told
+            self._passes.watch_room()
             self.summary.dialect = self._out.dialect
             report.info(f"Dialect: {self._out.dialect}")
             self.recorder.remote(self._out.heard)

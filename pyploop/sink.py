@@ -170,13 +170,6 @@ class Sink:
         """The name of the unfinished file, None when it has none."""
         return self._part
 
-    def expect(self, size: int) -> None:
-        """It will have `size` bytes: WriteError now when the file system, or a
-        limit of this process, does not let a file have so many."""
-        before = os.fstat(self.fd).st_size
-        self.set_size(size)
-        self.set_size(before)
-
     # ---- contents
 
     def set_size(self, size: int) -> None:

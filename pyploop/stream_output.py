@@ -3,16 +3,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import time
 from collections.abc import Callable
+from functools import partial
 
-from pyploop import _core, transport
+from pyploop import _core, below, room, transport
 from pyploop._core import Fault, Known, Pump
+from pyploop.below import Thing
 from pyploop.compat import EXACT, NATIVE, PERHAPS_PLOOP, PLOOP, PYPLOOP, Compat, Framing
-from pyploop.errors import ProtocolError, SyncError, WriteError
+from pyploop.device import Source
+from pyploop.errors import ProtocolError, PyploopError, SyncError, WriteError
 from pyploop.events import Reporter
-from pyploop.freeze import FileSystems
 from pyploop.image import HEADER_FRAME
 from pyploop.output import Packets, explain_write
 from pyploop.recorder import Heard
@@ -57,6 +60,7 @@ class StreamOutput:
         self._greeted = False
         self._timed = False
         self._asked = 0.0
+        self._place: d1.Place | None = None
         self.heard: Heard | None = None
         self.deadline = math.inf
         self.before_end: Callable[[], None] = lambda: None
@@ -64,9 +68,6 @@ class StreamOutput:
     @property
     def end_is_answered(self) -> bool:
         return self._answers is not None and not self.framing.exact
-
-    def check_apart(self, mounts: FileSystems) -> None:
-        pass  # where the peer writes is not known here
 
     def hello(self) -> int:
         self.framing = self._find_framing()
@@ -123,6 +124,50 @@ class StreamOutput:
             raise ProtocolError(f"the receiver answered {answer!r} to the second SYNC")
         self._timed = answer == d1.HELLO_2_REPLY
         self._read_times(answers)
+
+    def announce(self, source: Source, *, compare_room: bool) -> int:
+        """A peer of version 2 takes it for a SYNC."""
+        if not self._timed or self._answers is None:
+            return 0
+        question = d1.sync(d1.PLACE, source.size)
+        self._asked = time.monotonic()
+        transport.write_all(self.fd, question, "cannot ask the receiver")
+        answer = self._read(self._answers)
+        self._read_times(self._answers)
+        if answer == d1.FAILURE:
+            raise WriteError(
+                f"the receiver cannot take the {source.size} bytes of {source.path} (see its own "
+                "message); nothing was sent"
+            )
+        if answer not in (d1.SUCCESS, d1.PLACE_REPLY):
+            raise ProtocolError(f"the receiver answered {answer!r} to the third SYNC")
+        if answer == d1.PLACE_REPLY:
+            self._read_place(self._answers)
+            if compare_room and self._place and self._place.room != d1.UNKNOWN_ROOM:
+                try:
+                    room.check(source, self._place.room, "the receiver")
+                except WriteError as e:
+                    self.refuse(e)
+                    raise
+        return len(question)
+
+    def _read_place(self, fd: int) -> None:
+        try:
+            self._place = d1.Place.unpack(partial(self._read, fd))
+        except ValueError as e:
+            raise ProtocolError(f"the receiver tells of {e}") from e
+
+    def things(self) -> set[Thing] | None:
+        here = below.boot()
+        if self._place is None or self._place.boot != here or not any(here):
+            return None
+        return set(self._place.things)
+
+    def refuse(self, error: PyploopError) -> None:
+        if self._place is not None:
+            frame = d1.sync(d1.REFUSED, error.exit_code)
+            with contextlib.suppress(WriteError):
+                transport.write_all(self.fd, frame, "cannot tell the receiver")
 
     def prepare(self, known: Known | None) -> None:
         # A receiver before 1.11 writes HELLO's bytes at 0: block 0 goes anyway.

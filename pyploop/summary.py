@@ -29,6 +29,9 @@ class Options:
     freeze_limit: float = 60.0
     """From the stop command on the copy fails and everything is undone before
     so many seconds have passed; 0: never."""
+    reserve: int | None = None
+    """Bytes that are left on a file system where the source and the target both grow;
+    None: as room.py has it.  0: room is neither compared nor watched."""
     throttle: Throttle | None = None
     """Slows the writer down, when nothing else helps."""
 

@@ -41,6 +41,7 @@ _PACKAGES = {
     "mkfs.erofs": "erofs-utils",
     "mkfs.ntfs": "ntfs-3g",
     "ntfs-3g": "ntfs-3g",
+    "btrfs": "btrfs-progs",
     "dmsetup": "dmsetup",
     "setpriv": "util-linux",
     "unshare": "util-linux",

@@ -112,6 +112,7 @@ def _send(o: argparse.Namespace, report: Reporter) -> None:
         rate=o.bwlimit,
         readers=o.readers,
         freeze_limit=freeze_limit,
+        reserve=o.reserve,
         throttle=None if o.throttle is None else Throttle(o.throttle[0], o.throttle[1], report),
         policy=Policy(max_freeze=o.max_freeze, deadline=o.deadline, on_deadline=o.on_deadline),
     )

@@ -134,6 +134,14 @@ def parser() -> Parser:
         help="bytes per second to the target at most (K, M, G)",
     )
     add(
+        "--reserve",
+        type=parsed(parse_size, "size"),
+        metavar="SIZE",
+        help="stop when only so much is left free on the file system where the source grows and "
+        "the target, too (the larger of 5%% and 1G of what is free at the start, but half of that "
+        "at most; 0: neither compare nor watch the room)",
+    )
+    add(
         "--cluster",
         type=parsed(parse_size, "size"),
         metavar="SIZE",

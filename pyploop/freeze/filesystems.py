@@ -88,6 +88,11 @@ class FileSystems:
             raise ParameterError(f"{folder} is no mount point, nor on a file system of the source")
         return self._add(Mount(folder, "?", folder, dev))
 
+    @property
+    def points(self) -> list[str]:
+        """The mount points."""
+        return [m.point for m in self._all]
+
     def holding(self, st_dev: int) -> str | None:
         """The mount point of the file system with this st_dev, or None."""
         for m in self._all:

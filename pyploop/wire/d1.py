@@ -8,6 +8,7 @@ here are the control frames and the replies on the feedback channel.
 from __future__ import annotations
 
 import struct
+from collections.abc import Callable
 from typing import NamedTuple
 
 HEADER = struct.Struct("<IIQ")
@@ -29,7 +30,21 @@ HELLO_2 = b"PYP\x02"
 HELLO_2_REPLY = b"PYPLOOP\x02"
 """Instead of SUCCESS: a record of times follows this and every later answer."""
 
+PLACE = b"PYP\x03"
+"""Of a third SYNC, to a peer of version 2: can the target have as many bytes as its
+position says, and where does it lie?"""
+PLACE_REPLY = b"PYPLOOP\x03"
+"""Instead of SUCCESS: a `Place` follows the record of times."""
+REFUSED = b"PYP\x04"
+"""Of a SYNC that is not answered: the sender ends, with the exit code that its
+position is, because of what it was told about the place."""
+
 TIMES = struct.Struct("<7Q")
+PLACE_HEAD = struct.Struct("<16sQI")
+THING = struct.Struct("<IIQ")
+MANY_THINGS = 4096
+"""In one place at most."""
+UNKNOWN_ROOM = (1 << 64) - 1
 
 
 class Times(NamedTuple):
@@ -57,6 +72,29 @@ class Times(NamedTuple):
     @classmethod
     def unpack(cls, data: bytes) -> Times:
         return cls(*TIMES.unpack(data))
+
+
+class Place(NamedTuple):
+    """Where a target lies.  boot: tells this run of a machine's kernel from others.
+    room: bytes that it may still get, or UNKNOWN_ROOM.  things: major, minor and
+    inode (0: itself) of the devices, file systems and files below it."""
+
+    boot: bytes
+    room: int
+    things: tuple[tuple[int, int, int], ...]
+
+    def pack(self) -> bytes:
+        things = self.things[:MANY_THINGS]
+        head = PLACE_HEAD.pack(self.boot, self.room, len(things))
+        return head + b"".join(THING.pack(*thing) for thing in things)
+
+    @classmethod
+    def unpack(cls, read: Callable[[int], bytes]) -> Place:
+        """read: the next bytes of the answer.  ValueError for more than may come."""
+        boot, room, count = PLACE_HEAD.unpack(read(PLACE_HEAD.size))
+        if count > MANY_THINGS:
+            raise ValueError(f"{count} things below a target")
+        return cls(boot, room, tuple(THING.iter_unpack(read(count * THING.size))))
 
 
 def sync(payload: bytes = bytes(SYNC_SIZE), pos: int = 0) -> bytes:

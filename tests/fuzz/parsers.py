@@ -10,6 +10,7 @@ guided by coverage (needs `pip install atheris`):
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 import os
 import struct
@@ -65,6 +66,21 @@ def parse_descriptor(data: bytes) -> None:
     assert found.chain[0].parent is None and found.size >= 0 and found.cluster > 0
     for below, above in zip(found.chain, found.chain[1:], strict=False):
         assert above.parent == below.guid and above.format == "ploop1"
+
+
+def parse_place(data: bytes) -> None:
+    """What a D1 peer tells of where its target lies."""
+    stream = io.BytesIO(data)
+
+    def read(size: int) -> bytes:
+        assert size <= d1.PLACE_HEAD.size + d1.MANY_THINGS * d1.THING.size
+        if len(got := stream.read(size)) < size:
+            raise ProtocolError("the end")
+        return got
+
+    with contextlib.suppress(ProtocolError, ValueError):
+        place = d1.Place.unpack(read)
+        assert place.pack() == data[: stream.tell()]
 
 
 def parse_feedback(data: bytes) -> None:
@@ -209,6 +225,14 @@ TARGETS = {
     "times": Target(
         parse_times,
         (d1.Times(1, 2, 3, 4, 5, 6, 7).pack() * 2, d1.Times(*[1 << 63] * 7).pack(), bytes(112)),
+    ),
+    "place": Target(
+        parse_place,
+        (
+            d1.Place(bytes(16), 5, ((7, 1, 0), (8, 2, 77))).pack(),
+            d1.Place(b"b" * 16, d1.UNKNOWN_ROOM, ()).pack(),
+            bytes(24) + b"\xff" * 4,
+        ),
     ),
     "handshake": Target(
         parse_handshake, tuple(struct.pack("<QiII", n, -n, n, n) for n in (0, 1, 3, 1 << 30))

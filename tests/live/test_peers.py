@@ -12,7 +12,7 @@ from pathlib import Path
 
 import fakeploop
 import pytest
-from support import MIB, loop_device, mounted, needs, pyploop_cmd, pyploop_env, run
+from support import MIB, loop_device, mounted, needs, pyploop_cmd, pyploop_env, run, tmpfs
 from support_live import (
     C_RECEIVER,
     Copied,
@@ -130,7 +130,16 @@ def test_scripted_writes_arrive_whoever_sends_and_receives(
     size = 12 * MIB
     image = (ploop1_image if fmt == "ploop1" else random_file)(folder / "image", size)
     target, mount = folder / "target", folder / "mnt"
-    mount.mkdir()
+    # Of another file system than the target, which must not be frozen with it.
+    with tmpfs(mount, MIB):
+        scripted_copy(library, image, target, mount, via, fmt, sender, receiver)
+
+
+def scripted_copy(
+    library: Path, image: Path, target: Path, mount: Path, via: str, fmt: str, sender: str,
+    receiver: str,
+) -> None:  # fmt: skip
+    folder, size = image.parent, image.stat().st_size
     env = fakeploop.env(
         library,
         image,

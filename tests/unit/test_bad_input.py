@@ -181,6 +181,9 @@ def test_local_copy_onto_a_full_disk_leaves_nothing(tmp_path: Path) -> None:
     with support.tmpfs(tmp_path / "m", 1 << 20) as folder:
         got = pyploop("copy", "-s", tmp_path / "src", "-d", folder / "image")
         assert got.code == 7
+        got.one_line("has 3.0 MiB of data", "has room for 1.0 MiB; nothing was copied")
+        got = pyploop("copy", "-s", tmp_path / "src", "-d", folder / "image", "--reserve", "0")
+        assert got.code == 7
         got.one_line("No space left")
         assert list(folder.iterdir()) == []
 

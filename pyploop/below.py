@@ -1,0 +1,338 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What lies below a file or a device: from the file system down through loop
+devices and what device-mapper and md stack, to the disks.
+
+A target that lies on its own source would be written for ever, or stand still as
+soon as the source is frozen.  One that shares a file system with it fills what the
+source needs to grow.  Both are found by going down from either side.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import stat
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from pyploop import kernel, sysblock
+from pyploop.device import Source
+from pyploop.units import SECTOR
+
+Number = tuple[int, int]
+"""A device's major and minor, or those that a file system has instead."""
+Thing = tuple[int, int, int]
+"""Major, minor and inode of a file; inode 0: the device or file system itself."""
+
+NAMES_ITS_STORE = re.compile(r"fuse(\..*)?|ecryptfs")
+"""File systems whose source may be the folder or image where they really store."""
+IN_MEMORY = ("tmpfs", "ramfs", "devtmpfs", "hugetlbfs")
+LOOKS = 10
+"""At figures of file systems that change meanwhile."""
+
+
+@dataclass(frozen=True)
+class FileSystem:
+    """One that is written when the file above is."""
+
+    number: Number
+    fstype: str
+    name: str
+    """Where it is mounted, for a person."""
+    path: str
+    """Something on it, for statvfs."""
+    growth: int | None
+    """Bytes at most by which what lies above can grow here; None: without limit."""
+
+
+@dataclass
+class Below:
+    """All that lies below."""
+
+    things: set[Thing] = field(default_factory=set)
+    file_systems: list[FileSystem] = field(default_factory=list)
+    """From the top down."""
+    unknown: list[str] = field(default_factory=list)
+    """Where it could not be followed further, in words."""
+
+
+def of_file(fd: int) -> Below:
+    """Below an open file or folder, the file itself included."""
+    walk = _Walk()
+    walk.file(fd, f"/proc/self/fd/{fd}", None)
+    return walk.found
+
+
+def of_source(source: Source) -> Below:
+    """Below a source."""
+    return _below_source(source, _Walk())
+
+
+def _below_source(source: Source, walk: _Walk) -> Below:
+    if source.block is not None:
+        walk.device(source.block.dev, None)
+    for fd in {source.fd, source.fd if source.sparse_fd is None else source.sparse_fd}:
+        if stat.S_ISREG(os.fstat(fd).st_mode):
+            walk.file(fd, f"/proc/self/fd/{fd}", None)
+    return walk.found
+
+
+def apart_from(source: Source, points: Iterable[str]) -> set[Thing]:
+    """What must not lie below a target: the source, what is stacked on it, the files
+    that it is made of, and the file systems that will be frozen (mount points)."""
+    found = _below_source(source, _Walk(to_files=True))
+    things = {thing for thing in found.things if thing[2]}
+    if source.block is not None:
+        things |= {(*device.dev, 0) for device in sysblock.stacked_on(source.block)}
+    for point in points:
+        with contextlib.suppress(OSError), _opened(point) as fd:
+            things.add((*_Walk().number_of(fd), 0))
+    return things
+
+
+def is_below(source: Source, fd: int) -> bool:
+    """Whether the source is stored in this open file, however deep."""
+    st = os.fstat(fd)
+    return (*_of_dev(st.st_dev), st.st_ino) in of_source(source).things
+
+
+@contextlib.contextmanager
+def _opened(path: str) -> Iterator[int]:
+    fd = os.open(path, os.O_PATH | os.O_CLOEXEC)
+    try:
+        yield fd
+    finally:
+        os.close(fd)
+
+
+@dataclass(frozen=True)
+class _Mounted:
+    number: Number
+    point: str
+    fstype: str
+    source: str
+    options: dict[str, str]
+
+
+def _mounts() -> dict[int, _Mounted]:
+    """By mount id."""
+    found = {}
+    for line in os.fsdecode(Path("/proc/self/mountinfo").read_bytes()).split("\n"):
+        left, _, right = line.partition(" - ")
+        fields, rest = left.split(" "), right.split(" ")
+        if len(fields) < 5 or len(rest) < 3:
+            continue
+        options = (o.partition("=") for o in _split_options(sysblock.unescape(rest[2])))
+        found[int(fields[0])] = _Mounted(
+            _number(fields[2]),
+            sysblock.unescape(fields[4]),
+            rest[0],
+            sysblock.unescape(rest[1]),
+            {name: value for name, _, value in options},
+        )
+    return found
+
+
+def _split_options(text: str) -> list[str]:
+    r"""At commas, of which overlay writes those in names as `\,`."""
+    return [re.sub(r"\\(.)", r"\1", part) for part in re.split(r"(?<!\\),", text)]
+
+
+def _number(text: str) -> Number:
+    major, _, minor = text.strip().partition(":")
+    return int(major), int(minor)
+
+
+def _of_dev(dev: int) -> Number:
+    return os.major(dev), os.minor(dev)
+
+
+class _Walk:
+    """One way down; each thing is visited once."""
+
+    def __init__(self, *, to_files: bool = False) -> None:
+        """to_files: not below the file systems of the files that are met first."""
+        self.found = Below()
+        self._further = not to_files
+        self._mounts = _mounts()
+        self._devices: set[Number] = set()
+
+    def _mount_of(self, fd: int) -> _Mounted | None:
+        """By the mount's id: st_dev is not the file system's on btrfs."""
+        for line in Path(f"/proc/self/fdinfo/{fd}").read_text().splitlines():
+            name, _, value = line.partition(":")
+            if name == "mnt_id":
+                return self._mounts.get(int(value))
+        return None
+
+    def number_of(self, fd: int) -> Number:
+        """Of the file system that the file is on."""
+        mount = self._mount_of(fd)
+        return _of_dev(os.fstat(fd).st_dev) if mount is None else mount.number
+
+    def file(self, fd: int, path: str, growth: int | None) -> None:
+        """An open file (or folder) at this path."""
+        st = os.fstat(fd)
+        mount = self._mount_of(fd)
+        number = _of_dev(st.st_dev)
+        self.found.things |= {(*number, 0), (*number, st.st_ino)}
+        if self._further:
+            self._file_system(mount, number, path, growth)
+
+    def _file_system(
+        self, mount: _Mounted | None, number: Number, path: str, growth: int | None
+    ) -> None:
+        """number: of a file system whose mount is not seen here."""
+        if mount is None:
+            fs = FileSystem(number, "", path, path, growth)
+        else:
+            fs = FileSystem(mount.number, mount.fstype, mount.point, path, growth)
+        if fs.number in (known.number for known in self.found.file_systems):
+            return
+        self.found.things.add((*fs.number, 0))
+        self.found.file_systems.append(fs)
+        if mount is None:
+            self.device(fs.number, fs.growth)
+        elif mount.fstype == "btrfs":
+            for member in _btrfs_devices(mount.source):
+                self.device(member, fs.growth)
+        elif _exists(fs.number):
+            self.device(fs.number, fs.growth)
+        elif mount.fstype not in IN_MEMORY:
+            followed = [self._folder(store, fs.growth) for store in _stores(mount)]
+            if not any(followed):
+                self._by_figures(fs, mount)
+
+    def _folder(self, path: str, growth: int | None) -> bool:
+        """Where a file system stores: a folder, an image or a device."""
+        with contextlib.suppress(OSError), _opened(path) as fd:
+            st = os.fstat(fd)
+            if stat.S_ISBLK(st.st_mode):
+                self.device(_of_dev(st.st_rdev), growth)
+            else:
+                self.file(fd, path, growth)
+            return True
+        return False
+
+    def _by_figures(self, fs: FileSystem, mount: _Mounted) -> None:
+        """One that only shows another has the same size and the same room, to the
+        byte: an overlay, FUSE, or a network's file system of this machine."""
+        for other in self._mounts.values():
+            if _exists(other.number) or other.fstype == "btrfs":
+                with contextlib.suppress(OSError):
+                    if _same_figures(fs.path, other.point):
+                        self._file_system(other, other.number, other.point, fs.growth)
+                        return
+        self.found.unknown.append(f"{mount.point} ({mount.fstype} of {mount.source})")
+
+    def device(self, number: Number, growth: int | None) -> None:
+        """A block device, or nothing when there is none of this number."""
+        if number in self._devices or not _exists(number):
+            return
+        self._devices.add(number)
+        self.found.things.add((*number, 0))
+        node = Path(os.path.realpath(_sysfs(number)))
+        if (node / "partition").exists():
+            self.device(_number((node.parent / "dev").read_text()), growth)
+        for slave in sorted((node / "slaves").glob("*")):
+            self.device(_number((slave / "dev").read_text()), growth)
+        if (node / "loop/backing_file").exists():
+            self._loop(node, growth)
+
+    def _loop(self, node: Path, growth: int | None) -> None:
+        device = "/dev/" + node.name.replace("!", "/")
+        try:
+            fd = os.open(device, os.O_RDONLY | os.O_CLOEXEC)
+            try:
+                status = kernel.loop_status(fd, device)
+            finally:
+                os.close(fd)
+            number, inode = status.device, status.inode
+        except OSError:  # nothing attached any more, or it is not ours to open
+            number, inode = None, 0
+        name = os.fsdecode((node / "loop/backing_file").read_bytes()[:-1])
+        with contextlib.suppress(OSError), _opened(name) as fd:
+            st = os.fstat(fd)
+            if number in (None, _of_dev(st.st_dev)) and inode in (0, st.st_ino):
+                if stat.S_ISBLK(st.st_mode):
+                    self.device(_of_dev(st.st_rdev), growth)
+                else:
+                    hole = max(st.st_size - st.st_blocks * SECTOR, 0)
+                    self.file(fd, name, hole if growth is None else min(hole, growth))
+                return
+        if number is None:
+            self.found.unknown.append(f"{device} (of {name})")
+            return
+        # Deleted, hidden, or a name of another mount namespace.
+        self.found.things |= {(*number, 0), (*number, inode)}
+        if not self._further:
+            return
+        for mount in self._mounts.values():
+            if mount.number == number:
+                self._file_system(mount, number, mount.point, growth)
+                return
+        self.device(number, growth)
+
+
+def _stores(mount: _Mounted) -> list[str]:
+    if mount.fstype == "overlay":
+        return [mount.options.get("upperdir", "")]
+    if not NAMES_ITS_STORE.fullmatch(mount.fstype):
+        return []
+    parts = [mount.source] if os.path.exists(mount.source) else mount.source.split(":")
+    return parts if all(os.path.isabs(part) for part in parts) else []  # HOST:/FOLDER
+
+
+def _same_figures(path: str, other: str) -> bool:
+    def figures(path: str) -> tuple[int, ...]:
+        st = os.statvfs(path)
+        return st.f_blocks * st.f_frsize, st.f_bfree * st.f_frsize, st.f_files, st.f_ffree
+
+    for _ in range(LOOKS):
+        before, there, after = figures(path), figures(other), figures(path)
+        if before == after or before[0] != there[0]:
+            return before == there and there[0] > 0
+    return False
+
+
+def _sysfs(number: Number) -> str:
+    return f"/sys/dev/block/{number[0]}:{number[1]}"
+
+
+def _exists(number: Number) -> bool:
+    return os.path.exists(_sysfs(number))
+
+
+def _btrfs_devices(source: str) -> list[Number]:
+    """All of the file system that this device belongs to."""
+    try:
+        number = _of_dev(os.stat(source).st_rdev)
+    except OSError:
+        return []
+    name = os.path.basename(os.path.realpath(_sysfs(number)))
+    for folder in Path("/sys/fs/btrfs").glob("*/devices"):
+        if (folder / name).exists():
+            return [_number((d / "dev").read_text()) for d in folder.iterdir()]
+    return [number]
+
+
+def boot() -> bytes:
+    """16 bytes that tell this run of this machine's kernel from all others."""
+    try:
+        text = Path("/proc/sys/kernel/random/boot_id").read_text()
+        return bytes.fromhex(text.strip().replace("-", ""))
+    except (OSError, ValueError):
+        return bytes(16)
+
+
+def in_words(things: Iterable[Thing]) -> str:
+    """Where that is, for a person: a mount point, else a device, else a file."""
+    numbers = sorted({(major, minor) for major, minor, inode in things if not inode})
+    for mount in _mounts().values():
+        if mount.number in numbers:
+            return mount.point
+    if not numbers:
+        return "a file"
+    return "/dev/" + os.path.basename(os.path.realpath(_sysfs(numbers[0]))).replace("!", "/")

@@ -1,0 +1,164 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Room for a copy: compared before the first byte, and watched while it grows on a
+file system that its source needs, too.
+
+A sparse source that is in use grows.  When the copy has filled the file system
+below it, its users get I/O errors: so the copy ends before that.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import stat
+from dataclasses import dataclass
+from pathlib import Path
+
+from pyploop import below, kernel
+from pyploop.below import Below, Thing
+from pyploop.device import Source
+from pyploop.errors import WriteError
+from pyploop.units import GIB, SECTOR, format_size
+
+PART = 0.05
+LEAST = GIB
+"""The default reserve: this part of what is free, or so many bytes if that is more,
+but never more than half of what is free."""
+WITHOUT_HOLES = ("vfat", "msdos", "exfat")
+
+
+def default_reserve(free: int) -> int:
+    return min(max(int(free * PART), LEAST), free // 2)
+
+
+def free_bytes(path: str) -> int | None:
+    """What this process may still write there; None: it cannot be told.  Root may
+    use what ext4 keeps for it."""
+    try:
+        st = os.statvfs(path)
+    except OSError:
+        return None
+    if not st.f_blocks:
+        return None
+    free = (st.f_bfree if os.geteuid() == 0 else st.f_bavail) * st.f_frsize
+    return min(free, _memory()) if _is_tmpfs(path) else free
+
+
+def _is_tmpfs(path: str) -> bool:
+    with contextlib.suppress(OSError):
+        fd = os.open(path, os.O_PATH | os.O_CLOEXEC)
+        try:
+            return kernel.is_tmpfs(fd, path)
+        finally:
+            os.close(fd)
+    return False
+
+
+def _memory() -> int:
+    """Bytes of memory and swap that are left, for a file system in memory."""
+    lines = Path("/proc/meminfo").read_text().splitlines()
+    values = {name: int(rest.split()[0]) for name, rest in (line.split(":") for line in lines)}
+    return (values["MemAvailable"] + values["SwapFree"]) << 10
+
+
+def data_of(source: Source, enough: int | None = None) -> int:
+    """Bytes that a copy of the source takes now, as far as its file knows; 0: it
+    does not.  enough: up to so many it need not be exact, but not less."""
+    fd = source.fd if source.sparse_fd is None else source.sparse_fd
+    st = os.fstat(fd)
+    if not stat.S_ISREG(st.st_mode):
+        return 0
+    allocated = min(st.st_blocks * SECTOR, source.size)
+    if enough is not None and allocated <= enough:
+        return allocated
+    return sum(end - start for start, end in source.holes()[0])
+
+
+def of_target(target: Below) -> tuple[int | None, str]:
+    """Bytes that the target may still get, and what has no more: of the file systems
+    below it the one that is full first.  None: it cannot be told."""
+    room: int | None = None
+    where = ""
+    for fs in target.file_systems:
+        free = free_bytes(fs.path)
+        if free is None or (fs.growth is not None and fs.growth <= free):
+            continue
+        if room is None or free < room:
+            room, where = free, fs.name
+    return room, where
+
+
+def check_size(fd: int, size: int, fstype: str, path: str) -> None:
+    """WriteError when the file system, or a limit of this process, lets no file have
+    so many bytes: tried, since it would be known only after all else."""
+    try:
+        if fstype in WITHOUT_HOLES:
+            _check_position(fd, size)
+            return
+        before = os.fstat(fd).st_size
+        if size > before:
+            os.ftruncate(fd, size)
+            os.ftruncate(fd, before)
+    except OSError as e:
+        raise WriteError.of(
+            f"{path} cannot have the {size} bytes of the source (a limit of its file system, or of "
+            "this process: ulimit -f); nothing was copied",
+            e,
+        ) from e
+
+
+def _check_position(fd: int, size: int) -> None:
+    """By a position that it would not take: to set the size would write zeroes."""
+    probe = os.open(f"/proc/self/fd/{fd}", os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        os.lseek(probe, size, os.SEEK_SET)
+    except OSError as e:
+        raise OSError(errno.EFBIG, os.strerror(errno.EFBIG)) from e
+    finally:
+        os.close(probe)
+
+
+def check(source: Source, room: int | None, where: str) -> None:
+    """WriteError when the source has more data than there is room."""
+    if room is not None and (data := data_of(source, room)) > room:
+        raise WriteError(
+            f"{source.path} has {format_size(data)} of data, and {where} has room for "
+            f"{format_size(room)}; nothing was copied (--reserve 0 tries nevertheless)"
+        )
+
+
+@dataclass(frozen=True)
+class Watched:
+    """A file system that the source and the target share."""
+
+    name: str
+    path: str
+    reserve: int
+
+    def check(self) -> None:
+        free = free_bytes(self.path)
+        if free is not None and free < self.reserve:
+            raise WriteError(
+                f"stopped so that the source keeps {format_size(self.reserve)} free to grow "
+                f"(--reserve): {self.name}, where both lie, has {format_size(free)} left; no "
+                "target was made"
+            )
+
+
+def shared(source: Source, things: set[Thing], reserve: int | None) -> list[Watched]:
+    """File systems below the source that lie below the target, too: to be watched.
+    WriteError when the copy does not fit beside the reserve."""
+    found = []
+    for fs in below.of_source(source).file_systems:
+        if (*fs.number, 0) not in things or (free := free_bytes(fs.path)) is None:
+            continue
+        keep = default_reserve(free) if reserve is None else reserve
+        if (data := data_of(source, max(free - keep, 0))) > free - keep:
+            raise WriteError(
+                f"{source.path} has {format_size(data)} of data, and its copy would lie on the "
+                f"file system where it grows itself ({fs.name}): {format_size(free)} are free, of "
+                f"which {format_size(keep)} are left to the source (--reserve); nothing was copied"
+            )
+        found.append(Watched(fs.name, fs.path, keep))
+    return found

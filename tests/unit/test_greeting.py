@@ -1,0 +1,234 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Version 3 of the greeting: what the two ends tell each other of the target's place
+before the first byte, and what an older end makes of it (docs/protocol.md)."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import struct
+import subprocess
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import support
+from support import FAILURE, SUCCESS, d1_end, d1_frame, d1_sync
+
+from pyploop import device
+from pyploop.device import Source
+from pyploop.errors import ParameterError, ProtocolError, WriteError
+from pyploop.events import Reporter
+from pyploop.stream_output import StreamOutput
+
+HELLO, HELLO_2, PLACE, REFUSED = (b"PYP" + bytes([n]) for n in (1, 2, 3, 4))
+HELLO_REPLY, HELLO_2_REPLY, PLACE_REPLY = (b"PYPLOOP" + bytes([n]) for n in (1, 2, 3))
+TIMES = bytes(56)
+BOOT = bytes.fromhex(Path("/proc/sys/kernel/random/boot_id").read_text().strip().replace("-", ""))
+DATA = os.urandom(10_000)
+
+
+def place(boot: bytes, room: int, *things: tuple[int, int, int], count: int | None = None) -> bytes:
+    count = len(things) if count is None else count
+    return (
+        boot + struct.pack("<QI", room, count) + b"".join(struct.pack("<IIQ", *t) for t in things)
+    )
+
+
+# ---- the sender
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Iterator[Source]:
+    (tmp_path / "source").write_bytes(DATA)
+    with contextlib.closing(device.open_source(str(tmp_path / "source"))) as opened:
+        yield opened
+
+
+@contextlib.contextmanager
+def peer(answers: bytes) -> Iterator[tuple[StreamOutput, int]]:
+    """An output whose peer has answered already, and what it reads."""
+    (out_r, out_w), (back_r, back_w) = os.pipe(), os.pipe()
+    os.write(back_w, HELLO_REPLY + HELLO_2_REPLY + TIMES + answers)
+    os.close(back_w)
+    out = StreamOutput(out_w, back_r, Reporter(), two_way=False, sync_wait=0, answer_timeout=5)
+    try:
+        out.hello()
+        assert os.read(out_r, 100) == d1_sync(HELLO) + d1_sync(HELLO_2)
+        yield out, out_r
+    finally:
+        for fd in (out_r, out_w, back_r):
+            os.close(fd)
+
+
+def question(size: int) -> bytes:
+    return d1_frame(size, PLACE)
+
+
+def test_a_receiver_of_version_2_takes_the_question_for_a_sync(source: Source) -> None:
+    with peer(SUCCESS + TIMES + SUCCESS + TIMES) as (out, read):
+        assert out.announce(source, compare_room=True) == len(question(len(DATA)))
+        assert os.read(read, 100) == question(len(DATA))
+        assert out.things() is None
+        out.refuse(ParameterError("no"))  # it would be a SYNC there
+        os.set_blocking(read, False)
+        with pytest.raises(BlockingIOError):
+            os.read(read, 1)
+        out._answer(out._answers or -1, "SYNC")
+
+
+def test_a_receiver_of_version_1_is_not_asked(source: Source) -> None:
+    with peer(b"") as (out, read):
+        out._timed = False
+        assert out.announce(source, compare_room=True) == 0
+        os.set_blocking(read, False)
+        with pytest.raises(BlockingIOError):
+            os.read(read, 1)
+
+
+def test_what_lies_below_the_target_is_known_on_the_same_machine_only(source: Source) -> None:
+    things = ((7, 1, 0), (8, 2, 77))
+    for boot, known in ((BOOT, set(things)), (bytes(16), None), (os.urandom(16), None)):
+        with peer(PLACE_REPLY + TIMES + place(boot, 1 << 40, *things)) as (out, _):
+            out.announce(source, compare_room=True)
+            assert out.things() == known
+
+
+def test_a_receiver_that_cannot_have_the_size_ends_the_copy_with_7(source: Source) -> None:
+    with (
+        peer(FAILURE + TIMES) as (out, _),
+        pytest.raises(WriteError, match="cannot take the 10000"),
+    ):
+        out.announce(source, compare_room=True)
+
+
+def test_a_receiver_without_room_is_told_that_nothing_comes(source: Source) -> None:
+    with peer(PLACE_REPLY + TIMES + place(BOOT, 9_999)) as (out, read):
+        with pytest.raises(WriteError, match=r"the receiver has room for 9\.8 KiB"):
+            out.announce(source, compare_room=True)
+        assert os.read(read, 100) == question(len(DATA)) + d1_frame(7, REFUSED)
+
+
+@pytest.mark.parametrize("room", [9_999, (1 << 64) - 1])
+def test_room_is_not_compared_when_it_is_unknown_or_not_wanted(source: Source, room: int) -> None:
+    with peer(PLACE_REPLY + TIMES + place(BOOT, room)) as (out, _):
+        out.announce(source, compare_room=room != 9_999)
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        b"PYPLOOP\x04" + TIMES,
+        PLACE_REPLY + TIMES + place(BOOT, 0, count=4097),
+        PLACE_REPLY + TIMES + place(BOOT, 0, (1, 2, 3), count=2),
+        PLACE_REPLY + TIMES[:-1],
+    ],
+)
+def test_an_answer_that_is_none_ends_with_13(source: Source, answer: bytes) -> None:
+    with peer(answer) as (out, _), pytest.raises(ProtocolError):
+        out.announce(source, compare_room=True)
+
+
+# ---- the receiver
+
+
+@contextlib.contextmanager
+def receiver(target: Path) -> Iterator[tuple[subprocess.Popen[str], int, int]]:
+    """A receiver that has been greeted in version 2: it, its input, its answers."""
+    (in_r, in_w), (back_r, back_w) = os.pipe(), os.pipe()
+    command = [*support.pyploop_cmd(), "-v-1", "copy", "-d", str(target), "-f", str(back_w)]
+    child = subprocess.Popen(
+        command,
+        stdin=in_r,
+        stderr=subprocess.PIPE,
+        pass_fds=[back_w],
+        env=support.pyploop_env(),
+        text=True,
+    )
+    os.close(in_r)
+    os.close(back_w)
+    try:
+        os.write(in_w, d1_sync(HELLO) + d1_sync(HELLO_2))
+        assert exactly(back_r, 72)[:16] == HELLO_REPLY + HELLO_2_REPLY
+        yield child, in_w, back_r
+    finally:
+        child.kill()
+        child.communicate()
+        os.close(in_w)
+        os.close(back_r)
+
+
+def exactly(fd: int, size: int) -> bytes:
+    got = b""
+    while len(got) < size:
+        part = os.read(fd, size - len(got))
+        assert part, got
+        got += part
+    return got
+
+
+def ended(child: subprocess.Popen[str]) -> tuple[int, str]:
+    _, err = child.communicate(timeout=20)
+    return child.returncode, err
+
+
+def test_a_receiver_tells_where_its_target_lies(tmp_path: Path) -> None:
+    with receiver(tmp_path / "image") as (child, to, back):
+        os.write(to, question(5 << 30))
+        assert exactly(back, 64)[:8] == PLACE_REPLY
+        boot, room, count = struct.unpack("<16sQI", exactly(back, 28))
+        things = list(struct.iter_unpack("<IIQ", exactly(back, 16 * count)))
+        assert boot == BOOT
+        assert 0 < room <= os.statvfs(tmp_path).f_blocks * os.statvfs(tmp_path).f_frsize
+        dev = os.stat(tmp_path).st_dev
+        assert (os.major(dev), os.minor(dev), 0) in things
+        # The size was only tried.
+        os.write(to, d1_frame(0, DATA) + d1_end())
+        assert exactly(back, 64)[:8] == SUCCESS
+        assert ended(child) == (0, "")
+    assert (tmp_path / "image").read_bytes() == DATA
+
+
+def test_a_size_that_no_file_can_have_is_refused(tmp_path: Path) -> None:
+    with receiver(tmp_path / "image") as (child, to, back):
+        os.write(to, question((1 << 63) - 5))
+        assert exactly(back, 64)[:8] == FAILURE
+        code, err = ended(child)
+    assert code == 7
+    assert "image cannot have the 9223372036854775803 bytes" in err
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("code", "words"), [(38, "lies on what it copies"), (7, "not room enough")]
+)
+def test_a_sender_that_does_not_begin_ends_the_receiver_with_its_code(
+    tmp_path: Path, code: int, words: str
+) -> None:
+    with receiver(tmp_path / "image") as (child, to, back):
+        os.write(to, question(1 << 20))
+        exactly(back, 64)
+        os.write(to, d1_frame(code, REFUSED))
+        ended_with, err = ended(child)
+    assert ended_with == code
+    assert words in err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_question_in_the_middle_of_a_copy_is_a_sync(tmp_path: Path) -> None:
+    with receiver(tmp_path / "image") as (child, to, back):
+        os.write(to, d1_frame(0, DATA) + question(1 << 62) + d1_frame(38, REFUSED) + d1_end())
+        assert [exactly(back, 64)[:8] for _ in range(3)] == [SUCCESS] * 3
+        assert ended(child) == (0, "")
+    assert (tmp_path / "image").read_bytes() == DATA
+
+
+def test_a_sender_that_is_gone_at_the_end_leaves_the_complete_target(tmp_path: Path) -> None:
+    with receiver(tmp_path / "image") as (child, to, back):
+        with open(os.devnull) as null:
+            os.dup2(null.fileno(), back)
+        os.write(to, d1_frame(0, DATA) + d1_end())
+        code, err = ended(child)
+    assert code == 7
+    assert "image is complete and was kept" in err
+    assert (tmp_path / "image").read_bytes() == DATA
