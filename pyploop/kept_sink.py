@@ -43,7 +43,7 @@ class KeptSink(Sink):
         which is closed.  held: bytes of it that may be data.  leased: by `hold`."""
         self._unfinished, self._given, self._leased = unfinished, fd, leased
         try:
-            super().__init__(path)
+            super().__init__(path, owner_undoes=True)
         except BaseException:
             os.close(fd)
             raise
@@ -58,6 +58,3 @@ class KeptSink(Sink):
         naming.give_name(self._dir_fd, self._unfinished, self._name)
         with contextlib.suppress(FileNotFoundError):  # renamed, not linked
             os.unlink(self._unfinished)
-
-    def _other_name(self) -> str:
-        return self._unfinished

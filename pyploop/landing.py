@@ -152,7 +152,15 @@ class Landing:
 
         def work() -> None:
             try:
-                receive(disk.image, fd, None, self._report, self._stall, sink=sink)
+                receive(
+                    disk.image,
+                    fd,
+                    None,
+                    self._report,
+                    self._stall,
+                    sink=sink,
+                    owner_undoes=True,
+                )
             except PyploopError as e:
                 # The source hears only that it failed.
                 self._report.note(f"disk {index}: {e}")

@@ -8,7 +8,7 @@ import fcntl
 import math
 import os
 import stat
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 from pyploop import _core, below, room, transport
 from pyploop._core import Known, Pump
@@ -20,7 +20,7 @@ from pyploop.events import Reporter
 from pyploop.image import HEADER_FRAME
 from pyploop.output import Output, Packets
 from pyploop.recorder import Heard
-from pyploop.sink import Sink
+from pyploop.sink import Sink, make_durable
 from pyploop.stream_output import StreamOutput
 from pyploop.units import SECTOR, format_size
 from pyploop.worker import run_cancellable
@@ -77,7 +77,7 @@ class FileOutput:
         return 0
 
     def sync(self, pump: Pump, waiting: bool, start: bytes) -> str:
-        self._durable(lambda: _core.fdatasync(self.fd))
+        self._durable()
         return "local"
 
     def header(self, pump: Pump, data: bytes) -> None:
@@ -97,14 +97,14 @@ class FileOutput:
                 os.ftruncate(self.fd, size)
         except OSError as e:
             raise WriteError.of(f"cannot set the size of the output to {size}", e) from e
-        self._durable(lambda: os.fsync(self.fd))
+        self._durable()
         self.before_end()
         self.holds = "the complete copy"
         return "local"
 
-    def _durable(self, call: Callable[[], None]) -> None:
+    def _durable(self) -> None:
         try:
-            run_cancellable(call)
+            run_cancellable(lambda: make_durable(self.fd, self._name))
         except OSError as e:
             raise SyncError.of("cannot sync the target", e) from e
 

@@ -2,7 +2,8 @@
 """The receiving end: stream -> file, with answers in the dialect of the stream.
 
 Invariants: the answer to a SYNC comes after fdatasync; the answer to END comes
-after the file is durable under its final name; a failure leaves nothing there.
+after the file is durable under its final name; a failure before that leaves
+nothing there, and one after it the file.
 """
 
 from __future__ import annotations
@@ -60,6 +61,7 @@ def receive(
     *,
     expected: Answers | None = None,
     sink: Sink | None = None,
+    owner_undoes: bool = False,
 ) -> Received:
     """Receive one image into a new file `path`, in the dialect of its marker.
 
@@ -67,12 +69,21 @@ def receive(
     each SYNC of D1 is answered, or None.  stall: seconds without a byte after
     which the peer is given up, 0: never.  expected: who is told of a failure
     before the first marker.  sink: what becomes `path`, if not a new file.
+    owner_undoes: of that (Sink).
     """
-    receipt = _Receipt(path, in_fd, feedback_fd, report, expected=expected, sink=sink)
+    receipt = _Receipt(
+        path,
+        in_fd,
+        feedback_fd,
+        report,
+        expected=expected,
+        sink=sink,
+        owner_undoes=owner_undoes,
+    )
     try:
         return receipt.run(stall)
     except PyploopError as e:
-        # The unfinished target is gone by now, also when the peer hears of it.
+        # An unfinished target is gone by now, also when the peer hears of it.
         receipt.answers.failed(receipt.event, e)
         raise
 
@@ -113,8 +124,9 @@ class _Receipt:
         *,
         expected: Answers | None,
         sink: Sink | None,
+        owner_undoes: bool,
     ) -> None:
-        self._sink = sink
+        self._sink, self._owner_undoes = sink, owner_undoes
         self._path, self._in_fd, self._feedback = path, in_fd, feedback_fd
         self._report = report
         self.answers: Answers = expected or NoAnswers()
@@ -123,7 +135,7 @@ class _Receipt:
 
     def run(self, stall: float) -> Received:
         path, report = self._path, self._report
-        with self._sink or Sink(path, report) as sink:
+        with self._sink or Sink(path, report, owner_undoes=self._owner_undoes) as sink:
             size = transport.enlarge_pipe(self._in_fd)
             transport.no_delay(self._in_fd)
             if self._feedback is not None:

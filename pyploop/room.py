@@ -32,16 +32,17 @@ def default_reserve(free: int) -> int:
     return min(max(int(free * PART), LEAST), free // 2)
 
 
-def free_bytes(path: str) -> int | None:
-    """What this process may still write there; None: it cannot be told.  Root may
-    use what ext4 keeps for it."""
+def free_bytes(path: str, *, of_all: bool = False) -> int | None:
+    """What this process may still write there; None: it cannot be told.  of_all: what
+    everybody may, without what ext4 keeps for root."""
     try:
         st = os.statvfs(path)
     except OSError:
         return None
     if not st.f_blocks:
         return None
-    free = (st.f_bfree if os.geteuid() == 0 else st.f_bavail) * st.f_frsize
+    root = os.geteuid() == 0 and not of_all
+    free = (st.f_bfree if root else st.f_bavail) * st.f_frsize
     return min(free, _memory()) if _is_tmpfs(path) else free
 
 
@@ -137,7 +138,7 @@ class Watched:
     reserve: int
 
     def check(self) -> None:
-        free = free_bytes(self.path)
+        free = free_bytes(self.path, of_all=True)
         if free is not None and free < self.reserve:
             raise WriteError(
                 f"stopped so that the source keeps {format_size(self.reserve)} free to grow "
@@ -151,7 +152,10 @@ def shared(source: Source, things: set[Thing], reserve: int | None) -> list[Watc
     WriteError when the copy does not fit beside the reserve."""
     found = []
     for fs in below.of_source(source).file_systems:
-        if (*fs.number, 0) not in things or (free := free_bytes(fs.path)) is None:
+        if (*fs.number, 0) not in things:
+            continue
+        free = free_bytes(fs.path, of_all=True)
+        if free is None:
             continue
         keep = default_reserve(free) if reserve is None else reserve
         if (data := data_of(source, max(free - keep, 0))) > free - keep:

@@ -50,8 +50,13 @@ class Sink:
     """An open, unfinished target; a context manager that discards it unless
     `commit` was reached."""
 
-    def __init__(self, path: str, report: Reporter | None = None) -> None:
+    def __init__(
+        self, path: str, report: Reporter | None = None, *, owner_undoes: bool = False
+    ) -> None:
+        """owner_undoes: what becomes of the file after a failure is somebody else's
+        matter (a migration's), even when it is complete."""
         self.path = path
+        self._owner_undoes = owner_undoes
         if not path or path.endswith("/"):
             raise CreateError(f"cannot create {path!r}: not the name of a file")
         target = Path(path)
@@ -146,7 +151,7 @@ class Sink:
 
     def _note_part(self, part: str) -> None:
         """For `pyploop thaw`, when this process is killed."""
-        path = os.path.abspath(self._beside(part))
+        path = self._beside(part)
         try:
             self._journal = Journal.create(f"copy to {self.path}")
             self._journal.add({"kind": "part", "path": path, "what": f"remove {path}"})
@@ -159,7 +164,8 @@ class Sink:
             self._journal = None
 
     def _beside(self, name: str) -> str:
-        return str(Path(self.path).with_name(name))
+        """The path of a name in the folder, also of one that was renamed meanwhile."""
+        return os.path.join(os.readlink(f"/proc/self/fd/{self._dir_fd}"), name)
 
     def _unlink(self, name: str) -> None:
         with contextlib.suppress(OSError):
@@ -183,7 +189,7 @@ class Sink:
     def sync(self) -> None:
         """Make durable what was written so far."""
         try:
-            fdatasync(self.fd)
+            make_durable(self.fd, self.path)
         except OSError as e:
             raise SyncError.of(f"cannot sync {self.path}", e) from e
         self.synced_ns = time.monotonic_ns()
@@ -204,7 +210,7 @@ class Sink:
         except OSError as e:
             if not self._is_named():  # a network's file system may lose an answer
                 self._keep_aside(e)
-        self._complete = self.path
+        self._complete = self._beside(self._name)
         self._sync_folder()
 
     def _give_name(self) -> None:
@@ -242,11 +248,10 @@ class Sink:
 
     def _keep_aside(self, why: OSError) -> NoReturn:
         """The name cannot be had, but what is complete is not dropped."""
-        at = self._other_name()
         failed = f"the copy is complete and durable, but cannot be named {self.path}"
-        if at:
-            self._complete = at
-        else:
+        if not self._owner_undoes:
+            self._complete = self._other_name()
+        if not (self._complete or self._owner_undoes):
             failed += "; it is lost, since no folder of its file system takes it"
         raise CreateError.of(failed, why) from why
 
@@ -285,7 +290,7 @@ class Sink:
             self._unlink(self._part)
         self._forget_part()
         os.close(self._dir_fd)
-        if self._complete and error is not None:
+        if self._complete and error is not None and not self._owner_undoes:
             self._tell_kept(error)
 
     def _tell_kept(self, error: BaseException) -> None:
@@ -296,6 +301,16 @@ class Sink:
             error.state = f"{words}; everything else was undone here"
         elif isinstance(error, OSError):
             raise ReadError(f"{error.filename or self.path}: {error.strerror}; {words}") from error
+
+
+def make_durable(fd: int, path: str) -> None:
+    """The data of an open file.  One that cannot be synced is, with its file system."""
+    try:
+        fdatasync(fd)
+    except OSError as e:
+        if e.errno not in naming.UNSUPPORTED:
+            raise
+        kernel.syncfs(fd, path)
 
 
 def _check_free(path: str) -> None:

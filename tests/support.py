@@ -187,13 +187,18 @@ def mounted(
     finally:
         # A test that failed while frozen must not leave the machine so.
         subprocess.run(["fsfreeze", "-u", str(point)], stderr=subprocess.DEVNULL, check=False)
-        deadline = time.monotonic() + 5
-        while os.path.ismount(point):
-            if time.monotonic() > deadline:
-                run("umount", "--lazy", point)
-                raise AssertionError(f"{point} stayed busy; unmounted lazily")
-            if subprocess.run(["umount", str(point)], capture_output=True, check=False).returncode:
-                time.sleep(0.1)
+        unmount(point)
+
+
+def unmount(point: Path) -> None:
+    """Once nobody looks into it any more."""
+    deadline = time.monotonic() + 5
+    while os.path.ismount(point):
+        if time.monotonic() > deadline:
+            run("umount", "--lazy", point)
+            raise AssertionError(f"{point} stayed busy; unmounted lazily")
+        if subprocess.run(["umount", str(point)], capture_output=True, check=False).returncode:
+            time.sleep(0.1)
 
 
 def tmpfs(point: Path, size: int) -> contextlib.AbstractContextManager[Path]:

@@ -22,6 +22,7 @@ from support import (
     pyploop_cmd,
     pyploop_env,
     run,
+    unmount,
 )
 from support_live import Copied, copy, file_system, random_file, sparse_file, succeeded, work_dir
 
@@ -56,7 +57,7 @@ def bind(folder: Path, point: Path) -> Iterator[Path]:
     try:
         yield folder / "there"
     finally:
-        run("umount", folder / "there")
+        unmount(folder / "there")
 
 
 @contextlib.contextmanager
@@ -79,7 +80,7 @@ def overlay(folder: Path, point: Path, relative: bool = False) -> Iterator[Path]
     try:
         yield folder / "there"
     finally:
-        run("umount", folder / "there")
+        unmount(folder / "there")
 
 
 def relative_overlay(folder: Path, point: Path) -> contextlib.AbstractContextManager[Path]:
@@ -120,7 +121,7 @@ def fuse(folder: Path, point: Path, program: str) -> Iterator[Path]:
     try:
         yield folder / "there"
     finally:
-        run("umount", folder / "there")
+        unmount(folder / "there")
 
 
 def bindfs(folder: Path, point: Path) -> contextlib.AbstractContextManager[Path]:

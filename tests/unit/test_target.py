@@ -377,7 +377,7 @@ def fuse(command: list[str], point: Path) -> Iterator[Path]:
     try:
         yield point
     finally:
-        support.run("umount", point)
+        support.unmount(point)
 
 
 @pytest.mark.root
