@@ -182,6 +182,37 @@ def test_a_file_system_whose_substitute_fails_ends_with_16_and_the_file_stays(
     assert (tmp_path / "t/image").read_bytes() == DATA
 
 
+def test_a_file_that_cannot_be_synced_alone_is_with_its_file_system(
+    tmp_path: Path, monkeypatch: Patch
+) -> None:
+    lacking = failing(_core.fdatasync, errno.EINVAL, lambda fd: True)
+    monkeypatch.setattr("pyploop.sink.fdatasync", lacking)
+    assert copy(tmp_path) == 0
+    monkeypatch.setattr(kernel, "syncfs", failing(kernel.syncfs, errno.EIO, lambda *a: True))
+    (tmp_path / "t/image").unlink()
+    assert copy(tmp_path) == 16
+    assert names(tmp_path / "t") == []
+
+
+def test_a_folder_that_was_renamed_meanwhile_is_told_by_its_new_name(tmp_path: Path) -> None:
+    (tmp_path / "t").mkdir()
+    with pytest.raises(Interrupted) as e, Sink(str(tmp_path / "t/image")) as sink:
+        (tmp_path / "t").rename(tmp_path / "u")
+        sink.commit()
+        raise Interrupted(15)
+    assert f"{tmp_path / 'u/image'} is complete and was kept" in e.value.state
+    assert names(tmp_path / "u") == ["image"]
+
+
+def test_nothing_is_said_of_a_file_whose_owner_undoes_it(tmp_path: Path) -> None:
+    """A migration, that is: its journal has the file."""
+    with pytest.raises(CreateError) as e, Sink(str(tmp_path / "a"), owner_undoes=True) as sink:
+        (tmp_path / "a").write_text("mine")
+        sink.commit()
+    assert "kept" not in str(e.value)
+    assert names(tmp_path) == ["a"]
+
+
 def test_data_that_cannot_be_synced_are_no_target(tmp_path: Path, monkeypatch: Patch) -> None:
     broken = failing(_core.fdatasync, errno.EIO, lambda fd: True)
     monkeypatch.setattr("pyploop.sink.fdatasync", broken)
