@@ -76,9 +76,11 @@ class Sink:
             raise CreateError.of(f"cannot create {path}: folder {target.parent}", e) from e
         try:
             self.fd = self._create()
-        except OSError as e:
-            os.close(self._dir_fd)
-            raise CreateError.of(f"cannot create {path}", e) from e
+        except BaseException as e:  # a signal's, too
+            self._clean_up()
+            if isinstance(e, OSError):
+                raise CreateError.of(f"cannot create {path}", e) from e
+            raise
         self.held = 0
         """The file may hold data below this position."""
 
@@ -117,11 +119,7 @@ class Sink:
         self._ways = self._try_naming()
         self._part = naming.part_of(self._dir_fd, self._name)
         self._note_part(self._part)
-        try:
-            fd = self._new_part(self._part)
-        except OSError:
-            self._forget_part()
-            raise
+        fd = self._new_part(self._part)
         self._report.info(
             f"The target is {self._beside(self._part)} until it is complete (no files without a "
             f"name here), and then {naming.IN_WORDS[self._ways[0]]}"
@@ -133,7 +131,7 @@ class Sink:
         fd = os.open(part, flags, MODE, dir_fd=self._dir_fd)
         try:
             naming.lock_part(fd)
-        except OSError:
+        except BaseException:
             os.close(fd)
             raise
         return fd
@@ -286,12 +284,15 @@ class Sink:
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         with contextlib.suppress(OSError):  # its data were synced, or are dropped
             os.close(self.fd)
+        self._clean_up()
+        if self._complete and error is not None and not self._owner_undoes:
+            self._tell_kept(error)
+
+    def _clean_up(self) -> None:
         if self._part is not None:
             self._unlink(self._part)
         self._forget_part()
         os.close(self._dir_fd)
-        if self._complete and error is not None and not self._owner_undoes:
-            self._tell_kept(error)
 
     def _tell_kept(self, error: BaseException) -> None:
         words = f"{self._complete} is complete and was kept"

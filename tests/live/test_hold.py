@@ -295,6 +295,9 @@ def test_an_undo_that_fails_is_told_and_can_be_tried_again_by_hand(v1: Bench) ->
     assert got.code == 12, got.errors
     (journal,) = (v1.folder / "run").iterdir()
     assert f"exit code 1 (by hand: pyploop thaw {journal.stem})" in got.errors
+    # What was complete by then stays, and the message says so.
+    assert f"{v1.target} is complete and was kept" in got.errors
+    v1.target.unlink()
     ok.touch()
     done = subprocess.run(
         [*pyploop_cmd(), "thaw", journal.stem], env=pyploop_env(), capture_output=True, check=False

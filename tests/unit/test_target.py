@@ -341,6 +341,24 @@ def test_what_a_killed_copy_left_is_removed_by_pyploop_thaw(tmp_path: Path) -> N
     assert list(folder().glob("*.json")) == []
 
 
+def test_a_signal_as_the_part_is_made_leaves_nothing(tmp_path: Path, monkeypatch: Patch) -> None:
+    without_tmpfile(monkeypatch)
+    real = naming.lock_part
+
+    def interrupted(fd: int) -> None:
+        real(fd)
+        if len(names(tmp_path)) == 1 and tried:
+            raise Interrupted(15)
+        tried.append(fd)
+
+    tried: list[int] = []
+    monkeypatch.setattr(naming, "lock_part", interrupted)
+    with pytest.raises(Interrupted):
+        Sink(str(tmp_path / "image"))
+    assert names(tmp_path) == []
+    assert list(folder().glob("*.json")) == []
+
+
 def test_the_part_of_a_living_copy_is_not_touched(tmp_path: Path, monkeypatch: Patch) -> None:
     without_tmpfile(monkeypatch)
     with Sink(str(tmp_path / "image")) as sink:
