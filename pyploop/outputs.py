@@ -8,7 +8,7 @@ import fcntl
 import math
 import os
 import stat
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from pyploop import _core, below, room, transport
 from pyploop._core import Known, Pump

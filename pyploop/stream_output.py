@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable
 from functools import partial
 
-from pyploop import _core, below, room, transport
+from pyploop import _core, below, reader, room, transport
 from pyploop._core import Fault, Known, Pump
 from pyploop.below import Thing
 from pyploop.compat import EXACT, NATIVE, PERHAPS_PLOOP, PLOOP, PYPLOOP, Compat, Framing
@@ -61,6 +61,7 @@ class StreamOutput:
         self._timed = False
         self._asked = 0.0
         self._place: d1.Place | None = None
+        self._reader: set[Thing] | None = None
         self.heard: Heard | None = None
         self.deadline = math.inf
         self.before_end: Callable[[], None] = lambda: None
@@ -126,9 +127,14 @@ class StreamOutput:
         self._read_times(answers)
 
     def announce(self, source: Source, *, compare_room: bool) -> int:
+        written = self._ask_for_place(source, compare_room) if self._timed else 0
+        if self._place is None:
+            self._reader = reader.below_target(self.fd)
+        return written
+
+    def _ask_for_place(self, source: Source, compare_room: bool) -> int:
         """A peer of version 2 takes it for a SYNC."""
-        if not self._timed or self._answers is None:
-            return 0
+        assert self._answers is not None
         question = d1.sync(d1.PLACE, source.size)
         self._asked = time.monotonic()
         transport.write_all(self.fd, question, "cannot ask the receiver")
@@ -159,7 +165,9 @@ class StreamOutput:
 
     def things(self) -> set[Thing] | None:
         here = below.boot()
-        if self._place is None or self._place.boot != here or not any(here):
+        if self._place is None:
+            return self._reader
+        if self._place.boot != here or not any(here):
             return None
         return set(self._place.things)
 

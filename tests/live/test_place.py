@@ -24,7 +24,16 @@ from support import (
     run,
     unmount,
 )
-from support_live import Copied, copy, file_system, random_file, sparse_file, succeeded, work_dir
+from support_live import (
+    C_RECEIVER,
+    Copied,
+    copy,
+    file_system,
+    random_file,
+    sparse_file,
+    succeeded,
+    work_dir,
+)
 
 from pyploop import below, device
 
@@ -164,6 +173,24 @@ def test_a_target_on_its_source_is_refused(
         got = copy(name, there / "target", via=via, json_events=False)
         refused(got, there, via)
         assert not is_frozen(point)
+
+
+@pytest.mark.parametrize("receiver", ["ours", "C"])
+def test_a_receiver_without_a_way_back_that_writes_on_the_source_is_found(
+    folder: Path, disk: tuple[str, Path], receiver: str
+) -> None:
+    if receiver == "C":
+        needs("ploop")
+    name, point = disk
+    program = C_RECEIVER if receiver == "C" else None
+    with overlay(folder, point) as there:
+        got = copy(name, there / "target", via="mute", receiver=program, json_events=False)
+        assert got.code == 38, got.errors
+        assert got.receiver_code == 6, got.errors  # the stream ended
+        assert "the target lies on" in got.errors
+        assert not (there / "target").exists()
+        assert not is_frozen(point)
+    succeeded(copy(name, folder / "target", via="mute", receiver=program, json_events=False))
 
 
 @pytest.mark.parametrize("via", ["local", "socket"])
