@@ -341,3 +341,23 @@ def test_mounted_in_another_namespace(tmp_path: Path) -> None:
             other.stdin.close()
     assert report["mounts"] == [] and report["size"] == 16 * MIB
     assert any("another mount namespace" in n for n in report["notes"])
+
+
+@pytest.mark.root
+def test_who_uses_a_device_is_told_as_a_copy_would(tmp_path: Path) -> None:
+    support.needs("loop", "mkfs.ext4")
+    image = raw(tmp_path / "disk", 16 * MIB)
+    support.run("mkfs.ext4", "-q", "-F", image)
+    with support.loop_device(image) as device, support.loop_device(image) as other:
+        with support.mounted(other, tmp_path / "mnt") as point:
+            (user,) = as_json(device)["users"]
+            assert (user["device"], user["state"]) == (other, "unknown")
+            assert str(point) in user["what"] and f"copy {other}" in user["advice"]
+            assert f"used by:      {other} is mounted at {point}" in info(device).stdout
+            (user,) = as_json(other)["users"]
+            assert (user["device"], user["state"], user["advice"]) == (other, "frozen", None)
+            assert "used by" not in info(other).stdout
+        with image.open("r+b"):
+            (user,) = as_json(device)["users"]
+            assert user["device"].startswith(f"process {os.getpid()} (")
+        assert as_json(device)["users"] == []
