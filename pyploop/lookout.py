@@ -15,6 +15,7 @@ import os
 import select
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from pyploop import kernel, sysblock, users
 from pyploop.errors import DeviceControlError, DeviceError, LoopError, OpenError, SysfsError
@@ -82,6 +83,7 @@ class Lookout:
         self._owned = contextlib.ExitStack()
         self._witness: Witness | None = None
         self._claimed: list[Dev] = []
+        self._mounted: list[Mount] = []
         self._moved = select.poll()
         """Ready once after a change of what is mounted, or of the swap space."""
         self._sight = _Sight()
@@ -163,9 +165,14 @@ class Lookout:
     def _find(self) -> Found:
         if self._where is None:
             return Found([], [*self._attached(), *self._writers("compared")])
+        self._mounted = self._mounts()
         self._claimed = self._claims()
         found = users.find(self._subject.path, self._where, self._given)
         return Found(found.mounts, [*found.users, *self._writers("unknown")])
+
+    def _mounts(self) -> list[Mount]:
+        members = [] if self._where is None else [m.device for m in self._where.members]
+        return sysblock.mounts_of(members, Path("/proc/self/mountinfo"))
 
     def _claims(self) -> list[Dev]:
         members = [] if self._where is None else self._where.members
@@ -190,28 +197,28 @@ class Lookout:
 
     # ---- later
 
-    def changed(self, last: bool = False, frozen: bool = False) -> list[User]:
+    def changed(self, last: bool = False) -> list[User]:
         """Who has come since the last look and can be lived with: a file system that
         is to be frozen with the others, a process that may end in time.  LoopError
-        when somebody cannot.  last: no other look comes; frozen: inside the freeze."""
-        same = not (self._witness is not None and self._witness.opened)
-        same = same and not (last and any(u.passing for u in self.found.unknown))
-        moved = bool(self._moved.poll(0))
-        if same and frozen and not moved:
-            return []
+        when somebody cannot.  last: the freeze comes next."""
+        self._moved.poll(0)
         sight = _Sight.now()
-        same = same and sight == self._sight
-        if same and not (last and not frozen and self._claims() != self._claimed):
+        openers = self._witness.openers if self._witness is not None else set()
+        quiet = sight == self._sight and not openers
+        if quiet and last:
+            waiting = any(u.passing for u in self.found.unknown)
+            quiet = not waiting and self._claims() == self._claimed
+        if quiet:
             return []
-        if self._witness is not None:
-            self._witness.opened = False
         known = self.found
         try:
             self._renew()
-        except SysfsError:  # a device vanished meanwhile: seen in full next time
-            return []
+        except SysfsError as e:  # a device has vanished: seen in full next time
+            if not last:
+                return []
+            raise LoopError(f"{e}: the users of {self._subject.path} cannot be known") from e
+        openers.clear()
         self._sight = sight
-        new = [u for u in self.found.users if u not in known.users]
         if not self._unsafe:
             bad = [u for u in self.found.unknown if last or not u.passing]
             if bad:
@@ -219,7 +226,7 @@ class Lookout:
                     f"{users.refusal(bad)}; this began during the copy of {self._subject.path}; "
                     "no target was made"
                 )
-        return new
+        return [u for u in self.found.users if u not in known.users]
 
     def _renew(self) -> None:
         if self._where is not None:
@@ -238,18 +245,34 @@ class Lookout:
         return self._witness.look()
 
     def check_end(self) -> None:
-        """LoopError unless the users are those that were known, and nothing was
-        written past the queue since the last `beside`."""
+        """Inside the freeze: LoopError unless the users are those that were known, and
+        nothing was written past the queue since the last `beside`.  Nothing is
+        searched unless something has happened, and then only there."""
         if self._unsafe:
             return
-        written = self.beside()
-        new = [u for u in self.changed(last=True, frozen=True) if u.state == "frozen"]
-        written += [f"{u} since the last look" for u in new] + self.beside()
-        if written:
+        found = self.beside()
+        if self._moved.poll(0):
+            found += self._mounted_since()
+        if self._witness is not None and (openers := self._witness.openers):
+            if all(os.path.exists(f"/proc/{pid}") for pid in openers):
+                for pid, how in users.writers(self._subject.files, openers):
+                    found.append(f"{users.describe(pid)} has {self._subject.name} {how}")
+            else:  # it may have left the file to another, or to a loop device
+                self.changed(last=True)
+                found += self.beside()
+        if found:
             raise LoopError(
-                f"{'; '.join(written)}: this came while the last blocks of {self._subject.path} "
+                f"{'; '.join(found)}: this came while the last blocks of {self._subject.path} "
                 "were sent; no target was made"
             )
+
+    def _mounted_since(self) -> list[str]:
+        """What was mounted since the last look, in words; LoopError for swap space."""
+        if self._where is None or _read("/proc/swaps") != self._sight.swaps:
+            self.changed(last=True)
+        known = {m.device() for m in self._mounted}
+        new = [m for m in self._mounts() if m.device() not in known]
+        return [f"{m.source} is mounted at {m.point} ({m.fstype})" for m in new]
 
     # ---- for the log
 

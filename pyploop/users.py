@@ -91,11 +91,11 @@ class _Finder:
         """A claim is not."""
 
     def all(self) -> Found:
+        for mount in self._given:
+            self._explained |= _covered(mount)
         mounts = self._mounted_here()
         self._swaps()
         self._mounted_elsewhere()
-        for mount in self._given:
-            self._explained |= _covered(mount)
         self._claims()
         return Found(mounts, self._users)
 
@@ -127,26 +127,26 @@ class _Finder:
         self._add(name, why, f"copy {name} instead, or unmount it")
 
     def _mounted_elsewhere(self) -> None:
-        tracked = [d for d in self._reach.tracked if d.dev not in self._explained]
-        elsewhere = sysblock.mounted_elsewhere(tracked) if tracked else None
-        if elsewhere:
+        members = {m.device.dev: m for m in self._reach.members}
+        while rest := [m.device for m in members.values() if m.device.dev not in self._explained]:
+            elsewhere = sysblock.mounted_elsewhere(rest)
+            if elsewhere is None:
+                return
             pid, there = elsewhere
-            self._explained |= {d.dev for d in tracked}
+            member = members.get(there.device() or (0, 0))
+            if member is None or member.device not in rest:  # one of its other devices
+                member = members[rest[0].dev]
+                self._explained |= {d.dev for d in rest}
+            self._explained.add(member.device.dev)
             what = f"is mounted in another mount namespace (process {pid}, {there.point})"
-            if self._given:
+            if not member.tracked:
+                self._beside(member.device, what)
+            elif self._given:
                 what += ", and is not frozen: --mount names another"
                 self._users.append(User(there.source, what, "unfrozen"))
             else:
                 what += ", so it cannot be frozen from here"
-                self._add(self._path, what, f"use --mount /proc/{pid}/root{there.point}")
-        beside = [d for d in self._reach.untracked if d.dev not in self._explained]
-        for device in beside:
-            elsewhere = sysblock.mounted_elsewhere([device])
-            if elsewhere:
-                self._explained.add(device.dev)
-                pid, there = elsewhere
-                what = f"is mounted in another mount namespace (process {pid}, {there.point})"
-                self._beside(device, what)
+                self._add(there.source, what, f"use --mount /proc/{pid}/root{there.point}")
 
     def _swaps(self) -> None:
         members = {m.device.dev for m in self._reach.members}
@@ -294,12 +294,14 @@ def _descriptors(pid: int) -> Iterator[str]:
         yield f"{folder}/{name}"
 
 
-def writers(files: Sequence[tuple[Dev, int]]) -> list[tuple[int, str]]:
-    """(PID, how) of other processes that can write one of these files (device,
-    inode): that have it open, or mapped."""
+def writers(
+    files: Sequence[tuple[Dev, int]], pids: Iterable[int] | None = None
+) -> list[tuple[int, str]]:
+    """(PID, how) of other processes (of these) that can write one of the files
+    (device, inode): that have it open, or mapped."""
     inodes = {inode for _, inode in files}
     found = []
-    for pid in sysblock.processes():
+    for pid in sysblock.processes() if pids is None else pids:
         if pid == os.getpid():
             continue
         if any(_is_open_for_writing(fd, files) for fd in _descriptors(pid)):

@@ -35,8 +35,8 @@ class Witness:
         self._fds: list[int] = []
         self.why_not = ""
         """Why writes to the file cannot be seen; empty: they are."""
-        self.opened = False
-        """Somebody has opened the file since this was last set to false."""
+        self.openers: set[int] = set()
+        """The processes that have opened the file since this was last emptied."""
         self._beside: dict[Dev, _Counters] = {}
         self._new: list[str] = []
         self._files = files
@@ -93,7 +93,7 @@ class Witness:
                 continue
             if access.file is not None and access.file not in self._files:
                 continue
-            self.opened |= access.opened
+            self.openers |= {access.pid} if access.opened else set()
             if access.wrote:
                 who = describe(access.pid) if access.pid else "a process"
                 found.append(f"{who} could write {self._name}, beside its loop device")

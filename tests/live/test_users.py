@@ -293,6 +293,18 @@ def test_a_write_to_the_file_during_the_freeze_arrives_or_ends_the_copy(folder: 
         assert not (folder / "always").exists()
 
 
+def test_who_opens_the_file_during_the_freeze_may_read_it_but_not_write_it(folder: Path) -> None:
+    disk = image(folder)
+    with loop_device(disk) as source, mounted(source, folder / "m"):
+        got = copy(source, folder / "read", "-F", f"head -c 1 {disk} >/dev/null", via="local")
+        succeeded(got)
+        assert not got.repairs
+        held = f"sleep 3 8<>{disk} >/dev/null 2>&1 & sleep 0.2"
+        got = copy(source, folder / "held", "-F", held, via="local")
+        assert got.code == 14, got.errors
+        assert "(sleep) has" in got.errors and not (folder / "held").exists()
+
+
 def test_a_second_loop_device_that_is_mounted_meanwhile_ends_the_copy(folder: Path) -> None:
     disk = image(folder)
     with (
