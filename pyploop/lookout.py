@@ -127,7 +127,9 @@ class Lookout:
     def _open_caches(self) -> None:
         assert self._where is not None
         for member in self._where.members:
-            if member.device.dev in self._caches:
+            # What a mapped device lies on is its driver's alone, and may not even answer.
+            mapped = not member.tracked and self._where.loop is None
+            if mapped or member.device.dev in self._caches:
                 continue
             path = self._path_of(member)
             try:
