@@ -260,8 +260,8 @@ class FileSystems:
     def _entry_of(self, m: Mounted) -> Held:
         """Its journaled entry, with the descriptor that it has now."""
         assert m.foreseen is not None
-        if m.foreseen.entry["fsid"] != m.fsid:
-            # Another one, made and mounted by the stop command.
+        if any(m.foreseen.entry[k] != m.entry[k] for k in ("dev", "fsid")):
+            # It has another number by now, or is another one, made by the stop command.
             self._plan.done(m.foreseen)
             m.foreseen = self._plan.foresee(m.entry, m.fd)
         m.foreseen = m.foreseen.by(m.fd)

@@ -19,6 +19,7 @@ from pyploop.sysblock import Mount
 
 FREEZABLE = ("bcachefs", "btrfs", "ext2", "ext3", "ext4", "f2fs", "jfs", "nilfs2", "xfs")
 """File systems that are known to freeze.  Any other is tried out before the copy."""
+HALF = 0xFFFFFFFF
 UNMOUNT_DEADLINE = 1.0
 """Seconds that a device may still be in use after its file system was unmounted."""
 
@@ -29,10 +30,10 @@ class Mounted:
     def __init__(self, mount: Mount) -> None:
         """OpenError when it cannot be opened at its mount point."""
         self.mount = mount
+        self._at = mount.point
         self.fd = _open(mount)
         st = os.fstat(self.fd)
         self.dev = os.major(st.st_dev), os.minor(st.st_dev)
-        self._inode = st.st_ino
         self.fsid = os.fstatvfs(self.fd).f_fsid
         self.can_freeze = True
         self.gone = False
@@ -46,7 +47,8 @@ class Mounted:
 
     @property
     def point(self) -> str:
-        return self.mount.point
+        """Where it was opened."""
+        return self._at
 
     @property
     def entry(self) -> Entry:
@@ -102,6 +104,10 @@ class Mounted:
         if device is not None and not in_use(device):
             self.gone = True
             return
+        if device is not None and self.dev[0] == 0:
+            for mount in sysblock.mounts_of([sysblock.find(device)], Path("/proc/self/mountinfo")):
+                if self._reopen(mount.point):
+                    return
         if device is not None:
             found = sysblock.mounted_elsewhere([sysblock.find(device)])
             if found and self._reopen(f"/proc/{found[0]}/root{found[1].point}"):
@@ -118,14 +124,14 @@ class Mounted:
         except OSError:
             return False
         st, fsid = os.fstat(fd), os.fstatvfs(fd).f_fsid
-        # A number without a device may belong to another file system by now.
-        same = (os.major(st.st_dev), os.minor(st.st_dev)) == self.dev and (
-            self.dev[0] != 0 or (fsid, st.st_ino) == (self.fsid, self._inode)
-        )
+        dev = os.major(st.st_dev), os.minor(st.st_dev)
+        # btrfs has a new number each time, and one for each subvolume; what
+        # these have in common is the lower half of the ID.
+        same = dev == self.dev if self.dev[0] else (fsid ^ self.fsid) & HALF == 0 != fsid & HALF
         if not same:
             os.close(fd)
             return False
-        self.fd, self.fsid = fd, fsid
+        self.fd, self.dev, self.fsid, self._at = fd, dev, fsid, point
         return True
 
     def check_gone(self) -> None:

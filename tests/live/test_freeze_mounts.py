@@ -116,6 +116,28 @@ def test_a_file_system_that_is_mounted_again_is_frozen_there(
         unmount_again(n)
 
 
+@pytest.mark.parametrize("way", ["again", "subvolume"])
+def test_a_btrfs_is_found_again_although_its_number_changes(folder: Path, way: str) -> None:
+    needs("mkfs.btrfs")
+    image, m, n = sparse_file(folder / "image", 128 * MIB), folder / "m", folder / "n"
+    run("mkfs.btrfs", "-q", image)
+    n.mkdir()
+    with loop_device(image) as device:
+        try:
+            with mounted(device, m):
+                if way == "subvolume":
+                    run("btrfs", "subvolume", "create", m / "sub")
+                    run("mount", "--bind", m / "sub", n)
+                mount = f" && mount {device} {n}" if way == "again" else ""
+                check = f"{HELD.format(n)} && cmp {image} {folder}/target"
+                stop = f"umount {m}{mount}"
+                got = copy(device, folder / "target", "-F", stop, "--before-thaw", check)
+                assert got.code == 0, got.errors
+                assert not is_frozen(n)
+        finally:
+            unmount_again(n)
+
+
 def test_another_file_system_at_the_same_place_is_not_frozen(
     folder: Path, disk: tuple[str, Path]
 ) -> None:
