@@ -18,7 +18,8 @@ def parser() -> Parser:
         prog="pyploop thaw",
         allow_abbrev=False,
         description="Undo what copies that were killed, watchdog and all, have left: thaw file "
-        "systems and cgroups, resume containers, take throttles off. Without arguments, list it. "
+        "systems and cgroups, resume containers, take throttles off, remove unfinished targets. "
+        "Without arguments, list it. "
         "What belongs to a living copy is never touched.",
     )
     p.add_argument("--list", action="store_true", help="list the journals, and what is in them")

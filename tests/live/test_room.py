@@ -34,6 +34,7 @@ from support_live import (
 )
 
 from pyploop import room
+from pyploop.errors import WriteError
 from pyploop.units import GIB
 
 pytestmark = pytest.mark.root
@@ -152,6 +153,12 @@ def test_a_limit_of_the_file_system_is_found_before_the_first_byte(folder: Path,
         with mounted(dev, folder / "m") as there:
             got = copy(source, there / "target", via=via, json_events=False)
             refused(got, "File too large", there, via, ["lost+found"])
+            # As where a size cannot be tried without writing zeroes (vfat, exfat).
+            with (there / "file").open("w+b") as f:
+                with pytest.raises(WriteError, match="File too large"):
+                    room.check_size(f.fileno(), 20 * GIB, "vfat", "file")
+                room.check_size(f.fileno(), GIB, "vfat", "file")
+            (there / "file").unlink()
 
 
 def test_an_output_in_place_that_cannot_have_the_size_is_left_as_it_was(folder: Path) -> None:
