@@ -15,7 +15,8 @@ ffi.cdef(
     static const int RENAME_NOREPLACE;
     static const unsigned long MS_RDONLY, MS_NOSUID, MS_NODEV, MS_NOEXEC, MS_SYNCHRONOUS;
     static const unsigned long MS_NOATIME, MS_NODIRATIME, MS_RELATIME, MS_STRICTATIME;
-    static const unsigned long MS_LAZYTIME, MS_DIRSYNC;
+    static const unsigned long MS_LAZYTIME, MS_DIRSYNC, MS_MANDLOCK, MS_I_VERSION;
+    static const unsigned long MS_SILENT, MS_NOSYMFOLLOW;
     static const int MNT_DETACH;
 
     struct loop_info64 {
@@ -55,6 +56,7 @@ ffi.cdef(
     static const unsigned int FAN_MARK_FILESYSTEM;
     int pk_watch(int file_fd, unsigned int whole, uint64_t mask);
     int pk_read_accesses(int fd, struct pk_access *found, int max);
+    int pk_io_priority(int tid);
     """
 )
 ffi.set_source(
@@ -80,6 +82,9 @@ ffi.set_source(
     #include <sys/vfs.h>
     #include <unistd.h>
 
+    #ifndef MS_NOSYMFOLLOW
+    #define MS_NOSYMFOLLOW 256  /* linux/mount.h, since 5.10 */
+    #endif
     #ifndef RENAME_NOREPLACE
     #define RENAME_NOREPLACE 1
     #endif
@@ -172,6 +177,8 @@ ffi.set_source(
         }
         return n;
     }
+    static int pk_io_priority(int tid)
+    { return result((int)syscall(SYS_ioprio_get, 1 /* a thread */, tid)); }
     static int pk_flush_buffers(int fd)
     { return result(ioctl(fd, BLKFLSBUF, 0)); }
     """,

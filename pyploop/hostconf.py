@@ -14,7 +14,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from pyploop.errors import MigrateError
+from pyploop import mountopts
+from pyploop.errors import MigrateError, ParameterError
 
 DEFAULT = "/etc/pyploop/migrate.toml"
 USAGE = 1
@@ -225,6 +226,10 @@ def _disk(value: Any, where: str) -> DiskConfig:
     for key in ("image", "mount"):
         if not str(texts.get(key, "")).startswith("/"):
             raise MigrateError(USAGE, f"{where}.disk.{key} must be an absolute path")
+    try:
+        mountopts.parse(texts.get("options", ""))
+    except ParameterError as e:
+        raise MigrateError(USAGE, f"{where}.disk.options: {e}") from e
     return DiskConfig(**texts)
 
 

@@ -124,20 +124,18 @@ MOUNT_FLAGS: dict[str, int] = {
     "relatime": _lib.MS_RELATIME,
     "strictatime": _lib.MS_STRICTATIME,
     "lazytime": _lib.MS_LAZYTIME,
+    "mand": _lib.MS_MANDLOCK,
+    "iversion": _lib.MS_I_VERSION,
+    "silent": _lib.MS_SILENT,
+    "nosymfollow": _lib.MS_NOSYMFOLLOW,
 }
-"""Options of mount(8) that mount(2) takes as flags; others go to the file system."""
+"""Options of mount(8) that mount(2) takes as flags (mountopts.py)."""
 
 
-def mount(source: str, point: str, fstype: str, options: str) -> None:
-    """mount(2); options as mount(8) has them, comma-separated."""
-    flags, data = 0, []
-    for option in options.split(","):
-        if option in MOUNT_FLAGS:
-            flags |= MOUNT_FLAGS[option]
-        elif option not in ("", "rw", "defaults", "suid", "dev", "exec", "async", "loop"):
-            data.append(option)
+def mount(source: str, point: str, fstype: str, flags: int, data: str) -> None:
+    """mount(2)."""
     words = [os.fsencode(w) for w in (source, point, fstype)]
-    _check(_lib.pk_mount(*words, flags, os.fsencode(",".join(data))), point)
+    _check(_lib.pk_mount(*words, flags, os.fsencode(data)), point)
 
 
 def umount(point: str, *, lazy: bool = False) -> None:
@@ -224,3 +222,8 @@ def read_accesses(fd: int, path: str) -> list[Access]:
             dev = os.major(e.dev), os.minor(e.dev)
             file = (dev, int(e.inode)) if e.inode else None
             found.append(Access(opened, wrote, int(e.pid), file))
+
+
+def io_priority(tid: int) -> int:
+    """Of a thread, as ioprio_get(2) has it; 0: it never set one."""
+    return _check(_lib.pk_io_priority(tid))

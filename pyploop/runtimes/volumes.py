@@ -13,9 +13,9 @@ import time
 from pathlib import Path
 from typing import Any
 
-from pyploop import kernel, sysblock
+from pyploop import kernel, mountopts, sysblock
 from pyploop.errors import MigrateError
-from pyploop.runtimes import COPY_FAILED, EXISTS, RESTORE_FAILED, Disk
+from pyploop.runtimes import COPY_FAILED, EXISTS, RESTORE_FAILED, Disk, mounts
 
 KEPT = ".pyploop-kept"
 """The end of a kept file's name (kept.py)."""
@@ -25,10 +25,7 @@ BUSY_DEADLINE = 5.0
 
 def is_mounted(point: str) -> bool:
     """Something is mounted on this folder."""
-    try:
-        return os.stat(point).st_dev != os.stat(Path(point).parent).st_dev
-    except OSError:
-        return False
+    return mounts.at(point) is not None
 
 
 def check_free(disk: Disk, size: int) -> None:
@@ -60,6 +57,7 @@ def existing_parent(path: str) -> Path:
 
 def mount(disk: Disk) -> None:
     """The image on a loop device, on its mount point."""
+    words = mountopts.parse(disk.options)
     try:
         fd = os.open(disk.image, os.O_RDWR | os.O_CLOEXEC)
         try:
@@ -67,7 +65,7 @@ def mount(disk: Disk) -> None:
         finally:
             os.close(fd)
         try:
-            kernel.mount(path, disk.mount, disk.fstype, disk.options)
+            kernel.mount(path, disk.mount, disk.fstype, words.flags, words.data)
         finally:
             os.close(loop)  # the mount holds it now; without one it detaches
     except OSError as e:
@@ -77,10 +75,14 @@ def mount(disk: Disk) -> None:
 
 
 def unmount(entry: dict[str, Any]) -> None:
-    """Undo `mount`; entry: `mount` and `image`."""
+    """Undo `mount`; entry: `mount` and `image`.  What else is mounted there stays,
+    which is an OSError (EBUSY) if it hides the image's mount."""
     point, image = str(entry["mount"]), str(entry["image"])
     deadline = time.monotonic() + BUSY_DEADLINE
-    while is_mounted(point):
+    while ours := _mounted_from(point, image):
+        top = mounts.at(point)
+        if top not in ours:
+            raise OSError(errno.EBUSY, "another mount hides the image's", point)
         try:
             kernel.umount(point)
         except OSError as e:
@@ -88,6 +90,17 @@ def unmount(entry: dict[str, Any]) -> None:
                 raise
             time.sleep(0.01)
     detach(image)
+
+
+def _mounted_from(point: str, image: str) -> list[mounts.Entry]:
+    """Mounts of the image on this folder, hidden ones too."""
+    try:
+        loops = {os.stat(path).st_rdev for path in sysblock.loop_device_of(image)}
+    except FileNotFoundError:  # nothing can be mounted from it
+        return []
+    devices = {(os.major(d), os.minor(d)) for d in loops}
+    real = os.path.realpath(point)
+    return [e for e in mounts.read() if e.point == real and e.device() in devices]
 
 
 def detach(image: str) -> None:
@@ -103,12 +116,13 @@ def detach(image: str) -> None:
 
 
 def device_of(point: str) -> str | None:
-    """The device that is mounted on this folder, as /dev/NAME."""
-    try:
-        dev = os.stat(point).st_dev
-    except OSError:
-        return None
-    if not is_mounted(point):
-        return None
-    name = sysblock.find((os.major(dev), os.minor(dev))).name
-    return "/dev/" + name.replace("!", "/")
+    """The device that is mounted on this folder, as /dev/NAME; None: nothing is,
+    or it is no device's."""
+    mounted = mounts.at(point)
+    device = mounted.device() if mounted else None
+    return path_of(device) if device else None
+
+
+def path_of(device: tuple[int, int]) -> str:
+    """/dev/NAME of a block device."""
+    return "/dev/" + sysblock.find(device).name.replace("!", "/")

@@ -4,7 +4,6 @@ which must be frozen at the same moment."""
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import shutil
@@ -12,118 +11,17 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import support
-
-HERE = Path(__file__).parent
-STEPS = ("status", "suspend", "resume", "dump", "undump", "resume_restored", "kill")
-STEPS_TOO = ("abandon", "start", "stop")
-_SSH = '#!/bin/sh\nwhile [ "$1" != -- ]; do shift; done\nexec sh -c "$3"\n'
-
-
-@dataclass(frozen=True)
-class Pair:
-    a: Path
-    b: Path
-
-    def step(self, host: Path, step: str) -> str:
-        return support.run(sys.executable, HERE / "anyhost.py", host, step).strip()
-
-    @contextlib.contextmanager
-    def moving(self, source: Path, option: str = "--live") -> Iterator[subprocess.Popen[str]]:
-        """A migration, whose messages go to one pipe; ended here in any case."""
-        words = ["migrate", "--config", str(source / "migrate.toml"), option, "other", "box"]
-        process = subprocess.Popen(
-            [*support.pyploop_cmd(), *words],
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            env=support.pyploop_env(),
-        )
-        try:
-            yield process
-        finally:
-            if process.poll() is None:
-                process.kill()
-            process.communicate()
-
-    def migrate(self, source: Path, *options: str) -> subprocess.CompletedProcess[str]:
-        words = ["migrate", "--config", str(source / "migrate.toml"), *options, "other", "box"]
-        return subprocess.run(
-            [*support.pyploop_cmd(), *words],
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            text=True,
-            timeout=60,
-            check=False,
-            env=support.pyploop_env(),
-        )
-
-    def runs_only_on(self, host: Path) -> None:
-        """Both disks have the same numbers, from 0 on, none missing."""
-        other = self.b if host is self.a else self.a
-        assert (self.step(host, "status"), self.step(other, "status")) == ("running", "absent")
-        before = (host / "two/numbers").stat().st_size
-        support.wait_until(lambda: (host / "two/numbers").stat().st_size > before, "counts on")
-        self.step(host, "suspend")
-        one, two = ((host / d / "numbers").read_text().split() for d in ("one", "two"))
-        self.step(host, "resume")
-        assert len(one) - len(two) in (0, 1)
-        assert one == [str(n) for n in range(len(one))]
-        assert two == one[: len(two)]
-        left = {p.name for p in other.iterdir()} - {"migrate.toml", "ssh", "lock", "state"}
-        assert left <= {"images", "one", "two"}, left
-        assert not any((other / "images").iterdir())
-        assert not [p for p in other.glob("state/*") if p.suffix != ".json"]
-
-
-def _host(folder: Path, peer: Path) -> Path:
-    for name in ("lock", "images"):
-        (folder / name).mkdir(parents=True)
-    (folder / "ssh").write_text(_SSH)
-    (folder / "ssh").chmod(0o755)
-    agent = [*support.pyploop_cmd(), "agent", "--config", str(peer / "migrate.toml")]
-    command = [sys.executable, str(HERE / "anyhost.py"), str(folder)]
-    text = f'state_dir = "{folder}/state"\nlock_dir = "{folder}/lock"\n'
-    text += f'images_dir = "{folder}/images"\n[remote]\nssh = ["{folder}/ssh"]\n'
-    text += f'agent = {json.dumps(agent)}\n[container.box]\nruntime = "command"\n'
-    text += "[container.box.commands]\n"
-    text += "".join(f"{step} = {json.dumps([*command, step])}\n" for step in STEPS + STEPS_TOO)
-    for disk in ("one", "two"):
-        text += f'[[container.box.disk]]\nimage = "{folder}/{disk}.img"\n'
-        text += f'mount = "{folder}/{disk}"\noptions = "noatime,nodev"\n'
-    (folder / "migrate.toml").write_text(text)
-    return folder
+from anypair import HERE, SSH, Pair, any_pair
 
 
 @pytest.fixture
 def pair(tmp_path: Path) -> Iterator[Pair]:
-    support.needs("root", "loop", "mkfs.ext4")
-    made = Pair(_host(tmp_path / "a", tmp_path / "b"), _host(tmp_path / "b", tmp_path / "a"))
-    try:
-        for disk in ("one", "two"):
-            image = made.a / f"{disk}.img"
-            with image.open("wb") as f:
-                f.truncate(24 << 20)
-            support.run("mkfs.ext4", "-q", "-F", image)
-            (made.a / disk).mkdir()
-            support.run("mount", "-o", "loop", image, made.a / disk)
-        made.step(made.a, "start")
-        numbers = made.a / "two/numbers"
-        support.wait_until(lambda: numbers.exists() and numbers.stat().st_size > 9, "it counts")
+    with any_pair(tmp_path) as made:
         yield made
-    finally:
-        for host in (made.a, made.b):
-            made.step(host, "kill")
-            for disk in ("one", "two"):
-                subprocess.run(["umount", str(host / disk)], capture_output=True, check=False)
-        for line in support.run("losetup", "-nO", "NAME,BACK-FILE").splitlines():
-            if str(tmp_path) in line:
-                support.run("losetup", "--detach", line.split()[0])
 
 
 def test_a_container_with_two_disks_moves_live_and_back(pair: Pair) -> None:
@@ -179,7 +77,7 @@ def test_signals_that_come_too_late_change_nothing_of_what_is_told(pair: Pair) -
     """One while the source is ended, one when only the connection is left."""
     lingers = pair.a / "lingers"
     lingers.touch()
-    script = f"{_SSH.replace('exec ', '')}while [ -e {lingers} ]; do sleep 0.01; done\n"
+    script = f"{SSH.replace('exec ', '')}while [ -e {lingers} ]; do sleep 0.01; done\n"
     (pair.a / "ssh").write_text(script)
     gate = pair.a / "kill-waits"
     gate.touch()

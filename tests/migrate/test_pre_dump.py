@@ -22,11 +22,12 @@ from typing import Any
 
 import pytest
 import support
+from anypair import Pair
 from gates import gates
 from lab import container, criu, verify
 from lab.hosts import SLOWNESS, Host, Lab
 from moving import Outcome, files, judge, kill, migrate, migration, recover
-from test_command import Pair, pair  # noqa: F401 - a fixture
+from test_command import pair  # noqa: F401 - a fixture
 from test_runc_failures import DISTURBANCES
 
 from pyploop.runtimes.tracking import problem
