@@ -198,7 +198,18 @@ def _container(name: str, table: dict[str, Any], path: str) -> ContainerConfig:
 
 def _check_apart(c: ContainerConfig, where: str) -> None:
     """What is moved for itself lies in no tree, and no tree on a disk: it would
-    be copied twice, or not at all."""
+    be copied twice, or not at all.  Nor is a disk mounted within another one, which
+    may come up after it, and hide it."""
+    for number, disk in enumerate(c.disks):
+        for other in c.disks[:number]:
+            if _within(disk.mount, other.mount) or _within(other.mount, disk.mount):
+                raise MigrateError(
+                    USAGE,
+                    f"{where}: the disks mounted on {other.mount} and {disk.mount} overlap; "
+                    "config.json can bind one within the other",
+                )
+            if os.path.normpath(disk.image) == os.path.normpath(other.image):
+                raise MigrateError(USAGE, f"{where}: {disk.image} is two disks")
     for tree in c.trees:
         for disk in c.disks:
             if _within(disk.image, tree):

@@ -34,7 +34,7 @@ from pyploop.journal import Journal
 from pyploop.memory_rounds import MemoryPolicy
 from pyploop.recorder import Recorder
 from pyploop.remote import Remote
-from pyploop.runtimes import CANNOT_CONNECT, NO_CONTAINER, STOPPED, Runtime
+from pyploop.runtimes import CANNOT_CONNECT, NO_CONTAINER, STOPPED, Copied, Runtime
 from pyploop.summary import Options, Summary
 from pyploop.times import Moments
 
@@ -109,7 +109,11 @@ def migrate(host: HostConfig, runtime: Runtime, wish: Wish, report: Reporter) ->
     facts |= {"machine": platform.machine(), "cpu": agent.cpu_flags()}
     facts["source"] = reuse.identity(host.state_dir)
     facts["trees"] = trees.check_source(runtime.trees(), host.rsync)
-    with opened(runtime.disks(source=True)) as sources, connect(host, wish, report) as remote:
+    for text in runtime.left_behind():
+        report.note(text)
+    disks = runtime.disks(source=True)
+    with opened(disks) as sources, connect(host, wish, report) as remote:
+        copied = runtime.copied(disks)
         sizes = [_allocated(s.sparse_fd if s.sparse_fd is not None else s.fd) for s in sources]
         checked = remote.call(
             "check",
@@ -135,7 +139,7 @@ def migrate(host: HostConfig, runtime: Runtime, wish: Wish, report: Reporter) ->
         check_number(len(sources), len(runtime.trees()), rounds.max_rounds if rounds else 0)
         if wish.check_only:
             return Result()
-        move = _Move(host, runtime, wish, report, remote)
+        move = _Move(host, runtime, wish, report, remote, copied=copied)
         try:
             kept = move.begin()
             send_items(runtime.items(), remote, wish.copy, report, kept)
@@ -159,12 +163,12 @@ def migrate(host: HostConfig, runtime: Runtime, wish: Wish, report: Reporter) ->
                 ),
                 runtime.dump_writes,
             )
-            with copies as disks:
+            with copies as steps:
                 if wish.live:
-                    move.live(disks, move.begin_memory(rounds, int(facts.get("memory") or 0)))
+                    move.live(steps, move.begin_memory(rounds, int(facts.get("memory") or 0)))
                 else:
-                    disks.copy_while_running()
-                    move.stopped(disks, state.running)
+                    steps.copy_while_running()
+                    move.stopped(steps, state.running)
             move.too_late()
         except BaseException as e:
             if not move.lost(e):
@@ -183,7 +187,14 @@ class _Move:
     """From the first change on either side to the last."""
 
     def __init__(
-        self, host: HostConfig, runtime: Runtime, wish: Wish, report: Reporter, remote: Remote
+        self,
+        host: HostConfig,
+        runtime: Runtime,
+        wish: Wish,
+        report: Reporter,
+        remote: Remote,
+        *,
+        copied: Copied,
     ) -> None:
         self._host, self._runtime, self._wish = host, runtime, wish
         self._report, self._remote = report, remote
@@ -200,6 +211,7 @@ class _Move:
                     host=wish.host,
                     ssh_options=list(wish.ssh_options),
                     remove_area=wish.remove_area,
+                    copied=copied,
                     stage=recover.COPYING,
                     **undoing.naming(host, runtime),
                 )

@@ -16,7 +16,8 @@ from pyploop.events import Reporter
 from pyploop.hostconf import HostConfig
 from pyploop.journal import Journal
 from pyploop.remote import Remote
-from pyploop.runtimes import CANNOT_CONNECT, LOCKED, Runtime
+from pyploop.runtimes import CANNOT_CONNECT, LOCKED, Copied, Runtime
+from pyploop.runtimes.copied import ANY_DEVICE
 
 COPYING, ASKED, MOVED = "copying", "asked", "moved"
 """Stages of a source's record: the target was not asked to restore; it was,
@@ -38,10 +39,18 @@ def finish_source(log: Journal, runtime: Runtime, remove: bool) -> list[str]:
             log.done(entry)
     try:
         runtime.kill()
-        runtime.discard(remove)
+        runtime.discard(remove, _copied(log))
     except (OSError, PyploopError) as e:
         failed.append(f"the container left on the source: {e}")
     return failed + undoing.undo_all(log, over=not failed)
+
+
+def _copied(log: Journal) -> Copied | None:
+    """What the migration has copied; None: the record is an older one's."""
+    known: Copied | None = log.get("copied")
+    if known is not None and log.get("boot") != journal.boot_id():
+        return {path: [ANY_DEVICE, inode] for path, (_, inode) in known.items()}
+    return known
 
 
 def settled(

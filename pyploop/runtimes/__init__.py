@@ -16,6 +16,9 @@ from typing import Any, Protocol
 Facts = dict[str, Any]
 """What the source tells the target before anything starts; JSON."""
 
+Copied = dict[str, list[int]]
+"""What a copy was made of: path -> [device, inode]; JSON."""
+
 # vzmigrate's exit codes.
 USAGE, STOPPED, CANNOT_CONNECT, COPY_FAILED = 1, 2, 4, 6
 RESTORE_FAILED, DUMP_FAILED, EXISTS, NO_CONTAINER = 7, 8, 9, 10
@@ -90,6 +93,13 @@ class Runtime(Protocol):
     def check_source(self, live: bool) -> Facts:
         """All that can be known before anything starts."""
 
+    def left_behind(self) -> list[str]:
+        """After `check_source`: what of the container does not move, in words."""
+
+    def copied(self, disks: list[Disk]) -> Copied:
+        """What is copied, now that the disks' sources are open.  MigrateError when
+        that is not what `check_source` has seen."""
+
     def items(self) -> list[Item]: ...
 
     def suspend(self) -> None:
@@ -118,8 +128,9 @@ class Runtime(Protocol):
 
     def start(self) -> None: ...
 
-    def discard(self, remove: bool) -> None:
-        """What is left on the source after `kill` or `stop`."""
+    def discard(self, remove: bool, copied: Copied | None) -> None:
+        """What is left on the source after `kill` or `stop`.  copied: what `copied`
+        returned, None when that is not known; nothing else is removed."""
 
     # ---- on the target
 

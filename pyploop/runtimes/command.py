@@ -22,6 +22,7 @@ from pyploop.runtimes import (
     NO_CONTAINER,
     RESTORE_FAILED,
     USAGE,
+    Copied,
     Facts,
     Item,
     State,
@@ -89,7 +90,11 @@ class CommandRuntime(Configured):
 
     def check_source(self, live: bool) -> Facts:
         self._check_commands(live)
+        self._check_places(used=self.state().running)
         return {}
+
+    def left_behind(self) -> list[str]:
+        return []
 
     def items(self) -> list[Item]:
         return []
@@ -122,8 +127,8 @@ class CommandRuntime(Configured):
         if not self.state().running:
             self._run("start", RESTORE_FAILED)
 
-    def discard(self, remove: bool) -> None:
-        self._discard_places(remove)
+    def discard(self, remove: bool, copied: Copied | None) -> None:
+        self._discard_places(remove, copied)
 
     def check_target(self, facts: Facts, live: bool) -> None:
         self._check_commands(live)

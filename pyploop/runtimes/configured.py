@@ -8,9 +8,9 @@ import contextlib
 from pathlib import Path
 from typing import Any
 
+from pyploop.errors import MigrateError
 from pyploop.hostconf import ContainerConfig
-from pyploop.runtimes import Disk, Tree, volumes
-from pyploop.runtimes.folders import remove_contents
+from pyploop.runtimes import BAD_CONFIG, Copied, Disk, Tree, copied, volumes
 
 
 class Configured:
@@ -47,14 +47,40 @@ class Configured:
             if not volumes.is_mounted(disk.mount):
                 volumes.mount(disk)
 
-    def _discard_places(self, remove: bool) -> None:
-        """Unmount all; remove: the images and what is in the trees go."""
-        for disk in self._config.disks:
+    def _check_places(self, used: bool) -> None:
+        """MigrateError(15) unless what would be copied is what is configured.  used:
+        the container runs."""
+        for disk in self.disks(source=False):
+            copied.check_disk(disk, used)
+        for tree in self.trees():
+            copied.check_tree(tree)
+
+    def copied(self, disks: list[Disk]) -> Copied:
+        """See Runtime."""
+        for disk in disks:
+            if disk.source != (volumes.device_of(disk.mount) or disk.image):
+                raise MigrateError(
+                    BAD_CONFIG, f"what is mounted on {disk.mount} has changed meanwhile"
+                )
+        self._check_places(used=False)
+        try:
+            return copied.of_places(disks, self.trees())
+        except OSError as e:
+            raise MigrateError(BAD_CONFIG, f"{e.filename}: {e.strerror}") from e
+
+    def _discard_places(self, remove: bool, known: Copied | None) -> None:
+        """Unmount all; remove: the images and what is in the trees go, if they are
+        what was copied."""
+        disks = self.disks(source=False)
+        for disk in disks if remove else ():
+            copied.check_same(disk.image, known)
+            copied.check_unhidden(disk)
+        for disk in disks:
             volumes.unmount({"mount": disk.mount, "image": disk.image})
             if remove:
-                Path(disk.image).unlink(missing_ok=True)
+                copied.remove_image(disk.image, known)
         for path in self._config.trees if remove else ():
-            remove_contents(path)
+            copied.remove_tree(path, known)
 
     def _remove_folders(self) -> None:
         """Those of `_places` that are empty."""

@@ -30,6 +30,7 @@ from pyploop.runtimes import (
     NO_CONTAINER,
     RESTORE_FAILED,
     USAGE,
+    Copied,
     Facts,
     Item,
     State,
@@ -101,6 +102,7 @@ class Runc(Configured):
 
     def check_source(self, live: bool) -> Facts:
         config = bundles.read(self._config.bundle)
+        self._check_places(used=self.state().running)
         facts: Facts = {"mounts": self._places(), "config": config}
         if live:
             facts["criu"] = list(criu.version(self._host.criu))
@@ -111,6 +113,9 @@ class Runc(Configured):
             facts["memory"] = sum(_resident(pid) for pid in freezer.pids())
             self._none_stopped(freezer)
         return facts
+
+    def left_behind(self) -> list[str]:
+        return []
 
     def items(self) -> list[Item]:
         return [Item("config.json", f"{self._config.bundle}/{bundles.CONFIG}")]
@@ -226,9 +231,9 @@ class Runc(Configured):
         command.append(self.container)
         run(command, RESTORE_FAILED, self._host.command_timeout, self.keep_fds, silent=True)
 
-    def discard(self, remove: bool) -> None:
+    def discard(self, remove: bool, copied: Copied | None) -> None:
         config = Path(self._config.bundle) / bundles.CONFIG
-        self._discard_places(remove)
+        self._discard_places(remove, copied)
         if remove:
             self._remove_folders()
             config.unlink(missing_ok=True)

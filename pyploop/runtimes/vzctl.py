@@ -34,11 +34,14 @@ from pyploop.runtimes import (
     NO_VZ_CONF,
     QUOTA,
     RESTORE_FAILED,
+    Copied,
     Disk,
     Facts,
     Item,
     State,
     Tree,
+    copied,
+    mounts,
     volumes,
 )
 from pyploop.runtimes.process import Command, last_words, run
@@ -146,6 +149,7 @@ class Vzctl:
     # ---- source
 
     def check_source(self, live: bool) -> Facts:
+        self._check_root()
         facts: Facts = {
             "simfs": self._is_simfs(),
             "ips": (self._conf.get("IP_ADDRESS") or "").split(),
@@ -159,6 +163,35 @@ class Vzctl:
             if path.is_symlink():
                 links[str(path.relative_to(self._private))] = os.readlink(path)
         return facts | {"top": str(Path(top).relative_to(self._private)), "links": links}
+
+    def _check_root(self) -> None:
+        """MigrateError(15) unless what is mounted on VE_ROOT is the private area's, as
+        far as the mount table tells."""
+        mounted = mounts.at(self._root)
+        if mounted is None:
+            if (state := self.state()).running or state.mounted:
+                raise MigrateError(
+                    BAD_CONFIG, f"nothing is mounted on {self._root}, or something hides it"
+                )
+            return
+        if self._is_simfs():
+            copied.check_simfs(self._root, str(self._private), mounted)
+        else:
+            copied.check_ploop(self._root, self._descriptor().top.path, mounted)
+
+    def left_behind(self) -> list[str]:
+        return [
+            f"{e.source} ({e.root}) is mounted on {e.point}, within the container, and does not "
+            "move: the target has to have what its mount script mounts there"
+            for e in mounts.below(self._root)
+        ]
+
+    def copied(self, disks: list[Disk]) -> Copied:
+        self._check_root()
+        for tree in self.trees():
+            copied.check_tree(tree)
+        paths = [str(self._private), *(d.image for d in disks)]
+        return {path: copied.identity(path) for path in paths}
 
     def _checkpoint_version(self) -> int | None:
         """What this kernel writes and reads; None: no vzcptcheck here."""
@@ -235,7 +268,9 @@ class Vzctl:
         if not self.state().running:
             self._vzctl(RESTORE_FAILED, "start")
 
-    def discard(self, remove: bool) -> None:
+    def discard(self, remove: bool, known: Copied | None) -> None:
+        for path in known or () if remove else ():
+            copied.check_same(path, known)
         self._unmount()
         conf = Path(self._host.vz_etc) / "conf" / f"{self.container}.conf"
         if remove and self.state().exists:
