@@ -48,6 +48,8 @@ class ContainerConfig:
     disks: tuple[DiskConfig, ...] = ()
     trees: tuple[str, ...] = ()
     """Directories that are moved as they are."""
+    external: tuple[str, ...] = ()
+    """Paths of the host that are mounted in it, and are on the other host already."""
     commands: dict[str, tuple[str, ...]] = field(default_factory=dict)
 
 
@@ -111,6 +113,7 @@ _CONTAINER: dict[str, type] = {
     "link_down": tuple,
     "options": tuple,
     "stop_timeout": float,
+    "external": tuple,
 }
 _DISK: dict[str, type] = {"image": str, "mount": str, "fstype": str, "options": str}
 COMMANDS = (
@@ -191,9 +194,16 @@ def _container(name: str, table: dict[str, Any], path: str) -> ContainerConfig:
             values[key] = _typed(value, _CONTAINER[key], f"{where}.{key}")
         else:
             raise MigrateError(USAGE, f"{where} has no {key!r}")
+    values["external"] = _paths(values.get("external", ()), f"{where}.external")
     made = ContainerConfig(name, disks=tuple(disks), trees=trees, commands=commands, **values)
     _check_apart(made, where)
     return made
+
+
+def _paths(values: tuple[str, ...], where: str) -> tuple[str, ...]:
+    if not all(v.startswith("/") for v in values):
+        raise MigrateError(USAGE, f"{where} must be absolute paths")
+    return tuple(os.path.normpath(v).replace("//", "/") for v in values)
 
 
 def _check_apart(c: ContainerConfig, where: str) -> None:

@@ -54,6 +54,8 @@ class Wish:
     keep_dst: bool = False
     check_only: bool = False
     nodeps: frozenset[str] = frozenset()
+    drop_exec: bool = False
+    """See Runtime."""
     pre_dumps: int = MemoryPolicy.max_rounds
     """Rounds of memory before the freeze at most."""
     ssh_options: tuple[str, ...] = ()
@@ -105,6 +107,7 @@ def migrate(host: HostConfig, runtime: Runtime, wish: Wish, report: Reporter) ->
         raise MigrateError(
             STOPPED, f"container {runtime.container} is suspended (pyploop migrate --recover?)"
         )
+    runtime.drop_exec = wish.drop_exec
     facts = runtime.check_source(wish.live)
     facts |= {"machine": platform.machine(), "cpu": agent.cpu_flags()}
     facts["source"] = reuse.identity(host.state_dir)

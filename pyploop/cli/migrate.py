@@ -92,6 +92,7 @@ def _wish(o: MigrateOptions) -> Wish:
         keep_dst=o.keep_dst,
         check_only=o.check_only,
         nodeps=o.nodeps,
+        drop_exec=o.drop_exec,
         pre_dumps=o.pre_dumps,
         ssh_options=o.ssh,
         rsync_options=rsync_options.check_options(o.rsync),

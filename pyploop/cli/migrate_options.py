@@ -35,6 +35,8 @@ class MigrateOptions:
     rsync: tuple[str, ...]
     times: bool
     verbose: int
+    drop_exec: bool
+    """Processes of `runc exec` end with the move."""
     pre_dumps: int
     """Rounds of memory before the freeze at most."""
     max_freeze: float | None
@@ -117,6 +119,11 @@ def parser() -> Parser:
         const=0,
         help="copy no memory ahead, and do not try whether it works",
     )
+    add(
+        "--drop-exec",
+        action="store_true",
+        help="let processes of `runc exec`, which cannot be moved, end with the move",
+    )
     add("--max-freeze", type=parsed(parse_time, "time"), metavar="TIME", help="disk frozen at most")
     add(
         "--deadline",
@@ -189,6 +196,7 @@ def parse(args: list[str]) -> MigrateOptions:
         rsync=_words(p, o.rsync),
         times=o.times,
         verbose=min(o.verbose, 4),
+        drop_exec=o.drop_exec,
         pre_dumps=o.pre_dumps,
         max_freeze=o.max_freeze,
         deadline=o.deadline,

@@ -90,6 +90,9 @@ class Runtime(Protocol):
     dump_writes: bool
     """A dump may add something to the trees, which then has to be copied after it."""
 
+    drop_exec: bool
+    """Processes that are in the container without being its own end with the move."""
+
     def check_source(self, live: bool) -> Facts:
         """All that can be known before anything starts."""
 

@@ -68,10 +68,13 @@ def _replace(path: Path, text: str) -> None:
     new.replace(path)
 
 
-def adapt(config: Any, mounts: dict[str, str], ours: ContainerConfig) -> dict[str, Any]:
+def adapt(
+    config: Any, paths: dict[str, str], mounts: dict[str, str], ours: ContainerConfig
+) -> dict[str, Any]:
     """The source's configuration with our paths, cgroup and network namespace.
 
-    mounts: mount points of the source's disks -> ours.  MigrateError(15) when
+    paths: as they are written in it -> as the source's configuration of pyploop
+    writes them.  mounts: of these the beginnings -> ours.  MigrateError(15) when
     it would run commands here, or asks for what no checkpoint can hold.
     """
     try:
@@ -80,10 +83,10 @@ def adapt(config: Any, mounts: dict[str, str], ours: ContainerConfig) -> dict[st
             raise MigrateError(
                 BAD_CONFIG, "config.json has hooks: commands of another host are not run here"
             )
-        result["root"]["path"] = _moved(result["root"]["path"], mounts)
+        result["root"]["path"] = _moved(result["root"]["path"], paths, mounts)
         for mount in result.get("mounts", []):
             if isinstance(mount.get("source"), str):
-                mount["source"] = _moved(mount["source"], mounts)
+                mount["source"] = _moved(mount["source"], paths, mounts)
         linux = result.setdefault("linux", {})
         if ours.cgroup:
             linux["cgroupsPath"] = ours.cgroup
@@ -97,8 +100,9 @@ def adapt(config: Any, mounts: dict[str, str], ours: ContainerConfig) -> dict[st
     return result
 
 
-def _moved(path: str, mounts: dict[str, str]) -> str:
-    for theirs, ours in mounts.items():
+def _moved(path: str, paths: dict[str, str], mounts: dict[str, str]) -> str:
+    path = paths.get(path, path)
+    for theirs, ours in sorted(mounts.items(), key=lambda pair: -len(pair[0])):
         if path == theirs or path.startswith(theirs.rstrip("/") + "/"):
             return ours + path[len(theirs) :]
     return path

@@ -17,6 +17,7 @@ class Configured:
     """A part of a Runtime (runtimes/__init__.py)."""
 
     _config: ContainerConfig
+    drop_exec = False
 
     def _places(self) -> list[str]:
         """Folders that hold the container's files: disks, then trees."""

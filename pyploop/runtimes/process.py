@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import subprocess
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from pyploop import signals
 from pyploop.errors import MigrateError
@@ -88,12 +88,23 @@ def run(
     *,
     silent: bool = False,
     env: Mapping[str, str] | None = None,
+    meanwhile: Callable[[], None] | None = None,
 ) -> str:
-    """What it printed; MigrateError(code) unless it exits with 0."""
+    """What it printed; MigrateError(code) unless it exits with 0.  meanwhile: done
+    while it runs; when that raises, the command has ended all the same."""
+    failure: BaseException | None = None
     try:
-        status, said = Command(argv, keep_fds, silent=silent, env=env).wait(timeout)
+        command = Command(argv, keep_fds, silent=silent, env=env)
+        if meanwhile is not None:
+            try:
+                meanwhile()
+            except BaseException as e:
+                failure = e
+        status, said = command.wait(timeout)
     except OSError as e:  # TimeoutError is one
         raise MigrateError(code, f"{' '.join(argv)}: {e.strerror or e}") from e
+    if failure is not None:
+        raise failure
     if status:
         raise MigrateError(code, f"{' '.join(argv)} ended with {status}: {last_words(said)}")
     return said

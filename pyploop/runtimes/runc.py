@@ -35,7 +35,11 @@ from pyploop.runtimes import (
     Item,
     State,
     bundles,
+    contents,
     criu,
+    fitting,
+    leftovers,
+    members,
     tracking,
     volumes,
 )
@@ -62,6 +66,7 @@ class Runc(Configured):
             raise MigrateError(
                 USAGE, f"[container.{container}] needs an absolute bundle, and a disk or a tree"
             )
+        self._left: list[str] = []
         # CRIU names a deleted file that has other names anew, for the restore.
         self.dump_writes = "--link-remap" in self._config.options
 
@@ -98,24 +103,52 @@ class Runc(Configured):
         frozen = running and freezer is not None and freezer.is_frozen()
         return State(True, running, frozen, mounted)
 
+    def _init(self) -> int:
+        """The container's first process; 0: it does not run."""
+        return int((self._record() or {}).get("init_process_pid") or 0)
+
     # ---- source
 
     def check_source(self, live: bool) -> Facts:
         config = bundles.read(self._config.bundle)
-        self._check_places(used=self.state().running)
-        facts: Facts = {"mounts": self._places(), "config": config}
+        fitting.check_source(config)
+        running = self.state().running
+        self._check_places(used=running)
+        places = self._moving()
+        external = self._config.external
+        sources = contents.check_config(config, self._config.bundle, places, external)
+        facts: Facts = {
+            "mounts": self._places(),
+            "config": config,
+            "paths": sources.paths,
+            "external": list(external),
+            "kinds": sources.kinds,
+        }
+        if running:
+            contents.check_root(self._init(), self._root_of(config))
         if live:
             facts["criu"] = list(criu.version(self._host.criu))
             criu.probe(self._host.criu)
             freezer = self._freezer()
             if freezer is None:
                 raise MigrateError(DUMP_FAILED, f"{self.container} has no freezer cgroup")
-            facts["memory"] = sum(_resident(pid) for pid in freezer.pids())
+            facts["memory"] = sum(members.resident(pid) for pid in freezer.pids())
             self._none_stopped(freezer)
+            pids = freezer.pids()
+            self._left += members.check(self.container, self._init(), pids, self.drop_exec)
+            contents.check_all_mounted(pids, config, places, external)
+            cgroups = (self._record() or {}).get("cgroup_paths") or {}
+            self._left += leftovers.all_of(self.container, pids, config, cgroups)
         return facts
 
+    def _moving(self) -> contents.Places:
+        return contents.Places(self.folders(), self._config.trees)
+
+    def _root_of(self, config: dict[str, Any]) -> str:
+        return os.path.join(self._config.bundle, str(config["root"]["path"]))
+
     def left_behind(self) -> list[str]:
-        return []
+        return self._left
 
     def items(self) -> list[Item]:
         return [Item("config.json", f"{self._config.bundle}/{bundles.CONFIG}")]
@@ -136,7 +169,7 @@ class Runc(Configured):
         """CRIU waits for ever for a stopped process in a frozen cgroup, and for
         ten seconds for one that is traced."""
         for pid in freezer.pids():
-            if why := _held(pid):
+            if why := members.held(pid):
                 raise MigrateError(DUMP_FAILED, f"process {pid} of {self.container} is {why}")
 
     def _start_link(self, argv: tuple[str, ...]) -> Command | None:
@@ -174,10 +207,22 @@ class Runc(Configured):
         return tracking.frozen_seconds(self._checkpoint("--pre-dump", images, parent))
 
     def dump(self, images: Path, parent: Path | None = None) -> None:
-        self._checkpoint("--leave-running", images, parent)
+        self._checkpoint("--leave-running", images, parent, self._check_suspended)
 
-    def _checkpoint(self, how: str, images: Path, parent: Path | None) -> Path:
-        """CRIU's working folder."""
+    def _check_suspended(self) -> None:
+        """Nobody has come since `check_source` who would be lost."""
+        freezer = self._freezer()
+        if freezer is not None and not self.drop_exec:
+            members.check_suspended(self.container, self._init(), freezer.pids())
+
+    def _checkpoint(
+        self,
+        how: str,
+        images: Path,
+        parent: Path | None,
+        meanwhile: Callable[[], None] | None = None,
+    ) -> Path:
+        """CRIU's working folder.  meanwhile: done while CRIU gets ready."""
         bundles.forget_hook(self._config.bundle)
         work = images.with_name(f"{images.name}-work")
         work.mkdir(mode=0o700)
@@ -186,15 +231,24 @@ class Runc(Configured):
         if parent is not None:
             command += ["--parent-path", os.path.relpath(parent, images)]
         command += [*self._config.options, self.container]
-        self._criu(command, work / "dump.log", DUMP_FAILED, "cannot checkpoint")
+        self._criu(command, work / "dump.log", DUMP_FAILED, "cannot checkpoint", meanwhile)
         return work
 
     def _runc(self) -> list[str]:
         return [self._host.runc, "--root", self._host.runc_root, "--criu", self._host.criu]
 
-    def _criu(self, argv: list[str], log: Path, code: int, what: str) -> None:
+    def _criu(
+        self,
+        argv: list[str],
+        log: Path,
+        code: int,
+        what: str,
+        meanwhile: Callable[[], None] | None,
+    ) -> None:
         try:
-            run(argv, code, self._host.command_timeout, self.keep_fds)
+            run(argv, code, self._host.command_timeout, self.keep_fds, meanwhile=meanwhile)
+        except members.LostProcessError:
+            raise
         except MigrateError as e:
             why = criu.errors_of(log) or str(e)
             raise MigrateError(code, f"{what} {self.container}: {why}") from e
@@ -210,8 +264,7 @@ class Runc(Configured):
             )
 
     def stop(self) -> None:
-        record = self._record()
-        pid = int((record or {}).get("init_process_pid") or 0)
+        pid = self._init()
         if pid and self.state().running:
             os.kill(pid, signal.SIGTERM)
             deadline = time.monotonic() + self._config.stop_timeout
@@ -255,7 +308,11 @@ class Runc(Configured):
             raise MigrateError(
                 BAD_CONFIG, "the two hosts configure another number of disks or trees"
             )
-        bundles.adapt(facts.get("config"), self._mapping(facts), self._config)
+        config = bundles.adapt(facts.get("config"), *self._mapping(facts), self._config)
+        contents.check_target(
+            config, self._places(), self._config.external, facts.get("kinds") or ()
+        )
+        fitting.check_target(config, live)
         if not live:
             return
         ours, theirs = criu.version(self._host.criu), tuple(facts.get("criu") or ())
@@ -271,9 +328,20 @@ class Runc(Configured):
                 COPY_FAILED, f"{self._host.images_dir} has no room for {need >> 20} MiB of memory"
             )
 
-    def _mapping(self, facts: Facts) -> dict[str, str]:
-        """Mount points of the source's disks, and its trees -> ours."""
-        return dict(zip(facts["mounts"], self._places(), strict=True))
+    def _mapping(self, facts: Facts) -> tuple[dict[str, str], dict[str, str]]:
+        """For bundles.adapt: the source's paths as its configuration writes them,
+        and its mount points, trees and external paths -> ours."""
+        theirs, ours = facts.get("external"), self._config.external
+        if theirs is None:  # an older source: its paths are taken as they are
+            theirs = ours
+        if len(theirs) != len(ours):
+            raise MigrateError(
+                BAD_CONFIG,
+                f"the configuration of {self.container} has {len(ours)} external paths here, that "
+                f"of the source {len(theirs)}: they must be the same, in the same order",
+            )
+        pairs = zip([*facts["mounts"], *theirs], [*self._places(), *ours], strict=True)
+        return dict(facts.get("paths") or {}), dict(pairs)
 
     def destination(self, label: str) -> str:
         if label != "config.json":
@@ -285,7 +353,7 @@ class Runc(Configured):
 
     def placed(self, facts: Facts) -> None:
         bundle = self._config.bundle
-        config = bundles.adapt(bundles.read(bundle), self._mapping(facts), self._config)
+        config = bundles.adapt(bundles.read(bundle), *self._mapping(facts), self._config)
         bundles.write(bundle, config)
         # Nothing may answer in its place before the restore.
         self._end_link(self._start_link(self._config.link_down), BAD_CONFIG)
@@ -326,23 +394,3 @@ class Runc(Configured):
             self._end_link(self._start_link(self._config.link_down), RESTORE_FAILED)
         finally:
             self.kill()
-
-
-def _held(pid: int) -> str:
-    """'stopped' or 'traced' when a signal or a debugger holds the process."""
-    try:
-        text = os.fsdecode(Path(f"/proc/{pid}/status").read_bytes())
-    except OSError:
-        return ""
-    lines = dict(line.split(":\t", 1) for line in text.splitlines() if ":\t" in line)
-    if lines.get("TracerPid", "0") != "0":
-        return f"traced by process {lines['TracerPid']}"
-    return "stopped (SIGCONT lets it go on)" if lines.get("State", "").startswith("T") else ""
-
-
-def _resident(pid: int) -> int:
-    """Bytes of memory of a process."""
-    try:
-        return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGESIZE")
-    except (OSError, IndexError, ValueError):
-        return 0

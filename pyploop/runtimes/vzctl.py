@@ -62,6 +62,8 @@ class Vzctl:
     dump_writes = True
     """The kernel gives deleted files that are open a name below VE_PRIVATE."""
 
+    drop_exec = False
+
     def __init__(self, host: HostConfig, container: str) -> None:
         self._host = host
         self.container = container if container.isdecimal() else self._resolve(container)

@@ -267,7 +267,7 @@ def config() -> dict[str, Any]:
 
 
 def test_a_bundle_is_fitted_to_the_target() -> None:
-    fitted = bundles.adapt(config(), {"/their/rootfs": "/srv/r"}, OURS)
+    fitted = bundles.adapt(config(), {}, {"/their/rootfs": "/srv/r"}, OURS)
     assert fitted["root"]["path"] == "/srv/r/sub"
     assert [m.get("source") for m in fitted["mounts"]] == ["/srv/r/x", "/their/rootfs2", None]
     assert fitted["linux"]["cgroupsPath"] == "/ours"
@@ -288,7 +288,7 @@ def test_a_bundle_is_fitted_to_the_target() -> None:
 )
 def test_a_bundle_that_runs_commands_or_is_none_is_refused(bad: Any) -> None:
     with pytest.raises(MigrateError) as e:
-        bundles.adapt(bad, {}, OURS)
+        bundles.adapt(bad, {}, {}, OURS)
     assert e.value.exit_code == 15
 
 

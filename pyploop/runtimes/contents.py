@@ -1,0 +1,325 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Where a runc container's files lie: its root, and everything that is mounted in
+it.  Each must move, or be on the target already; the configuration says which.
+
+What is refused here would fail the restore, or would leave the container with an
+empty folder, without a word.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pyploop.errors import MigrateError
+from pyploop.runtimes import BAD_CONFIG, mounts
+
+PSEUDO = frozenset(
+    [
+        "proc",
+        "sysfs",
+        "tmpfs",
+        "devpts",
+        "mqueue",
+        "cgroup",
+        "cgroup2",
+        "devtmpfs",
+        "securityfs",
+        "debugfs",
+        "tracefs",
+        "pstore",
+        "fusectl",
+        "binfmt_misc",
+        "configfs",
+    ]
+)
+"""File systems of the kernel's: made anew at the target by runc; CRIU moves what is
+in a tmpfs, and refuses others that hold something of the container's."""
+_DELETED = "//deleted"
+
+
+def is_bind(mount: Mapping[str, Any]) -> bool:
+    """As runc sees an entry of config.json's mounts."""
+    options = mount.get("options") or ()
+    return mount.get("type") == "bind" or "bind" in options or "rbind" in options
+
+
+def kind_of(path: str) -> list[int]:
+    """What a mount needs to find at the target: [kind], of a device also its number.
+    OSError."""
+    st = os.stat(path)
+    kind = stat.S_IFMT(st.st_mode)
+    return [kind, st.st_rdev] if stat.S_ISCHR(kind) or stat.S_ISBLK(kind) else [kind]
+
+
+@dataclass(frozen=True)
+class Place:
+    """A folder that moves: a disk's mount point, or a tree."""
+
+    path: str
+    mount: mounts.Entry | None
+    """On which it lies; None: the disk of a stopped container is not mounted."""
+
+
+class Places:
+    """All that moves of a container on this host."""
+
+    def __init__(self, disks: Sequence[str], trees: Sequence[str]) -> None:
+        """disks: their mount points."""
+        found = [Place(p, mounts.at(p)) for p in disks]
+        found += [Place(p, mounts.holding(p)) for p in trees]
+        self.places = sorted(found, key=lambda p: -len(p.path))
+
+    def canonical(self, path: str) -> str | None:
+        """The path as the configuration writes it, without links; None: it lies on
+        nothing that moves, or on something that is mounted in between."""
+        real = os.path.realpath(path)
+        for place in self.places:
+            top = os.path.realpath(place.path)
+            if mounts.within(real, top):
+                if place.mount is not None:
+                    try:
+                        if mounts.number_of(real) != place.mount.number:
+                            return None
+                    except FileNotFoundError:
+                        pass
+                    except OSError:
+                        return None
+                return place.path + real[len(top) :]
+        return None
+
+    def holds(self, entry: mounts.Entry) -> bool:
+        """Whether a mount, of any mount namespace, shows a part of these places, be
+        it a file that has no name any more."""
+        for place in self.places:
+            if place.mount is None or place.mount.dev != entry.dev:
+                continue
+            top = mounts.path_in(place.mount, os.path.realpath(place.path))
+            # Of a disk everything moves, of the host's file system only the tree.
+            if place.mount.point == os.path.realpath(place.path) or mounts.within(entry.root, top):
+                return True
+        return False
+
+
+@dataclass(frozen=True)
+class Sources:
+    """Of config.json, on the source."""
+
+    paths: dict[str, str]
+    """Path as it is written there -> as the configuration of this host writes it."""
+    kinds: list[list[int]]
+    """Of `external`, in order."""
+
+
+def check_config(
+    config: Mapping[str, Any], bundle: str, places: Places, external: Sequence[str]
+) -> Sources:
+    """MigrateError(15), which says what to write, when the root or a mount's source
+    does not move and is not said to be on both hosts."""
+    paths: dict[str, str] = {}
+    written = (config.get("root") or {}).get("path")
+    if not isinstance(written, str):
+        raise MigrateError(BAD_CONFIG, "config.json has no root.path")
+    root = os.path.join(bundle, written)
+    found = places.canonical(root)
+    if found is None:
+        raise MigrateError(
+            BAD_CONFIG,
+            f"the container's root, {root}, lies on no disk and in no tree of the configuration, "
+            f'and would stay behind: write [[container.NAME.tree]] path = "{root}", or a disk',
+        )
+    paths[written] = found
+    for mount in config.get("mounts") or ():
+        where, kind = mount.get("destination"), mount.get("type")
+        source = mount.get("source")
+        if not is_bind(mount):
+            if kind not in PSEUDO:
+                raise MigrateError(
+                    BAD_CONFIG,
+                    f"{where} of config.json is a {kind} of {source}, which does not move: write "
+                    "a [[container.NAME.disk]] with its image, and bind its mount point",
+                )
+            continue
+        path = os.path.join(bundle, str(source))
+        found = places.canonical(path)
+        if found is not None:
+            if places_mounted(places, found) and not os.path.exists(path):
+                raise MigrateError(BAD_CONFIG, f"{path}, bound to {where}, is not there")
+            paths[str(source)] = found
+        elif os.path.normpath(path) in external:
+            paths[str(source)] = os.path.normpath(path)
+        else:
+            raise MigrateError(
+                BAD_CONFIG,
+                f"{path}, bound to {where} by config.json, lies on no disk and in no tree of the "
+                "configuration, and would stay behind: write [[container.NAME.tree]] path = "
+                f'"{path}" (a folder), or external = ["{path}"] when it is on the target already',
+            )
+    return Sources(paths, [_kind(path) for path in external])
+
+
+def places_mounted(places: Places, path: str) -> bool:
+    """Whether what lies on the place can be looked at."""
+    return any(mounts.within(path, p.path) and p.mount is not None for p in places.places)
+
+
+def _kind(path: str) -> list[int]:
+    try:
+        return kind_of(path)
+    except OSError as e:
+        raise MigrateError(BAD_CONFIG, f"external {path}: {e.strerror}") from e
+
+
+# ---- a container that runs
+
+
+def check_root(pid: int, root: str) -> None:
+    """MigrateError(15) unless this is the root of the process, or the process has
+    changed its root to a folder in it."""
+    try:
+        wanted = os.stat(root)
+        fd = os.open(f"/proc/{pid}/root", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    except OSError as e:
+        raise MigrateError(BAD_CONFIG, f"{e.filename}: {e.strerror}") from e
+    try:
+        while True:
+            st = os.fstat(fd)
+            if (st.st_dev, st.st_ino) == (wanted.st_dev, wanted.st_ino):
+                return
+            above = os.open("..", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=fd)
+            up = os.fstat(above)
+            os.close(fd)
+            fd = above
+            if (up.st_dev, up.st_ino) == (st.st_dev, st.st_ino):
+                break
+    finally:
+        os.close(fd)
+    raise MigrateError(
+        BAD_CONFIG,
+        f"the root of the container (process {pid}) is not {root}, as config.json has it: "
+        "something else was mounted there, or it was started with another root",
+    )
+
+
+def check_all_mounted(
+    pids: Sequence[int], config: Mapping[str, Any], places: Places, external: Sequence[str]
+) -> None:
+    """`check_mounted` for each mount namespace of these processes."""
+    outside = Places((), external)
+    seen = set()
+    for pid in pids:
+        try:
+            namespace = os.readlink(f"/proc/{pid}/ns/mnt")
+            if namespace in seen:
+                continue
+            table = mounts.read(Path(f"/proc/{pid}/mountinfo"))
+        except OSError:  # it ended meanwhile
+            continue
+        seen.add(namespace)
+        check_mounted(table, config, places, outside)
+
+
+def check_mounted(
+    table: Sequence[mounts.Entry], config: Mapping[str, Any], places: Places, outside: Places
+) -> None:
+    """MigrateError(15) when something is mounted in the container that does not move.
+
+    table: as its processes see it.  outside: what config.json binds from elsewhere.
+    """
+    binds = [
+        os.path.normpath(str(m.get("destination")))
+        for m in config.get("mounts") or ()
+        if is_bind(m)
+    ]
+    for mount in config.get("mounts") or ():
+        if is_bind(mount):
+            _check_same(table, os.path.normpath(str(mount.get("destination"))), mount, places)
+    for entry in table:
+        deleted = entry.root.endswith(_DELETED)
+        if entry.fstype in PSEUDO or (places.holds(entry) and not deleted):
+            continue
+        if any(mounts.within(entry.point, p) and outside.holds(entry) for p in binds):
+            continue
+        was = "what it was bound from has been replaced" if deleted else "it does not move"
+        raise MigrateError(
+            BAD_CONFIG,
+            f"{entry.source} ({entry.fstype}, {entry.root}) is mounted on {entry.point} in the "
+            f"container: {was}; unmount it there, or restart the container",
+        )
+
+
+def _check_same(
+    table: Sequence[mounts.Entry], point: str, mount: Mapping[str, Any], places: Places
+) -> None:
+    """What moves and is bound there is still what the source's name leads to."""
+    source = os.path.realpath(str(mount["source"]))
+    there = [e for e in table if e.point == point]
+    lies = mounts.holding(source) if os.path.isabs(str(mount["source"])) else None
+    if lies is None or not there or not any(places.holds(e) for e in there):
+        return
+    now = mounts.path_in(lies, source)
+    if not any((e.dev, e.root) == (lies.dev, now) for e in there):
+        raise MigrateError(
+            BAD_CONFIG,
+            f"{there[-1].root} is mounted on {point} in the container, and not {now}, to which "
+            f"{source} of config.json leads by now: restart the container",
+        )
+
+
+# ---- on the target
+
+
+def check_target(
+    config: Mapping[str, Any],
+    places: Sequence[str],
+    external: Sequence[str],
+    kinds: Sequence[Sequence[int]],
+) -> None:
+    """config: fitted to this host.  MigrateError(15) when what its mounts bind is not
+    here, and does not come."""
+    for path, theirs in zip(external, kinds, strict=False):
+        try:
+            ours = kind_of(path)
+        except OSError as e:
+            raise MigrateError(
+                BAD_CONFIG, f"external {path} of the configuration here: {e.strerror}"
+            ) from e
+        if ours != list(theirs):
+            raise MigrateError(
+                BAD_CONFIG,
+                f"external {path} is {_name(ours)} here, and {_name(theirs)} at the source",
+            )
+    known = [*places, *external]
+    if not any(mounts.within(str(config["root"]["path"]), p) for p in places):
+        raise MigrateError(
+            BAD_CONFIG,
+            f"the container's root would be {config['root']['path']}, which is on no disk and in "
+            "no tree of the configuration here",
+        )
+    for mount in config.get("mounts") or ():
+        source = str(mount.get("source"))
+        if is_bind(mount) and not any(mounts.within(source, p) for p in known):
+            raise MigrateError(
+                BAD_CONFIG,
+                f"{source}, bound to {mount.get('destination')} by config.json, lies on no disk "
+                f'and in no tree of the configuration here: write external = ["{source}"] if '
+                "it may be taken from this host",
+            )
+
+
+_NAMES = {
+    stat.S_IFDIR: "a folder",
+    stat.S_IFREG: "a file",
+    stat.S_IFSOCK: "a socket",
+    stat.S_IFIFO: "a pipe",
+}
+
+
+def _name(kind: Sequence[int]) -> str:
+    if len(kind) > 1:
+        return f"the device {os.major(kind[1])}:{os.minor(kind[1])}"
+    return _NAMES.get(kind[0], "something else")

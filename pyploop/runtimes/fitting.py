@@ -1,0 +1,87 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What config.json asks of a host: namespaces that are there, kernel settings, CPUs.
+
+Each is a check that otherwise the restore would make, suspended, or nobody.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from pyploop.errors import MigrateError
+from pyploop.runtimes import BAD_CONFIG
+from pyploop.runtimes.leftovers import cpus_of
+from pyploop.runtimes.process import run
+
+TIMEOUT = 30.0
+_CPUS, _NODES = "/sys/devices/system/cpu/online", "/sys/devices/system/node/online"
+
+
+def check_source(config: Mapping[str, Any]) -> None:
+    """MigrateError(15) for what belongs to this host alone."""
+    if (config.get("process") or {}).get("terminal"):
+        raise MigrateError(
+            BAD_CONFIG,
+            "config.json has process.terminal: the container's terminal belongs to a program of "
+            "this host (docs/criu.md)",
+        )
+    for namespace in (config.get("linux") or {}).get("namespaces") or ():
+        if namespace.get("path") and namespace.get("type") != "network":
+            raise MigrateError(
+                BAD_CONFIG,
+                f"the container shares the {namespace.get('type')} namespace "
+                f"{namespace['path']} with others of this host, and cannot leave it",
+            )
+
+
+def check_target(config: Mapping[str, Any], live: bool) -> None:
+    """config: fitted to this host.  MigrateError(15)."""
+    linux = config.get("linux") or {}
+    for namespace in linux.get("namespaces") or ():
+        path = namespace.get("path")
+        if path and not os.path.exists(path):
+            raise MigrateError(
+                BAD_CONFIG, f"the {namespace.get('type')} namespace {path} is not here"
+            )
+        if path and path.startswith("/proc/"):
+            raise MigrateError(
+                BAD_CONFIG,
+                f"the {namespace.get('type')} namespace {path} is that of some process here: write "
+                "netns for the container",
+            )
+        if path and live and namespace.get("type") == "network":
+            _check_settings(path, linux.get("sysctl") or {})
+    cpu = (linux.get("resources") or {}).get("cpu") or {}
+    for key, file in (("cpus", _CPUS), ("mems", _NODES)):
+        wanted, there = cpus_of(str(cpu.get(key) or "")), _online(file)
+        if isinstance(wanted, set) and there is not None and not wanted <= there:
+            missing = ", ".join(map(str, sorted(wanted - there)))
+            raise MigrateError(
+                BAD_CONFIG, f"linux.resources.cpu.{key} of config.json has {missing}, not here"
+            )
+
+
+def _online(file: str) -> set[int] | None:
+    try:
+        found = cpus_of(Path(file).read_text())
+    except OSError:
+        return None
+    return found if isinstance(found, set) else None
+
+
+def _check_settings(namespace: str, settings: Mapping[str, Any]) -> None:
+    """A restore does not set them, as a start does; the namespace is this host's own."""
+    for name, value in settings.items():
+        if not name.startswith("net."):
+            continue
+        file = "/proc/sys/" + (name if "/" in name else name.replace(".", "/"))
+        now = run(["nsenter", f"--net={namespace}", "cat", "--", file], BAD_CONFIG, TIMEOUT)
+        if now.split() != str(value).split():
+            raise MigrateError(
+                BAD_CONFIG,
+                f"{name} is {now.strip()} in {namespace} here, and {value} in config.json: set it "
+                f"(nsenter --net={namespace} sysctl -w {name}='{value}')",
+            )

@@ -1,0 +1,285 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Who and what belongs to a runc container, on made-up /proc folders and mount
+tables; tests/migrate/test_runc_contents.py has the same on real ones."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pyploop import hostconf
+from pyploop.errors import MigrateError
+from pyploop.runtimes import contents, copied, fitting, leftovers, members, mounts
+
+# ---- processes
+
+INIT = 100
+
+
+@pytest.fixture
+def proc(tmp_path: Path) -> Path:
+    """Its first process, a child with a child, a zombie, and others of the host."""
+    made = tmp_path / "proc"
+    for pid, parent, state, namespace in (
+        (1, 0, "S", "host"),
+        (INIT, 50, "S", "ct"),
+        (50, 1, "S", "host"),
+        (101, INIT, "S", "ct"),
+        (102, 101, "R", "ct"),
+        (103, INIT, "Z", "ct"),
+        (200, 1, "S", "host"),
+        (os.getpid(), 1, "R", "host"),
+    ):
+        process(made, pid, parent, state, namespace)
+    return made
+
+
+def process(proc: Path, pid: int, parent: int, state: str = "S", namespace: str = "ct") -> None:
+    (proc / str(pid) / "ns").mkdir(parents=True)
+    (proc / str(pid) / "stat").write_text(f"{pid} (x) (y) {state} {parent} 1 1 0 -1 4194560")
+    (proc / str(pid) / "cmdline").write_bytes(f"run\0{pid}\0".encode())
+    (proc / str(pid) / "ns/pid").symlink_to(f"pid:[{namespace}]")
+
+
+OURS = [INIT, 101, 102, 103]
+
+
+def test_a_container_of_its_first_process_alone_has_no_strangers(proc: Path) -> None:
+    assert members.strangers(INIT, OURS, str(proc)) == []
+    assert members.survey(INIT, OURS, str(proc)) == members.Survey([], [])
+
+
+def test_processes_of_exec_are_strangers_and_so_are_their_children(proc: Path) -> None:
+    process(proc, 300, 50)  # its parent is runc, outside
+    process(proc, 301, 300)
+    process(proc, 302, 0)  # from another namespace of processes
+    process(proc, 303, 50, "Z")  # has ended: there is nothing to lose
+    everybody = [*OURS, 300, 301, 302, 303]
+    assert members.strangers(INIT, everybody, str(proc)) == [300, 301, 302]
+    assert members.survey(INIT, everybody, str(proc)).strangers == [300, 301, 302]
+    assert members.named([300, 301], str(proc)) == "300 (run 300), 301 (run 301)"
+
+
+def test_one_whose_parent_has_left_the_cgroup_is_no_stranger_but_the_parent_is_outside(
+    proc: Path,
+) -> None:
+    assert members.strangers(INIT, [INIT, 102], str(proc)) == []
+    assert members.survey(INIT, [INIT, 102, 103], str(proc)).outside == [101]
+
+
+def test_one_in_its_namespace_of_processes_is_a_stranger_in_whatever_cgroup(proc: Path) -> None:
+    process(proc, 300, 200)
+    assert members.strangers(INIT, OURS, str(proc)) == []
+    assert members.survey(INIT, OURS, str(proc)).strangers == [300]
+
+
+def test_a_container_in_the_host_s_namespace_of_processes_goes_by_its_cgroup(proc: Path) -> None:
+    (proc / f"{INIT}/ns/pid").unlink()
+    (proc / f"{INIT}/ns/pid").symlink_to("pid:[host]")
+    assert members.survey(INIT, OURS, str(proc)).strangers == []
+
+
+def test_a_process_that_ends_meanwhile_is_nobody_s(proc: Path) -> None:
+    assert members.strangers(INIT, [*OURS, 999], str(proc)) == []
+
+
+# ---- limits and settings
+
+
+@pytest.mark.parametrize(
+    ("files", "resources", "said"),
+    [
+        ({"memory.max": "max", "pids.max": "max"}, {}, []),
+        ({"memory.max": "1048576"}, {"memory": {"limit": 1050000}}, []),
+        ({"memory.max": "1048576"}, {}, ["memory.max is 1048576, and config.json has nothing"]),
+        ({"memory.max": "max"}, {"memory": {"limit": 4096}}, ["memory.max is max"]),
+        ({"pids.max": "7"}, {"pids": {"limit": 8}}, ["pids.max is 7, and config.json has 8"]),
+        ({"cpu.max": "max 100000"}, {"cpu": {"quota": -1}}, []),
+        ({"cpu.max": "5000 100000"}, {"cpu": {"shares": 2}}, ["cpu.max is 5000"]),
+        ({"cpuset.cpus": "0-1\n"}, {"cpu": {"cpus": "0,1"}}, []),
+        ({"cpuset.cpus": "0\n"}, {"cpu": {"cpus": "0-1"}}, ["cpuset.cpus is 0"]),
+        ({"cpuset.cpus": "\n"}, {}, []),
+    ],
+)
+def test_limits_that_config_json_does_not_have_are_said(
+    tmp_path: Path, files: dict[str, str], resources: dict[str, Any], said: list[str]
+) -> None:
+    for name, text in files.items():
+        (tmp_path / name).write_text(text)
+    config = {"linux": {"resources": resources}}
+    found = leftovers.changed_limits(config, {"": str(tmp_path)})
+    assert len(found) == len(said)
+    assert all(text.startswith(start) for text, start in zip(found, said, strict=True))
+
+
+def test_limits_of_a_first_version_cgroup_are_known_as_well(tmp_path: Path) -> None:
+    for controller, name, text, above in (
+        ("memory", "memory.limit_in_bytes", "9223372036854771712", ""),
+        ("pids", "pids.max", "max", ""),
+        ("cpu", "cpu.cfs_quota_us", "-1", ""),
+        ("cpuset", "cpuset.cpus", "0-3", "0-3"),
+    ):
+        folder = tmp_path / controller / "ct"
+        folder.mkdir(parents=True)
+        (folder / name).write_text(text)
+        (folder.parent / name).write_text(above)
+    cgroups = {c: str(tmp_path / c / "ct") for c in ("memory", "pids", "cpu", "cpuset")}
+    assert leftovers.changed_limits({}, cgroups) == []
+    (tmp_path / "cpuset/ct/cpuset.cpus").write_text("0")
+    assert [x.split()[0] for x in leftovers.changed_limits({}, cgroups)] == ["cpuset.cpus"]
+
+
+def test_keys_of_the_container_s_keyring_are_said(tmp_path: Path) -> None:
+    file = tmp_path / "keys"
+    line = "1cf5060f I--Q---     3 perm 3f1b0000     0     0 keyring   _ses.web: {}\n"
+    file.write_text(line.format("empty"))
+    assert leftovers.keys("web", str(file)) == []
+    file.write_text(line.format("2"))
+    assert leftovers.keys("web", str(file)) == ["2 keys of its session keyring (keyctl)"]
+    assert leftovers.keys("we", str(file)) == []
+
+
+# ---- mounts
+
+
+def entry(
+    point: str, dev: tuple[int, int], root: str = "/", fstype: str = "ext4", source: str = "/dev/x"
+) -> mounts.Entry:
+    return mounts.Entry(7, dev, root, point, fstype, source, "rw")
+
+
+DISK, HOST = (7, 1), (254, 0)
+
+
+@pytest.fixture
+def places() -> contents.Places:
+    """A disk, and a tree on the host's own file system."""
+    made = contents.Places((), ())
+    made.places.append(contents.Place("/ct/disk", entry("/ct/disk", DISK)))
+    made.places.append(contents.Place("/ct/tree", entry("/ct", HOST, "/host/ct")))
+    return made
+
+
+@pytest.fixture
+def outside() -> contents.Places:
+    made = contents.Places((), ())
+    made.places.append(contents.Place("/etc/conf", entry("/", HOST)))
+    return made
+
+
+CONFIG = {
+    "mounts": [{"destination": "/conf", "type": "bind", "source": "/etc/conf", "options": ["bind"]}]
+}
+
+
+@pytest.mark.parametrize(
+    ("made", "moves"),
+    [
+        (entry("/", DISK), True),
+        (entry("/sub", DISK, "/any"), True),
+        (entry("/sub", DISK, "/any//deleted"), False),
+        (entry("/data", HOST, "/host/ct/tree/data"), True),
+        (entry("/data", HOST, "/host/ct/tree2"), False),
+        (entry("/data", HOST, "/var/lib"), False),
+        (entry("/conf", HOST, "/etc/conf"), True),
+        (entry("/conf", HOST, "/etc/conf//deleted"), True),
+        (entry("/other", HOST, "/etc/conf"), False),
+        (entry("/run", (0, 9), fstype="tmpfs"), True),
+        (entry("/sys/fs/cgroup/memory", (0, 9), "/ct", fstype="cgroup"), True),
+        (entry("/over", (0, 9), fstype="overlay"), False),
+        (entry("/nfs", (0, 9), fstype="nfs4", source="server:/x"), False),
+        (entry("/fuse", (0, 9), fstype="fuse.sshfs"), False),
+        (entry("/loop", (7, 2)), False),
+        (entry("/squash", (7, 3), fstype="squashfs"), False),
+        (entry("/huge", (0, 9), fstype="hugetlbfs"), False),
+    ],
+)
+def test_what_is_mounted_in_a_container_moves_or_is_named(
+    places: contents.Places, outside: contents.Places, made: mounts.Entry, moves: bool
+) -> None:
+    table = [entry("/", DISK), made]
+    if moves:
+        contents.check_mounted(table, CONFIG, places, outside)
+        return
+    with pytest.raises(MigrateError, match=f"{made.source}.*{made.point}") as e:
+        contents.check_mounted(table, CONFIG, places, outside)
+    assert e.value.exit_code == 15
+
+
+def test_a_bind_with_the_option_alone_is_one() -> None:
+    assert contents.is_bind({"type": "none", "options": ["rbind"]})
+    assert contents.is_bind({"type": "bind"})
+    assert not contents.is_bind({"type": "tmpfs", "options": ["nosuid"]})
+
+
+@pytest.mark.parametrize("kind", ["nfs", "overlay", "ext4", "hugetlbfs", None])
+def test_a_mount_of_config_json_with_contents_of_its_own_is_refused(
+    tmp_path: Path, kind: str | None
+) -> None:
+    mount = {"destination": "/x", "type": kind, "source": "server:/y"}
+    config = {"root": {"path": str(tmp_path)}, "mounts": [mount]}
+    with pytest.raises(MigrateError, match="server:/y") as e:
+        contents.check_config(config, "/b", contents.Places((), [str(tmp_path)]), ())
+    assert e.value.exit_code == 15
+
+
+# ---- what is removed
+
+
+def test_only_the_file_that_was_copied_is_removed(tmp_path: Path) -> None:
+    image = tmp_path / "image"
+    image.write_text("old")
+    known = {str(image): copied.identity(str(image))}
+    image.rename(tmp_path / "aside")
+    image.write_text("new")
+    for what in (known, {}):
+        with pytest.raises(MigrateError, match="is not what was copied"):
+            copied.remove_image(str(image), what)
+    assert image.read_text() == "new"
+    image.unlink()
+    copied.remove_image(str(image), known)  # it is gone
+    (tmp_path / "aside").rename(image)
+    rebooted = {path: [copied.ANY_DEVICE, inode] for path, (_, inode) in known.items()}
+    copied.remove_image(str(image), rebooted)
+    assert not image.exists()
+
+
+def test_an_image_behind_a_link_is_removed_with_the_link(tmp_path: Path) -> None:
+    image, link = tmp_path / "image", tmp_path / "link"
+    image.touch()
+    link.symlink_to(image)
+    copied.remove_image(str(link), {str(link): copied.identity(str(link))})
+    assert list(tmp_path.iterdir()) == []
+
+
+# ---- the configuration
+
+
+@pytest.mark.parametrize(
+    ("container", "named"),
+    [
+        ({"external": ["etc/resolv.conf"]}, "absolute"),
+        ({"external": "/etc/resolv.conf"}, "list"),
+        (
+            {"disk": [{"image": "/i", "mount": "/m"}, {"image": "/j", "mount": "/m/sub"}]},
+            "overlap",
+        ),
+        ({"disk": [{"image": "/i", "mount": "/m"}, {"image": "/i", "mount": "/n"}]}, "two disks"),
+    ],
+)
+def test_a_configuration_that_would_lose_something_is_refused(
+    container: dict[str, Any], named: str
+) -> None:
+    with pytest.raises(MigrateError, match=named) as e:
+        hostconf.parse({"container": {"web": {"bundle": "/b", **container}}}, "x")
+    assert e.value.exit_code == 1
+
+
+def test_cpus_that_are_not_there_are_named() -> None:
+    config = {"linux": {"resources": {"cpu": {"cpus": "0,4090-4091"}}}}
+    with pytest.raises(MigrateError, match="4090, 4091"):
+        fitting.check_target(config, live=True)
+    fitting.check_target({"linux": {"resources": {"cpu": {"cpus": "0"}}}}, live=True)
