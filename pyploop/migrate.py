@@ -176,6 +176,8 @@ def migrate(host: HostConfig, runtime: Runtime, wish: Wish, report: Reporter) ->
         except BaseException as e:
             if not move.lost(e):
                 raise
+        for text in runtime.left_behind():
+            report.note(text)
         move.arrived()
         return move.result
 

@@ -97,7 +97,8 @@ class Runtime(Protocol):
         """All that can be known before anything starts."""
 
     def left_behind(self) -> list[str]:
-        """After `check_source`: what of the container does not move, in words."""
+        """What of the container does not move, in words, as `check_source` and `dump`
+        find; each once."""
 
     def copied(self, disks: list[Disk]) -> Copied:
         """What is copied, now that the disks' sources are open.  MigrateError when

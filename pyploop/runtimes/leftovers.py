@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import select
 import stat
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -189,6 +190,66 @@ def pipes_to_outside(pids: Sequence[int], proc: str = "/proc") -> list[str]:
         for pipe, both in ends.items()
         if both in (stat.S_IRUSR, stat.S_IWUSR)
     ]
+
+
+Watcher = tuple[int, int]
+"""A process, and its descriptor that is an inotify."""
+
+
+def watchers(pids: Sequence[int], proc: str = "/proc") -> list[Watcher]:
+    """Of all these processes."""
+    found = []
+    for pid in pids:
+        with contextlib.suppress(OSError):
+            for name in os.listdir(f"{proc}/{pid}/fd"):
+                if os.readlink(f"{proc}/{pid}/fd/{name}") == "anon_inode:inotify":
+                    found.append((pid, int(name)))
+    return found
+
+
+def waiting(init: int, known: Sequence[Watcher]) -> list[str]:
+    """Of the suspended container: what waits to be read, and CRIU does not dump.  Some
+    microseconds for each watcher and UDP socket."""
+    events = [pid for pid, fd in known if _readable(pid, fd)]
+    found = [f"events that wait for process {members.named(events)} (inotify)"] if events else []
+    sockets = sum(_unread(f"/proc/{init}/net/{name}") for name in ("udp", "udp6"))
+    if sockets and _namespace(init) != _namespace(os.getpid()):
+        found.append(f"datagrams that wait in UDP sockets ({sockets} of them)")
+    return [f"Does not move: {text}" for text in found]
+
+
+def _namespace(pid: int) -> str:
+    """Of the network."""
+    with contextlib.suppress(OSError):
+        return os.readlink(f"/proc/{pid}/ns/net")
+    return ""
+
+
+def _readable(pid: int, fd: int) -> bool:
+    """Whether something waits in another process's descriptor."""
+    try:
+        pidfd = os.pidfd_open(pid)
+        try:
+            taken = kernel.take_descriptor(pidfd, fd)
+        finally:
+            os.close(pidfd)
+    except OSError:  # closed since
+        return False
+    try:
+        poll = select.poll()
+        poll.register(taken, select.POLLIN)
+        return bool(poll.poll(0))
+    finally:
+        os.close(taken)
+
+
+def _unread(path: str) -> int:
+    """Sockets of a table of /proc/net that have bytes in their receive queue."""
+    try:
+        lines = Path(path).read_text().splitlines()[1:]
+    except OSError:
+        return 0
+    return sum(int(line.split()[4].partition(":")[2], 16) > 0 for line in lines)
 
 
 def keys(container: str, path: str = "/proc/keys") -> list[str]:

@@ -75,21 +75,21 @@ class Survey:
     """Who is in the container, and who should be."""
 
     strangers: list[int]
-    """In its cgroup or its namespace of processes, and not descended from its first
-    process: they would end without a word."""
+    """In its cgroup, and not descended from its first process: they would end without
+    a word."""
     outside: list[int]
-    """Descended from it, and not in its cgroup: they would not be suspended."""
+    """Descended from it, or in its namespace of processes, and not in its cgroup: they
+    would not be suspended."""
 
 
 def survey(init: int, members: Sequence[int], proc: str = "/proc") -> Survey:
     """Of all processes; milliseconds."""
     seen = look_at(everybody(proc), proc)
     ours = descendants(init, seen)
-    inside = set(members) | _same_namespace(init, seen, proc)
     alive = {p for p, process in seen.items() if process.state not in "ZX"}
     return Survey(
-        sorted((inside & alive) - ours),
-        sorted((ours & alive) - set(members)),
+        sorted((set(members) & alive) - ours),
+        sorted((ours | _same_namespace(init, seen, proc)) & alive - set(members)),
     )
 
 
@@ -145,7 +145,7 @@ def check(container: str, init: int, members: Sequence[int], drop: bool) -> list
         raise MigrateError(
             DUMP_FAILED,
             f"processes of {container} are in another cgroup, and would not be suspended: "
-            f"{named(found.outside)}; move them back (cgroup.procs)",
+            f"{named(found.outside)}; move them back (cgroup.procs), or end them",
         )
     if found.strangers and drop:
         names = named(found.strangers)

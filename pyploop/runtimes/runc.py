@@ -67,6 +67,7 @@ class Runc(Configured):
                 USAGE, f"[container.{container}] needs an absolute bundle, and a disk or a tree"
             )
         self._left: list[str] = []
+        self._watchers: list[leftovers.Watcher] = []
         # CRIU names a deleted file that has other names anew, for the restore.
         self.dump_writes = "--link-remap" in self._config.options
 
@@ -139,6 +140,7 @@ class Runc(Configured):
             contents.check_all_mounted(pids, config, places, external)
             cgroups = (self._record() or {}).get("cgroup_paths") or {}
             self._left += leftovers.all_of(self.container, pids, config, cgroups)
+            self._watchers = leftovers.watchers(pids)
         return facts
 
     def _moving(self) -> contents.Places:
@@ -148,7 +150,8 @@ class Runc(Configured):
         return os.path.join(self._config.bundle, str(config["root"]["path"]))
 
     def left_behind(self) -> list[str]:
-        return self._left
+        left, self._left = self._left, []
+        return left
 
     def items(self) -> list[Item]:
         return [Item("config.json", f"{self._config.bundle}/{bundles.CONFIG}")]
@@ -211,9 +214,10 @@ class Runc(Configured):
 
     def _check_suspended(self) -> None:
         """Nobody has come since `check_source` who would be lost."""
-        freezer = self._freezer()
+        freezer, init = self._freezer(), self._init()
         if freezer is not None and not self.drop_exec:
-            members.check_suspended(self.container, self._init(), freezer.pids())
+            members.check_suspended(self.container, init, freezer.pids())
+        self._left += leftovers.waiting(init, self._watchers)
 
     def _checkpoint(
         self,
@@ -308,10 +312,7 @@ class Runc(Configured):
             raise MigrateError(
                 BAD_CONFIG, "the two hosts configure another number of disks or trees"
             )
-        config = bundles.adapt(facts.get("config"), *self._mapping(facts), self._config)
-        contents.check_target(
-            config, self._places(), self._config.external, facts.get("kinds") or ()
-        )
+        config = self._fitted(facts.get("config"), facts)
         fitting.check_target(config, live)
         if not live:
             return
@@ -327,6 +328,13 @@ class Runc(Configured):
             raise MigrateError(
                 COPY_FAILED, f"{self._host.images_dir} has no room for {need >> 20} MiB of memory"
             )
+
+    def _fitted(self, config: Any, facts: Facts) -> dict[str, Any]:
+        """The source's config.json with our paths, all of which are known here."""
+        fitted = bundles.adapt(config, *self._mapping(facts), self._config)
+        kinds = facts.get("kinds") or ()
+        contents.check_target(fitted, self._places(), self._config.external, kinds)
+        return fitted
 
     def _mapping(self, facts: Facts) -> tuple[dict[str, str], dict[str, str]]:
         """For bundles.adapt: the source's paths as its configuration writes them,
@@ -353,8 +361,7 @@ class Runc(Configured):
 
     def placed(self, facts: Facts) -> None:
         bundle = self._config.bundle
-        config = bundles.adapt(bundles.read(bundle), *self._mapping(facts), self._config)
-        bundles.write(bundle, config)
+        bundles.write(bundle, self._fitted(bundles.read(bundle), facts))
         # Nothing may answer in its place before the restore.
         self._end_link(self._start_link(self._config.link_down), BAD_CONFIG)
 

@@ -69,6 +69,7 @@ class Vzctl:
         self.container = container if container.isdecimal() else self._resolve(container)
         self.keep_fds: tuple[int, ...] = ()
         self._top = f"{HDD}/root.hds"
+        self._left: list[str] = []
         self._simfs: bool | None = None
         """The source's word, on the target."""
         try:
@@ -152,6 +153,11 @@ class Vzctl:
 
     def check_source(self, live: bool) -> Facts:
         self._check_root()
+        self._left = [
+            f"{e.source} ({e.root}) is mounted on {e.point}, within the container, and does not "
+            "move: the target has to have what its mount script mounts there"
+            for e in mounts.below(self._root)
+        ]
         facts: Facts = {
             "simfs": self._is_simfs(),
             "ips": (self._conf.get("IP_ADDRESS") or "").split(),
@@ -182,11 +188,8 @@ class Vzctl:
             copied.check_ploop(self._root, self._descriptor().top.path, mounted)
 
     def left_behind(self) -> list[str]:
-        return [
-            f"{e.source} ({e.root}) is mounted on {e.point}, within the container, and does not "
-            "move: the target has to have what its mount script mounts there"
-            for e in mounts.below(self._root)
-        ]
+        left, self._left = self._left, []
+        return left
 
     def copied(self, disks: list[Disk]) -> Copied:
         self._check_root()

@@ -354,7 +354,7 @@ def test_one_that_enters_its_namespace_from_outside_is_named(scene: Scene) -> No
     with subprocess.Popen(a.command(*command), stdin=subprocess.DEVNULL) as inside:
         try:
             support.wait_until(lambda: "sleep 600" in a.processes().values(), "it has entered")
-            scene.refused(8, "(sleep 600)")
+            scene.refused(8, "another cgroup", "(sleep 600)")
         finally:
             inside.kill()
             kill(a, "sleep 600")
@@ -402,6 +402,14 @@ def test_what_no_checkpoint_holds_is_said_and_the_container_moves(scene: Scene) 
     assert "prio 7" not in b.run("ionice", "-p", there)
     scene.start()
     assert "Does not move" not in scene.moves().out
+
+
+def test_events_and_datagrams_that_wait_at_the_suspension_are_said(scene: Scene) -> None:
+    scene.start({"process": {"argv": ["/tool", "unread"]}})
+    said = [x for x in scene.moves().out.splitlines() if x.startswith("Does not move: ")]
+    assert len(said) == 2, said
+    assert said[0].startswith("Does not move: events that wait for process ")
+    assert said[1] == "Does not move: datagrams that wait in UDP sockets (1 of them)"
 
 
 def test_a_pipe_to_a_program_outside_is_said(scene: Scene) -> None:

@@ -4,14 +4,19 @@
  *   tool pause                    waits for ever, as the others do afterwards
  *   tool mount FROM TO TYPE DATA  mount(2); TYPE bind: a bind mount; then ends
  *   tool pin CPU                  runs on this CPU only
+ *   tool unread                   has an inotify event and a datagram that nobody reads
  *   tool child                    starts a child, and that a child whose parent ends
  */
 #define _GNU_SOURCE
+#include <arpa/inet.h>
+#include <netinet/in.h>
 #include <sched.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/inotify.h>
 #include <sys/mount.h>
+#include <sys/socket.h>
 #include <sys/stat.h>
 #include <sys/wait.h>
 #include <unistd.h>
@@ -36,6 +41,19 @@ int main(int argc, char **argv)
 		CPU_SET(atoi(argv[2]), &set);
 		if (sched_setaffinity(0, sizeof(set), &set) < 0)
 			return 1;
+	}
+	if (!strcmp(what, "unread")) {
+		int events = inotify_init(), to = socket(AF_INET, SOCK_DGRAM, 0);
+		struct sockaddr_in at = {
+			.sin_family = AF_INET,
+			.sin_port = htons(5555),
+			.sin_addr.s_addr = htonl(INADDR_LOOPBACK),
+		};
+
+		inotify_add_watch(events, "/tmp", IN_CREATE);
+		if (mkdir("/tmp/seen", 0755) < 0 || bind(to, (void *)&at, sizeof(at)) < 0)
+			return 1;
+		sendto(to, "x", 1, 0, (void *)&at, sizeof(at));
 	}
 	if (!strcmp(what, "child")) {
 		pid_t middle = fork();

@@ -70,16 +70,17 @@ def test_one_whose_parent_has_left_the_cgroup_is_no_stranger_but_the_parent_is_o
     assert members.survey(INIT, [INIT, 102, 103], str(proc)).outside == [101]
 
 
-def test_one_in_its_namespace_of_processes_is_a_stranger_in_whatever_cgroup(proc: Path) -> None:
+def test_one_in_its_namespace_of_processes_belongs_to_its_cgroup(proc: Path) -> None:
     process(proc, 300, 200)
     assert members.strangers(INIT, OURS, str(proc)) == []
-    assert members.survey(INIT, OURS, str(proc)).strangers == [300]
+    assert members.survey(INIT, OURS, str(proc)) == members.Survey([], [300])
+    assert members.survey(INIT, [*OURS, 300], str(proc)) == members.Survey([300], [])
 
 
 def test_a_container_in_the_host_s_namespace_of_processes_goes_by_its_cgroup(proc: Path) -> None:
     (proc / f"{INIT}/ns/pid").unlink()
     (proc / f"{INIT}/ns/pid").symlink_to("pid:[host]")
-    assert members.survey(INIT, OURS, str(proc)).strangers == []
+    assert members.survey(INIT, OURS, str(proc)) == members.Survey([], [])
 
 
 def test_a_process_that_ends_meanwhile_is_nobody_s(proc: Path) -> None:
