@@ -215,7 +215,7 @@ class StreamOutput:
         if self.framing.exact and not waiting:
             return "unknown"  # the C tool has no SYNC after its last block
         self._asked = time.monotonic()
-        _write(pump, d1.sync(start))
+        self._write(pump, d1.sync(start))
         if self._answers is not None:
             self._answer(self._answers, "SYNC")
             return "acknowledged"
@@ -229,7 +229,7 @@ class StreamOutput:
         return "waited"
 
     def header(self, pump: Pump, data: bytes) -> None:
-        _write(pump, d1.data(0, data))
+        self._write(pump, d1.data(0, data))
 
     def finish(self, pump: Pump, size: int, start: bytes) -> str:
         if self.framing is PYPLOOP and self._answers is not None:
@@ -244,12 +244,20 @@ class StreamOutput:
 
     def _end(self, pump: Pump) -> None:
         self.before_end()
-        _write(pump, d1.end(), self._check_deadline)
+        self._write(pump, d1.end())
+
+    def _write(self, pump: Pump, frame: bytes) -> None:
+        try:
+            run_cancellable(lambda: pump.write(frame), pump.cancel, self._check_deadline)
+        except Fault as fault:
+            raise explain_write(fault) from fault
 
     def _check_deadline(self) -> None:
-        """A receiver that takes END late would keep what is stale by then."""
+        """A receiver that took END late would keep what is stale by then."""
         if time.monotonic() > self.deadline > 0:  # 0: cancelled
-            raise WriteError("the receiver does not take the end of the stream in time")
+            raise WriteError(
+                "the receiver does not take the end of the stream in time (--freeze-limit)"
+            )
 
 
 def _readable_before(fd: int, deadline: float) -> bool:
@@ -257,10 +265,3 @@ def _readable_before(fd: int, deadline: float) -> bool:
         if transport.readable(fd, min(left, transport.POLL_SLICE)):
             return True
     return False
-
-
-def _write(pump: Pump, frame: bytes, tick: Callable[[], None] | None = None) -> None:
-    try:
-        run_cancellable(lambda: pump.write(frame), pump.cancel, tick)
-    except Fault as fault:
-        raise explain_write(fault) from fault

@@ -114,26 +114,25 @@ class FileSystems:
             if m.held is None and not m.by_others:
                 m.close()
 
-    def _there(self) -> list[Mounted]:
-        """Those that are mounted, open.  Who unmounts instead of freezing has
-        nothing left that could write."""
-        for m in self._all:
+    def _there(self, only: Mount | None = None) -> list[Mounted]:
+        """Those that are mounted (or this one), open.  Who unmounts instead of
+        freezing has nothing left that could write."""
+        chosen = [m for m in self._all if only in (None, m.mount)]
+        for m in chosen:
             if m.fd < 0 and not m.gone:
                 m.find_again()
                 if m.gone:
                     self._report.info(f"{m.point} was unmounted, so there is nothing to freeze")
-        return [m for m in self._all if not m.gone]
+        return [m for m in chosen if not m.gone]
 
-    def sync(self) -> None:
-        """Write back what is dirty, while running or after the stop command."""
-        for m in self._there():
-            self._sync(m)
-
-    def _sync(self, m: Mounted) -> None:
-        try:
-            kernel.syncfs(m.fd, m.point)
-        except OSError as e:
-            raise DeviceControlError.of(f"cannot sync {m.point}", e) from e
+    def sync(self, only: Mount | None = None) -> None:
+        """Write back what is dirty (in this one), while running or after the stop
+        command."""
+        for m in self._there(only):
+            try:
+                kernel.syncfs(m.fd, m.point)
+            except OSError as e:
+                raise DeviceControlError.of(f"cannot sync {m.point}", e) from e
 
     # ---- before the freeze
 
@@ -235,9 +234,8 @@ class FileSystems:
             # Another copy may have ended meanwhile, and put back what it found.
             with contextlib.suppress(OSError):
                 Path(RCU_EXPEDITED).write_text("1")
-        for m in self._there():
-            new = m.held is None and not m.by_others and m.can_freeze
-            if new and only in (None, m.mount):
+        for m in self._there(only):
+            if m.held is None and not m.by_others and m.can_freeze:
                 self._freeze(m)
         # The watchdog may have thawed while the kernel was still freezing.
         self._plan.watch()
@@ -354,7 +352,7 @@ class FileSystems:
         for m in reversed(self._all):
             if only not in (None, m.mount):
                 continue
-            m.by_others = False  # `freeze` looks again
+            m.by_others = m.gone = False  # `freeze` looks again
             if m.held is None:
                 continue
             try:

@@ -116,8 +116,9 @@ class Hold:
     def _let_go(self) -> None:
         """A command may unmount: no descriptor of the mount points, the
         watchdog's among them, stays open."""
-        if any(isinstance(s, CommandStopper) for s in self._stoppers):
+        if self._mounts and any(isinstance(s, CommandStopper) for s in self._stoppers):
             self._mounts.let_go()
+            self._plan.start()
             self._plan.settle()
 
     def watch(self) -> None:

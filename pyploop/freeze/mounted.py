@@ -114,7 +114,7 @@ class Mounted:
                 return
         raise LoopError(
             f"the file system of {self.point} was unmounted by what stops the source, and is "
-            "still in use: unmounted lazily, say, or mounted out of reach (umount without -l)"
+            "still in use (umount -l), or it is out of reach: hidden under another mount, say"
         )
 
     def _reopen(self, point: str) -> bool:

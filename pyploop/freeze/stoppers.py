@@ -140,7 +140,7 @@ class FsStopper:
         """FileSystems.guard does that for all."""
 
     def stop(self, timeout: float | None) -> None:
-        self._mounts.sync()
+        self._mounts.sync(self._only)
         self._mounts.freeze(self._only)
 
     def check(self) -> None:

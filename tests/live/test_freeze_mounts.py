@@ -29,6 +29,9 @@ from support_live import Copied, comparison, copy, file_system, partition, spars
 from pyploop.errors import BusyError
 from pyploop.events import Reporter
 from pyploop.freeze import FileSystems, filesystems
+from pyploop.freeze.hold import Hold, Limits
+from pyploop.freeze.stoppers import Spec
+from pyploop.plan import Plan
 from pyploop.sysblock import Mount
 
 pytestmark = pytest.mark.root
@@ -160,6 +163,47 @@ def test_what_is_unmounted_lazily_and_still_open_is_not_taken_for_gone(
         got = copy(device, folder / "target", "-F", f"umount -l {m}", via="local")
     assert (got.code, "is still in use" in got.errors) == (14, True), got.errors
     assert not (folder / "target").exists()
+
+
+def test_one_that_is_frozen_by_name_leaves_another_free_to_be_unmounted(folder: Path) -> None:
+    half = SIZE // 2
+    with contextlib.ExitStack() as stack:
+        image = sparse_file(folder / "image", SIZE)
+        device = stack.enter_context(loop_device(image, options=["--partscan"]))
+        points = []
+        for number in (1, 2):
+            start = MIB + (number - 1) * half
+            part = stack.enter_context(partition(device, number, start, half - MIB))
+            points.append(stack.enter_context(file_system(part, folder / f"m{number}")))
+        a, b = points
+        order = ("--freeze", f"fs:{a}", "-F", f"umount {b}")
+        copied_as_frozen(folder, device, *order, frozen=HELD.format(a))
+        assert not os.path.ismount(b) and not is_frozen(a)
+
+
+def test_after_an_undo_the_file_system_that_is_mounted_again_is_frozen_again(
+    folder: Path, disk: tuple[str, Path]
+) -> None:
+    """As for a second approach, after a first that took too long."""
+    device, m = disk
+    with contextlib.closing(Plan("a test", Reporter())) as plan:
+        systems = FileSystems([Mount(str(m), "ext4", device)], Reporter(), plan)
+        command = Spec("cmd", f"umount {m}", f"mount {device} {m}")
+        hold = Hold([command], systems, plan, Reporter())
+        try:
+            for _ in range(2):
+                hold.prepare()
+                hold.stop(Limits.of(60))
+                systems.sync()
+                systems.freeze()
+                hold.check()
+                assert not os.path.ismount(m)
+                assert hold.undo() == [] and os.path.ismount(m)
+            systems.freeze()
+            assert is_frozen(m)
+        finally:
+            systems.close()
+        assert not is_frozen(m)
 
 
 def test_what_is_mounted_again_during_the_last_steps_fails_the_copy(
