@@ -829,6 +829,8 @@ static int dev_ioctl(int fd, unsigned long req, void *arg)
 	return answer(err, old);
 }
 
+static bool fake_frozen;
+
 /* Never freeze a file system that is not the one on the backing. */
 static int freeze_ioctl(int fd, unsigned long req, void *arg)
 {
@@ -841,7 +843,11 @@ static int freeze_ioctl(int fd, unsigned long req, void *arg)
 		say("%s start", op);
 		rc = REAL(ioctl)(fd, req, arg);
 		say("%s end %d", op, rc ? errno : 0);
+	} else if (req == FIFREEZE && fake_frozen) {
+		errno = EBUSY;		/* as of any frozen file system */
+		rc = -1;
 	} else {
+		fake_frozen = req == FIFREEZE;
 		say("%s faked", op);
 	}
 #ifdef FAKEPLOOP_BPF
