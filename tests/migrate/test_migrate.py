@@ -8,6 +8,7 @@ import re
 from pathlib import Path
 
 import pytest
+from anypair import make_disk
 from lab import container, verify
 from lab.hosts import Lab
 from moving import files, judge, migrate
@@ -51,7 +52,9 @@ def test_a_container_that_goes_back_and_forth_keeps_its_connection_and_every_wri
         run("e2fsck", "-fn", here.outside(container.IMAGE))
 
 
-@pytest.mark.parametrize("bad", ["no such container", "already there", "check only"])
+@pytest.mark.parametrize(
+    "bad", ["no such container", "already there", "check only", "another disk"]
+)
 def test_what_is_refused_or_only_checked_changes_nothing(two_hosts: Lab, bad: str) -> None:
     before = files(two_hosts.b)
     with container.container(two_hosts), verify.client(two_hosts) as client:
@@ -63,6 +66,15 @@ def test_what_is_refused_or_only_checked_changes_nothing(two_hosts: Lab, bad: st
             done = migrate(two_hosts, two_hosts.a)
             assert done.code == 9, done.errors
             container.clear_bundle(two_hosts.b)
+        elif bad == "another disk":
+            other = "/srv/other.img"
+            make_disk(two_hosts.a.outside(other))
+            two_hosts.a.run("mount", "-o", "loop", other, container.ROOTFS)
+            done = migrate(two_hosts, two_hosts.a)
+            two_hosts.a.run("umount", container.ROOTFS)
+            two_hosts.a.outside(other).unlink()
+            assert done.code == 15, done.errors
+            assert "other.img" in done.errors and str(container.IMAGE) in done.errors
         else:
             done = migrate(two_hosts, two_hosts.b)
             assert done.code == 10, done.errors

@@ -167,6 +167,9 @@ def stop(pair: Pair) -> None:
     pair.step(pair.a, "stop")
     for disk in ("one", "two"):
         umount(pair.a / disk)
+    # A loop device goes a moment after its last user.
+    command = ("losetup", "-nO", "BACK-FILE")
+    support.wait_until(lambda: str(pair.a) not in support.run(*command), "no loop device is left")
 
 
 def test_a_stopped_container_moves_with_its_disks_mounted_or_not_but_not_with_others(
