@@ -36,8 +36,8 @@ def test_the_ploop_driver_marks_what_is_written_where_the_first_pass_sends_nothi
     for differs in (MIB, 5 * MIB):
         data[differs] ^= 1
     held.write_bytes(data)
-    (tmp_path / "mount").mkdir()
-    with support.loop_device(image) as loop:
+    # What is mounted must not be frozen with the target's file system.
+    with support.loop_device(image) as loop, support.tmpfs(tmp_path / "mount", MIB):
         env = fakeploop.env(
             library,
             loop,
