@@ -204,13 +204,17 @@ class Passes:
         except Fault as fault:
             raise self._explain(fault) from fault
 
-    def _tick(self) -> None:
+    def check_time(self) -> None:
+        """LoopError when the freeze has lasted as long as it may."""
         if self.deadline is not None and time.monotonic() > self.deadline:
             raise LoopError(
                 f"frozen until the limit of {self._options.freeze_limit:g} s (--freeze-limit) was "
                 "near; thawed, no target was made"
             )
         self.watch()
+
+    def _tick(self) -> None:
+        self.check_time()
         for file_system in self._shared:
             file_system.check()
         pending = self._tracker.pending()

@@ -264,6 +264,7 @@ class Sender:
         """Fails when something is left as it is: the source does not run then."""
         if left := self._hold.undo():
             raise LoopError("; ".join([f"{why}; no target was made", *left])) from why
+        self._plan.watch()  # what went past the limit is no freeze to begin again
 
     def _run_on(self, deadline: float) -> None:
         """After the freeze the source runs, and nothing is in a hurry."""
@@ -408,6 +409,8 @@ class Sender:
         """Compare what the tracker may have missed."""
         path = self._source.path
         self._doubt = words(verdict)
+        # The watchdog undoes what the tracker needs as well.
+        self._passes.check_time()
         repair = self._tracker.repair(quiesced=True)
         if repair is None:
             raise DeviceControlError(
