@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from pyploop import kernel, sysblock
-from pyploop.device import Source
+from pyploop.source import Source
 from pyploop.units import SECTOR
 
 Number = tuple[int, int]

@@ -12,7 +12,6 @@ from functools import partial
 from typing import Any, TypeVar
 
 from pyploop import device
-from pyploop.device import Source
 from pyploop.errors import MigrateError
 from pyploop.events import Reporter
 from pyploop.jobs import in_parallel
@@ -21,6 +20,7 @@ from pyploop.recorder import Span
 from pyploop.remote import Remote
 from pyploop.runtimes import COPY_FAILED, Disk
 from pyploop.sender import Sender
+from pyploop.source import Source
 from pyploop.stream_output import StreamOutput
 from pyploop.summary import Options, Summary
 from pyploop.trackers.choose import choose

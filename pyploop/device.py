@@ -1,10 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The source of a copy: what it is, how it is read, what is mounted from it.
-
-Invariant: a device is never read through its own page cache.  With a file
-system mounted on it that cache is stale; O_DIRECT is right, and so is the
-backing file of a loop device, which is where the loop driver itself reads.
-"""
+"""Opens the source of a copy, and finds out what it is, how it can be read, and what is
+mounted from it."""
 
 from __future__ import annotations
 
@@ -13,7 +9,7 @@ import os
 import re
 import stat
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
@@ -23,129 +19,16 @@ from pyploop.errors import (
     FormatError,
     OpenError,
     ParameterError,
-    ReadError,
 )
-from pyploop.holes import data_extents
 from pyploop.identity import Identity
 from pyploop.lookout import Lookout, Subject
 from pyploop.reach import Reach, below_overlay, reach
-from pyploop.sysblock import BlockDevice, Loop, Mount
-from pyploop.tail import Tail, find_tail, left_out
-from pyploop.units import BLOCK, MIB, SECTOR
+from pyploop.source import Source
+from pyploop.sysblock import Loop, Mount
+from pyploop.tail import find_tail, left_out
+from pyploop.units import BLOCK, SECTOR
 
-Kind = Literal["block", "file", "ploop"]
 ReadPath = Literal["auto", "device", "backing"]
-
-
-@dataclass
-class Source:
-    """An open source.  All positions of the copy count from its first byte,
-    which is byte `base` of `fd`."""
-
-    path: str
-    kind: Kind
-    size: int
-    fd: int
-    base: int = 0
-    align: int = 1
-    """Alignment of reads from `fd`, bytes; 1: buffered."""
-    tail: Tail | None = None
-    """The end that is no whole sector of the device: O_DIRECT cannot read it."""
-    io_mode: str = ""
-    """How it is read, in words, for the log and the summary."""
-    sparse_fd: int | None = None
-    """A file that knows the holes (SEEK_HOLE), or None."""
-    sparse_base: int = 0
-    """Where the source starts in `sparse_fd`."""
-    block: BlockDevice | None = None
-    mounts: list[Mount] = field(default_factory=list)
-    mount_given: bool = False
-    """The user named the mount points."""
-    cluster: int = MIB
-    image: str = ""
-    """What is being sent, for `Sending IMAGE`."""
-    image_format: str = "raw"
-    control_fd: int = -1
-    """The open device that takes ioctls, when `fd` is another file."""
-    where: Reach | None = None
-    """The devices that share bytes with a block device; None: not one."""
-    lookout: Lookout | None = None
-    """Who uses it; None: a ploop device, whose driver tracks all writes."""
-    notes: list[str] = field(default_factory=list)
-    """What its copy should say; grows."""
-    _holes_unknown: bool = False
-    identities: list[Identity] = field(default_factory=list)
-    """What each device showed through which the bytes are reached."""
-    _owned: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)
-
-    def close(self) -> None:
-        self._owned.close()
-
-    @property
-    def queue(self) -> BlockDevice | None:
-        """The block device, and the part of it, that all writes to the source pass:
-        the source's own, or that on which it lies."""
-        return self.block if self.where is None else self.where.queue
-
-    def check_size(self) -> None:
-        """ReadError when the size is not what it was when it was opened."""
-        if self.kind == "block":
-            size = kernel.device_size(self.control_fd, self.path)
-        else:
-            size = os.fstat(self.fd).st_size
-        if size != self.size:
-            raise ReadError(
-                f"{self.path} had {self.size} bytes at the start and has {size} now: start again; "
-                "no target was made"
-            )
-
-    def check_same(self) -> None:
-        """Fails when the source's size, or who uses it, is not what it was at the
-        last look: nothing of that was tracked."""
-        self.check_device()
-        self.check_size()
-        if self.lookout is not None:
-            self.lookout.check_end()
-
-    def check_device(self) -> None:
-        """Fails when the device, or one on which it lies, shows something else than
-        when it was opened."""
-        for identity in self.identities:
-            identity.check()
-
-    def write_back(self) -> None:
-        """Write back what was written through a device's own page cache."""
-        if self.lookout is not None:
-            self.lookout.write_back()
-
-    def holes(self) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
-        """(data, holes): both ascending and disjoint, together the whole
-        source.  Without a file that knows, everything is data."""
-        if self.sparse_fd is None or _has_all_pages(self.sparse_fd, self.path):
-            return ([(0, self.size)] if self.size else []), []
-        base, pos = self.sparse_base, 0
-        data: list[tuple[int, int]] = []
-        holes: list[tuple[int, int]] = []
-        for first, last in data_extents(self.sparse_fd, base, base + self.size, self._note_once):
-            if first - base > pos:
-                holes.append((pos, first - base))
-            pos = last - base
-            data.append((first - base, pos))
-        if pos < self.size:
-            holes.append((pos, self.size))
-        return data, holes
-
-    def _note_once(self, why: str) -> None:
-        if not self._holes_unknown:
-            self._holes_unknown = True
-            self.notes.append(f"{self.path}: {why}")
-
-
-def _has_all_pages(fd: int, path: str) -> bool:
-    """tmpfs goes through a file page by page to find a hole (10 ms a GiB), and
-    counts exactly those it has.  Elsewhere what is allocated may still be a hole."""
-    st = os.fstat(fd)
-    return st.st_blocks * SECTOR >= st.st_size and kernel.is_tmpfs(fd, path)
 
 
 def open_source(

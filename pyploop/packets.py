@@ -17,11 +17,11 @@ from pyploop import _core, transport
 from pyploop._core import Fault, Known, Pump
 from pyploop.below import Thing
 from pyploop.compat import PLOOP, PYPLOOP
-from pyploop.device import Source
 from pyploop.errors import CancelledError, PyploopError, ReadError, WriteError
 from pyploop.events import Reporter
 from pyploop.output import Packets, explain_write
 from pyploop.recorder import Heard
+from pyploop.source import Source
 from pyploop.wire import d2, d3
 from pyploop.worker import run_cancellable
 

@@ -18,7 +18,6 @@ from typing import TYPE_CHECKING
 from pyploop import _core, reading, room
 from pyploop._core import Bitmap, Extents, Fault, Known, Pump, PumpStats
 from pyploop.compat import PIECE, Extent
-from pyploop.device import Source
 from pyploop.errors import (
     CancelledError,
     DeviceControlError,
@@ -30,6 +29,7 @@ from pyploop.errors import (
 from pyploop.events import Reporter
 from pyploop.output import Output, explain_write
 from pyploop.room import Watched
+from pyploop.source import Source
 from pyploop.summary import Options
 from pyploop.trackers import Batch, Tracker
 from pyploop.units import BLOCK, MIB, format_size

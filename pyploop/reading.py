@@ -5,8 +5,8 @@ from __future__ import annotations
 
 import os
 
-from pyploop.device import Source
 from pyploop.errors import ReadError
+from pyploop.source import Source
 from pyploop.units import BLOCK
 
 

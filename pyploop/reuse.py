@@ -20,10 +20,10 @@ from pathlib import Path
 
 from pyploop import reading
 from pyploop._core import Bitmap, Known
-from pyploop.device import Source
 from pyploop.digests import PIECE, Reader, cluster, data_extents, equal_parts
 from pyploop.errors import ReadError
 from pyploop.pieces import Writer
+from pyploop.source import Source
 
 
 @dataclass(frozen=True)

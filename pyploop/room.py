@@ -17,8 +17,8 @@ from pathlib import Path
 
 from pyploop import below, kernel
 from pyploop.below import Below, Thing
-from pyploop.device import Source
 from pyploop.errors import WriteError
+from pyploop.source import Source
 from pyploop.units import GIB, SECTOR, format_size
 
 PART = 0.05

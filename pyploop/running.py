@@ -15,7 +15,6 @@ from typing import TYPE_CHECKING
 from pyploop import _core
 from pyploop._core import Bitmap, Extents
 from pyploop.compat import Extent
-from pyploop.device import Source
 from pyploop.errors import LoopError
 from pyploop.events import Reporter
 from pyploop.freeze import FileSystems
@@ -35,6 +34,7 @@ from pyploop.rounds import (
     decide,
     forecast,
 )
+from pyploop.source import Source
 from pyploop.summary import Options, Summary
 from pyploop.trackers import Batch, Repair, Tracker, Verdict, whole
 from pyploop.units import MIB, format_size

@@ -19,7 +19,6 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from pyploop import _core, apart
-from pyploop.device import Source
 from pyploop.errors import DeviceControlError, LoopError, OpenError
 from pyploop.events import Reporter
 from pyploop.freeze import FileSystems, run_command
@@ -34,6 +33,7 @@ from pyploop.recorder import Recorder
 from pyploop.repairs import FreezeGivenUp
 from pyploop.rounds import Round
 from pyploop.running import Running, words
+from pyploop.source import Source
 from pyploop.summary import Options, Summary
 from pyploop.trackers import Repair, Tracker, Verdict
 from pyploop.units import format_size

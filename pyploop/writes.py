@@ -12,7 +12,7 @@ import os
 from pathlib import Path
 
 from pyploop import sysblock
-from pyploop.device import Source
+from pyploop.source import Source
 from pyploop.sysblock import BlockDevice
 
 _WRITTEN, _DISCARDED = 6, 13

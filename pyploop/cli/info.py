@@ -17,9 +17,10 @@ from typing import Any
 from pyploop import descriptor, image, sysblock
 from pyploop.cli.arguments import Parser
 from pyploop.descriptor import Descriptor
-from pyploop.device import Source, open_source
+from pyploop.device import open_source
 from pyploop.errors import DeviceError, OpenError, PyploopError, SysfsError
 from pyploop.image import Image
+from pyploop.source import Source
 from pyploop.sysblock import BlockDevice
 from pyploop.trackers.choose import choose
 from pyploop.units import KIB, format_size

@@ -6,8 +6,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from pyploop.device import Source
 from pyploop.errors import DeviceControlError, ParameterError
+from pyploop.source import Source
 from pyploop.trackers import TRACKERS, Tracker, bpf, dm
 from pyploop.trackers.accounting import Accounting
 from pyploop.trackers.ploop import PloopTracker

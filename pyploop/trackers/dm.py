@@ -16,9 +16,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 from pyploop._core import Bitmap, Hook
-from pyploop.device import Source
 from pyploop.errors import DeviceControlError
 from pyploop.plan import Plan
+from pyploop.source import Source
 from pyploop.sysblock import attribute
 from pyploop.trackers import Batch, Repair, Verdict
 

@@ -11,9 +11,9 @@ import contextlib
 import errno
 
 from pyploop._core import Extents, Hook, PloopTracking
-from pyploop.device import Source
 from pyploop.errors import DeviceControlError
 from pyploop.plan import Plan
+from pyploop.source import Source
 from pyploop.trackers import Batch, Repair, Verdict
 
 MAX_LAPS = 10

@@ -13,9 +13,9 @@ from __future__ import annotations
 import contextlib
 
 from pyploop._core import Hook
-from pyploop.device import Source
 from pyploop.errors import DeviceControlError
 from pyploop.plan import Plan
+from pyploop.source import Source
 from pyploop.trackers import Batch, Repair, Verdict, whole
 from pyploop.trackers.accounting import (
     QUIET_DEADLINE,

@@ -15,8 +15,8 @@ import pytest
 
 from pyploop import _core
 from pyploop._core import Bitmap, Counters, Extents, Snapshot
-from pyploop.device import Source
 from pyploop.plan import Plan
+from pyploop.source import Source
 from pyploop.sysblock import BlockDevice
 from pyploop.trackers import Batch, Repair, bpf
 

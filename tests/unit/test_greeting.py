@@ -16,9 +16,9 @@ import support
 from support import FAILURE, SUCCESS, d1_end, d1_frame, d1_sync
 
 from pyploop import device
-from pyploop.device import Source
 from pyploop.errors import ParameterError, ProtocolError, WriteError
 from pyploop.events import Reporter
+from pyploop.source import Source
 from pyploop.stream_output import StreamOutput
 
 HELLO, HELLO_2, PLACE, REFUSED = (b"PYP" + bytes([n]) for n in (1, 2, 3, 4))

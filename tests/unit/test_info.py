@@ -17,7 +17,7 @@ import pytest
 import support
 
 from pyploop.cli import info as cli_info
-from pyploop.device import Source
+from pyploop.source import Source
 from pyploop.sysblock import Mount
 
 MIB = 1 << 20

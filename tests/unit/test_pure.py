@@ -25,7 +25,7 @@ import support
 from pyploop import kernel, sysblock, transport
 from pyploop._core import Extents
 from pyploop.cli.main import parse_globals, signals_raise
-from pyploop.device import Source, open_source
+from pyploop.device import open_source
 from pyploop.errors import (
     CancelledError,
     CreateError,
@@ -42,6 +42,7 @@ from pyploop.freeze import FileSystems
 from pyploop.outputs import FileOutput
 from pyploop.sender import Sender
 from pyploop.sink import Sink
+from pyploop.source import Source
 from pyploop.summary import Options
 from pyploop.sysblock import BlockDevice, Mount
 from pyploop.trackers.dm import DmTracker, has_tracking
