@@ -138,4 +138,4 @@ def any_pair(folder: Path, fstype: str = "ext4", options: str = "noatime,nodev")
                     pass
         for line in support.run("losetup", "-nO", "NAME,BACK-FILE").splitlines():
             if str(folder) in line:
-                support.run("losetup", "--detach", line.split()[0])
+                support.run("losetup", "--detach", line.split()[0], check=False)
