@@ -10,6 +10,7 @@ import os
 import signal
 import struct
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 from support import is_frozen, loop_device, needs, wait_until
@@ -111,6 +112,7 @@ def test_end_is_not_written_late_into_a_pipe_that_was_full(bench: Bench) -> None
     with stopped_at(bench, "END begins", *LIMIT) as made:
         wait_until(made.at_step, made.words("arrives"))
         made.receiver.send_signal(signal.SIGSTOP)
+        wait_until(lambda: stands_still(made.receiver.pid), "the receiver has stopped")
         ours = fill_pipe_of(made.receiver.pid)
         (made.folder / "go").touch()
         assert made.sender.wait(20) == 7, made.words("it gives up")
@@ -121,6 +123,12 @@ def test_end_is_not_written_late_into_a_pipe_that_was_full(bench: Bench) -> None
         made.receiver.send_signal(signal.SIGCONT)
         assert made.receiver.wait(20) == 6
         made.check()
+
+
+def stands_still(pid: int) -> bool:
+    """Each of its threads: one that still runs would read what is not meant for it."""
+    stats = [p.read_text() for p in Path(f"/proc/{pid}/task").glob("*/stat")]
+    return all(s.rpartition(")")[2].split()[0] == "T" for s in stats)
 
 
 def fill_pipe_of(pid: int) -> int:
