@@ -12,15 +12,20 @@ from pyploop.output import Output
 from pyploop.source import Source
 
 
-def check(source: Source, points: Iterable[str], out: Output) -> None:
-    """ParameterError when something of the source lies below the target, as far as
-    that is known yet (a peer of ours is told), or the target below the source.
-    points: mount points to be frozen."""
+def check_output(source: Source, out: Output) -> None:
+    """ParameterError when the output is a file in which the source itself is stored."""
     if is_below(source, out.fd):
         raise ParameterError(
             f"the output is a file in which {source.path} itself is stored: to copy onto it would "
             "destroy the source; nothing was written"
         )
+
+
+def check(source: Source, points: Iterable[str], out: Output) -> None:
+    """ParameterError when something of the source lies below the target, as far as
+    that is known yet (a peer of ours is told), or the target below the source.
+    points: mount points to be frozen."""
+    check_output(source, out)
     both = (out.things() or set()) & apart_from(source, points)
     if not both:
         return

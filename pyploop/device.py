@@ -8,7 +8,7 @@ import contextlib
 import os
 import re
 import stat
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Literal
@@ -38,6 +38,7 @@ def open_source(
     *,
     to_freeze: bool = True,
     unsafe: bool = False,
+    check: Callable[[Source], None] | None = None,
 ) -> Source:
     """Open a block device, /dev/ploopN, an image file, or the image file of an
     attached loop device (then the device is the source).
@@ -47,6 +48,7 @@ def open_source(
     the same data.  mounts: mount points that replace the ones found.
     to_freeze: find what must be frozen, and watch who uses the source; OpenError
     when some of it cannot be frozen, or somebody else uses the source, unless `unsafe`.
+    check: called once it is open, and before anybody is looked for.
     """
     try:
         st = os.stat(path)
@@ -57,8 +59,7 @@ def open_source(
         if len(loops) > 1:
             raise DeviceError(f"{path} is attached to {', '.join(loops)}: name the device to copy")
         if not loops:
-            source = _open_file(path)
-            return _watched(source, mounts, to_freeze, unsafe)
+            return _watched(_open_file(path), mounts, to_freeze, unsafe, check)
         _check_whole(path, st.st_size, loops[0])
         path = loops[0]
         st = os.stat(path)
@@ -68,12 +69,20 @@ def open_source(
         source = _open_ploop(path)
     else:
         source = _open_block(path, (os.major(st.st_rdev), os.minor(st.st_rdev)), read)
-    return _watched(source, mounts, to_freeze, unsafe)
+    return _watched(source, mounts, to_freeze, unsafe, check)
 
 
-def _watched(source: Source, mounts: Sequence[str], to_freeze: bool, unsafe: bool) -> Source:
+def _watched(
+    source: Source,
+    mounts: Sequence[str],
+    to_freeze: bool,
+    unsafe: bool,
+    check: Callable[[Source], None] | None,
+) -> Source:
     """The source, with those who use it; closed after a failure."""
     try:
+        if check is not None:
+            check(source)
         if source.kind == "ploop":
             if to_freeze:
                 _find_mounts(source, mounts)

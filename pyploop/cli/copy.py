@@ -17,7 +17,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import IO
 
-from pyploop import device, times, transport
+from pyploop import apart, device, times, transport
 from pyploop.cli.copy_options import (
     ANSWER_TIMEOUT,
     FREEZE_LIMIT,
@@ -127,7 +127,14 @@ def _send(o: argparse.Namespace, report: Reporter) -> None:
             compat=o.compat,
         ) as out,
         contextlib.closing(
-            device.open_source(o.source, o.read, o.mounts, unsafe=o.unsafe)
+            device.open_source(
+                o.source,
+                o.read,
+                o.mounts,
+                unsafe=o.unsafe,
+                # Who gave us that output has it open, too: say what is wrong, not who.
+                check=lambda source: apart.check_output(source, out),
+            )
         ) as source,
     ):
         tracker = choose(o.tracker, source, o.cluster)
