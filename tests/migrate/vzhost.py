@@ -49,7 +49,7 @@ class Container(Guest):
 
     def mounted(self) -> bool:
         # Not ismount(): a bind mount has the device number of the folder above.
-        text = Path("/proc/self/mountinfo").read_text()
+        text = os.fsdecode(Path("/proc/self/mountinfo").read_bytes())
         return any(line.split()[4] == str(self.root) for line in text.splitlines())
 
     @property
