@@ -188,6 +188,8 @@ class Access(NamedTuple):
     opened: bool
     wrote: bool
     """It was written, or closed by one who could write."""
+    closed: bool
+    """The latter."""
     pid: int
     file: tuple[tuple[int, int], int] | None
     """Its device number and inode; None: not known."""
@@ -213,15 +215,16 @@ def read_accesses(fd: int, path: str) -> list[Access]:
         if n == -errno.EAGAIN:
             return found
         if n < 0:  # the event's file could not be opened for us: it is lost
-            found.append(Access(True, True, 0, None))
+            found.append(Access(True, True, True, 0, None))
             return found
         for e in events[0:n]:
             lost = bool(e.mask & _lib.FAN_Q_OVERFLOW)
-            wrote = bool(e.mask & (_lib.FAN_MODIFY | _lib.FAN_CLOSE_WRITE)) or lost
+            closed = bool(e.mask & _lib.FAN_CLOSE_WRITE) or lost
+            wrote = bool(e.mask & _lib.FAN_MODIFY) or closed
             opened = bool(e.mask & _lib.FAN_OPEN) or lost
             dev = os.major(e.dev), os.minor(e.dev)
             file = (dev, int(e.inode)) if e.inode else None
-            found.append(Access(opened, wrote, int(e.pid), file))
+            found.append(Access(opened, wrote, closed, int(e.pid), file))
 
 
 def io_priority(tid: int) -> int:

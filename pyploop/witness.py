@@ -15,12 +15,15 @@ import os
 from collections.abc import Sequence
 
 from pyploop import kernel, sysblock
+from pyploop.kernel import Access
 from pyploop.reach import Dev, Member, Reach, partitions
 from pyploop.sysblock import BlockDevice
 from pyploop.users import describe
 
 STILL_TRIES = 20
 """Looks at counters that a neighbour of the source keeps moving."""
+PF_KTHREAD = 0x00200000
+"""Of linux/sched.h: in the flags of /proc/PID/stat."""
 
 
 class Witness:
@@ -89,7 +92,7 @@ class Witness:
         """What was written past the queue since the last look, in words."""
         found, self._new = self._new, []
         for access in [a for fd in self._fds for a in kernel.read_accesses(fd, self._name)]:
-            if access.pid == os.getpid() or (access.wrote and _is_loop_worker(access.pid)):
+            if access.pid == os.getpid() or _is_by_loop_driver(access):
                 continue
             if access.file is not None and access.file not in self._files:
                 continue
@@ -112,10 +115,19 @@ def _read(path: str) -> bytes:
         return b""
 
 
-def _is_loop_worker(pid: int) -> bool:
-    """A kernel thread that writes for a loop device: older kernels tell of it."""
-    name = _read(f"/proc/{pid}/comm")
-    return name.startswith((b"kworker", b"loop")) and not _read(f"/proc/{pid}/cmdline")
+def _is_by_loop_driver(access: Access) -> bool:
+    """Older kernels tell of what it writes.  It does not close the file; a kernel
+    thread may do so for a process that closed it while io_submit was writing."""
+    if not access.wrote or access.closed:
+        return False
+    name = _read(f"/proc/{access.pid}/comm")
+    return name.startswith((b"kworker", b"loop")) and _is_kernel_thread(access.pid)
+
+
+def _is_kernel_thread(pid: int) -> bool:
+    """No process that has ended: that has no command line either."""
+    fields = _read(f"/proc/{pid}/stat").rpartition(b")")[2].split()
+    return len(fields) > 6 and bool(int(fields[6]) & PF_KTHREAD)
 
 
 class _Counters:

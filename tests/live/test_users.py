@@ -5,8 +5,10 @@ the first byte; never a copy with exit 0 that lacks what they wrote."""
 from __future__ import annotations
 
 import contextlib
+import ctypes.util
 import os
 import shlex
+import shutil
 import subprocess
 import sys
 import time
@@ -182,6 +184,30 @@ def _submitted(disk: Path) -> None:
     run("qemu-io", "-t", "none", "-n", "-f", "raw", "-c", f"write -P 7 {DATA} 64k", disk)
 
 
+SUBMIT = """
+import ctypes, ctypes.util, mmap, os, struct, sys
+aio = ctypes.CDLL(ctypes.util.find_library("aio"))
+data = mmap.mmap(-1, 1 << 20)
+data.write(b"x" * len(data))
+fd = os.open(sys.argv[1], os.O_RDWR | os.O_DIRECT)
+address = ctypes.addressof(ctypes.c_char.from_buffer(data))
+write = (0, 0, 0, 1, 0, fd, address, len(data), int(sys.argv[2]), 0, 0, 0)
+request = ctypes.create_string_buffer(struct.pack("=QIiHhIQQqQII", *write))
+context = ctypes.c_void_p()
+assert aio.io_setup(1, ctypes.byref(context)) == 0
+requests = (ctypes.c_void_p * 1)(ctypes.addressof(request))
+assert aio.io_submit(context, ctypes.c_long(1), requests) == 1
+os.close(fd)
+"""
+
+
+def _submitted_and_closed(disk: Path) -> None:
+    """Closed before it is written, so in the end by a kernel thread."""
+    if ctypes.util.find_library("aio") is None:
+        pytest.skip("no libaio (Debian package libaio1)")
+    run(sys.executable, "-c", SUBMIT, disk, DATA)
+
+
 def _punched(disk: Path) -> None:
     run("fallocate", "--punch-hole", "--offset", DATA, "--length", MIB, disk)
 
@@ -201,8 +227,15 @@ def by_dd(to: object, at: int, size: int = MIB) -> None:
 @pytest.mark.parametrize("direct", [False, True], ids=["buffered", "direct"])
 @pytest.mark.parametrize(
     "act",
-    [lambda disk: by_dd(disk, DATA), _mapped, _submitted, _punched, _by_another_loop],
-    ids=["write", "mmap", "io_submit", "punch", "another loop device"],
+    [
+        lambda disk: by_dd(disk, DATA),
+        _mapped,
+        _submitted,
+        _submitted_and_closed,
+        _punched,
+        _by_another_loop,
+    ],
+    ids=["write", "mmap", "io_submit", "io_submit and close", "punch", "another loop device"],
 )
 def test_what_is_written_beside_the_loop_device_arrives(
     folder: Path, act: Callable[[Path], object], direct: bool
@@ -215,6 +248,22 @@ def test_what_is_written_beside_the_loop_device_arrives(
         assert disk.read_bytes() != before
         assert same(disk, folder / "copy", SIZE)
         assert got.summary["repairs"] >= 1 and not any(r["frozen"] for r in got.repairs)
+
+
+def test_a_writer_that_is_named_like_the_loop_driver_and_has_ended_is_noticed(
+    folder: Path,
+) -> None:
+    disk = image(folder)
+    dd = shutil.copy(shutil.which("dd") or "", folder / "loop-writer")
+    with loop_device(disk) as source, contextlib.ExitStack() as later:
+
+        def act() -> None:
+            words = [dd, "if=/dev/urandom", f"of={disk}", "bs=1M", "count=1", "conv=notrunc"]
+            writer = later.enter_context(subprocess.Popen([*words, "status=none"]))
+            os.waitid(os.P_PID, writer.pid, os.WEXITED | os.WNOWAIT)  # a zombie from now on
+
+        succeeded(slowly(source, folder / "copy", act))
+        assert same(disk, folder / "copy", SIZE)
 
 
 def test_a_file_whose_name_is_gone_is_watched_all_the_same(folder: Path) -> None:
