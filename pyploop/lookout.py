@@ -19,6 +19,7 @@ from pathlib import Path
 
 from pyploop import kernel, sysblock, users
 from pyploop.errors import DeviceControlError, DeviceError, LoopError, OpenError, SysfsError
+from pyploop.plan import Plan
 from pyploop.reach import Dev, Member, Reach, reach
 from pyploop.sysblock import Mount
 from pyploop.users import Found, User
@@ -121,6 +122,11 @@ class Lookout:
                 f"{users.refusal(self.found.unknown)} (or copy all the same, by {FLAG}); "
                 "no target was made"
             )
+
+    def account(self, plan: Plan) -> None:
+        """Have on, while the plan is there, what tells of writes past the queue."""
+        if self._witness is not None:
+            self._witness.account(plan)
 
     # ---- page caches
 
@@ -277,11 +283,6 @@ class Lookout:
         return [f"{m.source} is mounted at {m.point} ({m.fstype})" for m in new]
 
     # ---- for the log
-
-    @property
-    def switched_off(self) -> list[str]:
-        """Accounting that must be on for the time of the copy."""
-        return [] if self._witness is None else self._witness.unaccounted
 
     def warnings(self) -> list[str]:
         """What must be said, a line each."""

@@ -135,8 +135,8 @@ class Sender:
             if self._options.throttle is not None:
                 disk = None if source.block is None else source.block.disk_dev
                 self._options.throttle.prepare(self._plan, disk, self._specs())
-            for switch in source.lookout.switched_off if source.lookout else []:
-                self._plan.set_file(switch, "1", f"switch {switch} off again")
+            if source.lookout is not None:
+                source.lookout.account(self._plan)
             self._tracker.start(self._plan)
             self._check_unfrozen()
             self._passes = Passes(source, self._tracker, self._out, self._options, report)

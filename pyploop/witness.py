@@ -15,7 +15,9 @@ import os
 from collections.abc import Sequence
 
 from pyploop import kernel, sysblock
+from pyploop.accounting import Accounting
 from pyploop.kernel import Access
+from pyploop.plan import Plan
 from pyploop.reach import Dev, Member, Reach, partitions
 from pyploop.sysblock import BlockDevice
 from pyploop.users import describe
@@ -40,6 +42,7 @@ class Witness:
         """Why writes to the file cannot be seen; empty: they are."""
         self.openers: set[int] = set()
         """The processes that have opened the file since this was last emptied."""
+        self._plan: Plan | None = None
         self._beside: dict[Dev, _Counters] = {}
         self._new: list[str] = []
         self._files = files
@@ -80,13 +83,16 @@ class Witness:
                 with contextlib.suppress(OSError):  # detached meanwhile
                     counters = self._owned.enter_context(_Counters(member, where))
                     self._beside[member.device.dev] = counters
+                    if self._plan is not None:
+                        counters.account(self._plan)
                     self._new += [] if at_start else [f"{member.path} was attached"]
 
-    @property
-    def unaccounted(self) -> list[str]:
-        """The `iostats` switches that must be on, and are off."""
-        paths = [f"/sys/block/{c.device.name}/queue/iostats" for c in self._beside.values()]
-        return [p for p in paths if _read(p) == b"0\n"]
+    def account(self, plan: Plan) -> None:
+        """Have the accounting of these loop devices on, until `close` or the end of
+        the plan."""
+        self._plan = plan
+        for counters in self._beside.values():
+            counters.account(plan)
 
     def look(self) -> list[str]:
         """What was written past the queue since the last look, in words."""
@@ -142,7 +148,12 @@ class _Counters:
             others = [p for p in partitions(self.device) if p.dev not in ours]
             self._others = [self._open(p, undo) for p in others]
             self._seen = self._count()
+            self._accounting = Accounting(self.device.disk)
+            undo.callback(self._accounting.stop)
             self._owned = undo.pop_all()
+
+    def account(self, plan: Plan) -> None:
+        self._accounting.start(plan)
 
     @staticmethod
     def _open(device: BlockDevice, undo: contextlib.ExitStack) -> int:
@@ -167,12 +178,14 @@ class _Counters:
         return None
 
     def moved(self) -> bool:
+        """Something was written; or may have been, while it was not counted."""
+        interrupted = self._accounting.interrupted()
         try:
             now = self._count()
         except OSError:
             now = None
         before, self._seen = self._seen, now
-        return now is None or now != before
+        return interrupted or now is None or now != before
 
 
 def _sectors(fds: Sequence[int]) -> int:

@@ -26,18 +26,18 @@ from pathlib import Path
 
 from pyploop import _core
 from pyploop._core import Bitmap, BpfTracking, Counters, Hook, Snapshot
+from pyploop.accounting import (
+    QUIET_DEADLINE,
+    Accounting,
+    wait_quiet,
+    writes_in_flight,
+)
 from pyploop.errors import DeviceControlError
 from pyploop.events import Reporter
 from pyploop.plan import Plan
 from pyploop.source import Source
 from pyploop.sysblock import BlockDevice, is_bio_based
 from pyploop.trackers import Batch, Repair, Verdict, whole
-from pyploop.trackers.accounting import (
-    QUIET_DEADLINE,
-    Accounting,
-    wait_quiet,
-    writes_in_flight,
-)
 from pyploop.units import SECTOR
 
 BASE_DEADLINE = 0.25

@@ -6,10 +6,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from pyploop.accounting import Accounting
 from pyploop.errors import DeviceControlError, ParameterError
 from pyploop.source import Source
 from pyploop.trackers import TRACKERS, Tracker, bpf, dm
-from pyploop.trackers.accounting import Accounting
 from pyploop.trackers.ploop import PloopTracker
 from pyploop.trackers.scan import ScanTracker
 from pyploop.units import SECTOR

@@ -13,16 +13,16 @@ from __future__ import annotations
 import contextlib
 
 from pyploop._core import Hook
-from pyploop.errors import DeviceControlError
-from pyploop.plan import Plan
-from pyploop.source import Source
-from pyploop.trackers import Batch, Repair, Verdict, whole
-from pyploop.trackers.accounting import (
+from pyploop.accounting import (
     QUIET_DEADLINE,
     Accounting,
     wait_quiet,
     writes_in_flight,
 )
+from pyploop.errors import DeviceControlError
+from pyploop.plan import Plan
+from pyploop.source import Source
+from pyploop.trackers import Batch, Repair, Verdict, whole
 
 
 class ScanTracker:

@@ -313,12 +313,42 @@ def test_what_an_idle_second_loop_device_gets_arrives(folder: Path) -> None:
     disk = image(folder)
     with loop_device(disk) as source, loop_device(disk) as other:
         switch = Path(f"/sys/block/{Path(other).name}/queue/iostats")
-        for on in ("1", "0"):
-            switch.write_text(on)
-            target = folder / f"copy-{on}"
-            succeeded(slowly(source, target, lambda: by_dd(other, DATA)))
-            assert same(disk, target, SIZE)
-            assert switch.read_text().strip() == on
+        with accounting_on_again(switch):
+            for on in ("1", "0"):
+                switch.write_text(on)
+                target = folder / f"copy-{on}"
+                succeeded(slowly(source, target, lambda: by_dd(other, DATA)))
+                assert same(disk, target, SIZE)
+                assert switch.read_text().strip() == on
+
+
+@contextlib.contextmanager
+def accounting_on_again(switch: Path) -> Iterator[None]:
+    """Before and after: the next loop device of this number has it as it is left."""
+    switch.write_text("1")
+    try:
+        yield
+    finally:
+        switch.write_text("1")
+
+
+@pytest.mark.parametrize("left", ["0", "1"])
+def test_what_a_second_loop_device_gets_while_its_accounting_is_off_arrives(
+    folder: Path, left: str
+) -> None:
+    disk = image(folder)
+    with loop_device(disk) as source, loop_device(disk) as other:
+        switch = Path(f"/sys/block/{Path(other).name}/queue/iostats")
+
+        def act() -> None:
+            switch.write_text("0")
+            run("dd", "if=/dev/urandom", f"of={other}", "bs=1M", "count=1", "oflag=direct")
+            switch.write_text(left)
+
+        with accounting_on_again(switch):
+            succeeded(slowly(source, folder / "copy", act))
+            assert same(disk, folder / "copy", SIZE)
+            assert switch.read_text().strip() == left
 
 
 def test_a_write_to_the_file_during_the_freeze_arrives_or_ends_the_copy(folder: Path) -> None:
