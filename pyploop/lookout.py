@@ -28,6 +28,10 @@ from pyploop.witness import Witness
 FLAG = "--unsafe-in-use"
 
 
+_LOOP_FILES = ("loop/backing_file", "loop/offset", "size")
+"""What tells which part of which file a loop device shows."""
+
+
 @dataclass(frozen=True)
 class _Sight:
     """What tells at a glance that there may be other users."""
@@ -44,7 +48,8 @@ class _Sight:
             _read("/proc/self/mountinfo"),
             _read("/proc/swaps"),
             (*sysblock.names("/sys/class/block"), *names),
-            tuple(_read(f"/sys/block/{name}/loop/backing_file") for name in names),
+            # What shared no byte with the source may, once it is moved or grows.
+            tuple(_read(f"/sys/block/{n}/{f}") for n in names for f in _LOOP_FILES),
         )
 
 
@@ -172,11 +177,11 @@ class Lookout:
 
     def _find(self) -> Found:
         if self._where is None:
-            return Found([], [*self._attached(), *self._writers("compared")])
+            return Found([], [*self._attached(), *self._swaps(), *self._writers("compared")])
         self._mounted = self._mounts()
         self._claimed = self._claims()
         found = users.find(self._subject.path, self._where, self._given)
-        return Found(found.mounts, [*found.users, *self._writers("unknown")])
+        return Found(found.mounts, [*found.users, *self._swaps(), *self._writers("unknown")])
 
     def _mounts(self) -> list[Mount]:
         members = [] if self._where is None else [m.device for m in self._where.members]
@@ -193,6 +198,17 @@ class Lookout:
             for loop in sysblock.loops()
             if loop.file in self._subject.files
         ]
+
+    def _swaps(self) -> list[User]:
+        """The file itself; the kernel writes it below any file system."""
+        found = []
+        for name in users.swaps():
+            with contextlib.suppress(OSError):
+                st = os.stat(name)
+                if ((os.major(st.st_dev), os.minor(st.st_dev)), st.st_ino) in self._subject.files:
+                    what = "is swap space in use, which nothing stops"
+                    found.append(User(name, what, "unknown", f"swapoff {name}"))
+        return found
 
     def _writers(self, state: users.State) -> list[User]:
         s = self._subject

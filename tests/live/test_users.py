@@ -137,6 +137,20 @@ def test_a_file_below_an_overlay_is_the_same_file(folder: Path) -> None:
         refused(source, folder / "copy", other)
 
 
+def test_a_neighbour_that_grows_over_the_source_during_the_copy_is_a_user(folder: Path) -> None:
+    disk = sparse_file(folder / "image", 8 * MIB)
+    with loop_device(disk) as neighbour:
+        disk.write_bytes(os.urandom(SIZE))
+        with loop_device(disk, offset=8 * MIB) as source:
+
+            def act() -> None:
+                run("losetup", "--set-capacity", neighbour)
+                by_dd(neighbour, 8 * MIB)  # where the first pass has been
+
+            succeeded(slowly(source, folder / "copy", act, rate="8M"))
+            assert same(disk, folder / "copy", SIZE - 8 * MIB, offset=8 * MIB)
+
+
 @pytest.mark.parametrize("kind", ["loop device", "partition"])
 def test_neighbours_that_share_no_byte_are_no_users(folder: Path, kind: str) -> None:
     disk = sparse_file(folder / "image", 2 * SIZE)
@@ -519,6 +533,12 @@ def test_swap_space_on_the_source_is_named(folder: Path) -> None:
                 refused(source, folder / "copy", f"swapoff {file}")
         with swapped_on(source):
             refused(source, folder / "copy", f"swapoff {source}")
+        disk.write_bytes(disk.read_bytes())  # without holes
+        disk.chmod(0o600)
+        with swapped_on(disk):
+            refused(source, folder / "copy", f"swapoff {disk}")
+    with swapped_on(disk):
+        refused(str(disk), folder / "copy", f"swapoff {disk}")
 
 
 @contextlib.contextmanager
