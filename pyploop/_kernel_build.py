@@ -57,6 +57,7 @@ ffi.cdef(
     int pk_watch(int file_fd, unsigned int whole, uint64_t mask);
     int pk_read_accesses(int fd, struct pk_access *found, int max);
     int pk_io_priority(int tid);
+    int pk_kcmp_files(int one, int other);
     """
 )
 ffi.set_source(
@@ -179,6 +180,8 @@ ffi.set_source(
     }
     static int pk_io_priority(int tid)
     { return result((int)syscall(SYS_ioprio_get, 1 /* a thread */, tid)); }
+    static int pk_kcmp_files(int one, int other)
+    { return result((int)syscall(SYS_kcmp, one, other, 2 /* KCMP_FILES */, 0, 0)); }
     static int pk_flush_buffers(int fd)
     { return result(ioctl(fd, BLKFLSBUF, 0)); }
     """,

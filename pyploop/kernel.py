@@ -227,6 +227,12 @@ def read_accesses(fd: int, path: str) -> list[Access]:
             found.append(Access(opened, wrote, closed, int(e.pid), file))
 
 
+def share_files(one: int, other: int) -> bool:
+    """Two threads have the same table of descriptors; true also when that cannot be
+    known: it hardly ever is otherwise."""
+    return int(_lib.pk_kcmp_files(one, other)) <= 0
+
+
 def io_priority(tid: int) -> int:
     """Of a thread, as ioprio_get(2) has it; 0: it never set one."""
     return _check(_lib.pk_io_priority(tid))

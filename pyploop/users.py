@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from pyploop import sysblock
+from pyploop import kernel, sysblock
 from pyploop.reach import Dev, Member, Reach, partitions
 from pyploop.sysblock import BlockDevice, Mount
 
@@ -289,9 +289,23 @@ def swaps() -> list[str]:
 
 
 def _descriptors(pid: int) -> Iterator[str]:
-    folder = f"/proc/{pid}/fd"
-    for name in sysblock.names(folder):  # none when it has ended, or is not ours to look at
-        yield f"{folder}/{name}"
+    """Of its other threads, too, that do not share them with the first one: by
+    unshare(2), or because that one has ended before them."""
+    folders = [f"/proc/{pid}/fd"]
+    folders += [f"{t}/fd" for t in _threads(pid) if not kernel.share_files(pid, _number(t))]
+    for folder in folders:
+        for name in sysblock.names(folder):  # none when it has ended, or is not ours to look at
+            yield f"{folder}/{name}"
+
+
+def _threads(pid: int) -> list[str]:
+    """The folders of all but the first."""
+    folder = f"/proc/{pid}/task"
+    return [f"{folder}/{tid}" for tid in sysblock.names(folder) if tid != str(pid)]
+
+
+def _number(thread: str) -> int:
+    return int(os.path.basename(thread))
 
 
 def writers(
@@ -323,17 +337,23 @@ def _is_open_for_writing(fd: str, files: Sequence[tuple[Dev, int]]) -> bool:
 
 def _maps_for_writing(pid: int, inodes: Collection[int]) -> bool:
     """By the inode number: on btrfs and overlays the device's is another there."""
-    try:
-        with open(f"/proc/{pid}/maps", "rb") as f:
-            text = f.read()
-    except OSError:
-        return False
+    text = _read(f"/proc/{pid}/maps")
+    if not text:  # the memory of all threads is the same, but one that has ended shows none
+        text = next(filter(None, (_read(f"{t}/maps") for t in _threads(pid))), b"")
     for inode in inodes:
         for line in text.split(b"\n") if b" %d " % inode in text else []:
             fields = line.split(None, 5)
             if len(fields) > 4 and fields[4] == b"%d" % inode and fields[1][1:4:2] == b"ws":
                 return True
     return False
+
+
+def _read(path: str) -> bytes:
+    try:
+        with open(path, "rb") as f:
+            return f.read()
+    except OSError:
+        return b""
 
 
 def describe(pid: int) -> str:

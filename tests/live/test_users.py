@@ -431,6 +431,50 @@ def test_a_process_that_can_write_the_backing_file_is_named(folder: Path, how: s
         refused(source, folder / "copy", f"process {holder.pid} (", f"{how} for writing")
 
 
+HIDDEN = """
+import ctypes, mmap, os, sys, threading
+how, path = sys.argv[1:]
+libc = ctypes.CDLL(None)
+
+def use():
+    if "unshared" in how:
+        assert libc.unshare(0x400) == 0  # CLONE_FILES
+    f = os.open(path, os.O_RDWR)
+    if "mapped" in how:
+        m = mmap.mmap(f, 0)
+        os.closerange(3, 99)
+    os.write(1, b"\\n")
+    sys.stdin.read()
+
+threading.Thread(target=use).start()
+if "ended" in how:
+    libc.pthread_exit(None)
+"""
+
+
+@pytest.mark.parametrize("how", ["open, unshared", "open, ended", "mapped, ended"])
+def test_what_only_a_later_thread_of_a_process_can_write_is_named(folder: Path, how: str) -> None:
+    disk = image(folder)
+    with (
+        loop_device(disk) as source,
+        subprocess.Popen(
+            [sys.executable, "-c", HIDDEN, how, str(disk)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+        ) as holder,
+    ):
+        assert holder.stdout and holder.stdout.readline()
+        try:
+            if "ended" in how:
+                wait_until(
+                    lambda: not os.listdir(f"/proc/{holder.pid}/fd"), "the first thread ends"
+                )
+            named = f"{how.partition(',')[0]} for writing"
+            refused(source, folder / "copy", f"process {holder.pid} (", named)
+        finally:
+            holder.kill()
+
+
 def test_a_process_that_opens_the_backing_file_and_keeps_it_ends_the_copy(folder: Path) -> None:
     disk = image(folder)
     with loop_device(disk) as source, contextlib.ExitStack() as later:
