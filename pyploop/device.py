@@ -107,7 +107,7 @@ def _subject(source: Source) -> Subject:
     if source.where is None:
         st = os.fstat(source.fd)
         file = (os.major(st.st_dev), os.minor(st.st_dev)), st.st_ino
-        return Subject(source.path, None, [file], source.path)
+        return Subject(source.path, None, [file], source.path, [source.fd])
     loop = source.where.loop
     if loop is None:
         return Subject(source.path, source.where)

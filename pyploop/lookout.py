@@ -161,8 +161,26 @@ class Lookout:
     def write_back(self) -> None:
         """Write back what was written through the page cache of any device that
         shares bytes with the source, the uppermost first; until then neither a
-        tracker nor a read of ours knows of it."""
+        tracker nor a read of ours knows of it.
+
+        Of a plain file that somebody writes, too: a page that is mapped gets a new
+        time of the file with its first write only, after it was written back."""
         self._write_back(sorted(self._caches.values(), key=lambda c: -c[0].height))
+        if self._may_be_mapped:
+            for fd in self._subject.fds:
+                with contextlib.suppress(OSError):  # what is no disk's has no dirty pages
+                    kernel.write_back(fd, self._subject.name)
+
+    @property
+    def _may_be_mapped(self) -> bool:
+        """It is a plain file, and somebody has it open for writing, or mapped."""
+        return self._where is None and any(u.state == "compared" for u in self.found.users)
+
+    @property
+    def may_be_written_unseen(self) -> bool:
+        """A mapped file on tmpfs is never written back, so it gets no new time."""
+        s = self._subject
+        return self._may_be_mapped and any(kernel.is_tmpfs(fd, s.name) for fd in s.fds)
 
     @staticmethod
     def _write_back(caches: Sequence[tuple[Member, int]]) -> None:

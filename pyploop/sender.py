@@ -305,6 +305,8 @@ class Sender:
         limit = FINAL_PASSES if self._running.stops else UNSTOPPED_PASSES
         for _ in range(limit):
             self._stamp = self._writes.stamp()
+            if self._source.kind == "file":
+                run_cancellable(self._source.write_back)  # what comes now moves the stamp
             if self._last_pass():
                 break
         else:
@@ -397,7 +399,7 @@ class Sender:
         if verdict.state in ("complete", "unknown"):
             self.summary.completeness = verdict.state
             # A stopped scan has compared everything: once is enough.
-            stopped = self._running.stops and self._tracker.name == "scan"
+            stopped = self._running.stops and self._tracker.name == "scan" and not self._unseen()
             # Unstopped, it sees nothing of what is written behind it.
             behind = self._tracker.name == "scan" and self._writes.stamp() != self._stamp
             return stopped or (sent == 0 and not behind)
@@ -445,6 +447,10 @@ class Sender:
         if self._running.stops:
             who = "although it should be stopped"
         return LoopError(f"{self._source.path} is still being written {who}; no target was made")
+
+    def _unseen(self) -> bool:
+        lookout = self._source.lookout
+        return lookout is not None and lookout.may_be_written_unseen
 
     def _written(self) -> bool:
         """The source was written since the last pass began, although something

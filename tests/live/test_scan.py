@@ -5,6 +5,9 @@ from __future__ import annotations
 
 import contextlib
 import os
+import subprocess
+import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -92,6 +95,64 @@ def test_a_write_behind_the_scan_after_a_stop_ends_the_copy(
         with pytest.raises(LoopError, match="although it should be stopped"):
             scan(source, target, Options(stops=[Spec("cmd", "true")]))
     assert not target.exists()
+
+
+MAPPER = """
+import mmap, os, sys
+f = open(sys.argv[1], "r+b")
+m = mmap.mmap(f.fileno(), 0)
+for _ in sys.stdin.buffer:
+    m[:4096] = os.urandom(4096)
+    os.write(1, b"\\n")
+"""
+
+
+@contextlib.contextmanager
+def by_mapping(path: Path) -> Iterator[Callable[[], None]]:
+    """Another process writes block 0 through a mapping that it has already written."""
+    words = [sys.executable, "-c", MAPPER, str(path)]
+    with subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as mapper:
+        assert mapper.stdin is not None and mapper.stdout is not None
+        stdin, stdout = mapper.stdin, mapper.stdout
+
+        def write() -> None:
+            stdin.write(b"\n")
+            stdin.flush()
+            assert stdout.readline() == b"\n"
+
+        write()
+        yield write
+
+
+def test_a_write_through_a_mapping_after_a_stop_ends_the_copy(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    image, target = random_file(folder / "image", 2 * MIB), folder / "target"
+    with by_mapping(image) as write:
+        behind_it(monkeypatch, write, 99)
+        with pytest.raises(LoopError, match="although it should be stopped"):
+            scan(str(image), target, Options(stops=[Spec("cmd", "true")]))
+    assert not target.exists()
+
+
+def test_a_write_through_a_mapping_that_no_time_tells_of_is_scanned_again(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On tmpfs: what a scan after the stop finds may be half of what was written."""
+    with tempfile.TemporaryDirectory(prefix="pyploop-", dir="/dev/shm") as memory:
+        image, target = random_file(Path(memory) / "image", 2 * MIB), folder / "target"
+        with by_mapping(image) as write:
+            send = Passes.send
+
+            def write_and_send(self: Passes, batches: list[Batch], flags: int = 0) -> int:
+                if any(b.changed for b in batches):
+                    write()
+                return send(self, batches, flags)
+
+            monkeypatch.setattr(Passes, "send", write_and_send)
+            with pytest.raises(LoopError, match="although it should be stopped"):
+                scan(str(image), target, Options(stops=[Spec("cmd", "true")]))
+        assert not target.exists()
 
 
 def test_a_scan_that_the_freeze_limit_does_not_allow_is_refused_before_the_freeze(
