@@ -201,7 +201,11 @@ def _identify(source: Source, where: Reach) -> None:
     for disk in where.below:
         fd = -1
         if disk.name.startswith("loop"):
-            fd = os.open(f"/dev/{disk.name}", os.O_RDONLY | os.O_CLOEXEC)
+            path = f"/dev/{disk.name}"
+            try:
+                fd = sysblock.open_device(path, disk.dev)
+            except OSError as e:
+                raise DeviceError.of(f"cannot open {path}, on which {source.path} lies", e) from e
             source._owned.callback(os.close, fd)
         identity = Identity(disk.name, fd)
         source._owned.callback(identity.close)
@@ -230,7 +234,7 @@ def _use_backing(source: Source, where: Reach, loop: Loop, read: ReadPath) -> No
     try:
         status_fd = source.fd
         if loop.device.dev != (source.block and source.block.dev):
-            status_fd = os.open(disk, os.O_RDONLY | os.O_CLOEXEC)
+            status_fd = sysblock.open_device(disk, loop.device.dev)
             source._owned.callback(os.close, status_fd)
         status = kernel.loop_status(status_fd, disk)
         name = sysblock.backing_file(loop.device.name)

@@ -144,12 +144,17 @@ class Lookout:
                 continue
             path = self._path_of(member)
             try:
-                fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+                fd = sysblock.open_device(path, member.device.dev)
             except OSError as e:
-                if e.errno in (errno.ENOENT, errno.ENXIO, errno.ENOMEDIUM):
+                if e.errno in (errno.ENXIO, errno.ENOMEDIUM):
                     continue
-                raise DeviceError.of(
-                    f"cannot open {path}, which shares bytes with {self._subject.path}", e
+                what = f"cannot open {path}, which shares bytes with {self._subject.path}"
+                if e.errno != errno.ENOENT:
+                    raise DeviceError.of(what, e) from e
+                if self._unsafe:
+                    continue
+                raise OpenError(
+                    f"{what}, to see who uses it: {e.strerror} (copy all the same, by {FLAG})"
                 ) from e
             self._owned.callback(os.close, fd)
             self._caches[member.device.dev] = member, fd

@@ -6,9 +6,11 @@ Paths below are relative to a root that tests can replace; `/` otherwise.
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import stat
+import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -186,6 +188,28 @@ def device_number(path: str) -> tuple[int, int] | None:
     except OSError:
         return None
     return (os.major(st.st_rdev), os.minor(st.st_rdev)) if stat.S_ISBLK(st.st_mode) else None
+
+
+def open_device(path: str, dev: tuple[int, int], flags: int = 0) -> int:
+    """Open the block device with this number, read-only; `path` is its usual name.
+    A /dev of one's own (chroot, container) may not have it, or call another device
+    so: then a node is made, and removed at once."""
+    flags |= os.O_RDONLY | os.O_CLOEXEC
+    if device_number(path) == dev:
+        return os.open(path, flags)
+    for folder in ("/dev", "/tmp"):
+        node = f"{folder}/.pyploop-{os.getpid()}-{threading.get_ident()}"
+        try:
+            os.mknod(node, stat.S_IFBLK | 0o600, os.makedev(*dev))
+        except OSError:
+            continue
+        try:
+            return os.open(node, flags)
+        except PermissionError:  # mounted nodev
+            continue
+        finally:
+            os.unlink(node)
+    raise OSError(errno.ENOENT, "there is no device node of it, and none can be made", path)
 
 
 def devices_of(entry: Entry) -> set[tuple[int, int]]:
@@ -367,7 +391,7 @@ def _loop(name: str) -> Loop:
     backing = backing_file(name)
     offset = number(folder / "loop/offset")
     try:
-        fd = os.open(f"/dev/{name}", os.O_RDONLY | os.O_CLOEXEC)
+        fd = open_device(f"/dev/{name}", device.dev)
         try:
             status = kernel.loop_status(fd, name)
         finally:

@@ -238,10 +238,8 @@ def _covered(mount: Mount) -> set[Dev]:
 def is_claimed(path: str, device: BlockDevice) -> bool:
     """Somebody has the block device for himself: a file system, swap space, a
     driver on top of it.  False also when nothing can be known."""
-    if sysblock.device_number(path) != device.dev:
-        return False
     try:
-        os.close(os.open(path, os.O_RDONLY | os.O_EXCL | os.O_CLOEXEC | os.O_NONBLOCK))
+        os.close(sysblock.open_device(path, device.dev, os.O_EXCL | os.O_NONBLOCK))
     except OSError as e:
         return e.errno == errno.EBUSY
     return False

@@ -25,6 +25,7 @@ NOBODY = 65534
 # ---- prerequisites
 
 _PACKAGES = {
+    "capsh": "libcap2-bin",
     "cc": "gcc",
     "losetup": "mount",
     "mount": "mount",

@@ -15,9 +15,10 @@ import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import pytest
-from support import MIB, loop_device, mounted, needs, run, wait_until
+from support import MIB, loop_device, mounted, needs, pyploop_cmd, run, wait_until
 from support_live import Copied, Copy, comparison, copy, same, sparse_file, succeeded, work_dir
 
 pytestmark = pytest.mark.root
@@ -77,9 +78,9 @@ def in_phase(got: Copied, name: str) -> bool:
     return any(e["event"] == "phase" and e["phase"] == name for e in got.events)
 
 
-def refused(source: str, target: Path, *words: str) -> None:
+def refused(source: str, target: Path, *words: str, **how: Any) -> None:
     """Before the first byte, with these words."""
-    done = copy(source, target, via="local")
+    done = copy(source, target, via="local", **how)
     assert done.code == 4, done.errors
     assert not target.exists()
     assert "Traceback" not in done.errors and "First pass" not in done.errors
@@ -509,6 +510,54 @@ def test_a_file_system_that_lives_on_without_a_mount_is_named(folder: Path, fsty
         finally:
             os.close(kept)
         wait_until(lambda: _is_free(source), f"{source} is free")
+
+
+def with_a_dev_of_its_own(source: str) -> list[str]:
+    """A sender for which no device has a node but the source."""
+    needs("unshare")
+    dev = os.stat(source).st_rdev
+    script = (
+        "mount -t tmpfs none /dev && mknod /dev/null c 1 3 && mknod /dev/urandom c 1 9 && "
+        f'mknod {source} b {os.major(dev)} {os.minor(dev)} && exec "$@"'
+    )
+    return ["unshare", "--mount", "sh", "-c", script, "sh", *pyploop_cmd(), "copy"]
+
+
+def test_devices_that_have_no_node_here_are_looked_at_all_the_same(folder: Path) -> None:
+    disk = image(folder)
+    with (
+        loop_device(disk) as source,
+        loop_device(disk) as other,
+        partition(source, 1, MIB, 8 * MIB) as part,
+    ):
+        sender = with_a_dev_of_its_own(source)
+        with open(part, "r+b") as f:
+            f.write(os.urandom(MIB))
+            f.flush()  # to its page cache
+            succeeded(copy(source, folder / "copy", via="local", sender=sender))
+            os.fsync(f.fileno())
+        assert same(disk, folder / "copy", SIZE)
+        with mounted(other, folder / "m") as point:
+            kept = os.open(point, os.O_RDONLY | os.O_DIRECTORY)
+            run("umount", "--lazy", point)
+        try:
+            refused(source, folder / "refused", other, "a live ext4", sender=sender)
+        finally:
+            os.close(kept)
+        wait_until(lambda: _is_free(other), f"{other} is free")
+
+
+def test_a_device_that_has_no_node_and_can_get_none_is_named(folder: Path) -> None:
+    needs("capsh")
+    disk = image(folder)
+    with loop_device(disk) as source, partition(source, 1, MIB, 8 * MIB) as part:
+        words = with_a_dev_of_its_own(source)
+        at = words.index("sh", 5)
+        words[at + 1 : at + 1] = ["capsh", "--drop=cap_mknod", "--", "-c", 'exec "$@"', "sh"]
+        refused(source, folder / "copy", f"cannot open {part}", sender=words)
+        got = copy(source, folder / "copy", "--unsafe-in-use", via="local", sender=words)
+        succeeded(got)
+        assert same(disk, folder / "copy", SIZE)
 
 
 def _is_free(device: str) -> bool:
