@@ -300,6 +300,8 @@ class Lookout:
         found = self.beside()
         if self._moved.poll(0):
             found += self._mounted_since()
+        if set(self._claims()) - set(self._claimed):  # or in another mount namespace
+            self.changed(last=True)
         if self._witness is not None and (openers := self._witness.openers):
             if all(os.path.exists(f"/proc/{pid}") for pid in openers):
                 for pid, how in users.writers(self._subject.files, openers):

@@ -752,6 +752,26 @@ def test_a_mount_in_another_namespace_during_a_copy_is_told_before_the_freeze(
         assert not in_phase(got, "frozen")
 
 
+def test_a_mount_in_another_namespace_by_the_stop_command_ends_the_copy(folder: Path) -> None:
+    needs("unshare")
+    disk = image(folder)
+    (folder / "m").mkdir()
+    go, over = folder / "go", folder / "over"
+    go.touch()
+    goes_on = f"mount {{}} {folder}/m && : >{folder}/there; while [ -e {go} ]; do sleep 0.02; done"
+    with loop_device(disk) as source:
+        stop = f"(unshare --mount sh -c {shlex.quote(goes_on.format(source))}; : >{over})"
+        stop += f" >/dev/null 2>&1 & while [ ! -e {folder}/there ]; do sleep 0.02; done"
+        try:
+            got = copy(source, folder / "copy", "-F", stop, via="local")
+        finally:
+            go.unlink()
+            wait_until(over.exists, "the end of the namespace")
+        assert got.code == 14, got.errors
+        assert "is mounted in another mount namespace" in got.errors
+        assert not (folder / "copy").exists()
+
+
 # ---- names are bytes
 
 
