@@ -12,6 +12,7 @@ ffi.cdef(
     static const unsigned long FIFREEZE, FITHAW;
     static const unsigned long BLKGETSIZE64, BLKSSZGET;
     static const unsigned long LOOP_GET_STATUS64;
+    static const unsigned long FS_IOC_GETVERSION;
     static const int RENAME_NOREPLACE;
     static const unsigned long MS_RDONLY, MS_NOSUID, MS_NODEV, MS_NOEXEC, MS_SYNCHRONOUS;
     static const unsigned long MS_NOATIME, MS_NODIRATIME, MS_RELATIME, MS_STRICTATIME;

@@ -57,6 +57,18 @@ def device_size(fd: int, path: str) -> int:
     return int(value[0])
 
 
+def generation(fd: int, path: str) -> int:
+    """Of an inode: another one when the inode's number is used again.  0 on a file
+    system that has none (tmpfs, overlay), or never uses a number again."""
+    value = _ffi.new("int *")
+    try:
+        _check(_lib.pk_ioctl_int(fd, _lib.FS_IOC_GETVERSION, value), path)
+    except OSError as e:
+        if e.errno not in (errno.ENOTTY, errno.EOPNOTSUPP, errno.EINVAL):
+            raise
+    return int(value[0])
+
+
 def logical_block_size(fd: int, path: str) -> int:
     """Alignment of O_DIRECT on a block device, in bytes."""
     value = _ffi.new("int *")

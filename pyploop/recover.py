@@ -49,7 +49,7 @@ def _copied(log: Journal) -> Copied | None:
     """What the migration has copied; None: the record is an older one's."""
     known: Copied | None = log.get("copied")
     if known is not None and log.get("boot") != journal.boot_id():
-        return {path: [ANY_DEVICE, inode] for path, (_, inode) in known.items()}
+        return {path: [ANY_DEVICE, *rest] for path, (_, *rest) in known.items()}
     return known
 
 

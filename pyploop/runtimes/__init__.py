@@ -17,7 +17,7 @@ Facts = dict[str, Any]
 """What the source tells the target before anything starts; JSON."""
 
 Copied = dict[str, list[int]]
-"""What a copy was made of: path -> [device, inode]; JSON."""
+"""What a copy was made of: path -> [device, inode, generation]; JSON."""
 
 # vzmigrate's exit codes.
 USAGE, STOPPED, CANNOT_CONNECT, COPY_FAILED = 1, 2, 4, 6

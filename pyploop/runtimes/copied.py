@@ -26,9 +26,17 @@ ANY_DEVICE = 0
 
 
 def identity(path: str) -> list[int]:
-    """[device, inode] of the file that a path leads to.  OSError."""
+    """[device, inode, generation] of the file that a path leads to; the generation
+    is 0 where there is none.  OSError."""
     st = os.stat(path)
-    return [st.st_dev, st.st_ino]
+    if not stat.S_ISREG(st.st_mode) and not stat.S_ISDIR(st.st_mode):
+        return [st.st_dev, st.st_ino, 0]
+    fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+    try:
+        st = os.fstat(fd)
+        return [st.st_dev, st.st_ino, kernel.generation(fd, path)]
+    finally:
+        os.close(fd)
 
 
 # ---- a disk
@@ -236,7 +244,9 @@ def check_same(path: str, copied: Copied | None) -> None:
     if copied is None:
         return
     known = copied.get(path)
-    if known is None or known[1] != now[1] or known[0] not in (ANY_DEVICE, now[0]):
+    # The record of an older pyploop has no generation.
+    same = known is not None and known[1:] == now[1 : len(known)]
+    if known is None or not same or known[0] not in (ANY_DEVICE, now[0]):
         raise MigrateError(
             BAD_CONFIG,
             f"{path} is not what was copied, but something that took its place: it is left as it "

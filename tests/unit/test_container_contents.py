@@ -5,6 +5,8 @@ tables; tests/migrate/test_runc_contents.py has the same on real ones."""
 from __future__ import annotations
 
 import os
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -243,9 +245,33 @@ def test_only_the_file_that_was_copied_is_removed(tmp_path: Path) -> None:
     image.unlink()
     copied.remove_image(str(image), known)  # it is gone
     (tmp_path / "aside").rename(image)
-    rebooted = {path: [copied.ANY_DEVICE, inode] for path, (_, inode) in known.items()}
+    rebooted = {path: [copied.ANY_DEVICE, *rest] for path, (_, *rest) in known.items()}
     copied.remove_image(str(image), rebooted)
     assert not image.exists()
+
+
+@pytest.mark.parametrize("made", [Path.touch, Path.mkdir])
+def test_a_new_file_with_the_number_of_the_copied_one_is_not_removed(
+    tmp_path: Path, made: Callable[[Path], None]
+) -> None:
+    """A file system gives an inode's number to the next file."""
+    path = tmp_path / "copied"
+    made(path)
+    known = {str(path): copied.identity(str(path))}
+    if not known[str(path)][2]:
+        pytest.skip("this file system has no generations of inodes")
+    shutil.rmtree(path) if path.is_dir() else path.unlink()
+    for _ in range(1000):
+        made(path)
+        if path.stat().st_ino == known[str(path)][1]:
+            break
+        path.rename(tmp_path / f"other-{path.stat().st_ino}")
+    else:
+        pytest.skip("this file system does not use the number again at once")
+    with pytest.raises(MigrateError, match="is not what was copied"):
+        copied.check_same(str(path), known)
+    older = {str(path): known[str(path)][:2]}
+    copied.check_same(str(path), older)
 
 
 def test_an_image_behind_a_link_is_removed_with_the_link(tmp_path: Path) -> None:
