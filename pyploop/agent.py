@@ -201,13 +201,20 @@ class Agent:
         """Migrations of this container whose agent was killed, and about which
         nobody asked since."""
         folder = Path(self._host.state_dir)
-        ours = ("target", runtime.name, runtime.container)
+        ours = (runtime.name, runtime.container)
         for log in journal.records(folder):
             fields = log.fields
-            if ours != tuple(fields.get(k) for k in ("side", "runtime", "container")):
+            if ours != tuple(fields.get(k) for k in ("runtime", "container")):
                 continue
             if log.owner() is not None:
                 raise MigrateError(LOCKED, f"{log.what} is under way (process {log.owner()})")
+            if fields.get("side") == "source":
+                # Finished later, it would end what comes now.
+                raise MigrateError(
+                    LOCKED,
+                    f"the {log.what}, which this host began, is not finished: run "
+                    "`pyploop migrate --recover` on it first",
+                )
             try:
                 failed = settle(self._host, verdict.check_id(fields.get("migration")))["failed"]
             except BusyError as e:

@@ -34,7 +34,14 @@ from pyploop.journal import Journal
 from pyploop.memory_rounds import MemoryPolicy
 from pyploop.recorder import Recorder
 from pyploop.remote import Remote
-from pyploop.runtimes import CANNOT_CONNECT, NO_CONTAINER, STOPPED, Copied, Runtime
+from pyploop.runtimes import (
+    CANNOT_CONNECT,
+    COPY_FAILED,
+    NO_CONTAINER,
+    STOPPED,
+    Copied,
+    Runtime,
+)
 from pyploop.summary import Options, Summary
 from pyploop.times import Moments
 
@@ -332,6 +339,9 @@ class _Move:
             self._log("start")
             self._runtime.stop()
         self.result.disks = disks.finish()
+        if self._runtime.state().running:
+            name = self._runtime.container
+            raise MigrateError(COPY_FAILED, f"container {name} was started during the migration")
         self._ask("start", timeout=RESTORING, run=running)
 
     def _ask(self, op: str, timeout: float, **args: Any) -> dict[str, Any]:
@@ -388,6 +398,11 @@ class _Move:
         self.too_late()
         self._journal.set(stage=recover.MOVED)
         self._there("finish")
-        self._tell(recover.finish_source(self._journal, self._runtime, self._wish.remove_area))
+        wish = self._wish
+        self._tell(
+            recover.finish_source(
+                self._journal, self._runtime, wish.remove_area, stopped=not wish.live
+            )
+        )
         self._lock.close(remove=True)
         self._there("forget", migration=self.id)

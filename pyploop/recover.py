@@ -30,14 +30,22 @@ DUMP_WAIT = 180.0
 """Seconds for a dump whose orchestrator was killed to end."""
 
 
-def finish_source(log: Journal, runtime: Runtime, remove: bool) -> list[str]:
+def finish_source(log: Journal, runtime: Runtime, remove: bool, *, stopped: bool) -> list[str]:
     """End the container that runs on the target now; what failed, in words.
-    Then the record stays, MOVED, for a recovery that tries it again."""
+    Then the record stays, MOVED, for a recovery that tries it again.  stopped: what
+    moved stands still here, so that one which runs was started since, and is spared."""
     failed = []
     for entry in log.entries:
         if entry["kind"] in ("resume", "start"):
             log.done(entry)
     try:
+        if stopped and undoing.runs(runtime):
+            raise MigrateError(
+                LOCKED,
+                f"{runtime.container} runs here, although it has moved to {log.get('host')}: stop "
+                "it, and `pyploop migrate --recover` removes it; or, if it is to stay, remove "
+                f"the record of the migration, {log.path}",
+            )
         runtime.kill()
         runtime.discard(remove, _copied(log))
     except (OSError, PyploopError) as e:
@@ -167,7 +175,8 @@ def _one(host: HostConfig, log: Journal, report: Reporter) -> list[str]:
                 names = {k: log.get(k) for k in ("config", "runtime", "container")}
                 runtime = undoing.runtime_of(names)
                 runtime.keep_fds = (lock.fd,) if lock is not None else ()
-                failed = finish_source(log, runtime, bool(log.get("remove_area")))
+                remove = bool(log.get("remove_area"))
+                failed = finish_source(log, runtime, remove, stopped=True)
             else:
                 report.note(f"Undone: {what}")
                 failed = undoing.undo_all(log)
