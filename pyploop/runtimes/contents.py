@@ -40,6 +40,8 @@ PSEUDO = frozenset(
 """File systems of the kernel's: made anew at the target by runc; CRIU moves what is
 in a tmpfs, and refuses others that hold something of the container's."""
 _DELETED = "//deleted"
+MOST_LINKS = 40
+"""That a path is followed through; the kernel's number."""
 
 
 def is_bind(mount: Mapping[str, Any]) -> bool:
@@ -159,7 +161,25 @@ def check_config(
                 "configuration, and would stay behind: write [[container.NAME.tree]] path = "
                 f'"{path}" (a folder), or external = ["{path}"] when it is on the target already',
             )
-    return Sources(paths, [_kind(path) for path in external])
+    kinds = [_kind(path) for path in external]
+    _check_devices(config, kinds)
+    return Sources(paths, kinds)
+
+
+def _check_devices(config: Mapping[str, Any], kinds: Sequence[Sequence[int]]) -> None:
+    """MigrateError(15) when it is given a disk of this host: what is on that stays."""
+    for device in (config.get("linux") or {}).get("devices") or ():
+        if device.get("type") != "b":
+            continue
+        major, minor = int(device.get("major") or 0), int(device.get("minor") or 0)
+        if [stat.S_IFBLK, os.makedev(major, minor)] not in kinds:
+            raise MigrateError(
+                BAD_CONFIG,
+                f"{device.get('path')} in linux.devices of config.json is the block device "
+                f"{major}:{minor} of this host, which does not move: bind the mount point of a "
+                "[[container.NAME.disk]] instead, or write external = [...] with the device's "
+                "path here, if the target has the same contents under that number",
+            )
 
 
 def places_mounted(places: Places, path: str) -> bool:
@@ -206,10 +226,15 @@ def check_root(pid: int, root: str) -> None:
 
 
 def check_all_mounted(
-    pids: Sequence[int], config: Mapping[str, Any], places: Places, external: Sequence[str]
+    pids: Sequence[int],
+    config: Mapping[str, Any],
+    bundle: str,
+    places: Places,
+    external: Sequence[str],
 ) -> None:
     """`check_mounted` for each mount namespace of these processes."""
     outside = Places((), external)
+    host = frozenset(e.dev for e in mounts.read() if e.fstype == "tmpfs")
     seen = set()
     for pid in pids:
         try:
@@ -220,15 +245,54 @@ def check_all_mounted(
         except OSError:  # it ended meanwhile
             continue
         seen.add(namespace)
-        check_mounted(table, config, places, outside)
+        check_mounted(table, as_seen(config, bundle, f"/proc/{pid}/root"), places, outside, host)
+
+
+def as_seen(config: Mapping[str, Any], bundle: str, root: str) -> dict[str, Any]:
+    """With the destinations of binds as a mount table has them, and their sources as
+    absolute paths."""
+
+    def seen(mount: Mapping[str, Any]) -> Mapping[str, Any]:
+        source = os.path.join(bundle, str(mount.get("source")))
+        point = without_links(root, str(mount.get("destination")))
+        return {**mount, "source": source, "destination": point}
+
+    found = [seen(m) if is_bind(m) else m for m in config.get("mounts") or ()]
+    return {**config, "mounts": found}
+
+
+def without_links(root: str, path: str) -> str:
+    """Where a path leads to within a root, as its processes name that place."""
+    at, words, links = "", path.split("/")[::-1], 0
+    while words:
+        word = words.pop()
+        if word == "..":
+            at = at.rpartition("/")[0]
+        elif word not in ("", "."):
+            try:
+                link = os.readlink(f"{root}{at}/{word}")
+            except OSError:  # no link
+                at = f"{at}/{word}"
+                continue
+            links += 1
+            if links > MOST_LINKS:
+                break
+            at = "" if link.startswith("/") else at
+            words += link.split("/")[::-1]
+    return at or "/"
 
 
 def check_mounted(
-    table: Sequence[mounts.Entry], config: Mapping[str, Any], places: Places, outside: Places
+    table: Sequence[mounts.Entry],
+    config: Mapping[str, Any],
+    places: Places,
+    outside: Places,
+    host: frozenset[tuple[int, int]] = frozenset(),
 ) -> None:
     """MigrateError(15) when something is mounted in the container that does not move.
 
-    table: as its processes see it.  outside: what config.json binds from elsewhere.
+    table: as its processes see it.  config: `as_seen`.  outside: what config.json binds
+    from elsewhere.  host: devices of the host's tmpfs.
     """
     binds = [
         os.path.normpath(str(m.get("destination")))
@@ -240,7 +304,9 @@ def check_mounted(
             _check_same(table, os.path.normpath(str(mount.get("destination"))), mount, places)
     for entry in table:
         deleted = entry.root.endswith(_DELETED)
-        if entry.fstype in PSEUDO or (places.holds(entry) and not deleted):
+        if (entry.fstype in PSEUDO and entry.dev not in host) or (
+            places.holds(entry) and not deleted
+        ):
             continue
         if any(mounts.within(entry.point, p) and outside.holds(entry) for p in binds):
             continue
@@ -258,7 +324,7 @@ def _check_same(
     """What moves and is bound there is still what the source's name leads to."""
     source = os.path.realpath(str(mount["source"]))
     there = [e for e in table if e.point == point]
-    lies = mounts.holding(source) if os.path.isabs(str(mount["source"])) else None
+    lies = mounts.holding(source)
     if lies is None or not there or not any(places.holds(e) for e in there):
         return
     now = mounts.path_in(lies, source)

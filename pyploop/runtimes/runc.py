@@ -134,10 +134,11 @@ class Runc(Configured):
             if freezer is None:
                 raise MigrateError(DUMP_FAILED, f"{self.container} has no freezer cgroup")
             facts["memory"] = sum(members.resident(pid) for pid in freezer.pids())
+            self._check_memory(facts)
             self._none_stopped(freezer)
             pids = freezer.pids()
             self._left += members.check(self.container, self._init(), pids, self.drop_exec)
-            contents.check_all_mounted(pids, config, places, external)
+            contents.check_all_mounted(pids, config, self._config.bundle, places, external)
             cgroups = (self._record() or {}).get("cgroup_paths") or {}
             self._left += leftovers.all_of(self.container, pids, config, cgroups)
             self._watchers = leftovers.watchers(pids)
@@ -322,6 +323,10 @@ class Runc(Configured):
                 CHECKPOINT_VERSION, f"CRIU {ours} here is older than the source's {theirs}"
             )
         criu.probe(self._host.criu)
+        self._check_memory(facts)
+
+    def _check_memory(self, facts: Facts) -> None:
+        """There is room for the dump, on either host.  MigrateError(6)."""
         need = int(int(facts.get("memory") or 0) * (1 + PREVIEW))
         st = os.statvfs(self._host.images_dir)
         if st.f_bavail * st.f_frsize < need:

@@ -250,6 +250,35 @@ def test_data_in_a_second_directory_that_is_bound_move_with_it(scene: Scene) -> 
     assert not a.outside(f"{data}/file").exists()
 
 
+def test_binds_on_a_link_of_its_root_and_from_the_bundle_are_compared_too(scene: Scene) -> None:
+    """/var/run is one in most images; a source may be relative to the bundle."""
+    a, b = scene.lab.a, scene.lab.b
+    shared, volume = "/srv/shared", BUNDLE / "volumes/one"
+    also = f'external = ["{shared}"]\n'
+    scene.start(also=also, folders=[shared, str(volume)])
+    container.remove(a)
+    (a.outside(ROOTFS) / "var").mkdir()
+    (a.outside(ROOTFS) / "var/run").symlink_to("/tmp")
+    path = a.outside(BUNDLE / "config.json")
+    binds = [bind(shared, "/var/run/shared"), bind("volumes/one", "/var/run/one")]
+    path.write_text(json.dumps(merged(json.loads(path.read_text()), {"mounts": binds})))
+    for host in (a, b):
+        with host.outside(container.PYPLOOP_CONFIG).open("a") as f:
+            f.write(f'[[container.{container.NAME}.tree]]\npath = "{volume.parent}"\n')
+    b.outside(shared).mkdir()
+    container.start(a)
+    support.wait_until(lambda: scene.processes(a, "tool pause"), "it runs")
+    (a.outside(volume) / "file").write_text("the container's")
+    a.outside(volume).rename(a.outside(volume.with_name("two")))
+    a.outside(volume).mkdir()
+    scene.refused(15, "/tmp/one in the container", "restart the container")
+    a.outside(volume).rmdir()
+    a.outside(volume.with_name("two")).rename(a.outside(volume))
+    scene.moves()
+    (pid, *_) = scene.processes(b)
+    assert b.run("cat", f"/proc/{pid}/root/tmp/one/file") == "the container's"
+
+
 @pytest.mark.parametrize(
     ("change", "named"),
     [
@@ -257,6 +286,10 @@ def test_data_in_a_second_directory_that_is_bound_move_with_it(scene: Scene) -> 
         ({"mounts": [{"destination": "/data", "type": "ext4", "source": "/dev/vdb"}]}, "/dev/vdb"),
         ({"linux": {"namespaces": [{"type": "ipc", "path": "/proc/1/ns/ipc"}]}}, "ipc namespace"),
         ({"linux": {"resources": {"cpu": {"cpus": "0,700"}}}}, "700"),
+        (
+            {"linux": {"devices": [{"path": "/dev/d", "type": "b", "major": 7, "minor": 9}]}},
+            "block device 7:9",
+        ),
         ({"linux": {"sysctl": {"net.core.somaxconn": "333"}}}, "net.core.somaxconn is 4096"),
     ],
     ids=lambda x: x if isinstance(x, str) else "",

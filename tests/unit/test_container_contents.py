@@ -6,11 +6,13 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable
+import stat
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
+import support
 
 from pyploop import hostconf
 from pyploop.errors import MigrateError
@@ -210,6 +212,59 @@ def test_what_is_mounted_in_a_container_moves_or_is_named(
     with pytest.raises(MigrateError, match=f"{made.source}.*{made.point}") as e:
         contents.check_mounted(table, CONFIG, places, outside)
     assert e.value.exit_code == 15
+
+
+def test_a_tmpfs_of_the_host_that_was_bound_into_it_is_named(
+    places: contents.Places, outside: contents.Places
+) -> None:
+    """A restore would make a tmpfs of its own of it."""
+    own, host = entry("/run", (0, 9), fstype="tmpfs"), frozenset([(0, 10)])
+    contents.check_mounted([entry("/", DISK), own], CONFIG, places, outside, host)
+    bound = entry("/data/shared", (0, 10), fstype="tmpfs")
+    with pytest.raises(MigrateError, match=r"tmpfs.*/data/shared"):
+        contents.check_mounted([entry("/", DISK), own, bound], CONFIG, places, outside, host)
+
+
+def test_binds_are_sought_where_the_container_s_links_lead_and_from_the_bundle(
+    tmp_path: Path,
+) -> None:
+    (tmp_path / "var").mkdir()
+    (tmp_path / "var/run").symlink_to("../run")
+    (tmp_path / "run").symlink_to("/other")
+    (tmp_path / "loop").symlink_to("loop")
+    config = {
+        "mounts": [
+            {"destination": "/var/run/x", "type": "bind", "source": "vol"},
+            {"destination": "/a/../b//c", "type": "bind", "source": "/vol"},
+            {"destination": "/proc", "type": "proc", "source": "proc"},
+        ]
+    }
+    seen = contents.as_seen(config, "/bundle", str(tmp_path))["mounts"]
+    assert [m["destination"] for m in seen] == ["/other/x", "/b/c", "/proc"]
+    assert [m["source"] for m in seen] == ["/bundle/vol", "/vol", "proc"]
+    assert contents.without_links(str(tmp_path), "/../..") == "/"
+    contents.without_links(str(tmp_path), "/loop/x")  # has an end
+
+
+def test_a_block_device_of_the_host_is_refused_unless_the_target_has_it_too(
+    tmp_path: Path,
+) -> None:
+    support.needs("root")
+
+    def check(device: dict[str, Any], external: Sequence[str] = ()) -> None:
+        config = {"root": {"path": str(tmp_path)}, "linux": {"devices": [device]}}
+        contents.check_config(config, "/b", contents.Places((), [str(tmp_path)]), external)
+
+    disk = {"path": "/dev/data", "type": "b", "major": 7, "minor": 9}
+    with pytest.raises(MigrateError, match=r"/dev/data in linux.devices.* 7:9 ") as e:
+        check(disk)
+    assert e.value.exit_code == 15
+    check({"path": "/dev/net/tun", "type": "c", "major": 10, "minor": 200})
+    node = tmp_path / "node"
+    os.mknod(node, stat.S_IFBLK | 0o600, os.makedev(7, 9))
+    check(disk, [str(node)])
+    with pytest.raises(MigrateError, match="/dev/data"):
+        check({**disk, "minor": 10}, [str(node)])
 
 
 def test_a_bind_with_the_option_alone_is_one() -> None:
