@@ -25,10 +25,11 @@ class Command:
         *,
         silent: bool = False,
         env: Mapping[str, str] | None = None,
+        groups: Sequence[int] | None = None,
     ) -> None:
         """silent: its output goes to /dev/null, for a container inherits it and
-        could not be checkpointed with a file of this host.  OSError when it
-        cannot be run."""
+        could not be checkpointed with a file of this host.  groups: its supplementary
+        ones, None: ours.  OSError when it cannot be run."""
         self.argv = list(argv)
         self._output = tempfile.TemporaryFile()  # noqa: SIM115 - closed by wait()
         try:
@@ -41,6 +42,7 @@ class Command:
                     pass_fds=tuple(keep_fds),
                     env=env,
                     start_new_session=True,
+                    extra_groups=groups,
                 ),
                 _outlast,
             )

@@ -388,7 +388,8 @@ class Runc(Configured):
         with criu.Hook(images.parent, unlock) as hook:
             bundles.write_criu(self._config.bundle, hook.script)
             try:
-                command = Command(argv, self.keep_fds, silent=True)
+                # CRIU leaves its own groups to a process that had none.
+                command = Command(argv, self.keep_fds, silent=True, groups=())
                 status, said = hook.serve(command, self._host.command_timeout)
             except OSError as e:
                 status, said = -1, str(e)

@@ -341,6 +341,24 @@ def test_a_tmpfs_made_within_it_moves_and_other_mounts_are_refused(scene: Scene)
 # ---- processes
 
 
+def test_a_process_has_the_same_rights_after_the_move(scene: Scene) -> None:
+    """Without supplementary groups it does not get those of who restores it."""
+    scene.start()
+
+    def rights(host: Host) -> list[list[str]]:
+        found = []
+        for pid in sorted(scene.processes(host)):
+            lines = host.outside(f"/proc/{pid}/status").read_text().splitlines()
+            names = ("Uid", "Gid", "Groups", "Cap", "NoNewPrivs", "Seccomp", "Umask")
+            found.append([line.rstrip() for line in lines if line.startswith(names)])
+        return found
+
+    before = rights(scene.lab.a)
+    assert all("Groups:" in lines for lines in before)
+    scene.moves()
+    assert rights(scene.lab.b) == before
+
+
 def test_a_process_of_runc_exec_is_named_and_nothing_starts(scene: Scene) -> None:
     scene.start()
     scene.exec("pause")
