@@ -87,7 +87,7 @@ class Host:
 
     def mounts(self) -> list[str]:
         """Mount points on this host."""
-        text = self.outside("/proc/1/mounts").read_text()
+        text = os.fsdecode(self.outside("/proc/1/mounts").read_bytes())
         return [line.split()[1] for line in text.splitlines()]
 
 

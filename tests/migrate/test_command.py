@@ -28,7 +28,7 @@ def test_a_container_with_two_disks_moves_live_and_back(pair: Pair) -> None:
     done = pair.migrate(pair.a, "--live", "--trace", str(pair.a.parent / "trace.json"))
     assert done.returncode == 0, done.stderr
     pair.runs_only_on(pair.b)
-    options = Path("/proc/self/mounts").read_text()
+    options = os.fsdecode(Path("/proc/self/mounts").read_bytes())
     assert "noatime" in next(x for x in options.splitlines() if f"{pair.b}/one" in x)
     trace = json.loads((pair.a.parent / "trace.json").read_text())
     spans = {(e["pid"], e["name"]) for e in trace["traceEvents"] if e["ph"] == "X"}

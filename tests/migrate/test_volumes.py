@@ -5,6 +5,7 @@ takes them."""
 from __future__ import annotations
 
 import contextlib
+import os
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -32,9 +33,8 @@ def attached(folder: Path) -> list[str]:
 
 def seen(point: Path) -> tuple[str, str]:
     """Options of the mount and of its file system, as the kernel tells them."""
-    (line,) = (
-        x for x in Path("/proc/self/mountinfo").read_text().splitlines() if f" {point} " in x
-    )
+    table = os.fsdecode(Path("/proc/self/mountinfo").read_bytes())
+    (line,) = (x for x in table.split("\n") if f" {point} " in x)
     return line.split()[5], line.split()[-1]
 
 
