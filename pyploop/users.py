@@ -97,6 +97,7 @@ class _Finder:
         self._swaps()
         self._mounted_elsewhere()
         self._claims()
+        self._inside(mounts)
         return Found(mounts, self._users)
 
     def _add(self, device: str, what: str, advice: str, passing: bool = False) -> None:
@@ -120,6 +121,26 @@ class _Finder:
                     if "ro" not in entry.options:  # else only looked at
                         self._beside(device, f"is mounted at {entry.point} ({entry.fstype})")
         return list(self._given) or found
+
+    def _inside(self, mounts: Sequence[Mount]) -> None:
+        """File systems on files of those that will be frozen: what they have not
+        written back to their file yet is not in the copy."""
+        covered = {dev for mount in mounts for dev in _covered(mount)}
+        for loop in sysblock.loops() if covered else []:
+            if loop.below is not None or loop.file[0] not in covered:
+                continue
+            devices = {d.dev for d in (loop.device, *partitions(loop.device))} - self._explained
+            for entry in sysblock.entries(Path("/proc/self/mountinfo")):
+                if entry.dev in devices and "ro" not in entry.options:
+                    devices.remove(entry.dev)
+                    self._users.append(
+                        User(
+                            entry.source,
+                            f"is mounted at {entry.point} ({entry.fstype}), from {loop.name} on "
+                            f"{self._path}: in the copy that is as after a power failure",
+                            "unfrozen",
+                        )
+                    )
 
     def _beside(self, device: BlockDevice, what: str) -> None:
         name = f"/dev/{device.name}"
