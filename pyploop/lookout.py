@@ -336,6 +336,12 @@ class Lookout:
         if self._witness is not None and self._witness.why_not:
             name, why = self._subject.name, self._witness.why_not
             said.append(f"Writes to {name} beside its loop device cannot be seen: {why}")
+        sees_all = sysblock.has_capability(sysblock.CAP_SYS_PTRACE)
+        if self._witness is not None and self._subject.files and not sees_all:
+            said.append(
+                f"Not all processes that had {self._subject.name} open for writing before the copy "
+                "can be seen: that takes the capability CAP_SYS_PTRACE"
+            )
         return said
 
     @property

@@ -19,6 +19,9 @@ from pyploop import kernel
 from pyploop.errors import SysfsError
 from pyploop.units import SECTOR
 
+CAP_SYS_PTRACE, CAP_SYS_ADMIN = 19, 21
+"""Of linux/capability.h."""
+
 
 @dataclass(frozen=True)
 class BlockDevice:
@@ -321,6 +324,16 @@ def mounted_elsewhere(devices: Sequence[BlockDevice]) -> tuple[int, Mount] | Non
         if mounts:
             return pid, mounts[0]
     return None
+
+
+def has_capability(number: int) -> bool:
+    """This process has it; true also when that cannot be known."""
+    try:
+        status = text_of(Path("/proc/self/status"))
+    except OSError:
+        return True
+    found = re.search(r"^CapEff:\s*(\w+)$", status, re.MULTILINE)
+    return found is None or bool(int(found[1], 16) >> number & 1)
 
 
 def names(folder: str) -> list[str]:

@@ -7,11 +7,10 @@ import contextlib
 import errno
 import fcntl
 import os
-import re
 import time
 from pathlib import Path
 
-from pyploop import kernel
+from pyploop import kernel, sysblock
 from pyploop.errors import (
     BusyError,
     DeviceControlError,
@@ -22,11 +21,10 @@ from pyploop.errors import (
 from pyploop.events import Reporter
 from pyploop.freeze.mounted import FREEZABLE, Mounted
 from pyploop.plan import Held, Plan
-from pyploop.sysblock import Mount
+from pyploop.sysblock import CAP_SYS_ADMIN, Mount
 
 LOCK_DEADLINE = 120.0
 """Seconds to wait for another copy's freeze of the same file system."""
-CAP_SYS_ADMIN = 21
 RCU_EXPEDITED = "/sys/kernel/rcu_expedited"
 
 
@@ -143,7 +141,7 @@ class FileSystems:
         for m in self._all:
             if m.fstype not in FREEZABLE:
                 self._try(m)
-            if m.can_freeze and not _may_freeze():
+            if m.can_freeze and not sysblock.has_capability(CAP_SYS_ADMIN):
                 raise DeviceControlError(
                     f"cannot freeze {m.point}: that takes the capability CAP_SYS_ADMIN (run as "
                     "root); nothing was copied"
@@ -363,9 +361,3 @@ class FileSystems:
             m.held = None
         if failed:
             raise DeviceControlError("; ".join(failed))
-
-
-def _may_freeze() -> bool:
-    """This process has CAP_SYS_ADMIN."""
-    found = re.search(r"^CapEff:\s*(\w+)$", Path("/proc/self/status").read_text(), re.MULTILINE)
-    return found is None or bool(int(found[1], 16) >> CAP_SYS_ADMIN & 1)

@@ -432,6 +432,18 @@ def test_a_process_that_can_write_the_backing_file_is_named(folder: Path, how: s
         refused(source, folder / "copy", f"process {holder.pid} (", f"{how} for writing")
 
 
+def test_that_not_all_who_have_the_backing_file_open_can_be_seen_is_said(folder: Path) -> None:
+    needs("capsh")
+    disk = image(folder)
+    sender = ["capsh", "--drop=cap_sys_ptrace", "--", "-c", 'exec "$@"', "sh"]
+    sender += [*pyploop_cmd(), "copy"]
+    with loop_device(disk) as source:
+        for said, words in ((True, sender), (False, None)):
+            got = copy(source, folder / f"copy-{said}", via="local", sender=words)
+            succeeded(got)
+            assert ("CAP_SYS_PTRACE" in got.errors) == said
+
+
 HIDDEN = """
 import ctypes, mmap, os, sys, threading
 how, path = sys.argv[1:]
