@@ -182,7 +182,7 @@ def _open_block(path: str, dev: tuple[int, int], read: ReadPath) -> Source:
             _use_backing(source, where, where.loop, read)
         elif read == "backing":
             raise ParameterError(f"{path} is not on a loop device: it has no backing file to read")
-        elif where.queue.dev != block.dev:
+        if source.fd == fd and where.queue.dev != block.dev:
             _use_lower(source, where)
         _identify(source, where)
         if source.fd == fd and size % source.align:

@@ -687,10 +687,11 @@ def test_unsafe_in_use_copies_all_the_same_and_says_so(folder: Path) -> None:
 # ---- page caches
 
 
+@pytest.mark.parametrize("read", ["auto", "device"])
 @pytest.mark.parametrize("stacked", ["partition", "loop device on it"])
 @pytest.mark.parametrize("by", ["disk", "partition", "loop device on it"])
 def test_a_write_through_any_device_of_the_pile_arrives(
-    folder: Path, stacked: str, by: str
+    folder: Path, stacked: str, by: str, read: str
 ) -> None:
     disk = sparse_file(folder / "image", SIZE + MIB)
     disk.write_bytes(os.urandom(SIZE + MIB))
@@ -701,7 +702,8 @@ def test_a_write_through_any_device_of_the_pile_arrives(
     ):
         source = part if stacked == "partition" else above
         to, at = {"disk": (whole, MIB), "partition": (part, 0), "loop device on it": (above, 0)}[by]
-        got = slowly(source, folder / "copy", lambda: by_dd(to, at), rate="24M")
+        act = partial(by_dd, to, at)
+        got = slowly(source, folder / "copy", act, "--read", read, rate="24M")
         succeeded(got)
         run("sync", disk)
         assert same(disk, folder / "copy", SIZE, offset=MIB)
