@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from pyploop import kernel
-from pyploop.runtimes import members
+from pyploop.runtimes import members, sockets
 
 NO_LIMIT = 1 << 62
 """A memory limit of v1 that is larger limits nothing."""
@@ -130,6 +130,7 @@ _USUAL = {
     "the I/O priority": "0",
     "the timer slack": "50000",
     "the memory policy": "default",
+    "the personality": "00000000",
     "the priority of the autogroup": "0",
 }
 
@@ -155,6 +156,8 @@ def _settings_of(pid: int, tid: int, proc: str) -> dict[str, str]:
             found["the memory policy"] = words[1]
         if text := _text(f"{proc}/{pid}/coredump_filter").strip():
             found["the filter of core dumps"] = text
+        if text := _text(f"{proc}/{pid}/personality").strip():
+            found["the personality"] = text
         if words := _text(f"{proc}/{pid}/autogroup").split():
             found["the priority of the autogroup"] = words[-1]
     return found
@@ -270,4 +273,5 @@ def all_of(
 ) -> list[str]:
     """In words, each a line for the user."""
     lost = [*settings(pids, allowed_cpus(cgroups)), *pipes_to_outside(pids), *keys(container)]
+    lost += [*sockets.settings(pids), *(sockets.groups(pids[0]) if pids else ())]
     return [f"Does not move: {text}" for text in lost + changed_limits(config, cgroups)]

@@ -455,6 +455,29 @@ def test_what_no_checkpoint_holds_is_said_and_the_container_moves(scene: Scene) 
     assert "Does not move" not in scene.moves().out
 
 
+def test_what_a_checkpoint_forgets_of_processes_and_sockets_is_said(scene: Scene) -> None:
+    a, b = scene.lab.a, scene.lab.b
+    scene.start({"process": {"argv": ["/tool", "unusual"]}})
+    (pid,) = scene.processes(a)
+    support.wait_until(lambda: joined(a, pid), "it has joined the group")
+    said = [x for x in scene.moves().out.splitlines() if x.startswith("Does not move: ")]
+    who = f" of process {pid} (/tool unusual)"
+    assert sorted(said) == [
+        "Does not move: membership in multicast groups (239.1.2.234)",
+        f"Does not move: the personality (00040000){who}",
+        f"Does not move: the socket option IP_MULTICAST_TTL (5){who}",
+        f"Does not move: the socket option TCP_USER_TIMEOUT (9999){who}",
+    ]
+    (there,) = scene.processes(b)
+    assert b.outside(f"/proc/{there}/personality").read_text() == "00000000\n"
+    assert not joined(b, there)
+
+
+def joined(host: Host, pid: int) -> bool:
+    """Whether the group 239.1.2.234 is, in the process's network."""
+    return "EA0201EF" in host.outside(f"/proc/{pid}/net/igmp").read_text()
+
+
 def test_events_and_datagrams_that_wait_at_the_suspension_are_said(scene: Scene) -> None:
     scene.start({"process": {"argv": ["/tool", "unread"]}})
     said = [x for x in scene.moves().out.splitlines() if x.startswith("Does not move: ")]

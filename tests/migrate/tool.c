@@ -5,17 +5,20 @@
  *   tool mount FROM TO TYPE DATA  mount(2); TYPE bind: a bind mount; then ends
  *   tool pin CPU                  runs on this CPU only
  *   tool unread                   has an inotify event and a datagram that nobody reads
+ *   tool unusual                  has a personality, sockets with options, a multicast group
  *   tool child                    starts a child, and that a child whose parent ends
  */
 #define _GNU_SOURCE
 #include <arpa/inet.h>
 #include <netinet/in.h>
+#include <netinet/tcp.h>
 #include <sched.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/inotify.h>
 #include <sys/mount.h>
+#include <sys/personality.h>
 #include <sys/socket.h>
 #include <sys/stat.h>
 #include <sys/wait.h>
@@ -54,6 +57,23 @@ int main(int argc, char **argv)
 		if (mkdir("/tmp/seen", 0755) < 0 || bind(to, (void *)&at, sizeof(at)) < 0)
 			return 1;
 		sendto(to, "x", 1, 0, (void *)&at, sizeof(at));
+	}
+	if (!strcmp(what, "unusual")) {
+		int udp = socket(AF_INET, SOCK_DGRAM, 0), tcp = socket(AF_INET, SOCK_STREAM, 0);
+		int ttl = 5, timeout = 9999;
+		struct ip_mreqn group = {
+			.imr_multiaddr.s_addr = inet_addr("239.1.2.234"),
+			.imr_ifindex = 1,
+		};
+		struct sockaddr_in at = { .sin_family = AF_INET, .sin_port = htons(5556) };
+
+		personality(ADDR_NO_RANDOMIZE);
+		if (bind(udp, (void *)&at, sizeof(at)) < 0 || bind(tcp, (void *)&at, sizeof(at)) < 0 ||
+		    listen(tcp, 5) < 0 ||
+		    setsockopt(udp, IPPROTO_IP, IP_MULTICAST_TTL, &ttl, sizeof(ttl)) < 0 ||
+		    setsockopt(udp, IPPROTO_IP, IP_ADD_MEMBERSHIP, &group, sizeof(group)) < 0 ||
+		    setsockopt(tcp, IPPROTO_TCP, TCP_USER_TIMEOUT, &timeout, sizeof(timeout)) < 0)
+			return 1;
 	}
 	if (!strcmp(what, "child")) {
 		pid_t middle = fork();
