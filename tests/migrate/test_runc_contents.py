@@ -198,6 +198,18 @@ def bind(source: str, destination: str = "/data") -> dict[str, Any]:
     return {"destination": destination, "type": "bind", "source": source, "options": options}
 
 
+def test_no_room_for_the_dump_on_the_source_is_found_by_the_checks(scene: Scene) -> None:
+    scene.start()
+    a = scene.lab.a
+    a.run("mkdir", "/srv/small")
+    a.run("mount", "-t", "tmpfs", "-o", "size=16k", "none", "/srv/small")
+    path = a.outside(container.PYPLOOP_CONFIG)
+    path.write_text('images_dir = "/srv/small"\n' + path.read_text())
+    scene.refused(6, "/srv/small has no room")
+    done = migrate(scene.lab, a, "--check-only")
+    assert (done.code, "/srv/small has no room" in done.errors) == (6, True), done.errors
+
+
 # ---- mounts of config.json
 
 
