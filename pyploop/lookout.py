@@ -166,15 +166,8 @@ class Lookout:
     def write_back(self) -> None:
         """Write back what was written through the page cache of any device that
         shares bytes with the source, the uppermost first; until then neither a
-        tracker nor a read of ours knows of it.
-
-        Of a plain file that somebody writes, too: a page that is mapped gets a new
-        time of the file with its first write only, after it was written back."""
+        tracker nor a read of ours knows of it."""
         self._write_back(sorted(self._caches.values(), key=lambda c: -c[0].height))
-        if self._may_be_mapped:
-            for fd in self._subject.fds:
-                with contextlib.suppress(OSError):  # what is no disk's has no dirty pages
-                    kernel.write_back(fd, self._subject.name)
 
     @property
     def _may_be_mapped(self) -> bool:

@@ -304,9 +304,7 @@ class Sender:
         self._may_thaw = may_thaw
         limit = FINAL_PASSES if self._running.stops else UNSTOPPED_PASSES
         for _ in range(limit):
-            self._stamp = self._writes.stamp()
-            if self._source.kind == "file":
-                run_cancellable(self._source.write_back)  # what comes now moves the stamp
+            self._stamp = self._writes.begin()
             if self._last_pass():
                 break
         else:
@@ -456,10 +454,14 @@ class Sender:
         """The source was written since the last pass began, although something
         should have stopped that.  So is what somebody else thawed and froze
         again: a freeze writes back what came in between."""
+        if not self._running.stops:
+            return False
+        # What waits in a page cache becomes a write now, or never.
         if self._mounts.unfreezable:
-            # What waits in a page cache becomes a write now, or never.
             run_cancellable(self._running.write_back)
-        return self._running.stops and self._writes.stamp() != self._stamp
+        else:
+            self._source.write_back()
+        return self._writes.stamp() != self._stamp
 
 
 @contextlib.contextmanager

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 from pyploop import kernel
-from pyploop.errors import ReadError
+from pyploop.errors import DeviceControlError, ReadError
 from pyploop.holes import data_extents
 from pyploop.identity import Identity
 from pyploop.lookout import Lookout
@@ -103,9 +103,19 @@ class Source:
             identity.check()
 
     def write_back(self) -> None:
-        """Write back what was written through a device's own page cache."""
+        """Write back what was written through a device's own page cache, or into a
+        plain file."""
         if self.lookout is not None:
             self.lookout.write_back()
+        self.write_back_file()
+
+    def write_back_file(self) -> None:
+        """The same of a plain file only."""
+        if self.kind == "file":
+            try:
+                kernel.write_back(self.fd, self.path)
+            except OSError as e:
+                raise DeviceControlError.of(f"cannot write back {self.path}", e) from e
 
     def holes(self) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
         """(data, holes): both ascending and disjoint, together the whole

@@ -2,7 +2,8 @@
 """Whether a source was written between two moments, by the kernel's own word.
 
 No tracker's event is needed for it: a block device has its accounting, a plain
-file its modification time.  A look costs some microseconds.
+file its times.  A look costs some microseconds.  What is dirty in a device's
+page cache shows only once it is written back (`Source.write_back`).
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ class Writes:
     """Of one source; `close` when done."""
 
     def __init__(self, source: Source) -> None:
+        self._source = source
         self._file = source.fd if source.kind == "file" else -1
         self._stat = -1
         self._iostats: Path | None = None
@@ -49,11 +51,20 @@ class Writes:
         """Differs from an earlier one when the source was written since."""
         if self._file >= 0:
             st = os.fstat(self._file)
-            return st.st_mtime_ns, st.st_size
+            # The modification time can be put back (touch -r, rsync -t).
+            return st.st_mtime_ns, st.st_ctime_ns, st.st_size
         if self._stat < 0:
             return ()
         fields = os.pread(self._stat, 4096, 0).split()
         return tuple(int(fields[n]) for n in (_WRITTEN, _DISCARDED) if n < len(fields))
+
+    def begin(self) -> tuple[int, ...]:
+        """The stamp, before a pass reads the source.  A store through a mapping
+        moves a file's times only when its page is clean: so it is written back,
+        after the stamp, for nothing may come in between unseen."""
+        stamp = self.stamp()
+        self._source.write_back_file()
+        return stamp
 
     def close(self) -> None:
         if self._stat >= 0:

@@ -7,6 +7,7 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -169,6 +170,49 @@ def test_a_stopped_source_without_a_file_system_that_is_written_fails_the_copy(
         write = f"dd if=/dev/urandom of={source} bs=4k count=1 conv=notrunc,fsync 2>/dev/null"
         got = copy(source, target, "-F", "true", "--before-thaw", write, via=via)
     assert (got.code, "was written during the last steps" in got.errors) == (14, True), got.errors
+
+
+def test_what_stays_in_the_page_cache_of_a_stopped_device_fails_the_copy(folder: Path) -> None:
+    with loop_device(sparse_file(folder / "image", SIZE)) as device:
+        write = f"dd if=/dev/urandom of={device} bs=4k count=1 conv=notrunc 2>/dev/null"
+        # Held open: the last close of a device would write it back.
+        with open(device, "rb"):
+            got = copy(device, folder / "t", "-F", "true", "--before-thaw", write)
+    assert (got.code, "was written during the last steps" in got.errors) == (14, True), got.errors
+
+
+def test_a_written_file_whose_time_is_put_back_fails_the_copy(folder: Path) -> None:
+    source = sparse_file(folder / "plain", SIZE)
+    os.utime(source, (1, 1))
+    write = f"dd if=/dev/urandom of={source} bs=4k count=1 conv=notrunc 2>/dev/null"
+    write += f"; touch -d @1 {source}"
+    got = copy(source, folder / "t", "-F", "true", "--before-thaw", write)
+    assert (got.code, "was written during the last steps" in got.errors) == (14, True), got.errors
+
+
+STORES = """
+import mmap, sys, time
+with open(sys.argv[1], "r+b") as f: view = mmap.mmap(f.fileno(), 0)
+n = 0
+while True:
+    n += 1
+    view[:8] = n.to_bytes(8, "little")
+    if n == 1: print("stored", flush=True)
+    time.sleep(.001)
+"""
+
+
+def test_a_stopped_file_that_is_written_through_a_mapping_fails_the_copy(folder: Path) -> None:
+    """A store into a page that is dirty already does not move the file's times."""
+    source = sparse_file(folder / "plain", SIZE)
+    argv = [sys.executable, "-c", STORES, str(source)]
+    with subprocess.Popen(argv, stdout=subprocess.PIPE) as writer:
+        try:
+            assert writer.stdout is not None and writer.stdout.readline() == b"stored\n"
+            got = copy(source, folder / "t", "-F", "true", "--before-thaw", "sleep .1")
+        finally:
+            writer.kill()
+    assert (got.code, "written" in got.errors) == (14, True), got.errors
 
 
 def test_a_writer_that_was_stopped_by_a_signal_and_goes_on_fails_the_copy(folder: Path) -> None:
