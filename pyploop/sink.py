@@ -210,6 +210,7 @@ class Sink:
                 self._keep_aside(e)
         self._complete = self._beside(self._name)
         self._sync_folder()
+        self._look_where()
 
     def _give_name(self) -> None:
         if self._part is None:
@@ -243,6 +244,27 @@ class Sink:
                 raise SyncError.of(f"cannot sync the file system of {self.path}", e) from e
             how = "so a crash may take the name away"
         self._report.note(f"The file system of {self.path} cannot sync a folder, {how}")
+
+    def _look_where(self) -> None:
+        """Its folder may have been moved, hidden or unmounted meanwhile.  By the folder,
+        since FUSE may show one file by two numbers."""
+        if self._is_folder(os.path.dirname(self.path) or "."):
+            return
+        found = self._complete
+        if self._is_folder(os.path.dirname(found)):
+            self._report.note(f"The folder of {self.path} was moved: the target is {found}")
+            return
+        self._complete = ""
+        raise CreateError(
+            f"the copy is complete, but no path leads to it: the folder of {self.path} was hidden "
+            "by a mount during the copy, or its file system was unmounted"
+        )
+
+    def _is_folder(self, path: str) -> bool:
+        try:
+            return os.path.samestat(os.stat(path), os.fstat(self._dir_fd))
+        except OSError:
+            return False
 
     def _keep_aside(self, why: OSError) -> NoReturn:
         """The name cannot be had, but what is complete is not dropped."""

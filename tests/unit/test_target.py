@@ -7,6 +7,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
+import io
 import os
 import subprocess
 import time
@@ -21,6 +22,7 @@ from pyploop import _core, kernel, naming
 from pyploop.cli import copy as cli
 from pyploop.cli import thaw
 from pyploop.errors import CreateError, Interrupted
+from pyploop.events import Reporter, TextRenderer
 from pyploop.journal import boot_id, folder
 from pyploop.sink import Sink
 
@@ -202,6 +204,36 @@ def test_a_folder_that_was_renamed_meanwhile_is_told_by_its_new_name(tmp_path: P
         raise Interrupted(15)
     assert f"{tmp_path / 'u/image'} is complete and was kept" in e.value.state
     assert names(tmp_path / "u") == ["image"]
+
+
+def test_a_folder_that_was_moved_meanwhile_is_said(tmp_path: Path) -> None:
+    said = io.StringIO()
+    report = Reporter()
+    report.add(TextRenderer(3, said, said))
+    (tmp_path / "t").mkdir()
+    with Sink(str(tmp_path / "t/image"), report) as sink:
+        (tmp_path / "t").rename(tmp_path / "u")
+        sink.commit()
+    assert f"was moved: the target is {tmp_path / 'u/image'}" in said.getvalue()
+
+
+@pytest.mark.root
+@pytest.mark.parametrize("how", ["hidden", "unmounted"])
+def test_a_complete_target_that_no_path_leads_to_is_no_success(tmp_path: Path, how: str) -> None:
+    point, real = tmp_path / "t", tmp_path / "real"
+    point.mkdir()
+    real.mkdir()
+    with contextlib.ExitStack() as undo:
+        if how == "unmounted":
+            support.run("mount", "--bind", real, point)
+        with pytest.raises(CreateError) as e, Sink(str(point / "image")) as sink:
+            if how == "unmounted":
+                support.run("umount", "-l", point)
+            else:
+                undo.enter_context(support.tmpfs(point, 1 << 20))
+            sink.commit()
+    assert "no path leads to it" in str(e.value)
+    assert names(real if how == "unmounted" else point) == ["image"]
 
 
 def test_nothing_is_said_of_a_file_whose_owner_undoes_it(tmp_path: Path) -> None:
