@@ -27,7 +27,7 @@ from pyploop import (
     undoing,
     verdict,
 )
-from pyploop.errors import BusyError, MigrateError, ProtocolError, PyploopError
+from pyploop.errors import BusyError, MigrateError, ProtocolError, PyploopError, one_line
 from pyploop.events import Reporter
 from pyploop.hostconf import NAME, HostConfig
 from pyploop.landing import Landing
@@ -144,7 +144,7 @@ class Agent:
         self._mux.close()
         self._locks.close()
         for text in failed:
-            os.write(2, f"pyploop agent: not undone: {text}\n".encode())
+            os.write(2, one_line(f"pyploop agent: not undone: {text}").encode() + b"\n")
 
     # ---- requests
 

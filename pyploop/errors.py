@@ -9,12 +9,16 @@ and what to do; `str(error)` is one line.
 from __future__ import annotations
 
 import os
-import re
 
 
 def one_line(text: str) -> str:
-    """Control characters (of a file name, say) escaped."""
-    return re.sub(r"[\x00-\x1f\x7f]", lambda m: repr(m[0])[1:-1], text)
+    """Escaped: what a terminal acts on (control characters, marks that turn the
+    direction of text), what breaks a line, and what is not seen or is no character
+    (bytes of a file name that are not UTF-8).  Such text comes from file names,
+    peers, and the output of commands."""
+    if text.isprintable():
+        return text
+    return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
 class PyploopError(Exception):

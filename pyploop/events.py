@@ -118,7 +118,7 @@ class TextRenderer:
 
     def event(self, name: str, at: float, fields: dict[str, Any]) -> None:
         if name == "sending" and self._level >= NOTE:
-            self._print(self._err, at, f"Sending {fields['image']}")
+            self._print(self._err, at, one_line(f"Sending {fields['image']}"))
 
     def line(self, level: int, at: float, text: str) -> None:
         if level <= self._level:

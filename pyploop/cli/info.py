@@ -18,7 +18,7 @@ from pyploop import descriptor, image, sysblock
 from pyploop.cli.arguments import Parser
 from pyploop.descriptor import Descriptor
 from pyploop.device import open_source
-from pyploop.errors import DeviceError, OpenError, PyploopError, SysfsError
+from pyploop.errors import DeviceError, OpenError, PyploopError, SysfsError, one_line
 from pyploop.image import Image
 from pyploop.source import Source
 from pyploop.sysblock import BlockDevice
@@ -352,7 +352,7 @@ def as_text(report: Report) -> list[str]:
     tracker = report["tracker"]
     lines.append(("tracker", f"{tracker['name'] or 'none'}: {tracker['why']}"))
     lines += [("note", note) for note in report["notes"]]
-    shown = [(key, _printable(value)) for key, value in lines if value]
+    shown = [(key, one_line(value)) for key, value in lines if value]
     width = max(len(key) for key, _ in shown) + 2
     return [f"{key + ':' if key else '':{width}}{value}" for key, value in shown]
 
@@ -374,7 +374,3 @@ def _size(n: int | None) -> str:
     if n is None:
         return ""
     return f"{n} bytes" if n < KIB else f"{format_size(n)} ({n} bytes)"
-
-
-def _printable(text: str) -> str:
-    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in text)

@@ -12,7 +12,7 @@ from typing import TextIO
 from pyploop import hostconf, recover, rsync_options, times
 from pyploop.cli import migrate_options
 from pyploop.cli.migrate_options import MigrateOptions
-from pyploop.errors import Interrupted, MigrateError, PyploopError
+from pyploop.errors import Interrupted, MigrateError, PyploopError, one_line
 from pyploop.events import JsonRenderer, Reporter, TextRenderer
 from pyploop.migrate import Result, Wish, migrate
 from pyploop.recorder import chrome_trace
@@ -112,7 +112,7 @@ def _close(handle: TextIO, path: str) -> None:
     try:
         handle.close()
     except OSError as e:
-        print(f"pyploop: --json {path}: {e.strerror}", file=sys.stderr)
+        print(one_line(f"pyploop: --json {path}: {e.strerror}"), file=sys.stderr)
 
 
 @contextlib.contextmanager

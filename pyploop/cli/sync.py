@@ -8,6 +8,7 @@ import sys
 
 from pyploop._core import fdatasync
 from pyploop.cli.arguments import Parser
+from pyploop.errors import one_line
 from pyploop.worker import run_cancellable
 
 USAGE_STATUS = 1
@@ -46,7 +47,8 @@ def run(args: list[str], level: int) -> int:
         except OSError as e:
             failed = True
             if level >= -1:
-                print(f"pyploop sync: {path}: {os.strerror(e.errno or 0)}", file=sys.stderr)
+                why = os.strerror(e.errno or 0)
+                print(one_line(f"pyploop sync: {path}: {why}"), file=sys.stderr)
     return FAILED_STATUS if failed else 0
 
 

@@ -145,7 +145,7 @@ def test_each_event_is_one_json_object_with_its_schema() -> None:
     records = [json.loads(line) for line in out.getvalue().splitlines()]
     assert [r["event"] for r in records] == ["round", "error"]
     assert all(r["schema"] == "pyploop.events/1" and r["time"] >= 0 for r in records)
-    assert (records[0]["number"], records[1]["message"]) == (1, "bad\\nthing \udcff")
+    assert (records[0]["number"], records[1]["message"]) == (1, "bad\\nthing \\udcff")
 
 
 def test_a_log_that_nobody_reads_does_not_stop_the_copy() -> None:
