@@ -4,11 +4,14 @@ directly: no process is started."""
 
 from __future__ import annotations
 
+import contextlib
 import os
 import select
 import time
 from dataclasses import dataclass
 from pathlib import Path
+
+from pyploop.walk import walk
 
 LONGEST_POLL = 0.001
 """Seconds between two looks at a v1 freezer, which has no notification: a read
@@ -74,11 +77,13 @@ class Freezer:
     def processes(self) -> list[int]:
         """Of this cgroup and those below it."""
         found: list[int] = []
-        for folder, _, _ in os.walk(self.folder):  # which bears that one is removed
-            try:
-                found += [int(line) for line in Path(folder, "cgroup.procs").read_text().split()]
-            except OSError:  # removed, or threaded
-                continue
+        with contextlib.suppress(FileNotFoundError):
+            for _, folder, _ in walk(str(self.folder)):
+                try:
+                    with open(os.open("cgroup.procs", os.O_RDONLY, dir_fd=folder)) as f:
+                        found += [int(line) for line in f.read().split()]
+                except OSError:  # removed, or threaded
+                    continue
         return sorted(set(found))
 
 

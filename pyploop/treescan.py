@@ -18,37 +18,38 @@ from pathlib import Path
 from pyploop import kernel, sysblock
 from pyploop.errors import MigrateError
 from pyploop.runtimes import COPY_FAILED
+from pyploop.walk import FLAGS, walk
 
 _CLOCK_REALTIME_COARSE = 5
 """Of linux/time.h; Python has no name for it."""
 SECOND = 1_000_000_000
+LONGEST_PATH = 4096 - len("/tree/") - 256
+"""Bytes of a folder's path below the tree's top: PATH_MAX, less what rsync and a
+name in it take."""
 TIMED = frozenset(("ext2", "ext3", "ext4", "xfs", "btrfs", "f2fs"))
 """File systems that set a file's times when a mapped page is first written to.
 tmpfs does not; of others nobody knows."""
 
 
 def entries(root: str) -> Iterator[tuple[bytes, os.stat_result]]:
-    """(path below root, lstat) of all in it, in no order, and not below what
-    lies on another file system; what goes away meanwhile is left out."""
-    top = os.fsencode(root)
-    device = os.stat(top).st_dev
-    folders = [b""]
-    while folders:
-        folder = folders.pop()
-        try:
-            listing = os.scandir(os.path.join(top, folder))
-        except (FileNotFoundError, NotADirectoryError):
-            continue
-        with listing:
-            for entry in listing:
-                try:
-                    st = entry.stat(follow_symlinks=False)
-                except FileNotFoundError:
-                    continue
-                name = os.path.join(folder, entry.name)
-                yield name, st
-                if stat.S_ISDIR(st.st_mode) and st.st_dev == device:
-                    folders.append(name)
+    """(path below root, lstat) of all in it, a folder before what is in it, and
+    not below what lies on another file system; what goes away meanwhile is left
+    out.  A container that swaps a folder for a link leads it nowhere.
+    MigrateError(6) for a name that rsync cannot have."""
+    for names, _, listing in walk(root):
+        above = os.fsencode("".join(f"{name}/" for name in names))
+        if len(above) >= LONGEST_PATH:
+            raise MigrateError(
+                COPY_FAILED,
+                f"{root}/{os.fsdecode(above[:100])}...: folders are nested too deeply for rsync "
+                f"({len(above)} bytes of name, {LONGEST_PATH} are possible)",
+            )
+        for entry in listing:
+            try:
+                st = entry.stat(follow_symlinks=False)
+            except FileNotFoundError:
+                continue
+            yield above + os.fsencode(entry.name), st
 
 
 def check_source(path: str) -> int:
@@ -101,7 +102,7 @@ class Since:
         self._at = now // SECOND * SECOND
         self._offset = _clock_offset()
         # After this a mapped page that is written to gets a new ctime again.
-        fd = os.open(root, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        fd = os.open(root, FLAGS)
         try:
             kernel.syncfs(fd, root)
         finally:

@@ -9,11 +9,10 @@ from __future__ import annotations
 
 import contextlib
 import os
-import shutil
 from pathlib import Path
 from typing import Any
 
-from pyploop import hostconf, journal, kept, kept_trees, kernel, sysblock
+from pyploop import hostconf, journal, kept, kept_trees, kernel, ownfolder, removal, sysblock
 from pyploop.errors import PyploopError
 from pyploop.journal import Entry, Journal
 from pyploop.runtimes import Runtime, volumes
@@ -31,10 +30,12 @@ def _rmdir(entry: Entry) -> None:
 
 def _remove_tree(entry: Entry) -> None:
     # A CRIU that was killed leaves the cgroup hierarchies mounted in its folder.
-    for point in sysblock.mount_points_below(str(entry["path"])):
+    path = str(entry["path"])
+    if not ownfolder.is_ours(Path(path)):
+        return  # somebody else had taken the name: it was never made
+    for point in sysblock.mount_points_below(path):
         kernel.umount(point, lazy=True)
-    with contextlib.suppress(FileNotFoundError):
-        shutil.rmtree(entry["path"])
+    removal.remove_tree(path)
 
 
 def _put_back(entry: Entry) -> None:

@@ -5,10 +5,9 @@ from __future__ import annotations
 
 import errno
 import os
-import shutil
 from pathlib import Path
 
-from pyploop import sysblock
+from pyploop import removal, sysblock
 from pyploop.errors import MigrateError
 from pyploop.runtimes import COPY_FAILED, EXISTS, Tree, volumes
 
@@ -32,16 +31,8 @@ def check_free(tree: Tree, size: int) -> None:
 
 def remove_contents(path: str) -> None:
     """Empty a directory; nothing if it is not there.  OSError (EBUSY) when
-    something is mounted in it: that is not the container's."""
+    something is mounted in it: that is not the container's.  Others name what
+    could not be removed."""
     if below := sysblock.mount_points_below(os.path.realpath(path)):
         raise OSError(errno.EBUSY, "something is mounted there", below[-1])
-    try:
-        with os.scandir(path) as listing:
-            for entry in listing:
-                if entry.is_dir(follow_symlinks=False):
-                    shutil.rmtree(entry.path)
-                else:
-                    os.unlink(entry.path)
-    except FileNotFoundError:
-        if os.path.lexists(path):
-            raise
+    removal.remove_contents(path)

@@ -45,6 +45,7 @@ from pyploop.runtimes import (
     volumes,
 )
 from pyploop.runtimes.process import Command, last_words, run
+from pyploop.walk import walk
 
 SCRIPTS = ("start", "stop", "mount", "umount", "premount", "postumount")
 HDD = "root.hdd"
@@ -212,13 +213,14 @@ class Vzctl:
         nothing of a simfs container's, which is a tree."""
         if self._is_simfs():
             return
-        for number, path in enumerate(sorted(self._private.rglob("*"))):
-            if number > MOST_FILES:
-                raise MigrateError(
-                    COPY_FAILED, f"{self._private} has more than {MOST_FILES} files: no ploop disk"
-                )
-            if path != self._private / self._top:
-                yield path
+        found: list[Path] = []
+        with contextlib.suppress(FileNotFoundError):
+            for names, _, entries in walk(str(self._private)):
+                found += [self._private.joinpath(*names, e.name) for e in entries]
+                if len(found) > MOST_FILES:
+                    why = f"has more than {MOST_FILES} files: no ploop disk"
+                    raise MigrateError(COPY_FAILED, f"{self._private} {why}")
+        yield from (path for path in sorted(found) if path != self._private / self._top)
 
     def items(self) -> list[Item]:
         conf = Path(self._host.vz_etc) / "conf"

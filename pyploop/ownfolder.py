@@ -1,0 +1,214 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Folders whose contents decide what root does: locks, journals, records, dumps.
+
+Whoever else can write to such a folder, or can put another one in its place,
+decides that too.  So each use opens the folder anew and checks what was opened,
+and its files are reached by that descriptor alone.
+
+    with ownfolder.opened(Path("/run/pyploop"), make=True) as folder:
+        ownfolder.replace(folder, "7.json", data)
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import stat
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from pyploop.errors import OpenError
+
+MOST_LINKS = 40
+"""Symbolic links on the way to one file, as the kernel counts them."""
+LARGEST = 64 << 20
+"""Bytes of one file here: a journal has an entry for each step."""
+_FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+_FILE = os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
+
+
+def check_way(path: Path) -> None:
+    """OpenError unless only root and this user can change what the path leads
+    to: each folder and each symbolic link above it.  The last part is not
+    looked at, and may be missing."""
+    here, links = "/", 0
+    todo = [*reversed(Path(os.path.abspath(path)).parts[1:])]
+    while todo:
+        _check_above(here, path)
+        name = todo.pop()
+        step = os.path.dirname(here) if name == ".." else os.path.join(here, name)
+        try:
+            st = os.lstat(step)
+        except FileNotFoundError:
+            return
+        if not stat.S_ISLNK(st.st_mode):
+            here = step
+            continue
+        links += 1
+        if links > MOST_LINKS:
+            raise OpenError(f"{path}: too many symbolic links")
+        if st.st_uid not in (0, os.geteuid()):
+            raise OpenError(f"{path} is not used: user {st.st_uid} owns the link {step} in it")
+        if not todo and step == os.path.abspath(path):
+            return  # the last part, whose user decides about links
+        text = os.readlink(step)
+        here = "/" if text.startswith("/") else here
+        todo += reversed([part for part in text.split("/") if part not in ("", ".")])
+
+
+def _check_above(folder: str, path: Path) -> None:
+    st = os.lstat(folder)
+    if st.st_uid not in (0, os.geteuid()):
+        raise OpenError(f"{path} is not used: {folder} above it belongs to user {st.st_uid}")
+    # In a folder with the sticky bit (/tmp) others cannot replace what is ours.
+    if st.st_mode & 0o022 and not st.st_mode & stat.S_ISVTX:
+        mode = stat.S_IMODE(st.st_mode)
+        raise OpenError(f"{path} is not used: others can write to {folder} above it ({mode:04o})")
+
+
+@contextlib.contextmanager
+def opened(path: Path, *, make: bool = False, private: bool = False) -> Iterator[int]:
+    """The folder's descriptor.  OpenError unless it is a folder of this user
+    that nobody else can write to, or (private) look into.  make: it is made
+    (0700) when it is missing, with those above it; else FileNotFoundError."""
+    check_way(path)
+    if make and not os.path.lexists(path):
+        _make(path)
+        check_way(path)
+    fd = _open(path)
+    try:
+        _check(fd, path, 0o077 if private else 0o022)
+        yield fd
+    finally:
+        os.close(fd)
+
+
+@contextlib.contextmanager
+def reopened(path: Path) -> Iterator[int]:
+    """`opened` for a folder that was checked before, with the way to it: only
+    whether it is still ours, which takes microseconds."""
+    fd = _open(path)
+    try:
+        _check(fd, path, 0o022)
+        yield fd
+    finally:
+        os.close(fd)
+
+
+def _open(path: Path) -> int:
+    try:
+        return os.open(path, _FOLDER)
+    except OSError as e:
+        if e.errno in (errno.ELOOP, errno.ENOTDIR):
+            why = "it is a file or a symbolic link; not used"
+            raise OpenError(f"{path} is not a folder of our own: {why}") from None
+        raise
+
+
+def _make(path: Path) -> None:
+    missing = []
+    while not os.path.lexists(path):
+        missing.append(path)
+        path = path.parent
+    for folder in reversed(missing):
+        with contextlib.suppress(FileExistsError):
+            os.mkdir(folder, 0o700)
+
+
+def _check(fd: int, path: Path, forbidden: int) -> None:
+    st = os.fstat(fd)
+    if st.st_uid != os.geteuid():
+        raise OpenError(
+            f"{path} is not a folder of our own: it belongs to user {st.st_uid}, not to "
+            f"{os.geteuid()}; nothing in it is used (remove it, or choose another folder)"
+        )
+    if mode := stat.S_IMODE(st.st_mode) & forbidden:
+        what = "write to it" if mode & 0o022 else "look into it"
+        raise OpenError(
+            f"{path} is not a folder of our own: others can {what} (mode "
+            f"{stat.S_IMODE(st.st_mode):04o}); nothing in it is used (see what is in it, then "
+            "chmod it)"
+        )
+
+
+def make_new(path: Path) -> None:
+    """A new folder (0700) for what nobody else may see or change, below one that
+    may be everybody's (/dev/shm).  FileExistsError when the name is taken."""
+    check_way(path)
+    _make(path.parent)
+    check_way(path)
+    os.mkdir(path, 0o700)
+    with reopened(path):
+        pass
+
+
+def is_ours(path: Path) -> bool:
+    """A folder that this user owns, and no link to one; or nothing."""
+    try:
+        st = os.lstat(path)
+    except FileNotFoundError:
+        return True
+    return stat.S_ISDIR(st.st_mode) and st.st_uid == os.geteuid()
+
+
+@contextlib.contextmanager
+def scratch() -> Iterator[Path]:
+    """A folder for the time of the body, below TMPDIR.  OpenError when others
+    could put their own in its place."""
+    check_way(Path(tempfile.gettempdir()) / "x")
+    with tempfile.TemporaryDirectory(prefix="pyploop-") as name:
+        yield Path(name)
+
+
+# ---- files in such a folder
+
+
+def create(folder: int, name: str) -> int:
+    """A new file (0600).  FileExistsError for anything that has the name."""
+    return os.open(name, os.O_RDWR | os.O_CREAT | os.O_EXCL | _FILE, 0o600, dir_fd=folder)
+
+
+def open_file(folder: int, name: str, flags: int = os.O_RDONLY) -> int:
+    """OpenError unless it is a regular file of this user."""
+    try:
+        fd = os.open(name, flags | _FILE, 0o600, dir_fd=folder)
+    except OSError as e:
+        if e.errno in (errno.ELOOP, errno.ENXIO, errno.EISDIR):
+            raise OpenError(f"{name} is not a regular file: not used") from None
+        raise
+    st = os.fstat(fd)
+    if not stat.S_ISREG(st.st_mode) or st.st_uid != os.geteuid():
+        os.close(fd)
+        why = f"belongs to user {st.st_uid}" if stat.S_ISREG(st.st_mode) else "is no regular file"
+        raise OpenError(f"{name} {why}: not used")
+    return fd
+
+
+def read(folder: int, name: str, limit: int = LARGEST) -> bytes:
+    """The file's contents, `limit` bytes at most."""
+    with open(open_file(folder, name), "rb") as f:
+        return f.read(limit)
+
+
+def read_path(path: Path) -> bytes:
+    """`read` of a file in a folder whose way was checked before."""
+    with reopened(path.parent) as folder:
+        return read(folder, path.name)
+
+
+def replace(folder: int, name: str, data: bytes, *, durable: bool = False) -> None:
+    """Put a new file in the name's place, at once: a reader sees the old one or
+    the new one."""
+    new = f"{name}.new"
+    with contextlib.suppress(FileNotFoundError):  # left by a crash
+        os.unlink(new, dir_fd=folder)
+    with open(create(folder, new), "wb") as f:
+        f.write(data)
+        if durable:
+            f.flush()
+            os.fsync(f.fileno())
+    os.rename(new, name, src_dir_fd=folder, dst_dir_fd=folder)
+    if durable:
+        os.fsync(folder)

@@ -1,0 +1,128 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Go through folders while somebody else, a container say, changes them.
+
+Each folder is opened from the one above, which is open: a folder that is replaced
+by a link meanwhile leads nowhere else.  Nothing recurses, two descriptors are in
+use, and no path is built, so that names may be longer than a path can be.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+FLAGS = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+_GONE = {errno.ENOENT, errno.ENOTDIR, errno.ELOOP, errno.ENODEV}
+Entry = os.DirEntry[str]
+
+
+@dataclass
+class _Level:
+    """A folder on the way down."""
+
+    name: str
+    identity: tuple[int, int]
+    below: list[str] = field(default_factory=list)
+    """Folders in it that are still to be visited."""
+
+
+def walk(top: str) -> Iterator[tuple[list[str], int, list[Entry]]]:
+    """Each folder of the top's file system, the top first: (names from the top
+    on, its descriptor, its entries), good until the next one is asked for.  What
+    goes away, or is moved, meanwhile is left out.  OSError."""
+    first = fd = os.open(top, FLAGS)
+    try:
+        levels = [_Level("", _identity(fd))]
+        while True:
+            entries = _entries(fd)
+            levels[-1].below = [e.name for e in entries if e.is_dir(follow_symlinks=False)]
+            yield [level.name for level in levels[1:]], fd, entries
+            entered = False
+            while not entered:
+                if levels[-1].below:
+                    below = _down(fd, levels)
+                    entered = below >= 0
+                elif len(levels) == 1:
+                    return
+                else:
+                    below = _up(first, fd, levels)
+                if below >= 0 and below != fd:
+                    if fd != first:
+                        os.close(fd)
+                    fd = below
+    finally:
+        if fd != first:
+            os.close(fd)
+        os.close(first)
+
+
+def _identity(fd: int) -> tuple[int, int]:
+    st = os.fstat(fd)
+    return st.st_dev, st.st_ino
+
+
+def _entries(fd: int) -> list[Entry]:
+    try:
+        with os.scandir(fd) as listing:
+            return list(listing)
+    except OSError as e:
+        if e.errno in _GONE:
+            return []
+        raise
+
+
+def _open(name: str, fd: int) -> int:
+    """-1: it is not there any more, or is no folder."""
+    try:
+        return os.open(name, FLAGS, dir_fd=fd)
+    except OSError as e:
+        if e.errno in _GONE:
+            return -1
+        raise
+
+
+def _down(fd: int, levels: list[_Level]) -> int:
+    """Into the next folder below; -1: there is none any more by this name, or it
+    is another file system's."""
+    name = levels[-1].below.pop()
+    below = _open(name, fd)
+    if below >= 0:
+        identity = _identity(below)
+        if identity[0] != levels[0].identity[0]:
+            os.close(below)
+            return -1
+        levels.append(_Level(name, identity))
+    return below
+
+
+def _up(first: int, fd: int, levels: list[_Level]) -> int:
+    """To the folder above, or where it has moved from there, to the nearest one
+    that is still in its place."""
+    levels.pop()
+    if len(levels) == 1:
+        return first
+    above = _open("..", fd)
+    if above >= 0:
+        if _identity(above) == levels[-1].identity:
+            return above
+        os.close(above)
+    return _again(first, levels)
+
+
+def _again(first: int, levels: list[_Level]) -> int:
+    """By the names from the top on.  What has moved is dropped from the levels."""
+    fd = first
+    for number, level in enumerate(levels[1:], 1):
+        below = _open(level.name, fd)
+        if below >= 0 and _identity(below) != level.identity:
+            os.close(below)
+            below = -1
+        if below < 0:
+            del levels[number:]
+            break
+        if fd != first:
+            os.close(fd)
+        fd = below
+    return fd
