@@ -15,7 +15,8 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from pyploop.errors import BusyError, CreateError
+from pyploop import ownfolder
+from pyploop.errors import BusyError, CreateError, OpenError
 
 POLL = 0.1
 """Seconds between looks at the slots of a host that is full."""
@@ -27,63 +28,66 @@ MAX_LOCK = 64
 def container_lock(folder: Path, ctid: str) -> Iterator[None]:
     """Hold FOLDER/CTID.lck.  BusyError while its owner lives; a lock whose
     owner is gone is taken over."""
-    path = folder / f"{ctid}.lck"
+    name = f"{ctid}.lck"
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        # Two who find the same stale lock must not both take it over.
-        with exclusive(folder):
-            _remove_stale(path)
-            _make(path, ctid)
+        with ownfolder.opened(folder, make=True) as fd:
+            # Two who find the same stale lock must not both take it over.
+            fcntl.flock(fd, fcntl.LOCK_EX)
+            _remove_stale(fd, name)
+            _make(fd, name, f"container {ctid} is locked ({folder / name}, process {{}})")
     except OSError as e:
-        raise CreateError.of(f"cannot lock container {ctid} with {path}", e) from e
+        raise CreateError.of(f"cannot lock container {ctid} with {folder / name}", e) from e
     try:
         yield
     finally:
-        with contextlib.suppress(OSError):
-            if _owner(path) == os.getpid():
-                path.unlink()
+        with contextlib.suppress(OSError, OpenError), ownfolder.opened(folder) as fd:
+            if _owner(fd, name) == os.getpid():
+                os.unlink(name, dir_fd=fd)
 
 
 def remove_dead(folder: Path) -> None:
     """Remove the locks whose owners are gone; others stay."""
-    with contextlib.suppress(FileNotFoundError), exclusive(folder):
-        for path in folder.glob("*.lck"):
-            _remove_stale(path)
+    with contextlib.suppress(FileNotFoundError), ownfolder.opened(folder) as fd:
+        fcntl.flock(fd, fcntl.LOCK_EX)
+        for name in os.listdir(fd):
+            if name.endswith(".lck"):
+                _remove_stale(fd, name)
 
 
-def _make(path: Path, ctid: str) -> None:
+def _make(folder: int, name: str, taken: str) -> None:
     # Under a name of its own first: a lock is never seen without its PID.
-    temp = path.with_name(f".{path.name}.{os.getpid()}")
-    temp.write_text(f"{os.getpid()}\n")
+    temp = f".{name}.{os.getpid()}"
+    with contextlib.suppress(FileNotFoundError):  # of one that was killed just here
+        os.unlink(temp, dir_fd=folder)
+    fd = ownfolder.create(folder, temp)
     try:
-        os.link(temp, path)
+        os.write(fd, f"{os.getpid()}\n".encode())
+        os.link(temp, name, src_dir_fd=folder, dst_dir_fd=folder)
     except FileExistsError:
-        raise BusyError(
-            f"container {ctid} is locked ({path}, process {_owner(path) or '?'}): wait for that "
-            "process to end"
-        ) from None
+        owner = _owner(folder, name) or "?"
+        raise BusyError(f"{taken.format(owner)}: wait for that process to end") from None
     finally:
-        temp.unlink()
+        os.close(fd)
+        os.unlink(temp, dir_fd=folder)
 
 
-def _remove_stale(path: Path) -> None:
-    owner = _owner(path)
+def _remove_stale(folder: int, name: str) -> None:
+    owner = _owner(folder, name)
     if owner is None:
         return
     # An empty one is being written just now, or was left by a crash; only its
     # age can tell.
-    if owner == 0 and time.time() - path.stat().st_mtime < 60:
+    if owner == 0 and time.time() - os.stat(name, dir_fd=folder).st_mtime < 60:
         return
     if owner and (owner == os.getpid() or Path(f"/proc/{owner}").exists()):
         return
-    path.unlink()
+    os.unlink(name, dir_fd=folder)
 
 
-def _owner(path: Path) -> int | None:
+def _owner(folder: int, name: str) -> int | None:
     """The PID in the lock file; 0: it holds none; None: there is no file."""
     try:
-        with path.open("rb") as f:
-            text = f.read(MAX_LOCK)
+        text = ownfolder.read(folder, name, MAX_LOCK)
     except FileNotFoundError:
         return None
     try:
@@ -95,12 +99,9 @@ def _owner(path: Path) -> int | None:
 @contextlib.contextmanager
 def exclusive(folder: Path) -> Iterator[None]:
     """Keep others who do the same with this folder out; they wait."""
-    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
+    with ownfolder.opened(folder) as fd:
         fcntl.flock(fd, fcntl.LOCK_EX)
         yield
-    finally:
-        os.close(fd)
 
 
 @contextlib.contextmanager
@@ -110,14 +111,14 @@ def host_slot(folder: Path, slots: int, wait: float) -> Iterator[None]:
     within `wait` seconds."""
     deadline = time.monotonic() + wait
     try:
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        while (fd := _free_slot(folder, slots)) is None:
-            if time.monotonic() >= deadline:
-                raise BusyError(
-                    f"this host has {slots} migrations under way already ({folder}): wait for one "
-                    "to end"
-                )
-            time.sleep(POLL)
+        with ownfolder.opened(folder, make=True) as places:
+            while (fd := _free_slot(places, slots)) is None:
+                if time.monotonic() >= deadline:
+                    raise BusyError(
+                        f"this host has {slots} migrations under way already ({folder}): wait for "
+                        "one to end"
+                    )
+                time.sleep(POLL)
     except OSError as e:
         raise CreateError.of(f"cannot take a place among the migrations in {folder}", e) from e
     try:
@@ -126,10 +127,9 @@ def host_slot(folder: Path, slots: int, wait: float) -> Iterator[None]:
         os.close(fd)
 
 
-def _free_slot(folder: Path, slots: int) -> int | None:
+def _free_slot(folder: int, slots: int) -> int | None:
     for number in range(slots):
-        path = folder / f"migration.{number}"
-        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        fd = ownfolder.open_file(folder, f"migration.{number}", os.O_RDWR | os.O_CREAT)
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

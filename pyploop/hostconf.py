@@ -59,7 +59,7 @@ class HostConfig:
 
     path: str | None = None
     state_dir: str = "/var/lib/pyploop/migrate"
-    lock_dir: str = "/run/lock/pyploop"
+    lock_dir: str = "/run/pyploop/lock"
     images_dir: str = "/dev/shm"
     migrations: int = 2
     ssh: tuple[str, ...] = ("ssh",)

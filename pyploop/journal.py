@@ -23,13 +23,13 @@ import contextlib
 import fcntl
 import json
 import os
-import stat
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pyploop import ownfolder
 from pyploop.errors import BusyError, DeviceControlError, OpenError, PyploopError
 
 SCHEMA = "pyploop.journal/1"
@@ -38,6 +38,7 @@ ENVIRONMENT = "PYPLOOP_RUN"
 """Names another folder for the journals."""
 
 Entry = dict[str, Any]
+Ignored = Callable[[str], None]
 
 
 @dataclass(frozen=True)
@@ -87,11 +88,8 @@ def boot_id() -> str:
 
 
 def _save(path: Path, record: dict[str, Any]) -> None:
-    """Replace the file at once; a reader sees the old one or the new one."""
-    new = path.with_name(path.name + ".new")
-    with open(os.open(new, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600), "w") as f:
-        json.dump(record, f)
-    os.replace(new, path)
+    with ownfolder.reopened(path.parent) as where:
+        ownfolder.replace(where, path.name, json.dumps(record).encode())
 
 
 class Journal:
@@ -108,11 +106,8 @@ class Journal:
         the record, for the undertaking's own use.  OpenError: no file there."""
         where = where or folder()
         try:
-            where.mkdir(mode=0o700, exist_ok=True)
-            st = os.lstat(where)
-            if not stat.S_ISDIR(st.st_mode) or st.st_uid != os.geteuid() or st.st_mode & 0o077:
-                raise OpenError(f"{where} is not a folder of our own (0700): no undo journal there")
-            path = _claim(where)
+            with ownfolder.opened(where, make=True, private=True) as fd:
+                path = where / _claim(fd)
         except OSError as e:
             raise OpenError.of(f"cannot write an undo journal in {where}", e) from e
         record = {
@@ -178,14 +173,14 @@ class Journal:
                 self.path.unlink()
 
 
-def _claim(where: Path) -> Path:
+def _claim(where: int) -> str:
     """A new empty file of this process: PID.json, PID-2.json and so on."""
     number = 1
     while True:
-        path = where / (f"{os.getpid()}.json" if number == 1 else f"{os.getpid()}-{number}.json")
+        name = f"{os.getpid()}.json" if number == 1 else f"{os.getpid()}-{number}.json"
         with contextlib.suppress(FileExistsError):
-            os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))
-            return path
+            os.close(ownfolder.create(where, name))
+            return name
         number += 1
 
 
@@ -285,30 +280,37 @@ def describe(entry: Entry) -> str:
     return str(entry.get("what") or entry["kind"])
 
 
-def records(where: Path | None = None) -> list[Record]:
-    """All journals, by age; those that cannot be read are left out."""
+def records(where: Path | None = None, ignored: Ignored = lambda _: None) -> list[Record]:
+    """All journals, by age.  OpenError when the folder is somebody else's, or
+    others can write to it.  Those that cannot be read are left out; those of
+    other users too, of which `ignored` is told in words."""
+    where = where or folder()
     found = []
-    for path in (where or folder()).glob("*.json"):
-        with contextlib.suppress(OSError, ValueError):
-            fields = json.loads(path.read_text())
+    with contextlib.suppress(FileNotFoundError), ownfolder.opened(where) as fd:
+        for name in os.listdir(fd):
+            if not name.endswith(".json"):
+                continue
+            try:
+                fields = json.loads(ownfolder.read(fd, name))
+            except OpenError as e:
+                ignored(f"{where}: {e}")
+                continue
+            except (OSError, ValueError):
+                continue
             if isinstance(fields, dict) and fields.get("schema") == SCHEMA:
-                found.append(Record(path, fields))
+                found.append(Record(where / name, fields))
     return sorted(found, key=lambda r: (r.fields.get("started", 0), r.id))
 
 
 @contextlib.contextmanager
 def replaying(where: Path | None = None) -> Iterator[None]:
     """Keep other replays out meanwhile.  BusyError when one is under way."""
-    try:
-        fd = os.open(where or folder(), os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    except FileNotFoundError:
-        yield  # no journals either
-        return
-    try:
+    with contextlib.ExitStack() as held:
         try:
+            fd = held.enter_context(ownfolder.opened(where or folder()))
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except FileNotFoundError:
+            pass  # no journals either
         except BlockingIOError:
             raise BusyError("another `pyploop thaw` is at work") from None
         yield
-    finally:
-        os.close(fd)

@@ -24,9 +24,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pyploop import journal
+from pyploop import journal, ownfolder
 from pyploop._core import fdatasync
-from pyploop.errors import PyploopError
+from pyploop.errors import OpenError, PyploopError
 from pyploop.events import Reporter
 from pyploop.hostconf import HostConfig
 from pyploop.journal import Entry, Journal
@@ -126,23 +126,14 @@ def _add(log: Journal, name: str, path: str, inode: int) -> bool:
 
 
 def _save(file: Path, record: dict[str, Any]) -> None:
-    new = file.with_name(file.name + ".new")
-    with open(os.open(new, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600), "w") as f:
-        json.dump(record, f)
-        f.flush()
-        os.fsync(f.fileno())
-    os.replace(new, file)
-    fd = os.open(file.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
+    with ownfolder.reopened(file.parent) as where:
+        ownfolder.replace(where, file.name, json.dumps(record).encode(), durable=True)
 
 
 def _read(file: Path) -> dict[str, Any] | None:
     """None when it is not what `_save` wrote."""
     try:
-        record = json.loads(file.read_bytes())
+        record = json.loads(ownfolder.read_path(file))
         if record["schema"] != SCHEMA or not isinstance(record["source"]["id"], str):
             return None
         str(record["migration"]), str(record["source"]["name"])
@@ -151,7 +142,7 @@ def _read(file: Path) -> dict[str, Any] | None:
                 return None
             if not os.path.isabs(f["path"]) or not f["path"].endswith(KEPT):
                 return None
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, OpenError, ValueError, KeyError, TypeError):
         return None
     return dict(record)
 

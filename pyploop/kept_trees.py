@@ -18,8 +18,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from pyploop import treescan
-from pyploop.errors import PyploopError
+from pyploop import ownfolder, treescan
+from pyploop.errors import OpenError, PyploopError
 from pyploop.events import Reporter
 from pyploop.journal import Entry, Journal
 from pyploop.runtimes import folders
@@ -73,18 +73,14 @@ def _add(log: Journal, tree: dict[str, Any]) -> None:
     # Again after a kill in the midst of this.
     others = [t for t in record["trees"] if t["index"] != tree["index"]]
     record["trees"] = [*others, tree]
-    new = file.with_name(file.name + ".new")
-    with open(os.open(new, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600), "w") as f:
-        json.dump(record, f)
-        f.flush()
-        os.fsync(f.fileno())
-    os.replace(new, file)
+    with ownfolder.reopened(file.parent) as where:
+        ownfolder.replace(where, file.name, json.dumps(record).encode(), durable=True)
 
 
 def _read(file: Path) -> dict[str, Any] | None:
     """None when it is not there, or not what `_add` wrote."""
     try:
-        record = json.loads(file.read_bytes())
+        record = json.loads(ownfolder.read_path(file))
         if record["schema"] != SCHEMA or not isinstance(record["source"]["id"], str):
             return None
         for tree in record["trees"]:
@@ -93,7 +89,7 @@ def _read(file: Path) -> dict[str, Any] | None:
             if not os.path.isabs(tree["path"]) or not tree["path"].endswith(KEPT):
                 return None
         str(record["migration"])
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, OpenError, ValueError, KeyError, TypeError):
         return None
     return dict(record)
 

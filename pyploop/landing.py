@@ -16,7 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from pyploop import kept, kept_trees, pieces, undoing, verdict
+from pyploop import kept, kept_trees, ownfolder, pieces, undoing, verdict
 from pyploop.chain import Chain, check_room, folder_of
 from pyploop.errors import MigrateError, ProtocolError, PyploopError
 from pyploop.events import Reporter
@@ -68,7 +68,7 @@ class Landing:
         runtime.keep_fds = (self.verdict.fd,)
         self._folder = Path(host.images_dir) / f"pyploop-{migration}"
         self._log("remove-tree", path=str(self._folder), transient=True)
-        self._folder.mkdir(mode=0o700)
+        ownfolder.make_new(self._folder)
         self._chain = Chain(self._folder)
         self._shelf = Shelf(host, runtime, self._journal, self._disks, report)
         self._trees = LandingTrees(

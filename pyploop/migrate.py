@@ -22,7 +22,19 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from pyploop import agent, chain, memory, pieces, recover, reuse, signals, trees, undoing, verdict
+from pyploop import (
+    agent,
+    chain,
+    memory,
+    ownfolder,
+    pieces,
+    recover,
+    reuse,
+    signals,
+    trees,
+    undoing,
+    verdict,
+)
 from pyploop.copies import Copies, check_number
 from pyploop.copying import OTHERS, REQUEST, Disks, opened
 from pyploop.errors import MigrateError, PyploopError
@@ -249,7 +261,7 @@ class _Move:
     def begin_memory(self, policy: MemoryPolicy | None, used: int) -> memory.Memory:
         """The container's, of which `used` bytes are in use."""
         self._journal.add({"kind": "remove-tree", "path": str(self._folder)})
-        self._folder.mkdir(mode=0o700, parents=True)
+        ownfolder.make_new(self._folder)
         return memory.Memory(
             self._runtime,
             self._remote,

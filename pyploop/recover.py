@@ -123,7 +123,7 @@ def recover(
     folder = Path(host.state_dir)
     failed: list[str] = []
     found = False
-    for record in journal.records(folder):
+    for record in journal.records(folder, report.error):
         fields = record.fields
         if fields.get("side") != "source" or container not in (None, fields.get("container")):
             continue

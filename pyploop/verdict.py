@@ -19,6 +19,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+from pyploop import ownfolder
 from pyploop._core import fdatasync
 from pyploop.errors import BusyError, CreateError, ProtocolError, SyncError
 
@@ -31,9 +32,11 @@ POLL = 0.05
 
 
 def make_folder(folder: Path) -> Path:
-    """The folder of journals and records; CreateError when it cannot be made."""
+    """The folder of journals and records.  CreateError when it cannot be made,
+    OpenError when it is not this user's alone."""
     try:
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        with ownfolder.opened(folder, make=True):
+            pass
     except OSError as e:
         raise CreateError.of(f"cannot make {folder}", e) from e
     return folder
@@ -64,12 +67,13 @@ class Verdict:
         anything is undone."""
         path = folder / f"{migration}.{side}"
         try:
-            fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-            fcntl.flock(fd, fcntl.LOCK_EX)
-            verdict = cls(path, fd)
-            # Its block is allocated now: the one write that counts is short.
-            verdict.write(PENDING)
-            _sync_folder(folder)
+            with ownfolder.opened(folder) as where:
+                fd = ownfolder.create(where, path.name)
+                fcntl.flock(fd, fcntl.LOCK_EX)
+                verdict = cls(path, fd)
+                # Its block is allocated now: the one write that counts is short.
+                verdict.write(PENDING)
+                os.fsync(where)
         except OSError as e:
             raise CreateError.of(f"cannot make {path}", e) from e
         return verdict
@@ -99,7 +103,8 @@ def held(
     he, or a command of his, has not ended within `wait` seconds."""
     path = folder / f"{migration}.{side}"
     try:
-        fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+        with ownfolder.opened(folder) as where:
+            fd = ownfolder.open_file(where, path.name, os.O_RDWR)
     except FileNotFoundError:
         yield None
         return
@@ -117,11 +122,3 @@ def held(
         yield verdict
     finally:
         verdict.close()
-
-
-def _sync_folder(folder: Path) -> None:
-    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)

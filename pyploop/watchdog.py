@@ -132,7 +132,7 @@ class Plan:
         """Leave in the journal what could not be undone, with the reason."""
         if not self._journal:
             return
-        with open(self._journal) as f:
+        with open(os.open(self._journal, os.O_RDONLY | os.O_NOFOLLOW)) as f:
             record = json.load(f)
         left = [e for e in record["entries"] if e.get("id") not in undone]
         for entry in left:
@@ -143,9 +143,13 @@ class Plan:
         if not left:
             os.unlink(self._journal)
             return
-        with open(self._journal + ".new", "w") as f:
+        new = self._journal + ".new"
+        with contextlib.suppress(FileNotFoundError):  # left by a sender that was killed
+            os.unlink(new)
+        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+        with open(os.open(new, flags, 0o600), "w") as f:
             json.dump({**record, "entries": left}, f)
-        os.replace(self._journal + ".new", self._journal)
+        os.replace(new, self._journal)
 
 
 def serve(line: socket.socket, plan: Plan) -> None:

@@ -9,7 +9,7 @@ import time
 
 from pyploop import undo  # noqa: F401 - registers how entries are undone
 from pyploop.cli.arguments import Parser
-from pyploop.errors import BusyError, DeviceControlError, OpenError, PyploopError
+from pyploop.errors import BusyError, DeviceControlError, OpenError, PyploopError, one_line
 from pyploop.journal import Record, describe, folder, records, replaying
 
 
@@ -42,13 +42,17 @@ def run(args: list[str], level: int) -> int:
         p.error("--forget goes with the IDs of the journals")
     try:
         if not (o.ids or o.all):
-            return _list(records())
+            return _list(records(ignored=_tell))
         with replaying():
-            chosen = _chosen(o, records())
+            chosen = _chosen(o, records(ignored=_tell))
             return _forget(chosen, level) if o.forget else _undo(chosen, level)
     except PyploopError as e:
         print(f"pyploop thaw: {e}", file=sys.stderr)
         return e.exit_code
+
+
+def _tell(text: str) -> None:
+    print(f"pyploop thaw: {one_line(text)}", file=sys.stderr)
 
 
 def _list(found: list[Record]) -> int:
@@ -56,10 +60,10 @@ def _list(found: list[Record]) -> int:
         pid = record.owner()
         whose = "left behind" if pid is None else f"belongs to process {pid}"
         started = time.strftime("%F %T", time.localtime(record.fields.get("started", 0)))
-        print(f"{record.id}  {record.what}, {started}, {whose}")
+        print(one_line(f"{record.id}  {record.what}, {started}, {whose}"))
         for entry in record.entries:
             why = f" (failed: {entry['error']})" if "error" in entry else ""
-            print(f"    {describe(entry)}{why}")
+            print(one_line(f"    {describe(entry)}{why}"))
     return 0
 
 
@@ -96,14 +100,13 @@ def _undo(chosen: list[Record], level: int) -> int:
         else:
             code = DeviceControlError.exit_code if failed else code
         for words in failed:
-            print(f"pyploop thaw: {words}", file=sys.stderr)
+            _tell(words)
         if failed and entries:
-            print(
-                f"pyploop thaw: {record.id} stays, for another try; if that can never succeed, see "
-                f"to it by hand, then: pyploop thaw --forget {record.id}",
-                file=sys.stderr,
+            _tell(
+                f"{record.id} stays, for another try; if that can never succeed, see to it by "
+                f"hand, then: pyploop thaw --forget {record.id}"
             )
         if not failed and level >= 0:
             done = ", ".join(describe(e) for e in reversed(entries)) or "nothing was left"
-            print(f"{record.id}  {done}")
+            print(one_line(f"{record.id}  {done}"))
     return code

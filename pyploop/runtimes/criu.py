@@ -16,11 +16,11 @@ import select
 import shutil
 import socket
 import subprocess
-import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
 
+from pyploop import ownfolder
 from pyploop.errors import MigrateError
 from pyploop.runtimes import NO_KERNEL
 from pyploop.runtimes.process import Command, last_words, run
@@ -54,7 +54,7 @@ def probe(criu: str) -> None:
     """`criu check`, and a dump of a process with an inet socket, which some
     versions pass the check and fail.  MigrateError(14) says what failed."""
     run([criu, "check"], NO_KERNEL, PROBE_TIMEOUT)
-    with tempfile.TemporaryDirectory() as folder, socket.socket() as listening:
+    with ownfolder.scratch() as folder, socket.socket() as listening:
         listening.bind(("127.0.0.1", 0))
         listening.listen()
         sleeper = subprocess.Popen(
@@ -66,7 +66,7 @@ def probe(criu: str) -> None:
             start_new_session=True,
         )
         try:
-            command = [criu, "dump", "-t", str(sleeper.pid), "-D", folder]
+            command = [criu, "dump", "-t", str(sleeper.pid), "-D", str(folder)]
             command += ["--network-lock", "skip"]
             run(command, NO_KERNEL, PROBE_TIMEOUT)
         finally:
@@ -97,8 +97,9 @@ class Hook:
         self._say_r, self._say_w = os.pipe2(os.O_CLOEXEC)
         self.script = folder / "hook"
         text = _HOOK.format(pid=os.getpid(), say=self._say_w, hear=self._hear_r)
-        self.script.write_text(text)
-        self.script.chmod(0o700)
+        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+        with open(os.open(self.script, flags, 0o700), "w") as f:
+            f.write(text)
 
     def serve(self, command: Command, timeout: float) -> tuple[int, str]:
         """Answer until the command has ended; as `Command.wait`."""

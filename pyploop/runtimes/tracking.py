@@ -7,9 +7,9 @@ from __future__ import annotations
 import shutil
 import struct
 import subprocess
-import tempfile
 from pathlib import Path
 
+from pyploop import ownfolder
 from pyploop.errors import MigrateError
 from pyploop.runtimes import NO_KERNEL
 from pyploop.runtimes.process import Command, last_words, run
@@ -36,7 +36,7 @@ def problem(criu: str) -> str:
         return f"{criu} check --feature {FEATURE}: {e.strerror or e}"
     if status:
         return last_words(said).split(": ", 1)[-1]
-    with tempfile.TemporaryDirectory() as folder:
+    with ownfolder.scratch() as folder:
         sleeper = subprocess.Popen(
             [shutil.which("sleep") or "sleep", "60"],
             stdin=subprocess.DEVNULL,
@@ -47,7 +47,7 @@ def problem(criu: str) -> str:
         try:
             sizes = []
             for number, more in ((1, []), (2, ["--prev-images-dir", "../1"])):
-                images = Path(folder, str(number))
+                images = folder / str(number)
                 images.mkdir()
                 command = [criu, "pre-dump", "-t", str(sleeper.pid), "-D", str(images)]
                 run([*command, "--track-mem", *more], NO_KERNEL, TIMEOUT)

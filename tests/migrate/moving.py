@@ -27,9 +27,9 @@ _STAY = {
     "/var/lib/pyploop/migrate",
     "/run/criu.kdat",
     "/run/pyploop",
-    "/run/lock/pyploop",
-    "/run/lock/pyploop/migration.0",
-    "/run/lock/pyploop/migration.1",
+    "/run/pyploop/lock",
+    "/run/pyploop/lock/migration.0",
+    "/run/pyploop/lock/migration.1",
     "/run/runc",
 }
 """What a host may keep: the lab's files, empty folders and locks that nobody holds,
@@ -175,7 +175,7 @@ def only_side(lab: Lab) -> Host:
     return lab.a if states["a"] == "running" else lab.b
 
 
-DEAD_LOCK = "/run/lock/pyploop/ct.lck"
+DEAD_LOCK = "/run/pyploop/lock/ct.lck"
 """Of an agent that was killed before it had a record; the next one takes it over."""
 
 
