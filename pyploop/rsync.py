@@ -18,12 +18,15 @@ import signal
 import socket
 import subprocess
 import sys
+import sysconfig
 import tempfile
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
+from pyploop import enclose
+from pyploop import relay as relay_program
 from pyploop.errors import MigrateError, WriteError
 from pyploop.runtimes import COPY_FAILED
 from pyploop.runtimes.process import last_words
@@ -126,11 +129,15 @@ class Client:
         self._control = ours
         self._errors = tempfile.TemporaryFile()  # noqa: SIM115 - closed by close()
         self._items = tempfile.TemporaryFile()  # noqa: SIM115
-        relay = [sys.executable, "-I", "-S", str(Path(__file__).with_name("relay.py"))]
+        self._source = source
+        python, relay = os.path.realpath(_interpreter()), str(Path(relay_program.__file__))
         # rsync splits this at spaces, and knows quotes.
-        shell = shlex.join([*relay, str(theirs.fileno())])
+        shell = shlex.join([python, "-I", "-S", relay, str(theirs.fileno())])
         self._process: subprocess.Popen[bytes] | None = None
-        argv = [command, *ALWAYS, *words, f"--rsh={shell}", "--", f"{source}/", "pyploop::tree/"]
+        program = os.path.abspath(shutil.which(command) or command)
+        argv = [python, "-I", "-S", str(Path(enclose.__file__)), source]
+        argv += [*_needed(python), relay, program, "--", program, command]
+        argv += [*ALWAYS, *words, f"--rsh={shell}", "--", f"{enclose.TREE}/", "pyploop::tree/"]
         try:
             self._process = subprocess.Popen(
                 argv,
@@ -179,7 +186,9 @@ class Client:
         assert self._process is not None
         status = self._process.wait()
         # What the server refuses is not told as an error.
-        said = last_words((_end_of(self._errors) or _end_of(self._items)).decode(errors="replace"))
+        text = (_end_of(self._errors) or _end_of(self._items)).decode(errors="replace")
+        # As the tree is called outside.
+        said = last_words(text).replace(f'"{enclose.TREE}/', f'"{self._source}/')
         return Done(status, said, self._items)
 
     def kill(self) -> None:
@@ -199,6 +208,25 @@ class Client:
                 self._process.stdin.close()
         self._errors.close()
         self._items.close()
+
+
+def _interpreter() -> str:
+    """The program that runs this, and not a virtual environment's link to it."""
+    return str(getattr(sys, "_base_executable", "") or sys.executable)
+
+
+_SHOWN = (
+    *("/usr/bin", "/usr/lib", "/usr/lib32", "/usr/lib64", "/usr/local/bin", "/usr/local/lib"),
+    *("/bin", "/lib", "/lib32", "/lib64", "/etc/ld.so.cache"),
+)
+
+
+def _needed(python: str) -> list[str]:
+    """What programs need of the host, outer folders first: programs, libraries
+    and Python's modules, which hold no secrets."""
+    modules = {os.path.realpath(sysconfig.get_path(k)) for k in ("stdlib", "platstdlib")}
+    own = sorted(os.path.dirname(path) for path in modules)
+    return [*_SHOWN, *own, python]
 
 
 def _end_of(file: IO[bytes]) -> bytes:
