@@ -325,6 +325,8 @@ def settle(host: HostConfig, migration: str) -> dict[str, Any]:
             return {"verdict": verdict.ABORTED, "failed": []}
         logs = [r for r in journal.records(folder) if r.fields.get("migration") == migration]
         log = next((r for r in logs if r.fields.get("side") == "target"), None)
+        if log is not None:
+            undoing.config_of(log.fields, host)
         word = record.read()
         if word == verdict.RAN or (word == verdict.COMMITTED and (log is None or _runs(log))):
             failed = landing.complete(log.adopt()) if log else []

@@ -7,15 +7,15 @@ or a command that is not written here.
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
 import tomllib
-from dataclasses import dataclass, field
-from pathlib import Path
+from dataclasses import dataclass, field, replace
 from typing import Any
 
-from pyploop import mountopts
-from pyploop.errors import MigrateError, ParameterError
+from pyploop import mountopts, ownfolder
+from pyploop.errors import MigrateError, OpenError, ParameterError
 
 DEFAULT = "/etc/pyploop/migrate.toml"
 USAGE = 1
@@ -58,6 +58,8 @@ class HostConfig:
     """All of it, with its defaults."""
 
     path: str | None = None
+    digest: str = ""
+    """SHA-256 of the file."""
     state_dir: str = "/var/lib/pyploop/migrate"
     lock_dir: str = "/run/pyploop/lock"
     images_dir: str = "/dev/shm"
@@ -135,10 +137,16 @@ NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
 
 def load(path: str | None) -> HostConfig:
     """Read it; without `path` the usual one, or the defaults when that is not
-    there.  MigrateError(1) names what is wrong in it."""
+    there.  MigrateError(1) names what is wrong in it, or who else could change
+    it: what it says is run as root.
+
+    What is in it is remembered by its absolute path: a later process, in another
+    folder, undoes what it says."""
     file = path or DEFAULT
     try:
-        text = Path(file).read_bytes()
+        real, text = ownfolder.read_trusted(file)
+    except OpenError as e:
+        raise MigrateError(USAGE, str(e)) from e
     except FileNotFoundError:
         if path is None:
             return HostConfig()
@@ -146,9 +154,10 @@ def load(path: str | None) -> HostConfig:
     except OSError as e:
         raise MigrateError(USAGE, f"--config {file}: {e.strerror}") from e
     try:
-        return parse(tomllib.loads(text.decode()), file)
+        parsed = parse(tomllib.loads(text.decode()), real)
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as e:
         raise MigrateError(USAGE, f"{file} is not TOML: {e}") from None
+    return replace(parsed, digest=hashlib.sha256(text).hexdigest())
 
 
 def parse(table: dict[str, Any], path: str) -> HostConfig:

@@ -31,8 +31,8 @@ _FILE = os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
 
 def check_way(path: Path) -> None:
     """OpenError unless only root and this user can change what the path leads
-    to: each folder and each symbolic link above it.  The last part is not
-    looked at, and may be missing."""
+    to: each folder above, and each symbolic link on the way.  What is at its end
+    is not looked at, and may be missing."""
     here, links = "/", 0
     todo = [*reversed(Path(os.path.abspath(path)).parts[1:])]
     while todo:
@@ -51,8 +51,6 @@ def check_way(path: Path) -> None:
             raise OpenError(f"{path}: too many symbolic links")
         if st.st_uid not in (0, os.geteuid()):
             raise OpenError(f"{path} is not used: user {st.st_uid} owns the link {step} in it")
-        if not todo and step == os.path.abspath(path):
-            return  # the last part, whose user decides about links
         text = os.readlink(step)
         here = "/" if text.startswith("/") else here
         todo += reversed([part for part in text.split("/") if part not in ("", ".")])
@@ -151,6 +149,24 @@ def is_ours(path: Path) -> bool:
     except FileNotFoundError:
         return True
     return stat.S_ISDIR(st.st_mode) and st.st_uid == os.geteuid()
+
+
+def read_trusted(path: str) -> tuple[str, bytes]:
+    """(the path without links, the contents) of a file whose words are obeyed, as
+    a configuration's are.  OpenError unless only root and this user can change it,
+    or put another one in its place; OSError."""
+    check_way(Path(path))
+    real = os.path.realpath(path)
+    with open(os.open(real, os.O_RDONLY | _FILE), "rb") as f:
+        st = os.fstat(f.fileno())
+        if not stat.S_ISREG(st.st_mode):
+            raise OpenError(f"{path} is not a regular file")
+        if st.st_uid not in (0, os.geteuid()):
+            raise OpenError(f"{path} is not used: it belongs to user {st.st_uid}")
+        if st.st_mode & 0o022:
+            mode = stat.S_IMODE(st.st_mode)
+            raise OpenError(f"{path} is not used: others can write to it ({mode:04o}; chmod go-w)")
+        return real, f.read(LARGEST)
 
 
 @contextlib.contextmanager

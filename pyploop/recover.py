@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from pyploop import ctlock, hostconf, journal, undoing, verdict
+from pyploop import ctlock, journal, undoing, verdict
 from pyploop.errors import BusyError, MigrateError, PyploopError
 from pyploop.events import Reporter
 from pyploop.hostconf import HostConfig
@@ -132,6 +132,11 @@ def recover(
             if container is None:
                 continue
             raise MigrateError(LOCKED, f"{record.what} is under way (process {record.owner()})")
+        try:
+            undoing.config_of(fields, host)
+        except PyploopError as e:
+            failed.append(str(e))
+            continue
         with contextlib.ExitStack() as held:
             if not locked:
                 runtime = undoing.runtime_of(fields)
@@ -161,7 +166,8 @@ def locks(host: HostConfig, runtime: Runtime) -> Iterator[None]:
 
 def _one(host: HostConfig, log: Journal, report: Reporter) -> list[str]:
     what = f"{log.get('what')}"
-    own = hostconf.load(log.get("config")) if log.get("config") else host
+    names = {k: log.get(k) for k in ("config", "config_digest", "runtime", "container")}
+    own = undoing.config_of(names, host)
     migration = verdict.check_id(log.get("migration"))
     try:
         with verdict.held(Path(host.state_dir), migration, DUMP_WAIT, "source") as lock:
@@ -172,7 +178,6 @@ def _one(host: HostConfig, log: Journal, report: Reporter) -> list[str]:
             if moved:
                 log.set(stage=MOVED)
                 report.note(f"Finished: {what}; the container runs there")
-                names = {k: log.get(k) for k in ("config", "runtime", "container")}
                 runtime = undoing.runtime_of(names)
                 runtime.keep_fds = (lock.fd,) if lock is not None else ()
                 remove = bool(log.get("remove_area"))

@@ -28,6 +28,11 @@ ENDING = 10.0
 CANNOT_CONNECT = 4
 SSH_OPTIONS = (
     "-T",
+    # The target needs nothing of ours: no keys of the user's agent, no display, no
+    # tickets, no way back.  These count whatever ssh_config says, and the first three
+    # whatever --ssh says, too.
+    *("-a", "-x", "-k", "-oClearAllForwardings=yes"),
+    *("-oTunnel=no", "-oPermitLocalCommand=no", "-oRemoteCommand=none"),
     "-oBatchMode=yes",
     "-oConnectTimeout=15",
     "-oServerAliveInterval=5",

@@ -13,9 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from pyploop import hostconf, journal, kept, kept_trees, kernel, ownfolder, removal, sysblock
-from pyploop.errors import PyploopError
+from pyploop.errors import MigrateError, PyploopError
+from pyploop.hostconf import HostConfig
 from pyploop.journal import Entry, Journal
-from pyploop.runtimes import Runtime, volumes
+from pyploop.runtimes import USAGE, Runtime, volumes
 from pyploop.runtimes.choose import make_runtime
 
 
@@ -43,14 +44,48 @@ def _put_back(entry: Entry) -> None:
         os.replace(entry["saved"], entry["path"])
 
 
+def config_of(fields: Entry, host: HostConfig) -> HostConfig:
+    """The configuration that a journal's record names.  MigrateError(1) when it has
+    changed since, unless it is this run's own (`host`), as `--config` says: its
+    commands undo, and those of today may undo something else."""
+    named = fields.get("config")
+    own = _load(named)
+    if own.path == host.path:
+        return host
+    if own.digest != fields.get("config_digest"):
+        raise MigrateError(
+            USAGE,
+            f"{named or hostconf.DEFAULT} is not what it was when the migration of "
+            f"{fields.get('container')} began; nothing was undone, and "
+            f"`pyploop migrate --recover --config {named or hostconf.DEFAULT}` does with what it "
+            "is now",
+        )
+    return own
+
+
+def _load(named: str | None) -> HostConfig:
+    if named is not None and not os.path.isabs(named):
+        raise MigrateError(
+            USAGE,
+            f"a journal names its configuration {named!r}, which may be anybody's: write the "
+            "absolute path into the journal",
+        )
+    return hostconf.load(named)
+
+
 def runtime_of(entry: Entry) -> Runtime:
     """The runtime that an entry, or a journal's record, names."""
-    return make_runtime(hostconf.load(entry["config"]), entry["runtime"], entry["container"])
+    return make_runtime(_load(entry["config"]), entry["runtime"], entry["container"])
 
 
-def naming(host: hostconf.HostConfig, runtime: Runtime) -> dict[str, Any]:
+def naming(host: HostConfig, runtime: Runtime) -> dict[str, Any]:
     """The fields that `runtime_of` reads."""
-    return {"config": host.path, "runtime": runtime.name, "container": runtime.container}
+    return {
+        "config": host.path,
+        "config_digest": host.digest,
+        "runtime": runtime.name,
+        "container": runtime.container,
+    }
 
 
 def runs(runtime: Runtime) -> bool:
