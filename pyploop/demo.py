@@ -24,7 +24,7 @@ from typing import Any
 from pyploop.errors import CommandError
 from pyploop.units import format_size
 
-TOOL_PATH = os.environ.get("PATH", "") + ":/usr/sbin:/sbin"
+TOOL_PATH = ":".join([p for p in [os.environ.get("PATH", "")] if p] + ["/usr/sbin", "/sbin"])
 FILL = 0.25
 """Part of the disk that has data before the copy."""
 
@@ -106,7 +106,7 @@ def file_disk(folder: Path, size: int) -> Iterator[Disk]:
 def writer(disk: Disk) -> Iterator[int]:
     """A process that writes random blocks and syncs; yields its PID."""
     process = subprocess.Popen(
-        [sys.executable, "-c", _WRITER, str(disk.file), str(disk.file_size)],
+        [sys.executable, "-I", "-c", _WRITER, str(disk.file), str(disk.file_size)],
         stdout=subprocess.PIPE,
         stdin=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
