@@ -1,0 +1,76 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What pyploop is made of, and what CI installs."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+import tomllib
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def bill() -> dict[str, Any]:
+    words = [sys.executable, str(ROOT / ".ci/sbom.py")]
+    done = subprocess.run(words, capture_output=True, text=True, check=True, timeout=60)
+    return dict(json.loads(done.stdout))
+
+
+def test_the_bill_of_materials_names_everything_that_is_needed_with_its_version() -> None:
+    made = bill()
+    assert (made["bomFormat"], made["specVersion"], made["version"]) == ("CycloneDX", "1.6", 1)
+    assert re.fullmatch(r"urn:uuid:[0-9a-f-]{36}", made["serialNumber"])
+    top = made["metadata"]["component"]
+    assert (top["name"], top["type"], top["purl"]) == (
+        *("pyploop", "application"),
+        f"pkg:pypi/pyploop@{version('pyploop')}",
+    )
+    parts = {c["bom-ref"]: c for c in made["components"]}
+    for name in ("cffi", "rich", "pygments"):
+        assert parts[f"pkg:pypi/{name}@{version(name)}"]["version"] == version(name)
+    names = {c["name"] for c in made["components"]}
+    assert {"libxxhash-dev", "openssh-client", "rsync", "runc", "criu"} <= names
+    assert not {"pytest", "mypy", "numpy"} & names
+    refs = {top["bom-ref"], *parts}
+    assert len(refs) == len(made["components"]) + 1
+    assert all({d["ref"], *d["dependsOn"]} <= refs for d in made["dependencies"])
+    assert bill() == made  # the same again
+
+
+def locked() -> dict[str, list[str]]:
+    """Name==version -> hashes."""
+    found: dict[str, list[str]] = {}
+    for line in (ROOT / ".ci/requirements.txt").read_text().splitlines():
+        if m := re.match(r"([a-z0-9-]+)==(\S+) \\$", line):
+            found[m[1]] = hashes = []
+        elif m := re.match(r" +--hash=sha256:([0-9a-f]{64})( \\)?$", line):
+            hashes.append(m[1])
+        else:
+            assert not line or line.lstrip().startswith("#"), line
+    return found
+
+
+def test_what_ci_installs_is_pinned_by_hash_and_complete() -> None:
+    lock = locked()
+    assert all(lock.values())
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    wanted = list(project["build-system"]["requires"]) + list(project["project"]["dependencies"])
+    for more in project["project"]["optional-dependencies"].values():
+        wanted += more
+    names = {re.split(r"[<>=!~ \[;]", w)[0].lower() for w in wanted}
+    assert names <= set(lock)
+
+
+def test_ci_installs_nothing_but_what_is_pinned() -> None:
+    text = (ROOT / ".ci/run").read_text()
+    lines = [x.strip() for x in text.splitlines() if re.search(r"\bpip\" install|pip install", x)]
+    assert len(lines) == 2
+    for line in lines:
+        assert "--require-hashes" in line or "--no-deps --no-build-isolation" in line
+    run = (ROOT / "tests/run").read_text()
+    assert run.index("PYPLOOP_READY") < run.index('bin/pip" install')
