@@ -51,6 +51,7 @@ def retain(log: Journal, entry: Entry) -> None:
     path, kept = str(entry["path"]), str(entry["kept"])
     try:
         if os.path.isdir(path) and any(os.scandir(path)):
+            os.chmod(path, 0o700)  # it may hold setuid files; rsync sets it anew
             os.rename(path, kept)
             if not entry["made"]:
                 os.mkdir(path)
