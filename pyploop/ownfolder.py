@@ -34,7 +34,9 @@ def check_way(path: Path) -> None:
     to: each folder above, and each symbolic link on the way.  What is at its end
     is not looked at, and may be missing."""
     here, links = "/", 0
-    todo = [*reversed(Path(os.path.abspath(path)).parts[1:])]
+    # Not made shorter by its words: behind a link, `..` is somewhere else.
+    whole = path if path.is_absolute() else Path(os.getcwd(), path)
+    todo = [*reversed(whole.parts[1:])]
     while todo:
         _check_above(here, path)
         name = todo.pop()

@@ -15,9 +15,10 @@ import pytest
 import support
 from treeloop import account, copying
 
-from pyploop import enclose, rsync, treescan
+from pyploop import enclose, kept_trees, rsync, treescan
 from pyploop.errors import MigrateError
 from pyploop.jobs import Job
+from pyploop.journal import Journal
 
 FILES = 100
 SECRET = b"only root of the host may read this\n"
@@ -176,6 +177,15 @@ def test_an_rsync_that_follows_links_finds_nothing_behind_them(
     assert str(SECRET, "ascii").strip() not in done.said
 
 
+def test_without_the_right_to_mount_nothing_is_read(source: Path) -> None:
+    support.needs("setpriv")
+    words = ["setpriv", "--bounding-set=-sys_admin", "--inh-caps=-sys_admin"]
+    words += [sys.executable, "-I", "-S", enclose.__file__, str(source), "--", "/bin/sh", "sh"]
+    done = subprocess.run(words, capture_output=True, text=True, check=False, timeout=30)
+    why = f"cannot keep a program within {source}: unshare: Operation not permitted\n"
+    assert (done.returncode, done.stdout, done.stderr) == (126, "", why)
+
+
 def test_a_tree_that_became_a_link_is_refused(tmp_path: Path, secret: Path) -> None:
     (tmp_path / "link").symlink_to(secret)
     with copying(tmp_path, secret) as c:
@@ -206,6 +216,22 @@ def test_a_name_that_is_too_long_for_rsync_is_refused_before_anything_starts(
     with pytest.raises(MigrateError, match="nested too deeply for rsync") as refusal:
         treescan.check_source(str(source))
     assert refusal.value.exit_code == 6
+
+
+def test_a_kept_tree_is_for_nobody_but_root(tmp_path: Path) -> None:
+    """It may hold setuid files of the container's, and lies where users may look."""
+    (tmp_path / "state").mkdir(mode=0o700)
+    fields = {"migration": "0" * 16, "runtime": "runc", "container": "ct"}
+    log = Journal.create("a migration", tmp_path / "state", source={"id": "x"}, **fields)
+    tree = tmp_path / "tree"
+    entry = kept_trees.entry_for(log, 0, str(tree))
+    tree.mkdir(mode=0o755)
+    (tree / "setuid").touch()
+    (tree / "setuid").chmod(0o4755)
+    kept_trees.retain(log, entry)
+    kept = Path(entry["kept"])
+    assert (os.listdir(kept), kept.stat().st_mode & 0o7777) == (["setuid"], 0o700)
+    log.clear()
 
 
 def nest(top: Path, depth: int, name: str) -> None:

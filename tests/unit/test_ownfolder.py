@@ -257,6 +257,15 @@ def test_our_own_links_on_the_way_are_followed(tmp_path: Path) -> None:
         use_host_slot(tmp_path / "real/locks/migration.0")
 
 
+def test_two_dots_behind_a_link_are_followed_as_the_kernel_does(tmp_path: Path) -> None:
+    (tmp_path / "open/below").mkdir(parents=True)
+    (tmp_path / "open").chmod(0o777)
+    (tmp_path / "link").symlink_to("open/below")
+    with pytest.raises(OpenError, match=r"others can write to .*/open above it"):
+        use_host_slot(tmp_path / "link/../locks")
+    assert os.listdir(tmp_path / "open") == ["below"]
+
+
 def test_one_lock_still_keeps_others_out(tmp_path: Path) -> None:
     with ctlock.container_lock(tmp_path, "ct"), pytest.raises(BusyError, match="is locked"):
         ctlock.container_lock(tmp_path, "ct").__enter__()
