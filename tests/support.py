@@ -32,7 +32,6 @@ _PACKAGES = {
     "umount": "mount",
     "mkfs.ext4": "e2fsprogs",
     "debugfs": "e2fsprogs",
-    "chattr": "e2fsprogs",
     "sshfs": "sshfs",
     "bindfs": "bindfs",
     "/usr/lib/openssh/sftp-server": "openssh-sftp-server",
