@@ -284,6 +284,8 @@ struct pl_recv_cfg {
 	uint32_t sparse;	/* 1: zero blocks become holes */
 	uint64_t held;		/* the file may hold data below this position; 0: it
 				   is new */
+	uint64_t largest;	/* data past this position are refused (-EFBIG); 0:
+				   no limit */
 	int reply_fd;		/* socket that D2 is answered on; -1: D2 is refused */
 	pl_digest digest;	/* or NULL */
 	void *digest_ctx;
@@ -312,7 +314,8 @@ void pl_recv_free(struct pl_recv *r);
 /*
  * Run until a SYNC or END frame: returns the event, or -errno with *fault.
  * -ENODATA: the stream ended before END.  -EBADMSG: bad marker.  -EMSGSIZE:
- * frame too large.  -ERANGE: position past 2^63 - size.  D2: -EOPNOTSUPP: a type
+ * frame too large.  -ERANGE: position past 2^63 - size.  -EFBIG: past `largest`.
+ * D2: -EOPNOTSUPP: a type
  * or command that is not taken.  -EPROTO: a command of the wrong size.  -EBADE:
  * wrong digest.  -ENOTSOCK: no reply_fd.
  */

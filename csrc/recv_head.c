@@ -56,6 +56,8 @@ static int check_data(const struct pl_recv *r)
 		return -EMSGSIZE;
 	if (r->head.pos > (uint64_t)INT64_MAX - r->head.size)
 		return -ERANGE;
+	if (r->cfg.largest && r->head.pos + r->head.size > r->cfg.largest)
+		return -EFBIG;
 	return 0;
 }
 

@@ -132,6 +132,7 @@ cdef extern from "pl.h" nogil:
         uint64_t window
         uint32_t sparse
         uint64_t held
+        uint64_t largest
         int reply_fd
         pl_digest digest
         void *digest_ctx

@@ -155,6 +155,7 @@ class Receiver:
         window: int = 0,
         sparse: bool = True,
         held: int = 0,
+        largest: int = 0,
         reply_fd: int = -1,
     ) -> None: ...
     arrival: Arrival

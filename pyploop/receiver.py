@@ -62,6 +62,7 @@ def receive(
     expected: Answers | None = None,
     sink: Sink | None = None,
     owner_undoes: bool = False,
+    largest: int = 0,
 ) -> Received:
     """Receive one image into a new file `path`, in the dialect of its marker.
 
@@ -69,7 +70,7 @@ def receive(
     each SYNC of D1 is answered, or None.  stall: seconds without a byte after
     which the peer is given up, 0: never.  expected: who is told of a failure
     before the first marker.  sink: what becomes `path`, if not a new file.
-    owner_undoes: of that (Sink).
+    owner_undoes: of that (Sink).  largest: bytes of the image at most, 0: any.
     """
     receipt = _Receipt(
         path,
@@ -79,6 +80,7 @@ def receive(
         expected=expected,
         sink=sink,
         owner_undoes=owner_undoes,
+        largest=largest,
     )
     try:
         return receipt.run(stall)
@@ -125,8 +127,9 @@ class _Receipt:
         expected: Answers | None,
         sink: Sink | None,
         owner_undoes: bool,
+        largest: int,
     ) -> None:
-        self._sink, self._owner_undoes = sink, owner_undoes
+        self._sink, self._owner_undoes, self._largest = sink, owner_undoes, largest
         self._path, self._in_fd, self._feedback = path, in_fd, feedback_fd
         self._report = report
         self.answers: Answers = expected or NoAnswers()
@@ -152,6 +155,7 @@ class _Receipt:
                 window=WINDOW,
                 sparse=True,
                 held=sink.held,
+                largest=self._largest,
                 reply_fd=self._in_fd if transport.is_socket(self._in_fd) else -1,
             )
             syncs = self._serve(pump, sink)
@@ -236,6 +240,11 @@ def explain(fault: Fault, path: str, dialect: int) -> PyploopError:
     if code == errno.EMSGSIZE:
         return TooLargeError(
             f"frame of {fault.size} bytes is larger than {MAX_FRAME} at {where}{left}"
+        )
+    if code == errno.EFBIG:
+        return TooLargeError(
+            f"position {fault.pos} with size {fault.size} is past the size that the source "
+            f"told before, at {where}{left}"
         )
     if code == errno.ERANGE:
         return WriteError(
