@@ -11,7 +11,7 @@ import contextlib
 import os
 import platform
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -28,17 +28,27 @@ from pyploop import (
     verdict,
 )
 from pyploop.errors import BusyError, MigrateError, ProtocolError, PyploopError, one_line
-from pyploop.events import Reporter
+from pyploop.events import NOTE, Reporter
 from pyploop.hostconf import NAME, HostConfig
 from pyploop.landing import Landing
 from pyploop.mux import Mux
 from pyploop.runtimes import CPU, EXISTS, LOCKED, USAGE, Facts, Runtime, volumes
 from pyploop.runtimes.choose import make_runtime
+from pyploop.wire import messages
 from pyploop.wire import mux as wire
+from pyploop.wire.messages import clipped
 
 HELLO_WAIT = 30.0
+UNASKED = 60.0
+"""Seconds without a request, pings notwithstanding, until a connection that has not
+asked for anything yet, or that has no migration, is ended."""
+UNBEGUN = 600.0
+"""The same between `check` and `begin`, and in a migration of which nothing is being
+received: it has one of the host's places.  The source may try CRIU meanwhile."""
 IDLE = 24 * 3600.0
-"""Seconds without a request, pings notwithstanding, until it gives up."""
+"""The same while something is received; what receives has its own patience."""
+MOST_EVENTS = 1000
+"""Events that are sent between two requests; more are left out, and counted."""
 TAKES = ("memory", "tree")
 """What an agent of this major version need not take: rounds of memory, trees."""
 SETTLE_WAIT = 60.0
@@ -50,13 +60,24 @@ class Events:
 
     def __init__(self, mux: Mux) -> None:
         self._mux = mux
+        self._sent = 0
+        """Since the last request: nobody may be reading them."""
+
+    def asked(self) -> None:
+        """A request came, so the source has read what was sent before."""
+        left_out, self._sent = self._sent - MOST_EVENTS, 0
+        if left_out > 0:
+            self.line(NOTE, 0.0, f"{left_out} messages were left out here")
 
     def event(self, name: str, at: float, fields: dict[str, Any]) -> None:
+        self._sent += 1
+        if self._sent > MOST_EVENTS:
+            return
         with contextlib.suppress(PyploopError):  # the connection's end is told elsewhere
             self._mux.send({"event": name, "at": time.monotonic(), "fields": fields})
 
     def line(self, level: int, at: float, text: str) -> None:
-        self.event("line", at, {"level": level, "text": text})
+        self.event("line", at, {"level": level, "text": clipped(text)})
 
     def close(self) -> None:
         pass
@@ -82,7 +103,8 @@ class Agent:
         self._locks = contextlib.ExitStack()
         self._mux = Mux(rfd, wfd, greet(rfd, wfd))
         self._report = Reporter()
-        self._report.add(Events(self._mux))
+        self._events = Events(self._mux)
+        self._report.add(self._events)
         self._requests: dict[str, Callable[..., dict[str, Any]]] = {
             "clock": self._clock,
             "check": self._check,
@@ -106,28 +128,34 @@ class Agent:
         try:
             while True:
                 try:
-                    request = self._mux.receive(IDLE)
+                    request = self._mux.receive(self._patience())
                 except PyploopError:
                     return
+                self._events.asked()
                 self._answer(request)
         finally:
             self._end()
 
+    def _patience(self) -> float:
+        """Seconds for the next request."""
+        if self._landing is not None:
+            return IDLE if self._landing.working() else UNBEGUN
+        return UNBEGUN if self._runtime is not None else UNASKED
+
     def _answer(self, request: wire.Message) -> None:
-        number = request.get("id")
+        number, op = request.get("id"), request.get("op")
+        if type(number) is not int:
+            number = None  # nobody waits for the answer
         try:
-            handler = self._requests.get(str(request.get("op")))
-            args = request.get("args")
-            if handler is None or not isinstance(args, dict):
-                raise ProtocolError(f"agent protocol: no request {str(request)[:80]!r}")
-            answer: wire.Message = {"id": number, "ok": handler(**args)}
+            args = messages.request(op, request.get("args"))
+            answer: wire.Message = {"id": number, "ok": self._requests[str(op)](**args)}
         except PyploopError as e:
-            answer = {"id": number, "error": {"code": vz_code(e), "message": str(e)}}
+            answer = {"id": number, "error": {"code": vz_code(e), "message": clipped(e)}}
         except OSError as e:
             text = f"{e.filename}: {e.strerror}" if e.filename else str(e.strerror)
             answer = {"id": number, "error": {"code": USAGE, "message": text}}
         except (TypeError, ValueError, KeyError) as e:
-            text = f"agent protocol: {request.get('op')!r} with wrong arguments ({e})"
+            text = f"agent protocol: {op!r} with wrong arguments ({clipped(e)})"
             answer = {"id": number, "error": {"code": USAGE, "message": text}}
         with contextlib.suppress(PyploopError):  # a dead connection ends serve()
             self._mux.send(answer)
@@ -161,11 +189,23 @@ class Agent:
         sizes: list[int],
         nodeps: list[str],
     ) -> dict[str, Any]:
+        if self._runtime is not None:
+            raise ProtocolError("agent protocol: check comes once")
         if not NAME.fullmatch(container):
             raise ProtocolError(f"{container[:40]!r} is no container's name")
-        self._runtime = chosen = make_runtime(self._host, runtime, container)
-        self._facts = facts
-        self._lock(chosen)
+        chosen = make_runtime(self._host, runtime, container)
+        try:
+            self._lock(chosen)
+            answer = self._check_all(chosen, live, facts, sizes, nodeps)
+        except BaseException:
+            self._locks.close()  # for others: nothing comes of this one
+            raise
+        self._runtime, self._facts = chosen, facts
+        return answer
+
+    def _check_all(
+        self, chosen: Runtime, live: bool, facts: Facts, sizes: list[int], nodeps: list[str]
+    ) -> dict[str, Any]:
         self._settle_dead(chosen)
         if platform.machine() != facts.get("machine"):
             raise MigrateError(CPU, f"{platform.machine()} here, {facts.get('machine')} there")
@@ -181,7 +221,7 @@ class Agent:
             raise ProtocolError(f"{len(sizes)} disks there, {len(disks)} here")
         there = kept.allocated(self._host, chosen, facts)
         for n, (disk, size) in enumerate(zip(disks, sizes, strict=True)):
-            volumes.check_free(disk, max(int(size) - there.get(f"disk {n}", 0), 0))
+            volumes.check_free(disk, max(size - there.get(f"disk {n}", 0), 0))
         held = kept_trees.allocated(
             self._host.state_dir, chosen.name, chosen.container, kept.source_of(facts)
         )
@@ -247,31 +287,47 @@ class Agent:
             raise ProtocolError("agent protocol: begin comes first")
         return self._landing
 
+    def _receiving(self) -> Landing:
+        """The migration that comes here, of which not all has come yet."""
+        if self._begun().committed:
+            raise ProtocolError("agent protocol: nothing is received after the commit")
+        return self._begun()
+
     def _items(self, channel: int) -> dict[str, Any]:
-        self._begun().take_items(self._mux.open(channel))
+        landing = self._receiving()
+        with self._opened(channel) as fd:
+            landing.take_items(fd)
         return {}
 
     def _digests(self, channel: int, files: list[Any]) -> dict[str, Any]:
-        self._begun().tell_kept(files, self._mux.open(channel))
+        self._receiving().tell_kept(files, self._mux.open(channel))
         return {}
 
     def _disk(self, index: int, channel: int, reuse: bool = False) -> dict[str, Any]:
-        self._begun().take_disk(index, self._mux.open(channel), bool(reuse))
+        landing = self._receiving()
+        with self._opened(channel) as fd:
+            landing.take_disk(index, fd, reuse)
         return {}
 
     def _tree(self, index: int, channel: int, last: bool) -> dict[str, Any]:
-        return {"name": self._begun().take_tree(index, self._mux.open(channel), last)}
+        return {"name": self._receiving().take_tree(index, self._mux.open(channel), last)}
+
+    @contextlib.contextmanager
+    def _opened(self, channel: int) -> Iterator[int]:
+        """A channel's descriptor, which belongs to whoever took it, unless that failed."""
+        fd = self._mux.open(channel)
+        try:
+            yield fd
+        except BaseException:
+            os.close(fd)
+            raise
 
     def _dump(
         self, channel: int, number: int = 0, parent: int = 0, room: int = 0
     ) -> dict[str, Any]:
-        landing = self._begun()
-        fd = self._mux.open(channel)
-        try:
+        landing = self._receiving()
+        with self._opened(channel) as fd:
             landing.take_dump(fd, number, parent, room)
-        except BaseException:
-            os.close(fd)
-            raise
         return {}
 
     def _join(self, name: str, timeout: float) -> dict[str, Any]:
@@ -282,10 +338,10 @@ class Agent:
             raise self._mux.failure
 
     def _restore(self, timeout: float) -> dict[str, Any]:
-        return {"moments": self._begun().restore(self._alive, timeout)}
+        return {"moments": self._receiving().restore(self._alive, timeout)}
 
     def _start(self, timeout: float, run: bool) -> dict[str, Any]:
-        self._begun().start(self._alive, timeout, run)
+        self._receiving().start(self._alive, timeout, run)
         return {}
 
     def _finish(self) -> dict[str, Any]:
@@ -300,17 +356,24 @@ class Agent:
         if done.committed:
             raise ProtocolError("agent protocol: what is committed is not undone")
         self._landing = None
+        # What still receives ends by that, and makes nothing more.
+        self._mux.reset_channels()
         return {"failed": done.undo()}
 
+    def _not_ours(self, migration: str) -> str:
+        """ProtocolError for the migration of this connection, which is not over."""
+        if self._landing is not None and self._landing.migration == migration:
+            raise ProtocolError("agent protocol: this migration is not over (finish, undo)")
+        return verdict.check_id(migration)
+
     def _settle(self, migration: str) -> dict[str, Any]:
-        answer = settle(self._host, verdict.check_id(migration))
+        answer = settle(self._host, self._not_ours(migration))
         ctlock.remove_dead(Path(self._host.lock_dir))
         return answer
 
     def _forget(self, migration: str) -> dict[str, Any]:
         """The source has done what the verdict asks of it."""
-        path = Path(self._host.state_dir) / f"{verdict.check_id(migration)}.target"
-        path.unlink(missing_ok=True)
+        verdict.forget(Path(self._host.state_dir), self._not_ours(migration))
         ctlock.remove_dead(Path(self._host.lock_dir))
         return {}
 

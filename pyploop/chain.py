@@ -41,15 +41,26 @@ class Chain:
     def __init__(self, top: Path) -> None:
         self._top = top
         self.length = 0
+        self._dumped = False
+
+    def check(self, number: int, parent: int) -> None:
+        """ProtocolError unless `append` may come with these."""
+        wanted = self.length + 1 if number else 0
+        parents = (self.length,) if number else (0, self.length)
+        whole = type(number) is int and type(parent) is int
+        if (
+            self._dumped
+            or not whole
+            or number != wanted
+            or parent not in parents
+            or number > LONGEST
+        ):
+            raise ProtocolError(f"agent protocol: no memory round {number!r} after {parent!r}")
 
     def append(self, number: int, parent: int) -> Path:
         """The new folder of a pre-dump, or (0) of the dump; parent: 0 for none,
         which for the dump drops the pre-dumps."""
-        wanted = self.length + 1 if number else 0
-        parents = (self.length,) if number else (0, self.length)
-        whole = type(number) is int and type(parent) is int
-        if not whole or number != wanted or parent not in parents or number > LONGEST:
-            raise ProtocolError(f"agent protocol: no memory round {number!r} after {parent!r}")
+        self.check(number, parent)
         if not parent:
             self.drop()
         folder = folder_of(self._top, number)
@@ -57,6 +68,7 @@ class Chain:
         if parent:
             (folder / "parent").symlink_to(f"../{parent}")
         self.length = number or self.length
+        self._dumped = not number
         return folder
 
     def drop(self) -> None:

@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterator
 
 from pyploop import holes
 from pyploop._core import fdatasync
+from pyploop.drip import Patience
 from pyploop.errors import ProtocolError, ReadError, WriteError
 from pyploop.units import KIB, MIB
 
@@ -100,9 +101,9 @@ class Reader:
     which it closes."""
 
     def __init__(self, fd: int, stall: float) -> None:
-        """stall: seconds without a byte until the peer is given up; 0: never."""
+        """stall: seconds without progress until the peer is given up; 0: never."""
         self._sock = socket.socket(fileno=fd)
-        self._sock.settimeout(stall or None)
+        self._patience = Patience(self._sock, stall)
         self.received = 0
         """Bytes so far."""
 
@@ -121,17 +122,18 @@ class Reader:
             yield pos, [raw[i : i + SIZE] for i in range(0, len(raw), SIZE)]
 
     def _exactly(self, size: int) -> bytes:
-        data = bytearray()
-        while len(data) < size:
+        data = bytearray(size)
+        view, got = memoryview(data), 0
+        while got < size:
             try:
-                part = self._sock.recv(size - len(data))
+                n = self._patience.recv_into(view[got:])
             except TimeoutError as e:
                 raise ReadError("the target tells no digests (--timeout)") from e
             except OSError as e:
                 raise ReadError.of("cannot read what the target has kept", e) from e
-            if not part:
+            if not n:
                 raise ReadError("what the target has kept ended early (did it fail?)")
-            data += part
+            got += n
         self.received += size
         return bytes(data)
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import socket
 import time
 from collections.abc import Callable
@@ -24,10 +25,26 @@ from pyploop.hostconf import HostConfig
 from pyploop.jobs import Job
 from pyploop.journal import Journal
 from pyploop.landing_trees import LandingTrees
+from pyploop.pieces import Place
 from pyploop.receiver import receive
-from pyploop.runtimes import COPY_FAILED, Facts, Runtime
+from pyploop.runtimes import COPY_FAILED, RESTORE_FAILED, Facts, Runtime
 from pyploop.shelf import Shelf
+from pyploop.units import GIB
 from pyploop.verdict import ABORTED, COMMITTED, RAN, Verdict
+
+MOST_ITEMS = 4096
+"""Files beside the disks: a vzctl container may have 1,000."""
+LONGEST_STALL = 86400.0
+"""Seconds that a source may have us wait for a byte."""
+ENDING = 600.0
+"""Seconds for what still receives to end, when nothing comes any more."""
+MEMORY_GROWTH = 8
+"""All memory images of a migration may be this many times the memory that `check`
+told of, and GIB more: the rounds are twice that at most, and it may grow meanwhile."""
+IMAGE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.@+-]{0,127}")
+"""Of CRIU's images, and vzctl's dump."""
+TREE_PASSES = 4
+"""Over one tree at a time: the last one has two servers, and may be made again."""
 
 
 class Landing:
@@ -47,13 +64,17 @@ class Landing:
         """facts: what the source told; stall: seconds without a byte after
         which a stream is given up; keep: what was copied outlives a failure."""
         self._host, self._runtime, self._facts = host, runtime, facts
-        self._stall, self._report = stall, report
+        self.migration = migration
+        self._stall, self._report = min(stall or LONGEST_STALL, LONGEST_STALL), report
         self._disks = runtime.disks(source=False)
         self._jobs: dict[str, Job[None]] = {}
         self.committed = False
         """From the commit on, until it is withdrawn."""
         self.ran = False
         """It was seen to run here."""
+        self._memory_left = pieces.LARGEST_FILE
+        if announced := facts.get("memory"):
+            self._memory_left = announced * MEMORY_GROWTH + GIB
         folder = verdict.make_folder(Path(host.state_dir))
         self._journal = Journal.create(
             f"migration of {runtime.container} to this host",
@@ -64,22 +85,32 @@ class Landing:
             source=kept.source_of(facts),
             **undoing.naming(host, runtime),
         )
-        self.verdict = Verdict.create(folder, migration)
-        runtime.keep_fds = (self.verdict.fd,)
-        self._folder = Path(host.images_dir) / f"pyploop-{migration}"
-        self._log("remove-tree", path=str(self._folder), transient=True)
-        ownfolder.make_new(self._folder)
-        self._chain = Chain(self._folder)
-        self._shelf = Shelf(host, runtime, self._journal, self._disks, report)
-        self._trees = LandingTrees(
-            host.rsync,
-            runtime.trees(),
-            folder=self._folder,
-            log=self._journal,
-            stall=stall,
-            keep_fds=runtime.keep_fds,
-            report=report,
-        )
+        made = contextlib.ExitStack()
+        try:
+            self.verdict = Verdict.create(folder, migration)
+            made.callback(self.verdict.close, remove=True)
+            runtime.keep_fds = (self.verdict.fd,)
+            self._folder = Path(host.images_dir) / f"pyploop-{migration}"
+            self._log("remove-tree", path=str(self._folder), transient=True)
+            ownfolder.make_new(self._folder)
+            self._chain = Chain(self._folder)
+            self._shelf = Shelf(host, runtime, self._journal, self._disks, report)
+            made.callback(self._shelf.close)
+            self._trees = LandingTrees(
+                host.rsync,
+                runtime.trees(),
+                folder=self._folder,
+                log=self._journal,
+                stall=self._stall,
+                keep_fds=runtime.keep_fds,
+                report=report,
+            )
+        except BaseException:
+            # Nobody has this object, so nobody else would.
+            for text in undoing.undo_all(self._journal, keep):
+                report.note(f"not undone: {text}")
+            made.close()
+            raise
 
     def _log(self, kind: str, **fields: Any) -> None:
         self._journal.add({"kind": kind, **fields})
@@ -103,6 +134,10 @@ class Landing:
         """What the source need not send again where it is the same."""
         return self._shelf.names + self._trees.kept
 
+    def working(self) -> bool:
+        """Something is being received."""
+        return any(not job.over.is_set() for job in self._jobs.values())
+
     def _start(self, name: str, job: Job[None]) -> None:
         self._jobs[name] = job
         job.start()
@@ -120,6 +155,8 @@ class Landing:
 
     def take_items(self, fd: int) -> None:
         """The container's files, each to where its label belongs."""
+        if "items" in self._jobs:
+            raise ProtocolError("agent protocol: items come once")
         self._start("items", Job(lambda: self._items(fd)))
 
     def _items(self, fd: int) -> None:
@@ -131,7 +168,8 @@ class Landing:
             self._give_way(path)
             return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
 
-        pieces.receive(fd, self._stall, create, durable=True)
+        place = Place(create, largest=self._runtime.largest, most_files=MOST_ITEMS, durable=True)
+        pieces.receive(fd, self._stall, place)
         self._shelf.check_items()
         for folder in self._runtime.folders():
             undoing.make_folders(self._journal, Path(folder))
@@ -145,6 +183,8 @@ class Landing:
         if not 0 <= index < len(self._disks) or f"disk {index}" in self._jobs:
             raise ProtocolError(f"agent protocol: no disk {index!r} to receive")
         disk = self._disks[index]
+        announced = self._facts.get("images") or []
+        largest = announced[index] if index < len(announced) else 0
         self._make_parent(disk.image)
         sink = self._shelf.disk(f"disk {index}", disk.image, reuse)
         for entry in self._runtime.attach(disk):
@@ -160,6 +200,7 @@ class Landing:
                     self._stall,
                     sink=sink,
                     owner_undoes=True,
+                    largest=largest,
                 )
             except PyploopError as e:
                 # The source hears only that it failed.
@@ -173,6 +214,10 @@ class Landing:
 
     def take_tree(self, index: int, fd: int, last: bool) -> str:
         """One pass over a directory tree; the name to join."""
+        busy = [n for n, job in self._jobs.items() if not job.over.is_set()]
+        if sum(n.startswith(f"tree {index}.") for n in busy) >= TREE_PASSES:
+            os.close(fd)
+            raise ProtocolError(f"agent protocol: {TREE_PASSES} passes over tree {index} at once")
         name, job = self._trees.take(index, fd, last)
         self._start(name, job)
         return name
@@ -180,19 +225,26 @@ class Landing:
     def take_dump(self, fd: int, number: int, parent: int, room: int) -> None:
         """The memory, into tmpfs, as it is written at the source: of a pre-dump, or
         (0) of the dump.  room: bytes that must be left for it, and what follows."""
+        self._chain.check(number, parent)
         if not parent:
             self._forget_rounds()
         check_room(self._folder, room)
         images = self._chain.append(number, parent)
 
-        def create(name: str) -> int:
-            if not name or "/" in name or name.startswith("."):
-                raise ProtocolError(f"{name!r} is no image")
-            flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC
+        def opened(name: str, flags: int) -> int:
+            if not IMAGE_NAME.fullmatch(name) or name == "parent":
+                raise ProtocolError(f"{name[:80]!r} is no image")
+            flags |= os.O_WRONLY | os.O_NOFOLLOW | os.O_CLOEXEC
             return os.open(images / name, flags, 0o600)
 
         def work() -> None:
-            pieces.receive(fd, self._stall, create, durable=False)
+            place = Place(
+                lambda name: opened(name, os.O_CREAT | os.O_EXCL),
+                lambda name: opened(name, 0),
+                largest=lambda _: self._memory_left,
+                most_bytes=self._memory_left,
+            )
+            self._memory_left -= pieces.receive(fd, self._stall, place).data
 
         self._start(f"memory {number}" if number else "dump", Job(work))
 
@@ -222,6 +274,7 @@ class Landing:
     def restore(self, alive: Callable[[], None], timeout: float) -> dict[str, float]:
         """Let the container run here.  alive: raises when the source is gone,
         for then it may have decided otherwise.  Returns moments (monotonic)."""
+        deadline = time.monotonic() + timeout
         moments = {f"{name} ended": self._wait(name, timeout) for name in list(self._jobs)}
         self._need_disks()
         self._log("abandon", **undoing.naming(self._host, self._runtime))
@@ -229,6 +282,10 @@ class Landing:
 
         def commit() -> None:
             alive()
+            if time.monotonic() > deadline:
+                raise MigrateError(
+                    RESTORE_FAILED, f"not restored within {timeout:.0f} s, which the source allows"
+                )
             self.verdict.write(COMMITTED)
             self.committed = True
             moments["committed"] = time.monotonic()
@@ -298,7 +355,7 @@ class Landing:
         """It goes, or what was copied is kept.  Returns what could not be
         undone, which a later process may try again."""
         for job in self._jobs.values():
-            job.end(self._stall)  # what it made is in the journal
+            job.end(ENDING)  # what it made is in the journal
         self._shelf.close()
         failed = undoing.undo_all(self._journal, self._journal.get("keep"))
         what = kept.told(self._host, self._journal) + kept_trees.told(self._journal)

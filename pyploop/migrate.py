@@ -56,6 +56,7 @@ from pyploop.runtimes import (
 )
 from pyploop.summary import Options, Summary
 from pyploop.times import Moments
+from pyploop.wire.messages import clipped
 
 CHECKING = 120.0
 """Seconds for the target's checks: a probe of CRIU is among them."""
@@ -99,16 +100,13 @@ class Result:
 def connect(host: HostConfig, wish: Wish, report: Reporter) -> Remote:
     """The agent; its events become ours."""
 
-    def on_event(message: dict[str, Any]) -> None:
-        fields = message.get("fields")
-        fields = fields if isinstance(fields, dict) else {}
-        if message.get("event") == "line":
-            level, text = fields.get("level"), fields.get("text")
+    def on_event(name: str, at: float, fields: dict[str, Any]) -> None:
+        if name == "line":
+            level = fields.get("level")
             if isinstance(level, int):
-                report.line(level, f"{wish.host}: {text}")
+                report.line(level, f"{wish.host}: {clipped(fields.get('text'))}")
         else:
-            at = message.get("at")
-            report.event("target", name=str(message.get("event")), monotonic=at, fields=fields)
+            report.event("target", name=name, monotonic=at, fields=fields)
 
     return Remote(wish.host, host.ssh, wish.ssh_options, host.agent, on_event)
 
@@ -136,6 +134,7 @@ def migrate(host: HostConfig, runtime: Runtime, wish: Wish, report: Reporter) ->
     disks = runtime.disks(source=True)
     with opened(disks) as sources, connect(host, wish, report) as remote:
         copied = runtime.copied(disks)
+        facts["images"] = [s.size if s.kind != "ploop" else 0 for s in sources]
         sizes = [_allocated(s.sparse_fd if s.sparse_fd is not None else s.fd) for s in sources]
         checked = remote.call(
             "check",
@@ -147,8 +146,7 @@ def migrate(host: HostConfig, runtime: Runtime, wish: Wish, report: Reporter) ->
             sizes=sizes,
             nodeps=sorted(wish.nodeps),
         )
-        takes = checked.get("takes")
-        takes = takes if isinstance(takes, list) else []  # an older agent tells nothing
+        takes = checked.get("takes", [])  # an older agent tells nothing
         if runtime.trees() and "tree" not in takes:
             raise MigrateError(
                 CANNOT_CONNECT,
@@ -252,8 +250,8 @@ class _Move:
         what it has kept of this container, from this host."""
         wish = self._wish
         args = {"migration": self.id, "stall": wish.copy.stall, "keep": wish.keep_dst}
-        kept = self._remote.call("begin", REQUEST, **args).get("kept", [])
-        return [str(name) for name in kept]
+        kept: list[str] = self._remote.call("begin", REQUEST, **args).get("kept", [])
+        return kept
 
     def _log(self, kind: str) -> None:
         self._journal.add({"kind": kind, **undoing.naming(self._host, self._runtime)})
@@ -305,9 +303,9 @@ class _Move:
             moments = self._ask("restore", timeout=RESTORING)["moments"]
         resumed = time.monotonic()
         self.result.moments = Moments(start, copied, dump.ended, stream.ended, resumed)
-        running, asked = float(moments["running"]), float(moments["restore"])
+        running, asked = moments["running"], moments["restore"]
         there = max(
-            float(at) for name, at in moments.items() if name.startswith(("disk ", "tree "))
+            (at for name, at in moments.items() if name.startswith(("disk ", "tree "))), default=0.0
         )
         self.result.steps = {
             "suspend": suspended - start,
@@ -315,7 +313,7 @@ class _Move:
             "dump sent": stream.ended - suspended,
             "disks": copied - suspended,
             # Beyond the dump, on the target: durable and mounted there.
-            "disks waited for": max(0.0, there - float(moments["dump ended"])),
+            "disks waited for": max(0.0, there - moments["dump ended"]),
             "restore": running - asked,
             "total": resumed - start,
         }
@@ -329,7 +327,7 @@ class _Move:
         here = record.clock.here
         for name in ("disk 0 ended", "dump ended", "committed", "running"):
             if name in moments:
-                record.add(name, here(asked), here(float(moments[name])), "target")
+                record.add(name, here(asked), here(moments[name]), "target")
         record.spans += disks.spans()
         self._report.event(
             "moved",
@@ -342,7 +340,7 @@ class _Move:
     def _compare_clocks(self) -> None:
         for _ in range(5):
             sent = time.monotonic()
-            there = float(self._remote.call("clock", REQUEST)["monotonic"])
+            there = self._remote.call("clock", REQUEST)["monotonic"]
             self.result.recorder.clock.exchange(sent, there, there, time.monotonic())
 
     def stopped(self, disks: Copies, running: bool) -> None:

@@ -6,7 +6,8 @@ needs to know nothing of this; threads move the bytes in large pieces.
 
 Invariants: the reader of the connection never waits for a channel (a sender
 has at most WINDOW bytes under way in it, which are kept here), so no channel
-holds up another; a peer that says nothing for `silence` seconds is gone.
+holds up another; a peer that says nothing for `silence` seconds is gone.  What
+waits here to be read is bounded: WINDOW for each channel, INBOX for messages.
 """
 
 from __future__ import annotations
@@ -25,13 +26,19 @@ from collections.abc import Callable
 from pyploop import signals
 from pyploop.errors import ProtocolError, PyploopError, ReadError, WriteError
 from pyploop.jobs import TICK
-from pyploop.units import MIB
+from pyploop.units import KIB, MIB
 from pyploop.wire import mux as wire
 from pyploop.wire.mux import Message
 
 PING_EVERY = 2.0
 SILENCE = 30.0
 """Seconds without a byte from the peer, which pings, until it is given up."""
+INBOX = 4 * MIB
+"""Bytes of messages that nobody has asked for yet.  A peer that sends more floods us."""
+OVERHEAD = 256
+"""Bytes that a message counts for beyond its own."""
+MERGED = 64 * KIB
+"""Bytes up to which small frames of a channel are kept as one: each object costs memory."""
 
 
 class Mux:
@@ -54,7 +61,13 @@ class Mux:
         self._ended: set[int] = set()
         """Channels whose peer closed them before they were opened here: who gave up
         a request does not wait for it to be taken."""
-        self._inbox: queue.SimpleQueue[Message | None] = queue.SimpleQueue()
+        self._used: set[int] = set()
+        """Numbers of channels that were opened here: each only once."""
+        self._inbox: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
+        """As they came: what they stand for takes many times as much memory."""
+        self._arrived = 0
+        self.taken = 0
+        """Bytes of messages, with OVERHEAD for each, that `receive` has returned."""
         self._stop_r, self._stop_w = os.pipe()
         self._stopping = threading.Event()
         self._lock = threading.Lock()
@@ -82,15 +95,20 @@ class Mux:
         while True:
             try:  # for a short time: jobs.Latch has why
                 left = deadline - time.monotonic()
-                message = self._inbox.get(timeout=max(0.0, min(TICK, left)))
+                payload = self._inbox.get(timeout=max(0.0, min(TICK, left)))
                 break
             except queue.Empty:
                 if time.monotonic() >= deadline:
                     raise ReadError(f"no answer within {timeout:g} s") from None
-        if message is None:
+        if payload is None:
             self._inbox.put(None)
             raise self.failure or ReadError("the connection ended")
-        return message
+        self.taken += len(payload) + OVERHEAD
+        try:
+            return wire.decode(payload)
+        except ProtocolError as e:
+            self.end(e)
+            raise
 
     # ---- channels
 
@@ -103,14 +121,26 @@ class Mux:
         for s in (ours, theirs):
             s.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, MIB)
         with self._lock:
-            if number in self._channels or self.failure:
+            if number in self._used or self.failure:
                 ours.close()
                 theirs.close()
-                raise self.failure or ProtocolError(f"agent protocol: channel {number} is open")
+                raise self.failure or ProtocolError(
+                    f"agent protocol: channel {number} was opened before"
+                )
+            self._used.add(number)
             made = self._channels[number] = _Channel(number, ours, self._write, self._forget)
             if number in self._ended:
-                made.deliver(b"")
+                made.finish()
         return theirs.detach()
+
+    def reset_channels(self) -> None:
+        """End all that are open, in both directions; the connection goes on."""
+        with self._lock:
+            channels = list(self._channels.items())
+        for number, channel in channels:
+            channel.reset()
+            with contextlib.suppress(PyploopError):  # the connection's end is told elsewhere
+                self._write([wire.frame(wire.RESET, number, 0)])
 
     def _forget(self, number: int) -> None:
         with self._lock:
@@ -120,7 +150,7 @@ class Mux:
 
     def close(self) -> None:
         """End all channels and threads; the descriptors stay the caller's."""
-        self._die(ReadError("the connection was closed"))
+        self.end(ReadError("the connection was closed"))
         self._stopping.set()
         with contextlib.suppress(OSError):
             os.write(self._stop_w, b"x")
@@ -130,7 +160,8 @@ class Mux:
         os.close(self._stop_r)
         os.close(self._stop_w)
 
-    def _die(self, cause: PyploopError) -> None:
+    def end(self, cause: PyploopError) -> None:
+        """From any thread: the connection is dead, and why.  `close` still follows."""
         with self._lock:
             if self.failure is not None:
                 return
@@ -158,11 +189,11 @@ class Mux:
                 except BlockingIOError:
                     poll.poll(200)
                     if time.monotonic() > deadline:
-                        self._die(WriteError(f"the peer took nothing for {self._silence:g} s"))
+                        self.end(WriteError(f"the peer took nothing for {self._silence:g} s"))
                     continue
                 except OSError as e:
                     cause = WriteError.of("the connection to the peer broke", e)
-                    self._die(cause)
+                    self.end(cause)
                     raise cause from e
                 while left and n >= len(left[0]):
                     n -= len(left.pop(0))
@@ -205,12 +236,15 @@ class Mux:
             while True:
                 self._take(wire.parse(bytes(self._read(wire.HEADER_SIZE))))
         except PyploopError as e:
-            self._die(e)
+            self.end(e)
 
     def _take(self, frame: wire.Frame) -> None:
-        payload = bytes(self._read(frame.length)) if frame.length else b""
+        payload = self._read(frame.length) if frame.length else bytearray()
         if frame.kind == wire.CONTROL:
-            self._inbox.put(wire.decode(payload))
+            self._arrived += len(payload) + OVERHEAD
+            if self._arrived - self.taken > INBOX:
+                raise ProtocolError("agent protocol: a flood of messages that nobody asked for")
+            self._inbox.put(bytes(payload))
             return
         with self._lock:
             channel = self._channels.get(frame.channel)
@@ -223,7 +257,7 @@ class Mux:
         elif frame.kind == wire.CREDIT:
             channel.credit(int.from_bytes(payload, "little"))
         elif frame.kind == wire.END:
-            channel.deliver(b"")
+            channel.finish()
         elif frame.kind == wire.RESET:
             channel.reset()
 
@@ -241,20 +275,32 @@ class _Channel:
         self._number, self._sock, self._write, self._forget = number, sock, write, forget
         self._changed = threading.Condition()
         self._credit = wire.WINDOW
-        self._incoming: collections.deque[bytes] = collections.deque()
+        self._incoming: collections.deque[bytearray] = collections.deque()
         self._held = 0
+        self._finished = False
         self._reset = False
         self._running = 2
         for body in (self._outward, self._inward):
             threading.Thread(target=self._run, args=(body,), daemon=True).start()
 
-    def deliver(self, data: bytes) -> None:
-        """Bytes from the peer; empty: no more will come."""
+    def deliver(self, data: bytearray) -> None:
+        """Bytes from the peer."""
         with self._changed:
             self._held += len(data)
             if self._held > wire.WINDOW:
                 raise ProtocolError(f"agent protocol: more than the credit on {self._number}")
-            self._incoming.append(data)
+            if self._finished:
+                raise ProtocolError(f"agent protocol: data after the end of {self._number}")
+            if self._incoming and len(self._incoming[-1]) + len(data) <= MERGED:
+                self._incoming[-1] += data
+            else:
+                self._incoming.append(data)
+            self._changed.notify_all()
+
+    def finish(self) -> None:
+        """No more will come from the peer."""
+        with self._changed:
+            self._finished = True
             self._changed.notify_all()
 
     def credit(self, n: int) -> None:
@@ -305,12 +351,12 @@ class _Channel:
     def _inward(self) -> None:
         while True:
             with self._changed:
-                self._changed.wait_for(lambda: self._incoming or self._reset)
+                self._changed.wait_for(lambda: self._incoming or self._finished or self._reset)
                 if self._reset:
                     return
-                data = self._incoming.popleft()
+                data = self._incoming.popleft() if self._incoming else None
             try:
-                if not data:
+                if data is None:
                     self._sock.shutdown(socket.SHUT_WR)
                     return
                 self._sock.sendall(data)

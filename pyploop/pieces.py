@@ -15,10 +15,12 @@ import socket
 import struct
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from pyploop._core import fdatasync
+from pyploop.drip import Patience
 from pyploop.errors import ProtocolError, ReadError, SyncError, WriteError
 from pyploop.holes import data_extents
 from pyploop.jobs import Job
@@ -31,6 +33,11 @@ LARGEST = MIB
 """Bytes of data of one piece that are taken."""
 LARGEST_FILE = 1 << 50
 MOST_FILES = 100_000
+"""Of a container with more than 10,000 processes: CRIU writes seven or so for each."""
+MOST_NAMES = 8 * MIB
+"""Bytes of all names together."""
+MOST_OPEN = 64
+"""Files that are open at a time.  CRIU's grow one after the other."""
 
 
 class Writer:
@@ -86,6 +93,11 @@ class Writer:
     def end(self) -> None:
         self._send(HEADER.pack(0, 0, 0, 0))
 
+    def cancel(self) -> None:
+        """From any thread: whoever sends fails, and so does the peer's reader."""
+        with contextlib.suppress(OSError):
+            self._sock.shutdown(socket.SHUT_RDWR)
+
     def close(self) -> None:
         self._sock.close()
 
@@ -121,14 +133,16 @@ def stream_dump(folder: Path, out: Writer, dump: Job[Any]) -> None:
 class _Reader:
     def __init__(self, fd: int, stall: float) -> None:
         self._sock = socket.socket(fileno=fd)
-        self._sock.settimeout(stall)
+        self._patience = Patience(self._sock, stall)
 
     def exactly(self, size: int) -> bytes:
         data = bytearray(size)
         view, got = memoryview(data), 0
         while got < size:
             try:
-                n = self._sock.recv_into(view[got:])
+                n = self._patience.recv_into(view[got:])
+            except TimeoutError as e:
+                raise ReadError("the source sends next to nothing (--timeout)") from e
             except OSError as e:
                 raise ReadError.of("cannot read files from the source", e) from e
             if n == 0:
@@ -140,38 +154,119 @@ class _Reader:
         self._sock.close()
 
 
-def receive(fd: int, stall: float, create: Callable[[str], int], durable: bool) -> list[str]:
-    """Take pieces until the end of the stream; returns the files' names.
+@dataclass(frozen=True)
+class Received:
+    """A whole stream: its files, in the order in which they ended, and bytes of data."""
 
-    create: opens a new file for a name, or refuses it.  durable: each file is
-    on the disk when this returns.  The descriptor is closed.
-    """
+    names: list[str]
+    data: int
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where the files of a stream go, and how much they may be."""
+
+    create: Callable[[str], int]
+    """Opens a new file for a name, or refuses it."""
+    reopen: Callable[[str], int] | None = None
+    """The same for one that `create` made; None: each is complete before the next."""
+    largest: Callable[[str], int] = lambda _: LARGEST_FILE
+    """Bytes of the file of that name at most: where it may end, sparse or not."""
+    most_files: int = MOST_FILES
+    most_bytes: int = LARGEST_FILE
+    """Of the data of all pieces together."""
+    durable: bool = False
+    """Each file is on the disk when it is complete."""
+
+
+class _Files:
+    """The files of one stream.  Of those that are not complete, MOST_OPEN are open."""
+
+    def __init__(self, place: Place) -> None:
+        self._place = place
+        self._open: dict[str, int] = {}
+        """The one that was longest in no piece comes first."""
+        self._began: set[str] = set()
+        self._complete: dict[str, None] = {}
+        self._names = self._bytes = 0
+
+    def take(self, name: str, mode: int, pos: int, data: bytes) -> None:
+        """One piece.  ProtocolError when it may not come."""
+        place, fd = self._place, self._file(name)
+        if pos + len(data) > place.largest(name):
+            raise ProtocolError(f"{name[:80]!r} may have {place.largest(name)} bytes, not more")
+        self._bytes += len(data)
+        if self._bytes > place.most_bytes:
+            raise ProtocolError(
+                f"more than {place.most_bytes} bytes came, which is all that was announced"
+            )
+        _put(fd, name, mode, pos, data)
+        if not data:
+            if place.durable:
+                _sync(fd, name)
+            self._close(name)
+            self._complete[name] = None
+
+    def _file(self, name: str) -> int:
+        if name in self._open:
+            fd = self._open.pop(name)
+        elif name not in self._began:
+            fd = self._begin(name)
+        elif self._place.reopen is None or name in self._complete:
+            raise ProtocolError(f"{name[:80]!r} came after its end")
+        else:
+            self._make_room()
+            fd = self._place.reopen(name)
+        self._open[name] = fd
+        return fd
+
+    def _begin(self, name: str) -> int:
+        self._names += len(name)
+        if len(self._began) >= self._place.most_files or self._names > MOST_NAMES:
+            raise ProtocolError(f"more than {len(self._began)} files may not come")
+        self._make_room()
+        fd = self._place.create(name)
+        self._began.add(name)
+        return fd
+
+    def _make_room(self) -> None:
+        if len(self._open) < MOST_OPEN:
+            return
+        if self._place.reopen is None:
+            raise ProtocolError(f"{MOST_OPEN} files are not complete, and another one comes")
+        self._close(next(iter(self._open)))
+
+    def _close(self, name: str) -> None:
+        os.close(self._open.pop(name))
+
+    def end(self) -> Received:
+        """No more pieces: each file must be complete."""
+        if missing := self._began.difference(self._complete):
+            raise ProtocolError(f"the stream ended before the end of {min(missing)!r}")
+        return Received(list(self._complete), self._bytes)
+
+    def close(self) -> None:
+        for name in list(self._open):
+            self._close(name)
+
+
+def receive(fd: int, stall: float, place: Place) -> Received:
+    """Take pieces until the end of the stream.  The descriptor is closed."""
     reader = _Reader(fd, stall)
-    files: dict[str, int] = {}
-    complete: set[str] = set()
+    files = _Files(place)
     try:
         while (head := HEADER.unpack(reader.exactly(HEADER.size)))[0]:
             name_length, mode, length, pos = head
             if name_length > LONGEST_NAME or length > LARGEST or pos + length > LARGEST_FILE:
                 raise ProtocolError(f"a piece of {length} bytes at {pos} is not one that may come")
-            name = os.fsdecode(reader.exactly(name_length))
-            data = reader.exactly(length)
-            if name in complete or len(files) > MOST_FILES:
-                raise ProtocolError(f"{name!r} came after its end")
-            if name not in files:
-                files[name] = create(name)
-            _put(files[name], name, mode, pos, data)
-            if not data:
-                complete.add(name)
-        if missing := set(files) - complete:
-            raise ProtocolError(f"the stream ended before the end of {sorted(missing)[0]!r}")
-        if durable:
-            _sync(files)
-        return list(files)
+            raw = reader.exactly(name_length)
+            if b"\0" in raw:
+                raise ProtocolError("a file's name with a NUL in it")
+            files.take(os.fsdecode(raw), mode, pos, reader.exactly(length))
+        return files.end()
     finally:
         reader.close()
-        for file in files.values():
-            os.close(file)
+        files.close()
 
 
 def _put(fd: int, name: str, mode: int, pos: int, data: bytes) -> None:
@@ -188,11 +283,10 @@ def _put(fd: int, name: str, mode: int, pos: int, data: bytes) -> None:
         raise WriteError.of(f"cannot write {name}", e) from e
 
 
-def _sync(files: dict[str, int]) -> None:
-    for name, fd in files.items():
-        try:
-            fdatasync(fd)
-            with contextlib.suppress(OSError):  # only a hint
-                os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
-        except OSError as e:
-            raise SyncError.of(f"cannot sync {name}", e) from e
+def _sync(fd: int, name: str) -> None:
+    try:
+        fdatasync(fd)
+        with contextlib.suppress(OSError):  # only a hint
+            os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+    except OSError as e:
+        raise SyncError.of(f"cannot sync {name}", e) from e

@@ -10,21 +10,24 @@ import contextlib
 import os
 import shlex
 import subprocess
-import tempfile
 import threading
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from pyploop import __version__, transport
-from pyploop.errors import MigrateError, ProtocolError, PyploopError
-from pyploop.mux import Mux
+from pyploop.errors import MigrateError, ProtocolError, PyploopError, ReadError
+from pyploop.last_words import LastWords
+from pyploop.mux import INBOX, Mux
+from pyploop.wire import messages
 from pyploop.wire import mux as wire
 
 CONNECT = 30.0
 """Seconds until the agent must have said hello."""
 ENDING = 10.0
 """Seconds for the agent to undo and end, after which ssh is killed."""
+SAID = 1000
+"""Characters of what ssh and the agent printed that go into a message."""
 CANNOT_CONNECT = 4
 SSH_OPTIONS = (
     "-T",
@@ -38,7 +41,8 @@ SSH_OPTIONS = (
     "-oServerAliveInterval=5",
     "-oServerAliveCountMax=4",
 )
-OnEvent = Callable[[wire.Message], None]
+OnEvent = Callable[[str, float, dict[str, Any]], None]
+"""An event's name, its moment on the target's clock, and its fields."""
 
 
 class Remote:
@@ -50,7 +54,7 @@ class Remote:
         ssh: Sequence[str],
         options: Sequence[str],
         agent: Sequence[str],
-        on_event: OnEvent = lambda _: None,
+        on_event: OnEvent = lambda *_: None,
     ) -> None:
         """ssh: program and arguments; options: of the user's, before ours.
         agent: the command on the target, as words.  MigrateError(4) when there
@@ -62,7 +66,7 @@ class Remote:
         self._lock = threading.Lock()
         self._channel = 0
         self._request = 0
-        self._errors = tempfile.TemporaryFile()  # noqa: SIM115 - closed by close()
+        self._errors = LastWords()
         # ssh hands one string to the login shell there: quoted for it here.
         command = [*ssh, *options, *SSH_OPTIONS, "--", host, shlex.join(agent)]
         try:
@@ -70,11 +74,13 @@ class Remote:
                 command,
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
-                stderr=self._errors,
+                stderr=self._errors.fd,
                 start_new_session=True,  # a ^C is ours to handle
             )
         except OSError as e:
+            self._errors.close()
             raise MigrateError(CANNOT_CONNECT, f"cannot run {ssh[0]}: {e.strerror}") from e
+        self._errors.started()
         assert self._process.stdin is not None and self._process.stdout is not None
         self._wfd, self._rfd = self._process.stdin.fileno(), self._process.stdout.fileno()
         for fd in (self._wfd, self._rfd):
@@ -120,9 +126,8 @@ class Remote:
 
     def stderr(self) -> str:
         """The end of what ssh and the agent printed, as one line."""
-        size = os.fstat(self._errors.fileno()).st_size
-        text = os.pread(self._errors.fileno(), 1000, max(0, size - 1000))
-        return "; ".join(text.decode(errors="replace").split("\n")).strip("; \r")
+        text = self._errors.text(self._process.poll() is not None)
+        return "; ".join(text[-SAID:].split("\n")).strip("; \r")
 
     # ---- requests
 
@@ -135,26 +140,28 @@ class Remote:
             number = self._request
             mux.send({"id": number, "op": op, "args": args})
             deadline = time.monotonic() + timeout
+            most = mux.taken + INBOX
             while True:
                 message = self._next(mux, op, deadline)
+                if mux.taken > most:
+                    mux.end(ProtocolError(f"agent protocol: events without end instead of {op!r}"))
+                    raise mux.failure or ReadError("the connection ended")
                 if "event" in message:
-                    self._on_event(message)
+                    self._on_event(*messages.event(message))
                 elif message.get("id") == number:
                     break
                 # else: the late answer to a request that was given up
-        error = message.get("error")
-        if isinstance(error, dict):
-            code, text = error.get("code"), str(error.get("message"))
-            code = code if isinstance(code, int) and 0 < code < 128 else 1
+        if "error" in message:
+            code, text = messages.failure(message["error"])
             raise MigrateError(code, f"{self.host}: {text}")
-        result = message.get("ok")
-        if not isinstance(result, dict):
-            raise ProtocolError(f"agent protocol: no answer in {str(message)[:80]!r}")
-        return result
+        return messages.answer(op, message.get("ok"))
 
     def _next(self, mux: Mux, op: str, deadline: float) -> wire.Message:
         try:
-            return mux.receive(max(deadline - time.monotonic(), 0.0))
+            # Also when there is a message: one who always has another is late, too.
+            if (left := deadline - time.monotonic()) <= 0 and mux.failure is None:
+                raise ReadError("no answer in time")
+            return mux.receive(max(left, 0.0))
         except PyploopError as e:
             said = self.stderr()
             raise type(e)(
@@ -175,6 +182,12 @@ class Remote:
     def channels_left(self) -> int:
         """How many can still be opened: their numbers are not used again."""
         return wire.MAX_CHANNELS - 1 - self._channel
+
+    def cut(self, cause: PyploopError) -> None:
+        """From any thread: the connection is given up, and whoever waits for the
+        target fails."""
+        if self._mux is not None:
+            self._mux.end(cause)
 
     def alive(self) -> bool:
         """A request would be sent."""

@@ -68,12 +68,15 @@ class Verdict:
         path = folder / f"{migration}.{side}"
         try:
             with ownfolder.opened(folder) as where:
-                fd = ownfolder.create(where, path.name)
-                fcntl.flock(fd, fcntl.LOCK_EX)
-                verdict = cls(path, fd)
-                # Its block is allocated now: the one write that counts is short.
-                verdict.write(PENDING)
-                os.fsync(where)
+                verdict = cls(path, ownfolder.create(where, path.name))
+                try:
+                    fcntl.flock(verdict.fd, fcntl.LOCK_EX)
+                    # Its block is allocated now: the one write that counts is short.
+                    verdict.write(PENDING)
+                    os.fsync(where)
+                except BaseException:
+                    verdict.close(remove=True)
+                    raise
         except OSError as e:
             raise CreateError.of(f"cannot make {path}", e) from e
         return verdict
@@ -122,3 +125,16 @@ def held(
         yield verdict
     finally:
         verdict.close()
+
+
+def forget(folder: Path, migration: str, side: str = "target") -> None:
+    """Remove a record whose verdict was carried out.  ProtocolError for one that is
+    not decided yet."""
+    path = folder / f"{migration}.{side}"
+    try:
+        word = ownfolder.read_path(path)[:_SIZE].decode(errors="replace").strip()
+    except FileNotFoundError:
+        return
+    if word == PENDING:
+        raise ProtocolError(f"migration {migration} is not decided yet, and not forgotten")
+    path.unlink(missing_ok=True)

@@ -143,6 +143,9 @@ class Runtime(Protocol):
     def destination(self, label: str) -> str:
         """Where an item goes; MigrateError for a label that is none."""
 
+    def largest(self, label: str) -> int:
+        """Bytes of an item at most, holes included."""
+
     def makes(self, facts: Facts) -> list[str]:
         """Files that `placed` makes."""
 

@@ -24,11 +24,12 @@ def read(bundle: str) -> dict[str, Any]:
     """MigrateError(15) when it is no config.json."""
     path = Path(bundle) / CONFIG
     try:
-        data = path.read_bytes()
-        config = json.loads(data)
-    except (OSError, ValueError) as e:
+        with path.open("rb") as f:
+            data = f.read(LARGEST + 1)  # of a larger one, sparse perhaps, no more
+        config = json.loads(data) if len(data) <= LARGEST else None
+    except (OSError, ValueError, RecursionError) as e:
         raise MigrateError(BAD_CONFIG, f"cannot read {path}: {e}") from e
-    if not isinstance(config, dict) or len(data) > LARGEST:
+    if not isinstance(config, dict):
         raise MigrateError(BAD_CONFIG, f"{path} is not a container's configuration")
     return config
 
@@ -95,7 +96,7 @@ def adapt(
                 if namespace.get("type") == "network":
                     namespace["path"] = ours.netns
         result.setdefault("annotations", {})["org.criu.config"] = f"{ours.bundle}/{CRIU}"
-    except (KeyError, TypeError, AttributeError, ValueError) as e:
+    except (KeyError, TypeError, AttributeError, ValueError, RecursionError) as e:
         raise MigrateError(BAD_CONFIG, f"config.json lacks what runc needs ({e!r})") from None
     return result
 

@@ -138,6 +138,9 @@ class CommandRuntime(Configured):
     def destination(self, label: str) -> str:
         raise MigrateError(COPY_FAILED, f"no item {label[:80]!r} belongs to this container")
 
+    def largest(self, label: str) -> int:
+        return 0
+
     def makes(self, facts: Facts) -> list[str]:
         return []
 

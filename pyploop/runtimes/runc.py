@@ -361,6 +361,9 @@ class Runc(Configured):
             raise MigrateError(COPY_FAILED, f"no item {label!r} belongs to a runc container")
         return f"{self._config.bundle}/{bundles.CONFIG}"
 
+    def largest(self, label: str) -> int:
+        return bundles.LARGEST
+
     def makes(self, facts: Facts) -> list[str]:
         return [f"{self._config.bundle}/{bundles.CRIU}"]
 

@@ -20,6 +20,7 @@ from pyploop import descriptor, sysblock, vzconf
 from pyploop.errors import MigrateError, ParameterError, PyploopError
 from pyploop.freeze.vzctl import parse_status
 from pyploop.hostconf import NAME, HostConfig
+from pyploop.pieces import LARGEST_FILE
 from pyploop.runtimes import (
     BAD_CONFIG,
     CHECKPOINT_VERSION,
@@ -52,6 +53,8 @@ HDD = "root.hdd"
 DUMP = "Dump"
 MOST_FILES = 1000
 """Of a private area, whose container's files lie inside the disk."""
+LARGEST_TEXT = 1 << 20
+"""Bytes of CTID.conf, and of a script."""
 _SPECIAL = {5: NO_KERNEL, 9: LOCKED, **dict.fromkeys(range(60, 67), QUOTA)}
 """vzctl's exit codes that have one of vzmigrate's own, whatever failed."""
 
@@ -338,6 +341,10 @@ class Vzctl:
         if kind == "private" and self._inside(rest) != self._top:
             return str(self._private / self._inside(rest))
         raise MigrateError(COPY_FAILED, f"no item {label[:80]!r} belongs to a container")
+
+    def largest(self, label: str) -> int:
+        # A lower delta is as large as the disk; what vzctl reads as text is not.
+        return LARGEST_FILE if label.startswith("private:") else LARGEST_TEXT
 
     def makes(self, facts: Facts) -> list[str]:
         return [str(self._private / self._inside(link)) for link in facts.get("links") or ()]

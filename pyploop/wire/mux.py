@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 from pyploop.errors import ProtocolError
 from pyploop.units import KIB, MIB
+from pyploop.wire.messages import finite, integer
 
 MAJOR = 1
 """Of the protocol; both ends must have the same."""
@@ -28,6 +29,8 @@ MAX_DATA = 256 * KIB
 WINDOW = 2 * MIB
 """Bytes of one channel that may be under way in one direction."""
 MAX_CHANNELS = 64
+DEEPEST = 64
+"""Objects and lists inside one another in a message."""
 HELLO_LIMIT = 64 * KIB
 """Bytes that a login shell may print before the hello."""
 
@@ -56,7 +59,8 @@ def parse(header: bytes) -> Frame:
     limit = _LIMITS.get(kind)
     if limit is None or zero:
         raise ProtocolError(f"agent protocol: unknown frame {header.hex()}")
-    if length > limit or (kind == CREDIT and length != 4):
+    # An empty DATA would be the end, and is not sent.
+    if length > limit or (kind == CREDIT and length != 4) or (kind == DATA and not length):
         raise ProtocolError(f"agent protocol: frame of kind {kind} with {length} bytes")
     with_channel = kind in (DATA, CREDIT, END, RESET)
     if with_channel != (channel > 0) or channel >= MAX_CHANNELS:
@@ -73,14 +77,40 @@ def encode(message: Message) -> bytes:
 
 
 def decode(payload: bytes) -> Message:
-    """ProtocolError unless it is a JSON object."""
+    """ProtocolError unless it is a JSON object that may come: of numbers of 64 bits,
+    of text that can be written, and not deeper than DEEPEST."""
     try:
-        message = json.loads(payload)
+        message = json.loads(
+            payload.decode(), parse_float=finite, parse_int=integer, parse_constant=_no_constant
+        )
+        _check_values(message)
     except (ValueError, RecursionError) as e:
         raise ProtocolError(f"agent protocol: message is not JSON ({e})") from None
     if not isinstance(message, dict):
         raise ProtocolError("agent protocol: message is not an object")
     return message
+
+
+def _no_constant(name: str) -> float:
+    raise ValueError(f"{name} is no number")
+
+
+def _check_values(message: Any) -> None:
+    level: list[Any] = [message]
+    for _ in range(DEEPEST):
+        below: list[Any] = []
+        for value in level:
+            if isinstance(value, str):
+                value.encode()  # half of a surrogate pair: UnicodeEncodeError, a ValueError
+            elif isinstance(value, dict):
+                below += value
+                below += value.values()
+            elif isinstance(value, list):
+                below += value
+        if not below:
+            return
+        level = below
+    raise ValueError(f"more than {DEEPEST} lists and objects inside one another")
 
 
 def hello(version: str) -> bytes:

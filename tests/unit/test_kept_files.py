@@ -191,7 +191,8 @@ def test_a_lower_delta_is_the_source_s_whatever_was_kept(tmp_path: Path, damage:
     fd = os.open(held, os.O_RDWR)
     reader, _ = tell(fd, SIZE)
     a, b = socket.socketpair()
-    job = Job(lambda: pieces.receive(b.detach(), 10, lambda name: fd, durable=True)).start()
+    place = pieces.Place(lambda name: fd, durable=True)
+    job = Job(lambda: pieces.receive(b.detach(), 10, place)).start()
     with pieces.Writer(a.detach(), 10) as out:
         found = reuse.send_file(out, "lower", str(source), SIZE, reader)
         out.end()

@@ -137,11 +137,11 @@ def channel() -> Iterator[tuple[int, int]]:
     yield a.detach(), b.detach()
 
 
-def receive(fd: int, folder: Path) -> Job[list[str]]:
+def receive(fd: int, folder: Path) -> Job[pieces.Received]:
     def create(name: str) -> int:
         return os.open(folder / name, os.O_WRONLY | os.O_CREAT | os.O_EXCL)
 
-    return Job(lambda: pieces.receive(fd, 10, create, durable=True)).start()
+    return Job(lambda: pieces.receive(fd, 10, pieces.Place(create, durable=True))).start()
 
 
 def test_files_arrive_with_their_holes_sizes_and_modes(
@@ -161,7 +161,7 @@ def test_files_arrive_with_their_holes_sizes_and_modes(
         out.file("one", str(source))
         out.file("two", str(tmp_path / "empty"))
         out.end()
-    assert job.join(20) == ["one", "two"]
+    assert job.join(20).names == ["one", "two"]
     assert (target / "one").read_bytes() == source.read_bytes()
     assert (target / "one").stat().st_mode & 0o777 == 0o751
     assert (target / "one").stat().st_blocks * 512 < 2 << 20
@@ -206,7 +206,7 @@ def test_a_limited_writer_takes_its_time(channel: tuple[int, int], tmp_path: Pat
         out.file("one", str(tmp_path / "source"))
         out.end()
     assert time.monotonic() - start >= 0.2
-    assert job.join(20) == ["one"]
+    assert job.join(20).names == ["one"]
 
 
 def test_a_dump_that_fails_is_not_taken_for_a_whole_one(

@@ -1,0 +1,263 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the agent's requests and answers may hold (docs/agent-protocol.md): names,
+types and bounds.  No I/O.
+
+Invariant: nobody acts on a value of the peer's that was not checked here.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable
+from typing import Any
+
+from pyploop.errors import ProtocolError
+
+LARGEST = 1 << 50
+"""Bytes of a file, of a memory image, of all of a host's memory."""
+LONGEST_TIME = 86400.0
+"""Seconds that a peer may ask us to wait for something."""
+LONGEST_TEXT = 4096
+"""Characters of a text of the peer's that is shown or kept."""
+MOST = 4096
+"""Values in a list: CPU flags, addresses, links, files that were kept."""
+
+Check = Callable[[Any], Any]
+
+
+def clipped(text: object, most: int = LONGEST_TEXT) -> str:
+    """Something of the peer's for a message."""
+    words = str(text)
+    return words if len(words) <= most else f"{words[:most]}…"
+
+
+def _is(value: Any, kind: type) -> Any:
+    # True is an int for Python.
+    if type(value) is not kind:
+        raise ValueError(f"{clipped(repr(value), 40)} is not {_NAMES[kind]}")
+    return value
+
+
+_NAMES = {str: "a string", bool: "true or false", list: "a list", dict: "an object"}
+
+
+def _text(value: Any) -> str:
+    if len(_is(value, str)) > LONGEST_TEXT or "\0" in value:
+        raise ValueError(f"{clipped(repr(value), 40)} is too long, or has a NUL in it")
+    return str(value)
+
+
+def _flag(value: Any) -> bool:
+    return bool(_is(value, bool))
+
+
+def _whole(least: int, most: int) -> Check:
+    def check(value: Any) -> int:
+        if type(value) is not int or not least <= value <= most:
+            raise ValueError(f"{clipped(repr(value), 40)} is not a number from {least} to {most}")
+        return value
+
+    return check
+
+
+def _number(least: float, most: float) -> Check:
+    def check(value: Any) -> float:
+        if type(value) not in (int, float) or not least <= value <= most:
+            raise ValueError(f"{clipped(repr(value), 40)} is not a number from {least} to {most}")
+        return float(value)
+
+    return check
+
+
+def _list(check: Check, most: int = MOST) -> Check:
+    def all_of(value: Any) -> list[Any]:
+        if len(_is(value, list)) > most:
+            raise ValueError(f"a list of {len(value)} values, {most} at most")
+        return [check(one) for one in value]
+
+    return all_of
+
+
+def _or_none(check: Check) -> Check:
+    return lambda value: None if value is None else check(value)
+
+
+def _table(check: Check, most: int = MOST) -> Check:
+    def all_of(value: Any) -> dict[str, Any]:
+        if len(_is(value, dict)) > most:
+            raise ValueError(f"an object with {len(value)} names, {most} at most")
+        return {_text(name): check(one) for name, one in value.items()}
+
+    return all_of
+
+
+def _any(value: Any) -> Any:
+    return value
+
+
+def _known(checks: dict[str, Check]) -> Check:
+    """An object; what is in it by other names stays as it is (a newer peer's)."""
+
+    def check(value: Any) -> dict[str, Any]:
+        _is(value, dict)
+        checked = dict(value)
+        for name, one in checks.items():
+            if name in value:
+                checked[name] = _named(name, one, value[name])
+        return checked
+
+    return check
+
+
+def _file(value: Any) -> list[Any]:
+    if len(_is(value, list)) != 2:
+        raise ValueError(f"{clipped(repr(value), 40)} is not a name and a size")
+    return [_text(value[0]), _SIZE(value[1])]
+
+
+def _named(name: str, check: Check, value: Any) -> Any:
+    try:
+        return check(value)
+    except ValueError as e:
+        raise ValueError(f"{name}: {e}") from None
+
+
+_SIZE = _whole(0, LARGEST)
+_TIME = _number(0.0, LONGEST_TIME)
+_CHANNEL = _whole(1, 63)
+_INDEX = _whole(0, 1023)
+_MOMENT = _number(0.0, 2.0**53)
+_FACTS = _known(
+    {
+        "machine": _text,
+        "cpu": _list(_text),
+        "source": _known({"id": _text, "name": _text}),
+        "trees": _list(_SIZE, 64),
+        "images": _list(_SIZE, 64),
+        "mounts": _list(_text, 64),
+        "criu": _list(_whole(0, 1 << 20), 8),
+        "memory": _SIZE,
+        "simfs": _flag,
+        "ips": _list(_text),
+        "checkpoint": _or_none(_whole(0, 1 << 31)),
+        "links": _table(_any),
+    }
+)
+_REQUESTS: dict[str, dict[str, Check]] = {
+    "clock": {},
+    "check": {
+        "container": _text,
+        "runtime": _text,
+        "live": _flag,
+        "facts": _FACTS,
+        "sizes": _list(_SIZE, 64),
+        "nodeps": _list(_text, 16),
+    },
+    "begin": {"migration": _text, "stall": _number(0.0, 2.0**53), "keep": _flag},
+    "items": {"channel": _CHANNEL},
+    "digests": {"channel": _CHANNEL, "files": _list(_file)},
+    "disk": {"index": _INDEX, "channel": _CHANNEL, "reuse": _flag},
+    "tree": {"index": _INDEX, "channel": _CHANNEL, "last": _flag},
+    "dump": {
+        "channel": _CHANNEL,
+        "number": _whole(0, 1023),
+        "parent": _whole(0, 1023),
+        "room": _SIZE,
+    },
+    "join": {"name": _text, "timeout": _number(0.0, 2.0**53)},
+    "restore": {"timeout": _TIME},
+    "start": {"timeout": _TIME, "run": _flag},
+    "finish": {},
+    "undo": {},
+    "settle": {"migration": _text},
+    "forget": {"migration": _text},
+}
+_OPTIONAL = {"reuse", "number", "parent", "room"}
+_VERDICT = re.compile("committed|aborted")
+
+
+def request(op: Any, args: Any) -> dict[str, Any]:
+    """The checked arguments of a request; ProtocolError names what is wrong."""
+    checks = _REQUESTS.get(op) if isinstance(op, str) else None
+    if checks is None or not isinstance(args, dict):
+        raise ProtocolError(f"agent protocol: no request {clipped(repr(op), 80)}")
+    if unknown := args.keys() - checks.keys():
+        name = clipped(sorted(unknown)[0], 40)
+        raise ProtocolError(f"agent protocol: {op!r} with wrong arguments (unknown: {name})")
+    if missing := checks.keys() - args.keys() - _OPTIONAL:
+        name = sorted(missing)[0]
+        raise ProtocolError(f"agent protocol: {op!r} with wrong arguments (missing: {name})")
+    try:
+        return {name: _named(name, checks[name], value) for name, value in args.items()}
+    except ValueError as e:
+        raise ProtocolError(f"agent protocol: {op!r} with wrong arguments ({e})") from None
+
+
+def _verdict(value: Any) -> str:
+    if not _VERDICT.fullmatch(_text(value)):
+        raise ValueError(f"{clipped(value, 40)!r} is no verdict")
+    return str(value)
+
+
+_FAILED = _list(lambda value: clipped(_is(value, str)))
+_ANSWERS: dict[str, tuple[dict[str, Check], tuple[str, ...]]] = {
+    "clock": ({"monotonic": _MOMENT}, ("monotonic",)),
+    "check": ({"takes": _list(_text)}, ()),
+    "begin": ({"kept": _list(_text)}, ()),
+    "tree": ({"name": _text}, ("name",)),
+    "join": ({"ended": _MOMENT}, ()),
+    "restore": ({"moments": _table(_MOMENT)}, ("moments",)),
+    "finish": ({"failed": _FAILED}, ()),
+    "undo": ({"failed": _FAILED}, ()),
+    "settle": ({"verdict": _verdict, "failed": _FAILED}, ("verdict",)),
+}
+"""Request -> what its answer holds, and what of that must be there."""
+MOMENTS = ("restore", "running", "dump ended")
+"""Those of a restore that are needed."""
+
+
+def answer(op: str, value: Any) -> dict[str, Any]:
+    """The checked answer to a request; ProtocolError names what is wrong."""
+    checks, needed = _ANSWERS.get(op, ({}, ()))
+    try:
+        checked: dict[str, Any] = _known(checks)(value)
+        missing = [name for name in needed if name not in checked]
+        if op == "restore":
+            missing += [name for name in MOMENTS if name not in checked.get("moments", {})]
+        if missing:
+            raise ValueError(f"missing: {missing[0]}")
+    except ValueError as e:
+        raise ProtocolError(f"agent protocol: a wrong answer to {op!r} ({e})") from None
+    return checked
+
+
+def event(message: dict[str, Any]) -> tuple[str, float, dict[str, Any]]:
+    """(name, moment, fields) of what the agent tells; ProtocolError."""
+    try:
+        name, at = _text(message.get("event")), _MOMENT(message.get("at"))
+        return name, at, _is(message.get("fields"), dict)
+    except ValueError as e:
+        raise ProtocolError(f"agent protocol: a wrong event ({e})") from None
+
+
+def failure(error: Any) -> tuple[int, str]:
+    """(exit code, text) of an answer that says that the request failed."""
+    code = error.get("code") if isinstance(error, dict) else None
+    text = error.get("message") if isinstance(error, dict) else error
+    return (code if type(code) is int and 0 < code < 128 else 1), clipped(text)
+
+
+def finite(text: str) -> float:
+    """A JSON number with a fraction or exponent; ValueError when it is too large."""
+    value = float(text)
+    if not math.isfinite(value):
+        raise ValueError(f"the number {clipped(text, 40)} is too large")
+    return value
+
+
+def integer(text: str) -> int:
+    """A JSON number without; ValueError when it does not fit into 64 bits."""
+    if len(text) > 20 or not -(1 << 63) <= (value := int(text)) < 1 << 64:
+        raise ValueError(f"the number {clipped(text, 40)} is too large")
+    return value
