@@ -121,10 +121,15 @@ class Memory:
         dump = Job(lambda: self._runtime.pre_dump(images, parent))
         stream = Job(lambda: pieces.stream_dump(images, out, dump))
         self._jobs += [dump, stream]
-        dump.start()
-        stream.start()
-        frozen = dump.join()
-        stream.join()
+        try:
+            dump.start()
+            stream.start()
+            frozen = dump.join()
+            stream.join()
+        except BaseException:
+            # A failed pre-dump may have left it frozen: not until the target reads.
+            end_all([stream], out.cancel)
+            raise
         self._remote.call("join", self._stall, name=f"memory {number}", timeout=self._stall)
         end = time.monotonic()
         self._recorder.add(f"memory {number}", start, end)

@@ -55,6 +55,7 @@ from pyploop.runtimes import (
     Runtime,
 )
 from pyploop.summary import Options, Summary
+from pyploop.suspend_limit import SuspendLimit
 from pyploop.times import Moments
 from pyploop.wire.messages import clipped
 
@@ -62,6 +63,8 @@ CHECKING = 120.0
 """Seconds for the target's checks: a probe of CRIU is among them."""
 RESTORING = 300.0
 """Seconds for the target to restore, or to start, the container."""
+UNDOING = 120.0
+"""Seconds for the target to undo what it was asked for, and did not answer in time."""
 
 
 @dataclass(frozen=True)
@@ -78,6 +81,9 @@ class Wish:
     """See Runtime."""
     pre_dumps: int = MemoryPolicy.max_rounds
     """Rounds of memory before the freeze at most."""
+    suspend_limit: float = 60.0
+    """Seconds after which a suspended container goes on here, unless the target was
+    asked to restore it and may have done so; 0: no limit."""
     ssh_options: tuple[str, ...] = ()
     rsync_options: tuple[str, ...] = ()
     copy: Options = field(default_factory=Options)
@@ -282,25 +288,32 @@ class _Move:
         images, parent = chain.folder_of(self._folder, 0), ahead.parent_folder
         images.mkdir(mode=0o700)
         number, fd = remote.open_channel()
-        with pieces.Writer(fd, self._wish.copy.stall) as out:
+        limit = SuspendLimit(self._wish.suspend_limit, remote.cut)
+        with pieces.Writer(fd, self._wish.copy.stall) as out, limit, remote.explained():
+            dump = Job(lambda: runtime.dump(images, parent))
+            stream = Job(lambda: pieces.stream_dump(images, out, dump))
             # An agent that knows no rounds knows no such argument.
             after = {"parent": ahead.parent} if ahead.parent else {}
             remote.call("dump", REQUEST, channel=number, **after)
             self._compare_clocks()
             self._log("resume")
             start = time.monotonic()
+            limit.start()
             runtime.suspend()
             suspended = time.monotonic()
-            dump = Job(lambda: runtime.dump(images, parent))
-            stream = Job(lambda: pieces.stream_dump(images, out, dump))
             self._jobs += [dump, stream]
-            dump.start()
-            stream.start()
-            self.result.disks = disks.finish(dump)
-            copied = time.monotonic()
-            dump.join()
-            stream.join()
-            moments = self._ask("restore", timeout=RESTORING)["moments"]
+            try:
+                dump.start()
+                stream.start()
+                self.result.disks = disks.finish(dump)
+                copied = time.monotonic()
+                dump.join()
+                stream.join()
+            except BaseException:
+                # Not when the target likes: its channel is about to be closed.
+                end_all([stream], out.cancel)
+                raise
+            moments = self._ask("restore", timeout=limit.ask(RESTORING))["moments"]
         resumed = time.monotonic()
         self.result.moments = Moments(start, copied, dump.ended, stream.ended, resumed)
         running, asked = moments["running"], moments["restore"]
@@ -364,7 +377,12 @@ class _Move:
         out that it runs on the target.  MigrateError: that cannot be known."""
         signals.only_told(self._report, "is late: what has failed is being ended already")
         end_all(self._jobs)  # CRIU, ended in the midst of a dump, spoils the container
-        if self._journal.get("stage") == recover.ASKED and self._settle(cause):
+        try:
+            moved = self._journal.get("stage") == recover.ASKED and self._settle(cause)
+        except BaseException:
+            self._lock.close()  # --recover's from now on
+            raise
+        if moved:
             self._report.note(f"Went wrong after the target had it: {cause}")
             return True
         self._tell(undoing.undo_all(self._journal))
@@ -375,7 +393,7 @@ class _Move:
 
     def _settle(self, cause: BaseException) -> bool:
         with contextlib.suppress(PyploopError):
-            self._tell(self._remote.call("undo", RESTORING).get("failed", []))
+            self._tell(self._remote.call("undo", UNDOING).get("failed", []))
             return False  # it was not committed, and will not be
         self._remote.close()
         return recover.settled(self._host, self._journal, cause, self._report)

@@ -12,7 +12,7 @@ import shlex
 import subprocess
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from pyploop import __version__, transport
@@ -28,7 +28,7 @@ ENDING = 10.0
 """Seconds for the agent to undo and end, after which ssh is killed."""
 SAID = 1000
 """Characters of what ssh and the agent printed that go into a message."""
-CANNOT_CONNECT = 4
+CANNOT_CONNECT, COPY_FAILED = 4, 6
 SSH_OPTIONS = (
     "-T",
     # The target needs nothing of ours: no keys of the user's agent, no display, no
@@ -182,6 +182,19 @@ class Remote:
     def channels_left(self) -> int:
         """How many can still be opened: their numbers are not used again."""
         return wire.MAX_CHANNELS - 1 - self._channel
+
+    @contextlib.contextmanager
+    def explained(self) -> Iterator[None]:
+        """What fails in it since the connection is dead tells why that is."""
+        try:
+            yield
+        except MigrateError:
+            raise
+        except (PyploopError, OSError) as e:
+            cause = self._mux.failure if self._mux is not None else None
+            if cause is None or str(cause) in str(e):
+                raise
+            raise MigrateError(COPY_FAILED, f"{self.host}: {cause} ({e})") from e
 
     def cut(self, cause: PyploopError) -> None:
         """From any thread: the connection is given up, and whoever waits for the

@@ -85,6 +85,9 @@ def _told(result: Result) -> int:
 def _wish(o: MigrateOptions) -> Wish:
     if o.max_freeze is not None and not o.live:
         raise MigrateError(USAGE, "--max-freeze goes with --live")
+    if o.suspend_limit is not None and not o.live:
+        raise MigrateError(USAGE, "--suspend-limit goes with --live")
+    limit = Wish.suspend_limit if o.suspend_limit is None else o.suspend_limit
     return Wish(
         host=o.host,
         live=o.live,
@@ -94,11 +97,13 @@ def _wish(o: MigrateOptions) -> Wish:
         nodeps=o.nodeps,
         drop_exec=o.drop_exec,
         pre_dumps=o.pre_dumps,
+        suspend_limit=limit,
         ssh_options=o.ssh,
         rsync_options=rsync_options.check_options(o.rsync),
         copy=Options(
             stall=o.timeout,
             rate=o.bwlimit,
+            freeze_limit=limit,  # a disk is frozen while the container is suspended
             policy=Policy(
                 max_freeze=o.max_freeze,
                 deadline=Policy.deadline if o.deadline is None else o.deadline,

@@ -39,6 +39,7 @@ class MigrateOptions:
     """Processes of `runc exec` end with the move."""
     pre_dumps: int
     """Rounds of memory before the freeze at most."""
+    suspend_limit: float | None
     max_freeze: float | None
     deadline: float | None
     bwlimit: int
@@ -124,6 +125,13 @@ def parser() -> Parser:
         action="store_true",
         help="let processes of `runc exec`, which cannot be moved, end with the move",
     )
+    add(
+        "--suspend-limit",
+        type=parsed(_limit, "time"),
+        metavar="TIME",
+        help="with --live: after so long a suspended container goes on here, unless the target "
+        "may have restored it already (60); 0 for no limit",
+    )
     add("--max-freeze", type=parsed(parse_time, "time"), metavar="TIME", help="disk frozen at most")
     add(
         "--deadline",
@@ -164,6 +172,11 @@ def _some_time(text: str) -> float:
     return seconds
 
 
+def _limit(text: str) -> float:
+    seconds = parse_time(text)
+    return seconds and _some_time(text)
+
+
 def _spelled_out(args: list[str]) -> list[str]:
     """`-f` and `--nodeps` have a value only with `=`; argparse would take HOST."""
     return ["--nodeps=all" if a in ("-f", "--nodeps") else a for a in args]
@@ -198,6 +211,7 @@ def parse(args: list[str]) -> MigrateOptions:
         verbose=min(o.verbose, 4),
         drop_exec=o.drop_exec,
         pre_dumps=o.pre_dumps,
+        suspend_limit=o.suspend_limit,
         max_freeze=o.max_freeze,
         deadline=o.deadline,
         bwlimit=o.bwlimit,

@@ -1,0 +1,135 @@
+#!/usr/bin/env python3
+# SPDX-License-Identifier: Apache-2.0
+"""A target that is honest until something happens, and then is not: a relay between
+the source and a real agent.
+
+    hostile.py HOW AGENT…       HOW as below; a second one there is honest
+
+From the moment on at which the dump's stream begins:
+    deaf        takes nothing any more, says nothing; it only lives (pings)
+    flood       the same, and sends events without end
+    drip        the same, and sends an event now and then
+Of the request to restore:
+    forgetful   it never comes to the agent; what follows does
+    late        the agent answers it, and the source does not hear of that
+"""
+
+from __future__ import annotations
+
+import os
+import select
+import struct
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+HEADER = struct.Struct("<BBHI")
+CONTROL, PING = 1, 6
+AFTER = ("forgetful", "late")
+"""Those that turn at the request to restore."""
+
+
+def exactly(fd: int, size: int) -> bytes:
+    data = b""
+    while len(data) < size:
+        part = os.read(fd, size - len(data))
+        if not part:
+            raise EOFError
+        data += part
+    return data
+
+
+def frame(fd: int) -> tuple[int, bytes]:
+    head = exactly(fd, HEADER.size)
+    kind, _, _, length = HEADER.unpack(head)
+    return kind, head + exactly(fd, length)
+
+
+def line(fd: int) -> bytes:
+    data = b""
+    while not data.endswith(b"\n"):
+        data += exactly(fd, 1)
+    return data
+
+
+def send(fd: int, data: bytes) -> None:
+    view = memoryview(data)
+    while view:
+        view = view[os.write(fd, view) :]
+
+
+class Relay:
+    def __init__(self, how: str, agent: subprocess.Popen[bytes]) -> None:
+        assert agent.stdin is not None and agent.stdout is not None
+        self.how, self.agent = how, agent
+        self.to, self.of = agent.stdin.fileno(), agent.stdout.fileno()
+        self.turned = threading.Event()
+
+    def back(self) -> None:
+        """From the agent."""
+        try:
+            send(1, line(self.of))
+            while True:
+                kind, data = frame(self.of)
+                if (
+                    not self.turned.is_set()
+                    or kind == PING
+                    or self.how == "forgetful"
+                    or b'"error"' in data
+                ):
+                    send(1, data)
+        except (EOFError, OSError):
+            os._exit(0)
+
+    def there(self) -> None:
+        """To the agent."""
+        send(self.to, line(0))
+        clocks = 0
+        while True:
+            kind, data = frame(0)
+            if kind == CONTROL and b'"op": "restore"' in data and self.how in AFTER:
+                self.turned.set()
+                if self.how == "forgetful":
+                    continue
+            send(self.to, data)
+            if kind == CONTROL and b'"op": "clock"' in data and self.how not in AFTER:
+                # The last request before the container is suspended, five times.
+                clocks += 1
+                if clocks == 5:
+                    time.sleep(0.1)  # for its answer
+                    self.turn()
+
+    def turn(self) -> None:
+        self.turned.set()
+        event = b'{"event": "x", "at": 1, "fields": {}}'
+        event = HEADER.pack(CONTROL, 0, 0, len(event)) + event
+        source = select.poll()
+        source.register(0, 0)  # its end is told in any case
+        while not source.poll(20 if self.how == "drip" else 0 if self.how == "flood" else 500):
+            if self.how != "deaf":
+                send(1, event)
+        raise EOFError
+
+    def run(self) -> None:
+        threading.Thread(target=self.back, daemon=True).start()
+        try:
+            self.there()
+        except (EOFError, OSError):
+            os.close(self.to)
+            self.agent.wait()
+
+
+def main() -> None:
+    how, *command = sys.argv[1:]
+    mark = Path(f"{command[-1]}.{how}")  # beside the agent's configuration
+    if mark.exists():
+        os.execvp(command[0], command)
+    mark.touch()
+    agent = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    Relay(how, agent).run()
+
+
+if __name__ == "__main__":
+    main()

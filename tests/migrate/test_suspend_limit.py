@@ -1,0 +1,87 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`--suspend-limit`: whatever the target does, a suspended container runs again at the
+source, unless the target may have restored it."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+from test_command import Pair, pair  # noqa: F401 - a fixture
+
+HERE = Path(__file__).parent
+
+
+def with_target(pair: Pair, how: str) -> None:  # noqa: F811
+    """The target of migrations from a is such a one (hostile.py)."""
+    config = pair.a / "migrate.toml"
+    lines = config.read_text().splitlines()
+    (at,) = (n for n, text in enumerate(lines) if text.startswith("agent ="))
+    agent = json.loads(lines[at].partition("=")[2])
+    lines[at] = f"agent = {json.dumps([sys.executable, str(HERE / 'hostile.py'), how, *agent])}"
+    config.write_text("\n".join(lines) + "\n")
+
+
+@pytest.mark.parametrize("how", ["deaf", "flood", "drip"])
+def test_it_goes_on_here_when_the_target_stalls_the_suspended_time(
+    pair: Pair,  # noqa: F811
+    how: str,
+) -> None:
+    with_target(pair, how)
+    done = pair.migrate(pair.a, "--live", "--suspend-limit", "2")
+    assert done.returncode == 6, done.stderr
+    # Whichever comes first.
+    flood = how == "flood" and "a flood of messages" in done.stderr
+    assert flood or "for more than 2 s (--suspend-limit)" in done.stderr
+    assert "Traceback" not in done.stderr
+    (pair.b / f"migrate.toml.{how}").unlink()
+    pair.runs_only_on(pair.a)
+
+
+def test_it_goes_on_here_when_the_target_forgets_the_restore(pair: Pair) -> None:  # noqa: F811
+    with_target(pair, "forgetful")
+    done = pair.migrate(pair.a, "--live", "--suspend-limit", "2")
+    assert done.returncode == 6, done.stderr
+    assert "no answer" in done.stderr
+    (pair.b / "migrate.toml.forgetful").unlink()
+    pair.runs_only_on(pair.a)
+
+
+def test_it_is_not_run_twice_when_the_answer_to_the_restore_is_lost(
+    pair: Pair,  # noqa: F811
+) -> None:
+    """The limit passes while the container runs there already."""
+    with_target(pair, "late")
+    done = pair.migrate(pair.a, "--live", "--suspend-limit", "2")
+    assert done.returncode == 0, done.stderr
+    assert "Went wrong after the target had it" in done.stdout
+    (pair.b / "migrate.toml.late").unlink()
+    pair.runs_only_on(pair.b)
+
+
+def test_a_target_that_is_slow_to_restore_withdraws_it(pair: Pair) -> None:  # noqa: F811
+    """It commits nothing when the source does not wait for it any more."""
+    text = (HERE / "anyhost.py").read_text()
+    slow = pair.b / "slow.py"
+    slow.write_text(
+        text.replace('elif step == "undump":', 'elif step == "undump":\n        time.sleep(3)')
+    )
+    config = pair.b / "migrate.toml"
+    config.write_text(config.read_text().replace(str(HERE / "anyhost.py"), str(slow)))
+    (pair.b / "guest.py").symlink_to(HERE / "guest.py")
+    done = pair.migrate(pair.a, "--live", "--suspend-limit", "2")
+    assert done.returncode == 6, done.stderr
+    assert "no answer" in done.stderr
+    for name in ("slow.py", "guest.py"):
+        (pair.b / name).unlink()
+    shutil.rmtree(pair.b / "__pycache__", ignore_errors=True)
+    config.write_text(config.read_text().replace(str(slow), str(HERE / "anyhost.py")))
+    pair.runs_only_on(pair.a)
+
+
+def test_the_limit_goes_with_live(pair: Pair) -> None:  # noqa: F811
+    done = pair.migrate(pair.a, "--suspend-limit", "5")
+    assert (done.returncode, "goes with --live" in done.stderr) == (1, True), done.stderr
