@@ -17,6 +17,7 @@ import subprocess
 import threading
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 from unittest import mock
 
@@ -291,7 +292,7 @@ def run_source(world: World, data: bytes) -> None:
     with (
         mock.patch.object(subprocess, "Popen", popen),
         mock.patch.object(Remote, "call", call),
-        mock.patch.object(recover, "ATTEMPTS", 0.0),
+        mock.patch.object(recover, "settled", partial(recover.settled, patience=0.0)),
         mock.patch.object(undoing, "make_runtime", lambda *_: box),
         mock.patch.object(hostconf, "load", lambda _: world.host()),
     ):

@@ -1,0 +1,326 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The source's end of the agent's protocol against an agent that floods, drips, talks
+without end, or answers with something else."""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import socket
+import struct
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pyploop import digests, mux, pieces, tail
+from pyploop.errors import MigrateError, ProtocolError, PyploopError, ReadError
+from pyploop.jobs import Job
+from pyploop.mux import Mux
+from pyploop.remote import Remote
+from pyploop.wire import mux as wire
+
+AGENT = """
+import json, os, struct, sys, threading, time
+
+def ends():
+    while os.read(0, 65536):
+        pass
+    os._exit(0)
+
+def message(**values):
+    text = json.dumps(values).encode()
+    os.write(1, struct.pack("<BBHI", 1, 0, 0, len(text)) + text)
+
+def event(text="x"):
+    message(event="line", at=1, fields={{"level": 3, "text": text}})
+
+os.write(1, b"PYPLOOP-AGENT 1 0.1.0\\n")
+reader = threading.Thread(target=ends, daemon=True)
+reader.start()
+{body}
+reader.join()
+"""
+
+
+def remote(body: str, events: list[Any] | None = None) -> Remote:
+    """Connected to that agent; what comes before `--` is not looked at."""
+    program = [sys.executable, "-c", AGENT.format(body=body), "--"]
+    seen = events if events is not None else []
+    return Remote("host", program, (), ("agent",), lambda *event: seen.append(event))
+
+
+ENDLESS = "while True:\n    event()\n    time.sleep(0.01)"
+
+
+def test_one_who_always_has_another_event_is_late_all_the_same() -> None:
+    events: list[Any] = []
+    with remote(ENDLESS, events) as target, pytest.raises(ReadError, match="no answer in time"):
+        target.call("clock", 2)
+    assert events
+
+
+def test_events_without_end_end_the_connection() -> None:
+    body = "while True:\n    event('x' * 60000)"
+    with remote(body) as target, pytest.raises(ProtocolError, match=r"without end|flood"):
+        target.call("clock", 60)
+
+
+def test_what_an_agent_prints_without_end_is_not_kept() -> None:
+    """In a file it would fill the source's disk."""
+    body = "os.write(2, b'no end' * 100000)\nos.write(2, b'last words')\nos._exit(1)"
+    with remote(body) as target, pytest.raises(PyploopError, match="last words"):
+        target.call("clock", 20)
+
+
+def test_the_end_of_a_long_output_is_kept() -> None:
+    kept = tail.Tail()
+    fd = os.dup(kept.fd)
+    kept.started()
+    for n in range(2000):
+        os.write(fd, b"%0100d" % n)
+    os.close(fd)
+    assert kept.text(ended=True) == "".join(f"{n:0100d}" for n in range(2000))[-tail.KEPT :]
+    kept.close()
+
+
+WRONG: dict[str, tuple[str, Any]] = {
+    "a list": ("clock", []),
+    "nothing": ("clock", {}),
+    "a text for a moment": ("clock", {"monotonic": "1"}),
+    "a flag for a moment": ("clock", {"monotonic": True}),
+    "names that are none": ("begin", {"kept": [5]}),
+    "takes that is no list": ("check", {"takes": {"memory": 1}}),
+    "moments that are none": ("restore", {"moments": []}),
+    "moments without one": ("restore", {"moments": {"restore": 1.0, "running": 2.0}}),
+    "a moment before all time": ("restore", {"moments": {"restore": -1e300}}),
+    "a verdict that is none": ("settle", {"verdict": "maybe", "failed": []}),
+    "no verdict": ("settle", {"failed": []}),
+    "failures that are none": ("undo", {"failed": "everything"}),
+    "a name that is none": ("tree", {"name": 5}),
+}
+
+
+@pytest.mark.parametrize("what", list(WRONG))
+def test_an_answer_of_another_kind_is_an_error_of_the_protocol(what: str) -> None:
+    op, ok = WRONG[what]
+    body = f"message(id=1, ok=json.loads({json.dumps(json.dumps(ok))}))"
+    with remote(body) as target, pytest.raises(ProtocolError, match="wrong answer"):
+        target.call(op, 20)
+        target.cut(ReadError("over"))
+
+
+@pytest.mark.parametrize(
+    "event",
+    [{"event": 5}, {"event": "x"}, {"event": "x", "at": "1"}, {"event": "x", "at": 1, "fields": 5}],
+)
+def test_an_event_of_another_kind_is_an_error_of_the_protocol(event: dict[str, Any]) -> None:
+    body = f"message(**json.loads({json.dumps(json.dumps(event))}))"
+    with remote(body) as target, pytest.raises(ProtocolError, match="wrong event"):
+        target.call("clock", 20)
+
+
+@pytest.mark.parametrize("error", [None, 5, [], {}, {"code": 10**9}, {"code": True}, {"code": "7"}])
+def test_a_failure_of_another_kind_has_an_exit_code(error: Any) -> None:
+    body = f"message(id=1, error=json.loads({json.dumps(json.dumps(error))}))"
+    with remote(body) as target, pytest.raises(MigrateError) as failed:
+        target.call("clock", 20)
+    assert failed.value.exit_code == 1
+
+
+# ---- the connection
+
+
+@pytest.fixture
+def ends() -> Iterator[tuple[Mux, socket.socket]]:
+    ours, theirs = socket.socketpair()
+    end = Mux(ours.fileno(), ours.fileno())
+    try:
+        yield end, theirs
+    finally:
+        end.close()
+        ours.close()
+        theirs.close()
+
+
+def dead(end: Mux) -> PyploopError:
+    with pytest.raises(PyploopError) as failed:
+        while True:
+            end.receive(20)
+    return failed.value
+
+
+def test_messages_that_nobody_asks_for_are_bounded(ends: tuple[Mux, socket.socket]) -> None:
+    """13 MiB of them took 270, and 3 GiB on a source that was suspended meanwhile."""
+    end, peer = ends
+    flood = (wire.frame(wire.CONTROL, 0, 2) + b"{}") * 1000
+    with pytest.raises(OSError):
+        while True:
+            peer.sendall(flood)
+            if end.failure is not None:
+                raise OSError
+    assert "a flood of messages" in str(end.failure)
+    assert end._arrived <= mux.INBOX + mux.OVERHEAD + 2
+
+
+def test_small_frames_take_no_more_than_their_bytes(ends: tuple[Mux, socket.socket]) -> None:
+    end, peer = ends
+    fd = end.open(1)
+    frames = wire.WINDOW // 2
+    many = (wire.frame(wire.DATA, 1, 2) + b"xx") * 1000
+    for _ in range(frames // 1000):
+        peer.sendall(many)
+    peer.sendall(wire.encode({"id": 1}))
+    end.receive(60)  # all before it has been taken
+    channel = end._channels[1]
+    assert len(channel._incoming) <= 2 * wire.WINDOW // mux.MERGED
+    with socket.socket(fileno=fd) as s:
+        got = 0
+        while got < frames // 1000 * 2000:
+            part = s.recv(1 << 16)
+            assert set(part) == {ord("x")}
+            got += len(part)
+
+
+@pytest.mark.parametrize(
+    ("frames", "why"),
+    [
+        (wire.frame(wire.DATA, 1, 0), "with 0 bytes"),
+        (wire.frame(wire.END, 1, 0) + wire.frame(wire.DATA, 1, 1) + b"x", "after the end"),
+    ],
+)
+def test_data_without_bytes_or_after_the_end_end_the_connection(
+    ends: tuple[Mux, socket.socket], frames: bytes, why: str
+) -> None:
+    end, peer = ends
+    fd = end.open(1)
+    peer.sendall(frames)
+    assert why in str(dead(end))
+    os.close(fd)
+
+
+def test_ends_of_a_channel_take_no_memory(ends: tuple[Mux, socket.socket]) -> None:
+    end, peer = ends
+    fd = end.open(1)
+    peer.sendall(wire.frame(wire.END, 1, 0) * 10000 + wire.encode({}))
+    assert end.receive(20) == {}
+    assert not end._channels.get(1) or not end._channels[1]._incoming
+    os.close(fd)
+
+
+# ---- files
+
+
+@pytest.fixture
+def channel() -> Iterator[tuple[int, socket.socket]]:
+    ours, theirs = socket.socketpair()
+    yield ours.detach(), theirs
+    theirs.close()
+
+
+@pytest.fixture
+def few_descriptors() -> Iterator[None]:
+    """So many more that the files of a stream do not all fit."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    most = max(int(n) for n in os.listdir("/proc/self/fd")) + pieces.MOST_OPEN + 40
+    resource.setrlimit(resource.RLIMIT_NOFILE, (min(most, hard), hard))
+    yield
+    resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+def place(folder: Path, **limits: Any) -> pieces.Place:
+    def opened(flags: int) -> Callable[[str], int]:
+        return lambda name: os.open(folder / name, os.O_WRONLY | flags, 0o600)
+
+    return pieces.Place(opened(os.O_CREAT | os.O_EXCL), opened(0), **limits)
+
+
+@pytest.mark.usefixtures("few_descriptors")
+@pytest.mark.parametrize("name", ["core-{}.img", "pages-{}.img"])
+def test_a_dump_of_thousands_of_images_arrives(
+    channel: tuple[int, socket.socket], tmp_path: Path, name: str
+) -> None:
+    """A container of 145 processes has more than 1,000, which were open all at once."""
+    source, target = tmp_path / "source", tmp_path / "target"
+    source.mkdir()
+    target.mkdir()
+    for n in range(2000):
+        (source / name.format(n)).write_bytes(b"%d" % n)
+    job = Job(lambda: pieces.receive(channel[0], 30, place(target))).start()
+    with pieces.Writer(channel[1].detach(), 30) as out:
+        pieces.stream_dump(source, out, Job(lambda: None).start())
+    assert len(job.join(30).names) == 2000
+    assert all((target / name.format(n)).read_bytes() == b"%d" % n for n in range(2000))
+
+
+def head(name: bytes, data: bytes, pos: int = 0) -> bytes:
+    return struct.pack("<HHIQ", len(name), 0o600, len(data), pos) + name + data
+
+
+REFUSED: dict[str, tuple[bytes, dict[str, Any], str]] = {
+    "larger than its kind": (head(b"a", b"", 101), {"largest": lambda _: 100}, "100 bytes"),
+    "data beyond its kind": (head(b"a", b"x", 100), {"largest": lambda _: 100}, "100 bytes"),
+    "more than announced": (
+        head(b"a", b"x" * 60) + head(b"b", b"x" * 60),
+        {"most_bytes": 100},
+        "100 bytes",
+    ),
+    "too many files": (
+        head(b"a", b"") + head(b"b", b"") + head(b"c", b""),
+        {"most_files": 2},
+        "more than 2 files",
+    ),
+    "a NUL in a name": (head(b"a\0b", b"x"), {}, "NUL"),
+}
+
+
+@pytest.mark.parametrize("what", list(REFUSED))
+def test_a_stream_of_files_keeps_to_its_limits(
+    channel: tuple[int, socket.socket], tmp_path: Path, what: str
+) -> None:
+    stream, limits, why = REFUSED[what]
+    channel[1].sendall(stream)
+    with pytest.raises(ProtocolError, match=why):
+        pieces.receive(channel[0], 20, place(tmp_path, **limits))
+
+
+def test_files_that_are_all_begun_and_never_complete_are_bounded(
+    channel: tuple[int, socket.socket], tmp_path: Path
+) -> None:
+    one_by_one = pieces.Place(place(tmp_path).create)
+    channel[1].sendall(b"".join(head(b"%d" % n, b"x") for n in range(pieces.MOST_OPEN + 1)))
+    with pytest.raises(ProtocolError, match="are not complete"):
+        pieces.receive(channel[0], 20, one_by_one)
+
+
+@pytest.mark.parametrize("what", ["files", "digests"])
+def test_one_who_drips_is_given_up(
+    channel: tuple[int, socket.socket], tmp_path: Path, what: str
+) -> None:
+    """A byte before each deadline is no progress."""
+    over = threading.Event()
+
+    def drip() -> None:
+        for byte in head(b"a", bytes(1 << 16)):
+            if over.wait(0.05):
+                return
+            channel[1].sendall(bytes([byte]))
+
+    dripping = Job(drip).start()
+    try:
+        with pytest.raises(ReadError, match=r"next to nothing|tells no digests"):
+            if what == "files":
+                pieces.receive(channel[0], 0.5, place(tmp_path))
+            else:
+                reader = digests.Reader(channel[0], 0.5)
+                try:
+                    list(reader.runs(1 << 30))
+                finally:
+                    reader.close()
+    finally:
+        over.set()
+        dripping.end()
