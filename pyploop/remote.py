@@ -142,7 +142,7 @@ class Remote:
             deadline = time.monotonic() + timeout
             most = mux.taken + INBOX
             while True:
-                message = self._next(mux, op, deadline)
+                message = self._next(mux, op, deadline, timeout)
                 if mux.taken > most:
                     mux.end(ProtocolError(f"agent protocol: events without end instead of {op!r}"))
                     raise mux.failure or ReadError("the connection ended")
@@ -156,16 +156,20 @@ class Remote:
             raise MigrateError(code, f"{self.host}: {text}")
         return messages.answer(op, message.get("ok"))
 
-    def _next(self, mux: Mux, op: str, deadline: float) -> wire.Message:
+    def _next(self, mux: Mux, op: str, deadline: float, timeout: float) -> wire.Message:
+        left = deadline - time.monotonic()
         try:
             # Also when there is a message: one who always has another is late, too.
-            if (left := deadline - time.monotonic()) <= 0 and mux.failure is None:
-                raise ReadError("no answer in time")
+            if left <= 0 and mux.failure is None:
+                raise ReadError("no answer")
             return mux.receive(max(left, 0.0))
         except PyploopError as e:
+            why = str(e)
+            if mux.failure is None and time.monotonic() >= deadline:
+                why = f"no answer within {timeout:g} s"
             said = self.stderr()
             raise type(e)(
-                f"{op} on {self.host}: {e}" + (f" (it said: {said})" if said else "")
+                f"{op} on {self.host}: {why}" + (f" (it said: {said})" if said else "")
             ) from e
 
     def _live(self) -> Mux:

@@ -11,6 +11,7 @@ guide.py is for campaigns, test_conversations.py for what they found.
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import socket
 import subprocess
@@ -22,7 +23,7 @@ from typing import Any
 from unittest import mock
 
 from made_up import Box, Finding, World
-from scripts import agent_seeds, frame_of, source_seeds
+from scripts import agent_seeds, frame_of, message_seeds, source_seeds
 
 from pyploop import agent, hostconf, journal, migrate, recover, undoing
 from pyploop.errors import MigrateError, ProtocolError, PyploopError
@@ -131,6 +132,24 @@ def run_frames(data: bytes) -> None:
             for fd in ends:
                 os.close(fd)
     _thread_failed()
+
+
+def read_messages(data: bytes) -> None:
+    """Messages, one a line, as requests, as answers to each, and as events."""
+    for line in data.split(b"\n"):
+        with contextlib.suppress(ProtocolError):
+            message = wire.decode(line)
+            code, text = messages.failure(message.get("error"))
+            if not 0 < code < 128 or len(text) > messages.LONGEST_TEXT + 1:
+                raise Finding(f"failure {code} with {len(text)} characters")
+            op, args, ok = (message.get(name) for name in ("op", "args", "ok"))
+            for check in (
+                lambda: messages.request(op, args),  # noqa: B023 - called at once
+                lambda: messages.answer(str(op), ok),  # noqa: B023
+                lambda: messages.event(message),  # noqa: B023
+            ):
+                with contextlib.suppress(ProtocolError):
+                    json.dumps(check(), allow_nan=False).encode()
 
 
 _failures: list[threading.ExceptHookArgs] = []
@@ -317,6 +336,7 @@ def run_source(world: World, data: bytes) -> None:
 
 TARGETS: dict[str, tuple[Callable[[World, bytes], None], Callable[[], list[bytes]]]] = {
     "frames": (lambda _, data: run_frames(data), lambda: agent_seeds() + source_seeds()),
+    "messages": (lambda _, data: read_messages(data), message_seeds),
     "agent": (run_agent, agent_seeds),
     "source": (run_source, source_seeds),
 }

@@ -2,7 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Fuzz the agent's protocol (conversations.py), guided by coverage.
 
-    tests/fuzz/guide.py {frames|agent|source} [libFuzzer's options]
+    tests/fuzz/guide.py {frames|messages|agent|source} [libFuzzer's options]
 
 needs atheris (pip).  The corpus is in the folder $PYPLOOP_FUZZ_DIR; figures come
 at the end.

@@ -148,6 +148,23 @@ def source_seeds() -> list[bytes]:
     return ["\n".join(one).encode() for one in lines]
 
 
+def message_seeds() -> list[bytes]:
+    """The messages of these, without more; answers with the request's name."""
+    lines = [line for seed in agent_seeds() for line in seed.split(b"\n") if line[:2] == b"C "]
+    moments = {"restore": 6.0, "dump ended": 5.5, "running": 7.0}
+    answers: dict[str, dict[str, Any]] = {
+        "restore": {"moments": moments},
+        "settle": {"verdict": "aborted", "failed": ["x"]},
+        "check": {"takes": ["tree"]},
+        "begin": {"kept": ["conf"]},
+        "tree": {"name": "tree 0.1"},
+    }
+    told = [json.dumps({"op": op, "ok": ok}).encode() for op, ok in answers.items()]
+    told.append(b'{"event": "x", "at": 1.5, "fields": {"level": 3}}')
+    told.append(b'{"error": {"code": 7, "message": "x"}}')
+    return [line[2:] for line in lines] + told
+
+
 WORDS = [
     "null", "true", "false", "[]", "{}", '""', "NaN", "1e999", "-1", "0", "1.5", "1" * 30,
     '"\\ud800"', '"\\u0000"', '"id": ', '"op": ', '"args": ', '"ok": ', '"error": ',
