@@ -27,7 +27,7 @@ from pyploop import (
     undoing,
     verdict,
 )
-from pyploop.errors import BusyError, MigrateError, ProtocolError, PyploopError, one_line
+from pyploop.errors import BusyError, MigrateError, ProtocolError, PyploopError
 from pyploop.events import NOTE, Reporter
 from pyploop.hostconf import NAME, HostConfig
 from pyploop.landing import Landing
@@ -129,7 +129,9 @@ class Agent:
             while True:
                 try:
                     request = self._mux.receive(self._patience())
-                except PyploopError:
+                except PyploopError as e:
+                    if self._mux.failure is None:  # else the source knows
+                        _say(f"{clipped(e)} from the source, so the connection is ended")
                     return
                 self._events.asked()
                 self._answer(request)
@@ -172,7 +174,7 @@ class Agent:
         self._mux.close()
         self._locks.close()
         for text in failed:
-            os.write(2, one_line(f"pyploop agent: not undone: {text}").encode() + b"\n")
+            _say(f"not undone: {text}")
 
     # ---- requests
 
@@ -376,6 +378,12 @@ class Agent:
         verdict.forget(Path(self._host.state_dir), self._not_ours(migration))
         ctlock.remove_dead(Path(self._host.lock_dir))
         return {}
+
+
+def _say(text: str) -> None:
+    """Where ssh tells it to the source, if it still listens."""
+    with contextlib.suppress(OSError):
+        os.write(2, f"pyploop agent: {text}\n".encode())
 
 
 def settle(host: HostConfig, migration: str) -> dict[str, Any]:

@@ -28,6 +28,7 @@ from typing import IO
 from pyploop import enclose
 from pyploop import relay as relay_program
 from pyploop.errors import MigrateError, WriteError
+from pyploop.last_words import LastWords
 from pyploop.runtimes import COPY_FAILED
 from pyploop.runtimes.process import last_words
 
@@ -127,8 +128,8 @@ class Client:
         """words: options; source: the tree's path here."""
         ours, theirs = socket.socketpair()
         self._control = ours
-        self._errors = tempfile.TemporaryFile()  # noqa: SIM115 - closed by close()
-        self._items = tempfile.TemporaryFile()  # noqa: SIM115
+        self._errors = LastWords()  # the server's are among them
+        self._items = tempfile.TemporaryFile()  # noqa: SIM115 - closed by close()
         self._source = source
         python, relay = os.path.realpath(_interpreter()), str(Path(relay_program.__file__))
         # rsync splits this at spaces, and knows quotes.
@@ -143,7 +144,7 @@ class Client:
                 argv,
                 stdin=subprocess.PIPE,
                 stdout=self._items,
-                stderr=self._errors,
+                stderr=self._errors.fd,
                 env=_environment(),
                 pass_fds=(theirs.fileno(),),
                 start_new_session=True,
@@ -153,6 +154,7 @@ class Client:
             raise MigrateError(COPY_FAILED, f"cannot run {command}: {e.strerror}") from e
         finally:
             theirs.close()
+        self._errors.started()
 
     def wait_ready(self) -> None:
         """Only the channel is missing.  MigrateError when rsync does not come so far."""
@@ -186,7 +188,9 @@ class Client:
         assert self._process is not None
         status = self._process.wait()
         # What the server refuses is not told as an error.
-        text = (_end_of(self._errors) or _end_of(self._items)).decode(errors="replace")
+        text = self._errors.text(ended=True)[-2000:] or _end_of(self._items).decode(
+            errors="replace"
+        )
         # As the tree is called outside.
         said = last_words(text).replace(f'"{enclose.TREE}/', f'"{self._source}/')
         return Done(status, said, self._items)

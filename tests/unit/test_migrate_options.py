@@ -6,6 +6,7 @@ from __future__ import annotations
 import pytest
 
 from pyploop.cli.migrate_options import NODEPS, parse
+from pyploop.migrate import Wish
 
 
 def test_vzmigrate_s_command_line_is_taken_as_it_is() -> None:
@@ -59,6 +60,8 @@ def test_options_for_ssh_are_words_as_a_shell_splits_them() -> None:
         ["--pre-dumps", "21", "dst", "1"],
         ["--pre-dumps", "-1", "dst", "1"],
         ["--timeout", "0", "dst", "1"],
+        ["--suspend-limit", "0.5", "dst", "1"],
+        ["--suspend-limit", "-1", "dst", "1"],
         ["--rsync=--", "dst", "1"],
     ],
 )
@@ -75,6 +78,13 @@ def test_memory_is_copied_ahead_in_so_many_rounds_or_not_at_all() -> None:
     assert parse(["dst", "1"]).pre_dumps == 5
     assert parse(["--pre-dumps", "20", "dst", "1"]).pre_dumps == 20
     assert parse(["--no-pre-dump", "dst", "1"]).pre_dumps == 0
+
+
+def test_a_container_is_suspended_for_a_minute_or_what_the_user_says() -> None:
+    assert parse(["dst", "1"]).suspend_limit is None
+    assert Wish("dst", live=True).suspend_limit == 60
+    assert parse(["--suspend-limit", "5", "dst", "1"]).suspend_limit == 5
+    assert parse(["--suspend-limit", "0", "dst", "1"]).suspend_limit == 0
 
 
 def test_recovering_needs_no_names() -> None:
