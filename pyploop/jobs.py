@@ -61,8 +61,10 @@ class Job(Generic[T]):
     the thread runs.
     """
 
-    def __init__(self, work: Callable[[], T]) -> None:
-        self._work = work
+    def __init__(self, work: Callable[[], T], dropped: Callable[[], None] = lambda: None) -> None:
+        """dropped: what is done instead when the work never begins, for what it was
+        to have closed."""
+        self._work, self._dropped = work, dropped
         self._result: list[T] = []
         self._gate = threading.Lock()
         self._begun = False
@@ -106,6 +108,7 @@ class Job(Generic[T]):
         with self._gate:
             if not self._begun and not self.over.is_set():
                 self.failure = CancelledError("not begun")
+                self._dropped()
                 self.over.set()
         self.over.wait(timeout)
 

@@ -151,13 +151,13 @@ class Landing:
         except BaseException:
             out.close()
             raise
-        self._start(f"digests {len(self._jobs)}", Job(work))
+        self._start(f"digests {len(self._jobs)}", Job(work, out.close))
 
     def take_items(self, fd: int) -> None:
         """The container's files, each to where its label belongs."""
         if "items" in self._jobs:
             raise ProtocolError("agent protocol: items come once")
-        self._start("items", Job(lambda: self._items(fd)))
+        self._start("items", Job(lambda: self._items(fd), lambda: os.close(fd)))
 
     def _items(self, fd: int) -> None:
         def create(label: str) -> int:
@@ -210,7 +210,7 @@ class Landing:
                 os.close(fd)
             self._runtime.mount(disk)
 
-        self._start(f"disk {index}", Job(work))
+        self._start(f"disk {index}", Job(work, lambda: os.close(fd)))
 
     def take_tree(self, index: int, fd: int, last: bool) -> str:
         """One pass over a directory tree; the name to join."""
@@ -246,7 +246,8 @@ class Landing:
             )
             self._memory_left -= pieces.receive(fd, self._stall, place).data
 
-        self._start(f"memory {number}" if number else "dump", Job(work))
+        name = f"memory {number}" if number else "dump"
+        self._start(name, Job(work, lambda: os.close(fd)))
 
     def _forget_rounds(self) -> None:
         """One of them failed: the dump comes whole."""

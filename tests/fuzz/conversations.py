@@ -41,7 +41,7 @@ HANGS = 30.0
 ANSWER = 0.03
 """Seconds in which a hostile source waits for an answer, which may not come yet; when
 it has not, it waits for no later one."""
-CALL = 0.1
+CALL = 0.05
 """Seconds that a request of a migration takes at most here."""
 SO_SNDBUFFORCE = 32
 

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import signal
 import subprocess
 import sys
@@ -182,3 +183,13 @@ def test_a_latch_wakes_all_who_wait_and_nobody_before() -> None:
         thread.join()
     assert seen == [True] * 5
     assert latch.wait(0)
+
+
+def test_what_never_begins_closes_what_it_was_to_have_closed() -> None:
+    r, w = os.pipe()
+    job = Job(lambda: os.close(w), lambda: os.close(w))
+    job.end()
+    assert os.read(r, 1) == b""
+    os.close(r)
+    job.start()
+    job.end()  # it does not begin any more: w may be another's by now
