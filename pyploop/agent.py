@@ -27,7 +27,7 @@ from pyploop import (
     undoing,
     verdict,
 )
-from pyploop.errors import BusyError, MigrateError, ProtocolError, PyploopError
+from pyploop.errors import BusyError, MigrateError, ProtocolError, PyploopError, one_line
 from pyploop.events import NOTE, Reporter
 from pyploop.hostconf import NAME, HostConfig
 from pyploop.landing import Landing
@@ -383,7 +383,7 @@ class Agent:
 def _say(text: str) -> None:
     """Where ssh tells it to the source, if it still listens."""
     with contextlib.suppress(OSError):
-        os.write(2, f"pyploop agent: {text}\n".encode())
+        os.write(2, one_line(f"pyploop agent: {text}").encode() + b"\n")
 
 
 def settle(host: HostConfig, migration: str) -> dict[str, Any]:

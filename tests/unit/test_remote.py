@@ -18,7 +18,7 @@ from typing import Any
 
 import pytest
 
-from pyploop import digests, mux, pieces, tail
+from pyploop import digests, mux, pieces
 from pyploop.errors import MigrateError, ProtocolError, PyploopError, ReadError
 from pyploop.jobs import Job
 from pyploop.mux import Mux
@@ -79,13 +79,13 @@ def test_what_an_agent_prints_without_end_is_not_kept() -> None:
 
 
 def test_the_end_of_a_long_output_is_kept() -> None:
-    kept = tail.Tail()
+    kept = last_words.LastWords()
     fd = os.dup(kept.fd)
     kept.started()
     for n in range(2000):
         os.write(fd, b"%0100d" % n)
     os.close(fd)
-    assert kept.text(ended=True) == "".join(f"{n:0100d}" for n in range(2000))[-tail.KEPT :]
+    assert kept.text(ended=True) == "".join(f"{n:0100d}" for n in range(2000))[-last_words.KEPT :]
     kept.close()
 
 
