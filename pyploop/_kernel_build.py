@@ -19,6 +19,8 @@ ffi.cdef(
     static const unsigned long MS_LAZYTIME, MS_DIRSYNC, MS_MANDLOCK, MS_I_VERSION;
     static const unsigned long MS_SILENT, MS_NOSYMFOLLOW;
     static const int MNT_DETACH;
+    static const unsigned long MS_REMOUNT, MS_BIND;
+    static const uint64_t RESOLVE_BENEATH, RESOLVE_NO_SYMLINKS, RESOLVE_NO_MAGICLINKS;
 
     struct loop_info64 {
         uint64_t lo_device;
@@ -59,6 +61,8 @@ ffi.cdef(
     int pk_read_accesses(int fd, struct pk_access *found, int max);
     int pk_io_priority(int tid);
     int pk_kcmp_files(int one, int other);
+    int pk_openat2(int dirfd, const char *path, uint64_t flags, uint64_t mode,
+                   uint64_t resolve);
     """
 )
 ffi.set_source(
@@ -87,6 +91,15 @@ ffi.set_source(
     #ifndef MS_NOSYMFOLLOW
     #define MS_NOSYMFOLLOW 256  /* linux/mount.h, since 5.10 */
     #endif
+    /* linux/openat2.h, since 5.6: not in the headers of each kernel that pyploop
+       is built for, and none of it may ever change. */
+    #ifndef SYS_openat2
+    #define SYS_openat2 437
+    #endif
+    #define RESOLVE_NO_MAGICLINKS 0x02
+    #define RESOLVE_NO_SYMLINKS 0x04
+    #define RESOLVE_BENEATH 0x08
+
     #ifndef RENAME_NOREPLACE
     #define RENAME_NOREPLACE 1
     #endif
@@ -183,6 +196,12 @@ ffi.set_source(
     { return result((int)syscall(SYS_ioprio_get, 1 /* a thread */, tid)); }
     static int pk_kcmp_files(int one, int other)
     { return result((int)syscall(SYS_kcmp, one, other, 2 /* KCMP_FILES */, 0, 0)); }
+    static int pk_openat2(int dirfd, const char *path, uint64_t flags, uint64_t mode,
+                          uint64_t resolve)
+    {
+        struct { uint64_t flags, mode, resolve; } how = { flags, mode, resolve };
+        return result((int)syscall(SYS_openat2, dirfd, path, &how, sizeof how));
+    }
     static int pk_flush_buffers(int fd)
     { return result(ioctl(fd, BLKFLSBUF, 0)); }
     """,

@@ -150,6 +150,22 @@ def mount(source: str, point: str, fstype: str, flags: int, data: str) -> None:
     _check(_lib.pk_mount(*words, flags, os.fsencode(data)), point)
 
 
+def remount(point: str, flags: int) -> None:
+    """Change what holds for this mount (nosuid, nodev, ro and so on), and nothing
+    of its file system; takes microseconds."""
+    flags |= _lib.MS_REMOUNT | _lib.MS_BIND
+    _check(_lib.pk_mount(_ffi.NULL, os.fsencode(point), _ffi.NULL, flags, _ffi.NULL), point)
+
+
+def open_beneath(dir_fd: int, path: str, flags: int) -> int:
+    """openat2(2): a relative path that leads neither above the folder nor through
+    any symbolic link.  ELOOP: there is one.  EXDEV: it leads above.  ENOSYS: Linux
+    before 5.6."""
+    resolve = _lib.RESOLVE_BENEATH | _lib.RESOLVE_NO_SYMLINKS | _lib.RESOLVE_NO_MAGICLINKS
+    found = _lib.pk_openat2(dir_fd, os.fsencode(path), flags | os.O_CLOEXEC, 0, resolve)
+    return _check(found, path)
+
+
 def umount(point: str, *, lazy: bool = False) -> None:
     """EINVAL: nothing is mounted there.  EBUSY: it is in use."""
     _check(_lib.pk_umount(os.fsencode(point), _lib.MNT_DETACH if lazy else 0), point)
