@@ -15,7 +15,9 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from pyploop import mountopts, ownfolder
+from pyploop import policy as policies
 from pyploop.errors import MigrateError, OpenError, ParameterError
+from pyploop.policy import Policy
 
 DEFAULT = "/etc/pyploop/migrate.toml"
 USAGE = 1
@@ -51,6 +53,17 @@ class ContainerConfig:
     external: tuple[str, ...] = ()
     """Paths of the host that are mounted in it, and are on the other host already."""
     commands: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    policy: Policy = policies.PLAIN
+
+    def foreign(self) -> list[str]:
+        """Folders in which everything comes from the container."""
+        return [*(d.mount for d in self.disks), *self.trees]
+
+    def paths(self) -> list[tuple[str, str]]:
+        """(what it is, path) of all that is written here."""
+        found = [("disk mounted on", d.mount) for d in self.disks]
+        found += [("disk", d.image) for d in self.disks] + [("tree", t) for t in self.trees]
+        return found + ([("bundle", self.bundle)] if self.bundle else [])
 
 
 @dataclass(frozen=True)
@@ -77,6 +90,14 @@ class HostConfig:
     ploop: str = "ploop"
     rsync: str = "rsync"
     containers: dict[str, ContainerConfig] = field(default_factory=dict)
+    policy: Policy = policies.PLAIN
+    """Of containers that are not in `containers`, too."""
+    trusted_live: tuple[str, ...] = ()
+    """Sources whose memory images are restored here."""
+
+    def policy_of(self, name: str) -> Policy:
+        known = self.containers.get(name)
+        return known.policy if known else self.policy
 
     def container(self, name: str) -> ContainerConfig:
         """MigrateError(10) when this host knows no such container."""
@@ -133,6 +154,9 @@ COMMANDS = (
 )
 _TREE = re.compile(r"(/[^/%\x00-\x1f]*[^/%\x00-\x20])+")
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
+CTID = re.compile(r"[1-9][0-9]{0,9}")
+"""Of vzctl.  str.isdecimal() takes the digits of any script, and one more zero
+before a number is another file name for the same container."""
 
 
 def load(path: str | None) -> HostConfig:
@@ -172,16 +196,23 @@ def parse(table: dict[str, Any], path: str) -> HostConfig:
                     raise MigrateError(USAGE, f"{path}: [{key}] has no {name!r}")
                 field_name, kind = _SECTIONS[key][name]
                 values[field_name] = _typed(v, kind, f"{path}: {key}.{name}")
-        elif key != "container":
+        elif key == "trust":
+            where = f"{path}: [trust]"
+            values["trusted_live"] = policies.parse_trust(_table(value, where), where)
+        elif key not in ("container", "policy"):
             raise MigrateError(USAGE, f"{path}: unknown key {key!r}")
+    where = f"{path}: [policy]"
+    policy = policies.parse(_table(table.get("policy", {}), where), policies.PLAIN, where)
     containers = {
-        name: _container(name, _table(t, f"{path}: [container.{name}]"), path)
+        name: _container(name, _table(t, f"{path}: [container.{name}]"), path, policy)
         for name, t in _table(table.get("container", {}), f"{path}: [container]").items()
     }
-    return HostConfig(path=path, containers=containers, **values)
+    made = HostConfig(path=path, containers=containers, policy=policy, **values)
+    _check_foreign(made)
+    return made
 
 
-def _container(name: str, table: dict[str, Any], path: str) -> ContainerConfig:
+def _container(name: str, table: dict[str, Any], path: str, policy: Policy) -> ContainerConfig:
     where = f"{path}: [container.{name}]"
     if not NAME.fullmatch(name):
         raise MigrateError(USAGE, f"{where}: not a name")
@@ -199,12 +230,16 @@ def _container(name: str, table: dict[str, Any], path: str) -> ContainerConfig:
                 if word not in COMMANDS:
                     raise MigrateError(USAGE, f"{where}.commands has no {word!r}")
                 commands[word] = _typed(argv, tuple, f"{where}.commands.{word}")
+        elif key == "policy":
+            policy = policies.parse(_table(value, f"{where}.policy"), policy, f"{where}.policy")
         elif key in _CONTAINER:
             values[key] = _typed(value, _CONTAINER[key], f"{where}.{key}")
         else:
             raise MigrateError(USAGE, f"{where} has no {key!r}")
     values["external"] = _paths(values.get("external", ()), f"{where}.external")
-    made = ContainerConfig(name, disks=tuple(disks), trees=trees, commands=commands, **values)
+    made = ContainerConfig(
+        name, disks=tuple(disks), trees=trees, commands=commands, policy=policy, **values
+    )
     _check_apart(made, where)
     return made
 
@@ -221,7 +256,7 @@ def _check_apart(c: ContainerConfig, where: str) -> None:
     may come up after it, and hide it."""
     for number, disk in enumerate(c.disks):
         for other in c.disks[:number]:
-            if _within(disk.mount, other.mount) or _within(other.mount, disk.mount):
+            if within(disk.mount, other.mount) or within(other.mount, disk.mount):
                 raise MigrateError(
                     USAGE,
                     f"{where}: the disks mounted on {other.mount} and {disk.mount} overlap; "
@@ -231,17 +266,47 @@ def _check_apart(c: ContainerConfig, where: str) -> None:
                 raise MigrateError(USAGE, f"{where}: {disk.image} is two disks")
     for tree in c.trees:
         for disk in c.disks:
-            if _within(disk.image, tree):
+            if within(disk.image, tree):
                 raise MigrateError(USAGE, f"{where}: the disk {disk.image} lies in the tree {tree}")
-            if _within(disk.mount, tree) or _within(tree, disk.mount):
+            if within(disk.mount, tree) or within(tree, disk.mount):
                 raise MigrateError(
                     USAGE, f"{where}: the disk mounted on {disk.mount} and the tree {tree} overlap"
                 )
-        if c.bundle and _within(c.bundle, tree):
+        if c.bundle and within(c.bundle, tree):
             raise MigrateError(USAGE, f"{where}: the bundle {c.bundle} lies in the tree {tree}")
 
 
-def _within(path: str, folder: str) -> bool:
+def _check_foreign(host: HostConfig) -> None:
+    """Nothing of ours, and nothing of another container's, lies where one
+    container's own files are: they decide what is at such a path.  The same holds
+    between the disks of one container, mounted one in another."""
+    ours = {"state_dir": host.state_dir, "lock_dir": host.lock_dir, "images_dir": host.images_dir}
+    for c in host.containers.values():
+        for folder in c.foreign():
+            for key, path in ours.items():
+                if within(path, folder):
+                    raise MigrateError(
+                        USAGE,
+                        f"{host.path}: {key} {path} lies in {folder}, whose contents come from "
+                        f"the container {c.name}",
+                    )
+            for other in host.containers.values():
+                for what, path in other.paths():
+                    if other is c and path == folder and what in ("disk mounted on", "tree"):
+                        continue  # itself
+                    if within(path, folder) and not (other is not c and path == folder):
+                        raise MigrateError(
+                            USAGE,
+                            f"{host.path}: the {what} {path} of the container {other.name} lies "
+                            f"in {folder}, whose contents come from the container {c.name}",
+                        )
+        if len({os.path.normpath(p) for p in c.foreign()}) < len(c.foreign()):
+            raise MigrateError(
+                USAGE, f"{host.path}: two disks of [container.{c.name}] have the same mount point"
+            )
+
+
+def within(path: str, folder: str) -> bool:
     """A path below the folder, or the folder itself, as they are written."""
     path, folder = (os.path.normpath(p).replace("//", "/") for p in (path, folder))
     return f"{path}/".startswith(folder.rstrip("/") + "/")
@@ -279,7 +344,7 @@ def _trees(values: list[Any], where: str) -> tuple[str, ...]:
                 f"{where}.tree.path must be an absolute path below /, without . and .. in it, "
                 "% and newlines, and a backslash or a slash at its end",
             )
-        if any(_within(path, p) or _within(p, path) for p in paths):
+        if any(within(path, p) or within(p, path) for p in paths):
             raise MigrateError(USAGE, f"{where}.tree.path: {path} lies in another one, or holds it")
         paths.append(path)
     return tuple(paths)

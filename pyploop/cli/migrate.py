@@ -14,6 +14,7 @@ from pyploop.cli import migrate_options
 from pyploop.cli.migrate_options import MigrateOptions
 from pyploop.errors import Interrupted, MigrateError, PyploopError, one_line
 from pyploop.events import JsonRenderer, Reporter, TextRenderer
+from pyploop.hostconf import CTID
 from pyploop.migrate import Result, Wish, migrate
 from pyploop.recorder import chrome_trace
 from pyploop.rounds import Policy
@@ -72,7 +73,7 @@ def _run(o: MigrateOptions, report: Reporter) -> int:
 
 def _recovered(host: hostconf.HostConfig, o: MigrateOptions) -> str | None:
     """Whose migrations are to be settled, as the records name it; None: all."""
-    if o.runtime == "vzctl" and o.container and not o.container.isdecimal():
+    if o.runtime == "vzctl" and o.container and not CTID.fullmatch(o.container):
         return make_runtime(host, o.runtime, o.container).container
     return o.container or None
 

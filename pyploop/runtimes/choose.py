@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from pyploop.errors import MigrateError
-from pyploop.hostconf import HostConfig
+from pyploop.hostconf import CTID, HostConfig
 from pyploop.runtimes import USAGE, Runtime
 
 RUNTIMES = ("vzctl", "runc", "command")
@@ -15,7 +15,7 @@ def make_runtime(host: HostConfig, name: str | None, container: str) -> Runtime:
     it does not know is vzctl's."""
     if name is None:
         known = host.containers.get(container)
-        if known is None and not container.isdecimal():
+        if known is None and not CTID.fullmatch(container):
             host.container(container)  # says what is missing
         name = known.runtime if known else "vzctl"
     if name == "runc":

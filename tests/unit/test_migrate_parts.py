@@ -26,9 +26,7 @@ from pyploop.errors import (
     PyploopError,
     ReadError,
 )
-from pyploop.hostconf import ContainerConfig
 from pyploop.jobs import Job, in_parallel
-from pyploop.runtimes import bundles
 from pyploop.runtimes.process import Command
 
 # ---- configuration
@@ -50,6 +48,21 @@ def trees(*paths: str, disk: tuple[str, str] | None = None) -> dict[str, Any]:
             "web": {"bundle": "/b", "disk": disks, "tree": [{"path": path} for path in paths]}
         }
     }
+
+
+def disk(image: str, mount: str) -> dict[str, str]:
+    return {"image": image, "mount": mount}
+
+
+NESTED: list[tuple[dict[str, Any], str]] = [
+    ({"bundle": "/b", "disk": [disk("/i", "/m"), disk("/j", "/m/x")]}, "mounted on /m/x"),
+    ({"bundle": "/b", "disk": [disk("/i", "/m"), disk("/j", "/m/../m//x")]}, "mounted on /m/"),
+    ({"bundle": "/b", "disk": [disk("/i", "/m"), disk("/j", "/m")]}, "the same mount point"),
+    ({"bundle": "/b", "disk": [disk("/i", "/m"), disk("/m/j", "/n")]}, "the disk /m/j"),
+    ({"bundle": "/m/b", "disk": [disk("/i", "/m")]}, "the bundle /m/b"),
+    ({"bundle": "/m", "disk": [disk("/i", "/m")]}, "the bundle /m"),
+]
+"""Where the source decides what lies at a path of the configuration."""
 
 
 def test_a_tree_beside_a_disk_and_in_the_bundle_is_taken() -> None:
@@ -91,6 +104,21 @@ def test_a_configuration_is_read_with_its_defaults() -> None:
         (trees("/t", disk=("/i", "/t/m")), "/t/m and the tree /t overlap"),
         (trees("/m//t", disk=("/i", "/m")), "absolute path below /"),
         (trees("/m/t", disk=("/i", "//m/")), "overlap"),
+        *(({"container": {"web": web}}, named) for web, named in NESTED),
+        ({"state_dir": "/m/state"}, "state_dir /m/state lies in /m"),
+        ({"images_dir": "/m"}, "images_dir /m lies in /m"),
+        (
+            {"container": {**GOOD["container"], "db": {"bundle": "/m/db", "tree": {"path": "/t"}}}},
+            "bundle /m/db of the container db lies in /m",
+        ),
+        ({"trust": {"dead": []}}, "dead"),
+        ({"trust": {"live": "a"}}, "list of words"),
+        ({"trust": {"live": ["10.0.0.0/33"]}}, "no network"),
+        ({"policy": {"capability": []}}, "capability"),
+        ({"policy": {"capabilities": ["SYS_ADMIN"]}}, "SYS_ADMIN"),
+        ({"policy": {"private": 1}}, "private must be a bool"),
+        ({"policy": {"seccomp": "yes"}}, "optional, required"),
+        ({"policy": {"namespaces": ["pid"]}}, "must have mount, ipc, uts"),
     ],
 )
 def test_what_is_wrong_in_a_configuration_is_named(change: dict[str, Any], named: str) -> None:
@@ -250,46 +278,6 @@ def test_pieces_that_may_not_come_are_refused(
         s.sendall(stream)
     with pytest.raises(PyploopError):
         job.join(10)
-
-
-# ---- the bundle
-
-OURS = ContainerConfig("web", bundle="/b", cgroup="/ours", netns="/run/netns/ours")
-
-
-def config() -> dict[str, Any]:
-    return {
-        "root": {"path": "/their/rootfs/sub"},
-        "mounts": [{"source": "/their/rootfs/x"}, {"source": "/their/rootfs2"}, {"type": "proc"}],
-        "linux": {"namespaces": [{"type": "pid"}, {"type": "network", "path": "/run/netns/their"}]},
-        "annotations": {"org.criu.config": "/their/criu.conf", "other": "kept"},
-    }
-
-
-def test_a_bundle_is_fitted_to_the_target() -> None:
-    fitted = bundles.adapt(config(), {}, {"/their/rootfs": "/srv/r"}, OURS)
-    assert fitted["root"]["path"] == "/srv/r/sub"
-    assert [m.get("source") for m in fitted["mounts"]] == ["/srv/r/x", "/their/rootfs2", None]
-    assert fitted["linux"]["cgroupsPath"] == "/ours"
-    assert fitted["linux"]["namespaces"][1]["path"] == "/run/netns/ours"
-    assert fitted["annotations"] == {"org.criu.config": "/b/criu.conf", "other": "kept"}
-
-
-@pytest.mark.parametrize(
-    "bad",
-    [
-        None,
-        [],
-        {},
-        {"root": "x"},
-        {**config(), "hooks": {"prestart": [{"path": "/bin/sh"}]}},
-        {**config(), "mounts": 7},
-    ],
-)
-def test_a_bundle_that_runs_commands_or_is_none_is_refused(bad: Any) -> None:
-    with pytest.raises(MigrateError) as e:
-        bundles.adapt(bad, {}, {}, OURS)
-    assert e.value.exit_code == 15
 
 
 # ---- jobs

@@ -18,7 +18,7 @@ from typing import Any
 
 import pytest
 
-from pyploop import digests, mux, pieces
+from pyploop import digests, last_words, mux, pieces
 from pyploop.errors import MigrateError, ProtocolError, PyploopError, ReadError
 from pyploop.jobs import Job
 from pyploop.mux import Mux
