@@ -11,23 +11,25 @@ from typing import Any
 
 from pyploop.errors import MigrateError
 from pyploop.hostconf import ContainerConfig
-from pyploop.runtimes import BAD_CONFIG
+from pyploop.runtimes import BAD_CONFIG, ociconfig, shapes
 
 CONFIG = "config.json"
+RECEIVED = "config.json.received"
+"""The source's, until it is checked and written anew: no runtime reads this one."""
 CRIU = "criu.conf"
 """Beside it; what the annotation org.criu.config names."""
 LARGEST = 1 << 17
 """Bytes of a config.json: it travels in a message."""
 
 
-def read(bundle: str) -> dict[str, Any]:
+def read(bundle: str, name: str = CONFIG) -> dict[str, Any]:
     """MigrateError(15) when it is no config.json."""
-    path = Path(bundle) / CONFIG
+    path = Path(bundle) / name
     try:
         with path.open("rb") as f:
             data = f.read(LARGEST + 1)  # of a larger one, sparse perhaps, no more
-        config = json.loads(data) if len(data) <= LARGEST else None
-    except (OSError, ValueError, RecursionError) as e:
+        config = shapes.loads(data) if len(data) <= LARGEST else None
+    except (OSError, ValueError) as e:
         raise MigrateError(BAD_CONFIG, f"cannot read {path}: {e}") from e
     if not isinstance(config, dict):
         raise MigrateError(BAD_CONFIG, f"{path} is not a container's configuration")
@@ -38,6 +40,13 @@ def write(bundle: str, config: dict[str, Any]) -> None:
     """Durable, and in one step."""
     _replace(Path(bundle) / CONFIG, json.dumps(config, indent=1))
     write_criu(bundle, None)
+
+
+def paths_of(config: dict[str, Any]) -> list[str]:
+    """Paths on this host that a fitted configuration names: the root, and what it
+    binds."""
+    binds = [m["source"] for m in config.get("mounts", []) if m["type"] == "bind"]
+    return [p for p in (config.get("root", {}).get("path"), *binds) if p]
 
 
 def write_criu(bundle: str, script: Path | None) -> None:
@@ -72,38 +81,11 @@ def _replace(path: Path, text: str) -> None:
 def adapt(
     config: Any, paths: dict[str, str], mounts: dict[str, str], ours: ContainerConfig
 ) -> dict[str, Any]:
-    """The source's configuration with our paths, cgroup and network namespace.
+    """The source's configuration, written anew: with our paths, cgroup and network
+    namespace, and as our policy lets it be.
 
     paths: as they are written in it -> as the source's configuration of pyploop
-    writes them.  mounts: of these the beginnings -> ours.  MigrateError(15) when
-    it would run commands here, or asks for what no checkpoint can hold.
+    writes them.  mounts: of these the beginnings -> ours.  MigrateError(15) when it
+    asks for more.
     """
-    try:
-        result: dict[str, Any] = json.loads(json.dumps(config))
-        if result.get("hooks"):
-            raise MigrateError(
-                BAD_CONFIG, "config.json has hooks: commands of another host are not run here"
-            )
-        result["root"]["path"] = _moved(result["root"]["path"], paths, mounts)
-        for mount in result.get("mounts", []):
-            if isinstance(mount.get("source"), str):
-                mount["source"] = _moved(mount["source"], paths, mounts)
-        linux = result.setdefault("linux", {})
-        if ours.cgroup:
-            linux["cgroupsPath"] = ours.cgroup
-        if ours.netns:
-            for namespace in linux.get("namespaces", []):
-                if namespace.get("type") == "network":
-                    namespace["path"] = ours.netns
-        result.setdefault("annotations", {})["org.criu.config"] = f"{ours.bundle}/{CRIU}"
-    except (KeyError, TypeError, AttributeError, ValueError, RecursionError) as e:
-        raise MigrateError(BAD_CONFIG, f"config.json lacks what runc needs ({e!r})") from None
-    return result
-
-
-def _moved(path: str, paths: dict[str, str], mounts: dict[str, str]) -> str:
-    path = paths.get(path, path)
-    for theirs, ours in sorted(mounts.items(), key=lambda pair: -len(pair[0])):
-        if path == theirs or path.startswith(theirs.rstrip("/") + "/"):
-            return ours + path[len(theirs) :]
-    return path
+    return ociconfig.fit(config, paths, mounts, ours, f"{ours.bundle}/{CRIU}")

@@ -1,0 +1,73 @@
+# SPDX-License-Identifier: Apache-2.0
+"""CTID.conf of another host: it names what vzctl does as root, and scripts of vzctl
+and of others read it as a shell would.
+
+So each line is an assignment of a plain value, to a parameter that concerns only
+the container (ctid.conf(5)), or one that the policy of this host names.
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from pyploop.errors import MigrateError
+from pyploop.policy import Policy
+from pyploop.runtimes import BAD_CONFIG
+
+LARGEST = 1 << 17
+"""Bytes of a CTID.conf; real ones have a few thousand."""
+PARAMETERS = frozenset(
+    (
+        # Resources
+        *("KMEMSIZE", "LOCKEDPAGES", "PRIVVMPAGES", "SHMPAGES", "NUMPROC", "PHYSPAGES"),
+        *("VMGUARPAGES", "OOMGUARPAGES", "NUMTCPSOCK", "NUMFLOCK", "NUMPTY", "NUMSIGINFO"),
+        *("TCPSNDBUF", "TCPRCVBUF", "OTHERSOCKBUF", "DGRAMRCVBUF", "NUMOTHERSOCK"),
+        *("DCACHESIZE", "NUMFILE", "AVNUMPROC", "NUMIPTENT", "SWAPPAGES", "NUMNETIF"),
+        *("DISKSPACE", "DISKINODES", "QUOTATIME", "QUOTAUGIDLIMIT", "DISK_QUOTA"),
+        *("CPUUNITS", "CPULIMIT", "CPUS", "CPUMASK", "IOPRIO", "IOLIMIT", "IOPSLIMIT"),
+        # What it is
+        *("VEID", "UUID", "NAME", "HOSTNAME", "DESCRIPTION", "ONBOOT", "BOOTORDER", "DISABLED"),
+        *("OSTEMPLATE", "ORIGIN_SAMPLE", "CONFIG_CUSTOMIZED", "DISTRIBUTION", "TEMPLATES"),
+        *("VE_ROOT", "VE_PRIVATE", "VE_LAYOUT", "STOP_TIMEOUT", "TECHNOLOGIES", "SLMMODE"),
+        # Its network
+        *("IP_ADDRESS", "NAMESERVER", "SEARCHDOMAIN", "NETIF", "NETFILTER", "IPTABLES"),
+    )
+)
+_FILE_NAMES = ("OSTEMPLATE", "ORIGIN_SAMPLE", "CONFIG_CUSTOMIZED", "DISTRIBUTION")
+"""vzctl makes names of files of these, some of which it runs."""
+_VEID = r"\$VEID\b|\$\{VEID\}"
+"""Which vzctl sets."""
+_PLAIN = rf"""(?:[^"$`\\\x00-\x1f]|{_VEID})*"""
+_VALUE = rf""""{_PLAIN}"|'[^'\x00-\x1f]*'|(?:[A-Za-z0-9_.,:/@%+=-]|{_VEID})*"""
+_LINE = re.compile(rf"[ \t]*(?:([A-Z][A-Z0-9_]*)=({_VALUE}))?(?:(?:^|[ \t]+)(?:#.*)?)?")
+
+
+def check(path: Path, name: str, policy: Policy) -> None:
+    """name: of the file as people know it.  MigrateError(15) names the first line
+    that is not taken over."""
+    try:
+        with path.open("rb") as f:
+            data = f.read(LARGEST + 1)
+    except OSError as e:
+        raise MigrateError(BAD_CONFIG, f"{path}: {e.strerror}") from e
+    if len(data) > LARGEST:
+        raise MigrateError(BAD_CONFIG, f"{path} has more than {LARGEST} bytes")
+    for number, line in enumerate(data.decode(errors="surrogateescape").split("\n"), 1):
+        found = _LINE.fullmatch(line)
+        where = f"{name}, line {number}"
+        if found is None:
+            raise MigrateError(
+                BAD_CONFIG, f"{where}: {line[:80]!r} is no assignment of a plain value"
+            )
+        key, value = found[1], found[2]
+        if key is None:
+            continue
+        if key not in PARAMETERS and key not in policy.vz_parameters:
+            raise MigrateError(
+                BAD_CONFIG,
+                f"{where} sets {key}, which the policy of this host does not allow: to allow it, "
+                f'add "{key}" to vz_parameters in [policy] here',
+            )
+        if key in _FILE_NAMES and ("/" in value or ".." in value):
+            raise MigrateError(BAD_CONFIG, f"{where}: {key}={value[:80]} leads elsewhere")
