@@ -10,7 +10,18 @@ import pytest
 
 PACKAGE = Path(__file__).resolve().parents[2] / "pyploop"
 OF_MIGRATE = ("migrate", "agent", "copying", "landing", "remote", "recover", "runtimes", "verdict")
-WITHOUT_IO = ("wire.d1", "wire.d2", "wire.d3", "wire.messages", "rounds", "memory_rounds", "compat")
+WITHOUT_IO = (
+    "wire.d1",
+    "wire.d2",
+    "wire.d3",
+    "wire.messages",
+    "wire.protobuf",
+    "wire.criu",
+    "policy",
+    "rounds",
+    "memory_rounds",
+    "compat",
+)
 IO = {"io", "socket", "subprocess", "select", "selectors", "fcntl", "time", "threading"}
 
 

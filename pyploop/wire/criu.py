@@ -1,0 +1,131 @@
+# SPDX-License-Identifier: Apache-2.0
+"""CRIU's image files, as far as they tell what a process may do.  No I/O.
+
+An image is two magic numbers (one for the inventory), then entries: u32 length,
+little endian, and a message of protocol buffers.  Field numbers are those of
+CRIU 4.2 (criu/include/magic.h, images/*.proto in CRIU's sources).
+"""
+
+from __future__ import annotations
+
+import re
+import struct
+from enum import IntEnum
+
+from pyploop.wire.protobuf import Malformed, Message
+
+COMMON = 0x54564319
+MAGICS = {
+    "inventory": 0x58313116,
+    "pstree": 0x50273030,
+    "core": 0x55053847,
+    "ids": 0x54432030,
+    "mountpoints": 0x55563928,
+    "cgroup": 0x59383330,
+    "userns": 0x55474906,
+    "files": 0x56303138,
+    "seccomp": 0x64413049,
+}
+_NAME = re.compile(r"([a-z0-9-]*?[a-z])(?:-[0-9]+|(?<=ghost-file)-[0-9a-f]+)?(?:\.tar\.gz)?\.img")
+
+
+class Inventory(IntEnum):
+    ROOT_IDS, ROOT_CG_SET = 3, 5
+
+
+class Task(IntEnum):
+    """pstree.proto"""
+
+    PID, PPID, THREADS = 1, 2, 5
+
+
+NAMESPACES = {"pid": 5, "network": 6, "ipc": 7, "uts": 8, "mount": 9, "user": 10, "cgroup": 11}
+"""Kind -> field of task_kobj_ids_entry (core.proto)."""
+
+
+class Core(IntEnum):
+    TC, IDS, THREAD = 3, 4, 5
+
+
+DEAD = (2, 6)
+"""task_core_entry.task_state, its field 1, of a process that has ended."""
+
+
+OLD_SECCOMP_MODE = 11
+"""Its field that goes before the one of each thread."""
+
+
+class Thread(IntEnum):
+    """thread_core_entry of core.proto"""
+
+    POLICY, CREDS, SECCOMP_MODE, SECCOMP_FILTER = 4, 10, 11, 12
+
+
+class Creds(IntEnum):
+    """creds.proto"""
+
+    INHERITABLE, PERMITTED, EFFECTIVE, BOUNDING = 9, 10, 11, 12
+    LSM_PROFILE, LSM_SOCKCREATE, NO_NEW_PRIVS, AMBIENT = 15, 16, 18, 19
+
+
+class Mount(IntEnum):
+    """mnt.proto"""
+
+    FSTYPE, ID, ROOT_DEV, PARENT, FLAGS, ROOT, POINT = 1, 2, 3, 4, 5, 6, 7
+    PLUGIN, EXTERNAL, KEY = 12, 13, 18
+
+
+class FsType(IntEnum):
+    """mnt.proto"""
+
+    OTHER, PROC, SYSFS, TMPFS, DEVPTS, CGROUP, MQUEUE, CGROUP2 = 0, 1, 2, 5, 6, 12, 14, 23
+
+
+class File(IntEnum):
+    """file_entry of fdinfo.proto; its type, and that of regfile.proto"""
+
+    TYPE, REGULAR, REGULAR_EXTERNAL, TYPE_EXTERNAL = 1, 3, 9, 16
+
+
+CAPABILITIES = (
+    *("CHOWN", "DAC_OVERRIDE", "DAC_READ_SEARCH", "FOWNER", "FSETID", "KILL", "SETGID"),
+    *("SETUID", "SETPCAP", "LINUX_IMMUTABLE", "NET_BIND_SERVICE", "NET_BROADCAST"),
+    *("NET_ADMIN", "NET_RAW", "IPC_LOCK", "IPC_OWNER", "SYS_MODULE", "SYS_RAWIO"),
+    *("SYS_CHROOT", "SYS_PTRACE", "SYS_PACCT", "SYS_ADMIN", "SYS_BOOT", "SYS_NICE"),
+    *("SYS_RESOURCE", "SYS_TIME", "SYS_TTY_CONFIG", "MKNOD", "LEASE", "AUDIT_WRITE"),
+    *("AUDIT_CONTROL", "SETFCAP", "MAC_OVERRIDE", "MAC_ADMIN", "SYSLOG", "WAKE_ALARM"),
+    *("BLOCK_SUSPEND", "AUDIT_READ", "PERFMON", "BPF", "CHECKPOINT_RESTORE"),
+)
+"""By their numbers, from 0 on (linux/capability.h)."""
+
+
+def kind_of(name: str) -> str | None:
+    """Of an image file, by its name; None: it is none of CRIU's."""
+    found = _NAME.fullmatch(name)
+    return found[1] if found else None
+
+
+def entries(kind: str, data: bytes) -> list[Message]:
+    """Malformed when it is no image of this kind."""
+    magic = struct.pack("<I", MAGICS[kind])
+    head = magic if kind == "inventory" else struct.pack("<I", COMMON) + magic
+    if not data.startswith(head):
+        raise Malformed("it does not begin as such an image does")
+    found, at = [], len(head)
+    while at < len(data):
+        if at + 4 > len(data):
+            raise Malformed("it ends in the midst of a length")
+        end = at + 4 + int.from_bytes(data[at : at + 4], "little")
+        if end > len(data):
+            raise Malformed("it ends in the midst of an entry")
+        found.append(Message(data[at + 4 : end]))
+        at = end
+    return found
+
+
+def only(kind: str, data: bytes) -> Message:
+    """Of an image that has one entry."""
+    found = entries(kind, data)
+    if len(found) != 1:
+        raise Malformed(f"it has {len(found)} entries, not one")
+    return found[0]
