@@ -18,11 +18,13 @@ from typing import Any
 from pyploop import (
     __version__,
     ctlock,
+    hostconf,
     journal,
     kept,
     kept_trees,
     landing,
     landing_trees,
+    policy,
     transport,
     undoing,
     verdict,
@@ -32,7 +34,8 @@ from pyploop.events import NOTE, Reporter
 from pyploop.hostconf import NAME, HostConfig
 from pyploop.landing import Landing
 from pyploop.mux import Mux
-from pyploop.runtimes import CPU, EXISTS, LOCKED, USAGE, Facts, Runtime, volumes
+from pyploop.policy import Source
+from pyploop.runtimes import BAD_CONFIG, CPU, EXISTS, LOCKED, USAGE, Facts, Runtime, volumes
 from pyploop.runtimes.choose import make_runtime
 from pyploop.wire import messages
 from pyploop.wire import mux as wire
@@ -95,8 +98,11 @@ def cpu_flags() -> list[str]:
 class Agent:
     """One connection."""
 
-    def __init__(self, host: HostConfig, rfd: int, wfd: int) -> None:
-        self._host = host
+    def __init__(self, host: HostConfig, rfd: int, wfd: int, source: Source) -> None:
+        """source: who is at the other end, as this host knows it."""
+        self._host, self._source = host, source
+        self._live = False
+        """A live migration was asked for, from a source that may do that."""
         self._runtime: Runtime | None = None
         self._landing: Landing | None = None
         self._facts: Facts = {}
@@ -156,7 +162,7 @@ class Agent:
         except OSError as e:
             text = f"{e.filename}: {e.strerror}" if e.filename else str(e.strerror)
             answer = {"id": number, "error": {"code": USAGE, "message": text}}
-        except (TypeError, ValueError, KeyError) as e:
+        except (TypeError, ValueError, LookupError, AttributeError, ArithmeticError) as e:
             text = f"agent protocol: {op!r} with wrong arguments ({clipped(e)})"
             answer = {"id": number, "error": {"code": USAGE, "message": text}}
         with contextlib.suppress(PyploopError):  # a dead connection ends serve()
@@ -196,13 +202,16 @@ class Agent:
         if not NAME.fullmatch(container):
             raise ProtocolError(f"{container[:40]!r} is no container's name")
         chosen = make_runtime(self._host, runtime, container)
+        if live:
+            self._check_trust()
         try:
             self._lock(chosen)
             answer = self._check_all(chosen, live, facts, sizes, nodeps)
         except BaseException:
             self._locks.close()  # for others: nothing comes of this one
             raise
-        self._runtime, self._facts = chosen, facts
+        # Not before: what comes next rests on all of these checks.
+        self._runtime, self._facts, self._live = chosen, facts, live
         return answer
 
     def _check_all(
@@ -229,6 +238,20 @@ class Agent:
         )
         landing_trees.check(self._host.rsync, chosen.trees(), facts.get("trees") or [], held)
         return {"disks": [d.image for d in disks], "takes": list(TAKES)}
+
+    def _check_trust(self) -> None:
+        """Memory images make processes as they say, root's on this host as well: no
+        check of them can be complete."""
+        if not policy.trusts(self._host.trusted_live, self._source):
+            entry = self._source.name or self._source.address or "NAME"
+            how = "" if entry != "NAME" else ", and start the agent with --source NAME"
+            raise MigrateError(
+                BAD_CONFIG,
+                f"this host does not restore memory that comes from {self._source}: who sends it "
+                f'can become root here. If it may, write [trust] live = ["{entry}"] in '
+                f"{self._host.path or hostconf.DEFAULT} here{how}; without --live the container "
+                "moves as it is",
+            )
 
     def _lock(self, runtime: Runtime) -> None:
         folder = Path(self._host.lock_dir)
@@ -268,6 +291,8 @@ class Agent:
         if self._runtime is None or self._landing is not None:
             raise ProtocolError("agent protocol: begin comes after check, once")
         chosen = self._runtime
+        if not 0 <= float(stall) <= IDLE:  # a NaN is neither
+            raise ProtocolError(f"agent protocol: {stall!r} is no time to wait")
         # vzctl's containers are not locked here: another source may have been as far.
         with ctlock.exclusive(verdict.make_folder(Path(self._host.state_dir))):
             self._settle_dead(chosen)
@@ -328,6 +353,7 @@ class Agent:
         self, channel: int, number: int = 0, parent: int = 0, room: int = 0
     ) -> dict[str, Any]:
         landing = self._receiving()
+        self._need_live()
         with self._opened(channel) as fd:
             landing.take_dump(fd, number, parent, room)
         return {}
@@ -339,7 +365,12 @@ class Agent:
         if self._mux.failure is not None:
             raise self._mux.failure
 
+    def _need_live(self) -> None:
+        if not self._live:
+            raise ProtocolError("agent protocol: no memory comes in a migration that is not live")
+
     def _restore(self, timeout: float) -> dict[str, Any]:
+        self._need_live()
         return {"moments": self._receiving().restore(self._alive, timeout)}
 
     def _start(self, timeout: float, run: bool) -> dict[str, Any]:

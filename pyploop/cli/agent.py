@@ -6,7 +6,7 @@ from __future__ import annotations
 import os
 import sys
 
-from pyploop import hostconf
+from pyploop import hostconf, policy
 from pyploop.agent import Agent
 from pyploop.cli.arguments import Parser
 
@@ -18,6 +18,11 @@ def parser() -> Parser:
         description="The target's end of a migration, on stdin and stdout.",
     )
     p.add_argument("--config", metavar="FILE", help="how containers look on this host")
+    p.add_argument(
+        "--source",
+        metavar="NAME",
+        help="who may use this agent, as [trust] has it: for command= of an ssh key",
+    )
     return p
 
 
@@ -32,5 +37,5 @@ def run(args: list[str], level: int) -> int:
     os.close(null)
     # Several threads take turns in the frozen time: soon, not after 5 ms.
     sys.setswitchinterval(0.0005)
-    Agent(host, rfd, wfd).serve()
+    Agent(host, rfd, wfd, policy.source_of(o.source, os.environ)).serve()
     return 0

@@ -12,7 +12,7 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from lab.hosts import CONTAINER_NETNS, Host, Lab, run
+from lab.hosts import CONTAINER_NETNS, NET, Host, Lab, run
 
 NAME = "ct"
 BUNDLE = Path("/srv/ct")
@@ -31,6 +31,9 @@ _ACTION = f"""#!/bin/sh
 [ "$CRTOOLS_SCRIPT_ACTION" != post-restore ] || exec {LINK_UP}
 """
 _PYPLOOP_CONFIG = f"""
+[trust]
+live = ["{NET}.0/24"]
+
 [remote]
 agent = ["pyploop", "agent", "--config", "{PYPLOOP_CONFIG}"]
 

@@ -97,9 +97,11 @@ def _host(folder: Path, peer: Path, fstype: str, options: str) -> Path:
     (folder / "ssh").write_text(SSH)
     (folder / "ssh").chmod(0o755)
     agent = [*support.pyploop_cmd(), "agent", "--config", str(peer / "migrate.toml")]
+    agent += ["--source", folder.name]
     command = [sys.executable, str(HERE / "anyhost.py"), str(folder)]
     text = f'state_dir = "{folder}/state"\nlock_dir = "{folder}/lock"\n'
-    text += f'images_dir = "{folder}/images"\n[remote]\nssh = ["{folder}/ssh"]\n'
+    text += f'images_dir = "{folder}/images"\n[trust]\nlive = ["{peer.name}"]\n'
+    text += f'[remote]\nssh = ["{folder}/ssh"]\n'
     text += f'agent = {json.dumps(agent)}\n[container.box]\nruntime = "command"\n'
     text += "[container.box.commands]\n"
     text += "".join(f"{step} = {json.dumps([*command, step])}\n" for step in STEPS + STEPS_TOO)

@@ -206,6 +206,7 @@ sys.exit(main())
 def older_agent(pair: Pair) -> None:
     for host, peer in ((pair.a, pair.b), (pair.b, pair.a)):
         agent = [sys.executable, "-c", OLDER, "agent", "--config", str(peer / "migrate.toml")]
+        agent += ["--source", host.name]
         lines = (host / "migrate.toml").read_text().splitlines()
         lines = [f"agent = {json.dumps(agent)}" if x.startswith("agent =") else x for x in lines]
         (host / "migrate.toml").write_text("\n".join(lines) + "\n")

@@ -62,6 +62,7 @@ _DESCRIPTOR = """<?xml version="1.0"?>
 </Parallels_disk_image>
 """
 GUID = "{5fbaabe3-6958-40ff-92a7-860e329aab41}"
+DESCRIPTOR = _DESCRIPTOR.format(sectors=48 << 11, guid=GUID)
 
 
 @dataclass(frozen=True)
@@ -165,7 +166,8 @@ class VzLab:
         return [x for x in lines if str(self.folder) in x]
 
 
-def _make_host(folder: Path, peer: Path) -> VzHost:
+def make_host(folder: Path, peer: Path) -> VzHost:
+    """A host that trusts its peer, by the name of its folder."""
     for name in ("bin", "etc/vz/conf", "private", "root", "lock", "state", "images", "varlib"):
         (folder / name).mkdir(parents=True)
     for name in ("vzctl", "vzlist", "vzcptcheck", "ploop"):
@@ -178,9 +180,11 @@ def _make_host(folder: Path, peer: Path) -> VzHost:
         f"LOCKDIR={folder}/lock\nDUMPDIR={folder}/dump\n# A comment\ntouch {folder}/executed\n"
     )
     agent = [*support.pyploop_cmd(), "agent", "--config", str(peer / "migrate.toml")]
+    agent += ["--source", folder.name]
     (folder / "migrate.toml").write_text(
         f'state_dir = "{folder}/varlib/pyploop"\nlock_dir = "{folder}/lock"\n'
-        f'images_dir = "{folder}/images"\ncommand_timeout = 20\n[remote]\n'
+        f'images_dir = "{folder}/images"\ncommand_timeout = 20\n'
+        f'[trust]\nlive = ["{peer.name}"]\n[policy]\naction_scripts = true\n[remote]\n'
         f'ssh = ["{folder}/bin/ssh"]\nagent = {json.dumps(agent)}\n[vzctl]\n'
         f'etc = "{folder}/etc/vz"\n'
         + "".join(
@@ -216,7 +220,7 @@ def _make_tree(private: Path) -> None:
 @contextlib.contextmanager
 def vz_lab(folder: Path, size: int = 48 << 20, *, simfs: bool = False) -> Iterator[VzLab]:
     """The container runs on a; simfs: its private area is its root."""
-    a, b = _make_host(folder / "a", folder / "b"), _make_host(folder / "b", folder / "a")
+    a, b = make_host(folder / "a", folder / "b"), make_host(folder / "b", folder / "a")
     private = a.folder / "private" / CTID
     private.mkdir(parents=True)
     (a.folder / "root" / CTID).mkdir()
