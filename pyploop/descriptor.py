@@ -50,6 +50,8 @@ class Descriptor:
     cluster: int
     chain: tuple[Delta, ...]
     others: int = 0
+    files: tuple[str, ...] = ()
+    """Of the chain and of other snapshots."""
 
     @property
     def top(self) -> Delta:
@@ -121,7 +123,8 @@ def _parse(data: bytes, path: str) -> Descriptor:
     images = _images(storage, os.path.dirname(path))
     top, parents = _snapshots(root, images)
     chain = _chain(top, parents, images)
-    return Descriptor(path, size, cluster, chain, len(images) - len(chain))
+    files = tuple(file for file, _ in images.values())
+    return Descriptor(path, size, cluster, chain, len(images) - len(chain), files)
 
 
 def _children(parent: ET.Element, tag: str) -> list[ET.Element]:

@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pyploop import journal, ownfolder
+from pyploop import beneath, journal, ownfolder
 from pyploop._core import fdatasync
 from pyploop.errors import OpenError, PyploopError
 from pyploop.events import Reporter
@@ -76,8 +76,11 @@ def retain(log: Journal, entry: Entry) -> None:
     recorded.  What is not worth it, or cannot be, is removed."""
     path, kept = str(entry["path"]), str(entry["kept"])
     with contextlib.suppress(OSError):
-        if os.path.lexists(path):
-            os.replace(path, kept)
+        with (
+            contextlib.suppress(FileNotFoundError),
+            beneath.place(path, str(entry.get("root") or "")) as at,
+        ):
+            os.replace(at.name, kept, src_dir_fd=at.dir_fd)
         with _opened(kept) as fd:
             st = os.fstat(fd)
             if stat.S_ISREG(st.st_mode) and st.st_blocks * 512 >= LEAST:
@@ -91,8 +94,9 @@ def retain(log: Journal, entry: Entry) -> None:
 
 def remove(entry: Entry) -> None:
     """Undo an entry of kind `copied`."""
-    for key in ("path", "kept"):
-        Path(entry[key]).unlink(missing_ok=True)
+    for key, root in (("path", str(entry.get("root") or "")), ("kept", "")):
+        with contextlib.suppress(FileNotFoundError), beneath.place(str(entry[key]), root) as at:
+            beneath.remove(at)
 
 
 @contextlib.contextmanager

@@ -51,7 +51,10 @@ def retain(log: Journal, entry: Entry) -> None:
     path, kept = str(entry["path"]), str(entry["kept"])
     try:
         if os.path.isdir(path) and any(os.scandir(path)):
-            os.chmod(path, 0o700)  # it may hold setuid files; rsync sets it anew
+            # It may lie in a folder that everybody may enter, with set-user-ID programs
+            # in it; rsync gives it its own owner and mode again.
+            os.chown(path, 0, 0)
+            os.chmod(path, 0o700)
             os.rename(path, kept)
             if not entry["made"]:
                 os.mkdir(path)

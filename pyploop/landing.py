@@ -17,7 +17,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from pyploop import kept, kept_trees, ownfolder, pieces, undoing, verdict
+from pyploop import beneath, kept, kept_trees, ownfolder, pieces, undoing, verdict
 from pyploop.chain import Chain, check_room, folder_of
 from pyploop.errors import MigrateError, ProtocolError, PyploopError
 from pyploop.events import Reporter
@@ -85,6 +85,8 @@ class Landing:
             source=kept.source_of(facts),
             **undoing.naming(host, runtime),
         )
+        # What is in it came from elsewhere, programs with the set-user-ID bit as well.
+        self._mode = 0o700 if host.policy_of(runtime.container).private else 0o755
         made = contextlib.ExitStack()
         try:
             self.verdict = Verdict.create(folder, migration)
@@ -104,6 +106,7 @@ class Landing:
                 stall=self._stall,
                 keep_fds=runtime.keep_fds,
                 report=report,
+                mode=self._mode,
             )
         except BaseException:
             # Nobody has this object, so nobody else would.
@@ -115,17 +118,18 @@ class Landing:
     def _log(self, kind: str, **fields: Any) -> None:
         self._journal.add({"kind": kind, **fields})
 
-    def _make_parent(self, path: str) -> None:
-        undoing.make_folders(self._journal, Path(path).parent)
+    def _make_parent(self, path: str, root: str = "") -> None:
+        undoing.make_folders(self._journal, Path(path).parent, self._mode, root)
 
-    def _give_way(self, path: str) -> None:
+    def _give_way(self, at: beneath.Place, root: str) -> None:
         """Before a file is made: what is there is put aside, to be put back."""
-        if os.path.lexists(path):
-            saved = f"{path}.pyploop-saved"
-            self._log("put-back", path=path, saved=saved)
-            os.replace(path, saved)
+        if beneath.exists(at):
+            saved = f"{at.path}.pyploop-saved"
+            self._log("put-back", path=at.path, saved=saved, root=root)
+            name = os.path.basename(saved)
+            os.replace(at.name, name, src_dir_fd=at.dir_fd, dst_dir_fd=at.dir_fd)
         else:
-            self._log("remove", path=path)
+            self._log("remove", path=at.path, root=root)
 
     # ---- what comes by channels
 
@@ -154,7 +158,7 @@ class Landing:
         self._start(f"digests {len(self._jobs)}", Job(work, out.close))
 
     def take_items(self, fd: int) -> None:
-        """The container's files, each to where its label belongs."""
+        """The container's files, each to where its label belongs; once."""
         if "items" in self._jobs:
             raise ProtocolError("agent protocol: items come once")
         self._start("items", Job(lambda: self._items(fd), lambda: os.close(fd)))
@@ -162,19 +166,29 @@ class Landing:
     def _items(self, fd: int) -> None:
         def create(label: str) -> int:
             path = self._runtime.destination(label)
-            self._make_parent(path)
-            if not os.path.lexists(path):
-                return self._shelf.item(label, path)
-            self._give_way(path)
-            return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+            root = self._runtime.root_of(path)
+            self._make_parent(path, root)
+            with beneath.place(path, root) as at:
+                if not beneath.exists(at):
+                    return self._shelf.item(label, at, root)
+                self._give_way(at, root)
+                return beneath.create(at)
 
-        place = Place(create, largest=self._runtime.largest, most_files=MOST_ITEMS, durable=True)
+        place = Place(
+            create,
+            largest=self._runtime.largest,
+            most_files=MOST_ITEMS,
+            durable=True,
+            modes=pieces.PLAIN,
+        )
         pieces.receive(fd, self._stall, place)
         self._shelf.check_items()
         for folder in self._runtime.folders():
-            undoing.make_folders(self._journal, Path(folder))
+            undoing.make_folders(self._journal, Path(folder), self._mode)
         for path in self._runtime.makes(self._facts):
-            self._give_way(path)
+            root = self._runtime.root_of(path)
+            with beneath.place(path, root) as at:
+                self._give_way(at, root)
         self._runtime.placed(self._facts)
 
     def take_disk(self, index: int, fd: int, reuse: bool) -> None:
@@ -185,7 +199,10 @@ class Landing:
         disk = self._disks[index]
         announced = self._facts.get("images") or []
         largest = announced[index] if index < len(announced) else 0
-        self._make_parent(disk.image)
+        root = self._runtime.root_of(disk.image)
+        self._make_parent(disk.image, root)
+        with beneath.place(disk.image, root):
+            pass  # no link leads elsewhere from here on, for none is made any more
         sink = self._shelf.disk(f"disk {index}", disk.image, reuse)
         for entry in self._runtime.attach(disk):
             self._journal.add(entry)
@@ -245,6 +262,10 @@ class Landing:
                 most_bytes=self._memory_left,
             )
             self._memory_left -= pieces.receive(fd, self._stall, place).data
+            if not number:
+                # Here, and not when the restore is asked for: the last blocks of the
+                # disks are on their way meanwhile.
+                self._runtime.check_images(images)
 
         name = f"memory {number}" if number else "dump"
         self._start(name, Job(work, lambda: os.close(fd)))
@@ -292,6 +313,7 @@ class Landing:
             moments["committed"] = time.monotonic()
 
         try:
+            self._runtime.release()
             self._runtime.undump(folder_of(self._folder, 0), commit)
         except BaseException as e:
             if not (self.committed and self._runs_after(e)):
@@ -309,6 +331,7 @@ class Landing:
         self._log("abandon", **undoing.naming(self._host, self._runtime))
         alive()
         try:
+            self._runtime.release()
             if run:
                 self._runtime.start()
         except BaseException as e:

@@ -45,12 +45,15 @@ class LandingTrees:
         stall: float,
         keep_fds: Sequence[int],
         report: Reporter,
+        mode: int = 0o700,
     ) -> None:
         """command: rsync; folder: for configurations and logs; stall: seconds
-        after which a silent client is given up; keep_fds: see Runtime."""
+        after which a silent client is given up; keep_fds: see Runtime; mode: of
+        folders that are made."""
         self._command, self._trees, self._folder = command, trees, folder
         self._log, self._stall, self._keep_fds = log, stall, keep_fds
         self._passes = 0
+        self._mode = mode
         # Before anything is made: what is kept lies in folders that stay.
         self._entries = [kept_trees.entry_for(log, n, tree.path) for n, tree in enumerate(trees)]
         self._made = kept_trees.adopt(log, self._entries, self._make_parent, report)
@@ -60,7 +63,7 @@ class LandingTrees:
         self._failed: dict[str, str] = {}
 
     def _make_parent(self, path: str) -> None:
-        undoing.make_folders(self._log, Path(path).parent)
+        undoing.make_folders(self._log, Path(path).parent, self._mode)
 
     def take(self, index: int, fd: int, last: bool) -> tuple[str, Job[None]]:
         """Serve one pass; (its name, what waits for its end, and never fails).
@@ -70,7 +73,7 @@ class LandingTrees:
                 raise ProtocolError(f"agent protocol: no tree {index!r} to receive")
             path = self._trees[index].path
             if index not in self._made:
-                undoing.make_folders(self._log, Path(path))
+                undoing.make_folders(self._log, Path(path), self._mode)
                 self._log.add(self._entries[index])
                 self._made.add(index)
             name = f"tree {index}.{self._passes}"

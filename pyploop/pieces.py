@@ -38,6 +38,8 @@ MOST_NAMES = 8 * MIB
 """Bytes of all names together."""
 MOST_OPEN = 64
 """Files that are open at a time.  CRIU's grow one after the other."""
+PLAIN = 0o666
+"""Mode bits of a file that is no program, whatever its source has made of it."""
 
 
 class Writer:
@@ -177,6 +179,8 @@ class Place:
     """Of the data of all pieces together."""
     durable: bool = False
     """Each file is on the disk when it is complete."""
+    modes: int = 0o777
+    """Bits of the source's modes that are taken over."""
 
 
 class _Files:
@@ -200,7 +204,7 @@ class _Files:
             raise ProtocolError(
                 f"more than {place.most_bytes} bytes came, which is all that was announced"
             )
-        _put(fd, name, mode, pos, data)
+        _put(fd, name, mode & place.modes, pos, data)
         if not data:
             if place.durable:
                 _sync(fd, name)
@@ -273,7 +277,7 @@ def _put(fd: int, name: str, mode: int, pos: int, data: bytes) -> None:
     try:
         if not data:
             os.ftruncate(fd, pos)
-            os.fchmod(fd, mode & 0o7777)
+            os.fchmod(fd, mode)
             return
         view = memoryview(data)
         while view:

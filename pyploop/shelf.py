@@ -16,7 +16,8 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from pyploop import digests, kept
+from pyploop import beneath, digests, kept
+from pyploop.beneath import Place
 from pyploop.errors import ProtocolError, WriteError
 from pyploop.events import Reporter
 from pyploop.hostconf import HostConfig
@@ -103,19 +104,20 @@ class Shelf:
             leased = True
         return KeptSink(path, unfinished, fd, 0, leased)
 
-    def item(self, label: str, path: str) -> int:
-        """The open file of an item, at its place; the caller closes it."""
+    def item(self, label: str, at: Place, root: str) -> int:
+        """The open file of an item, at its place; the caller closes it.  root: see
+        Runtime.root_of."""
         file = self._used(label, label in self._asked)
         if file is not None:
-            self._placed.append((file.fd, path))
-            self._copied(label, path, file.path)
-            os.rename(file.path, path)
+            self._placed.append((file.fd, at.path))
+            self._copied(label, at.path, file.path, root)
+            os.rename(file.path, at.name, dst_dir_fd=at.dir_fd)
             return os.dup(file.fd)
         if self._log.get("keep"):
-            self._copied(label, path, self._new_path(self._items_home))
+            self._copied(label, at.path, self._new_path(self._items_home), root)
         else:
-            self._log.add({"kind": "remove", "path": path})
-        return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+            self._log.add({"kind": "remove", "path": at.path, "root": root})
+        return beneath.create(at)
 
     def check_items(self) -> None:
         """All items are there: nobody else wrote them.  WriteError."""
@@ -133,8 +135,9 @@ class Shelf:
             return None
         return file
 
-    def _copied(self, name: str, path: str, unfinished: str) -> None:
-        self._log.add({"kind": "copied", "what": name, "path": path, "kept": unfinished})
+    def _copied(self, name: str, path: str, unfinished: str, root: str = "") -> None:
+        entry = {"kind": "copied", "what": name, "path": path, "kept": unfinished}
+        self._log.add({**entry, "root": root})
 
     def _new_path(self, home: Path) -> str:
         self._number += 1

@@ -12,7 +12,17 @@ import os
 from pathlib import Path
 from typing import Any
 
-from pyploop import hostconf, journal, kept, kept_trees, kernel, ownfolder, removal, sysblock
+from pyploop import (
+    beneath,
+    hostconf,
+    journal,
+    kept,
+    kept_trees,
+    kernel,
+    ownfolder,
+    removal,
+    sysblock,
+)
 from pyploop.errors import MigrateError, PyploopError
 from pyploop.hostconf import HostConfig
 from pyploop.journal import Entry, Journal
@@ -20,13 +30,20 @@ from pyploop.runtimes import USAGE, Runtime, volumes
 from pyploop.runtimes.choose import make_runtime
 
 
+def _place(entry: Entry) -> contextlib.AbstractContextManager[beneath.Place]:
+    """Of its `path`; `root`: the folder above whose contents came from the source."""
+    return beneath.place(str(entry["path"]), str(entry.get("root") or ""))
+
+
 def _remove(entry: Entry) -> None:
-    Path(entry["path"]).unlink(missing_ok=True)
+    with contextlib.suppress(FileNotFoundError), _place(entry) as at:
+        beneath.remove(at)
 
 
 def _rmdir(entry: Entry) -> None:
-    with contextlib.suppress(OSError):  # not empty: somebody else's things
-        os.rmdir(entry["path"])
+    # Not empty: somebody else's things.
+    with contextlib.suppress(OSError), _place(entry) as at:
+        os.rmdir(at.name, dir_fd=at.dir_fd)
 
 
 def _remove_tree(entry: Entry) -> None:
@@ -40,8 +57,9 @@ def _remove_tree(entry: Entry) -> None:
 
 
 def _put_back(entry: Entry) -> None:
-    if os.path.lexists(entry["saved"]):
-        os.replace(entry["saved"], entry["path"])
+    with contextlib.suppress(FileNotFoundError), _place(entry) as at:
+        saved = os.path.basename(entry["saved"])
+        os.replace(saved, at.name, src_dir_fd=at.dir_fd, dst_dir_fd=at.dir_fd)
 
 
 def config_of(fields: Entry, host: HostConfig) -> HostConfig:
@@ -106,15 +124,26 @@ journal.register("start", lambda e: runtime_of(e).start())
 journal.register("abandon", lambda e: runtime_of(e).abandon())
 
 
-def make_folders(log: Journal, path: Path) -> None:
-    """A folder and those above it, each to be removed again."""
+def make_folders(log: Journal, path: Path, mode: int, root: str = "") -> None:
+    """A folder and those above it, each to be removed again.  root: what is below it
+    came from the source."""
+    if root and str(path) != root:
+        make_folders(log, Path(root), mode)
+        parts = beneath.parts_of(root, str(path))
+        for n in range(1, len(parts) + 1):
+            inner = "/".join((root, *parts[:n]))
+            with beneath.place(inner, root) as at:
+                if not beneath.exists(at):
+                    log.add({"kind": "rmdir", "path": inner, "root": root})
+                    os.mkdir(at.name, mode, dir_fd=at.dir_fd)
+        return
     missing = []
     while not path.is_dir():
         missing.append(path)
         path = path.parent
     for folder in reversed(missing):
         log.add({"kind": "rmdir", "path": str(folder)})
-        folder.mkdir()
+        folder.mkdir(mode)
 
 
 def undo_all(log: Journal, keep: bool = False, over: bool = True) -> list[str]:

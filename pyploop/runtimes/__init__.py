@@ -146,6 +146,10 @@ class Runtime(Protocol):
     def largest(self, label: str) -> int:
         """Bytes of an item at most, holes included."""
 
+    def root_of(self, path: str) -> str:
+        """The folder above this one of its paths in which names and links came from
+        the source; empty: there is none."""
+
     def makes(self, facts: Facts) -> list[str]:
         """Files that `placed` makes."""
 
@@ -159,6 +163,14 @@ class Runtime(Protocol):
         """Journal entries for what `mount` is about to do."""
 
     def mount(self, disk: Disk) -> None: ...
+
+    def check_images(self, images: Path) -> None:
+        """The dump has come, and nothing of it changes any more: MigrateError(15)
+        when a process in it may do more than the container."""
+
+    def release(self) -> None:
+        """Nothing but the restore, or the start, is left: what was kept without
+        effect until now, such as set-user-ID bits, has its effect."""
 
     def undump(self, images: Path, commit: Callable[[], None]) -> None:
         """Restore and resume.  Calls `commit` when all that may fail is done,

@@ -134,6 +134,7 @@ class CommandRuntime(Configured):
         self._check_commands(live)
         if self.state().exists:
             raise MigrateError(EXISTS, f"{self.container} exists")
+        self._check_access()
 
     def destination(self, label: str) -> str:
         raise MigrateError(COPY_FAILED, f"no item {label[:80]!r} belongs to this container")

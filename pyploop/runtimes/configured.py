@@ -40,7 +40,23 @@ class Configured:
         return [{"kind": "unmount", "mount": disk.mount, "image": disk.image}]
 
     def mount(self, disk: Disk) -> None:
-        volumes.mount(disk)
+        others = [place for place in self._places() if place != disk.mount]
+        volumes.mount(disk, others, restricted=True)
+
+    def release(self) -> None:
+        for disk in self.disks(source=False):
+            volumes.release(disk)
+
+    def root_of(self, path: str) -> str:
+        return ""  # nothing of a container's comes to a folder of another part of it
+
+    def check_images(self, images: Path) -> None:
+        """Nobody knows what they are."""
+
+    def _check_access(self) -> None:
+        """On the target.  MigrateError(15)."""
+        for place in self._places() if self._config.policy.private else ():
+            volumes.check_private(place)
 
     def _mount_all(self) -> None:
         """Those that are not mounted."""

@@ -12,15 +12,16 @@ import contextlib
 import json
 import os
 import signal
+import stat
 import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from pyploop import journal
+from pyploop import beneath, journal
 from pyploop.errors import MigrateError, PyploopError
 from pyploop.freezer import freezer_in
-from pyploop.hostconf import HostConfig
+from pyploop.hostconf import HostConfig, within
 from pyploop.runtimes import (
     BAD_CONFIG,
     CHECKPOINT_VERSION,
@@ -43,6 +44,7 @@ from pyploop.runtimes import (
     tracking,
     volumes,
 )
+from pyploop.runtimes import images as image_check
 from pyploop.runtimes.cgroup import ContainerCgroup
 from pyploop.runtimes.configured import Configured
 from pyploop.runtimes.process import Command, last_words, run
@@ -70,6 +72,8 @@ class Runc(Configured):
         self._watchers: list[leftovers.Watcher] = []
         # CRIU names a deleted file that has other names anew, for the restore.
         self.dump_writes = "--link-remap" in self._config.options
+        self._written: dict[str, Any] | None = None
+        """On the target: its config.json, as `placed` has written it."""
 
     # ---- what there is
 
@@ -113,6 +117,7 @@ class Runc(Configured):
     def check_source(self, live: bool) -> Facts:
         config = bundles.read(self._config.bundle)
         fitting.check_source(config)
+        self._check_network(config)
         running = self.state().running
         self._check_places(used=running)
         places = self._moving()
@@ -153,6 +158,19 @@ class Runc(Configured):
     def left_behind(self) -> list[str]:
         left, self._left = self._left, []
         return left
+
+    def _check_network(self, config: dict[str, Any]) -> None:
+        """Its sockets are this host's without a network namespace of its own, and
+        another host cannot restore those."""
+        linux = config.get("linux")
+        found = linux.get("namespaces") if isinstance(linux, dict) else None
+        own = any(isinstance(n, dict) and n.get("type") == "network" for n in found or ())
+        if not own and "network" in self._config.policy.namespaces:
+            raise MigrateError(
+                BAD_CONFIG,
+                f"{self._config.bundle}/{bundles.CONFIG} has no network namespace: the container "
+                "uses the network of this host, which cannot be moved",
+            )
 
     def items(self) -> list[Item]:
         return [Item("config.json", f"{self._config.bundle}/{bundles.CONFIG}")]
@@ -309,15 +327,20 @@ class Runc(Configured):
         if Path(self._config.bundle, bundles.CONFIG).exists():
             raise MigrateError(EXISTS, f"{self._config.bundle} holds a {bundles.CONFIG}")
         mounts = facts.get("mounts")
-        if not isinstance(mounts, list) or len(mounts) != len(self._places()):
+        if (
+            not isinstance(mounts, list)
+            or len(mounts) != len(self._places())
+            or not all(isinstance(m, str) and m.startswith("/") for m in mounts)
+        ):
             raise MigrateError(
                 BAD_CONFIG, "the two hosts configure another number of disks or trees"
             )
         config = self._fitted(facts.get("config"), facts)
         fitting.check_target(config, live)
+        self._check_access()
         if not live:
             return
-        ours, theirs = criu.version(self._host.criu), tuple(facts.get("criu") or ())
+        ours, theirs = criu.version(self._host.criu), _version(facts.get("criu"))
         if ours < theirs:
             raise MigrateError(
                 CHECKPOINT_VERSION, f"CRIU {ours} here is older than the source's {theirs}"
@@ -327,7 +350,7 @@ class Runc(Configured):
 
     def _check_memory(self, facts: Facts) -> None:
         """There is room for the dump, on either host.  MigrateError(6)."""
-        need = int(int(facts.get("memory") or 0) * (1 + PREVIEW))
+        need = int(_size(facts.get("memory")) * (1 + PREVIEW))
         st = os.statvfs(self._host.images_dir)
         if st.f_bavail * st.f_frsize < need:
             raise MigrateError(
@@ -359,19 +382,49 @@ class Runc(Configured):
     def destination(self, label: str) -> str:
         if label != "config.json":
             raise MigrateError(COPY_FAILED, f"no item {label!r} belongs to a runc container")
-        return f"{self._config.bundle}/{bundles.CONFIG}"
+        return f"{self._config.bundle}/{bundles.RECEIVED}"
 
     def largest(self, label: str) -> int:
         return bundles.LARGEST
 
     def makes(self, facts: Facts) -> list[str]:
-        return [f"{self._config.bundle}/{bundles.CRIU}"]
+        return [f"{self._config.bundle}/{name}" for name in (bundles.CONFIG, bundles.CRIU)]
 
     def placed(self, facts: Facts) -> None:
-        bundle = self._config.bundle
-        bundles.write(bundle, self._fitted(bundles.read(bundle), facts))
+        received = bundles.read(self._config.bundle, bundles.RECEIVED)
+        config = self._fitted(received, facts)
+        if config != self._fitted(facts.get("config"), facts):
+            raise MigrateError(
+                BAD_CONFIG, "config.json has changed since it was checked: migrate it again"
+            )
+        (Path(self._config.bundle) / bundles.RECEIVED).unlink()
+        bundles.write(self._config.bundle, config)
+        self._written = config
         # Nothing may answer in its place before the restore.
         self._end_link(self._start_link(self._config.link_down), BAD_CONFIG)
+
+    def check_images(self, images: Path) -> None:
+        if self._written is None:
+            raise MigrateError(BAD_CONFIG, "the dump came before config.json")
+        policy = self._config.policy
+        image_check.check(images, self._written, (*policy.apparmor, *policy.selinux))
+
+    def release(self) -> None:
+        super().release()
+        for path in bundles.paths_of(self._written or {}):
+            for place in self._places():
+                if path != place and within(path, place):
+                    self._check_no_link(path, place)
+
+    def _check_no_link(self, path: str, place: str) -> None:
+        """The disk has come: a link on it could lead runc anywhere on this host."""
+        try:
+            with beneath.place(path, place) as at:
+                mode = os.lstat(at.name, dir_fd=at.dir_fd).st_mode
+        except OSError as e:
+            raise MigrateError(BAD_CONFIG, f"{path} of config.json: {e.strerror}") from e
+        if stat.S_ISLNK(mode):
+            raise MigrateError(BAD_CONFIG, f"{path} of config.json is a symbolic link")
 
     def undump(self, images: Path, commit: Callable[[], None]) -> None:
         work = images.parent / "restore-work"
@@ -410,3 +463,17 @@ class Runc(Configured):
             self._end_link(self._start_link(self._config.link_down), RESTORE_FAILED)
         finally:
             self.kill()
+
+
+def _version(value: Any) -> tuple[int, ...]:
+    """Of CRIU, as the source told it; () for none."""
+    if not isinstance(value, list) or not all(type(v) is int for v in value):
+        return ()
+    return tuple(value)
+
+
+def _size(value: Any) -> int:
+    """Bytes, as the source told them.  MigrateError(15) for what is no size."""
+    if type(value) is not int and value is not None:
+        raise MigrateError(BAD_CONFIG, f"the source told {str(value)[:40]!r} bytes of memory")
+    return min(max(value or 0, 0), 1 << 60)

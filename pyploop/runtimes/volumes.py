@@ -10,15 +10,18 @@ import contextlib
 import errno
 import os
 import time
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from pyploop import kernel, mountopts, sysblock
 from pyploop.errors import MigrateError
-from pyploop.runtimes import COPY_FAILED, EXISTS, RESTORE_FAILED, Disk, mounts
+from pyploop.hostconf import within
+from pyploop.runtimes import BAD_CONFIG, COPY_FAILED, EXISTS, RESTORE_FAILED, Disk, mounts
 
 KEPT = ".pyploop-kept"
 """The end of a kept file's name (kept.py)."""
+_EXT = ("ext2", "ext3", "ext4")
 BUSY_DEADLINE = 5.0
 """Seconds for the last user of a mount point to be gone."""
 
@@ -55,9 +58,16 @@ def existing_parent(path: str) -> Path:
     return folder
 
 
-def mount(disk: Disk) -> None:
-    """The image on a loop device, on its mount point."""
-    words = mountopts.parse(disk.options)
+def mount(disk: Disk, foreign: Sequence[str] = (), *, restricted: bool = False) -> None:
+    """The image on a loop device, on its mount point.  foreign: folders whose contents
+    came from the source, in which it must not be.  restricted: nosuid and nodev, until
+    `release`."""
+    options = disk.options
+    if disk.fstype in _EXT and mountopts.value_of(options, "errors") is None:
+        options += ",errors=remount-ro"  # its own superblock may ask for a panic
+    if restricted:
+        options += ",nosuid,nodev"
+    words = mountopts.parse(options)
     try:
         fd = os.open(disk.image, os.O_RDWR | os.O_CLOEXEC)
         try:
@@ -65,13 +75,60 @@ def mount(disk: Disk) -> None:
         finally:
             os.close(fd)
         try:
-            kernel.mount(path, disk.mount, disk.fstype, words.flags, words.data)
+            with _opened_point(disk.mount, foreign) as point:
+                kernel.mount(path, point, disk.fstype, words.flags, words.data)
         finally:
             os.close(loop)  # the mount holds it now; without one it detaches
     except OSError as e:
         raise MigrateError(
             RESTORE_FAILED, f"cannot mount {disk.image} on {disk.mount}: {e.strerror}"
         ) from e
+
+
+def release(disk: Disk) -> None:
+    """Let what is in it have its effect, as the options say.  MigrateError(7)."""
+    try:
+        if is_mounted(disk.mount):
+            kernel.remount(disk.mount, mountopts.parse(disk.options).flags)
+    except OSError as e:
+        raise MigrateError(RESTORE_FAILED, f"cannot remount {disk.mount}: {e.strerror}") from e
+
+
+@contextlib.contextmanager
+def _opened_point(point: str, foreign: Sequence[str]) -> Iterator[str]:
+    """A name of the folder that stays its own, whatever becomes of the path."""
+    fd = os.open(point, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        name = f"/proc/self/fd/{fd}"
+        real = os.readlink(name)
+        for folder in foreign:
+            if within(real, os.path.realpath(folder)):
+                raise MigrateError(
+                    RESTORE_FAILED,
+                    f"{point} is {real}, which lies in {folder}: a disk is not mounted within "
+                    "what came from the source",
+                )
+        yield name
+    finally:
+        os.close(fd)
+
+
+def check_private(path: str) -> None:
+    """MigrateError(15) unless a folder above, or one that is made above, keeps other
+    users of this host out of what will lie at this path."""
+    above = existing_parent(path)
+    if above != Path(path).parent:
+        return  # the folders in between are made for root alone
+    real = above.resolve()
+    for folder in (real, *real.parents):
+        st = folder.stat()
+        if st.st_uid == 0 and not st.st_mode & 0o011:
+            return
+    raise MigrateError(
+        BAD_CONFIG,
+        f"all users of this host could reach what comes to {path}, programs with the "
+        f"set-user-ID bit, too: chmod 0700 {above} here (or private = false in [policy])",
+    )
 
 
 def unmount(entry: dict[str, Any]) -> None:

@@ -16,10 +16,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from pyploop import descriptor, sysblock, vzconf
+from pyploop import beneath, descriptor, sysblock, vzconf
 from pyploop.errors import MigrateError, ParameterError, PyploopError
 from pyploop.freeze.vzctl import parse_status
-from pyploop.hostconf import NAME, HostConfig
+from pyploop.hostconf import CTID, NAME, HostConfig, within
 from pyploop.pieces import LARGEST_FILE
 from pyploop.runtimes import (
     BAD_CONFIG,
@@ -44,6 +44,7 @@ from pyploop.runtimes import (
     copied,
     mounts,
     volumes,
+    vzpolicy,
 )
 from pyploop.runtimes.process import Command, last_words, run
 from pyploop.walk import walk
@@ -51,6 +52,9 @@ from pyploop.walk import walk
 SCRIPTS = ("start", "stop", "mount", "umount", "premount", "postumount")
 HDD = "root.hdd"
 DUMP = "Dump"
+NOT_YET = ".pyploop-not-yet"
+"""End of the name of an action script, or a configuration, which vzctl must not see
+yet."""
 MOST_FILES = 1000
 """Of a private area, whose container's files lie inside the disk."""
 LARGEST_TEXT = 1 << 20
@@ -70,10 +74,13 @@ class Vzctl:
 
     def __init__(self, host: HostConfig, container: str) -> None:
         self._host = host
-        self.container = container if container.isdecimal() else self._resolve(container)
+        self.container = container if CTID.fullmatch(container) else self._resolve(container)
         self.keep_fds: tuple[int, ...] = ()
         self._top = f"{HDD}/root.hds"
         self._left: list[str] = []
+        self._policy = host.policy_of(self.container)
+        self._scripts: list[str] = []
+        """Action scripts that have come."""
         self._simfs: bool | None = None
         """The source's word, on the target."""
         try:
@@ -88,7 +95,7 @@ class Vzctl:
         if not NAME.fullmatch(name):
             raise MigrateError(NO_CONTAINER, f"{name!r} is no container's name")
         said = self._ask(NO_CONTAINER, self._host.vzlist, "-o", "ctid", "-H", name).strip()
-        if not said.isdecimal():
+        if not CTID.fullmatch(said):
             raise MigrateError(NO_CONTAINER, f"no container {name} (vzlist said {said[:40]!r})")
         return said
 
@@ -164,6 +171,7 @@ class Vzctl:
         ]
         facts: Facts = {
             "simfs": self._is_simfs(),
+            "scripts": [s for s in SCRIPTS if self._script(s).exists()],
             "ips": (self._conf.get("IP_ADDRESS") or "").split(),
             "checkpoint": self._checkpoint_version() if live else None,
         }
@@ -207,7 +215,7 @@ class Vzctl:
         if shutil.which(self._host.vzcptcheck) is None:
             return None
         said = self._ask(CHECKPOINT_VERSION, self._host.vzcptcheck, "version").strip()
-        if not said.isdecimal():
+        if not said.isascii() or not said.isdecimal():
             raise MigrateError(CHECKPOINT_VERSION, f"vzcptcheck version said {said[:40]!r}")
         return int(said)
 
@@ -225,12 +233,14 @@ class Vzctl:
                     raise MigrateError(COPY_FAILED, f"{self._private} {why}")
         yield from (path for path in sorted(found) if path != self._private / self._top)
 
+    def _script(self, name: str) -> Path:
+        return Path(self._host.vz_etc) / "conf" / f"{self.container}.{name}"
+
     def items(self) -> list[Item]:
         conf = Path(self._host.vz_etc) / "conf"
         result = [Item("conf", f"{conf}/{self.container}.conf")]
         for script in SCRIPTS:
-            path = conf / f"{self.container}.{script}"
-            if path.exists():
+            if (path := self._script(script)).exists():
                 result.append(Item(f"script:{script}", str(path)))
         for path in self._files():
             if path.is_file() and not path.is_symlink():
@@ -300,12 +310,14 @@ class Vzctl:
             with contextlib.suppress(FileNotFoundError):
                 if any(not p.name.endswith(volumes.KEPT) for p in path.iterdir()):
                     raise MigrateError(EXISTS, f"{path} is not empty")
+        if scripts := facts.get("scripts"):
+            self._check_scripts(str(scripts)[:80])
         if not self._simfs:
             self._top = self._inside(facts.get("top"))
-        for link, text in dict(facts.get("links") or {}).items():
-            self._inside(link)
-            if not isinstance(text, str) or "/" in text:
-                raise MigrateError(COPY_FAILED, f"{link}: a link to {text!r} is not made here")
+        self._links(facts)
+        if self._policy.private:
+            for tree in self.trees():
+                volumes.check_private(tree.path)
         self._check_addresses(facts)
         theirs, ours = facts.get("checkpoint"), self._checkpoint_version() if live else None
         if ours is not None and isinstance(theirs, int) and ours < theirs:
@@ -324,22 +336,49 @@ class Vzctl:
         if used:
             raise MigrateError(IP_IN_USE, f"{', '.join(sorted(used))} is in use here")
 
+    def _links(self, facts: Facts) -> dict[str, str]:
+        """Links of the private area of a ploop container, which has one: .ve.layout,
+        whose text is no path.  MigrateError(6) for any other."""
+        found = {} if self._simfs else facts.get("links") or {}
+        if not isinstance(found, dict) or len(found) > MOST_FILES:
+            raise MigrateError(COPY_FAILED, "the source told no table of links")
+        for link, text in found.items():
+            plain = isinstance(text, str) and not {"/", "\0"} & {*text}
+            if not plain or text in ("", ".", ".."):
+                raise MigrateError(
+                    COPY_FAILED, f"{link[:80]!r}: a link to {str(text)[:80]!r} is not made here"
+                )
+            if f"{self._top}/".startswith(f"{self._inside(link)}/"):
+                raise MigrateError(COPY_FAILED, f"{link[:80]!r} is where the disk comes to")
+        return found
+
+    def _check_scripts(self, names: str) -> None:
+        if not self._policy.action_scripts:
+            raise MigrateError(
+                BAD_CONFIG,
+                f"the container has action scripts ({names}), which would run as root here: write "
+                "action_scripts = true in [policy] of this host, or move them away at the source",
+            )
+
     def _inside(self, name: Any) -> str:
         """A path within the private area; MigrateError for any other."""
-        parts = Path(str(name)).parts
-        if not parts or ".." in parts or parts[0] == "/" or "\0" in str(name):
+        if not isinstance(name, str) or {"", ".", ".."} & {*name.split("/")} or "\0" in name:
             raise MigrateError(COPY_FAILED, f"{str(name)[:80]!r} lies outside the private area")
-        return str(Path(*parts))
+        return name
 
     def destination(self, label: str) -> str:
         conf = Path(self._host.vz_etc) / "conf"
         kind, _, rest = label.partition(":")
         if label == "conf":
-            return str(conf / f"{self.container}.conf")
+            return f"{conf / self.container}.conf{NOT_YET}"
         if kind == "script" and rest in SCRIPTS:
-            return str(conf / f"{self.container}.{rest}")
-        if kind == "private" and self._inside(rest) != self._top:
-            return str(self._private / self._inside(rest))
+            self._check_scripts(rest)
+            self._scripts.append(rest)
+            return f"{self._script(rest)}{NOT_YET}"
+        if kind == "private" and not self._is_simfs() and self._inside(rest) != self._top:
+            if rest.startswith("scripts/"):
+                self._check_scripts(rest[:80])
+            return str(self._private / rest)
         raise MigrateError(COPY_FAILED, f"no item {label[:80]!r} belongs to a container")
 
     def largest(self, label: str) -> int:
@@ -347,15 +386,25 @@ class Vzctl:
         return LARGEST_FILE if label.startswith("private:") else LARGEST_TEXT
 
     def makes(self, facts: Facts) -> list[str]:
-        return [str(self._private / self._inside(link)) for link in facts.get("links") or ()]
+        made = [str(self._private / link) for link in self._links(facts)]
+        made.append(f"{Path(self._host.vz_etc)}/conf/{self.container}.conf")
+        return made + [str(self._script(name)) for name in self._scripts]
+
+    def root_of(self, path: str) -> str:
+        return str(self._private) if within(path, str(self._private)) else ""
 
     def folders(self) -> list[str]:
         return [str(self._private), self._root]
 
     def placed(self, facts: Facts) -> None:
-        for link, text in dict(facts.get("links") or {}).items():
-            path = self._private / self._inside(link)
-            path.symlink_to(text)
+        for link, text in self._links(facts).items():
+            with beneath.place(str(self._private / link), str(self._private)) as at:
+                os.symlink(text, at.name, dir_fd=at.dir_fd)
+        path = Path(self._host.vz_etc) / "conf" / f"{self.container}.conf"
+        vzpolicy.check(Path(f"{path}{NOT_YET}"), path.name, self._policy)
+        os.replace(f"{path}{NOT_YET}", path)
+        if not self._is_simfs():
+            self._check_descriptor()
         # Its own file may name other places than this host's vz.conf does.
         try:
             conf = vzconf.load(self.container, Path(self._host.vz_etc))
@@ -368,6 +417,30 @@ class Vzctl:
                 f"{self.container}.conf names {same[0]} and {same[1]}, this host's vz.conf "
                 f"{self._private} and {self._root}",
             )
+
+    def _check_descriptor(self) -> None:
+        """It names files by paths, and vzctl opens what they lead to."""
+        found = self._descriptor()
+        for file in found.files:
+            self._inside(os.path.relpath(file, self._private))
+            if not file.startswith(f"{self._private}/"):
+                raise MigrateError(COPY_FAILED, f"{file[:80]!r} lies outside the private area")
+            with beneath.place(file, str(self._private)) as at:
+                mode = os.lstat(at.name, dir_fd=at.dir_fd).st_mode if beneath.exists(at) else 0
+            if mode and not stat.S_ISREG(mode):
+                raise MigrateError(COPY_FAILED, f"{file[:80]!r} is no regular file")
+        if found.top.path != str(self._private / self._top):
+            raise MigrateError(COPY_FAILED, f"{found.top.path[:80]!r} is not the disk that comes")
+
+    def check_images(self, images: Path) -> None:
+        """OpenVZ's are the kernel's own, and nothing outside it can read them."""
+
+    def release(self) -> None:
+        for name in self._scripts:
+            path = self._script(name)
+            waiting = Path(f"{path}{NOT_YET}")
+            waiting.chmod(stat.S_IRWXU)
+            os.replace(waiting, path)
 
     def attach(self, disk: Disk) -> list[dict[str, Any]]:
         return []  # vzctl mounts it by itself

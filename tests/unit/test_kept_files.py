@@ -21,7 +21,7 @@ from typing import Any
 import pytest
 from going_on import go_on, tell
 
-from pyploop import device, digests, kept, pieces, reuse, shelf
+from pyploop import beneath, device, digests, kept, pieces, reuse, shelf
 from pyploop._core import Known
 from pyploop.digests import Reader
 from pyploop.errors import (
@@ -527,7 +527,8 @@ def test_what_is_kept_counts_as_room(target: Target) -> None:
 def test_little_is_not_kept(target: Target) -> None:
     log, own, _ = target.begin(keep=True)
     os.makedirs(target.image.parent)
-    os.close(own.item("lower", str(target.image.with_name("lower"))))
+    with beneath.place(str(target.image.with_name("lower"))) as at:
+        os.close(own.item("lower", at, ""))
     target.image.with_name("lower").write_bytes(b"x" * 1000)
     own.close()
     assert undo_all(log, keep=True) == []

@@ -1,0 +1,629 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A source that wants to be root on the target.  Each test is an attack that worked
+once, or one of its kind: it is refused, and leaves nothing behind."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import stat
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import hostile
+import pytest
+import support
+from hostile import Hostile
+from lab import container, requirements
+from lab.hosts import Lab
+from moving import debris, files, migrate, only_side
+from ocispec import plain
+from vzlab import CTID, DESCRIPTOR, VzHost, make_host
+
+from pyploop import hostconf
+from pyploop.errors import MigrateError
+from pyploop.hostconf import DiskConfig
+from pyploop.runtimes import Disk, bundles, runc, volumes
+
+CONF = b'NAME="web"\nONBOOT="no"\n'
+XML = ("private:root.hdd/DiskDescriptor.xml", 0o644, DESCRIPTOR.encode())
+FACTS: dict[str, Any] = {"simfs": False, "ips": [], "top": "root.hdd/root.hds", "links": {}}
+
+
+STATUS = f'#!/bin/sh\necho "CTID {CTID} deleted unmounted down"\n'
+
+
+@pytest.fixture
+def target(tmp_path: Path) -> VzHost:
+    """Its containers are never there."""
+    support.needs("root")
+    host = make_host(tmp_path / "b", tmp_path / "a")
+    (host.folder / "bin/vzctl").write_text(STATUS)
+    (host.folder / "bin/vzlist").write_text("#!/bin/sh\n")
+    return host
+
+
+@pytest.fixture
+def source(target: VzHost) -> Iterator[Hostile]:
+    with hostile.source(target.folder / "migrate.toml") as made:
+        yield made
+
+
+def started(source: Hostile, **facts: Any) -> Hostile:
+    source.check(CTID, "vzctl", {**FACTS, **facts}, sizes=[] if facts.get("simfs") else [0])
+    source.begin()
+    return source
+
+
+def snapshot(folder: Path) -> set[str]:
+    return {str(p.relative_to(folder)) for p in folder.rglob("*")}
+
+
+def refused(source: Hostile, act: Callable[[], object], named: str) -> MigrateError:
+    with pytest.raises(MigrateError, match=named) as e:
+        act()
+    source.close()
+    return e.value
+
+
+# ---- files
+
+
+@pytest.mark.parametrize(
+    "links",
+    [
+        {"../evil": "x"},
+        {"a/../../evil": "x"},
+        {"/etc/evil": "x"},
+        {"x": "../.."},
+        {"x": ".."},
+        {"x": "."},
+        {"x": ""},
+        {"root.hdd": ".ve"},
+        {"root.hdd/root.hds": "x"},
+        {"x/": "y"},
+        {"./x": "y"},
+        {"x\0": "y"},
+        {"x": ["y"]},
+        {"x": None},
+        {"": "y"},
+        ["x"],
+        7,
+    ],
+)
+def test_a_link_of_the_private_area_leads_and_lies_nowhere_else(
+    target: VzHost, source: Hostile, links: Any
+) -> None:
+    before = snapshot(target.folder)
+    refused(source, lambda: started(source, links=links), "link|lies outside|where the disk")
+    assert snapshot(target.folder) - before <= {"lock", "lock/migration.0", "lock/migration.1"}
+
+
+@pytest.mark.parametrize(
+    "label",
+    [
+        "private:../evil",
+        "private:x/../../evil",
+        "private:/etc/evil",
+        "private:x//y",
+        "private:./x",
+        "private:x/",
+        "private:",
+        "private:root.hdd/root.hds",
+        "script:../../evil",
+        "script:boot",
+        "conf:x",
+        "config.json",
+        "",
+    ],
+)
+def test_an_item_comes_to_no_other_place(target: VzHost, source: Hostile, label: str) -> None:
+    before = snapshot(target.folder)
+    started(source)
+    files = [("conf", 0o644, CONF), XML, (label or "x", 0o644, b"evil")]
+    refused(source, lambda: source.send_items(files), "outside the private|no item")
+    left = snapshot(target.folder) - before
+    assert not [p for p in left if not p.startswith(("lock", "varlib"))], left
+    assert not list(target.folder.rglob("*evil*"))
+
+
+def test_items_come_once(target: VzHost, source: Hostile) -> None:
+    """The second ones went through the links that the first ones had made."""
+    started(source, links={"x": "y"})
+    source.send_items([("conf", 0o644, CONF), XML])
+    private = target.folder / f"private/{CTID}"
+    assert os.readlink(private / "x") == "y"
+    refused(
+        source,
+        lambda: source.send_items([("private:x/evil", 0o644, b"evil")]),
+        "items come once",
+    )
+    assert not private.exists()
+    assert not (target.folder / f"etc/vz/conf/{CTID}.conf").exists()
+
+
+def test_a_container_in_a_directory_has_no_files_beside_it(
+    target: VzHost, source: Hostile, tmp_path: Path
+) -> None:
+    """A link in the tree, which comes by rsync, and an item behind it wrote anywhere."""
+    outside = tmp_path / "outside"
+    outside.mkdir()
+    source.check(CTID, "vzctl", {**FACTS, "simfs": True, "trees": [0]})
+    source.begin()
+    private = target.folder / f"private/{CTID}"
+    private.mkdir()
+    (private / "x").symlink_to(outside)
+    try:
+        refused(
+            source,
+            lambda: source.send_items([("private:x/evil", 0o4755, b"evil")]),
+            "no item",
+        )
+        assert list(outside.iterdir()) == []
+    finally:
+        (private / "x").unlink(missing_ok=True)
+
+
+def test_a_link_that_appears_in_the_private_area_is_followed_neither_way(
+    target: VzHost, source: Hostile, tmp_path: Path
+) -> None:
+    outside = tmp_path / "outside"
+    outside.mkdir()
+    started(source)
+    private = target.folder / f"private/{CTID}"
+    private.mkdir()
+    (private / "root.hdd").symlink_to(outside)
+    (outside / "DiskDescriptor.xml").write_text("root's")
+    with pytest.raises(MigrateError):
+        source.send_items([("conf", 0o644, CONF), XML])
+    source.close()
+    assert [p.name for p in outside.iterdir()] == ["DiskDescriptor.xml"]
+    assert (outside / "DiskDescriptor.xml").read_text() == "root's"
+
+
+def test_no_file_that_comes_is_a_program(target: VzHost, source: Hostile) -> None:
+    started(source)
+    delta = ("private:root.hdd/base.hds", 0o6755, b"#!/bin/sh\n")
+    source.send_items([("conf", 0o4755, CONF), XML, delta, ("script:mount", 0o4755, b"#!x")])
+    conf = target.folder / "etc/vz/conf"
+    private = target.folder / f"private/{CTID}"
+    found = [conf / f"{CTID}.conf", *(p for p in private.rglob("*") if p.is_file())]
+    assert len(found) == 3
+    for path in [*found, *conf.glob(f"{CTID}.mount*")]:
+        assert path.stat().st_mode & 0o7111 == 0, path
+    # vzctl runs CTID.mount by that name.
+    assert not (conf / f"{CTID}.mount").exists()
+    for folder in (private, private / "root.hdd"):
+        assert folder.stat().st_mode & 0o777 == 0o700
+    source.close()
+    assert not private.exists()
+    assert list(conf.glob(f"{CTID}.*")) == []
+
+
+def test_an_action_script_comes_only_where_the_policy_says_so(target: VzHost) -> None:
+    config = target.folder / "migrate.toml"
+    config.write_text(config.read_text().replace("action_scripts = true", ""))
+    with hostile.source(config) as honest:
+        found = refused(honest, lambda: started(honest, scripts=["mount"]), "action_scripts = true")
+        assert found.exit_code == 15
+    for label in ("script:mount", "private:scripts/start"):
+        with hostile.source(config) as liar:
+            started(liar)
+            with pytest.raises(MigrateError, match="action_scripts = true"):
+                liar.send_items([(label, 0o755, b"#!/bin/sh\n")])
+        assert not list((target.folder / "etc/vz/conf").glob(f"{CTID}.*"))
+        assert not (target.folder / f"private/{CTID}").exists()
+
+
+@pytest.mark.parametrize(
+    "conf", [b'DEVNODES="sda:rw"\n', b'NAME="$(touch /x)"\n', b"reboot\n", b'DUMPDIR="/etc"\n']
+)
+def test_a_configuration_that_reaches_for_the_host_is_seen_by_no_vzctl(
+    target: VzHost, source: Hostile, conf: bytes
+) -> None:
+    started(source)
+    act = lambda: source.send_items([("conf", 0o644, CONF + conf), XML])  # noqa: E731
+    assert refused(source, act, rf"{CTID}\.conf, line 3").exit_code == 15
+    assert not list((target.folder / "etc/vz/conf").glob(f"{CTID}.*"))
+
+
+@pytest.mark.parametrize("name", ["/etc/shadow", "../../../etc/shadow", "base.hds", "sub/x"])
+def test_a_descriptor_names_only_files_of_the_container(
+    target: VzHost, source: Hostile, name: str
+) -> None:
+    started(source)
+    xml = DESCRIPTOR.replace("root.hds", name).encode()
+    act = lambda: source.send_items([("conf", 0o644, CONF), (XML[0], 0o644, xml)])  # noqa: E731
+    refused(source, act, "lies outside|is not the disk|No such file")
+    assert not (target.folder / f"private/{CTID}").exists()
+
+
+# ---- config.json
+
+
+@pytest.fixture
+def bundle(target: VzHost) -> Path:
+    """Of the container `web` of the target, which is a tree."""
+    support.needs("rsync")
+    bundle = target.folder / "bundle"
+    config = target.folder / "migrate.toml"
+    config.write_text(
+        f'{config.read_text()}\n[runc]\nroot = "{target.folder}/runc"\n[container.web]\n'
+        f'bundle = "{bundle}"\nnetns = "/run/netns/x"\n'
+        f'[[container.web.tree]]\npath = "{bundle}/rootfs"\n'
+    )
+    return bundle
+
+
+def begun(source: Hostile, config: dict[str, Any]) -> Hostile:
+    facts = {"mounts": ["/their/rootfs"], "config": config, "trees": [0]}
+    source.check("web", "runc", facts)
+    source.begin()
+    return source
+
+
+def test_the_config_json_that_comes_is_never_the_one_that_runc_reads(
+    target: VzHost, bundle: Path
+) -> None:
+    before = snapshot(target.folder)
+    config = plain()
+    with hostile.source(target.folder / "migrate.toml") as made:
+        begun(made, config)
+        made.send_items([("config.json", 0o4755, json.dumps(config, indent=7).encode())])
+        assert sorted(p.name for p in bundle.iterdir()) == ["config.json", "criu.conf"]
+        written = json.loads((bundle / "config.json").read_bytes())
+        assert written["root"]["path"] == f"{bundle}/rootfs"
+        assert written["annotations"] == {"org.criu.config": f"{bundle}/criu.conf"}
+        assert bundle.stat().st_mode & 0o777 == 0o700
+    assert not bundle.exists()
+    for text, named in (
+        (json.dumps({**config, "hostname": "other"}), "has changed since it was checked"),
+        (json.dumps({**config, "Hooks": {}}), "Hooks is not known"),
+        (json.dumps(config)[:-1] + ', "root": {"path": "/"}}', "'root' comes twice"),
+        (json.dumps(config).replace("1024", "NaN", 1), "NaN is no number"),
+        ("[" * 100_000, "nested too deeply"),
+    ):
+        with hostile.source(target.folder / "migrate.toml") as made:
+            begun(made, config)
+            with pytest.raises(MigrateError, match=named) as e:
+                made.send_items([("config.json", 0o644, text.encode())])
+            assert e.value.exit_code == 15
+            assert not (bundle / "config.json").exists()
+        assert not bundle.exists()
+    left = snapshot(target.folder) - before
+    assert not [p for p in left if not p.startswith(("lock", "varlib"))], left
+
+
+@pytest.mark.parametrize("link", ["root", "above the root", "bound", "above what is bound"])
+def test_a_link_on_what_came_does_not_lead_runc_to_the_host(
+    target: VzHost, bundle: Path, link: str
+) -> None:
+    """`/srv/web/rootfs/x`, bound from the tree, may be a link there."""
+    host = hostconf.load(str(target.folder / "migrate.toml"))
+    web = runc.Runc(host, "web")
+    tree = bundle / "rootfs"
+    (tree / "sub/root").mkdir(parents=True)
+    (tree / "data/x").mkdir(parents=True)
+    config = plain()
+    config["root"]["path"] = "/their/rootfs/sub/root"
+    bind = {"destination": "/x", "source": "/their/rootfs/data/x", "options": ["bind"]}
+    config["mounts"].append(bind)
+    web._written = bundles.adapt(config, {"/their/rootfs": str(tree)}, host.container("web"))
+    web.release()
+    path = (
+        tree
+        / {
+            "root": "sub/root",
+            "above the root": "sub",
+            "bound": "data/x",
+            "above what is bound": "data",
+        }[link]
+    )
+    shutil.rmtree(path)
+    path.symlink_to("/")
+    with pytest.raises(MigrateError, match=r"of config\.json(: Too many| is a symbolic link)") as e:
+        web.release()
+    assert e.value.exit_code == 15
+
+
+# ---- memory
+
+
+def test_memory_of_a_source_that_is_not_trusted_is_not_taken(target: VzHost) -> None:
+    config = target.folder / "migrate.toml"
+    with hostile.source(config, "x") as other:
+        with pytest.raises(MigrateError, match=rf'write \[trust\] live = \["x"\] in {config}') as e:
+            other.check(CTID, "vzctl", FACTS, sizes=[0], live=True)
+        assert e.value.exit_code == 15
+    with hostile.source(config, "x") as other:
+        other.check(CTID, "vzctl", FACTS, sizes=[0])
+    with hostile.source(config, "a") as trusted:
+        trusted.check(CTID, "vzctl", FACTS, sizes=[0], live=True)
+
+
+def test_memory_is_not_taken_after_a_check_for_a_container_that_has_stopped(
+    source: Hostile,
+) -> None:
+    started(source)
+    for op, args in (("dump", {"channel": 9}), ("restore", {"timeout": 1.0})):
+        with pytest.raises(MigrateError, match="not live"):
+            source.ask(op, **args)
+
+
+def test_nothing_begins_after_a_check_that_failed(target: VzHost, source: Hostile) -> None:
+    with pytest.raises(MigrateError, match="lies outside"):
+        source.check(CTID, "vzctl", {**FACTS, "top": "../x"}, sizes=[0])
+    with pytest.raises(MigrateError, match="begin comes after check"):
+        source.begin()
+    with pytest.raises(MigrateError, match="check comes once"):
+        source.check(CTID, "vzctl", FACTS, sizes=[0])
+    source.close()
+    assert not list(target.folder.glob("varlib/**/*.json"))
+
+
+def test_a_second_check_after_the_first_changes_nothing(source: Hostile) -> None:
+    started(source)
+    with pytest.raises(MigrateError, match="check comes once"):
+        source.check(CTID, "vzctl", FACTS, sizes=[0], live=True)
+
+
+ODD: list[Any] = [
+    *(float("nan"), float("inf"), -float("inf"), 1 << 4000, -1, 1.5, "x", "\ud800", None, True),
+    *([], [[]], {}, {"a": float("nan")}, ["\0"], [None]),
+]
+KEYS = {
+    "vzctl": ("machine", "cpu", "trees", "top", "links", "ips", "simfs", "scripts", "source"),
+    "runc": ("mounts", "config", "memory", "criu"),
+}
+
+
+@pytest.mark.parametrize(("runtime", "key"), [(r, k) for r, keys in KEYS.items() for k in keys])
+def test_a_fact_of_an_odd_type_is_refused_or_of_no_account(
+    target: VzHost, key: str, runtime: str
+) -> None:
+    config = target.folder / "migrate.toml"
+    bundle = target.folder / "bundle"
+    section = f'[container.{CTID}]\nbundle = "{bundle}"\n[[container.{CTID}.tree]]\n'
+    config.write_text(f'{config.read_text()}\n{section}path = "{bundle}/rootfs"\n')
+    for value in ODD:
+        with hostile.source(config) as made:
+            try:
+                made.check(CTID, runtime, {**FACTS, key: value}, sizes=[0])
+            except MigrateError as e:
+                assert e.exit_code in range(1, 21), value
+            assert made.ask("clock")["monotonic"] > 0, value
+
+
+@pytest.mark.parametrize("value", ODD)
+def test_an_argument_of_an_odd_type_is_refused(target: VzHost, value: Any) -> None:
+    ops: dict[str, tuple[str, ...]] = {
+        "check": ("container", "runtime", "live", "facts", "sizes", "nodeps"),
+        "begin": ("migration", "stall", "keep"),
+        "disk": ("index", "channel", "reuse"),
+        "tree": ("index", "channel", "last"),
+        "dump": ("channel", "number", "parent", "room"),
+        "join": ("name", "timeout"),
+        "digests": ("channel", "files"),
+        "settle": ("migration",),
+        "forget": ("migration",),
+    }
+    with hostile.source(target.folder / "migrate.toml") as made:
+        started(made)
+        for op, names in ops.items():
+            with pytest.raises(MigrateError):
+                made.ask(op, **dict.fromkeys(names, value))
+        assert made.ask("clock")["monotonic"] > 0
+
+
+@pytest.mark.parametrize("value", ODD)
+def test_an_odd_size_of_the_memory_or_version_of_criu_is_none(value: Any) -> None:
+    try:
+        assert 0 <= runc._size(value) <= 1 << 60
+    except MigrateError as e:
+        assert e.exit_code == 15
+    assert runc._version(value) in ((), *((v,) for v in range(10)))
+
+
+# ---- mounts
+
+
+def disk_with(folder: Path, name: str, fill: Callable[[Path], object]) -> Path:
+    contents = folder / f"{name}-contents"
+    contents.mkdir()
+    fill(contents)
+    image = folder / f"{name}.img"
+    with image.open("wb") as f:
+        f.truncate(8 << 20)
+    support.run("mkfs.ext4", "-q", "-F", "-d", contents, image)
+    return image
+
+
+def flags_of(point: Path) -> list[str]:
+    lines = Path("/proc/self/mountinfo").read_text().splitlines()
+    (line,) = [x for x in lines if x.split()[4] == str(point)]
+    return [*line.split()[5].split(","), *line.split(" - ")[1].split()[2].split(",")]
+
+
+def setuid(root: Path) -> None:
+    (root / "su").write_bytes(b"x")
+    (root / "su").chmod(0o4755)
+
+
+def test_a_disk_is_held_without_effect_and_released_as_it_is_configured(tmp_path: Path) -> None:
+    support.needs("root", "loop", "mkfs.ext4")
+    image, point = disk_with(tmp_path, "one", setuid), tmp_path / "m"
+    point.mkdir()
+    disk = Disk(str(image), str(point), "ext4", "rw,noatime")
+    volumes.mount(disk, restricted=True)
+    try:
+        assert {"nosuid", "nodev", "noatime", "errors=remount-ro"} <= {*flags_of(point)}
+        assert (point / "su").stat().st_mode & stat.S_ISUID
+        volumes.release(disk)
+        assert not {"nosuid", "nodev"} & {*flags_of(point)}
+        assert {"rw", "noatime"} <= {*flags_of(point)}
+        volumes.release(Disk(str(image), str(point), "ext4", "ro,nosuid"))
+        assert {"ro", "nosuid"} <= {*flags_of(point)[:6]}
+    finally:
+        volumes.unmount({"mount": str(point), "image": str(image)})
+    assert DiskConfig("/i", "/m").options == "rw"
+
+
+def test_a_disk_that_asks_the_kernel_to_panic_on_errors_does_not_get_it(tmp_path: Path) -> None:
+    support.needs("root", "loop", "mkfs.ext4")
+    image, point = disk_with(tmp_path, "one", setuid), tmp_path / "m"
+    support.run("tune2fs", "-e", "panic", image)
+    point.mkdir()
+    for options, wanted in (("rw", "errors=remount-ro"), ("rw,errors=continue", "rw")):
+        volumes.mount(Disk(str(image), str(point), "ext4", options))
+        try:
+            assert wanted in flags_of(point)
+            assert "errors=panic" not in flags_of(point)
+        finally:
+            volumes.unmount({"mount": str(point), "image": str(image)})
+
+
+@pytest.mark.parametrize("how", ["link to the host", "folder"])
+def test_a_disk_is_not_mounted_within_another_one_that_came(tmp_path: Path, how: str) -> None:
+    support.needs("root", "loop", "mkfs.ext4")
+    victim = tmp_path / "victim"
+    victim.mkdir()
+    (victim / "passwd").write_text("root's")
+
+    def fill(root: Path) -> None:
+        if how == "folder":
+            (root / "data").mkdir()
+        else:
+            (root / "data").symlink_to(victim)
+
+    one, two = disk_with(tmp_path, "one", fill), disk_with(tmp_path, "two", setuid)
+    point = tmp_path / "m"
+    point.mkdir()
+    first = Disk(str(one), str(point), "ext4", "rw")
+    volumes.mount(first)
+    try:
+        (tmp_path / "alias").symlink_to(point)  # which no configuration can tell
+        with pytest.raises(MigrateError, match=r"lies in|Too many"):
+            second = Disk(str(two), str(tmp_path / "alias/data"), "ext4", "rw")
+            volumes.mount(second, [str(point), str(victim)])
+        assert (victim / "passwd").read_text() == "root's"
+        assert str(two) not in support.run("losetup", "-nO", "BACK-FILE")
+    finally:
+        volumes.unmount({"mount": str(point), "image": str(one)})
+
+
+def test_what_comes_lies_where_no_other_user_gets(tmp_path: Path) -> None:
+    support.needs("root")
+    tmp_path.chmod(0o755)
+    open_to_all = Path("/var/tmp") / f"pyploop-private-{os.getpid()}"
+    open_to_all.mkdir(mode=0o755)
+    try:
+        for path in ("rootfs", "/rootfs"):
+            with pytest.raises(MigrateError, match=f"chmod 0700 {open_to_all} here") as e:
+                volumes.check_private(f"{open_to_all}/{path.lstrip('/')}")
+            assert e.value.exit_code == 15
+        volumes.check_private(f"{open_to_all}/new/rootfs")  # `new` is made for root alone
+        open_to_all.chmod(0o700)
+        volumes.check_private(f"{open_to_all}/rootfs")
+        os.chown(open_to_all, support.NOBODY, 0)
+        with pytest.raises(MigrateError):
+            volumes.check_private(f"{open_to_all}/rootfs")
+        (open_to_all / "link").symlink_to("/var")
+        with pytest.raises(MigrateError):
+            volumes.check_private(f"{open_to_all}/link/rootfs")
+    finally:
+        (open_to_all / "link").unlink(missing_ok=True)
+        open_to_all.rmdir()
+
+
+# ---- a real container
+
+
+def test_a_source_that_lies_about_a_running_container_gets_nothing_restored(
+    two_hosts: Lab,
+) -> None:
+    requirements.check()
+    a, b = two_hosts.a, two_hosts.b
+    for host in (a, b):
+        host.outside("/srv/shared").mkdir()
+    before = files(b)
+    with container.container(two_hosts, size=128 << 20):
+        bundle = a.outside(container.BUNDLE) / "config.json"
+        innocent = json.loads(bundle.read_text())
+        for source, point in (("/srv/ct/rootfs/data", "/mnt"), ("/srv/shared", "/opt/shared")):
+            bind = {"destination": point, "source": source, "options": ["rbind", "ro"]}
+            innocent["mounts"].append(bind)
+        innocent["linux"]["seccomp"] = {
+            "defaultAction": "SCMP_ACT_ALLOW",
+            "syscalls": [{"names": ["reboot"], "action": "SCMP_ACT_ERRNO"}],
+        }
+        settings = b.outside(container.PYPLOOP_CONFIG)
+        text = settings.read_text()
+        text = text.replace("netns =", 'external = ["/srv/shared"]\nnetns =')
+        settings.write_text(text)
+
+        def restart(change: Callable[[dict[str, Any]], object]) -> None:
+            """With another configuration than the one that is told."""
+            config = json.loads(json.dumps(innocent))
+            change(config)
+            container.remove(a)
+            bundle.write_text(json.dumps(config))
+            container.start(a)
+            bundle.write_text(json.dumps(innocent))
+
+        def refused_live(code: int, named: str, *options: str) -> None:
+            done = migrate(two_hosts, a, *options)
+            assert done.code == code, done.errors
+            assert named in done.errors
+            assert only_side(two_hosts) is a
+            assert not debris(b, before, runs_here=False)
+
+        # Hooks in a case that only Go reads; before anything starts.
+        bundle.write_text(
+            json.dumps({**innocent, "Hooks": {"createRuntime": [{"path": "/bin/touch"}]}})
+        )
+        refused_live(15, "config.json: Hooks is not known here")
+
+        # A privileged process under an innocent configuration.
+        sets = ("bounding", "effective", "permitted")
+        restart(lambda c: [c["process"]["capabilities"][n].append("CAP_SYS_ADMIN") for n in sets])
+        refused_live(15, "with CAP_SYS_ADMIN")
+
+        # Files of the kernel that are writable for it.
+        restart(lambda c: c["linux"].update({"readonlyPaths": [], "maskedPaths": []}))
+        refused_live(15, "does not protect /proc/")
+
+        # The host's IPC namespace.
+        restart(
+            lambda c: c["linux"].update(
+                namespaces=[n for n in c["linux"]["namespaces"] if n["type"] != "ipc"]
+            )
+        )
+        refused_live(15, "in the ipc namespace of the host")
+
+        # The network of the host: no check but this one saw it.
+        config = json.loads(json.dumps(innocent))
+        config["linux"]["namespaces"].pop(1)
+        bundle.write_text(json.dumps(config))
+        refused_live(15, "has no network namespace", "--check-only")
+
+        # Not trusted any more, or not yet.
+        bundle.write_text(json.dumps(innocent))
+        settings.write_text(text.replace("[trust]", "").replace("live = [", "# live = ["))
+        refused_live(15, 'write [trust] live = ["10.77.0.11"] in /srv/pyploop.toml here')
+        settings.write_text(text)
+
+        restart(lambda c: None)
+        done = migrate(two_hosts, a)
+        assert done.code == 0, done.errors
+        assert only_side(two_hosts) is b
+        root = b.outside(container.BUNDLE)
+        assert root.stat().st_mode & 0o777 == 0o700
+        assert not {"nosuid", "nodev"} & {*flags_in(b, container.ROOTFS)}
+
+
+def flags_in(host: Any, point: Path) -> list[str]:
+    lines = host.outside("/proc/1/mountinfo").read_text().splitlines()
+    (line,) = [x for x in lines if x.split()[4] == str(point)]
+    return list(line.split()[5].split(","))
