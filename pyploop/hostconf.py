@@ -278,8 +278,7 @@ def _check_apart(c: ContainerConfig, where: str) -> None:
 
 def _check_foreign(host: HostConfig) -> None:
     """Nothing of ours, and nothing of another container's, lies where one
-    container's own files are: they decide what is at such a path.  The same holds
-    between the disks of one container, mounted one in another."""
+    container's own files are: they decide what is at such a path."""
     ours = {"state_dir": host.state_dir, "lock_dir": host.lock_dir, "images_dir": host.images_dir}
     for c in host.containers.values():
         for folder in c.foreign():

@@ -55,9 +55,18 @@ def disk(image: str, mount: str) -> dict[str, str]:
 
 
 NESTED: list[tuple[dict[str, Any], str]] = [
-    ({"bundle": "/b", "disk": [disk("/i", "/m"), disk("/j", "/m/x")]}, "mounted on /m/x"),
-    ({"bundle": "/b", "disk": [disk("/i", "/m"), disk("/j", "/m/../m//x")]}, "mounted on /m/"),
-    ({"bundle": "/b", "disk": [disk("/i", "/m"), disk("/j", "/m")]}, "the same mount point"),
+    (
+        {"bundle": "/b", "disk": [disk("/i", "/m"), disk("/j", "/m/x")]},
+        "mounted on /m and /m/x overlap",
+    ),
+    (
+        {"bundle": "/b", "disk": [disk("/i", "/m"), disk("/j", "/m/../m//x")]},
+        "mounted on /m and /m/../m//x overlap",
+    ),
+    (
+        {"bundle": "/b", "disk": [disk("/i", "/m"), disk("/j", "/m")]},
+        "mounted on /m and /m overlap",
+    ),
     ({"bundle": "/b", "disk": [disk("/i", "/m"), disk("/m/j", "/n")]}, "the disk /m/j"),
     ({"bundle": "/m/b", "disk": [disk("/i", "/m")]}, "the bundle /m/b"),
     ({"bundle": "/m", "disk": [disk("/i", "/m")]}, "the bundle /m"),
