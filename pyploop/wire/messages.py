@@ -116,6 +116,13 @@ def _file(value: Any) -> list[Any]:
     return [_text(value[0]), _SIZE(value[1])]
 
 
+def _kind(value: Any) -> list[int]:
+    """Of an external path: its mode's file type, and a device's number."""
+    if len(_is(value, list)) not in (1, 2):
+        raise ValueError(f"{clipped(repr(value), 40)} is no kind of a file")
+    return [_whole(0, 1 << 64)(part) for part in value]
+
+
 def _named(name: str, check: Check, value: Any) -> Any:
     try:
         return check(value)
@@ -136,6 +143,10 @@ _FACTS = _known(
         "trees": _list(_SIZE, 64),
         "images": _list(_SIZE, 64),
         "mounts": _list(_text, 64),
+        "paths": _table(_text),
+        "external": _list(_text),
+        "kinds": _list(_kind),
+        "scripts": _list(_text, 64),
         "criu": _list(_whole(0, 1 << 20), 8),
         "memory": _SIZE,
         "simfs": _flag,

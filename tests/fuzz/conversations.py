@@ -22,7 +22,7 @@ from functools import partial
 from typing import Any
 from unittest import mock
 
-from made_up import Box, Finding, World
+from made_up import SOURCE, Box, Finding, World
 from scripts import agent_seeds, frame_of, message_seeds, source_seeds
 
 from pyploop import agent, hostconf, journal, migrate, recover, undoing
@@ -185,7 +185,7 @@ def run_agent(world: World, data: bytes) -> None:
     def serve() -> None:
         try:
             try:
-                served = agent.Agent(world.host(), ours.fileno(), ours.fileno())
+                served = agent.Agent(world.host(), ours.fileno(), ours.fileno(), SOURCE)
             except PyploopError:
                 return  # as the process ends that has no peer
             served.serve()
@@ -214,6 +214,8 @@ def run_agent(world: World, data: bytes) -> None:
         raise Finding(f"the agent ended with {failure[0]!r}") from failure[0]
     _thread_failed()
     runs = box.status.running
+    if "undump" in box.told and box.told[:2] != ["check images", "release"]:
+        raise Finding(f"it was restored from images that nobody checked: {box.told}")
     if runs and "undump" not in box.told and "start" not in box.told:
         raise Finding(f"it runs, after {box.told}")
     # Its record waits for the source's question: the connection has ended.

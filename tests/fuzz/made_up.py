@@ -20,7 +20,11 @@ from typing import Any
 
 from pyploop.errors import MigrateError
 from pyploop.hostconf import HostConfig
-from pyploop.runtimes import COPY_FAILED, RESTORE_FAILED, Disk, Item, State, Tree
+from pyploop.policy import Source
+from pyploop.runtimes import COPY_FAILED, RESTORE_FAILED, Copied, Disk, Item, State, Tree
+
+SOURCE = Source("made-up-source")
+"""As the agent knows it; its memory images are restored."""
 
 
 class Finding(AssertionError):
@@ -37,6 +41,7 @@ class Box:
     container: str = "box"
     keep_fds: tuple[int, ...] = ()
     dump_writes: bool = False
+    drop_exec: bool = False
     has_disk: bool = False
     told: list[str] = field(default_factory=list)
     """The steps that were done to it."""
@@ -57,6 +62,12 @@ class Box:
 
     def check_source(self, live: bool) -> dict[str, Any]:
         return {"memory": 4096}
+
+    def left_behind(self) -> list[str]:
+        return []
+
+    def copied(self, disks: list[Disk]) -> Copied:
+        return {}
 
     def items(self) -> list[Item]:
         return [Item("conf", str(self.folder / "box.conf"))]
@@ -106,6 +117,9 @@ class Box:
     def largest(self, label: str) -> int:
         return 1 << 17
 
+    def root_of(self, path: str) -> str:
+        return ""
+
     def makes(self, facts: dict[str, Any]) -> list[str]:
         return [str(self.folder / "bundle" / "made")]
 
@@ -120,6 +134,12 @@ class Box:
 
     def mount(self, disk: Disk) -> None:
         (self.folder / "mounted").touch()
+
+    def check_images(self, images: Path) -> None:
+        self.told.append("check images")
+
+    def release(self) -> None:
+        self.told.append("release")
 
     def undump(self, images: Path, commit: Callable[[], None]) -> None:
         if not (images / "core-1.img").exists():
@@ -167,7 +187,14 @@ class World:
 
     def host(self) -> HostConfig:
         state, lock, images = (str(self.folder / name) for name in ("state", "lock", "images"))
-        return HostConfig("made up", state, lock, images, ssh=("made-up",))
+        return HostConfig(
+            "/made/up.toml",
+            state_dir=state,
+            lock_dir=lock,
+            images_dir=images,
+            ssh=("made-up",),
+            trusted_live=(SOURCE.name,),
+        )
 
     def files(self) -> set[str]:
         """Of a migration, wherever it may leave some."""

@@ -96,8 +96,8 @@ def _host(folder: Path, peer: Path, fstype: str, options: str) -> Path:
         (folder / name).mkdir(parents=True)
     (folder / "ssh").write_text(SSH)
     (folder / "ssh").chmod(0o755)
-    agent = [*support.pyploop_cmd(), "agent", "--config", str(peer / "migrate.toml")]
-    agent += ["--source", folder.name]
+    agent = [*support.pyploop_cmd(), "agent", "--source", folder.name]
+    agent += ["--config", str(peer / "migrate.toml")]
     command = [sys.executable, str(HERE / "anyhost.py"), str(folder)]
     text = f'state_dir = "{folder}/state"\nlock_dir = "{folder}/lock"\n'
     text += f'images_dir = "{folder}/images"\n[trust]\nlive = ["{peer.name}"]\n'

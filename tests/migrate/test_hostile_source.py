@@ -12,10 +12,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import hostile
+import anysource
 import pytest
 import support
-from hostile import Hostile
+from anysource import Hostile
 from lab import container, requirements
 from lab.hosts import Lab
 from moving import debris, files, migrate, only_side
@@ -47,7 +47,7 @@ def target(tmp_path: Path) -> VzHost:
 
 @pytest.fixture
 def source(target: VzHost) -> Iterator[Hostile]:
-    with hostile.source(target.folder / "migrate.toml") as made:
+    with anysource.source(target.folder / "migrate.toml") as made:
         yield made
 
 
@@ -205,11 +205,11 @@ def test_no_file_that_comes_is_a_program(target: VzHost, source: Hostile) -> Non
 def test_an_action_script_comes_only_where_the_policy_says_so(target: VzHost) -> None:
     config = target.folder / "migrate.toml"
     config.write_text(config.read_text().replace("action_scripts = true", ""))
-    with hostile.source(config) as honest:
+    with anysource.source(config) as honest:
         found = refused(honest, lambda: started(honest, scripts=["mount"]), "action_scripts = true")
         assert found.exit_code == 15
     for label in ("script:mount", "private:scripts/start"):
-        with hostile.source(config) as liar:
+        with anysource.source(config) as liar:
             started(liar)
             with pytest.raises(MigrateError, match="action_scripts = true"):
                 liar.send_items([(label, 0o755, b"#!/bin/sh\n")])
@@ -269,7 +269,7 @@ def test_the_config_json_that_comes_is_never_the_one_that_runc_reads(
 ) -> None:
     before = snapshot(target.folder)
     config = plain()
-    with hostile.source(target.folder / "migrate.toml") as made:
+    with anysource.source(target.folder / "migrate.toml") as made:
         begun(made, config)
         made.send_items([("config.json", 0o4755, json.dumps(config, indent=7).encode())])
         assert sorted(p.name for p in bundle.iterdir()) == ["config.json", "criu.conf"]
@@ -285,7 +285,7 @@ def test_the_config_json_that_comes_is_never_the_one_that_runc_reads(
         (json.dumps(config).replace("1024", "NaN", 1), "NaN is no number"),
         ("[" * 100_000, "nested too deeply"),
     ):
-        with hostile.source(target.folder / "migrate.toml") as made:
+        with anysource.source(target.folder / "migrate.toml") as made:
             begun(made, config)
             with pytest.raises(MigrateError, match=named) as e:
                 made.send_items([("config.json", 0o644, text.encode())])
@@ -310,7 +310,7 @@ def test_a_link_on_what_came_does_not_lead_runc_to_the_host(
     config["root"]["path"] = "/their/rootfs/sub/root"
     bind = {"destination": "/x", "source": "/their/rootfs/data/x", "options": ["bind"]}
     config["mounts"].append(bind)
-    web._written = bundles.adapt(config, {"/their/rootfs": str(tree)}, host.container("web"))
+    web._written = bundles.adapt(config, {}, {"/their/rootfs": str(tree)}, host.container("web"))
     web.release()
     path = (
         tree
@@ -333,13 +333,13 @@ def test_a_link_on_what_came_does_not_lead_runc_to_the_host(
 
 def test_memory_of_a_source_that_is_not_trusted_is_not_taken(target: VzHost) -> None:
     config = target.folder / "migrate.toml"
-    with hostile.source(config, "x") as other:
+    with anysource.source(config, "x") as other:
         with pytest.raises(MigrateError, match=rf'write \[trust\] live = \["x"\] in {config}') as e:
             other.check(CTID, "vzctl", FACTS, sizes=[0], live=True)
         assert e.value.exit_code == 15
-    with hostile.source(config, "x") as other:
+    with anysource.source(config, "x") as other:
         other.check(CTID, "vzctl", FACTS, sizes=[0])
-    with hostile.source(config, "a") as trusted:
+    with anysource.source(config, "a") as trusted:
         trusted.check(CTID, "vzctl", FACTS, sizes=[0], live=True)
 
 
@@ -388,7 +388,7 @@ def test_a_fact_of_an_odd_type_is_refused_or_of_no_account(
     section = f'[container.{CTID}]\nbundle = "{bundle}"\n[[container.{CTID}.tree]]\n'
     config.write_text(f'{config.read_text()}\n{section}path = "{bundle}/rootfs"\n')
     for value in ODD:
-        with hostile.source(config) as made:
+        with anysource.source(config) as made:
             try:
                 made.check(CTID, runtime, {**FACTS, key: value}, sizes=[0])
             except MigrateError as e:
@@ -409,7 +409,7 @@ def test_an_argument_of_an_odd_type_is_refused(target: VzHost, value: Any) -> No
         "settle": ("migration",),
         "forget": ("migration",),
     }
-    with hostile.source(target.folder / "migrate.toml") as made:
+    with anysource.source(target.folder / "migrate.toml") as made:
         started(made)
         for op, names in ops.items():
             with pytest.raises(MigrateError):

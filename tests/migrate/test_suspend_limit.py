@@ -10,7 +10,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from test_command import Pair, pair  # noqa: F401 - a fixture
+from anypair import Pair
+from test_command import pair  # noqa: F401 - a fixture
 
 HERE = Path(__file__).parent
 

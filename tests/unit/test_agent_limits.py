@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from made_up import Box, World
+from made_up import SOURCE, Box, World
 from scripts import CHECK, HEX, MACHINE
 
 from pyploop import agent, hostconf, landing, shelf, undoing, verdict
@@ -24,7 +24,18 @@ from pyploop.mux import Mux
 from pyploop.runtimes import State
 from pyploop.wire import mux as wire
 
-FACTS = {"machine": MACHINE, "cpu": [], "memory": 4096, "images": [8192], "trees": []}
+FACTS: dict[str, Any] = {
+    "machine": MACHINE,
+    "cpu": [],
+    "memory": 4096,
+    "images": [8192],
+    "trees": [],
+    "mounts": ["/srv/r"],
+    "paths": {"r": "/srv/r"},
+    "external": ["/x"],
+    "kinds": [[0o040000]],
+    "scripts": ["mount"],
+}
 
 
 class Source:
@@ -43,7 +54,8 @@ class Source:
         self._number = 0
 
     def _serve(self, host: HostConfig) -> None:
-        agent.Agent(host, self._theirs.fileno(), self._theirs.fileno()).serve()
+        end = self._theirs.fileno()
+        agent.Agent(host, end, end, SOURCE).serve()
         self._theirs.close()
 
     def ask(self, op: Any, args: Any) -> dict[str, Any]:
@@ -181,7 +193,7 @@ def test_no_type_of_a_fact_surprises_the_agent(connect: Connect, name: str) -> N
     source = connect()
     for odd in ODD:
         right = FACTS[name]
-        if type(odd) is type(right) and odd not in ("\0", [[]], -1, 1 << 63):
+        if type(odd) is type(right) and odd not in ("\0", [[]], -1, 1 << 63, {"a": {}}):
             continue
         said = source.refused("check", {**CHECK, "facts": {**FACTS, name: odd}})
         assert name in said or odd in ("", "x"), said
@@ -223,7 +235,7 @@ def test_a_begin_that_fails_leaves_no_file(
     source.call("check", facts=FACTS, **CHECK)
     state = world.folder / "state"
     if what == "images":
-        (world.folder / "images").rmdir()
+        (world.folder / "images").chmod(0o777)
     elif what == "verdict":
         state.mkdir(exist_ok=True)
         (state / f"{HEX}.target").write_text("another one's")
@@ -237,7 +249,6 @@ def test_a_begin_that_fails_leaves_no_file(
         (state / f"{HEX}.target").unlink()
     assert world.files() <= {"lock/box.lck"}
     monkeypatch.undo()
-    (world.folder / "images").mkdir(exist_ok=True)
 
 
 def _fails(*_: object, **__: object) -> None:
@@ -368,7 +379,8 @@ def test_nothing_is_received_after_the_commit(connect: Connect, world: World, bo
         assert "after the commit" in source.refused(op, REQUESTS[op])
     source.call("finish")
     source.call("forget", migration=HEX)
-    assert box.told == ["undump"] and world.files() == {"lock/box.lck"}
+    assert box.told == ["check images", "release", "undump"]
+    assert world.files() == {"lock/box.lck"}
 
 
 def test_what_the_source_does_not_wait_for_any_more_is_not_committed(
@@ -383,7 +395,7 @@ def test_what_the_source_does_not_wait_for_any_more_is_not_committed(
     source.send("dump", CORE, channel=1)
     source.call("join", name="dump", timeout=20)
     assert "which the source allows" in source.refused("restore", {"timeout": 0.1})
-    assert box.told == ["abandon"]
+    assert box.told == ["check images", "release", "abandon"]
     source.call("undo")
 
 
