@@ -16,6 +16,8 @@ from typing import Any, NamedTuple
 from pyploop import kernel
 from pyploop.runtimes import members, sockets
 
+OURS = "org.criu.config"
+"""Written anew on each host."""
 NO_LIMIT = 1 << 62
 """A memory limit of v1 that is larger limits nothing."""
 
@@ -271,7 +273,14 @@ def keys(container: str, path: str = "/proc/keys") -> list[str]:
 def all_of(
     container: str, pids: Sequence[int], config: Mapping[str, Any], cgroups: Mapping[str, str]
 ) -> list[str]:
-    """In words, each a line for the user."""
+    """Of a running container.  In words, each a line for the user."""
     lost = [*settings(pids, allowed_cpus(cgroups)), *pipes_to_outside(pids), *keys(container)]
     lost += [*sockets.settings(pids), *(sockets.groups(pids[0]) if pids else ())]
     return [f"Does not move: {text}" for text in lost + changed_limits(config, cgroups)]
+
+
+def annotations_of(config: Mapping[str, Any]) -> list[str]:
+    """The same of those of config.json, which programs of a host obey (CRIU one): no
+    target takes them over."""
+    names = sorted({*(config.get("annotations") or {})} - {OURS})
+    return [f"Does not move: the annotations {', '.join(names)} of config.json"] if names else []

@@ -130,6 +130,7 @@ class Runc(Configured):
             "external": list(external),
             "kinds": sources.kinds,
         }
+        self._left += leftovers.annotations_of(config)
         if running:
             contents.check_root(self._init(), self._root_of(config))
         if live:

@@ -94,6 +94,14 @@ def test_a_process_that_ends_meanwhile_is_nobody_s(proc: Path) -> None:
 # ---- limits and settings
 
 
+def test_annotations_stay_behind_and_are_said() -> None:
+    told = {"org.criu.config": "/b/criu.conf", "b": "2", "a": "1"}
+    said = ["Does not move: the annotations a, b of config.json"]
+    assert leftovers.annotations_of({"annotations": told}) == said
+    assert leftovers.annotations_of({"annotations": {"org.criu.config": "/b/criu.conf"}}) == []
+    assert leftovers.annotations_of({}) == []
+
+
 @pytest.mark.parametrize(
     ("files", "resources", "said"),
     [
