@@ -337,6 +337,7 @@ class Runc(Configured):
                 BAD_CONFIG, "the two hosts configure another number of disks or trees"
             )
         config = self._fitted(facts.get("config"), facts)
+        contents.check_external(self._config.external, facts.get("kinds") or ())
         fitting.check_target(config, live)
         self._check_access()
         if not live:
@@ -360,10 +361,7 @@ class Runc(Configured):
 
     def _fitted(self, config: Any, facts: Facts) -> dict[str, Any]:
         """The source's config.json with our paths, all of which are known here."""
-        fitted = bundles.adapt(config, *self._mapping(facts), self._config)
-        kinds = facts.get("kinds") or ()
-        contents.check_target(fitted, self._places(), self._config.external, kinds)
-        return fitted
+        return bundles.adapt(config, *self._mapping(facts), self._config)
 
     def _mapping(self, facts: Facts) -> tuple[dict[str, str], dict[str, str]]:
         """For bundles.adapt: the source's paths as its configuration writes them,
