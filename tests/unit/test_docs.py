@@ -20,7 +20,7 @@ def is_there(folder: str | None, file: str, test: str | None) -> bool:
     return False
 
 
-@pytest.mark.parametrize("page", ["safety.md"])
+@pytest.mark.parametrize("page", ["safety.md", "trust.md"])
 def test_every_test_that_a_page_names_exists(page: str) -> None:
     text = (ROOT / "docs" / page).read_text()
     found = [m.groups() for m in NAMED.finditer(text)]
