@@ -42,6 +42,9 @@ class Hostile:
             self._agent.serve()
         except BaseException as e:
             self.crash = e
+        finally:  # as the process ends
+            with contextlib.suppress(OSError):
+                self._ends[1].shutdown(socket.SHUT_RDWR)
 
     def ask(self, op: str, **args: Any) -> dict[str, Any]:
         """One request; MigrateError as the agent has refused it."""

@@ -249,9 +249,10 @@ def bundle(target: VzHost) -> Path:
     support.needs("rsync")
     bundle = target.folder / "bundle"
     config = target.folder / "migrate.toml"
+    (target.folder / "netns").touch()
     config.write_text(
         f'{config.read_text()}\n[runc]\nroot = "{target.folder}/runc"\n[container.web]\n'
-        f'bundle = "{bundle}"\nnetns = "/run/netns/x"\n'
+        f'bundle = "{bundle}"\nnetns = "{target.folder}/netns"\n'
         f'[[container.web.tree]]\npath = "{bundle}/rootfs"\n'
     )
     return bundle
@@ -357,10 +358,8 @@ def test_nothing_begins_after_a_check_that_failed(target: VzHost, source: Hostil
         source.check(CTID, "vzctl", {**FACTS, "top": "../x"}, sizes=[0])
     with pytest.raises(MigrateError, match="begin comes after check"):
         source.begin()
-    with pytest.raises(MigrateError, match="check comes once"):
-        source.check(CTID, "vzctl", FACTS, sizes=[0])
-    source.close()
     assert not list(target.folder.glob("varlib/**/*.json"))
+    started(source)  # by all the checks of another one
 
 
 def test_a_second_check_after_the_first_changes_nothing(source: Hostile) -> None:
@@ -369,13 +368,14 @@ def test_a_second_check_after_the_first_changes_nothing(source: Hostile) -> None
         source.check(CTID, "vzctl", FACTS, sizes=[0], live=True)
 
 
+NOT_JSON: list[Any] = [float("nan"), float("inf"), -float("inf"), 1 << 4000, "\ud800"]
+"""With these in a message the connection ends (test_agent_limits.py)."""
 ODD: list[Any] = [
-    *(float("nan"), float("inf"), -float("inf"), 1 << 4000, -1, 1.5, "x", "\ud800", None, True),
-    *([], [[]], {}, {"a": float("nan")}, ["\0"], [None]),
+    *(-1, 1.5, 1 << 63, "x", "\0", None, True, [], [[]], {}, {"a": 1.5}, ["\0"], [None], [{}]),
 ]
 KEYS = {
     "vzctl": ("machine", "cpu", "trees", "top", "links", "ips", "simfs", "scripts", "source"),
-    "runc": ("mounts", "config", "memory", "criu"),
+    "runc": ("mounts", "config", "paths", "external", "kinds", "memory", "criu"),
 }
 
 
@@ -417,7 +417,7 @@ def test_an_argument_of_an_odd_type_is_refused(target: VzHost, value: Any) -> No
         assert made.ask("clock")["monotonic"] > 0
 
 
-@pytest.mark.parametrize("value", ODD)
+@pytest.mark.parametrize("value", NOT_JSON + ODD)
 def test_an_odd_size_of_the_memory_or_version_of_criu_is_none(value: Any) -> None:
     try:
         assert 0 <= runc._size(value) <= 1 << 60
@@ -558,10 +558,11 @@ def test_a_source_that_lies_about_a_running_container_gets_nothing_restored(
             "defaultAction": "SCMP_ACT_ALLOW",
             "syscalls": [{"names": ["reboot"], "action": "SCMP_ACT_ERRNO"}],
         }
-        settings = b.outside(container.PYPLOOP_CONFIG)
-        text = settings.read_text()
-        text = text.replace("netns =", 'external = ["/srv/shared"]\nnetns =')
-        settings.write_text(text)
+        for host in (a, b):
+            settings = host.outside(container.PYPLOOP_CONFIG)
+            text = settings.read_text()
+            text = text.replace("netns =", 'external = ["/srv/shared"]\nnetns =')
+            settings.write_text(text)
 
         def restart(change: Callable[[dict[str, Any]], object]) -> None:
             """With another configuration than the one that is told."""
