@@ -121,9 +121,11 @@ def check_backing(device: tuple[int, int], name: str, image: os.stat_result, whe
     if (status.device, status.inode) != here:
         file = Path("/sys/block") / block.disk / "loop/backing_file"
         backing = os.fsdecode(file.read_bytes()).strip()
+        # A name that a mount covers, or of a file made anew.
+        wanted = name if backing != name else "the file that has this name now"
         raise MigrateError(
             BAD_CONFIG,
-            f"{where}is {path}, which is attached to {backing}, not to {name}: "
+            f"{where}is {path}, which is attached to {backing}, not to {wanted}: "
             "correct the configuration, or mount the right one",
         )
     whole = image.st_size // SECTOR * SECTOR

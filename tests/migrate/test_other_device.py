@@ -91,6 +91,12 @@ def a_new_file_of_that_name(pair: Pair) -> Iterator[tuple[str, ...]]:
 
 
 @contextlib.contextmanager
+def a_mount_over_the_image(pair: Pair) -> Iterator[tuple[str, ...]]:
+    with mounted(pair.a / "one.img", "--bind", other_image(pair)):
+        yield (str(pair.a / "one.img"), "not to the file that has this name now")
+
+
+@contextlib.contextmanager
 def mounted_twice(pair: Pair) -> Iterator[tuple[str, ...]]:
     second = pair.a / "second"
     second.mkdir()
@@ -132,6 +138,7 @@ OTHERS: dict[str, Callable[[Pair], contextlib.AbstractContextManager[tuple[str, 
     "the other disk is mounted over it": the_other_disk,
     "a file system hides the folder above it": a_folder_above_hidden,
     "the image is a new file of that name": a_new_file_of_that_name,
+    "another image is mounted over its name": a_mount_over_the_image,
     "it is mounted at a second place": mounted_twice,
     "something is mounted within it": something_within,
     "it has another kind of file system": another_kind_of_file_system,
