@@ -12,20 +12,11 @@ from pyploop.output import Output
 from pyploop.source import Source
 
 
-def check_output(source: Source, out: Output) -> None:
-    """ParameterError when the output is a file in which the source itself is stored."""
-    if is_below(source, out.fd):
-        raise ParameterError(
-            f"the output is a file in which {source.path} itself is stored: to copy onto it would "
-            "destroy the source; nothing was written"
-        )
-
-
 def check(source: Source, points: Iterable[str], out: Output) -> None:
     """ParameterError when something of the source lies below the target, as far as
     that is known yet (a peer of ours is told), or the target below the source.
     points: mount points to be frozen."""
-    check_output(source, out)
+    check_output(source, out.fd)
     both = (out.things() or set()) & apart_from(source, points)
     if not both:
         return
@@ -35,3 +26,12 @@ def check(source: Source, points: Iterable[str], out: Output) -> None:
     )
     out.refuse(error)
     raise error
+
+
+def check_output(source: Source, fd: int) -> None:
+    """ParameterError when the source is stored in this open file."""
+    if is_below(source, fd):
+        raise ParameterError(
+            f"the output is a file in which {source.path} itself is stored: to copy onto it would "
+            "destroy the source; nothing was written"
+        )

@@ -93,9 +93,25 @@ def apart_from(source: Source, points: Iterable[str]) -> set[Thing]:
 
 
 def is_below(source: Source, fd: int) -> bool:
-    """Whether the source is stored in this open file, however deep."""
-    st = os.fstat(fd)
-    return (*_of_dev(st.st_dev), st.st_ino) in of_source(source).things
+    """Whether the source is stored in this open file, however deep, or both show the
+    same file."""
+    things = of_source(source).things
+    for own in {source.fd, source.fd if source.sparse_fd is None else source.sparse_fd}:
+        things |= _shown(own)
+    return bool(things & _shown(fd))
+
+
+def _shown(fd: int) -> set[Thing]:
+    """An open file, and the one that it shows: of an overlay's the one in the upper
+    layer, of a bindfs' the one in its folder."""
+    st, walk = os.fstat(fd), _Walk()
+    found = {(*_of_dev(st.st_dev), st.st_ino)}
+    if stat.S_ISREG(st.st_mode) and (mount := walk.mount_of(fd)) is not None:
+        within = os.path.relpath(os.readlink(f"/proc/self/fd/{fd}"), mount.point)
+        for store in _stores(mount):
+            with contextlib.suppress(OSError), _opened(os.path.join(store, within)) as other:
+                found |= _shown(other)
+    return found
 
 
 @contextlib.contextmanager
@@ -159,7 +175,7 @@ class _Walk:
         self._mounts = _mounts()
         self._devices: set[Number] = set()
 
-    def _mount_of(self, fd: int) -> _Mounted | None:
+    def mount_of(self, fd: int) -> _Mounted | None:
         """By the mount's id: st_dev is not the file system's on btrfs."""
         for line in Path(f"/proc/self/fdinfo/{fd}").read_text().splitlines():
             name, _, value = line.partition(":")
@@ -169,13 +185,13 @@ class _Walk:
 
     def number_of(self, fd: int) -> Number:
         """Of the file system that the file is on."""
-        mount = self._mount_of(fd)
+        mount = self.mount_of(fd)
         return _of_dev(os.fstat(fd).st_dev) if mount is None else mount.number
 
     def file(self, fd: int, path: str, growth: int | None) -> None:
         """An open file (or folder) at this path."""
         st = os.fstat(fd)
-        mount = self._mount_of(fd)
+        mount = self.mount_of(fd)
         number = _of_dev(st.st_dev)
         self.found.things |= {(*number, 0), (*number, st.st_ino)}
         if self._further:

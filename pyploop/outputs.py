@@ -127,8 +127,11 @@ def open_output(
             yield FileOutput(sink, report)
         return
     mode = transport.check_open(out_fd, "-o").st_mode
+    flags = fcntl.fcntl(out_fd, fcntl.F_GETFL)
+    if flags & os.O_ACCMODE == os.O_RDONLY:
+        raise ParameterError(f"-o {out_fd} is not open for writing")
     if stat.S_ISREG(mode):
-        if fcntl.fcntl(out_fd, fcntl.F_GETFL) & os.O_APPEND:
+        if flags & os.O_APPEND:
             raise ParameterError(
                 f"-o {out_fd} is a file opened for appending (>>): an image is written in place"
             )

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import mmap
+import os
 import threading
 import time
 from collections.abc import Callable
@@ -32,7 +33,7 @@ from pyploop.room import Watched
 from pyploop.source import Source
 from pyploop.summary import Options
 from pyploop.trackers import Batch, Tracker
-from pyploop.units import BLOCK, MIB, format_size
+from pyploop.units import BLOCK, MIB, SECTOR, format_size
 from pyploop.worker import run_cancellable
 
 if TYPE_CHECKING:
@@ -72,6 +73,10 @@ class Passes:
         self._greeting = self._out.hello()
         compare = self._options.reserve != 0
         self._greeting += self._out.announce(self._source, compare_room=compare)
+
+    def begin(self) -> None:
+        """After `greet`, when nothing is in the way of the copy: the target is touched
+        from now on."""
         framing = self._out.framing
         unit = BLOCK
         if framing.needs_hashes(self._tracker.needs_hashes):
@@ -89,7 +94,8 @@ class Passes:
         if things is None or reserve == 0:
             return
         try:
-            self._shared = room.shared(self._source, things, reserve)
+            has = os.fstat(self._out.fd).st_blocks * SECTOR  # of an output in place
+            self._shared = room.shared(self._source, things, reserve, has)
         except WriteError as e:
             self._out.refuse(e)
             raise
@@ -116,7 +122,7 @@ class Passes:
         """From any thread: what runs, and all that would, fails at once."""
         self._gone.set()
         self._out.deadline = 0.0
-        with contextlib.suppress(AttributeError):  # not greeted yet
+        with contextlib.suppress(AttributeError):  # not begun yet
             self.pump.cancel()
 
     def extend(self, deadline: float) -> None:

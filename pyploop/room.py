@@ -147,9 +147,10 @@ class Watched:
             )
 
 
-def shared(source: Source, things: set[Thing], reserve: int | None) -> list[Watched]:
+def shared(source: Source, things: set[Thing], reserve: int | None, has: int = 0) -> list[Watched]:
     """File systems below the source that lie below the target, too: to be watched.
-    WriteError when the copy does not fit beside the reserve."""
+    WriteError when the copy does not fit beside the reserve.  has: bytes that the
+    target has already."""
     found = []
     for fs in below.of_source(source).file_systems:
         if (*fs.number, 0) not in things:
@@ -158,7 +159,8 @@ def shared(source: Source, things: set[Thing], reserve: int | None) -> list[Watc
         if free is None:
             continue
         keep = default_reserve(free) if reserve is None else reserve
-        if (data := data_of(source, max(free - keep, 0))) > free - keep:
+        left = free - keep + has
+        if (data := data_of(source, max(left, 0))) > left:
             raise WriteError(
                 f"{source.path} has {format_size(data)} of data, and its copy would lie on the "
                 f"file system where it grows itself ({fs.name}): {format_size(free)} are free, of "

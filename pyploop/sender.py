@@ -145,6 +145,7 @@ class Sender:
             self._passes.greet()
             apart.check(source, self._mounts.points, self._out)  # as the peer has told
             self._passes.watch_room()
+            self._passes.begin()
             self.summary.dialect = self._out.dialect
             report.info(f"Dialect: {self._out.dialect}")
             self.recorder.remote(self._out.heard)

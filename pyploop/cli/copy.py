@@ -133,7 +133,7 @@ def _send(o: argparse.Namespace, report: Reporter) -> None:
                 o.mounts,
                 unsafe=o.unsafe,
                 # Who gave us that output has it open, too: say what is wrong, not who.
-                check=lambda source: apart.check_output(source, out),
+                check=lambda source: apart.check_output(source, out.fd),
             )
         ) as source,
     ):

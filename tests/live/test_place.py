@@ -278,3 +278,37 @@ def test_a_file_that_is_its_own_output_is_refused(folder: Path) -> None:
         got = in_place(str(folder / "file"), out)
     assert got.returncode == 38, got.stderr
     assert (folder / "file").read_bytes() == data
+
+
+@pytest.mark.parametrize("kind", ["overlay", "bindfs"])
+@pytest.mark.parametrize("output", ["below", "above"])
+def test_a_file_that_another_file_system_shows_is_its_own_output(
+    folder: Path, kind: str, output: str
+) -> None:
+    """Neither its device nor, on FUSE, its inode number is the same there."""
+    below, above = folder / "below", folder / "above"
+    for name in ("below", "above", "lower", "work"):
+        (folder / name).mkdir()
+    data = random_file(below / "file", MIB).read_bytes()
+    with contextlib.ExitStack() as undo:
+        if kind == "overlay":
+            layers = f"lowerdir={folder}/lower,upperdir={below},workdir={folder}/work"
+            undo.enter_context(mounted("overlay", above, layers, "overlay"))
+        else:
+            needs("bindfs")
+            run("bindfs", below, above)
+            undo.callback(unmount, above)
+        source, out = (above, below) if output == "below" else (below, above)
+        with (out / "file").open("r+b") as opened:
+            got = in_place(str(source / "file"), opened)
+        assert got.returncode == 38, got.stderr
+        assert "would destroy the source; nothing was written" in got.stderr
+    assert (below / "file").read_bytes() == data
+
+
+def test_an_output_that_is_open_for_reading_only_is_refused(folder: Path) -> None:
+    random_file(folder / "file", MIB)
+    (folder / "out").touch()
+    with (folder / "out").open("rb") as out:
+        got = in_place(str(folder / "file"), out)
+    assert (got.returncode, "-o 1 is not open for writing" in got.stderr) == (38, True), got.stderr

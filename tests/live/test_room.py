@@ -124,6 +124,29 @@ def test_a_file_in_place_needs_room_for_what_it_does_not_have(folder: Path) -> N
         assert (there / "target").read_bytes() == (folder / "source").read_bytes()
 
 
+def test_a_file_in_place_beside_its_source_needs_room_for_what_it_does_not_have(
+    folder: Path,
+) -> None:
+    with tmpfs(folder / "t", 32 * MIB) as there:
+        source, target = (random_file(there / name, 12 * MIB) for name in ("source", "target"))
+        command = [*pyploop_cmd(), "copy", "-s", str(source)]
+        with target.open("r+b") as out:
+            subprocess.run(command, stdout=out, env=pyploop_env(), check=True)
+        assert target.read_bytes() == source.read_bytes()
+        target.write_bytes(b"")
+        with target.open("r+b") as out:
+            got = subprocess.run(
+                [*command, "--reserve", "16M"],
+                stdout=out,
+                stderr=subprocess.PIPE,
+                env=pyploop_env(),
+                text=True,
+                check=False,
+            )
+        assert (got.returncode, "nothing was copied\n" in got.stderr) == (7, True), got.stderr
+        assert "holds" not in got.stderr and target.read_bytes() == b""
+
+
 # ---- limits of a file's size
 
 
