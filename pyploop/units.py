@@ -12,6 +12,11 @@ SECTOR = 512
 BLOCK = 4096
 """The granule of trackers, hashes and the zero test, in bytes (csrc/pl.h)."""
 
+LARGEST = (1 << 63) - 1
+"""Bytes: of a file's positions."""
+LONGEST = 20 * 86400.0
+"""Seconds.  poll(2) takes milliseconds in an int, 24 days."""
+
 _FACTORS = {"": 1, "K": KIB, "M": MIB, "G": GIB, "T": 1 << 40}
 _TIMES = {"": 1.0, "s": 1.0, "ms": 1e-3, "us": 1e-6, "m": 60.0, "h": 3600.0}
 
@@ -21,7 +26,10 @@ def parse_size(text: str) -> int:
     m = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)(?:iB|B)?", text.strip(), re.IGNORECASE)
     if not m:
         raise ValueError(f"{text!r} is not a size (examples: 4096, 64K, 1M)")
-    return int(float(m[1]) * _FACTORS[m[2].upper()])
+    size = float(m[1]) * _FACTORS[m[2].upper()]
+    if size > LARGEST:
+        raise ValueError(f"{text!r} is more than 8 EiB")
+    return int(size)
 
 
 def parse_time(text: str) -> float:
@@ -29,7 +37,10 @@ def parse_time(text: str) -> float:
     m = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(us|ms|s|m|h|)", text.strip())
     if not m:
         raise ValueError(f"{text!r} is not a time (examples: 5, 0.5s, 200ms, 2m)")
-    return float(m[1]) * _TIMES[m[2]]
+    seconds = float(m[1]) * _TIMES[m[2]]
+    if seconds > LONGEST:
+        raise ValueError(f"{text!r} is more than {LONGEST / 86400:g} days")
+    return seconds
 
 
 def format_size(n: float) -> str:

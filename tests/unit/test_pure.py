@@ -75,6 +75,20 @@ def test_what_is_no_size_is_refused(text: str) -> None:
         parse_size(text)
 
 
+@pytest.mark.parametrize("text", ["9223372036854775808", "8388608T", "9" * 400])
+def test_a_size_that_no_file_has_is_refused(text: str) -> None:
+    assert parse_size("8388607T") == 8388607 << 40
+    with pytest.raises(ValueError, match="is more than 8 EiB"):
+        parse_size(text)
+
+
+@pytest.mark.parametrize("text", ["1728001", "481h", "9" * 400])
+def test_a_time_that_no_wait_takes_is_refused(text: str) -> None:
+    with pytest.raises(ValueError, match="is more than 20 days"):
+        parse_time(text)
+    assert parse_time("480h") == 20 * 86400
+
+
 def test_times_are_read_and_sizes_are_written() -> None:
     assert [parse_time(t) for t in ("5", "0.5s", "200ms", "2m", "3us")] == [5, 0.5, 0.2, 120, 3e-6]
     with pytest.raises(ValueError, match="is not a time"):
