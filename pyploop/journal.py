@@ -120,7 +120,11 @@ class Journal:
             "entries": [],
         }
         journal = cls(path, record)
-        journal.save()
+        try:
+            journal.save()
+        except DeviceControlError as e:
+            journal.clear()
+            raise OpenError(str(e)) from e
         return journal
 
     @property

@@ -21,6 +21,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -116,12 +117,24 @@ class Plan:
             self._tell(op="limit", seconds=max(self._until - time.monotonic(), 0.0))
 
     def drop_journal(self, why: str) -> None:
-        """Go on without a journal: writing it would wait for a thaw."""
+        """Go on without a journal: it cannot be written, or that would wait for a thaw."""
         self._report.info(f"No undo journal: {why}")
         self._want_journal = False
         if self._journal is not None:
             self._journal.clear()
             self._journal = None
+
+    def _write(self, change: Callable[[Journal], object]) -> None:
+        """In the journal, if there is one.  A folder that takes no more (it is full, or
+        read-only now) costs the journal, and not the copy."""
+        if self._journal is not None:
+            try:
+                change(self._journal)
+            except DeviceControlError as e:
+                self.drop_journal(f"{e}; `pyploop thaw` will know nothing of this copy")
+
+    def _forget(self, entry: Entry) -> None:
+        self._write(lambda journal: journal.done(entry))
 
     def _spawn(self) -> None:
         # Packets: one message each, whatever its length.
@@ -148,8 +161,8 @@ class Plan:
             raise DeviceControlError("the thaw watchdog did not start; nothing was frozen")
         self._line.settimeout(ANSWER_DEADLINE)
         self._ready, self._ended = True, None
-        if self._journal is not None:
-            self._journal.set_owners(os.getpid(), self._process.pid)
+        pids = os.getpid(), self._process.pid
+        self._write(lambda journal: journal.set_owners(*pids))
 
     def _receive(self) -> bytes:
         assert self._line is not None
@@ -265,8 +278,7 @@ class Plan:
         held = Held({**entry, "id": next(self._numbers)}, fd)
         if len(json.dumps(held.entry)) > watchdog.LONGEST // 2:
             raise ParameterError(f"{describe(entry)[:60]!r}…: too long to be held")
-        if self._journal is not None:
-            self._journal.add(held.entry)
+        self._write(lambda journal: journal.add(held.entry))
         return held
 
     def add(self, what: Entry | Held, fd: int = -1) -> Held:
@@ -288,8 +300,8 @@ class Plan:
     def done(self, held: Held) -> None:
         """It is undone, or somebody else's from now on."""
         self.release(held)
-        if self._journal is not None and self._ended != "undone":
-            self._journal.done(held.entry)
+        if self._ended != "undone":
+            self._forget(held.entry)
 
     def take_over(self) -> None:
         """Undoing begins here: the limit ends.  Never raises."""
@@ -313,8 +325,7 @@ class Plan:
         except OSError as e:
             self.release(held)
             entry["error"] = e.strerror or str(e)
-            if self._journal is not None:
-                self._journal.save()
+            self._write(lambda journal: journal.save())
             kind = CommandError if entry["kind"] == "run" else DeviceControlError
             raise kind(f"cannot {describe(entry)}: {e.strerror or e}{self._by_hand(entry)}") from e
         if keep_note:
@@ -365,8 +376,9 @@ class Plan:
             elif not undone_elsewhere:
                 for entry in self._journal.entries:
                     if "error" not in entry:  # foreseen, and never begun
-                        self._journal.done(entry)
-                self._journal.close()
+                        self._forget(entry)
+                if self._journal is not None:
+                    self._journal.close()
             self._journal = None
 
 

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import os
 import signal
 import subprocess
@@ -13,11 +15,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support import pyploop_cmd, pyploop_env, wait_until
+from support import pyploop_cmd, pyploop_env, tmpfs, wait_until
 
 from pyploop import journal, watchdog
 from pyploop.errors import CommandError, DeviceControlError, LoopError
-from pyploop.events import Reporter
+from pyploop.events import Reporter, TextRenderer
 from pyploop.plan import Plan
 
 HOLDER = """
@@ -483,3 +485,32 @@ def test_without_a_journal_the_watchdog_still_undoes(
     plan._line.close()  # as when this process dies
     wait_until(lambda: path.read_text() == "old", "undone")
     plan.close()
+
+
+@pytest.mark.root
+@pytest.mark.parametrize("full", ["at the start", "later", "at the end"])
+def test_a_folder_that_takes_no_more_costs_the_journal_only(place: Path, full: str) -> None:
+    said = io.StringIO()
+    report = Reporter()
+    report.add(TextRenderer(3, said, said))
+    log, run = place / "log", place / "run"
+    undo = {"kind": "run", "argv": ["sh", "-c", f"echo undone >>{log}"], "timeout": 9}
+    with tmpfs(run, 8192):
+        run.chmod(0o700)
+
+        def fill(when: str) -> None:
+            if when == full:
+                (run / "full").write_bytes(b"x" * 4096)
+                with contextlib.suppress(OSError):
+                    (run / "full.too").write_bytes(b"x" * 4096)
+
+        fill("at the start")
+        plan = Plan("a test", report)
+        plan.start()
+        fill("later")
+        plan.add(undo)
+        fill("at the end")
+        plan.close()
+        assert [p.name for p in run.iterdir() if "json" in p.name] == []
+    assert log.read_text() == "undone\n"
+    assert said.getvalue().count("`pyploop thaw` will know nothing of this copy") == 1
