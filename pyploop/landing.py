@@ -395,7 +395,9 @@ def complete(log: Journal) -> list[str]:
     """Undo only what was needed on the way, and forget the rest."""
     for entry in log.entries:
         if entry["kind"] == "put-back":
-            Path(entry["saved"]).unlink(missing_ok=True)
+            root = str(entry.get("root") or "")
+            with contextlib.suppress(FileNotFoundError), beneath.place(entry["saved"], root) as at:
+                beneath.remove(at)
         if entry["kind"] == "copied":
             Path(entry["kept"]).unlink(missing_ok=True)  # it was of no use
         if not entry.get("transient"):

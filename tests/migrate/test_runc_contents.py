@@ -67,6 +67,7 @@ class Scene:
             for point in [m for m in host.mounts() if m.startswith("/srv/")][::-1]:
                 host.run("umount", "-l", point)
             host.run("sh", "-c", "rm -rf --one-file-system /srv/*")
+            host.outside("/srv").chmod(0o755)
             container.write_pyploop_config(host, tree=True)
 
     def exec(self, *words: str, host: Host | None = None) -> None:
@@ -256,6 +257,8 @@ def test_data_in_a_second_directory_that_is_bound_move_with_it(scene: Scene) -> 
     scene.refused(15, "/tmp/one")  # the container has the old one
     a.outside(f"{data}/one").rmdir()
     a.outside(f"{data}/two").rename(a.outside(f"{data}/one"))
+    scene.refused(15, "could reach what comes to /srv/data", "chmod 0700 /srv here")
+    b.outside("/srv").chmod(0o700)
     scene.moves()
     (pid, *_) = scene.processes(b)
     assert b.run("cat", f"/proc/{pid}/root/data/file") == "the container's"
@@ -313,6 +316,10 @@ def test_a_configuration_that_only_fits_this_host_is_refused(
     scene.start()
     path = scene.lab.a.outside(BUNDLE / "config.json")
     path.write_text(json.dumps(merged(json.loads(path.read_text()), change)))
+    if "net." in named:
+        setting = named.split(" ", 1)[0]
+        scene.refused(15, f'add "{setting}" to sysctls in [container.{container.NAME}.policy]')
+        configure(scene, f'policy = {{ sysctls = ["{setting}"] }}\n', scene.lab.b)
     scene.refused(15, named)
     if "net." not in named:  # which a start sets by itself
         scene.refused(15, named, live=False)
