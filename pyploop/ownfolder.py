@@ -222,11 +222,16 @@ def replace(folder: int, name: str, data: bytes, *, durable: bool = False) -> No
     new = f"{name}.new"
     with contextlib.suppress(FileNotFoundError):  # left by a crash
         os.unlink(new, dir_fd=folder)
-    with open(create(folder, new), "wb") as f:
-        f.write(data)
-        if durable:
-            f.flush()
-            os.fsync(f.fileno())
-    os.rename(new, name, src_dir_fd=folder, dst_dir_fd=folder)
+    try:
+        with open(create(folder, new), "wb") as f:
+            f.write(data)
+            if durable:
+                f.flush()
+                os.fsync(f.fileno())
+        os.rename(new, name, src_dir_fd=folder, dst_dir_fd=folder)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            os.unlink(new, dir_fd=folder)
+        raise
     if durable:
         os.fsync(folder)
