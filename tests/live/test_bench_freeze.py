@@ -42,10 +42,14 @@ def bench(program: str, *arguments: object) -> str:
 
 
 def test_every_kind_of_copy_is_measured_from_stop_command_to_durable_target(folder: Path) -> None:
-    records = folder / "records"
-    bench("bench_freeze.py", "--quick", "--loads", "sqlite", "--append", records)
-    by_mode = {r["mode"]: r for r in map(json.loads, records.read_text().splitlines())}
-    assert set(by_mode) == {"1.10", "1.11", "1.15", "pyploop"}
+    # Somebody else's sync, another test's say, takes the first peer's debt away.
+    for attempt in range(3):
+        records = folder / f"records-{attempt}"
+        bench("bench_freeze.py", "--quick", "--loads", "sqlite", "--append", records)
+        by_mode = {r["mode"]: r for r in map(json.loads, records.read_text().splitlines())}
+        assert set(by_mode) == {"1.10", "1.11", "1.15", "pyploop"}
+        if by_mode["1.10"]["peer_dirty"] > SIZE // 8:
+            break
     for mode, record in by_mode.items():
         assert record["load_rate"] > 0, "the load did not run"
         assert 0 < record["stop"] <= record["durable"], mode
