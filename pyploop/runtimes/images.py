@@ -63,6 +63,7 @@ class _Check:
         for bits in self._caps.values():
             self._any_cap |= bits
         self._name = ""
+        self._points: dict[str, Message] = {}
 
     def all(self) -> None:
         try:
@@ -228,6 +229,7 @@ class _Check:
         root = points.get("/")
         if root is None:
             self._refuse("has no root")
+        self._points = points
         for point, entry in points.items():
             if entry is not root:
                 self._mount(point, entry, root, points)
@@ -273,7 +275,6 @@ class _Check:
 
     def _external(self, point: str, key: str, readonly: bool) -> None:
         """key: by which runc knows what it mounts itself."""
-        binds = [m["destination"] for m in self._config["mounts"] if m["type"] == "bind"]
         devices = [
             *ociconfig.DEVICES.values(),
             *(d["path"] for d in self._linux.get("devices", ())),
@@ -287,10 +288,20 @@ class _Check:
             if point != key:
                 self._refuse(f"has the cgroups of {key} on {point}")
             self._cgroup_mount(point, readonly)
-        elif key not in binds or key != point:
+        elif key != point or not (binds := self._binds_on(point)):
             self._refuse(f"has {key} on {point}, which config.json does not have")
-        elif self._readonly(point) and not readonly:
+        elif any("ro" in m.get("options", ()) for m in binds) and not readonly:
             self._refuse(f"has {point} writable, config.json has not")
+
+    def _binds_on(self, point: str) -> list[dict[str, Any]]:
+        """Those of config.json that may be this mount.  A destination that leads
+        through links of the root (/var/run) is mounted where they lead; runc finds
+        that again at the restore, and CRIU takes no mount that runc does not give it."""
+        binds = [m for m in self._config["mounts"] if m["type"] == "bind"]
+        named = [m for m in binds if m["destination"] == point]
+        linked = [m for m in binds if m["destination"] not in self._points]
+        name = os.path.basename(point)
+        return named or [m for m in linked if os.path.basename(m["destination"]) == name]
 
     def _check_covered(self, points: dict[str, Message]) -> None:
         masked = {*self._linux.get("maskedPaths", [])}
