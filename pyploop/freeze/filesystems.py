@@ -8,6 +8,7 @@ import errno
 import fcntl
 import os
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 from pyploop import kernel, sysblock
@@ -331,11 +332,13 @@ class FileSystems:
 
     # ---- the thaw
 
-    def thaw(self, only: Mount | None = None) -> None:
+    def thaw(self, only: Mount | None = None, thawed: Callable[[], None] = lambda: None) -> None:
         """Thaw what `freeze` froze (or this one), in reverse order, and let
-        others freeze."""
+        others freeze.  thawed: called then, while RCU grace periods are still
+        expedited."""
         try:
             self._thaw_ours(only)
+            thawed()
         finally:
             if only is None:
                 self.cool_down()
