@@ -257,16 +257,19 @@ class Sender:
                 self._hold.complete()
                 if self._written():
                     raise newer("was written during the last steps")
-                self._hold.release(self._options.resume, self._stop_watching)
+                self._hold.release(self._options.resume)
             self.recorder.stage = "running"
+            self._stop_watching()
             self._tell(self._passes.stats.data - before)
 
     def _stop_watching(self) -> None:
         """Ending a watch (fanotify, inotify) waits for a grace period of the kernel,
-        8 ms each, and a caller who has stopped the source waits for our end."""
+        8 ms each unless it is expedited, and a caller who has stopped the source waits
+        for our end."""
         self._tracker.stop(False)
         if self._source.lookout is not None:
             self._source.lookout.close()
+        self._mounts.cool_down()
 
     def _undo_to_go_on(self, why: FreezeGivenUp) -> None:
         """Fails when something is left as it is: the source does not run then."""

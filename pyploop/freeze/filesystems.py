@@ -8,7 +8,6 @@ import errno
 import fcntl
 import os
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 from pyploop import kernel, sysblock
@@ -332,16 +331,15 @@ class FileSystems:
 
     # ---- the thaw
 
-    def thaw(self, only: Mount | None = None, thawed: Callable[[], None] = lambda: None) -> None:
+    def thaw(self, only: Mount | None = None, *, warm: bool = False) -> None:
         """Thaw what `freeze` froze (or this one), in reverse order, and let
-        others freeze.  thawed: called then, while RCU grace periods are still
-        expedited."""
+        others freeze.  warm: RCU stays expedited, until `cool_down`."""
         try:
             self._thaw_ours(only)
-            thawed()
         finally:
             if only is None:
-                self.cool_down()
+                if not warm:
+                    self.cool_down()
                 self._unlock()
             for m in self._all:
                 if only in (None, m.mount) and m.foreseen is not None:

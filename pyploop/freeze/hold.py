@@ -165,10 +165,10 @@ class Hold:
         except LoopError as e:
             raise newer(f"may have been running again ({e})") from None
 
-    def release(self, resume: bool, thawed: Callable[[], None] = lambda: None) -> None:
+    def release(self, resume: bool) -> None:
         """After `complete`: thaw; resume what was stopped, or leave it to the
-        caller.  thawed: as FileSystems.thaw has it."""
-        self._mounts.thaw(thawed=thawed)
+        caller.  RCU grace periods stay expedited, until the file systems cool down."""
+        self._mounts.thaw(warm=True)
         while self._begun:
             stopper = self._begun[-1]
             if resume:
