@@ -138,7 +138,10 @@ class Remote:
         with self._lock:
             self._request += 1
             number = self._request
-            mux.send({"id": number, "op": op, "args": args})
+            try:
+                mux.send({"id": number, "op": op, "args": args})
+            except PyploopError as e:
+                raise self._with_last_words(op, e, str(e)) from e
             deadline = time.monotonic() + timeout
             most = mux.taken + INBOX
             while True:
@@ -167,10 +170,11 @@ class Remote:
             why = str(e)
             if mux.failure is None and time.monotonic() >= deadline:
                 why = f"no answer within {timeout:g} s"
-            said = self.stderr()
-            raise type(e)(
-                f"{op} on {self.host}: {why}" + (f" (it said: {said})" if said else "")
-            ) from e
+            raise self._with_last_words(op, e, why) from e
+
+    def _with_last_words(self, op: str, error: PyploopError, why: str) -> PyploopError:
+        said = self.stderr()
+        return type(error)(f"{op} on {self.host}: {why}" + (f" (it said: {said})" if said else ""))
 
     def _live(self) -> Mux:
         if self._mux is None:

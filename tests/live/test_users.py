@@ -376,8 +376,16 @@ def test_a_write_to_the_file_during_the_freeze_arrives_or_ends_the_copy(folder: 
         assert got.repairs[0]["sent"] == 4 * 65536
         go, over = folder / "go", folder / "over"
         go.touch()
-        loop = f"while [ -e {go} ]; do {dd} count=1; done; : >{over}"
-        again = f"({loop}) >/dev/null 2>&1 & sleep 0.1"
+        # One process: between two of dd a slow machine has time for a whole freeze.
+        writer = folder / "writer.py"
+        writer.write_text(
+            "import os, sys\n"
+            "while os.path.exists(sys.argv[2]):\n"
+            "    with open(sys.argv[1], 'r+b', buffering=0) as f:\n"
+            "        os.pwrite(f.fileno(), os.urandom(4096), 200 << 16)\n"
+        )
+        words = shlex.join([sys.executable, str(writer), str(disk), str(go)])
+        again = f"({words}; : >{over}) >/dev/null 2>&1 & sleep 0.5"
         try:
             got = copy(source, folder / "always", "-F", again, via="local")
         finally:
