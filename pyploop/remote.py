@@ -24,6 +24,8 @@ from pyploop.wire import mux as wire
 
 CONNECT = 30.0
 """Seconds until the agent must have said hello."""
+LAST_WORDS = 0.2
+"""Seconds for ssh to end after its connection, so that all it printed is read."""
 ENDING = 10.0
 """Seconds for the agent to undo and end, after which ssh is killed."""
 SAID = 1000
@@ -173,6 +175,9 @@ class Remote:
             raise self._with_last_words(op, e, why) from e
 
     def _with_last_words(self, op: str, error: PyploopError, why: str) -> PyploopError:
+        if self._mux is None or self._mux.failure is not None:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self._process.wait(LAST_WORDS)
         said = self.stderr()
         return type(error)(f"{op} on {self.host}: {why}" + (f" (it said: {said})" if said else ""))
 
