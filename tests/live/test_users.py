@@ -456,6 +456,7 @@ HIDDEN = """
 import ctypes, mmap, os, sys, threading
 how, path = sys.argv[1:]
 libc = ctypes.CDLL(None)
+ctypes.CDLL("libgcc_s.so.1")  # pthread_exit loads it, and closerange could close its file
 
 def use():
     if "unshared" in how:
