@@ -4,7 +4,6 @@ container come, and nothing else."""
 
 from __future__ import annotations
 
-import contextlib
 import os
 import re
 import shlex
@@ -126,9 +125,8 @@ def target(tmp_path: Path) -> Iterator[Target]:
     ssh += f'agent = ["touch", "{tmp_path}/pwned"]\n'
     configure(tmp_path / "a", "stopped", ssh)
     configure(tmp_path / "b", "absent")
-    separation = Path("/run/sshd")
-    made = not separation.exists()
-    separation.mkdir(mode=0o755, exist_ok=True)
+    # It stays, for tests run side by side (support_ssh.py).
+    Path("/run/sshd").mkdir(mode=0o755, exist_ok=True)
     words = ["/usr/sbin/sshd", "-D", "-e", "-f", str(tmp_path / "sshd_config")]
     with (tmp_path / "sshd.log").open("wb") as log:
         daemon = subprocess.Popen(words, stdin=subprocess.DEVNULL, stdout=log, stderr=log)
@@ -139,9 +137,6 @@ def target(tmp_path: Path) -> Iterator[Target]:
     finally:
         daemon.kill()
         daemon.wait()
-        if made:
-            with contextlib.suppress(OSError):
-                separation.rmdir()
 
 
 def listening(port: int) -> bool:
