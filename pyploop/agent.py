@@ -341,7 +341,8 @@ class Agent:
 
     @contextlib.contextmanager
     def _opened(self, channel: int) -> Iterator[int]:
-        """A channel's descriptor, which belongs to whoever took it, unless that failed."""
+        """A channel's descriptor, closed here if the body fails.  Else the one to whom
+        the body gave it closes it."""
         fd = self._mux.open(channel)
         try:
             yield fd

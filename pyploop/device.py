@@ -89,7 +89,6 @@ def _watched(
             return source
         if mounts:
             source.mounts = [Mount(mount, "?", source.path) for mount in mounts]
-            source.mount_given = True
             for mount in mounts:
                 _check_mount(source, mount)
         source.lookout = Lookout(_subject(source), source.mounts, unsafe)
@@ -325,7 +324,6 @@ def _find_mounts(source: Source, mounts: Sequence[str]) -> None:
     """Of a ploop device."""
     if mounts:
         source.mounts = [Mount(mount, "?", source.path) for mount in mounts]
-        source.mount_given = True
     elif source.block is not None:
         devices = sysblock.stacked_on(source.block)
         found = sysblock.mounts_of(devices, Path("/proc/self/mountinfo"))

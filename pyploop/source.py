@@ -48,8 +48,6 @@ class Source:
     """Where the source starts in `sparse_fd`."""
     block: BlockDevice | None = None
     mounts: list[Mount] = field(default_factory=list)
-    mount_given: bool = False
-    """The user named the mount points."""
     cluster: int = MIB
     image: str = ""
     """What is being sent, for `Sending IMAGE`."""
