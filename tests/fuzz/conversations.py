@@ -281,7 +281,9 @@ class Ssh:
         return None if self._thread.is_alive() else 0
 
     def wait(self, timeout: float | None = None) -> int:
-        self._thread.join(HANGS)
+        self._thread.join(HANGS if timeout is None else timeout)
+        if timeout is not None and self._thread.is_alive():
+            raise subprocess.TimeoutExpired("ssh", timeout)
         return 0
 
     def terminate(self) -> None:
