@@ -25,7 +25,7 @@ from unittest import mock
 from made_up import SOURCE, Box, Finding, World
 from scripts import agent_seeds, frame_of, message_seeds, source_seeds
 
-from pyploop import agent, hostconf, journal, migrate, recover, undoing
+from pyploop import agent, hostconf, journal, migrate, recover, remote, undoing
 from pyploop.errors import MigrateError, ProtocolError, PyploopError
 from pyploop.events import Reporter
 from pyploop.hostconf import HostConfig
@@ -43,6 +43,8 @@ ANSWER = 0.03
 it has not, it waits for no later one."""
 CALL = 0.05
 """Seconds that a request of a migration takes at most here."""
+LAST_WORDS = 0.005
+"""Seconds that a migration waits for the end of an ssh whose connection has ended."""
 SO_SNDBUFFORCE = 32
 
 
@@ -315,6 +317,7 @@ def run_source(world: World, data: bytes) -> None:
     with (
         mock.patch.object(subprocess, "Popen", popen),
         mock.patch.object(Remote, "call", call),
+        mock.patch.object(remote, "LAST_WORDS", LAST_WORDS),
         mock.patch.object(recover, "settled", partial(recover.settled, patience=0.0)),
         mock.patch.object(undoing, "make_runtime", lambda *_: box),
         mock.patch.object(hostconf, "load", lambda _: world.host()),
