@@ -17,6 +17,7 @@ from typing import Any
 
 from pyploop import (
     __version__,
+    cpu,
     ctlock,
     hostconf,
     journal,
@@ -84,15 +85,6 @@ class Events:
 
     def close(self) -> None:
         pass
-
-
-def cpu_flags() -> list[str]:
-    """What this CPU can, as the kernel names it."""
-    with open("/proc/cpuinfo", errors="replace") as f:
-        for line in f:
-            if line.startswith(("flags", "Features")):
-                return sorted(line.split(":", 1)[1].split())
-    return []
 
 
 class Agent:
@@ -221,7 +213,7 @@ class Agent:
         if platform.machine() != facts.get("machine"):
             raise MigrateError(CPU, f"{platform.machine()} here, {facts.get('machine')} there")
         if live and "cpu" not in nodeps:
-            missing = set(facts.get("cpu") or ()) - set(cpu_flags())
+            missing = set(facts.get("cpu") or ()) - set(cpu.flags())
             if missing:
                 raise MigrateError(
                     CPU, f"the CPU lacks {' '.join(sorted(missing))} (--nodeps=cpu goes on)"

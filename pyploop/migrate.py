@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from pyploop import (
-    agent,
+    cpu,
     chain,
     memory,
     ownfolder,
@@ -132,7 +132,7 @@ def migrate(host: HostConfig, runtime: Runtime, wish: Wish, report: Reporter) ->
         )
     runtime.drop_exec = wish.drop_exec
     facts = runtime.check_source(wish.live)
-    facts |= {"machine": platform.machine(), "cpu": agent.cpu_flags()}
+    facts |= {"machine": platform.machine(), "cpu": cpu.flags()}
     facts["source"] = reuse.identity(host.state_dir)
     facts["trees"] = trees.check_source(runtime.trees(), host.rsync)
     for text in runtime.left_behind():

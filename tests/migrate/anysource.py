@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from pyploop import __version__, agent, hostconf, pieces, verdict
+from pyploop import __version__, agent, cpu, hostconf, pieces, verdict
 from pyploop.errors import MigrateError
 from pyploop.mux import Mux
 from pyploop.policy import Source
@@ -58,7 +58,7 @@ class Hostile:
         return dict(message["ok"])
 
     def check(self, container: str, runtime: str, facts: dict[str, Any], **args: Any) -> None:
-        facts = {"machine": platform.machine(), "cpu": agent.cpu_flags(), "trees": [], **facts}
+        facts = {"machine": platform.machine(), "cpu": cpu.flags(), "trees": [], **facts}
         rest = {"live": False, "sizes": [], "nodeps": [], **args}
         self.ask("check", container=container, runtime=runtime, facts=facts, **rest)
 
