@@ -5,10 +5,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from pyploop.delta import Reused
 from pyploop.digests import Reader
 from pyploop.events import Reporter
 from pyploop.remote import Remote
-from pyploop.reuse import Reused
 from pyploop.units import format_size
 
 REQUEST = 30.0

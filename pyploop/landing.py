@@ -27,7 +27,7 @@ from pyploop.journal import Journal
 from pyploop.landing_trees import LandingTrees
 from pyploop.pieces import Place
 from pyploop.receiver import receive
-from pyploop.runtimes import COPY_FAILED, RESTORE_FAILED, Facts, Runtime
+from pyploop.runtimes import COPY_FAILED, LARGEST_FILE, RESTORE_FAILED, Facts, Runtime
 from pyploop.shelf import Shelf
 from pyploop.units import GIB
 from pyploop.verdict import ABORTED, COMMITTED, RAN, Verdict
@@ -72,7 +72,7 @@ class Landing:
         """From the commit on, until it is withdrawn."""
         self.ran = False
         """It was seen to run here."""
-        self._memory_left = pieces.LARGEST_FILE
+        self._memory_left = LARGEST_FILE
         if announced := facts.get("memory"):
             self._memory_left = announced * MEMORY_GROWTH + GIB
         folder = verdict.make_folder(Path(host.state_dir))

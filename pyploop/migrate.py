@@ -23,13 +23,13 @@ from pathlib import Path
 from typing import Any
 
 from pyploop import (
-    cpu,
     chain,
+    cpu,
+    host_identity,
     memory,
     ownfolder,
     pieces,
     recover,
-    reuse,
     signals,
     trees,
     undoing,
@@ -133,7 +133,7 @@ def migrate(host: HostConfig, runtime: Runtime, wish: Wish, report: Reporter) ->
     runtime.drop_exec = wish.drop_exec
     facts = runtime.check_source(wish.live)
     facts |= {"machine": platform.machine(), "cpu": cpu.flags()}
-    facts["source"] = reuse.identity(host.state_dir)
+    facts["source"] = host_identity.identity(host.state_dir)
     facts["trees"] = trees.check_source(runtime.trees(), host.rsync)
     for text in runtime.left_behind():
         report.note(text)

@@ -37,8 +37,8 @@ from pyploop.units import BLOCK, MIB, SECTOR, format_size
 from pyploop.worker import run_cancellable
 
 if TYPE_CHECKING:
+    from pyploop.delta import Reused
     from pyploop.digests import Reader
-    from pyploop.reuse import Reused
 
 MEMORY = 16 * MIB
 """Bytes of read buffers, whatever the source's size."""
@@ -194,10 +194,10 @@ class Passes:
 
     def compare(self, digests: Reader) -> tuple[Bitmap, Reused]:
         """What of the source the target has kept as it is here; tracking is on."""
-        from pyploop import reuse  # what it needs takes time to load, and few use it
+        from pyploop import delta  # what it needs takes time to load, and few use it
 
         assert self._known is not None  # our own frames always need it
-        return reuse.compare_disk(self._source, self._known, digests, self._check_gone)
+        return delta.compare_disk(self._source, self._known, digests, self._check_gone)
 
     def _check_gone(self) -> None:
         if self._gone.is_set():

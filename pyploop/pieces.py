@@ -24,6 +24,7 @@ from pyploop.drip import Patience
 from pyploop.errors import ProtocolError, ReadError, SyncError, WriteError
 from pyploop.holes import data_extents
 from pyploop.jobs import Job
+from pyploop.runtimes import LARGEST_FILE
 from pyploop.units import KIB, MIB
 
 HEADER = struct.Struct("<HHIQ")
@@ -31,7 +32,6 @@ LONGEST_NAME = 1024
 PIECE = 256 * KIB
 LARGEST = MIB
 """Bytes of data of one piece that are taken."""
-LARGEST_FILE = 1 << 50
 MOST_FILES = 100_000
 """Of a container with more than 10,000 processes: CRIU writes seven or so for each."""
 MOST_NAMES = 8 * MIB

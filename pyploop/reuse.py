@@ -1,95 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The source's end of going on from what its target has kept (--keep-dst).
-
-What the target's digests show to be the same is left out of the first pass.
-That is as safe as sending it: tracking is on before the first block is read
-here, so what is written from then on is sent in a round, and whatever else the
-kept file holds is overwritten, with zeroes where the source has none.
-"""
+"""Files of which the target has kept something (--keep-dst): what differs is sent."""
 
 from __future__ import annotations
 
-import contextlib
-import hashlib
-import mmap
 import os
-import platform
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Iterator
 
-from pyploop import reading
-from pyploop._core import Bitmap, Known
+from pyploop._core import Bitmap
+from pyploop.delta import Reused
 from pyploop.digests import PIECE, Reader, cluster, data_extents, equal_parts
 from pyploop.errors import ReadError
 from pyploop.pieces import Writer
-from pyploop.source import Source
-
-
-@dataclass(frozen=True)
-class Reused:
-    """What need not be sent of one file, or disk."""
-
-    held: int
-    """Bytes of data that the target had kept; whole clusters."""
-    same: int
-    """Bytes of these that are as they are at the source."""
-
-
-def identity(state_dir: str) -> dict[str, str]:
-    """Of this host as a source: a target takes what it has kept of a container
-    only for the same one from the same host."""
-    machine = ""
-    with contextlib.suppress(OSError):
-        machine = Path("/etc/machine-id").read_text().strip()
-    text = "\0".join((machine, platform.node(), os.path.abspath(state_dir)))
-    own = hashlib.blake2b(os.fsencode(text), digest_size=16).hexdigest()
-    return {"id": own, "name": platform.node()[:64]}
-
-
-def compare_disk(
-    source: Source, known: Known, digests: Reader, check: Callable[[], None]
-) -> tuple[Bitmap, Reused]:
-    """What of the source the target holds already; `known` learns what it holds.
-    Tracking is on.  check: raises to end this."""
-    same = Bitmap(source.size)
-    held = 0
-    with _Blocks(source) as blocks:
-
-        def read(pos: int, length: int) -> memoryview:
-            check()
-            return blocks.read(pos, length)
-
-        for pos, data, equal in equal_parts(digests.runs(source.size), source.size, read):
-            held += len(data)
-            if equal:
-                known.note(pos, data)
-                same.set(pos, pos + len(data))
-            else:
-                known.assume_data(pos, pos + len(data))
-    return same, Reused(held, same.bytes)
-
-
-class _Blocks:
-    """Reads of a source that may want them aligned."""
-
-    def __init__(self, source: Source) -> None:
-        self._source = source
-        self._page = mmap.mmap(-1, reading.room(source, PIECE))
-
-    def read(self, pos: int, length: int) -> memoryview:
-        """Valid until the next one."""
-        found = reading.read(self._source, memoryview(self._page), pos, length)
-        if len(found) < length:
-            raise ReadError(f"{self._source.path} ends before byte {pos + length}")
-        return found
-
-    def __enter__(self) -> _Blocks:
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        with contextlib.suppress(BufferError):  # a view in a traceback keeps it
-            self._page.close()
 
 
 def send_file(out: Writer, name: str, path: str, size: int, digests: Reader) -> Reused:

@@ -41,8 +41,8 @@ from pyploop.units import MIB, format_size
 from pyploop.worker import run_cancellable
 
 if TYPE_CHECKING:
+    from pyploop.delta import Reused
     from pyploop.digests import Reader
-    from pyploop.reuse import Reused
 
 APPROACHES = 3
 """Target syncs before the freeze, when no --max-freeze asks for more."""

@@ -41,8 +41,8 @@ from pyploop.worker import run_cancellable
 from pyploop.writes import Writes
 
 if TYPE_CHECKING:
+    from pyploop.delta import Reused
     from pyploop.digests import Reader
-    from pyploop.reuse import Reused
 
 FINAL_PASSES = 3
 """Passes with dirty blocks inside the freeze before it is called a loop."""

@@ -24,8 +24,7 @@ from pyploop.hostconf import HostConfig
 from pyploop.journal import Journal
 from pyploop.kept import KeptFile
 from pyploop.kept_sink import KeptSink, check_untouched, hold
-from pyploop.pieces import LARGEST_FILE
-from pyploop.runtimes import Disk, Runtime
+from pyploop.runtimes import LARGEST_FILE, Disk, Runtime
 from pyploop.runtimes.volumes import existing_parent
 from pyploop.sink import Sink
 

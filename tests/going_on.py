@@ -15,7 +15,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from pyploop import device, digests, reuse
+from pyploop import delta, device, digests
 from pyploop.digests import Reader
 from pyploop.events import Reporter
 from pyploop.jobs import Job
@@ -30,7 +30,7 @@ from pyploop.trackers.choose import choose
 @dataclass
 class Copied:
     summary: Summary
-    found: reuse.Reused
+    found: delta.Reused
     target: bytes
     inode: int
 

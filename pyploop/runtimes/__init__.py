@@ -26,6 +26,10 @@ IP_IN_USE, QUOTA, NO_KERNEL, BAD_CONFIG, NO_PLOOP = 12, 13, 14, 15, 16
 CHECKPOINT_VERSION, CPU, NO_VZ_CONF, LOCKED = 17, 18, 19, 20
 
 
+LARGEST_FILE = 1 << 50
+"""Bytes of one file of a container that are taken."""
+
+
 @dataclass(frozen=True)
 class State:
     """Of a container on this host."""

@@ -20,7 +20,6 @@ from pyploop import beneath, descriptor, sysblock, vzconf
 from pyploop.errors import MigrateError, ParameterError, PyploopError
 from pyploop.freeze.vzctl import parse_status
 from pyploop.hostconf import CTID, NAME, HostConfig, within
-from pyploop.pieces import LARGEST_FILE
 from pyploop.runtimes import (
     BAD_CONFIG,
     CHECKPOINT_VERSION,
@@ -28,6 +27,7 @@ from pyploop.runtimes import (
     DUMP_FAILED,
     EXISTS,
     IP_IN_USE,
+    LARGEST_FILE,
     LOCKED,
     NO_CONTAINER,
     NO_KERNEL,

@@ -21,7 +21,7 @@ from typing import Any
 import pytest
 from going_on import go_on, tell
 
-from pyploop import beneath, device, digests, kept, pieces, reuse, shelf
+from pyploop import beneath, delta, device, digests, kept, pieces, reuse, shelf
 from pyploop._core import Known
 from pyploop.digests import Reader
 from pyploop.errors import (
@@ -259,7 +259,7 @@ def test_a_comparison_that_is_cancelled_ends(tmp_path: Path) -> None:
     src = device.open_source(str(tmp_path / "source"))
     a, _b = socket.socketpair()  # nobody tells anything
     reader = Reader(a.detach(), 60)
-    job = Job(lambda: reuse.compare_disk(src, Known(SIZE), reader, lambda: None)).start()
+    job = Job(lambda: delta.compare_disk(src, Known(SIZE), reader, lambda: None)).start()
     reader.cancel()
     with pytest.raises(ReadError):
         job.join(10)
@@ -271,7 +271,7 @@ def test_a_comparison_that_is_cancelled_ends(tmp_path: Path) -> None:
     fd = os.open(tmp_path / "source", os.O_RDWR)
     reader, _ = tell(fd, SIZE)
     with pytest.raises(CancelledError):
-        reuse.compare_disk(src, Known(SIZE), reader, gone)
+        delta.compare_disk(src, Known(SIZE), reader, gone)
     src.close()
     reader.close()
     os.close(fd)

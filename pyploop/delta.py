@@ -1,0 +1,76 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What of a source the target holds already, so that only the rest is sent.
+
+What the target's digests show to be the same is left out of the first pass.
+That is as safe as sending it: tracking is on before the first block is read
+here, so what is written from then on is sent in a round, and whatever else the
+target's file holds is overwritten, with zeroes where the source has none.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import mmap
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from pyploop import reading
+from pyploop._core import Bitmap, Known
+from pyploop.digests import PIECE, Reader, equal_parts
+from pyploop.errors import ReadError
+from pyploop.source import Source
+
+
+@dataclass(frozen=True)
+class Reused:
+    """What need not be sent of one file, or disk."""
+
+    held: int
+    """Bytes of data that the target had kept; whole clusters."""
+    same: int
+    """Bytes of these that are as they are at the source."""
+
+
+def compare_disk(
+    source: Source, known: Known, digests: Reader, check: Callable[[], None]
+) -> tuple[Bitmap, Reused]:
+    """What of the source the target holds already; `known` learns what it holds.
+    Tracking is on.  check: raises to end this."""
+    same = Bitmap(source.size)
+    held = 0
+    with _Blocks(source) as blocks:
+
+        def read(pos: int, length: int) -> memoryview:
+            check()
+            return blocks.read(pos, length)
+
+        for pos, data, equal in equal_parts(digests.runs(source.size), source.size, read):
+            held += len(data)
+            if equal:
+                known.note(pos, data)
+                same.set(pos, pos + len(data))
+            else:
+                known.assume_data(pos, pos + len(data))
+    return same, Reused(held, same.bytes)
+
+
+class _Blocks:
+    """Reads of a source that may want them aligned."""
+
+    def __init__(self, source: Source) -> None:
+        self._source = source
+        self._page = mmap.mmap(-1, reading.room(source, PIECE))
+
+    def read(self, pos: int, length: int) -> memoryview:
+        """Valid until the next one."""
+        found = reading.read(self._source, memoryview(self._page), pos, length)
+        if len(found) < length:
+            raise ReadError(f"{self._source.path} ends before byte {pos + length}")
+        return found
+
+    def __enter__(self) -> _Blocks:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        with contextlib.suppress(BufferError):  # a view in a traceback keeps it
+            self._page.close()
