@@ -44,18 +44,26 @@ Ignored = Callable[[str], None]
 @dataclass(frozen=True)
 class Kind:
     """How one kind of entry is undone by hand: `undo` raises OSError or
-    PyploopError.  outlives_boot: it is still there after a reboot."""
+    PyploopError.  outlives_boot: it is still there after a reboot.  keep: how what
+    was made is put aside instead, for a later process."""
 
     undo: Callable[[Entry], None]
     outlives_boot: bool
+    keep: Callable[[Journal, Entry], None] | None
 
 
 _kinds: dict[str, Kind] = {}
 
 
-def register(kind: str, undo: Callable[[Entry], None], *, outlives_boot: bool = False) -> None:
-    """Tell how entries of this kind are undone by `Record.replay`."""
-    _kinds[kind] = Kind(undo, outlives_boot)
+def register(
+    kind: str,
+    undo: Callable[[Entry], None],
+    *,
+    outlives_boot: bool = False,
+    keep: Callable[[Journal, Entry], None] | None = None,
+) -> None:
+    """Tell how entries of this kind are undone by `Record.replay`, or kept."""
+    _kinds[kind] = Kind(undo, outlives_boot, keep)
 
 
 def folder() -> Path:
@@ -277,6 +285,15 @@ def _kind(entry: Entry) -> Kind:
 def undo(entry: Entry) -> None:
     """Undo one entry now, as `Record.replay` would."""
     _kind(entry).undo(entry)
+
+
+def keep_or_undo(log: Journal, entry: Entry) -> None:
+    """Put aside what the entry made, where its kind can; else undo it."""
+    kind = _kind(entry)
+    if kind.keep is not None:
+        kind.keep(log, entry)
+    else:
+        kind.undo(entry)
 
 
 def describe(entry: Entry) -> str:

@@ -99,6 +99,9 @@ def remove(entry: Entry) -> None:
             beneath.remove(at)
 
 
+journal.register("copied", remove, keep=retain, outlives_boot=True)
+
+
 @contextlib.contextmanager
 def _opened(path: str) -> Iterator[int]:
     # O_NONBLOCK: a FIFO in its place must not hold us up.

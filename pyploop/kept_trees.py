@@ -18,7 +18,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from pyploop import ownfolder, treescan
+from pyploop import journal, ownfolder, treescan
 from pyploop.errors import OpenError, PyploopError
 from pyploop.events import Reporter
 from pyploop.journal import Entry, Journal
@@ -62,6 +62,9 @@ def retain(log: Journal, entry: Entry) -> None:
         _add(log, {"index": entry["index"], "path": kept, "inode": inode})
     except OSError:  # a mount point, for instance
         undo(entry)
+
+
+journal.register("tree", undo, keep=retain, outlives_boot=True)
 
 
 def _file(state_dir: str | Path, runtime: str, container: str) -> Path:

@@ -16,8 +16,6 @@ from pyploop import (
     beneath,
     hostconf,
     journal,
-    kept,
-    kept_trees,
     kernel,
     ownfolder,
     removal,
@@ -116,8 +114,6 @@ journal.register("remove", _remove, outlives_boot=True)
 journal.register("put-back", _put_back, outlives_boot=True)
 journal.register("rmdir", _rmdir, outlives_boot=True)
 journal.register("remove-tree", _remove_tree, outlives_boot=True)
-journal.register("copied", kept.remove, outlives_boot=True)
-journal.register("tree", kept_trees.undo, outlives_boot=True)
 journal.register("unmount", volumes.unmount)
 journal.register("resume", lambda e: runtime_of(e).resume())
 journal.register("start", lambda e: runtime_of(e).start())
@@ -153,10 +149,8 @@ def undo_all(log: Journal, keep: bool = False, over: bool = True) -> list[str]:
     failed = []
     for entry in reversed(log.entries):
         try:
-            if keep and entry["kind"] == "copied":
-                kept.retain(log, entry)
-            elif keep and entry["kind"] == "tree":
-                kept_trees.retain(log, entry)
+            if keep:
+                journal.keep_or_undo(log, entry)
             else:
                 journal.undo(entry)
         except (OSError, PyploopError) as e:
