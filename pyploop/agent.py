@@ -31,11 +31,11 @@ from pyploop import (
     verdict,
 )
 from pyploop.errors import BusyError, MigrateError, ProtocolError, PyploopError, one_line
-from pyploop.events import NOTE, Reporter
 from pyploop.hostconf import NAME, HostConfig
 from pyploop.landing import Landing
 from pyploop.mux import Mux
 from pyploop.policy import Source
+from pyploop.report.events import NOTE, Reporter
 from pyploop.runtimes import BAD_CONFIG, CPU, EXISTS, LOCKED, USAGE, Facts, Runtime, volumes
 from pyploop.runtimes.choose import make_runtime
 from pyploop.wire import messages

@@ -9,7 +9,7 @@ import contextlib
 from pyploop.copying import Disks
 from pyploop.errors import MigrateError
 from pyploop.jobs import Job, end_all
-from pyploop.recorder import Span
+from pyploop.report.timeline import Span
 from pyploop.runtimes import COPY_FAILED
 from pyploop.summary import Summary
 from pyploop.trees import CHANNELS, Trees

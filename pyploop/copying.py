@@ -13,11 +13,11 @@ from typing import Any, TypeVar
 
 from pyploop import device
 from pyploop.errors import MigrateError
-from pyploop.events import Reporter
 from pyploop.jobs import in_parallel
 from pyploop.kept_there import Kept
-from pyploop.recorder import Span
 from pyploop.remote import Remote
+from pyploop.report.events import Reporter
+from pyploop.report.timeline import Span
 from pyploop.runtimes import COPY_FAILED, Disk
 from pyploop.sender import Sender
 from pyploop.source import Source

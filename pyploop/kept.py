@@ -27,10 +27,10 @@ from typing import Any
 from pyploop import beneath, journal, ownfolder
 from pyploop._core import fdatasync
 from pyploop.errors import OpenError, PyploopError
-from pyploop.events import Reporter
 from pyploop.hostconf import HostConfig
 from pyploop.journal import Entry, Journal
 from pyploop.kept_sink import hold
+from pyploop.report.events import Reporter
 from pyploop.runtimes import Runtime
 from pyploop.runtimes.volumes import KEPT, existing_parent
 from pyploop.units import MIB, format_size

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 
 from pyploop.delta import Reused
 from pyploop.digests import Reader
-from pyploop.events import Reporter
 from pyploop.remote import Remote
+from pyploop.report.events import Reporter
 from pyploop.units import format_size
 
 REQUEST = 30.0

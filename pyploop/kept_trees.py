@@ -20,8 +20,8 @@ from typing import Any
 
 from pyploop import journal, ownfolder, treescan
 from pyploop.errors import OpenError, PyploopError
-from pyploop.events import Reporter
 from pyploop.journal import Entry, Journal
+from pyploop.report.events import Reporter
 from pyploop.runtimes import folders
 from pyploop.runtimes.volumes import KEPT, existing_parent
 

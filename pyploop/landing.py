@@ -20,13 +20,13 @@ from typing import Any
 from pyploop import beneath, kept, kept_trees, ownfolder, pieces, undoing, verdict
 from pyploop.chain import Chain, check_room, folder_of
 from pyploop.errors import MigrateError, ProtocolError, PyploopError
-from pyploop.events import Reporter
 from pyploop.hostconf import HostConfig
 from pyploop.jobs import Job
 from pyploop.journal import Journal
 from pyploop.landing_trees import LandingTrees
 from pyploop.pieces import Place
 from pyploop.receiver import receive
+from pyploop.report.events import Reporter
 from pyploop.runtimes import COPY_FAILED, LARGEST_FILE, RESTORE_FAILED, Facts, Runtime
 from pyploop.shelf import Shelf
 from pyploop.units import GIB

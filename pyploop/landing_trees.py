@@ -15,9 +15,9 @@ from typing import Any
 
 from pyploop import kept_trees, kernel, rsync, undoing
 from pyploop.errors import MigrateError, ProtocolError
-from pyploop.events import Reporter
 from pyploop.jobs import Job
 from pyploop.journal import Journal
+from pyploop.report.events import Reporter
 from pyploop.runtimes import COPY_FAILED, Tree, folders
 
 

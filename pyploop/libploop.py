@@ -30,11 +30,11 @@ from pyploop.errors import (
     ParameterError,
     PyploopError,
 )
-from pyploop.events import ERROR, INFO, NOTE, Reporter
 from pyploop.output import Output
 from pyploop.outputs import open_output
 from pyploop.packets import PacketOutput
 from pyploop.receiver import receive
+from pyploop.report.events import ERROR, INFO, NOTE, Reporter
 from pyploop.sender import Sender
 from pyploop.summary import Options
 from pyploop.trackers.choose import choose

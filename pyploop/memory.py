@@ -18,12 +18,12 @@ from pyploop import chain, pieces
 from pyploop.copies import Copies
 from pyploop.copying import REQUEST
 from pyploop.errors import MigrateError, PyploopError
-from pyploop.events import Reporter
 from pyploop.jobs import Job, end_all
 from pyploop.journal import Journal
 from pyploop.memory_rounds import MemoryPolicy, MemoryRound, another
-from pyploop.recorder import Recorder
 from pyploop.remote import Remote
+from pyploop.report.events import Reporter
+from pyploop.report.timeline import Recorder
 from pyploop.runtimes import DUMP_FAILED, Runtime
 from pyploop.units import format_size
 

@@ -38,14 +38,15 @@ from pyploop import (
 from pyploop.copies import Copies, check_number
 from pyploop.copying import OTHERS, REQUEST, Disks, opened
 from pyploop.errors import MigrateError, PyploopError
-from pyploop.events import Reporter
 from pyploop.hostconf import HostConfig
 from pyploop.items import send_items
 from pyploop.jobs import Job, end_all
 from pyploop.journal import Journal
 from pyploop.memory_rounds import MemoryPolicy
-from pyploop.recorder import Recorder
 from pyploop.remote import Remote
+from pyploop.report.events import Reporter
+from pyploop.report.timeline import Recorder
+from pyploop.report.timings import Moments
 from pyploop.runtimes import (
     CANNOT_CONNECT,
     COPY_FAILED,
@@ -56,7 +57,6 @@ from pyploop.runtimes import (
 )
 from pyploop.summary import Options, Summary
 from pyploop.suspend_limit import SuspendLimit
-from pyploop.times import Moments
 from pyploop.wire.messages import clipped
 
 CHECKING = 120.0

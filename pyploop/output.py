@@ -17,7 +17,7 @@ from pyploop._core import Fault, Known, Pump
 from pyploop.below import Thing
 from pyploop.compat import Framing
 from pyploop.errors import ProtocolError, PyploopError, ReadError, SyncError, WriteError
-from pyploop.recorder import Heard
+from pyploop.report.timeline import Heard
 from pyploop.source import Source
 from pyploop.units import format_size
 from pyploop.wire import d2

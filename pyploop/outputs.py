@@ -15,10 +15,10 @@ from pyploop._core import Known, Pump
 from pyploop.below import Thing
 from pyploop.compat import NATIVE, Compat
 from pyploop.errors import ParameterError, PyploopError, SyncError, WriteError
-from pyploop.events import Reporter
 from pyploop.image import HEADER_FRAME
 from pyploop.output import Output, Packets
-from pyploop.recorder import Heard
+from pyploop.report.events import Reporter
+from pyploop.report.timeline import Heard
 from pyploop.sink import Sink, make_durable
 from pyploop.source import Source
 from pyploop.stream_output import StreamOutput

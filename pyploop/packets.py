@@ -18,9 +18,9 @@ from pyploop._core import Fault, Known, Pump
 from pyploop.below import Thing
 from pyploop.compat import PLOOP, PYPLOOP
 from pyploop.errors import CancelledError, PyploopError, ReadError, WriteError
-from pyploop.events import Reporter
 from pyploop.output import Packets, explain_write
-from pyploop.recorder import Heard
+from pyploop.report.events import Reporter
+from pyploop.report.timeline import Heard
 from pyploop.source import Source
 from pyploop.wire import d2, d3
 from pyploop.worker import run_cancellable

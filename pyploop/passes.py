@@ -27,8 +27,8 @@ from pyploop.errors import (
     ReadError,
     WriteError,
 )
-from pyploop.events import Reporter
 from pyploop.output import Output, explain_write
+from pyploop.report.events import Reporter
 from pyploop.room import Watched
 from pyploop.source import Source
 from pyploop.summary import Options

@@ -34,8 +34,8 @@ from pyploop.errors import (
     OpenError,
     ParameterError,
 )
-from pyploop.events import Reporter
 from pyploop.journal import Entry, Journal, describe
+from pyploop.report.events import Reporter
 from pyploop.worker import wait_for
 
 START_DEADLINE = 10.0

@@ -26,7 +26,7 @@ from pyploop.errors import (
     TooLargeError,
     WriteError,
 )
-from pyploop.events import Reporter
+from pyploop.report.events import Reporter
 from pyploop.sink import Sink
 from pyploop.units import MIB, SECTOR, format_size
 from pyploop.wire import d1, d2

@@ -12,10 +12,10 @@ from typing import Any
 
 from pyploop import ctlock, journal, undoing, verdict
 from pyploop.errors import BusyError, MigrateError, PyploopError
-from pyploop.events import Reporter
 from pyploop.hostconf import HostConfig
 from pyploop.journal import Journal
 from pyploop.remote import Remote
+from pyploop.report.events import Reporter
 from pyploop.runtimes import CANNOT_CONNECT, LOCKED, Copied, Runtime
 from pyploop.runtimes.copied import ANY_DEVICE
 

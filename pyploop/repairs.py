@@ -13,8 +13,8 @@ from collections.abc import Iterator
 
 from pyploop._core import Extents
 from pyploop.errors import LoopError
-from pyploop.events import Reporter
 from pyploop.passes import Passes
+from pyploop.report.events import Reporter
 from pyploop.summary import Summary
 from pyploop.trackers import Batch, Repair
 from pyploop.units import MIB, format_size

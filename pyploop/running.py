@@ -16,14 +16,14 @@ from pyploop import _core
 from pyploop._core import Bitmap, Extents
 from pyploop.compat import Extent
 from pyploop.errors import LoopError
-from pyploop.events import Reporter
 from pyploop.freeze import FileSystems
 from pyploop.freeze.hold import Hold, Limits
 from pyploop.hot import HotBlocks
 from pyploop.output import Output
 from pyploop.passes import Passes
-from pyploop.recorder import Recorder
 from pyploop.repairs import Repairs
+from pyploop.report.events import Reporter
+from pyploop.report.timeline import Recorder
 from pyploop.rounds import (
     MEANINGFUL,
     Costs,

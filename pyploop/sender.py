@@ -20,17 +20,17 @@ from typing import TYPE_CHECKING
 
 from pyploop import _core, apart
 from pyploop.errors import DeviceControlError, LoopError, OpenError
-from pyploop.events import Reporter
 from pyploop.freeze import FileSystems, run_command
 from pyploop.freeze.hold import Hold, Limits, newer
 from pyploop.freeze.stoppers import Spec
 from pyploop.image import clear_in_use
 from pyploop.output import Output
 from pyploop.passes import Passes
-from pyploop.patience import Patience
 from pyploop.plan import Plan
-from pyploop.recorder import Recorder
 from pyploop.repairs import FreezeGivenUp
+from pyploop.report.events import Reporter
+from pyploop.report.slow_steps import Patience
+from pyploop.report.timeline import Recorder
 from pyploop.rounds import Round
 from pyploop.running import Running, words
 from pyploop.source import Source

@@ -19,11 +19,11 @@ from typing import Any
 from pyploop import beneath, digests, kept
 from pyploop.beneath import Place
 from pyploop.errors import ProtocolError, WriteError
-from pyploop.events import Reporter
 from pyploop.hostconf import HostConfig
 from pyploop.journal import Journal
 from pyploop.kept import KeptFile
 from pyploop.kept_sink import KeptSink, check_untouched, hold
+from pyploop.report.events import Reporter
 from pyploop.runtimes import LARGEST_FILE, Disk, Runtime
 from pyploop.runtimes.volumes import existing_parent
 from pyploop.sink import Sink

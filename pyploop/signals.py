@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import TypeVar
 
-from pyploop.events import Reporter
+from pyploop.report.events import Reporter
 
 T = TypeVar("T")
 

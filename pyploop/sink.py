@@ -31,8 +31,8 @@ from pyploop.errors import (
     SyncError,
     WriteError,
 )
-from pyploop.events import Reporter
 from pyploop.journal import Journal
+from pyploop.report.events import Reporter
 
 MODE = 0o600
 _KINDS = {

@@ -14,10 +14,10 @@ from pyploop._core import Fault, Known, Pump
 from pyploop.below import Thing
 from pyploop.compat import EXACT, NATIVE, PERHAPS_PLOOP, PLOOP, PYPLOOP, Compat, Framing
 from pyploop.errors import ProtocolError, PyploopError, SyncError, WriteError
-from pyploop.events import Reporter
 from pyploop.image import HEADER_FRAME
 from pyploop.output import Packets, explain_write
-from pyploop.recorder import Heard
+from pyploop.report.events import Reporter
+from pyploop.report.timeline import Heard
 from pyploop.source import Source
 from pyploop.units import BLOCK
 from pyploop.wire import d1

@@ -18,10 +18,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pyploop.errors import DeviceControlError, OpenError, ParameterError
-from pyploop.events import Reporter
 from pyploop.freeze import cgroup
 from pyploop.freeze.stoppers import Spec
 from pyploop.plan import Held, Plan
+from pyploop.report.events import Reporter
 from pyploop.sysblock import cgroup_mounts, text_of
 from pyploop.units import format_size, parse_size
 

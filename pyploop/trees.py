@@ -23,10 +23,10 @@ from functools import partial
 
 from pyploop import rsync, treescan
 from pyploop.errors import CancelledError, LoopError, MigrateError
-from pyploop.events import Reporter
 from pyploop.jobs import Job, in_parallel
-from pyploop.recorder import Span, Stage
 from pyploop.remote import Remote
+from pyploop.report.events import Reporter
+from pyploop.report.timeline import Span, Stage
 from pyploop.runtimes import COPY_FAILED, Tree
 from pyploop.summary import Options
 from pyploop.treescan import Since

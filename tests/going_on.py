@@ -17,10 +17,10 @@ from pathlib import Path
 
 from pyploop import delta, device, digests
 from pyploop.digests import Reader
-from pyploop.events import Reporter
 from pyploop.jobs import Job
 from pyploop.kept_sink import KeptSink, hold
 from pyploop.receiver import receive
+from pyploop.report.events import Reporter
 from pyploop.sender import Sender
 from pyploop.stream_output import StreamOutput
 from pyploop.summary import Options, Summary

@@ -17,7 +17,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import IO
 
-from pyploop import apart, device, times, transport
+from pyploop import apart, device, transport
 from pyploop.cli.copy_options import (
     ANSWER_TIMEOUT,
     FREEZE_LIMIT,
@@ -31,10 +31,11 @@ from pyploop.errors import (
     ReadError,
     TooLargeError,
 )
-from pyploop.events import JsonRenderer, ProgressRenderer, Reporter, TextRenderer
 from pyploop.outputs import open_output
 from pyploop.receiver import receive
-from pyploop.recorder import Recorder, chrome_trace
+from pyploop.report import timings
+from pyploop.report.events import JsonRenderer, ProgressRenderer, Reporter, TextRenderer
+from pyploop.report.timeline import Recorder, chrome_trace
 from pyploop.rounds import Policy
 from pyploop.sender import Sender
 from pyploop.summary import Options
@@ -165,7 +166,9 @@ def _tell_times(sender: Sender, report: Reporter) -> None:
     if not parts:
         return
     rows = [(name.capitalize(), seconds) for name, seconds in parts.items()]
-    for line in times.table(rows, sum(parts.values()), total_name="Total", decimals=4).split("\n"):
+    for line in timings.table(rows, sum(parts.values()), total_name="Total", decimals=4).split(
+        "\n"
+    ):
         report.note(line)
     if summary.predicted is not None:
         report.note(f"  {'Predicted':>20}: {summary.predicted:6.4f} (until durable)")

@@ -9,14 +9,15 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TextIO
 
-from pyploop import hostconf, recover, rsync_options, times
+from pyploop import hostconf, recover, rsync_options
 from pyploop.cli import migrate_options
 from pyploop.cli.migrate_options import MigrateOptions
 from pyploop.errors import Interrupted, MigrateError, PyploopError, one_line
-from pyploop.events import JsonRenderer, Reporter, TextRenderer
 from pyploop.hostconf import CTID
 from pyploop.migrate import Result, Wish, migrate
-from pyploop.recorder import chrome_trace
+from pyploop.report import timings
+from pyploop.report.events import JsonRenderer, Reporter, TextRenderer
+from pyploop.report.timeline import chrome_trace
 from pyploop.rounds import Policy
 from pyploop.runtimes import COPY_FAILED, DUMP_FAILED, LOCKED, USAGE
 from pyploop.runtimes.choose import make_runtime
@@ -64,7 +65,7 @@ def _run(o: MigrateOptions, report: Reporter) -> int:
             report.error(f"--trace {o.trace}: {e.strerror}")
     if o.times and result.moments is not None:
         try:
-            table = times.table(result.moments.rows(), result.moments.total)
+            table = timings.table(result.moments.rows(), result.moments.total)
             print(table, file=sys.stderr if o.json == "-" else sys.stdout, flush=True)
         except OSError as e:
             report.error(f"-t: {e.strerror}; the container has moved")

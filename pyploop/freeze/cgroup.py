@@ -14,9 +14,9 @@ import time
 from pathlib import Path
 
 from pyploop.errors import CommandError, LoopError, OpenError, ParameterError
-from pyploop.events import Reporter
 from pyploop.freezer import Freezer, freezer_in
 from pyploop.plan import Held, Plan
+from pyploop.report.events import Reporter
 from pyploop.sysblock import cgroup_mounts, text_of
 
 FREEZE_DEADLINE = 10.0

@@ -18,9 +18,9 @@ from pyploop.errors import (
     OpenError,
     ParameterError,
 )
-from pyploop.events import Reporter
 from pyploop.freeze.mounted import FREEZABLE, Mounted
 from pyploop.plan import Held, Plan
+from pyploop.report.events import Reporter
 from pyploop.sysblock import CAP_SYS_ADMIN, Mount
 
 LOCK_DEADLINE = 120.0

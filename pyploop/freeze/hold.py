@@ -16,11 +16,11 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from pyploop.errors import DeviceControlError, LoopError, OpenError, PyploopError
-from pyploop.events import Reporter
 from pyploop.freeze.filesystems import FileSystems
 from pyploop.freeze.stoppers import CommandStopper, Spec, Stopper, build
 from pyploop.journal import folder
 from pyploop.plan import Plan
+from pyploop.report.events import Reporter
 
 STOP_ASSUMED = 0.01
 """Seconds of one stop command."""

@@ -16,12 +16,12 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from pyploop.errors import ParameterError
-from pyploop.events import Reporter
 from pyploop.freeze.cgroup import CgroupStopper
 from pyploop.freeze.command import run_command
 from pyploop.freeze.filesystems import FileSystems
 from pyploop.freeze.vzctl import VzctlStopper
 from pyploop.plan import UNDO_TIMEOUT, Held, Plan
+from pyploop.report.events import Reporter
 from pyploop.sysblock import Mount
 
 

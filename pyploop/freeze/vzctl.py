@@ -20,10 +20,10 @@ from pyploop.errors import (
     ParameterError,
     PyploopError,
 )
-from pyploop.events import Reporter
 from pyploop.freeze import cgroup, command
 from pyploop.freezer import Freezer
 from pyploop.plan import UNDO_TIMEOUT, Held, Plan
+from pyploop.report.events import Reporter
 
 SUSPEND_DEADLINE = 60.0
 """Seconds of `chkpnt --suspend`."""

@@ -33,8 +33,8 @@ from pyploop.accounting import (
     writes_in_flight,
 )
 from pyploop.errors import DeviceControlError
-from pyploop.events import Reporter
 from pyploop.plan import Plan
+from pyploop.report.events import Reporter
 from pyploop.source import Source
 from pyploop.sysblock import BlockDevice, is_bio_based
 from pyploop.trackers import Batch, Repair, Verdict, whole

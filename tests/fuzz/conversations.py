@@ -27,10 +27,10 @@ from scripts import agent_seeds, frame_of, message_seeds, source_seeds
 
 from pyploop import agent, hostconf, journal, migrate, recover, remote, undoing
 from pyploop.errors import MigrateError, ProtocolError, PyploopError
-from pyploop.events import Reporter
 from pyploop.hostconf import HostConfig
 from pyploop.mux import Mux
 from pyploop.remote import Remote
+from pyploop.report.events import Reporter
 from pyploop.runtimes import CANNOT_CONNECT, State
 from pyploop.summary import Options
 from pyploop.wire import messages

@@ -30,8 +30,8 @@ from pyploop.errors import (
     PyploopError,
     SyncError,
 )
-from pyploop.events import Reporter
-from pyploop.recorder import Heard, Recorder, chrome_trace
+from pyploop.report.events import Reporter
+from pyploop.report.timeline import Heard, Recorder, chrome_trace
 from pyploop.wire import d1, d2, d3, mux
 
 FILE_LIMIT = 64 << 20

@@ -23,10 +23,10 @@ from support_live import (
 )
 
 from pyploop.device import open_source
-from pyploop.events import Reporter
 from pyploop.freeze import FileSystems, filesystems
 from pyploop.jobs import Job
 from pyploop.receiver import receive
+from pyploop.report.events import Reporter
 from pyploop.sender import Sender
 from pyploop.stream_output import StreamOutput
 from pyploop.summary import Options

@@ -27,11 +27,11 @@ from support import (
 from support_live import Copied, comparison, copy, file_system, partition, sparse_file, work_dir
 
 from pyploop.errors import BusyError
-from pyploop.events import Reporter
 from pyploop.freeze import FileSystems, filesystems
 from pyploop.freeze.hold import Hold, Limits
 from pyploop.freeze.stoppers import Spec
 from pyploop.plan import Plan
+from pyploop.report.events import Reporter
 from pyploop.sysblock import Mount
 
 pytestmark = pytest.mark.root

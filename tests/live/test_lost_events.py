@@ -25,11 +25,11 @@ from support_live import random_file, same, work_dir
 from pyploop import device, repairs
 from pyploop._core import Bitmap, BpfTracking, Counters, Extents, Hook, Snapshot
 from pyploop.errors import DeviceControlError, LoopError
-from pyploop.events import Reporter
 from pyploop.freeze import stoppers
 from pyploop.outputs import FileOutput
 from pyploop.plan import Plan
 from pyploop.repairs import Repairs
+from pyploop.report.events import Reporter
 from pyploop.running import Running
 from pyploop.sender import Sender
 from pyploop.sink import Sink

@@ -16,8 +16,8 @@ from support import MIB, is_frozen, loop_device, mounted, needs, pyploop_cmd, py
 from support_live import file_system, sparse_file, work_dir
 
 from pyploop.errors import LoopError
-from pyploop.events import Reporter
 from pyploop.freeze import FileSystems
+from pyploop.report.events import Reporter
 from pyploop.sysblock import Mount
 
 pytestmark = pytest.mark.root

@@ -17,10 +17,10 @@ from support_live import copy, file_system, random_file, sparse_file, work_dir
 
 from pyploop.device import open_source
 from pyploop.errors import LoopError
-from pyploop.events import Reporter
 from pyploop.freeze.stoppers import Spec
 from pyploop.outputs import FileOutput
 from pyploop.passes import Passes
+from pyploop.report.events import Reporter
 from pyploop.sender import Sender
 from pyploop.sink import Sink
 from pyploop.summary import Options

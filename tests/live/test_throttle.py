@@ -17,10 +17,10 @@ from support_hold import Container, cgroup, container, hierarchy
 from support_live import Copy, copy, file_system, sparse_file, work_dir
 
 from pyploop.errors import OpenError, ParameterError
-from pyploop.events import Reporter
 from pyploop.freeze.stoppers import parse_spec
 from pyploop.journal import ENVIRONMENT
 from pyploop.plan import Plan
+from pyploop.report.events import Reporter
 from pyploop.throttle import Knob, Throttle, find, find_of, parse_throttle
 
 BLKIO = Path("/sys/fs/cgroup/blkio")

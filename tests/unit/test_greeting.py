@@ -17,7 +17,7 @@ from support import FAILURE, SUCCESS, d1_end, d1_frame, d1_sync
 
 from pyploop import device
 from pyploop.errors import ParameterError, ProtocolError, WriteError
-from pyploop.events import Reporter
+from pyploop.report.events import Reporter
 from pyploop.source import Source
 from pyploop.stream_output import StreamOutput
 

@@ -22,8 +22,8 @@ from support import MIB, SUCCESS, d1_end, d1_frame, d1_header, d1_sync
 
 from pyploop import transport
 from pyploop.errors import WriteError
-from pyploop.events import Reporter
 from pyploop.receiver import receive
+from pyploop.report.events import Reporter
 
 COPY = [*support.pyploop_cmd(), "-v-1", "copy"]
 D2_DATA = struct.pack("<IIIIQ", 0x4CC0AC3E, 0, MIB, 0, 0)

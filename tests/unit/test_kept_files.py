@@ -32,12 +32,12 @@ from pyploop.errors import (
     ReadError,
     WriteError,
 )
-from pyploop.events import Reporter
 from pyploop.hostconf import HostConfig
 from pyploop.jobs import Job
 from pyploop.journal import Journal
 from pyploop.kept_sink import KeptSink, check_untouched, hold
 from pyploop.passes import _hash_shift
+from pyploop.report.events import Reporter
 from pyploop.runtimes import COPY_FAILED, Disk
 from pyploop.undoing import undo_all
 

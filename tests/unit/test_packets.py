@@ -22,8 +22,8 @@ from support import MIB
 
 from pyploop import device, libploop
 from pyploop.errors import ParameterError, PyploopError, WriteError
-from pyploop.events import Reporter
 from pyploop.packets import PacketOutput
+from pyploop.report.events import Reporter
 from pyploop.sender import Sender
 from pyploop.summary import Options
 from pyploop.trackers.choose import choose

@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 from support import wait_until
 
-from pyploop import patience
-from pyploop.events import NOTE, Reporter
-from pyploop.patience import Patience
-from pyploop.recorder import Recorder
+from pyploop.report import slow_steps
+from pyploop.report.events import NOTE, Reporter
+from pyploop.report.slow_steps import Patience
+from pyploop.report.timeline import Recorder
 
 
 class Lines:
@@ -38,8 +38,8 @@ class Lines:
 
 @pytest.fixture
 def watched(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Recorder, Reporter, Lines]]:
-    monkeypatch.setattr(patience, "LONG", 0.2)
-    monkeypatch.setattr(patience, "LOOK", 0.02)
+    monkeypatch.setattr(slow_steps, "LONG", 0.2)
+    monkeypatch.setattr(slow_steps, "LOOK", 0.02)
     recorder, report, lines = Recorder(), Reporter(), Lines()
     report.add(lines)
     watching = Patience(recorder, report, "/dev/x")

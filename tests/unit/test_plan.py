@@ -19,8 +19,8 @@ from support import pyploop_cmd, pyploop_env, tmpfs, wait_until
 
 from pyploop import journal, watchdog
 from pyploop.errors import CommandError, DeviceControlError, LoopError
-from pyploop.events import Reporter, TextRenderer
 from pyploop.plan import Plan
+from pyploop.report.events import Reporter, TextRenderer
 
 HOLDER = """
 import sys, time

@@ -37,9 +37,9 @@ from pyploop.errors import (
     ReadError,
     WriteError,
 )
-from pyploop.events import ERROR, JsonRenderer, Reporter, TextRenderer
 from pyploop.freeze import FileSystems
 from pyploop.outputs import FileOutput
+from pyploop.report.events import ERROR, JsonRenderer, Reporter, TextRenderer
 from pyploop.sender import Sender
 from pyploop.sink import Sink
 from pyploop.source import Source

@@ -18,12 +18,12 @@ from typing import Any
 import pytest
 from support import SUCCESS, d1_end, d1_frame, d1_sync
 
-from pyploop import times
 from pyploop.cli.main import main
 from pyploop.errors import ProtocolError, SyncError
-from pyploop.events import Reporter
 from pyploop.receiver import receive
-from pyploop.recorder import Clock, Heard, Recorder, chrome_trace
+from pyploop.report import timings
+from pyploop.report.events import Reporter
+from pyploop.report.timeline import Clock, Heard, Recorder, chrome_trace
 from pyploop.stream_output import StreamOutput
 from pyploop.wire import d1
 
@@ -121,7 +121,9 @@ def test_a_trace_has_both_ends_on_one_clock() -> None:
 
 
 def test_the_table_has_the_layout_of_vzmigrate() -> None:
-    lines = times.table([("Stop command", 0.0051)], 1.5, total_name="Total", decimals=4).split("\n")
+    lines = timings.table([("Stop command", 0.0051)], 1.5, total_name="Total", decimals=4).split(
+        "\n"
+    )
     assert lines[0] == "          Stop command: 0.0051"
     assert lines[-1] == "                 Total: 1.5000"
 

@@ -8,8 +8,8 @@ from typing import Any, cast
 import pytest
 
 from pyploop._core import Extents
-from pyploop.events import Reporter
 from pyploop.repairs import SLICE, Repairs
+from pyploop.report.events import Reporter
 from pyploop.summary import Summary
 from pyploop.trackers import Batch, Repair
 from pyploop.units import MIB

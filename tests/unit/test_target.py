@@ -22,8 +22,8 @@ from pyploop import _core, kernel, naming
 from pyploop.cli import copy as cli
 from pyploop.cli import thaw
 from pyploop.errors import CreateError, Interrupted
-from pyploop.events import Reporter, TextRenderer
 from pyploop.journal import boot_id, folder
+from pyploop.report.events import Reporter, TextRenderer
 from pyploop.sink import Sink
 
 DATA = os.urandom(100_000)

@@ -16,7 +16,7 @@ from support import pyploop_env
 
 from pyploop import journal
 from pyploop.errors import MigrateError, one_line
-from pyploop.events import JsonRenderer, Reporter, TextRenderer
+from pyploop.report.events import JsonRenderer, Reporter, TextRenderer
 
 HOSTILE = {
     "escape": "\x1b]0;title\x07",

@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 import support
 
-from pyploop import ctlock, times, vzconf
+from pyploop import ctlock, vzconf
 from pyploop.errors import BusyError, OpenError, ParameterError
+from pyploop.report import timings
 from pyploop.vzconf import VzConf
 
 CONF = """\
@@ -149,8 +150,10 @@ def test_a_host_takes_so_many_migrations_and_a_killed_one_frees_its_place(tmp_pa
 
 
 def test_the_table_has_vzmigrate_s_layout() -> None:
-    moments = times.Moments(suspend=10.0, copied=10.437, dumped=11.087, sent=11.554, resumed=13.371)
-    assert times.table(moments.rows(), moments.total) == (
+    moments = timings.Moments(
+        suspend=10.0, copied=10.437, dumped=11.087, sent=11.554, resumed=13.371
+    )
+    assert timings.table(moments.rows(), moments.total) == (
         "        Suspend + Dump:   0.65\n"
         "   Pcopy after suspend:   0.44\n"
         "        Copy dump file:   0.47\n"

@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import threading
 
-from pyploop.events import Reporter
-from pyploop.recorder import Recorder
+from pyploop.report.events import Reporter
+from pyploop.report.timeline import Recorder
 
 LONG = 5.0
 """Seconds of a step after which it is said what is waited for."""
