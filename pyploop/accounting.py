@@ -16,10 +16,10 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from pyploop import kernel
 from pyploop.errors import DeviceControlError
 from pyploop.plan import Held, Plan
-from pyploop.sysblock import BlockDevice
+from pyploop.system import kernel
+from pyploop.system.sysblock import BlockDevice
 
 QUIET_DEADLINE = 5.0
 """Seconds to wait for writes in flight after the freeze."""

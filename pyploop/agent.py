@@ -26,7 +26,6 @@ from pyploop import (
     landing,
     landing_trees,
     policy,
-    transport,
     undoing,
     verdict,
 )
@@ -38,6 +37,7 @@ from pyploop.policy import Source
 from pyploop.report.events import NOTE, Reporter
 from pyploop.runtimes import BAD_CONFIG, CPU, EXISTS, LOCKED, USAGE, Facts, Runtime, volumes
 from pyploop.runtimes.choose import make_runtime
+from pyploop.system import descriptors
 from pyploop.wire import messages
 from pyploop.wire import mux as wire
 from pyploop.wire.messages import clipped
@@ -448,12 +448,12 @@ def vz_code(error: PyploopError) -> int:
 def greet(rfd: int, wfd: int) -> bytes:
     """Both hellos; returns what came after the peer's.  ProtocolError when it
     does not fit, which the peer sees by our hello."""
-    transport.write_all(wfd, wire.hello(__version__), "cannot say hello")
+    descriptors.write_all(wfd, wire.hello(__version__), "cannot say hello")
     deadline = time.monotonic() + HELLO_WAIT
     data = b""
     while not data.endswith(b"\n"):
         # Byte by byte: what follows belongs to the frames.
-        data += transport.read_exactly(rfd, 1, lambda: deadline, "waiting for a hello")
+        data += descriptors.read_exactly(rfd, 1, lambda: deadline, "waiting for a hello")
         if len(data) > 128:
             raise ProtocolError("agent protocol: that is no hello (pyploop migrate starts it)")
     peer = wire.find_hello(data)

@@ -8,9 +8,9 @@ import socket
 import time
 from typing import Protocol
 
-from pyploop import transport
 from pyploop._core import RECV_END, RECV_SYNC, Receiver
 from pyploop.errors import ParameterError, ProtocolError, PyploopError, WriteError
+from pyploop.system import descriptors
 from pyploop.wire import d1, d2, d3
 
 CANNOT = "cannot answer the sender"
@@ -72,7 +72,7 @@ class Feedback:
         self._pump, self._guessed = pump, feedback is None
         self._first = True
         self._channel = feedback
-        if feedback is None and transport.is_socket(in_fd):
+        if feedback is None and descriptors.is_socket(in_fd):
             self._channel = in_fd
 
     def greeted(self, pos: int, payload: bytes) -> bool:
@@ -89,7 +89,7 @@ class Feedback:
         if self._channel is None:
             return False
         try:
-            transport.write_all(self._channel, d1.HELLO_REPLY, CANNOT)
+            descriptors.write_all(self._channel, d1.HELLO_REPLY, CANNOT)
         except WriteError:
             if not self._guessed:
                 raise
@@ -103,7 +103,7 @@ class Feedback:
             assert self._channel is not None
             came = self._pump.arrival
             times = d1.Times(arrived=came.arrived, written=came.written)
-            transport.write_all(self._channel, d1.HELLO_2_REPLY + self._record(times), CANNOT)
+            descriptors.write_all(self._channel, d1.HELLO_2_REPLY + self._record(times), CANNOT)
         return True
 
     def _asked_for_place(self, size: int) -> bool:
@@ -115,9 +115,9 @@ class Feedback:
             place = self._target.place().pack()
         except WriteError:
             with contextlib.suppress(WriteError):
-                transport.write_all(self._channel, d1.FAILURE + times, CANNOT)
+                descriptors.write_all(self._channel, d1.FAILURE + times, CANNOT)
             raise
-        transport.write_all(self._channel, d1.PLACE_REPLY + times + place, CANNOT)
+        descriptors.write_all(self._channel, d1.PLACE_REPLY + times + place, CANNOT)
         return True
 
     def _record(self, times: d1.Times) -> bytes:
@@ -136,7 +136,7 @@ class Feedback:
         if channel is None:
             return
         try:
-            transport.write_all(channel, d1.SUCCESS + self._record(times), CANNOT)
+            descriptors.write_all(channel, d1.SUCCESS + self._record(times), CANNOT)
         except WriteError:
             self._channel = None
             raise
@@ -145,7 +145,7 @@ class Feedback:
         channel = self._channel_for(event) if event in (RECV_SYNC, RECV_END) else None
         if channel is not None:
             with contextlib.suppress(WriteError):
-                transport.write_all(channel, d1.FAILURE + self._record(d1.Times()), CANNOT)
+                descriptors.write_all(channel, d1.FAILURE + self._record(d1.Times()), CANNOT)
 
 
 def _refusal(code: int) -> PyploopError:
@@ -189,7 +189,7 @@ class Replies:
 
     def _say(self, code: int) -> None:
         try:
-            transport.write_all(self._fd, d2.reply(code), CANNOT)
+            descriptors.write_all(self._fd, d2.reply(code), CANNOT)
         except WriteError:
             self._broken = True
             raise

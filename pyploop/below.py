@@ -17,8 +17,8 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from pyploop import kernel, sysblock
 from pyploop.source import Source
+from pyploop.system import kernel, sysblock
 from pyploop.units import SECTOR
 
 Number = tuple[int, int]

@@ -8,10 +8,10 @@ import contextlib
 
 from pyploop.copying import Disks
 from pyploop.errors import MigrateError
-from pyploop.jobs import Job, end_all
 from pyploop.report.timeline import Span
 from pyploop.runtimes import COPY_FAILED
 from pyploop.summary import Summary
+from pyploop.system.jobs import Job, end_all
 from pyploop.trees import CHANNELS, Trees
 from pyploop.wire.mux import MAX_CHANNELS
 

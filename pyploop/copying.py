@@ -13,7 +13,6 @@ from typing import Any, TypeVar
 
 from pyploop import device
 from pyploop.errors import MigrateError
-from pyploop.jobs import in_parallel
 from pyploop.kept_there import Kept
 from pyploop.remote import Remote
 from pyploop.report.events import Reporter
@@ -23,6 +22,7 @@ from pyploop.sender import Sender
 from pyploop.source import Source
 from pyploop.stream_output import StreamOutput
 from pyploop.summary import Options, Summary
+from pyploop.system.jobs import in_parallel
 from pyploop.trackers.choose import choose
 from pyploop.units import MIB
 from pyploop.wire.mux import MAX_CHANNELS

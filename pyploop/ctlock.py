@@ -15,8 +15,8 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from pyploop import ownfolder
 from pyploop.errors import BusyError, CreateError, OpenError
+from pyploop.system import private_folder
 
 POLL = 0.1
 """Seconds between looks at the slots of a host that is full."""
@@ -30,7 +30,7 @@ def container_lock(folder: Path, ctid: str) -> Iterator[None]:
     owner is gone is taken over."""
     name = f"{ctid}.lck"
     try:
-        with ownfolder.opened(folder, make=True) as fd:
+        with private_folder.opened(folder, make=True) as fd:
             # Two who find the same stale lock must not both take it over.
             fcntl.flock(fd, fcntl.LOCK_EX)
             _remove_stale(fd, name)
@@ -40,14 +40,14 @@ def container_lock(folder: Path, ctid: str) -> Iterator[None]:
     try:
         yield
     finally:
-        with contextlib.suppress(OSError, OpenError), ownfolder.opened(folder) as fd:
+        with contextlib.suppress(OSError, OpenError), private_folder.opened(folder) as fd:
             if _owner(fd, name) == os.getpid():
                 os.unlink(name, dir_fd=fd)
 
 
 def remove_dead(folder: Path) -> None:
     """Remove the locks whose owners are gone; others stay."""
-    with contextlib.suppress(FileNotFoundError), ownfolder.opened(folder) as fd:
+    with contextlib.suppress(FileNotFoundError), private_folder.opened(folder) as fd:
         fcntl.flock(fd, fcntl.LOCK_EX)
         for name in os.listdir(fd):
             if name.endswith(".lck"):
@@ -59,7 +59,7 @@ def _make(folder: int, name: str, taken: str) -> None:
     temp = f".{name}.{os.getpid()}"
     with contextlib.suppress(FileNotFoundError):  # of one that was killed just here
         os.unlink(temp, dir_fd=folder)
-    fd = ownfolder.create(folder, temp)
+    fd = private_folder.create(folder, temp)
     try:
         os.write(fd, f"{os.getpid()}\n".encode())
         os.link(temp, name, src_dir_fd=folder, dst_dir_fd=folder)
@@ -87,7 +87,7 @@ def _remove_stale(folder: int, name: str) -> None:
 def _owner(folder: int, name: str) -> int | None:
     """The PID in the lock file; 0: it holds none; None: there is no file."""
     try:
-        text = ownfolder.read(folder, name, MAX_LOCK)
+        text = private_folder.read(folder, name, MAX_LOCK)
     except FileNotFoundError:
         return None
     try:
@@ -99,7 +99,7 @@ def _owner(folder: int, name: str) -> int | None:
 @contextlib.contextmanager
 def exclusive(folder: Path) -> Iterator[None]:
     """Keep others who do the same with this folder out; they wait."""
-    with ownfolder.opened(folder) as fd:
+    with private_folder.opened(folder) as fd:
         fcntl.flock(fd, fcntl.LOCK_EX)
         yield
 
@@ -111,7 +111,7 @@ def host_slot(folder: Path, slots: int, wait: float) -> Iterator[None]:
     within `wait` seconds."""
     deadline = time.monotonic() + wait
     try:
-        with ownfolder.opened(folder, make=True) as places:
+        with private_folder.opened(folder, make=True) as places:
             while (fd := _free_slot(places, slots)) is None:
                 if time.monotonic() >= deadline:
                     raise BusyError(
@@ -129,7 +129,7 @@ def host_slot(folder: Path, slots: int, wait: float) -> Iterator[None]:
 
 def _free_slot(folder: int, slots: int) -> int | None:
     for number in range(slots):
-        fd = ownfolder.open_file(folder, f"migration.{number}", os.O_RDWR | os.O_CREAT)
+        fd = private_folder.open_file(folder, f"migration.{number}", os.O_RDWR | os.O_CREAT)
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

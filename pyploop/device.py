@@ -13,7 +13,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
-from pyploop import kernel, sysblock
 from pyploop.errors import (
     DeviceError,
     FormatError,
@@ -24,7 +23,8 @@ from pyploop.identity import Identity
 from pyploop.lookout import Lookout, Subject
 from pyploop.reach import Reach, below_overlay, reach
 from pyploop.source import Source
-from pyploop.sysblock import Loop, Mount
+from pyploop.system import kernel, sysblock
+from pyploop.system.sysblock import Loop, Mount
 from pyploop.tail import find_tail, left_out
 from pyploop.units import BLOCK, SECTOR
 

@@ -18,10 +18,10 @@ import socket
 import struct
 from collections.abc import Callable, Iterator
 
-from pyploop import holes
 from pyploop._core import fdatasync
-from pyploop.drip import Patience
 from pyploop.errors import ProtocolError, ReadError, WriteError
+from pyploop.system import file_extents
+from pyploop.system.peer_patience import Patience
 from pyploop.units import KIB, MIB
 
 CLUSTERS = (16 * KIB, 64 * KIB)
@@ -56,7 +56,7 @@ def data_extents(fd: int, size: int) -> Iterator[tuple[int, int]]:
     """Where the file has data below `size`, widened to whole clusters, none of
     them twice."""
     pos, unit = 0, cluster(size)
-    for first, last in holes.data_extents(fd, 0, size):
+    for first, last in file_extents.data_extents(fd, 0, size):
         if last <= pos:
             continue
         start = max(first // unit * unit, pos)

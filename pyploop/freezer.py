@@ -11,7 +11,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from pyploop.walk import walk
+from pyploop.system.tree_walk import walk
 
 LONGEST_POLL = 0.001
 """Seconds between two looks at a v1 freezer, which has no notification: a read

@@ -14,10 +14,10 @@ import tomllib
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from pyploop import mountopts, ownfolder
 from pyploop import policy as policies
 from pyploop.errors import MigrateError, OpenError, ParameterError
 from pyploop.policy import Policy
+from pyploop.system import mount_options, private_folder
 
 DEFAULT = "/etc/pyploop/migrate.toml"
 USAGE = 1
@@ -168,7 +168,7 @@ def load(path: str | None) -> HostConfig:
     folder, undoes what it says."""
     file = path or DEFAULT
     try:
-        real, text = ownfolder.read_trusted(file)
+        real, text = private_folder.read_trusted(file)
     except OpenError as e:
         raise MigrateError(USAGE, str(e)) from e
     except FileNotFoundError:
@@ -321,7 +321,7 @@ def _disk(value: Any, where: str) -> DiskConfig:
         if not str(texts.get(key, "")).startswith("/"):
             raise MigrateError(USAGE, f"{where}.disk.{key} must be an absolute path")
     try:
-        mountopts.parse(texts.get("options", ""))
+        mount_options.parse(texts.get("options", ""))
     except ParameterError as e:
         raise MigrateError(USAGE, f"{where}.disk.options: {e}") from e
     return DiskConfig(**texts)

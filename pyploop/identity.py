@@ -10,9 +10,9 @@ from __future__ import annotations
 
 import os
 
-from pyploop import kernel
 from pyploop.errors import ReadError
-from pyploop.kernel import LoopStatus
+from pyploop.system import kernel
+from pyploop.system.kernel import LoopStatus
 
 
 class Identity:

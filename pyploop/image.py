@@ -22,7 +22,7 @@ from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from pyploop.errors import DeviceError, FormatError, OpenError
-from pyploop.holes import data_extents
+from pyploop.system.file_extents import data_extents
 from pyploop.units import SECTOR
 
 Format = Literal["raw", "ploop1"]

@@ -29,8 +29,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pyploop import ownfolder
 from pyploop.errors import BusyError, DeviceControlError, OpenError, PyploopError
+from pyploop.system import private_folder
 
 SCHEMA = "pyploop.journal/1"
 """In each file's `schema`; the number changes when a field changes its meaning."""
@@ -96,8 +96,8 @@ def boot_id() -> str:
 
 
 def _save(path: Path, record: dict[str, Any]) -> None:
-    with ownfolder.reopened(path.parent) as where:
-        ownfolder.replace(where, path.name, json.dumps(record).encode())
+    with private_folder.reopened(path.parent) as where:
+        private_folder.replace(where, path.name, json.dumps(record).encode())
 
 
 class Journal:
@@ -114,7 +114,7 @@ class Journal:
         the record, for the undertaking's own use.  OpenError: no file there."""
         where = where or folder()
         try:
-            with ownfolder.opened(where, make=True, private=True) as fd:
+            with private_folder.opened(where, make=True, private=True) as fd:
                 path = where / _claim(fd)
         except OSError as e:
             raise OpenError.of(f"cannot write an undo journal in {where}", e) from e
@@ -191,7 +191,7 @@ def _claim(where: int) -> str:
     while True:
         name = f"{os.getpid()}.json" if number == 1 else f"{os.getpid()}-{number}.json"
         with contextlib.suppress(FileExistsError):
-            os.close(ownfolder.create(where, name))
+            os.close(private_folder.create(where, name))
             return name
         number += 1
 
@@ -307,12 +307,12 @@ def records(where: Path | None = None, ignored: Ignored = lambda _: None) -> lis
     other users too, of which `ignored` is told in words."""
     where = where or folder()
     found = []
-    with contextlib.suppress(FileNotFoundError), ownfolder.opened(where) as fd:
+    with contextlib.suppress(FileNotFoundError), private_folder.opened(where) as fd:
         for name in os.listdir(fd):
             if not name.endswith(".json"):
                 continue
             try:
-                fields = json.loads(ownfolder.read(fd, name))
+                fields = json.loads(private_folder.read(fd, name))
             except OpenError as e:
                 ignored(f"{where}: {e}")
                 continue
@@ -328,7 +328,7 @@ def replaying(where: Path | None = None) -> Iterator[None]:
     """Keep other replays out meanwhile.  BusyError when one is under way."""
     with contextlib.ExitStack() as held:
         try:
-            fd = held.enter_context(ownfolder.opened(where or folder()))
+            fd = held.enter_context(private_folder.opened(where or folder()))
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except FileNotFoundError:
             pass  # no journals either

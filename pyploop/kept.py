@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pyploop import beneath, journal, ownfolder
+from pyploop import journal
 from pyploop._core import fdatasync
 from pyploop.errors import OpenError, PyploopError
 from pyploop.hostconf import HostConfig
@@ -33,6 +33,7 @@ from pyploop.kept_sink import hold
 from pyploop.report.events import Reporter
 from pyploop.runtimes import Runtime
 from pyploop.runtimes.volumes import KEPT, existing_parent
+from pyploop.system import beneath, private_folder
 from pyploop.units import MIB, format_size
 
 SCHEMA = "pyploop.kept/1"
@@ -133,14 +134,14 @@ def _add(log: Journal, name: str, path: str, inode: int) -> bool:
 
 
 def _save(file: Path, record: dict[str, Any]) -> None:
-    with ownfolder.reopened(file.parent) as where:
-        ownfolder.replace(where, file.name, json.dumps(record).encode(), durable=True)
+    with private_folder.reopened(file.parent) as where:
+        private_folder.replace(where, file.name, json.dumps(record).encode(), durable=True)
 
 
 def _read(file: Path) -> dict[str, Any] | None:
     """None when it is not what `_save` wrote."""
     try:
-        record = json.loads(ownfolder.read_path(file))
+        record = json.loads(private_folder.read_path(file))
         if record["schema"] != SCHEMA or not isinstance(record["source"]["id"], str):
             return None
         str(record["migration"]), str(record["source"]["name"])

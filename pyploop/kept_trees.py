@@ -18,12 +18,13 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from pyploop import journal, ownfolder, treescan
+from pyploop import journal, treescan
 from pyploop.errors import OpenError, PyploopError
 from pyploop.journal import Entry, Journal
 from pyploop.report.events import Reporter
 from pyploop.runtimes import folders
 from pyploop.runtimes.volumes import KEPT, existing_parent
+from pyploop.system import private_folder
 
 SCHEMA = "pyploop.kept-trees/1"
 
@@ -80,14 +81,14 @@ def _add(log: Journal, tree: dict[str, Any]) -> None:
     # Again after a kill in the midst of this.
     others = [t for t in record["trees"] if t["index"] != tree["index"]]
     record["trees"] = [*others, tree]
-    with ownfolder.reopened(file.parent) as where:
-        ownfolder.replace(where, file.name, json.dumps(record).encode(), durable=True)
+    with private_folder.reopened(file.parent) as where:
+        private_folder.replace(where, file.name, json.dumps(record).encode(), durable=True)
 
 
 def _read(file: Path) -> dict[str, Any] | None:
     """None when it is not there, or not what `_add` wrote."""
     try:
-        record = json.loads(ownfolder.read_path(file))
+        record = json.loads(private_folder.read_path(file))
         if record["schema"] != SCHEMA or not isinstance(record["source"]["id"], str):
             return None
         for tree in record["trees"]:

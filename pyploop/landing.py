@@ -17,11 +17,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from pyploop import beneath, kept, kept_trees, ownfolder, pieces, undoing, verdict
+from pyploop import kept, kept_trees, pieces, undoing, verdict
 from pyploop.chain import Chain, check_room, folder_of
 from pyploop.errors import MigrateError, ProtocolError, PyploopError
 from pyploop.hostconf import HostConfig
-from pyploop.jobs import Job
 from pyploop.journal import Journal
 from pyploop.landing_trees import LandingTrees
 from pyploop.pieces import Place
@@ -29,6 +28,8 @@ from pyploop.receiver import receive
 from pyploop.report.events import Reporter
 from pyploop.runtimes import COPY_FAILED, LARGEST_FILE, RESTORE_FAILED, Facts, Runtime
 from pyploop.shelf import Shelf
+from pyploop.system import beneath, private_folder
+from pyploop.system.jobs import Job
 from pyploop.units import GIB
 from pyploop.verdict import ABORTED, COMMITTED, RAN, Verdict
 
@@ -94,7 +95,7 @@ class Landing:
             runtime.keep_fds = (self.verdict.fd,)
             self._folder = Path(host.images_dir) / f"pyploop-{migration}"
             self._log("remove-tree", path=str(self._folder), transient=True)
-            ownfolder.make_new(self._folder)
+            private_folder.make_new(self._folder)
             self._chain = Chain(self._folder)
             self._shelf = Shelf(host, runtime, self._journal, self._disks, report)
             made.callback(self._shelf.close)

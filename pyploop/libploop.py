@@ -23,7 +23,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Literal
 
-from pyploop import answers, descriptor, device, transport
+from pyploop import answers, descriptor, device
 from pyploop.errors import (
     DeviceError,
     FormatError,
@@ -37,6 +37,7 @@ from pyploop.receiver import receive
 from pyploop.report.events import ERROR, INFO, NOTE, Reporter
 from pyploop.sender import Sender
 from pyploop.summary import Options
+from pyploop.system import descriptors
 from pyploop.trackers.choose import choose
 
 __all__ = ["ploopcopy", "ploopcopy_receiver", "ploopcopy_thr_receiver"]
@@ -166,7 +167,7 @@ class ploopcopy_thr_receiver(threading.Thread):
 
 def _receive(fname: str, fd: int) -> None:
     with _runtime_errors():
-        if not stat.S_ISSOCK(transport.check_open(fd, "descriptor").st_mode):
+        if not stat.S_ISSOCK(descriptors.check_open(fd, "descriptor").st_mode):
             raise ParameterError(f"descriptor {fd} is not a socket")
         try:
             receive(fname, fd, None, _reporter(), IDLE, expected=answers.Replies(fd))
@@ -195,7 +196,7 @@ def serving_device(ddxml: str) -> str:
 
 @contextlib.contextmanager
 def _output(fd: int, knows_async: bool, report: Reporter) -> Iterator[Output]:
-    mode = transport.check_open(fd, "descriptor").st_mode
+    mode = descriptors.check_open(fd, "descriptor").st_mode
     if stat.S_ISSOCK(mode):
         yield PacketOutput(fd, report, answer_timeout=STALL, knows_async=knows_async)
     elif stat.S_ISREG(mode):

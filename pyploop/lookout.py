@@ -17,11 +17,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from pyploop import kernel, sysblock, users
+from pyploop import users
 from pyploop.errors import DeviceControlError, DeviceError, LoopError, OpenError, SysfsError
 from pyploop.plan import Plan
 from pyploop.reach import Dev, Member, Reach, reach
-from pyploop.sysblock import Mount
+from pyploop.system import kernel, sysblock
+from pyploop.system.sysblock import Mount
 from pyploop.users import Found, User
 from pyploop.witness import Witness
 

@@ -22,25 +22,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from pyploop import (
-    chain,
-    cpu,
-    host_identity,
-    memory,
-    ownfolder,
-    pieces,
-    recover,
-    signals,
-    trees,
-    undoing,
-    verdict,
-)
+from pyploop import chain, cpu, host_identity, memory, pieces, recover, trees, undoing, verdict
 from pyploop.copies import Copies, check_number
 from pyploop.copying import OTHERS, REQUEST, Disks, opened
 from pyploop.errors import MigrateError, PyploopError
 from pyploop.hostconf import HostConfig
 from pyploop.items import send_items
-from pyploop.jobs import Job, end_all
 from pyploop.journal import Journal
 from pyploop.memory_rounds import MemoryPolicy
 from pyploop.remote import Remote
@@ -57,6 +44,8 @@ from pyploop.runtimes import (
 )
 from pyploop.summary import Options, Summary
 from pyploop.suspend_limit import SuspendLimit
+from pyploop.system import private_folder, signals
+from pyploop.system.jobs import Job, end_all
 from pyploop.wire.messages import clipped
 
 CHECKING = 120.0
@@ -265,7 +254,7 @@ class _Move:
     def begin_memory(self, policy: MemoryPolicy | None, used: int) -> memory.Memory:
         """The container's, of which `used` bytes are in use."""
         self._journal.add({"kind": "remove-tree", "path": str(self._folder)})
-        ownfolder.make_new(self._folder)
+        private_folder.make_new(self._folder)
         return memory.Memory(
             self._runtime,
             self._remote,

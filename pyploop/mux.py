@@ -23,9 +23,9 @@ import threading
 import time
 from collections.abc import Callable
 
-from pyploop import signals
 from pyploop.errors import ProtocolError, PyploopError, ReadError, WriteError
-from pyploop.jobs import TICK
+from pyploop.system import signals
+from pyploop.system.jobs import TICK
 from pyploop.units import KIB, MIB
 from pyploop.wire import mux as wire
 from pyploop.wire.mux import Message

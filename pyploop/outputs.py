@@ -10,7 +10,7 @@ import os
 import stat
 from collections.abc import Callable, Iterator
 
-from pyploop import _core, below, room, transport
+from pyploop import _core, below, room
 from pyploop._core import Known, Pump
 from pyploop.below import Thing
 from pyploop.compat import NATIVE, Compat
@@ -22,8 +22,9 @@ from pyploop.report.timeline import Heard
 from pyploop.sink import Sink, make_durable
 from pyploop.source import Source
 from pyploop.stream_output import StreamOutput
+from pyploop.system import descriptors
+from pyploop.system.worker import run_cancellable
 from pyploop.units import SECTOR, format_size
-from pyploop.worker import run_cancellable
 
 
 class FileOutput:
@@ -126,7 +127,7 @@ def open_output(
         with Sink(target, report) as sink:
             yield FileOutput(sink, report)
         return
-    mode = transport.check_open(out_fd, "-o").st_mode
+    mode = descriptors.check_open(out_fd, "-o").st_mode
     flags = fcntl.fcntl(out_fd, fcntl.F_GETFL)
     if flags & os.O_ACCMODE == os.O_RDONLY:
         raise ParameterError(f"-o {out_fd} is not open for writing")
@@ -143,16 +144,16 @@ def open_output(
                 e.add(f"the file of descriptor {out_fd} holds {in_place.holds}")
             raise
         return
-    size = transport.enlarge_pipe(out_fd)
+    size = descriptors.enlarge_pipe(out_fd)
     if size:
         report.detail(f"Pipe buffer: {format_size(size)}")
-    transport.no_delay(out_fd)
-    with transport.nonblocking(out_fd) as fd:
+    descriptors.no_delay(out_fd)
+    with descriptors.nonblocking(out_fd) as fd:
         yield StreamOutput(
             fd,
             feedback,
             report,
-            two_way=transport.is_socket(out_fd),
+            two_way=descriptors.is_socket(out_fd),
             sync_wait=sync_wait,
             answer_timeout=answer_timeout,
             compat=compat,

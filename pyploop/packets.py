@@ -13,7 +13,7 @@ import math
 import time
 from collections.abc import Callable
 
-from pyploop import _core, transport
+from pyploop import _core
 from pyploop._core import Fault, Known, Pump
 from pyploop.below import Thing
 from pyploop.compat import PLOOP, PYPLOOP
@@ -22,8 +22,9 @@ from pyploop.output import Packets, explain_write
 from pyploop.report.events import Reporter
 from pyploop.report.timeline import Heard
 from pyploop.source import Source
+from pyploop.system import descriptors
+from pyploop.system.worker import run_cancellable
 from pyploop.wire import d2, d3
-from pyploop.worker import run_cancellable
 
 WINDOW = 4096
 """Packets that may be unanswered: 16 MiB in flight even if each has 4 KiB."""
@@ -41,7 +42,7 @@ class PacketOutput:
     ) -> None:
         """knows_async: the peer takes DATA_ASYNC even if it has no handshake.
         answer_timeout: seconds for one answer."""
-        transport.no_delay(fd)
+        descriptors.no_delay(fd)
         self.fd = fd
         self.dialect = "D2"
         self.framing = PLOOP
@@ -66,10 +67,10 @@ class PacketOutput:
         offered = d3.offer()
         greeting = d2.sync(features=offered)
         closed = "the receiver closed the stream before anything was sent (see its own message)"
-        transport.write_all(self.fd, greeting, closed)
+        descriptors.write_all(self.fd, greeting, closed)
         limit = time.monotonic() + self._timeout
         (reply,) = d2.REPLY.unpack(
-            transport.read_exactly(
+            descriptors.read_exactly(
                 self.fd,
                 d2.REPLY.size,
                 lambda: min(limit, self.deadline),  # which a cancel moves

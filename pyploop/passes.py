@@ -32,9 +32,9 @@ from pyploop.report.events import Reporter
 from pyploop.room import Watched
 from pyploop.source import Source
 from pyploop.summary import Options
+from pyploop.system.worker import run_cancellable
 from pyploop.trackers import Batch, Tracker
 from pyploop.units import BLOCK, MIB, SECTOR, format_size
-from pyploop.worker import run_cancellable
 
 if TYPE_CHECKING:
     from pyploop.delta import Reused

@@ -20,11 +20,11 @@ from pathlib import Path
 from typing import Any
 
 from pyploop._core import fdatasync
-from pyploop.drip import Patience
 from pyploop.errors import ProtocolError, ReadError, SyncError, WriteError
-from pyploop.holes import data_extents
-from pyploop.jobs import Job
 from pyploop.runtimes import LARGEST_FILE
+from pyploop.system.file_extents import data_extents
+from pyploop.system.jobs import Job
+from pyploop.system.peer_patience import Patience
 from pyploop.units import KIB, MIB
 
 HEADER = struct.Struct("<HHIQ")

@@ -26,7 +26,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from pyploop import kernel, watchdog
+from pyploop import watchdog
 from pyploop.errors import (
     CommandError,
     DeviceControlError,
@@ -36,7 +36,8 @@ from pyploop.errors import (
 )
 from pyploop.journal import Entry, Journal, describe
 from pyploop.report.events import Reporter
-from pyploop.worker import wait_for
+from pyploop.system import kernel
+from pyploop.system.worker import wait_for
 
 START_DEADLINE = 10.0
 """Seconds for the watchdog to start."""

@@ -14,8 +14,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from pyploop import sysblock
-from pyploop.sysblock import BlockDevice, Loop
+from pyploop.system import sysblock
+from pyploop.system.sysblock import BlockDevice, Loop
 
 Dev = tuple[int, int]
 

@@ -14,7 +14,7 @@ import time
 from dataclasses import dataclass
 from functools import cached_property
 
-from pyploop import _core, below, room, transport
+from pyploop import _core, below, room
 from pyploop._core import Fault, Receiver, RecvStats
 from pyploop.answers import Answers, Feedback, NoAnswers, Replies
 from pyploop.errors import (
@@ -28,9 +28,10 @@ from pyploop.errors import (
 )
 from pyploop.report.events import Reporter
 from pyploop.sink import Sink
+from pyploop.system import descriptors
+from pyploop.system.worker import run_cancellable
 from pyploop.units import MIB, SECTOR, format_size
 from pyploop.wire import d1, d2
-from pyploop.worker import run_cancellable
 
 SLOTS = 16
 SLOT_SIZE = 256 * 1024
@@ -139,10 +140,10 @@ class _Receipt:
     def run(self, stall: float) -> Received:
         path, report = self._path, self._report
         with self._sink or Sink(path, report, owner_undoes=self._owner_undoes) as sink:
-            size = transport.enlarge_pipe(self._in_fd)
-            transport.no_delay(self._in_fd)
+            size = descriptors.enlarge_pipe(self._in_fd)
+            descriptors.no_delay(self._in_fd)
             if self._feedback is not None:
-                transport.no_delay(self._feedback)
+                descriptors.no_delay(self._feedback)
             pipe = f", pipe of {format_size(size)}" if size else ""
             report.detail(f"Receiving into {path}{pipe}")
             pump = _core.Receiver(
@@ -156,7 +157,7 @@ class _Receipt:
                 sparse=True,
                 held=sink.held,
                 largest=self._largest,
-                reply_fd=self._in_fd if transport.is_socket(self._in_fd) else -1,
+                reply_fd=self._in_fd if descriptors.is_socket(self._in_fd) else -1,
             )
             syncs = self._serve(pump, sink)
             sink.set_size(pump.stats.image_size)
@@ -193,7 +194,7 @@ class _Receipt:
         if pump.dialect != before:
             if pump.dialect == _core.DIALECT_D1:
                 self.answers = Feedback(pump, self._in_fd, self._feedback, _Target(sink))
-            elif transport.is_socket(self._in_fd):
+            elif descriptors.is_socket(self._in_fd):
                 self.answers = Replies(self._in_fd, pump)
         return pump.dialect
 

@@ -15,10 +15,11 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from pyploop import __version__, transport
+from pyploop import __version__
 from pyploop.errors import MigrateError, ProtocolError, PyploopError, ReadError
-from pyploop.last_words import LastWords
 from pyploop.mux import INBOX, Mux
+from pyploop.system import descriptors
+from pyploop.system.stderr_tail import LastWords
 from pyploop.wire import messages
 from pyploop.wire import mux as wire
 
@@ -86,7 +87,7 @@ class Remote:
         assert self._process.stdin is not None and self._process.stdout is not None
         self._wfd, self._rfd = self._process.stdin.fileno(), self._process.stdout.fileno()
         for fd in (self._wfd, self._rfd):
-            transport.enlarge_pipe(fd)
+            descriptors.enlarge_pipe(fd)
         self._mux: Mux | None = None
         try:
             early = self._greet()
@@ -106,7 +107,7 @@ class Remote:
             left = deadline - time.monotonic()
             if left <= 0:
                 raise self._no_agent(f"no hello within {CONNECT:g} s")
-            if not transport.readable(self._rfd, min(left, transport.POLL_SLICE)):
+            if not descriptors.readable(self._rfd, min(left, descriptors.POLL_SLICE)):
                 continue
             part = os.read(self._rfd, 4096)
             if not part:
@@ -236,7 +237,7 @@ class Remote:
         deadline = time.monotonic() + ENDING
         with contextlib.suppress(OSError):
             while time.monotonic() < deadline:
-                if transport.readable(self._rfd, transport.POLL_SLICE) and not os.read(
+                if descriptors.readable(self._rfd, descriptors.POLL_SLICE) and not os.read(
                     self._rfd, 65536
                 ):
                     break

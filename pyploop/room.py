@@ -15,10 +15,11 @@ import stat
 from dataclasses import dataclass
 from pathlib import Path
 
-from pyploop import below, kernel
+from pyploop import below
 from pyploop.below import Below, Thing
 from pyploop.errors import WriteError
 from pyploop.source import Source
+from pyploop.system import kernel
 from pyploop.units import GIB, SECTOR, format_size
 
 PART = 0.05

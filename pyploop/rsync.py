@@ -25,12 +25,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
-from pyploop import enclose
 from pyploop import relay as relay_program
 from pyploop.errors import MigrateError, WriteError
-from pyploop.last_words import LastWords
 from pyploop.runtimes import COPY_FAILED
-from pyploop.runtimes.process import last_words
+from pyploop.system import enclosure
+from pyploop.system.commands import last_words
+from pyploop.system.stderr_tail import LastWords
 
 OLDEST = (3, 2)
 """The first whose daemon can refuse all options but some."""
@@ -136,9 +136,9 @@ class Client:
         shell = shlex.join([python, "-I", "-S", relay, str(theirs.fileno())])
         self._process: subprocess.Popen[bytes] | None = None
         program = os.path.abspath(shutil.which(command) or command)
-        argv = [python, "-I", "-S", str(Path(enclose.__file__)), source]
+        argv = [python, "-I", "-S", str(Path(enclosure.__file__)), source]
         argv += [*_needed(python), relay, program, "--", program, command]
-        argv += [*ALWAYS, *words, f"--rsh={shell}", "--", f"{enclose.TREE}/", "pyploop::tree/"]
+        argv += [*ALWAYS, *words, f"--rsh={shell}", "--", f"{enclosure.TREE}/", "pyploop::tree/"]
         try:
             self._process = subprocess.Popen(
                 argv,
@@ -192,7 +192,7 @@ class Client:
             errors="replace"
         )
         # As the tree is called outside.
-        said = last_words(text).replace(f'"{enclose.TREE}/', f'"{self._source}/')
+        said = last_words(text).replace(f'"{enclosure.TREE}/', f'"{self._source}/')
         return Done(status, said, self._items)
 
     def kill(self) -> None:

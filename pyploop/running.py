@@ -36,9 +36,9 @@ from pyploop.rounds import (
 )
 from pyploop.source import Source
 from pyploop.summary import Options, Summary
+from pyploop.system.worker import run_cancellable
 from pyploop.trackers import Batch, Repair, Tracker, Verdict, whole
 from pyploop.units import MIB, format_size
-from pyploop.worker import run_cancellable
 
 if TYPE_CHECKING:
     from pyploop.delta import Reused

@@ -35,9 +35,9 @@ from pyploop.rounds import Round
 from pyploop.running import Running, words
 from pyploop.source import Source
 from pyploop.summary import Options, Summary
+from pyploop.system.worker import run_cancellable
 from pyploop.trackers import Repair, Tracker, Verdict
 from pyploop.units import format_size
-from pyploop.worker import run_cancellable
 from pyploop.writes import Writes
 
 if TYPE_CHECKING:

@@ -16,8 +16,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from pyploop import beneath, digests, kept
-from pyploop.beneath import Place
+from pyploop import digests, kept
 from pyploop.errors import ProtocolError, WriteError
 from pyploop.hostconf import HostConfig
 from pyploop.journal import Journal
@@ -27,6 +26,8 @@ from pyploop.report.events import Reporter
 from pyploop.runtimes import LARGEST_FILE, Disk, Runtime
 from pyploop.runtimes.volumes import existing_parent
 from pyploop.sink import Sink
+from pyploop.system import beneath
+from pyploop.system.beneath import Place
 
 
 class Shelf:

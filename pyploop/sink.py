@@ -20,7 +20,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
 
-from pyploop import kernel, naming
+from pyploop import naming
 from pyploop._core import fdatasync
 from pyploop.errors import (
     CreateError,
@@ -33,6 +33,7 @@ from pyploop.errors import (
 )
 from pyploop.journal import Journal
 from pyploop.report.events import Reporter
+from pyploop.system import kernel
 
 MODE = 0o600
 _KINDS = {

@@ -13,13 +13,13 @@ import os
 from dataclasses import dataclass, field
 from typing import Literal
 
-from pyploop import kernel
 from pyploop.errors import DeviceControlError, ReadError
-from pyploop.holes import data_extents
 from pyploop.identity import Identity
 from pyploop.lookout import Lookout
 from pyploop.reach import Reach
-from pyploop.sysblock import BlockDevice, Mount
+from pyploop.system import kernel
+from pyploop.system.file_extents import data_extents
+from pyploop.system.sysblock import BlockDevice, Mount
 from pyploop.tail import Tail
 from pyploop.units import MIB, SECTOR
 

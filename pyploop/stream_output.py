@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable
 from functools import partial
 
-from pyploop import _core, below, reader, room, transport
+from pyploop import _core, below, reader, room
 from pyploop._core import Fault, Known, Pump
 from pyploop.below import Thing
 from pyploop.compat import EXACT, NATIVE, PERHAPS_PLOOP, PLOOP, PYPLOOP, Compat, Framing
@@ -19,9 +19,10 @@ from pyploop.output import Packets, explain_write
 from pyploop.report.events import Reporter
 from pyploop.report.timeline import Heard
 from pyploop.source import Source
+from pyploop.system import descriptors
+from pyploop.system.worker import run_cancellable
 from pyploop.units import BLOCK
 from pyploop.wire import d1
-from pyploop.worker import run_cancellable
 
 HELLO_WAIT = 2.0
 """Seconds to wait for an answer on a socket that may have no receiver behind
@@ -104,9 +105,9 @@ class StreamOutput:
     def _greet(self, answers: int) -> bytes | None:
         """Say HELLO; the answer, None when a socket that promises none has none."""
         closed = "the receiver closed the stream before anything was sent (see its own message)"
-        if transport.is_closed(self.fd):
+        if descriptors.is_closed(self.fd):
             raise WriteError(closed)
-        transport.write_all(self.fd, d1.sync(d1.HELLO), closed)
+        descriptors.write_all(self.fd, d1.sync(d1.HELLO), closed)
         self._greeted = True
         if self._feedback is None:
             deadline = time.monotonic() + HELLO_WAIT
@@ -117,7 +118,7 @@ class StreamOutput:
     def _ask_for_times(self, answers: int) -> None:
         """A peer of version 1 takes it for a SYNC."""
         self._asked = time.monotonic()
-        transport.write_all(self.fd, d1.sync(d1.HELLO_2), "cannot ask the receiver")
+        descriptors.write_all(self.fd, d1.sync(d1.HELLO_2), "cannot ask the receiver")
         answer = self._read(answers)
         if answer == d1.FAILURE:
             raise SyncError("the receiver cannot sync its target")
@@ -137,7 +138,7 @@ class StreamOutput:
         assert self._answers is not None
         question = d1.sync(d1.PLACE, source.size)
         self._asked = time.monotonic()
-        transport.write_all(self.fd, question, "cannot ask the receiver")
+        descriptors.write_all(self.fd, question, "cannot ask the receiver")
         answer = self._read(self._answers)
         self._read_times(self._answers)
         if answer == d1.FAILURE:
@@ -175,7 +176,7 @@ class StreamOutput:
         if self._place is not None:
             frame = d1.sync(d1.REFUSED, error.exit_code)
             with contextlib.suppress(WriteError):
-                transport.write_all(self.fd, frame, "cannot tell the receiver")
+                descriptors.write_all(self.fd, frame, "cannot tell the receiver")
 
     def prepare(self, known: Known | None) -> None:
         # A receiver before 1.11 writes HELLO's bytes at 0: block 0 goes anyway.
@@ -190,7 +191,7 @@ class StreamOutput:
     def _read(self, fd: int, size: int = d1.REPLY_SIZE) -> bytes:
         limit = time.monotonic() + self._timeout
         try:
-            return transport.read_exactly(
+            return descriptors.read_exactly(
                 fd,
                 size,
                 lambda: min(limit, self.deadline),  # which a cancel moves
@@ -262,6 +263,6 @@ class StreamOutput:
 
 def _readable_before(fd: int, deadline: float) -> bool:
     while (left := deadline - time.monotonic()) > 0:
-        if transport.readable(fd, min(left, transport.POLL_SLICE)):
+        if descriptors.readable(fd, min(left, descriptors.POLL_SLICE)):
             return True
     return False

@@ -13,9 +13,9 @@ import threading
 import time
 from collections.abc import Callable
 
-from pyploop import signals
 from pyploop.errors import MigrateError, PyploopError
 from pyploop.runtimes import COPY_FAILED
+from pyploop.system import signals
 
 FOR_UNDOING = 1.0
 """Seconds of the limit that are left for letting the container go on; a quarter of

@@ -9,7 +9,7 @@ import os
 from dataclasses import dataclass
 
 from pyploop.errors import ReadError
-from pyploop.kernel import LoopStatus
+from pyploop.system.kernel import LoopStatus
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ from pyploop.freeze import cgroup
 from pyploop.freeze.stoppers import Spec
 from pyploop.plan import Held, Plan
 from pyploop.report.events import Reporter
-from pyploop.sysblock import cgroup_mounts, text_of
+from pyploop.system.sysblock import cgroup_mounts, text_of
 from pyploop.units import format_size, parse_size
 
 

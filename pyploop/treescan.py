@@ -15,10 +15,10 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from pyploop import kernel, sysblock
 from pyploop.errors import MigrateError
 from pyploop.runtimes import COPY_FAILED
-from pyploop.walk import FLAGS, walk
+from pyploop.system import kernel, sysblock
+from pyploop.system.tree_walk import FLAGS, walk
 
 _CLOCK_REALTIME_COARSE = 5
 """Of linux/time.h; Python has no name for it."""

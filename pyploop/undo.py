@@ -9,14 +9,13 @@ import os
 
 from pyploop import (
     journal,
-    kernel,
     naming,  # noqa: F401 - registers `part`
-    sysblock,
     watchdog,
 )
 from pyploop.errors import DeviceControlError
 from pyploop.freeze.mounted import in_use, open_at
 from pyploop.journal import Entry
+from pyploop.system import kernel, sysblock
 
 
 def thaw(entry: Entry) -> None:

@@ -12,20 +12,13 @@ import os
 from pathlib import Path
 from typing import Any
 
-from pyploop import (
-    beneath,
-    hostconf,
-    journal,
-    kernel,
-    ownfolder,
-    removal,
-    sysblock,
-)
+from pyploop import hostconf, journal
 from pyploop.errors import MigrateError, PyploopError
 from pyploop.hostconf import HostConfig
 from pyploop.journal import Entry, Journal
 from pyploop.runtimes import USAGE, Runtime, volumes
 from pyploop.runtimes.choose import make_runtime
+from pyploop.system import beneath, kernel, private_folder, removal, sysblock
 
 
 def _place(entry: Entry) -> contextlib.AbstractContextManager[beneath.Place]:
@@ -47,7 +40,7 @@ def _rmdir(entry: Entry) -> None:
 def _remove_tree(entry: Entry) -> None:
     # A CRIU that was killed leaves the cgroup hierarchies mounted in its folder.
     path = str(entry["path"])
-    if not ownfolder.is_ours(Path(path)):
+    if not private_folder.is_ours(Path(path)):
         return  # somebody else had taken the name: it was never made
     for point in sysblock.mount_points_below(path):
         kernel.umount(point, lazy=True)

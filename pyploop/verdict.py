@@ -19,9 +19,9 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from pyploop import ownfolder
 from pyploop._core import fdatasync
 from pyploop.errors import BusyError, CreateError, ProtocolError, SyncError
+from pyploop.system import private_folder
 
 PENDING, COMMITTED, RAN, ABORTED = "pending", "committed", "ran", "aborted"
 """RAN: it was seen to run here after the commit, so what its peers were told since
@@ -35,7 +35,7 @@ def make_folder(folder: Path) -> Path:
     """The folder of journals and records.  CreateError when it cannot be made,
     OpenError when it is not this user's alone."""
     try:
-        with ownfolder.opened(folder, make=True):
+        with private_folder.opened(folder, make=True):
             pass
     except OSError as e:
         raise CreateError.of(f"cannot make {folder}", e) from e
@@ -67,8 +67,8 @@ class Verdict:
         anything is undone."""
         path = folder / f"{migration}.{side}"
         try:
-            with ownfolder.opened(folder) as where:
-                verdict = cls(path, ownfolder.create(where, path.name))
+            with private_folder.opened(folder) as where:
+                verdict = cls(path, private_folder.create(where, path.name))
                 try:
                     fcntl.flock(verdict.fd, fcntl.LOCK_EX)
                     # Its block is allocated now: the one write that counts is short.
@@ -106,8 +106,8 @@ def held(
     he, or a command of his, has not ended within `wait` seconds."""
     path = folder / f"{migration}.{side}"
     try:
-        with ownfolder.opened(folder) as where:
-            fd = ownfolder.open_file(where, path.name, os.O_RDWR)
+        with private_folder.opened(folder) as where:
+            fd = private_folder.open_file(where, path.name, os.O_RDWR)
     except FileNotFoundError:
         yield None
         return
@@ -132,7 +132,7 @@ def forget(folder: Path, migration: str, side: str = "target") -> None:
     not decided yet."""
     path = folder / f"{migration}.{side}"
     try:
-        word = ownfolder.read_path(path)[:_SIZE].decode(errors="replace").strip()
+        word = private_folder.read_path(path)[:_SIZE].decode(errors="replace").strip()
     except FileNotFoundError:
         return
     if word == PENDING:

@@ -14,12 +14,12 @@ import contextlib
 import os
 from collections.abc import Sequence
 
-from pyploop import kernel, sysblock
 from pyploop.accounting import Accounting
-from pyploop.kernel import Access
 from pyploop.plan import Plan
 from pyploop.reach import Dev, Member, Reach, partitions
-from pyploop.sysblock import BlockDevice
+from pyploop.system import kernel, sysblock
+from pyploop.system.kernel import Access
+from pyploop.system.sysblock import BlockDevice
 from pyploop.users import describe
 
 STILL_TRIES = 20

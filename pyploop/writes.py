@@ -12,9 +12,9 @@ import contextlib
 import os
 from pathlib import Path
 
-from pyploop import sysblock
 from pyploop.source import Source
-from pyploop.sysblock import BlockDevice
+from pyploop.system import sysblock
+from pyploop.system.sysblock import BlockDevice
 
 _WRITTEN, _DISCARDED = 6, 13
 """Fields of a device's `stat`: sectors written and discarded (Linux 4.19)."""

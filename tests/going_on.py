@@ -17,13 +17,13 @@ from pathlib import Path
 
 from pyploop import delta, device, digests
 from pyploop.digests import Reader
-from pyploop.jobs import Job
 from pyploop.kept_sink import KeptSink, hold
 from pyploop.receiver import receive
 from pyploop.report.events import Reporter
 from pyploop.sender import Sender
 from pyploop.stream_output import StreamOutput
 from pyploop.summary import Options, Summary
+from pyploop.system.jobs import Job
 from pyploop.trackers.choose import choose
 
 

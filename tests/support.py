@@ -137,7 +137,7 @@ def as_nobody() -> list[str]:
     can read the interpreter or the package, below a private home say."""
     needs("root", "setpriv")
     prefix = ["setpriv", f"--reuid={NOBODY}", f"--regid={NOBODY}", "--clear-groups"]
-    probe = [*prefix, sys.executable, "-c", "import pyploop.kernel"]
+    probe = [*prefix, sys.executable, "-c", "import pyploop.system.kernel"]
     done = subprocess.run(probe, env=pyploop_env(), capture_output=True, check=False)
     if done.returncode:
         pytest.skip(f"{sys.executable} or pyploop cannot be read without privileges")

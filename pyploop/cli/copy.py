@@ -17,7 +17,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import IO
 
-from pyploop import apart, device, transport
+from pyploop import apart, device
 from pyploop.cli.copy_options import (
     ANSWER_TIMEOUT,
     FREEZE_LIMIT,
@@ -39,6 +39,7 @@ from pyploop.report.timeline import Recorder, chrome_trace
 from pyploop.rounds import Policy
 from pyploop.sender import Sender
 from pyploop.summary import Options
+from pyploop.system import descriptors
 from pyploop.throttle import Throttle
 from pyploop.trackers.choose import choose
 
@@ -75,9 +76,9 @@ def run(args: list[str], level: int) -> int:
 
 
 def _receive(o: argparse.Namespace, report: Reporter) -> None:
-    transport.check_stream(o.inp, "-i")
+    descriptors.check_stream(o.inp, "-i")
     if o.feedback is not None:
-        transport.check_stream(o.feedback, "-f")
+        descriptors.check_stream(o.feedback, "-f")
     receive(o.target, o.inp, o.feedback, report, o.timeout)
 
 
@@ -100,7 +101,7 @@ def _send(o: argparse.Namespace, report: Reporter) -> None:
     if not local:
         _check_output(o.out)
         if o.feedback is not None:
-            transport.check_stream(o.feedback, "-f")
+            descriptors.check_stream(o.feedback, "-f")
         _clear_stderr(o)
     freeze_limit = o.freeze_limit
     if freeze_limit is None:
@@ -176,8 +177,8 @@ def _tell_times(sender: Sender, report: Reporter) -> None:
 
 
 def _check_output(fd: int) -> None:
-    mode = transport.check_open(fd, "-o").st_mode
-    if not (stat.S_ISREG(mode) or transport.is_stream(fd)):
+    mode = descriptors.check_open(fd, "-o").st_mode
+    if not (stat.S_ISREG(mode) or descriptors.is_stream(fd)):
         raise ParameterError(f"output descriptor {fd} must be a file, a pipe or a socket")
 
 

@@ -14,14 +14,15 @@ import stat
 from pathlib import Path
 from typing import Any
 
-from pyploop import descriptor, image, sysblock
+from pyploop import descriptor, image
 from pyploop.cli.arguments import Parser
 from pyploop.descriptor import Descriptor
 from pyploop.device import open_source
 from pyploop.errors import DeviceError, OpenError, PyploopError, SysfsError, one_line
 from pyploop.image import Image
 from pyploop.source import Source
-from pyploop.sysblock import BlockDevice
+from pyploop.system import sysblock
+from pyploop.system.sysblock import BlockDevice
 from pyploop.trackers.choose import choose
 from pyploop.units import KIB, format_size
 from pyploop.users import Found, refusal

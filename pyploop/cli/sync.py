@@ -9,7 +9,7 @@ import sys
 from pyploop._core import fdatasync
 from pyploop.cli.arguments import Parser
 from pyploop.errors import one_line
-from pyploop.worker import run_cancellable
+from pyploop.system.worker import run_cancellable
 
 USAGE_STATUS = 1
 FAILED_STATUS = 2

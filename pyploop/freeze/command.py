@@ -10,9 +10,9 @@ import signal
 import subprocess
 from collections.abc import Sequence
 
-from pyploop import signals
 from pyploop.errors import CommandError
-from pyploop.worker import wait_for
+from pyploop.system import signals
+from pyploop.system.worker import wait_for
 
 KILL_GRACE = 2.0
 """Seconds between SIGTERM and SIGKILL of a command that is ended."""

@@ -10,7 +10,6 @@ import os
 import time
 from pathlib import Path
 
-from pyploop import kernel, sysblock
 from pyploop.errors import (
     BusyError,
     DeviceControlError,
@@ -21,7 +20,8 @@ from pyploop.errors import (
 from pyploop.freeze.mounted import FREEZABLE, Mounted
 from pyploop.plan import Held, Plan
 from pyploop.report.events import Reporter
-from pyploop.sysblock import CAP_SYS_ADMIN, Mount
+from pyploop.system import kernel, sysblock
+from pyploop.system.sysblock import CAP_SYS_ADMIN, Mount
 
 LOCK_DEADLINE = 120.0
 """Seconds to wait for another copy's freeze of the same file system."""

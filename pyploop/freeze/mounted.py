@@ -11,11 +11,11 @@ import stat
 import time
 from pathlib import Path
 
-from pyploop import sysblock
 from pyploop.errors import LoopError, OpenError
 from pyploop.journal import Entry
 from pyploop.plan import Held
-from pyploop.sysblock import Mount
+from pyploop.system import sysblock
+from pyploop.system.sysblock import Mount
 
 FREEZABLE = ("bcachefs", "btrfs", "ext2", "ext3", "ext4", "f2fs", "jfs", "nilfs2", "xfs")
 """File systems that are known to freeze.  Any other is tried out before the copy."""

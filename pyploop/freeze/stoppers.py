@@ -22,7 +22,7 @@ from pyploop.freeze.filesystems import FileSystems
 from pyploop.freeze.vzctl import VzctlStopper
 from pyploop.plan import UNDO_TIMEOUT, Held, Plan
 from pyploop.report.events import Reporter
-from pyploop.sysblock import Mount
+from pyploop.system.sysblock import Mount
 
 
 @dataclass(frozen=True)

@@ -8,10 +8,10 @@ import os
 import signal
 import time
 
-from pyploop import kernel
 from pyploop.errors import MigrateError
 from pyploop.freezer import Freezer
 from pyploop.runtimes import DUMP_FAILED
+from pyploop.system import kernel
 
 DEADLINE = 10.0
 """Seconds for all processes to stop, or to end."""

@@ -28,7 +28,7 @@ from pyploop.runtimes import (
     State,
 )
 from pyploop.runtimes.configured import Configured
-from pyploop.runtimes.process import run
+from pyploop.system.commands import run
 
 _STATES = {
     "running": State(True, True),

@@ -16,7 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from pyploop.errors import MigrateError
-from pyploop.runtimes import BAD_CONFIG, mounts
+from pyploop.runtimes import BAD_CONFIG
+from pyploop.system import mount_table
 
 PSEUDO = frozenset(
     [
@@ -63,7 +64,7 @@ class Place:
     """A folder that moves: a disk's mount point, or a tree."""
 
     path: str
-    mount: mounts.Entry | None
+    mount: mount_table.Entry | None
     """On which it lies; None: the disk of a stopped container is not mounted."""
 
 
@@ -72,8 +73,8 @@ class Places:
 
     def __init__(self, disks: Sequence[str], trees: Sequence[str]) -> None:
         """disks: their mount points."""
-        found = [Place(p, mounts.at(p)) for p in disks]
-        found += [Place(p, mounts.holding(p)) for p in trees]
+        found = [Place(p, mount_table.at(p)) for p in disks]
+        found += [Place(p, mount_table.holding(p)) for p in trees]
         self.places = sorted(found, key=lambda p: -len(p.path))
 
     def canonical(self, path: str) -> str | None:
@@ -82,10 +83,10 @@ class Places:
         real = os.path.realpath(path)
         for place in self.places:
             top = os.path.realpath(place.path)
-            if mounts.within(real, top):
+            if mount_table.within(real, top):
                 if place.mount is not None:
                     try:
-                        if mounts.number_of(real) != place.mount.number:
+                        if mount_table.number_of(real) != place.mount.number:
                             return None
                     except FileNotFoundError:
                         pass
@@ -94,15 +95,17 @@ class Places:
                 return place.path + real[len(top) :]
         return None
 
-    def holds(self, entry: mounts.Entry) -> bool:
+    def holds(self, entry: mount_table.Entry) -> bool:
         """Whether a mount, of any mount namespace, shows a part of these places, be
         it a file that has no name any more."""
         for place in self.places:
             if place.mount is None or place.mount.dev != entry.dev:
                 continue
-            top = mounts.path_in(place.mount, os.path.realpath(place.path))
+            top = mount_table.path_in(place.mount, os.path.realpath(place.path))
             # Of a disk everything moves, of the host's file system only the tree.
-            if place.mount.point == os.path.realpath(place.path) or mounts.within(entry.root, top):
+            if place.mount.point == os.path.realpath(place.path) or mount_table.within(
+                entry.root, top
+            ):
                 return True
         return False
 
@@ -184,7 +187,7 @@ def _check_devices(config: Mapping[str, Any], kinds: Sequence[Sequence[int]]) ->
 
 def places_mounted(places: Places, path: str) -> bool:
     """Whether what lies on the place can be looked at."""
-    return any(mounts.within(path, p.path) and p.mount is not None for p in places.places)
+    return any(mount_table.within(path, p.path) and p.mount is not None for p in places.places)
 
 
 def _kind(path: str) -> list[int]:
@@ -234,14 +237,14 @@ def check_all_mounted(
 ) -> None:
     """`check_mounted` for each mount namespace of these processes."""
     outside = Places((), external)
-    host = frozenset(e.dev for e in mounts.read() if e.fstype == "tmpfs")
+    host = frozenset(e.dev for e in mount_table.read() if e.fstype == "tmpfs")
     seen = set()
     for pid in pids:
         try:
             namespace = os.readlink(f"/proc/{pid}/ns/mnt")
             if namespace in seen:
                 continue
-            table = mounts.read(Path(f"/proc/{pid}/mountinfo"))
+            table = mount_table.read(Path(f"/proc/{pid}/mountinfo"))
         except OSError:  # it ended meanwhile
             continue
         seen.add(namespace)
@@ -283,7 +286,7 @@ def without_links(root: str, path: str) -> str:
 
 
 def check_mounted(
-    table: Sequence[mounts.Entry],
+    table: Sequence[mount_table.Entry],
     config: Mapping[str, Any],
     places: Places,
     outside: Places,
@@ -308,7 +311,7 @@ def check_mounted(
             places.holds(entry) and not deleted
         ):
             continue
-        if any(mounts.within(entry.point, p) and outside.holds(entry) for p in binds):
+        if any(mount_table.within(entry.point, p) and outside.holds(entry) for p in binds):
             continue
         was = "what it was bound from has been replaced" if deleted else "it does not move"
         raise MigrateError(
@@ -319,15 +322,15 @@ def check_mounted(
 
 
 def _check_same(
-    table: Sequence[mounts.Entry], point: str, mount: Mapping[str, Any], places: Places
+    table: Sequence[mount_table.Entry], point: str, mount: Mapping[str, Any], places: Places
 ) -> None:
     """What moves and is bound there is still what the source's name leads to."""
     source = os.path.realpath(str(mount["source"]))
     there = [e for e in table if e.point == point]
-    lies = mounts.holding(source)
+    lies = mount_table.holding(source)
     if lies is None or not there or not any(places.holds(e) for e in there):
         return
-    now = mounts.path_in(lies, source)
+    now = mount_table.path_in(lies, source)
     if not any((e.dev, e.root) == (lies.dev, now) for e in there):
         raise MigrateError(
             BAD_CONFIG,

@@ -13,9 +13,9 @@ import stat
 from collections.abc import Sequence
 from pathlib import Path
 
-from pyploop import kernel, mountopts, sysblock
 from pyploop.errors import MigrateError
-from pyploop.runtimes import BAD_CONFIG, Copied, Disk, Tree, folders, mounts, volumes
+from pyploop.runtimes import BAD_CONFIG, Copied, Disk, Tree, folders, volumes
+from pyploop.system import kernel, mount_options, mount_table, sysblock
 from pyploop.units import SECTOR
 
 _ELSEWHERE = ("logdev=", "rtdev=", "journal_dev=", "journal_path=", "device=")
@@ -51,7 +51,7 @@ def check_disk(disk: Disk, used: bool) -> None:
         raise MigrateError(BAD_CONFIG, f"the disk {disk.image}: {e.strerror}") from e
     if not stat.S_ISREG(st.st_mode):
         raise MigrateError(BAD_CONFIG, f"the disk {disk.image} is not a regular file")
-    mounted = mounts.at(disk.mount)
+    mounted = mount_table.at(disk.mount)
     if mounted is None:
         if used:
             raise MigrateError(
@@ -64,7 +64,7 @@ def check_disk(disk: Disk, used: bool) -> None:
     _check_elsewhere(disk, mounted)
 
 
-def _check_mount(disk: Disk, mounted: mounts.Entry, image: os.stat_result) -> None:
+def _check_mount(disk: Disk, mounted: mount_table.Entry, image: os.stat_result) -> None:
     where = f"on {disk.mount}, where the disk {disk.image} should be, "
     device = mounted.device()
     if device is None:
@@ -84,12 +84,12 @@ def _check_mount(disk: Disk, mounted: mounts.Entry, image: os.stat_result) -> No
             f"{disk.mount} is {mounted.fstype}, not {disk.fstype or 'ext4'}: write "
             f'fstype = "{mounted.fstype}" for the disk, on both hosts',
         )
-    for option in mountopts.split(mounted.options):
+    for option in mount_options.split(mounted.options):
         if option.startswith(_ELSEWHERE):
             raise MigrateError(
                 BAD_CONFIG, f"{disk.mount} ({option}) has a part on a device that does not move"
             )
-    if others := mounts.below(disk.mount):
+    if others := mount_table.below(disk.mount):
         raise MigrateError(
             BAD_CONFIG,
             f"{others[0].source} is mounted on {others[0].point}, within the disk {disk.image}, "
@@ -137,7 +137,7 @@ def check_backing(device: tuple[int, int], name: str, image: os.stat_result, whe
         )
 
 
-def _check_btrfs(disk: Disk, mounted: mounts.Entry, device: tuple[int, int]) -> None:
+def _check_btrfs(disk: Disk, mounted: mount_table.Entry, device: tuple[int, int]) -> None:
     name = volumes.path_of(device).removeprefix("/dev/")
     for members in Path("/sys/fs/btrfs").glob(f"*/devices/{name}"):
         if len(found := sorted(p.name for p in members.parent.iterdir())) > 1:
@@ -145,8 +145,8 @@ def _check_btrfs(disk: Disk, mounted: mounts.Entry, device: tuple[int, int]) -> 
                 BAD_CONFIG,
                 f"the btrfs on {disk.mount} lies on {', '.join(found)}: only one image moves",
             )
-    wanted = mountopts.value_of(disk.options, "subvol")
-    if wanted is None and mountopts.value_of(disk.options, "subvolid") is not None:
+    wanted = mount_options.value_of(disk.options, "subvol")
+    if wanted is None and mount_options.value_of(disk.options, "subvolid") is not None:
         return
     if mounted.root != "/" + (wanted or "").strip("/"):
         raise MigrateError(
@@ -157,11 +157,11 @@ def _check_btrfs(disk: Disk, mounted: mounts.Entry, device: tuple[int, int]) -> 
         )
 
 
-def _check_elsewhere(disk: Disk, mounted: mounts.Entry | None) -> None:
+def _check_elsewhere(disk: Disk, mounted: mount_table.Entry | None) -> None:
     """The image is mounted nowhere else: what is written there is not stopped."""
     loops = {os.stat(path).st_rdev for path in sysblock.loop_device_of(disk.image)}
     devices = {(os.major(d), os.minor(d)) for d in loops}
-    for entry in mounts.read():
+    for entry in mount_table.read():
         ours = mounted is not None and entry.number == mounted.number
         if not ours and entry.device() in devices:
             raise MigrateError(
@@ -175,7 +175,7 @@ def _check_elsewhere(disk: Disk, mounted: mounts.Entry | None) -> None:
 # ---- vzctl's
 
 
-def check_ploop(root: str, top: str, mounted: mounts.Entry) -> None:
+def check_ploop(root: str, top: str, mounted: mount_table.Entry) -> None:
     """MigrateError(15) unless what is mounted on VE_ROOT is of the ploop device whose
     top delta this is, or of a loop device of it."""
     device = mounted.device()
@@ -196,7 +196,7 @@ def check_ploop(root: str, top: str, mounted: mounts.Entry) -> None:
         )
 
 
-def check_simfs(root: str, private: str, mounted: mounts.Entry) -> None:
+def check_simfs(root: str, private: str, mounted: mount_table.Entry) -> None:
     """MigrateError(15) unless VE_ROOT shows the private area: simfs names it; what
     else stands in for simfs (a bind mount) shows the folder itself."""
     if mounted.fstype == "simfs" and os.path.realpath(mounted.source) == os.path.realpath(private):
@@ -211,8 +211,8 @@ def check_simfs(root: str, private: str, mounted: mounts.Entry) -> None:
 def check_tree(tree: Tree) -> None:
     """MigrateError(15) when something hides a part of the directory, or all of it."""
     real = os.path.realpath(tree.path)
-    there = [e for e in mounts.read() if e.point == real]
-    if inside := mounts.below(real):
+    there = [e for e in mount_table.read() if e.point == real]
+    if inside := mount_table.below(real):
         raise MigrateError(
             BAD_CONFIG,
             f"{inside[0].source} is mounted on {inside[0].point}, within the tree {tree.path}, "
@@ -259,7 +259,7 @@ def check_same(path: str, copied: Copied | None) -> None:
 def check_unhidden(disk: Disk) -> None:
     """Before a disk is unmounted and removed: MigrateError(15) when what is mounted
     on its mount point is not its image."""
-    if os.path.exists(disk.image) and (mounted := mounts.at(disk.mount)) is not None:
+    if os.path.exists(disk.image) and (mounted := mount_table.at(disk.mount)) is not None:
         device = mounted.device()
         where = f"on {disk.mount}, from where the disk {disk.image} is to be removed, "
         if device is None:

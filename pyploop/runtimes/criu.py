@@ -20,10 +20,10 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from pyploop import ownfolder
 from pyploop.errors import MigrateError
 from pyploop.runtimes import NO_KERNEL
-from pyploop.runtimes.process import Command, last_words, run
+from pyploop.system import private_folder
+from pyploop.system.commands import Command, last_words, run
 
 OLDEST = (4, 2)
 PROBE_TIMEOUT = 30.0
@@ -54,7 +54,7 @@ def probe(criu: str) -> None:
     """`criu check`, and a dump of a process with an inet socket, which some
     versions pass the check and fail.  MigrateError(14) says what failed."""
     run([criu, "check"], NO_KERNEL, PROBE_TIMEOUT)
-    with ownfolder.scratch() as folder, socket.socket() as listening:
+    with private_folder.scratch() as folder, socket.socket() as listening:
         listening.bind(("127.0.0.1", 0))
         listening.listen()
         sleeper = subprocess.Popen(

@@ -14,7 +14,7 @@ from typing import Any
 from pyploop.errors import MigrateError
 from pyploop.runtimes import BAD_CONFIG
 from pyploop.runtimes.leftovers import cpus_of
-from pyploop.runtimes.process import run
+from pyploop.system.commands import run
 
 TIMEOUT = 30.0
 _CPUS, _NODES = "/sys/devices/system/cpu/online", "/sys/devices/system/node/online"

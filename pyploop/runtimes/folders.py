@@ -7,9 +7,9 @@ import errno
 import os
 from pathlib import Path
 
-from pyploop import removal, sysblock
 from pyploop.errors import MigrateError
 from pyploop.runtimes import COPY_FAILED, EXISTS, Tree, volumes
+from pyploop.system import removal, sysblock
 
 
 def check_free(tree: Tree, size: int) -> None:

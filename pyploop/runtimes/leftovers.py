@@ -13,8 +13,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from pyploop import kernel
 from pyploop.runtimes import members, sockets
+from pyploop.system import kernel
 
 OURS = "org.criu.config"
 """Written anew on each host."""

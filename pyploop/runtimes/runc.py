@@ -18,7 +18,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from pyploop import beneath, journal
+from pyploop import journal
 from pyploop.errors import MigrateError, PyploopError
 from pyploop.freezer import freezer_in
 from pyploop.hostconf import HostConfig, within
@@ -47,7 +47,8 @@ from pyploop.runtimes import (
 from pyploop.runtimes import images as image_check
 from pyploop.runtimes.cgroup import ContainerCgroup
 from pyploop.runtimes.configured import Configured
-from pyploop.runtimes.process import Command, last_words, run
+from pyploop.system import beneath
+from pyploop.system.commands import Command, last_words, run
 
 PREVIEW = 0.25
 """Part of the memory that a dump may be larger than what is in use."""

@@ -11,8 +11,8 @@ from collections.abc import Iterator, Sequence
 from ipaddress import IPv6Address
 from pathlib import Path
 
-from pyploop import kernel
 from pyploop.runtimes import members
+from pyploop.system import kernel
 
 _DATAGRAM, _STREAM = socket.SOCK_DGRAM, socket.SOCK_STREAM
 _IP_RECVERR, _SO_TIMESTAMP = 11, 29  # linux/in.h, asm-generic/socket.h

@@ -9,10 +9,10 @@ import struct
 import subprocess
 from pathlib import Path
 
-from pyploop import ownfolder
 from pyploop.errors import MigrateError
 from pyploop.runtimes import NO_KERNEL
-from pyploop.runtimes.process import Command, last_words, run
+from pyploop.system import private_folder
+from pyploop.system.commands import Command, last_words, run
 
 FEATURE = "mem_dirty_track"
 TIMEOUT = 30.0
@@ -36,7 +36,7 @@ def problem(criu: str) -> str:
         return f"{criu} check --feature {FEATURE}: {e.strerror or e}"
     if status:
         return last_words(said).split(": ", 1)[-1]
-    with ownfolder.scratch() as folder:
+    with private_folder.scratch() as folder:
         sleeper = subprocess.Popen(
             [shutil.which("sleep") or "sleep", "60"],
             stdin=subprocess.DEVNULL,

@@ -14,10 +14,10 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from pyploop import kernel, mountopts, sysblock
 from pyploop.errors import MigrateError
 from pyploop.hostconf import within
-from pyploop.runtimes import BAD_CONFIG, COPY_FAILED, EXISTS, RESTORE_FAILED, Disk, mounts
+from pyploop.runtimes import BAD_CONFIG, COPY_FAILED, EXISTS, RESTORE_FAILED, Disk
+from pyploop.system import kernel, mount_options, mount_table, sysblock
 
 KEPT = ".pyploop-kept"
 """The end of a kept file's name (kept.py)."""
@@ -28,7 +28,7 @@ BUSY_DEADLINE = 5.0
 
 def is_mounted(point: str) -> bool:
     """Something is mounted on this folder."""
-    return mounts.at(point) is not None
+    return mount_table.at(point) is not None
 
 
 def check_free(disk: Disk, size: int) -> None:
@@ -63,11 +63,11 @@ def mount(disk: Disk, foreign: Sequence[str] = (), *, restricted: bool = False) 
     came from the source, in which it must not be.  restricted: nosuid and nodev, until
     `release`."""
     options = disk.options
-    if disk.fstype in _EXT and mountopts.value_of(options, "errors") is None:
+    if disk.fstype in _EXT and mount_options.value_of(options, "errors") is None:
         options += ",errors=remount-ro"  # its own superblock may ask for a panic
     if restricted:
         options += ",nosuid,nodev"
-    words = mountopts.parse(options)
+    words = mount_options.parse(options)
     try:
         fd = os.open(disk.image, os.O_RDWR | os.O_CLOEXEC)
         try:
@@ -89,7 +89,7 @@ def release(disk: Disk) -> None:
     """Let what is in it have its effect, as the options say.  MigrateError(7)."""
     try:
         if is_mounted(disk.mount):
-            kernel.remount(disk.mount, mountopts.parse(disk.options).flags)
+            kernel.remount(disk.mount, mount_options.parse(disk.options).flags)
     except OSError as e:
         raise MigrateError(RESTORE_FAILED, f"cannot remount {disk.mount}: {e.strerror}") from e
 
@@ -137,7 +137,7 @@ def unmount(entry: dict[str, Any]) -> None:
     point, image = str(entry["mount"]), str(entry["image"])
     deadline = time.monotonic() + BUSY_DEADLINE
     while ours := _mounted_from(point, image):
-        top = mounts.at(point)
+        top = mount_table.at(point)
         if top not in ours:
             raise OSError(errno.EBUSY, "another mount hides the image's", point)
         try:
@@ -149,7 +149,7 @@ def unmount(entry: dict[str, Any]) -> None:
     detach(image)
 
 
-def _mounted_from(point: str, image: str) -> list[mounts.Entry]:
+def _mounted_from(point: str, image: str) -> list[mount_table.Entry]:
     """Mounts of the image on this folder, hidden ones too."""
     try:
         loops = {os.stat(path).st_rdev for path in sysblock.loop_device_of(image)}
@@ -157,7 +157,7 @@ def _mounted_from(point: str, image: str) -> list[mounts.Entry]:
         return []
     devices = {(os.major(d), os.minor(d)) for d in loops}
     real = os.path.realpath(point)
-    return [e for e in mounts.read() if e.point == real and e.device() in devices]
+    return [e for e in mount_table.read() if e.point == real and e.device() in devices]
 
 
 def detach(image: str) -> None:
@@ -175,7 +175,7 @@ def detach(image: str) -> None:
 def device_of(point: str) -> str | None:
     """The device that is mounted on this folder, as /dev/NAME; None: nothing is,
     or it is no device's."""
-    mounted = mounts.at(point)
+    mounted = mount_table.at(point)
     device = mounted.device() if mounted else None
     return path_of(device) if device else None
 

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from pyploop import beneath, descriptor, sysblock, vzconf
+from pyploop import descriptor, vzconf
 from pyploop.errors import MigrateError, ParameterError, PyploopError
 from pyploop.freeze.vzctl import parse_status
 from pyploop.hostconf import CTID, NAME, HostConfig, within
@@ -42,12 +42,12 @@ from pyploop.runtimes import (
     State,
     Tree,
     copied,
-    mounts,
     volumes,
     vzpolicy,
 )
-from pyploop.runtimes.process import Command, last_words, run
-from pyploop.walk import walk
+from pyploop.system import beneath, mount_table, sysblock
+from pyploop.system.commands import Command, last_words, run
+from pyploop.system.tree_walk import walk
 
 SCRIPTS = ("start", "stop", "mount", "umount", "premount", "postumount")
 HDD = "root.hdd"
@@ -167,7 +167,7 @@ class Vzctl:
         self._left = [
             f"{e.source} ({e.root}) is mounted on {e.point}, within the container, and does not "
             "move: the target has to have what its mount script mounts there"
-            for e in mounts.below(self._root)
+            for e in mount_table.below(self._root)
         ]
         facts: Facts = {
             "simfs": self._is_simfs(),
@@ -187,7 +187,7 @@ class Vzctl:
     def _check_root(self) -> None:
         """MigrateError(15) unless what is mounted on VE_ROOT is the private area's, as
         far as the mount table tells."""
-        mounted = mounts.at(self._root)
+        mounted = mount_table.at(self._root)
         if mounted is None:
             if (state := self.state()).running or state.mounted:
                 raise MigrateError(

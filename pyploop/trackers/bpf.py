@@ -36,7 +36,7 @@ from pyploop.errors import DeviceControlError
 from pyploop.plan import Plan
 from pyploop.report.events import Reporter
 from pyploop.source import Source
-from pyploop.sysblock import BlockDevice, is_bio_based
+from pyploop.system.sysblock import BlockDevice, is_bio_based
 from pyploop.trackers import Batch, Repair, Verdict, whole
 from pyploop.units import SECTOR
 

@@ -19,7 +19,7 @@ from pyploop._core import Bitmap, Hook
 from pyploop.errors import DeviceControlError
 from pyploop.plan import Plan
 from pyploop.source import Source
-from pyploop.sysblock import attribute
+from pyploop.system.sysblock import attribute
 from pyploop.trackers import Batch, Repair, Verdict
 
 Run = Callable[[list[str]], str]

@@ -24,12 +24,12 @@ from support_live import (
 
 from pyploop.device import open_source
 from pyploop.freeze import FileSystems, filesystems
-from pyploop.jobs import Job
 from pyploop.receiver import receive
 from pyploop.report.events import Reporter
 from pyploop.sender import Sender
 from pyploop.stream_output import StreamOutput
 from pyploop.summary import Options
+from pyploop.system.jobs import Job
 from pyploop.trackers.choose import choose
 
 LOADS = {

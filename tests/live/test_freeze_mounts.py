@@ -32,7 +32,7 @@ from pyploop.freeze.hold import Hold, Limits
 from pyploop.freeze.stoppers import Spec
 from pyploop.plan import Plan
 from pyploop.report.events import Reporter
-from pyploop.sysblock import Mount
+from pyploop.system.sysblock import Mount
 
 pytestmark = pytest.mark.root
 SIZE = 32 * MIB

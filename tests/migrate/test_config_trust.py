@@ -12,9 +12,10 @@ from pathlib import Path
 import pytest
 import support
 
-from pyploop import hostconf, ownfolder
+from pyploop import hostconf
 from pyploop.errors import MigrateError
 from pyploop.journal import records
+from pyploop.system import private_folder
 
 NOBODY = 65534
 _BEGUN_AND_KILLED = """\
@@ -112,9 +113,9 @@ def test_a_journal_that_names_its_config_relatively_is_refused(tmp_path: Path) -
     theirs = config_in(tmp_path / "theirs", tmp_path, "pwned")
     begin(tmp_path, "ours/migrate.toml")
     (record,) = records(tmp_path / "state")
-    with ownfolder.opened(record.path.parent) as where:
+    with private_folder.opened(record.path.parent) as where:
         text = record.path.read_text().replace(str(ours), "migrate.toml")
-        ownfolder.replace(where, record.path.name, text.encode())
+        private_folder.replace(where, record.path.name, text.encode())
     for config in (ours, theirs):
         done = recovered(tmp_path / "theirs", config)
         assert done.returncode == 8

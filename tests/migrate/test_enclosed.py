@@ -15,10 +15,11 @@ import pytest
 import support
 from treeloop import Copying, account, copying
 
-from pyploop import enclose, kept_trees, rsync, treescan
+from pyploop import kept_trees, rsync, treescan
 from pyploop.errors import CancelledError, MigrateError
-from pyploop.jobs import Job
 from pyploop.journal import Journal
+from pyploop.system import enclosure
+from pyploop.system.jobs import Job
 
 FILES = 100
 SECRET = b"only root of the host may read this\n"
@@ -150,7 +151,7 @@ def test_only_the_tree_and_programs_are_in_the_root_of_the_sources_rsync(
         "cd /tree && ls / && cat /tree/../etc/passwd /proc/1/environ"
         f" {secret}/0; echo x > /tree/new; echo x > /new; echo a/*"
     )
-    words = [sys.executable, "-I", "-S", enclose.__file__, str(source)]
+    words = [sys.executable, "-I", "-S", enclosure.__file__, str(source)]
     words += [*rsync._needed("/bin/sh"), "--", "/bin/sh", "sh", "-c", script]
     done = subprocess.run(words, capture_output=True, text=True, check=False, timeout=30)
     *top, last = done.stdout.split("\n")[:-1]
@@ -198,7 +199,7 @@ def test_an_rsync_that_follows_links_finds_nothing_behind_them(
 def test_without_the_right_to_mount_nothing_is_read(source: Path) -> None:
     support.needs("setpriv")
     words = ["setpriv", "--bounding-set=-sys_admin", "--inh-caps=-sys_admin"]
-    words += [sys.executable, "-I", "-S", enclose.__file__, str(source), "--", "/bin/sh", "sh"]
+    words += [sys.executable, "-I", "-S", enclosure.__file__, str(source), "--", "/bin/sh", "sh"]
     done = subprocess.run(words, capture_output=True, text=True, check=False, timeout=30)
     why = f"cannot keep a program within {source}: unshare: Operation not permitted\n"
     assert (done.returncode, done.stdout, done.stderr) == (126, "", why)

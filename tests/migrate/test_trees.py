@@ -19,9 +19,9 @@ from treeloop import account, copying
 
 from pyploop import rsync_options
 from pyploop.errors import LoopError, MigrateError
-from pyploop.jobs import Job
 from pyploop.rounds import Policy
 from pyploop.summary import Options
+from pyploop.system.jobs import Job
 
 
 @pytest.fixture

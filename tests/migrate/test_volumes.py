@@ -14,15 +14,16 @@ import pytest
 import support
 from anypair import make_disk
 
-from pyploop.runtimes import Disk, mounts, volumes
+from pyploop.runtimes import Disk, volumes
+from pyploop.system import mount_table
 
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Iterator[Path]:
     support.needs("root", "loop")
     yield tmp_path
-    for entry in mounts.read()[::-1]:
-        if mounts.within(entry.point, str(tmp_path)):
+    for entry in mount_table.read()[::-1]:
+        if mount_table.within(entry.point, str(tmp_path)):
             subprocess.run(["umount", "-l", entry.point], capture_output=True, check=False)
 
 

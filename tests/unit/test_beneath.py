@@ -13,7 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from pyploop import beneath, journal, kept, kept_trees, kernel, undoing
+from pyploop import journal, kept, kept_trees, undoing
+from pyploop.system import beneath, kernel
 
 Opener = Callable[[int, str], int]
 _FOLDER = os.O_PATH | os.O_DIRECTORY

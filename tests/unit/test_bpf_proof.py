@@ -17,7 +17,7 @@ from pyploop import _core
 from pyploop._core import Bitmap, Counters, Extents, Snapshot
 from pyploop.plan import Plan
 from pyploop.source import Source
-from pyploop.sysblock import BlockDevice
+from pyploop.system.sysblock import BlockDevice
 from pyploop.trackers import Batch, Repair, bpf
 
 SIZE = 1 << 20

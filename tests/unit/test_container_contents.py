@@ -16,7 +16,8 @@ import support
 
 from pyploop import hostconf
 from pyploop.errors import MigrateError
-from pyploop.runtimes import contents, copied, fitting, leftovers, members, mounts
+from pyploop.runtimes import contents, copied, fitting, leftovers, members
+from pyploop.system import mount_table
 
 # ---- processes
 
@@ -160,8 +161,8 @@ def test_keys_of_the_container_s_keyring_are_said(tmp_path: Path) -> None:
 
 def entry(
     point: str, dev: tuple[int, int], root: str = "/", fstype: str = "ext4", source: str = "/dev/x"
-) -> mounts.Entry:
-    return mounts.Entry(7, dev, root, point, fstype, source, "rw")
+) -> mount_table.Entry:
+    return mount_table.Entry(7, dev, root, point, fstype, source, "rw")
 
 
 DISK, HOST = (7, 1), (254, 0)
@@ -211,7 +212,7 @@ CONFIG = {
     ],
 )
 def test_what_is_mounted_in_a_container_moves_or_is_named(
-    places: contents.Places, outside: contents.Places, made: mounts.Entry, moves: bool
+    places: contents.Places, outside: contents.Places, made: mount_table.Entry, moves: bool
 ) -> None:
     table = [entry("/", DISK), made]
     if moves:

@@ -12,8 +12,9 @@ import support
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pyploop import descriptor, sysblock
+from pyploop import descriptor
 from pyploop.errors import DescriptorError, DeviceError, OpenError
+from pyploop.system import sysblock
 
 NONE = "{00000000-0000-0000-0000-000000000000}"
 TOP = "{5fbaabe3-6958-40ff-92a7-860e329aab41}"

@@ -15,7 +15,8 @@ from pathlib import Path
 import pytest
 from support import MIB, needs, pyploop_cmd, pyploop_env, run
 
-from pyploop import digests, holes
+from pyploop import digests
+from pyploop.system import file_extents
 
 SIZE = 8 * MIB
 HALF = SIZE // 2
@@ -71,9 +72,12 @@ def midway(seek: Seek) -> Seek:
 
 def test_data_and_holes_are_told_apart(file: int) -> None:
     said: list[str] = []
-    assert list(holes.data_extents(file, 0, SIZE, said.append)) == [(0, MIB), (HALF, HALF + MIB)]
-    assert list(holes.data_extents(file, 4096, HALF + 1)) == [(4096, MIB), (HALF, HALF + 1)]
-    assert list(holes.data_extents(file, MIB, HALF)) == []
+    assert list(file_extents.data_extents(file, 0, SIZE, said.append)) == [
+        (0, MIB),
+        (HALF, HALF + MIB),
+    ]
+    assert list(file_extents.data_extents(file, 4096, HALF + 1)) == [(4096, MIB), (HALF, HALF + 1)]
+    assert list(file_extents.data_extents(file, MIB, HALF)) == []
     assert not said
 
 
@@ -84,7 +88,7 @@ def test_a_file_system_that_answers_nonsense_has_data_everywhere(
     said: list[str] = []
     with monkeypatch.context() as patch:
         patch.setattr(os, "lseek", midway(NONSENSE[name]))
-        found = list(holes.data_extents(file, 0, SIZE, said.append))
+        found = list(file_extents.data_extents(file, 0, SIZE, said.append))
     assert found[0] == (0, MIB)
     covered = [pos for pos in range(0, SIZE, 4096) if any(a <= pos < b for a, b in found)]
     wanted = [*range(0, MIB, 4096), *range(HALF, SIZE, 4096)]

@@ -20,10 +20,10 @@ import pytest
 import support
 from support import MIB, SUCCESS, d1_end, d1_frame, d1_header, d1_sync
 
-from pyploop import transport
 from pyploop.errors import WriteError
 from pyploop.receiver import receive
 from pyploop.report.events import Reporter
+from pyploop.system import descriptors
 
 COPY = [*support.pyploop_cmd(), "-v-1", "copy"]
 D2_DATA = struct.pack("<IIIIQ", 0x4CC0AC3E, 0, MIB, 0, 0)
@@ -147,8 +147,8 @@ def test_a_flood_of_syncs_is_answered_one_by_one(tmp_path: Path) -> None:
 def test_a_flood_of_syncs_whose_answers_are_not_read_ends(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    patient = transport.write_all
-    monkeypatch.setattr(transport, "write_all", functools.partial(patient, timeout=0.3))
+    patient = descriptors.write_all
+    monkeypatch.setattr(descriptors, "write_all", functools.partial(patient, timeout=0.3))
     (r, w), (back_r, back_w) = os.pipe(), os.pipe()
     fcntl.fcntl(back_w, fcntl.F_SETPIPE_SZ, 4096)
     fcntl.fcntl(w, fcntl.F_SETPIPE_SZ, 1 << 20)

@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 from support import pyploop_cmd, pyploop_env
 
-from pyploop import enclose, relay, watchdog
+from pyploop import relay, watchdog
+from pyploop.system import enclosure
 
 MODULES = (
     *("argparse", "contextlib", "ctypes", "errno", "fcntl", "hashlib", "importlib", "io", "json"),
@@ -73,7 +74,7 @@ def test_the_demo_imports_nothing_of_the_current_folder(hostile: Path) -> None:
     assert "Traceback" not in done.stderr
 
 
-@pytest.mark.parametrize("program", [watchdog, relay, enclose])
+@pytest.mark.parametrize("program", [watchdog, relay, enclosure])
 def test_what_is_started_by_its_path_imports_nothing_of_its_folder_or_the_environments(
     hostile: Path, program: object
 ) -> None:

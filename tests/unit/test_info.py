@@ -18,7 +18,7 @@ import support
 
 from pyploop.cli import info as cli_info
 from pyploop.source import Source
-from pyploop.sysblock import Mount
+from pyploop.system.sysblock import Mount
 
 MIB = 1 << 20
 KEYS = {

@@ -17,9 +17,9 @@ import pytest
 
 from pyploop.errors import CancelledError, Interrupted
 from pyploop.freeze.command import run_command
-from pyploop.jobs import Job, Latch, end_all, in_parallel
-from pyploop.runtimes.process import Command
-from pyploop.worker import run_cancellable
+from pyploop.system.commands import Command
+from pyploop.system.jobs import Job, Latch, end_all, in_parallel
+from pyploop.system.worker import run_cancellable
 
 MOMENTS = [20e-6 * n for n in range(1, 60)]
 """Seconds until the signal; a thread takes 0.1 to 1 ms to start."""

@@ -21,7 +21,7 @@ from typing import Any
 import pytest
 from going_on import go_on, tell
 
-from pyploop import beneath, delta, device, digests, kept, pieces, reuse, shelf
+from pyploop import delta, device, digests, kept, pieces, reuse, shelf
 from pyploop._core import Known
 from pyploop.digests import Reader
 from pyploop.errors import (
@@ -33,12 +33,13 @@ from pyploop.errors import (
     WriteError,
 )
 from pyploop.hostconf import HostConfig
-from pyploop.jobs import Job
 from pyploop.journal import Journal
 from pyploop.kept_sink import KeptSink, check_untouched, hold
 from pyploop.passes import _hash_shift
 from pyploop.report.events import Reporter
 from pyploop.runtimes import COPY_FAILED, Disk
+from pyploop.system import beneath
+from pyploop.system.jobs import Job
 from pyploop.undoing import undo_all
 
 KIB, MIB = 1 << 10, 1 << 20

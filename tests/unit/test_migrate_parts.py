@@ -26,8 +26,8 @@ from pyploop.errors import (
     PyploopError,
     ReadError,
 )
-from pyploop.jobs import Job, in_parallel
-from pyploop.runtimes.process import Command
+from pyploop.system.commands import Command
+from pyploop.system.jobs import Job, in_parallel
 
 # ---- configuration
 

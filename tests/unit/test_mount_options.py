@@ -5,9 +5,10 @@ from __future__ import annotations
 
 import pytest
 
-from pyploop import hostconf, mountopts
+from pyploop import hostconf
 from pyploop.errors import MigrateError, ParameterError
-from pyploop.kernel import MOUNT_FLAGS
+from pyploop.system import mount_options
+from pyploop.system.kernel import MOUNT_FLAGS
 
 
 def flags(*names: str) -> int:
@@ -39,7 +40,7 @@ def flags(*names: str) -> int:
 def test_options_for_others_go_no_further(
     options: str, wanted: tuple[str, ...], data: str | None
 ) -> None:
-    made = mountopts.parse(options)
+    made = mount_options.parse(options)
     assert made.flags == flags(*wanted)
     assert made.data == (data if data is not None else options.removesuffix(",nodev"))
 
@@ -69,7 +70,7 @@ def test_options_for_others_go_no_further(
 )
 def test_an_option_that_would_be_dropped_in_silence_is_refused(option: str) -> None:
     with pytest.raises(ParameterError, match=option.split("=", maxsplit=1)[0]):
-        mountopts.parse(f"rw,{option}")
+        mount_options.parse(f"rw,{option}")
     disk = {"image": "/i", "mount": "/m", "options": f"noatime,{option}"}
     with pytest.raises(MigrateError, match=r"disk\.options") as e:
         hostconf.parse({"container": {"web": {"bundle": "/b", "disk": [disk]}}}, "x")
@@ -77,5 +78,5 @@ def test_an_option_that_would_be_dropped_in_silence_is_refused(option: str) -> N
 
 
 def test_the_last_value_of_an_option_counts_and_its_quotes_do_not() -> None:
-    assert mountopts.value_of('subvol=a,rw,subvol="b,c"', "subvol") == "b,c"
-    assert mountopts.value_of("subvolid=5,rw", "subvol") is None
+    assert mount_options.value_of('subvol=a,rw,subvol="b,c"', "subvol") == "b,c"
+    assert mount_options.value_of("subvolid=5,rw", "subvol") is None

@@ -13,8 +13,9 @@ from pathlib import Path
 import pytest
 from support import needs, pyploop_env
 
-from pyploop import ctlock, journal, kept_trees, ownfolder, undoing, verdict
+from pyploop import ctlock, journal, kept_trees, undoing, verdict
 from pyploop.errors import BusyError, CreateError, OpenError, PyploopError
+from pyploop.system import private_folder
 
 NOBODY = 65534
 
@@ -218,13 +219,13 @@ def test_a_dump_goes_into_a_new_folder_and_never_into_one_that_was_there(shared:
     os.chown(taken, NOBODY, NOBODY)
     (taken / "theirs").touch()
     with pytest.raises(FileExistsError):
-        ownfolder.make_new(taken)
+        private_folder.make_new(taken)
     undoing._remove_tree({"path": str(taken)})  # what the journal of a failed begin has
     assert (taken / "theirs").exists()
     (shared / "pyploop-2").symlink_to("/etc")
     with pytest.raises(FileExistsError):
-        ownfolder.make_new(shared / "pyploop-2")
-    ownfolder.make_new(shared / "pyploop-3")
+        private_folder.make_new(shared / "pyploop-2")
+    private_folder.make_new(shared / "pyploop-3")
     assert (shared / "pyploop-3").stat().st_mode & 0o777 == 0o700
     undoing._remove_tree({"path": str(shared / "pyploop-3")})
     assert not (shared / "pyploop-3").exists()
@@ -235,13 +236,13 @@ def test_scratch_folders_are_refused_where_others_could_replace_them(
 ) -> None:
     (tmp_path / "tmp").mkdir()
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "tmp"))
-    with ownfolder.scratch() as made:
+    with private_folder.scratch() as made:
         assert made.stat().st_mode & 0o777 == 0o700
     (tmp_path / "tmp").chmod(0o777)
-    with pytest.raises(OpenError, match="others can write"), ownfolder.scratch():
+    with pytest.raises(OpenError, match="others can write"), private_folder.scratch():
         pass
     (tmp_path / "tmp").chmod(0o1777)
-    with ownfolder.scratch():
+    with private_folder.scratch():
         pass
 
 

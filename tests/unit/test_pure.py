@@ -22,7 +22,6 @@ from typing import Any
 import pytest
 import support
 
-from pyploop import kernel, sysblock, transport
 from pyploop._core import Extents
 from pyploop.cli.main import parse_globals, signals_raise
 from pyploop.device import open_source
@@ -44,12 +43,13 @@ from pyploop.sender import Sender
 from pyploop.sink import Sink
 from pyploop.source import Source
 from pyploop.summary import Options
-from pyploop.sysblock import BlockDevice, Mount
+from pyploop.system import descriptors, kernel, sysblock
+from pyploop.system.sysblock import BlockDevice, Mount
+from pyploop.system.worker import run_cancellable, wait_for
 from pyploop.trackers.dm import DmTracker, has_tracking
 from pyploop.trackers.scan import ScanTracker
 from pyploop.units import MIB, format_size, parse_size, parse_time
 from pyploop.wire import d1
-from pyploop.worker import run_cancellable, wait_for
 
 # ---- units
 
@@ -233,13 +233,13 @@ def test_reading_is_exact_and_ends_with_the_peer_or_the_deadline() -> None:
     r, w = os.pipe()
     os.write(w, b"12345")
     late = time.monotonic() + 5
-    assert transport.read_exactly(r, 3, lambda: late, "x") == b"123"
+    assert descriptors.read_exactly(r, 3, lambda: late, "x") == b"123"
     soon = time.monotonic() + 0.05
     with pytest.raises(ReadError, match="no answer"):
-        transport.read_exactly(r, 3, lambda: soon, "x")
+        descriptors.read_exactly(r, 3, lambda: soon, "x")
     os.close(w)
     with pytest.raises(ProtocolError, match="after 0 bytes"):
-        transport.read_exactly(r, 3, lambda: late, "x")
+        descriptors.read_exactly(r, 3, lambda: late, "x")
     os.close(r)
 
 
@@ -273,18 +273,18 @@ def test_writing_to_a_peer_that_is_gone_is_an_error_and_no_signal() -> None:
     a, b = socket.socketpair()
     b.close()
     with a, pytest.raises(WriteError):
-        transport.write_all(a.fileno(), b"x", "x")
+        descriptors.write_all(a.fileno(), b"x", "x")
 
 
 def test_nonblocking_leaves_the_shared_description_alone() -> None:
     r, w = os.pipe()
-    with transport.nonblocking(w) as fd:
+    with descriptors.nonblocking(w) as fd:
         assert os.get_blocking(w)
         assert not os.get_blocking(fd)
         os.write(fd, b"x")
     assert os.read(r, 1) == b"x"
     os.close(r)
-    with transport.nonblocking(w) as fd:  # no reader: cannot be opened anew
+    with descriptors.nonblocking(w) as fd:  # no reader: cannot be opened anew
         assert not os.get_blocking(fd)
     assert os.get_blocking(w)
     os.close(w)
@@ -292,9 +292,9 @@ def test_nonblocking_leaves_the_shared_description_alone() -> None:
 
 def test_a_stream_is_a_pipe_or_a_socket(tmp_path: Path) -> None:
     with (tmp_path / "f").open("w") as f, pytest.raises(ParameterError):
-        transport.check_stream(f.fileno(), "-i")
+        descriptors.check_stream(f.fileno(), "-i")
     with pytest.raises(ParameterError, match="-f 999"):
-        transport.check_stream(999, "-f")
+        descriptors.check_stream(999, "-f")
 
 
 # ---- sink

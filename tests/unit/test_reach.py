@@ -8,9 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from pyploop import reach, sysblock, users
+from pyploop import reach, users
 from pyploop.errors import SysfsError
-from pyploop.sysblock import BlockDevice, Entry, Loop
+from pyploop.system import sysblock
+from pyploop.system.sysblock import BlockDevice, Entry, Loop
 
 MIB = 1 << 20
 FILE = ((8, 1), 42)

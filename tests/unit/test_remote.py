@@ -18,11 +18,12 @@ from typing import Any
 
 import pytest
 
-from pyploop import digests, last_words, mux, pieces
+from pyploop import digests, mux, pieces
 from pyploop.errors import MigrateError, ProtocolError, PyploopError, ReadError
-from pyploop.jobs import Job
 from pyploop.mux import Mux
 from pyploop.remote import Remote
+from pyploop.system import stderr_tail
+from pyploop.system.jobs import Job
 from pyploop.wire import mux as wire
 
 AGENT = """
@@ -79,13 +80,13 @@ def test_what_an_agent_prints_without_end_is_not_kept() -> None:
 
 
 def test_the_end_of_a_long_output_is_kept() -> None:
-    kept = last_words.LastWords()
+    kept = stderr_tail.LastWords()
     fd = os.dup(kept.fd)
     kept.started()
     for n in range(2000):
         os.write(fd, b"%0100d" % n)
     os.close(fd)
-    assert kept.text(ended=True) == "".join(f"{n:0100d}" for n in range(2000))[-last_words.KEPT :]
+    assert kept.text(ended=True) == "".join(f"{n:0100d}" for n in range(2000))[-stderr_tail.KEPT :]
     kept.close()
 
 

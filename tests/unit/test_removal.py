@@ -14,7 +14,8 @@ from pathlib import Path
 import pytest
 from support import needs
 
-from pyploop import freezer, removal, undoing
+from pyploop import freezer, undoing
+from pyploop.system import removal
 
 
 def nest(top: Path, depth: int, name: str = "d") -> None:

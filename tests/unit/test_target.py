@@ -18,13 +18,14 @@ from typing import Any
 import pytest
 import support
 
-from pyploop import _core, kernel, naming
+from pyploop import _core, naming
 from pyploop.cli import copy as cli
 from pyploop.cli import thaw
 from pyploop.errors import CreateError, Interrupted
 from pyploop.journal import boot_id, folder
 from pyploop.report.events import Reporter, TextRenderer
 from pyploop.sink import Sink
+from pyploop.system import kernel
 
 DATA = os.urandom(100_000)
 Patch = pytest.MonkeyPatch

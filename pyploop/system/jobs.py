@@ -11,8 +11,8 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Generic, TypeVar
 
-from pyploop import signals
 from pyploop.errors import CancelledError
+from pyploop.system import signals
 
 T = TypeVar("T")
 

@@ -10,8 +10,8 @@ from __future__ import annotations
 import re
 from typing import NamedTuple
 
-from pyploop import kernel
 from pyploop.errors import ParameterError
+from pyploop.system import kernel
 
 _SET: dict[str, tuple[str, ...]] = {
     **{name: (name,) for name in kernel.MOUNT_FLAGS},

@@ -7,8 +7,8 @@ import subprocess
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 
-from pyploop import signals
 from pyploop.errors import MigrateError
+from pyploop.system import signals
 
 BEGUN = 120.0
 """Seconds for a command to end at whose start a signal came."""

@@ -12,7 +12,7 @@ import stat
 from dataclasses import dataclass
 from pathlib import Path
 
-from pyploop import sysblock
+from pyploop.system import sysblock
 
 OWN = Path("/proc/self/mountinfo")
 

@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable
 from typing import TypeVar
 
-from pyploop.jobs import TICK, Job, end_all
+from pyploop.system.jobs import TICK, Job, end_all
 
 T = TypeVar("T")
 

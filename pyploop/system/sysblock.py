@@ -15,8 +15,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from pyploop import kernel
 from pyploop.errors import SysfsError
+from pyploop.system import kernel
 from pyploop.units import SECTOR
 
 CAP_SYS_PTRACE, CAP_SYS_ADMIN = 19, 21

@@ -16,8 +16,8 @@ import stat
 import time
 from collections.abc import Callable, Iterator
 
-from pyploop import kernel
 from pyploop.errors import ParameterError, ProtocolError, ReadError, WriteError
+from pyploop.system import kernel
 from pyploop.units import MIB
 
 PIPE_SIZE = MIB

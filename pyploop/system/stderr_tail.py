@@ -7,7 +7,7 @@ from __future__ import annotations
 import os
 import threading
 
-from pyploop import signals, transport
+from pyploop.system import descriptors, signals
 from pyploop.units import KIB
 
 KEPT = 64 * KIB
@@ -37,7 +37,7 @@ class LastWords:
 
     def _run(self) -> None:
         while not self._closing.is_set():
-            if not transport.readable(self._r, transport.POLL_SLICE):
+            if not descriptors.readable(self._r, descriptors.POLL_SLICE):
                 continue
             data = os.read(self._r, KEPT)
             if not data:
