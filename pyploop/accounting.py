@@ -17,9 +17,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 from pyploop.errors import DeviceControlError
-from pyploop.plan import Held, Plan
 from pyploop.system import kernel
 from pyploop.system.sysblock import BlockDevice
+from pyploop.undo.ledger import Held, Plan
 
 QUIET_DEADLINE = 5.0
 """Seconds to wait for writes in flight after the freeze."""

@@ -20,7 +20,6 @@ from pyploop import (
     cpu,
     ctlock,
     hostconf,
-    journal,
     kept,
     kept_trees,
     landing,
@@ -38,6 +37,7 @@ from pyploop.report.events import NOTE, Reporter
 from pyploop.runtimes import BAD_CONFIG, CPU, EXISTS, LOCKED, USAGE, Facts, Runtime, volumes
 from pyploop.runtimes.choose import make_runtime
 from pyploop.system import descriptors
+from pyploop.undo import journal
 from pyploop.wire import messages
 from pyploop.wire import mux as wire
 from pyploop.wire.messages import clipped

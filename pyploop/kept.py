@@ -24,16 +24,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pyploop import journal
 from pyploop._core import fdatasync
 from pyploop.errors import OpenError, PyploopError
 from pyploop.hostconf import HostConfig
-from pyploop.journal import Entry, Journal
 from pyploop.kept_sink import hold
 from pyploop.report.events import Reporter
 from pyploop.runtimes import Runtime
 from pyploop.runtimes.volumes import KEPT, existing_parent
 from pyploop.system import beneath, private_folder
+from pyploop.undo import journal
+from pyploop.undo.journal import Entry, Journal
 from pyploop.units import MIB, format_size
 
 SCHEMA = "pyploop.kept/1"

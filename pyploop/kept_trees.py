@@ -18,13 +18,14 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from pyploop import journal, treescan
+from pyploop import treescan
 from pyploop.errors import OpenError, PyploopError
-from pyploop.journal import Entry, Journal
 from pyploop.report.events import Reporter
 from pyploop.runtimes import folders
 from pyploop.runtimes.volumes import KEPT, existing_parent
 from pyploop.system import private_folder
+from pyploop.undo import journal
+from pyploop.undo.journal import Entry, Journal
 
 SCHEMA = "pyploop.kept-trees/1"
 

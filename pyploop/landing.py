@@ -21,7 +21,6 @@ from pyploop import kept, kept_trees, pieces, undoing, verdict
 from pyploop.chain import Chain, check_room, folder_of
 from pyploop.errors import MigrateError, ProtocolError, PyploopError
 from pyploop.hostconf import HostConfig
-from pyploop.journal import Journal
 from pyploop.landing_trees import LandingTrees
 from pyploop.pieces import Place
 from pyploop.receiver import receive
@@ -30,6 +29,7 @@ from pyploop.runtimes import COPY_FAILED, LARGEST_FILE, RESTORE_FAILED, Facts, R
 from pyploop.shelf import Shelf
 from pyploop.system import beneath, private_folder
 from pyploop.system.jobs import Job
+from pyploop.undo.journal import Journal
 from pyploop.units import GIB
 from pyploop.verdict import ABORTED, COMMITTED, RAN, Verdict
 

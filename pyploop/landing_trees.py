@@ -15,11 +15,11 @@ from typing import Any
 
 from pyploop import kept_trees, rsync, undoing
 from pyploop.errors import MigrateError, ProtocolError
-from pyploop.journal import Journal
 from pyploop.report.events import Reporter
 from pyploop.runtimes import COPY_FAILED, Tree, folders
 from pyploop.system import kernel
 from pyploop.system.jobs import Job
+from pyploop.undo.journal import Journal
 
 
 def check(command: str, trees: Sequence[Tree], sizes: Sequence[Any], kept: dict[int, int]) -> None:

@@ -19,10 +19,10 @@ from pathlib import Path
 
 from pyploop import users
 from pyploop.errors import DeviceControlError, DeviceError, LoopError, OpenError, SysfsError
-from pyploop.plan import Plan
 from pyploop.reach import Dev, Member, Reach, reach
 from pyploop.system import kernel, sysblock
 from pyploop.system.sysblock import Mount
+from pyploop.undo.ledger import Plan
 from pyploop.users import Found, User
 from pyploop.witness import Witness
 

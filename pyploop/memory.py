@@ -18,13 +18,13 @@ from pyploop import chain, pieces
 from pyploop.copies import Copies
 from pyploop.copying import REQUEST
 from pyploop.errors import MigrateError, PyploopError
-from pyploop.journal import Journal
 from pyploop.memory_rounds import MemoryPolicy, MemoryRound, another
 from pyploop.remote import Remote
 from pyploop.report.events import Reporter
 from pyploop.report.timeline import Recorder
 from pyploop.runtimes import DUMP_FAILED, Runtime
 from pyploop.system.jobs import Job, end_all
+from pyploop.undo.journal import Journal
 from pyploop.units import format_size
 
 PREVIEW = 0.25

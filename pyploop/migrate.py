@@ -28,7 +28,6 @@ from pyploop.copying import OTHERS, REQUEST, Disks, opened
 from pyploop.errors import MigrateError, PyploopError
 from pyploop.hostconf import HostConfig
 from pyploop.items import send_items
-from pyploop.journal import Journal
 from pyploop.memory_rounds import MemoryPolicy
 from pyploop.remote import Remote
 from pyploop.report.events import Reporter
@@ -46,6 +45,7 @@ from pyploop.summary import Options, Summary
 from pyploop.suspend_limit import SuspendLimit
 from pyploop.system import private_folder, signals
 from pyploop.system.jobs import Job, end_all
+from pyploop.undo.journal import Journal
 from pyploop.wire.messages import clipped
 
 CHECKING = 120.0

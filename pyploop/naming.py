@@ -18,8 +18,8 @@ import stat
 import time
 from collections.abc import Callable
 
-from pyploop.journal import Entry, boot_id, register
 from pyploop.system import kernel
+from pyploop.undo.journal import Entry, boot_id, register
 
 UNSUPPORTED = (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP)
 """What a file system answers that does not have an operation."""

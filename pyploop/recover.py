@@ -10,14 +10,15 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from pyploop import ctlock, journal, undoing, verdict
+from pyploop import ctlock, undoing, verdict
 from pyploop.errors import BusyError, MigrateError, PyploopError
 from pyploop.hostconf import HostConfig
-from pyploop.journal import Journal
 from pyploop.remote import Remote
 from pyploop.report.events import Reporter
 from pyploop.runtimes import CANNOT_CONNECT, LOCKED, Copied, Runtime
 from pyploop.runtimes.copied import ANY_DEVICE
+from pyploop.undo import journal
+from pyploop.undo.journal import Journal
 
 COPYING, ASKED, MOVED = "copying", "asked", "moved"
 """Stages of a source's record: the target was not asked to restore; it was,

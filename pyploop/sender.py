@@ -26,7 +26,6 @@ from pyploop.freeze.stoppers import Spec
 from pyploop.image import clear_in_use
 from pyploop.output import Output
 from pyploop.passes import Passes
-from pyploop.plan import Plan
 from pyploop.repairs import FreezeGivenUp
 from pyploop.report.events import Reporter
 from pyploop.report.slow_steps import Patience
@@ -37,6 +36,7 @@ from pyploop.source import Source
 from pyploop.summary import Options, Summary
 from pyploop.system.worker import run_cancellable
 from pyploop.trackers import Repair, Tracker, Verdict
+from pyploop.undo.ledger import Plan
 from pyploop.units import format_size
 from pyploop.writes import Writes
 

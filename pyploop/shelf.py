@@ -19,7 +19,6 @@ from typing import Any
 from pyploop import digests, kept
 from pyploop.errors import ProtocolError, WriteError
 from pyploop.hostconf import HostConfig
-from pyploop.journal import Journal
 from pyploop.kept import KeptFile
 from pyploop.kept_sink import KeptSink, check_untouched, hold
 from pyploop.report.events import Reporter
@@ -28,6 +27,7 @@ from pyploop.runtimes.volumes import existing_parent
 from pyploop.sink import Sink
 from pyploop.system import beneath
 from pyploop.system.beneath import Place
+from pyploop.undo.journal import Journal
 
 
 class Shelf:

@@ -31,9 +31,9 @@ from pyploop.errors import (
     SyncError,
     WriteError,
 )
-from pyploop.journal import Journal
 from pyploop.report.events import Reporter
 from pyploop.system import kernel
+from pyploop.undo.journal import Journal
 
 MODE = 0o600
 _KINDS = {

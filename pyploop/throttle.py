@@ -20,9 +20,9 @@ from pathlib import Path
 from pyploop.errors import DeviceControlError, OpenError, ParameterError
 from pyploop.freeze import cgroup
 from pyploop.freeze.stoppers import Spec
-from pyploop.plan import Held, Plan
 from pyploop.report.events import Reporter
 from pyploop.system.sysblock import cgroup_mounts, text_of
+from pyploop.undo.ledger import Held, Plan
 from pyploop.units import format_size, parse_size
 
 

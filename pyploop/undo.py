@@ -7,15 +7,11 @@ from __future__ import annotations
 import errno
 import os
 
-from pyploop import (
-    journal,
-    naming,  # noqa: F401 - registers `part`
-    watchdog,
-)
 from pyploop.errors import DeviceControlError
 from pyploop.freeze.mounted import in_use, open_at
-from pyploop.journal import Entry
 from pyploop.system import kernel, sysblock
+from pyploop.undo import journal, watchdog
+from pyploop.undo.journal import Entry
 
 
 def thaw(entry: Entry) -> None:

@@ -12,13 +12,14 @@ import os
 from pathlib import Path
 from typing import Any
 
-from pyploop import hostconf, journal
+from pyploop import hostconf
 from pyploop.errors import MigrateError, PyploopError
 from pyploop.hostconf import HostConfig
-from pyploop.journal import Entry, Journal
 from pyploop.runtimes import USAGE, Runtime, volumes
 from pyploop.runtimes.choose import make_runtime
 from pyploop.system import beneath, kernel, private_folder, removal, sysblock
+from pyploop.undo import journal
+from pyploop.undo.journal import Entry, Journal
 
 
 def _place(entry: Entry) -> contextlib.AbstractContextManager[beneath.Place]:

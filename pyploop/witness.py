@@ -15,11 +15,11 @@ import os
 from collections.abc import Sequence
 
 from pyploop.accounting import Accounting
-from pyploop.plan import Plan
 from pyploop.reach import Dev, Member, Reach, partitions
 from pyploop.system import kernel, sysblock
 from pyploop.system.kernel import Access
 from pyploop.system.sysblock import BlockDevice
+from pyploop.undo.ledger import Plan
 from pyploop.users import describe
 
 STILL_TRIES = 20

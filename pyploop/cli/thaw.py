@@ -10,7 +10,7 @@ import time
 from pyploop import undo  # noqa: F401 - registers how entries are undone
 from pyploop.cli.arguments import Parser
 from pyploop.errors import BusyError, DeviceControlError, OpenError, PyploopError, one_line
-from pyploop.journal import Record, describe, folder, records, replaying
+from pyploop.undo.journal import Record, describe, folder, records, replaying
 
 
 def parser() -> Parser:

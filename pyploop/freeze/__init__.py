@@ -5,7 +5,7 @@
     filesystems  syncfs, FIFREEZE, FITHAW of what is mounted from the source
     hold         all of it, in order; undone in reverse
 
-Invariant: whatever freezes, thaws on every path (pyploop.plan).
+Invariant: whatever freezes, thaws on every path (pyploop.undo.ledger).
 """
 
 from pyploop.freeze.command import run_command

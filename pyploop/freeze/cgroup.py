@@ -15,9 +15,9 @@ from pathlib import Path
 
 from pyploop.errors import CommandError, LoopError, OpenError, ParameterError
 from pyploop.freezer import Freezer, freezer_in
-from pyploop.plan import Held, Plan
 from pyploop.report.events import Reporter
 from pyploop.system.sysblock import cgroup_mounts, text_of
+from pyploop.undo.ledger import Held, Plan
 
 FREEZE_DEADLINE = 10.0
 """Seconds for a cgroup to be really frozen."""

@@ -18,10 +18,10 @@ from pyploop.errors import (
     ParameterError,
 )
 from pyploop.freeze.mounted import FREEZABLE, Mounted
-from pyploop.plan import Held, Plan
 from pyploop.report.events import Reporter
 from pyploop.system import kernel, sysblock
 from pyploop.system.sysblock import CAP_SYS_ADMIN, Mount
+from pyploop.undo.ledger import Held, Plan
 
 LOCK_DEADLINE = 120.0
 """Seconds to wait for another copy's freeze of the same file system."""

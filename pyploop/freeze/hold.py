@@ -18,9 +18,9 @@ from dataclasses import dataclass
 from pyploop.errors import DeviceControlError, LoopError, OpenError, PyploopError
 from pyploop.freeze.filesystems import FileSystems
 from pyploop.freeze.stoppers import CommandStopper, Spec, Stopper, build
-from pyploop.journal import folder
-from pyploop.plan import Plan
 from pyploop.report.events import Reporter
+from pyploop.undo.journal import folder
+from pyploop.undo.ledger import Plan
 
 STOP_ASSUMED = 0.01
 """Seconds of one stop command."""

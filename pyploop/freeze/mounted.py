@@ -12,10 +12,10 @@ import time
 from pathlib import Path
 
 from pyploop.errors import LoopError, OpenError
-from pyploop.journal import Entry
-from pyploop.plan import Held
 from pyploop.system import sysblock
 from pyploop.system.sysblock import Mount
+from pyploop.undo.journal import Entry
+from pyploop.undo.ledger import Held
 
 FREEZABLE = ("bcachefs", "btrfs", "ext2", "ext3", "ext4", "f2fs", "jfs", "nilfs2", "xfs")
 """File systems that are known to freeze.  Any other is tried out before the copy."""

@@ -20,9 +20,9 @@ from pyploop.freeze.cgroup import CgroupStopper
 from pyploop.freeze.command import run_command
 from pyploop.freeze.filesystems import FileSystems
 from pyploop.freeze.vzctl import VzctlStopper
-from pyploop.plan import UNDO_TIMEOUT, Held, Plan
 from pyploop.report.events import Reporter
 from pyploop.system.sysblock import Mount
+from pyploop.undo.ledger import UNDO_TIMEOUT, Held, Plan
 
 
 @dataclass(frozen=True)

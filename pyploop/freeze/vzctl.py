@@ -22,8 +22,8 @@ from pyploop.errors import (
 )
 from pyploop.freeze import cgroup, command
 from pyploop.freezer import Freezer
-from pyploop.plan import UNDO_TIMEOUT, Held, Plan
 from pyploop.report.events import Reporter
+from pyploop.undo.ledger import UNDO_TIMEOUT, Held, Plan
 
 SUSPEND_DEADLINE = 60.0
 """Seconds of `chkpnt --suspend`."""

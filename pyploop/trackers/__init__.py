@@ -12,8 +12,8 @@ from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
 from pyploop._core import Extents, Hook
-from pyploop.plan import Plan
 from pyploop.source import Source
+from pyploop.undo.ledger import Plan
 
 TRACKERS = ("auto", "bpf", "ploop", "dm", "scan")
 

@@ -33,11 +33,11 @@ from pyploop.accounting import (
     writes_in_flight,
 )
 from pyploop.errors import DeviceControlError
-from pyploop.plan import Plan
 from pyploop.report.events import Reporter
 from pyploop.source import Source
 from pyploop.system.sysblock import BlockDevice, is_bio_based
 from pyploop.trackers import Batch, Repair, Verdict, whole
+from pyploop.undo.ledger import Plan
 from pyploop.units import SECTOR
 
 BASE_DEADLINE = 0.25

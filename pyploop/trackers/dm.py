@@ -17,10 +17,10 @@ from pathlib import Path
 
 from pyploop._core import Bitmap, Hook
 from pyploop.errors import DeviceControlError
-from pyploop.plan import Plan
 from pyploop.source import Source
 from pyploop.system.sysblock import attribute
 from pyploop.trackers import Batch, Repair, Verdict
+from pyploop.undo.ledger import Plan
 
 Run = Callable[[list[str]], str]
 TIMEOUT = 30.0

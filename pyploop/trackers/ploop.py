@@ -12,9 +12,9 @@ import errno
 
 from pyploop._core import Extents, Hook, PloopTracking
 from pyploop.errors import DeviceControlError
-from pyploop.plan import Plan
 from pyploop.source import Source
 from pyploop.trackers import Batch, Repair, Verdict
+from pyploop.undo.ledger import Plan
 
 MAX_LAPS = 10
 """Times that one `take` goes on when the driver goes back to an earlier

@@ -20,9 +20,9 @@ from pyploop.accounting import (
     writes_in_flight,
 )
 from pyploop.errors import DeviceControlError
-from pyploop.plan import Plan
 from pyploop.source import Source
 from pyploop.trackers import Batch, Repair, Verdict, whole
+from pyploop.undo.ledger import Plan
 
 
 class ScanTracker:

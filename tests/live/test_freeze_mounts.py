@@ -30,9 +30,9 @@ from pyploop.errors import BusyError
 from pyploop.freeze import FileSystems, filesystems
 from pyploop.freeze.hold import Hold, Limits
 from pyploop.freeze.stoppers import Spec
-from pyploop.plan import Plan
 from pyploop.report.events import Reporter
 from pyploop.system.sysblock import Mount
+from pyploop.undo.ledger import Plan
 
 pytestmark = pytest.mark.root
 SIZE = 32 * MIB

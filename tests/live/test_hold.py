@@ -29,7 +29,7 @@ from support_live import Copy, copy, file_system, sparse_file, succeeded, work_d
 
 from pyploop.errors import OpenError, ParameterError
 from pyploop.freeze import cgroup as freezer
-from pyploop.journal import ENVIRONMENT
+from pyploop.undo.journal import ENVIRONMENT
 
 pytestmark = pytest.mark.root
 SIZE = 48 * MIB

@@ -33,7 +33,7 @@ from support_ssh import ssh_here
 
 from pyploop import undo
 from pyploop.errors import DeviceControlError
-from pyploop.journal import ENVIRONMENT, start_time
+from pyploop.undo.journal import ENVIRONMENT, start_time
 
 pytestmark = pytest.mark.root
 ROUNDS = int(os.environ.get("PYPLOOP_KILL_MATRIX", "0"))

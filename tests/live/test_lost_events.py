@@ -27,7 +27,6 @@ from pyploop._core import Bitmap, BpfTracking, Counters, Extents, Hook, Snapshot
 from pyploop.errors import DeviceControlError, LoopError
 from pyploop.freeze import stoppers
 from pyploop.outputs import FileOutput
-from pyploop.plan import Plan
 from pyploop.repairs import Repairs
 from pyploop.report.events import Reporter
 from pyploop.running import Running
@@ -35,6 +34,7 @@ from pyploop.sender import Sender
 from pyploop.sink import Sink
 from pyploop.summary import Options, Summary
 from pyploop.trackers import bpf
+from pyploop.undo.ledger import Plan
 
 pytestmark = pytest.mark.root
 

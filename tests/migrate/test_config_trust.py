@@ -14,8 +14,8 @@ import support
 
 from pyploop import hostconf
 from pyploop.errors import MigrateError
-from pyploop.journal import records
 from pyploop.system import private_folder
+from pyploop.undo.journal import records
 
 NOBODY = 65534
 _BEGUN_AND_KILLED = """\

@@ -17,9 +17,9 @@ from treeloop import Copying, account, copying
 
 from pyploop import kept_trees, rsync, treescan
 from pyploop.errors import CancelledError, MigrateError
-from pyploop.journal import Journal
 from pyploop.system import enclosure
 from pyploop.system.jobs import Job
+from pyploop.undo.journal import Journal
 
 FILES = 100
 SECRET = b"only root of the host may read this\n"

@@ -13,8 +13,9 @@ from pathlib import Path
 
 import pytest
 
-from pyploop import journal, kept, kept_trees, undoing
+from pyploop import kept, kept_trees, undoing
 from pyploop.system import beneath, kernel
+from pyploop.undo import journal
 
 Opener = Callable[[int, str], int]
 _FOLDER = os.O_PATH | os.O_DIRECTORY

@@ -15,10 +15,10 @@ import pytest
 
 from pyploop import _core
 from pyploop._core import Bitmap, Counters, Extents, Snapshot
-from pyploop.plan import Plan
 from pyploop.source import Source
 from pyploop.system.sysblock import BlockDevice
 from pyploop.trackers import Batch, Repair, bpf
+from pyploop.undo.ledger import Plan
 
 SIZE = 1 << 20
 BLOCK = 4096

@@ -12,8 +12,9 @@ from pathlib import Path
 import pytest
 from support import pyploop_cmd, pyploop_env
 
-from pyploop import relay, watchdog
+from pyploop import relay
 from pyploop.system import enclosure
+from pyploop.undo import watchdog
 
 MODULES = (
     *("argparse", "contextlib", "ctypes", "errno", "fcntl", "hashlib", "importlib", "io", "json"),

@@ -15,9 +15,9 @@ from typing import Any
 import pytest
 from support import pyploop_env
 
-from pyploop import journal
 from pyploop.errors import BusyError, CommandError, OpenError
-from pyploop.journal import Journal, records
+from pyploop.undo import journal
+from pyploop.undo.journal import Journal, records
 
 
 @pytest.fixture
@@ -41,7 +41,7 @@ def undone() -> Iterator[list[Any]]:
 
 def left_by_a_dead_process(where: Path, *entries: journal.Entry) -> journal.Record:
     script = (
-        "import json, sys; from pathlib import Path; from pyploop.journal import Journal\n"
+        "import json, sys; from pathlib import Path; from pyploop.undo.journal import Journal\n"
         "j = Journal.create('a copy', Path(sys.argv[1]))\n"
         "for e in json.loads(sys.argv[2]): j.add(e)\n"
     )

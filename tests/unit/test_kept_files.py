@@ -33,13 +33,13 @@ from pyploop.errors import (
     WriteError,
 )
 from pyploop.hostconf import HostConfig
-from pyploop.journal import Journal
 from pyploop.kept_sink import KeptSink, check_untouched, hold
 from pyploop.passes import _hash_shift
 from pyploop.report.events import Reporter
 from pyploop.runtimes import COPY_FAILED, Disk
 from pyploop.system import beneath
 from pyploop.system.jobs import Job
+from pyploop.undo.journal import Journal
 from pyploop.undoing import undo_all
 
 KIB, MIB = 1 << 10, 1 << 20

@@ -13,9 +13,10 @@ from pathlib import Path
 import pytest
 from support import needs, pyploop_env
 
-from pyploop import ctlock, journal, kept_trees, undoing, verdict
+from pyploop import ctlock, kept_trees, undoing, verdict
 from pyploop.errors import BusyError, CreateError, OpenError, PyploopError
 from pyploop.system import private_folder
+from pyploop.undo import journal
 
 NOBODY = 65534
 

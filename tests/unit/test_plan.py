@@ -17,10 +17,10 @@ from typing import Any
 import pytest
 from support import pyploop_cmd, pyploop_env, tmpfs, wait_until
 
-from pyploop import journal, watchdog
 from pyploop.errors import CommandError, DeviceControlError, LoopError
-from pyploop.plan import Plan
 from pyploop.report.events import Reporter, TextRenderer
+from pyploop.undo import journal, watchdog
+from pyploop.undo.ledger import Plan
 
 HOLDER = """
 import sys, time

@@ -22,10 +22,10 @@ from pyploop import _core, naming
 from pyploop.cli import copy as cli
 from pyploop.cli import thaw
 from pyploop.errors import CreateError, Interrupted
-from pyploop.journal import boot_id, folder
 from pyploop.report.events import Reporter, TextRenderer
 from pyploop.sink import Sink
 from pyploop.system import kernel
+from pyploop.undo.journal import boot_id, folder
 
 DATA = os.urandom(100_000)
 Patch = pytest.MonkeyPatch

@@ -11,7 +11,7 @@ import pytest
 from pyploop import agent, verdict
 from pyploop.errors import BusyError
 from pyploop.hostconf import HostConfig
-from pyploop.journal import Journal
+from pyploop.undo.journal import Journal
 
 
 def dead_agent(folder: Path, word: str) -> tuple[HostConfig, str, Path]:
