@@ -20,13 +20,13 @@ from pyploop.errors import (
     ParameterError,
 )
 from pyploop.identity import Identity
-from pyploop.lookout import Lookout, Subject
-from pyploop.reach import Reach, below_overlay, reach
 from pyploop.source import Source
 from pyploop.system import kernel, sysblock
 from pyploop.system.sysblock import Loop, Mount
 from pyploop.tail import find_tail, left_out
 from pyploop.units import BLOCK, SECTOR
+from pyploop.usage.monitor import Lookout, Subject
+from pyploop.usage.related_devices import Reach, below_overlay, reach
 
 ReadPath = Literal["auto", "device", "backing"]
 

@@ -15,13 +15,13 @@ from typing import Literal
 
 from pyploop.errors import DeviceControlError, ReadError
 from pyploop.identity import Identity
-from pyploop.lookout import Lookout
-from pyploop.reach import Reach
 from pyploop.system import kernel
 from pyploop.system.file_extents import data_extents
 from pyploop.system.sysblock import BlockDevice, Mount
 from pyploop.tail import Tail
 from pyploop.units import MIB, SECTOR
+from pyploop.usage.monitor import Lookout
+from pyploop.usage.related_devices import Reach
 
 Kind = Literal["block", "file", "ploop"]
 

@@ -25,7 +25,7 @@ from pyploop.system import sysblock
 from pyploop.system.sysblock import BlockDevice
 from pyploop.trackers.choose import choose
 from pyploop.units import KIB, format_size
-from pyploop.users import Found, refusal
+from pyploop.usage.users import Found, refusal
 
 SCHEMA = "pyploop.info/1"
 Report = dict[str, Any]

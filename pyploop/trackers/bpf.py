@@ -26,12 +26,6 @@ from pathlib import Path
 
 from pyploop import _core
 from pyploop._core import Bitmap, BpfTracking, Counters, Hook, Snapshot
-from pyploop.accounting import (
-    QUIET_DEADLINE,
-    Accounting,
-    wait_quiet,
-    writes_in_flight,
-)
 from pyploop.errors import DeviceControlError
 from pyploop.report.events import Reporter
 from pyploop.source import Source
@@ -39,6 +33,12 @@ from pyploop.system.sysblock import BlockDevice, is_bio_based
 from pyploop.trackers import Batch, Repair, Verdict, whole
 from pyploop.undo.ledger import Plan
 from pyploop.units import SECTOR
+from pyploop.usage.io_accounting import (
+    QUIET_DEADLINE,
+    Accounting,
+    wait_quiet,
+    writes_in_flight,
+)
 
 BASE_DEADLINE = 0.25
 """Seconds to look for an exact base before the first pass."""

@@ -6,13 +6,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from pyploop.accounting import Accounting
 from pyploop.errors import DeviceControlError, ParameterError
 from pyploop.source import Source
 from pyploop.trackers import TRACKERS, Tracker, bpf, dm
 from pyploop.trackers.ploop import PloopTracker
 from pyploop.trackers.scan import ScanTracker
 from pyploop.units import SECTOR
+from pyploop.usage.io_accounting import Accounting
 
 
 def choose(name: str, source: Source, cluster: int | None = None) -> Tracker:

@@ -13,16 +13,16 @@ from __future__ import annotations
 import contextlib
 
 from pyploop._core import Hook
-from pyploop.accounting import (
+from pyploop.errors import DeviceControlError
+from pyploop.source import Source
+from pyploop.trackers import Batch, Repair, Verdict, whole
+from pyploop.undo.ledger import Plan
+from pyploop.usage.io_accounting import (
     QUIET_DEADLINE,
     Accounting,
     wait_quiet,
     writes_in_flight,
 )
-from pyploop.errors import DeviceControlError
-from pyploop.source import Source
-from pyploop.trackers import Batch, Repair, Verdict, whole
-from pyploop.undo.ledger import Plan
 
 
 class ScanTracker:

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from pyploop import reach, users
 from pyploop.errors import SysfsError
 from pyploop.system import sysblock
 from pyploop.system.sysblock import BlockDevice, Entry, Loop
+from pyploop.usage import related_devices, users
 
 MIB = 1 << 20
 FILE = ((8, 1), 42)
@@ -27,8 +27,8 @@ class Pile:
         patch.setattr(sysblock, "find", self.find)
         patch.setattr(sysblock, "loops", lambda: self.loops)
         patch.setattr(sysblock, "entries", lambda path: [])
-        patch.setattr(reach, "partitions", self.partitions)
-        patch.setattr(reach, "_related", self.relatives)
+        patch.setattr(related_devices, "partitions", self.partitions)
+        patch.setattr(related_devices, "_related", self.relatives)
 
     def find(self, dev: tuple[int, int]) -> BlockDevice:
         for device in self.devices.values():
@@ -64,7 +64,7 @@ class Pile:
 
     def of(self, name: str) -> tuple[list[str], list[str]]:
         """(tracked, untracked) members, in alphabetical order."""
-        found = reach.reach(self.devices[name])
+        found = related_devices.reach(self.devices[name])
         return (
             sorted(d.name for d in found.tracked),
             sorted(d.name for d in found.untracked),
@@ -132,7 +132,7 @@ def test_the_queue_is_where_all_ways_meet(pile: Pile) -> None:
     pile.loop("loop0", 80, below="sda1", offset=5)
     pile.part("loop0", "loop0p1", 1, 70)
     pile.loop("loop1", 60, below="loop0p1", offset=2)
-    found = reach.reach(pile.devices["loop1"])
+    found = related_devices.reach(pile.devices["loop1"])
     assert (found.queue.disk, found.queue.name) == ("sda", "sda1")
     assert found.queue.start == (10 + 5 + 1 + 2) * MIB and found.queue.size == 60 * MIB
     assert found.base == 8 * MIB and found.loop is None

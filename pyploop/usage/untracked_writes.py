@@ -14,13 +14,13 @@ import contextlib
 import os
 from collections.abc import Sequence
 
-from pyploop.accounting import Accounting
-from pyploop.reach import Dev, Member, Reach, partitions
 from pyploop.system import kernel, sysblock
 from pyploop.system.kernel import Access
 from pyploop.system.sysblock import BlockDevice
 from pyploop.undo.ledger import Plan
-from pyploop.users import describe
+from pyploop.usage.io_accounting import Accounting
+from pyploop.usage.related_devices import Dev, Member, Reach, partitions
+from pyploop.usage.users import describe
 
 STILL_TRIES = 20
 """Looks at counters that a neighbour of the source keeps moving."""

@@ -18,9 +18,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from pyploop.reach import Dev, Member, Reach, partitions
 from pyploop.system import kernel, sysblock
 from pyploop.system.sysblock import BlockDevice, Mount
+from pyploop.usage.related_devices import Dev, Member, Reach, partitions
 
 CLAIM_TRIES = 6
 CLAIM_PAUSE = 0.02

@@ -17,14 +17,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from pyploop import users
 from pyploop.errors import DeviceControlError, DeviceError, LoopError, OpenError, SysfsError
-from pyploop.reach import Dev, Member, Reach, reach
 from pyploop.system import kernel, sysblock
 from pyploop.system.sysblock import Mount
 from pyploop.undo.ledger import Plan
-from pyploop.users import Found, User
-from pyploop.witness import Witness
+from pyploop.usage import users
+from pyploop.usage.related_devices import Dev, Member, Reach, reach
+from pyploop.usage.untracked_writes import Witness
+from pyploop.usage.users import Found, User
 
 FLAG = "--unsafe-in-use"
 
