@@ -43,7 +43,7 @@ from common import (
 )
 
 sys.path.insert(0, str(ROOT))
-from pyploop import device as devices
+from pyploop.disks import opening as devices
 from pyploop.trackers.bpf import BpfTracker
 
 REQUIRED = 0.97

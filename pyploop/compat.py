@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from pyploop import _core
-from pyploop.source import Source
+from pyploop.disks.source import Source
 from pyploop.trackers import Batch
 from pyploop.units import MIB
 

@@ -11,7 +11,8 @@ from collections.abc import Callable, Container, Iterator, Sequence
 from functools import partial
 from typing import Any, TypeVar
 
-from pyploop import device
+from pyploop.disks import opening
+from pyploop.disks.source import Source
 from pyploop.errors import MigrateError
 from pyploop.kept_there import Kept
 from pyploop.remote import Remote
@@ -19,7 +20,6 @@ from pyploop.report.events import Reporter
 from pyploop.report.timeline import Span
 from pyploop.runtimes import COPY_FAILED, Disk
 from pyploop.sender import Sender
-from pyploop.source import Source
 from pyploop.stream_output import StreamOutput
 from pyploop.summary import Options, Summary
 from pyploop.system.jobs import in_parallel
@@ -43,7 +43,7 @@ def opened(disks: Sequence[Disk]) -> Iterator[list[Source]]:
     with contextlib.ExitStack() as stack:
         sources = []
         for disk in disks:
-            source = device.open_source(disk.source)
+            source = opening.open_source(disk.source)
             stack.callback(source.close)
             sources.append(source)
         yield sources

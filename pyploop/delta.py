@@ -14,11 +14,11 @@ import mmap
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from pyploop import reading
 from pyploop._core import Bitmap, Known
 from pyploop.digests import PIECE, Reader, equal_parts
+from pyploop.disks import small_reads
+from pyploop.disks.source import Source
 from pyploop.errors import ReadError
-from pyploop.source import Source
 
 
 @dataclass(frozen=True)
@@ -59,11 +59,11 @@ class _Blocks:
 
     def __init__(self, source: Source) -> None:
         self._source = source
-        self._page = mmap.mmap(-1, reading.room(source, PIECE))
+        self._page = mmap.mmap(-1, small_reads.room(source, PIECE))
 
     def read(self, pos: int, length: int) -> memoryview:
         """Valid until the next one."""
-        found = reading.read(self._source, memoryview(self._page), pos, length)
+        found = small_reads.read(self._source, memoryview(self._page), pos, length)
         if len(found) < length:
             raise ReadError(f"{self._source.path} ends before byte {pos + length}")
         return found

@@ -23,7 +23,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Literal
 
-from pyploop import answers, descriptor, device
+from pyploop import answers
+from pyploop.disks import disk_descriptor, opening
 from pyploop.errors import (
     DeviceError,
     FormatError,
@@ -63,7 +64,7 @@ class ploopcopy:
             report = _reporter()
             self._out = undo.enter_context(_output(fd, bool(async_), report))
             source = undo.enter_context(
-                contextlib.closing(device.open_source(serving_device(ddxml)))
+                contextlib.closing(opening.open_source(serving_device(ddxml)))
             )
             options = Options(stall=STALL)
             tracker = choose("auto", source)
@@ -179,11 +180,11 @@ def _receive(fname: str, fd: int) -> None:
 def serving_device(ddxml: str) -> str:
     """The device whose top delta the descriptor names: the ploop device, or on
     a stock kernel the loop device that the delta (raw) is attached to."""
-    top = descriptor.read(ddxml).top
-    found = descriptor.serving_ploop(top.path)
+    top = disk_descriptor.read(ddxml).top
+    found = disk_descriptor.serving_ploop(top.path)
     if found is not None:
         return found
-    found = descriptor.serving_loop(ddxml)
+    found = disk_descriptor.serving_loop(ddxml)
     if found is None:
         raise DeviceError(f"no device serves {top.path}, the top delta of {ddxml}: is it mounted?")
     if top.format != "raw":

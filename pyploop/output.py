@@ -14,11 +14,11 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from pyploop._core import Fault, Known, Pump
-from pyploop.below import Thing
 from pyploop.compat import Framing
+from pyploop.disks.backing import Thing
+from pyploop.disks.source import Source
 from pyploop.errors import ProtocolError, PyploopError, ReadError, SyncError, WriteError
 from pyploop.report.timeline import Heard
-from pyploop.source import Source
 from pyploop.units import format_size
 from pyploop.wire import d2
 

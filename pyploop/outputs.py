@@ -10,17 +10,18 @@ import os
 import stat
 from collections.abc import Callable, Iterator
 
-from pyploop import _core, below, room
+from pyploop import _core, room
 from pyploop._core import Known, Pump
-from pyploop.below import Thing
 from pyploop.compat import NATIVE, Compat
+from pyploop.disks import backing
+from pyploop.disks.backing import Thing
+from pyploop.disks.image import HEADER_FRAME
+from pyploop.disks.source import Source
 from pyploop.errors import ParameterError, PyploopError, SyncError, WriteError
-from pyploop.image import HEADER_FRAME
 from pyploop.output import Output, Packets
 from pyploop.report.events import Reporter
 from pyploop.report.timeline import Heard
 from pyploop.sink import Sink, make_durable
-from pyploop.source import Source
 from pyploop.stream_output import StreamOutput
 from pyploop.system import descriptors
 from pyploop.system.worker import run_cancellable
@@ -48,7 +49,7 @@ class FileOutput:
         self._report = report or Reporter()
         self.deadline = math.inf
         self.before_end: Callable[[], None] = lambda: None
-        self._below = below.of_file(self.fd)
+        self._below = backing.of_file(self.fd)
         self.holds = ""
         """What the file holds of the copy, in words."""
 

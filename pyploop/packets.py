@@ -15,13 +15,13 @@ from collections.abc import Callable
 
 from pyploop import _core
 from pyploop._core import Fault, Known, Pump
-from pyploop.below import Thing
 from pyploop.compat import PLOOP, PYPLOOP
+from pyploop.disks.backing import Thing
+from pyploop.disks.source import Source
 from pyploop.errors import CancelledError, PyploopError, ReadError, WriteError
 from pyploop.output import Packets, explain_write
 from pyploop.report.events import Reporter
 from pyploop.report.timeline import Heard
-from pyploop.source import Source
 from pyploop.system import descriptors
 from pyploop.system.worker import run_cancellable
 from pyploop.wire import d2, d3

@@ -16,9 +16,11 @@ import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from pyploop import _core, reading, room
+from pyploop import _core, room
 from pyploop._core import Bitmap, Extents, Fault, Known, Pump, PumpStats
 from pyploop.compat import PIECE, Extent
+from pyploop.disks import small_reads
+from pyploop.disks.source import Source
 from pyploop.errors import (
     CancelledError,
     DeviceControlError,
@@ -30,7 +32,6 @@ from pyploop.errors import (
 from pyploop.output import Output, explain_write
 from pyploop.report.events import Reporter
 from pyploop.room import Watched
-from pyploop.source import Source
 from pyploop.summary import Options
 from pyploop.system.worker import run_cancellable
 from pyploop.trackers import Batch, Tracker
@@ -249,8 +250,11 @@ class Passes:
 
     def first_bytes(self, size: int) -> bytes:
         """The first `size` bytes, 4096 at most; zeroes where there are fewer."""
-        with mmap.mmap(-1, reading.room(self._source, size)) as page, memoryview(page) as memory:
-            return bytes(reading.read(self._source, memory, 0, size)).ljust(size, b"\0")
+        with (
+            mmap.mmap(-1, small_reads.room(self._source, size)) as page,
+            memoryview(page) as memory,
+        ):
+            return bytes(small_reads.read(self._source, memory, 0, size)).ljust(size, b"\0")
 
 
 def _hash_shift(size: int) -> int:

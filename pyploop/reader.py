@@ -9,8 +9,8 @@ import os
 import stat
 from pathlib import Path
 
-from pyploop import below
-from pyploop.below import Thing
+from pyploop.disks import backing
+from pyploop.disks.backing import Thing
 
 
 def below_target(pipe: int) -> set[Thing] | None:
@@ -52,6 +52,6 @@ def _has(process: Path, pipe: os.stat_result) -> bool:
 def _below_folder(folder: bytes) -> set[Thing]:
     fd = os.open(folder, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
-        return below.of_file(fd).things
+        return backing.of_file(fd).things
     finally:
         os.close(fd)

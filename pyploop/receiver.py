@@ -14,9 +14,10 @@ import time
 from dataclasses import dataclass
 from functools import cached_property
 
-from pyploop import _core, below, room
+from pyploop import _core, room
 from pyploop._core import Fault, Receiver, RecvStats
 from pyploop.answers import Answers, Feedback, NoAnswers, Replies
+from pyploop.disks import backing
 from pyploop.errors import (
     NotSupportedError,
     ParameterError,
@@ -98,8 +99,8 @@ class _Target:
         self._sink = sink
 
     @cached_property
-    def _below(self) -> below.Below:
-        return below.of_file(self._sink.fd)
+    def _below(self) -> backing.Below:
+        return backing.of_file(self._sink.fd)
 
     def expect(self, size: int) -> None:
         fstype = self._below.file_systems[0].fstype
@@ -109,7 +110,7 @@ class _Target:
         left, _ = room.of_target(self._below)
         has = os.fstat(self._sink.fd).st_blocks * SECTOR
         return d1.Place(
-            below.boot(),
+            backing.boot(),
             d1.UNKNOWN_ROOM if left is None else left + has,
             tuple(sorted(self._below.things)),
         )

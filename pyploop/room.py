@@ -15,10 +15,10 @@ import stat
 from dataclasses import dataclass
 from pathlib import Path
 
-from pyploop import below
-from pyploop.below import Below, Thing
+from pyploop.disks import backing
+from pyploop.disks.backing import Below, Thing
+from pyploop.disks.source import Source
 from pyploop.errors import WriteError
-from pyploop.source import Source
 from pyploop.system import kernel
 from pyploop.units import GIB, SECTOR, format_size
 
@@ -153,7 +153,7 @@ def shared(source: Source, things: set[Thing], reserve: int | None, has: int = 0
     WriteError when the copy does not fit beside the reserve.  has: bytes that the
     target has already."""
     found = []
-    for fs in below.of_source(source).file_systems:
+    for fs in backing.of_source(source).file_systems:
         if (*fs.number, 0) not in things:
             continue
         free = free_bytes(fs.path, of_all=True)

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 from pyploop import _core
 from pyploop._core import Bitmap, Extents
 from pyploop.compat import Extent
+from pyploop.disks.source import Source
 from pyploop.errors import LoopError
 from pyploop.freeze import FileSystems
 from pyploop.freeze.hold import Hold, Limits
@@ -34,7 +35,6 @@ from pyploop.rounds import (
     decide,
     forecast,
 )
-from pyploop.source import Source
 from pyploop.summary import Options, Summary
 from pyploop.system.worker import run_cancellable
 from pyploop.trackers import Batch, Repair, Tracker, Verdict, whole

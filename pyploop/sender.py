@@ -19,11 +19,13 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from pyploop import _core, apart
+from pyploop.disks.image import clear_in_use
+from pyploop.disks.source import Source
+from pyploop.disks.write_counters import Writes
 from pyploop.errors import DeviceControlError, LoopError, OpenError
 from pyploop.freeze import FileSystems, run_command
 from pyploop.freeze.hold import Hold, Limits, newer
 from pyploop.freeze.stoppers import Spec
-from pyploop.image import clear_in_use
 from pyploop.output import Output
 from pyploop.passes import Passes
 from pyploop.repairs import FreezeGivenUp
@@ -32,13 +34,11 @@ from pyploop.report.slow_steps import Patience
 from pyploop.report.timeline import Recorder
 from pyploop.rounds import Round
 from pyploop.running import Running, words
-from pyploop.source import Source
 from pyploop.summary import Options, Summary
 from pyploop.system.worker import run_cancellable
 from pyploop.trackers import Repair, Tracker, Verdict
 from pyploop.undo.ledger import Plan
 from pyploop.units import format_size
-from pyploop.writes import Writes
 
 if TYPE_CHECKING:
     from pyploop.delta import Reused

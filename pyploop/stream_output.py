@@ -9,16 +9,17 @@ import time
 from collections.abc import Callable
 from functools import partial
 
-from pyploop import _core, below, reader, room
+from pyploop import _core, reader, room
 from pyploop._core import Fault, Known, Pump
-from pyploop.below import Thing
 from pyploop.compat import EXACT, NATIVE, PERHAPS_PLOOP, PLOOP, PYPLOOP, Compat, Framing
+from pyploop.disks import backing
+from pyploop.disks.backing import Thing
+from pyploop.disks.image import HEADER_FRAME
+from pyploop.disks.source import Source
 from pyploop.errors import ProtocolError, PyploopError, SyncError, WriteError
-from pyploop.image import HEADER_FRAME
 from pyploop.output import Packets, explain_write
 from pyploop.report.events import Reporter
 from pyploop.report.timeline import Heard
-from pyploop.source import Source
 from pyploop.system import descriptors
 from pyploop.system.worker import run_cancellable
 from pyploop.units import BLOCK
@@ -165,7 +166,7 @@ class StreamOutput:
             raise ProtocolError(f"the receiver tells of {e}") from e
 
     def things(self) -> set[Thing] | None:
-        here = below.boot()
+        here = backing.boot()
         if self._place is None:
             return self._reader
         if self._place.boot != here or not any(here):

@@ -15,8 +15,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from pyploop import delta, device, digests
+from pyploop import delta, digests
 from pyploop.digests import Reader
+from pyploop.disks import opening
 from pyploop.kept_sink import KeptSink, hold
 from pyploop.receiver import receive
 from pyploop.report.events import Reporter
@@ -57,7 +58,7 @@ def go_on(
     """Copy the source into what was kept, as a migration does; `meanwhile` happens
     when they were compared, `stop` before the last blocks."""
     report, final = Reporter(), held.with_name(target)
-    src = device.open_source(str(source))
+    src = opening.open_source(str(source))
     fd = os.open(held, os.O_RDWR)
     hold(fd)
     reader, telling = tell(fd, src.size)

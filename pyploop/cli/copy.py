@@ -17,13 +17,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import IO
 
-from pyploop import apart, device
+from pyploop import apart
 from pyploop.cli.copy_options import (
     ANSWER_TIMEOUT,
     FREEZE_LIMIT,
     attached,
     parser,
 )
+from pyploop.disks import opening
 from pyploop.errors import (
     Interrupted,
     ParameterError,
@@ -129,7 +130,7 @@ def _send(o: argparse.Namespace, report: Reporter) -> None:
             compat=o.compat,
         ) as out,
         contextlib.closing(
-            device.open_source(
+            opening.open_source(
                 o.source,
                 o.read,
                 o.mounts,

@@ -14,13 +14,13 @@ import stat
 from pathlib import Path
 from typing import Any
 
-from pyploop import descriptor, image
 from pyploop.cli.arguments import Parser
-from pyploop.descriptor import Descriptor
-from pyploop.device import open_source
+from pyploop.disks import disk_descriptor, image
+from pyploop.disks.disk_descriptor import Descriptor
+from pyploop.disks.image import Image
+from pyploop.disks.opening import open_source
+from pyploop.disks.source import Source
 from pyploop.errors import DeviceError, OpenError, PyploopError, SysfsError, one_line
-from pyploop.image import Image
-from pyploop.source import Source
 from pyploop.system import sysblock
 from pyploop.system.sysblock import BlockDevice
 from pyploop.trackers.choose import choose
@@ -63,8 +63,10 @@ def gather(path: str) -> Report:
         mode = os.stat(path).st_mode
         if stat.S_ISBLK(mode):
             return _of_device(path)
-        if stat.S_ISDIR(mode) and os.path.exists(os.path.join(path, descriptor.NAME)):
-            raise DeviceError(f"{path} is a directory: name {os.path.join(path, descriptor.NAME)}")
+        if stat.S_ISDIR(mode) and os.path.exists(os.path.join(path, disk_descriptor.NAME)):
+            raise DeviceError(
+                f"{path} is a directory: name {os.path.join(path, disk_descriptor.NAME)}"
+            )
         if path.lower().endswith(".xml"):
             return _of_descriptor(path)
         return _of_image(path)
@@ -130,7 +132,7 @@ def _put_image(report: Report, found: Image) -> None:
 
 def _of_descriptor(path: str) -> Report:
     report = _empty(path, "descriptor")
-    found = descriptor.read(path)
+    found = disk_descriptor.read(path)
     images = [image.inspect(d.path, d.format, OpenError) for d in found.chain]
     _put_image(report, images[-1])
     report.update(
@@ -180,7 +182,7 @@ def _compare(report: Report, found: Descriptor, images: list[Image]) -> None:
 
 def _put_serving(report: Report, path: str) -> None:
     """The device that serves an image file, if one does, and the tracker."""
-    device = descriptor.serving_ploop(path)
+    device = disk_descriptor.serving_ploop(path)
     if device is None:
         loops = sysblock.loop_device_of(path)
         if len(loops) > 1:

@@ -16,7 +16,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from pyploop import descriptor, vzconf
+from pyploop import vzconf
+from pyploop.disks import disk_descriptor
 from pyploop.errors import MigrateError, ParameterError, PyploopError
 from pyploop.freeze.vzctl import parse_status
 from pyploop.hostconf import CTID, NAME, HostConfig, within
@@ -148,13 +149,13 @@ class Vzctl:
                 opened = f"/dev/{sysblock.find((os.major(st), os.minor(st))).disk}"
         return [Disk(str(self._private / self._top), "", "", "", opened)]
 
-    def _descriptor(self) -> descriptor.Descriptor:
-        path = self._private / HDD / descriptor.NAME
+    def _descriptor(self) -> disk_descriptor.Descriptor:
+        path = self._private / HDD / disk_descriptor.NAME
         if not path.exists():
             raise MigrateError(
                 NO_PLOOP, f"{path} is not there: only containers on ploop can be migrated"
             )
-        found = descriptor.read(str(path))
+        found = disk_descriptor.read(str(path))
         for delta in found.chain:
             if not Path(delta.path).is_relative_to(self._private):
                 raise MigrateError(COPY_FAILED, f"{delta.path} lies outside {self._private}")

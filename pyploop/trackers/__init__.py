@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
 from pyploop._core import Extents, Hook
-from pyploop.source import Source
+from pyploop.disks.source import Source
 from pyploop.undo.ledger import Plan
 
 TRACKERS = ("auto", "bpf", "ploop", "dm", "scan")

@@ -26,9 +26,9 @@ from pathlib import Path
 
 from pyploop import _core
 from pyploop._core import Bitmap, BpfTracking, Counters, Hook, Snapshot
+from pyploop.disks.source import Source
 from pyploop.errors import DeviceControlError
 from pyploop.report.events import Reporter
-from pyploop.source import Source
 from pyploop.system.sysblock import BlockDevice, is_bio_based
 from pyploop.trackers import Batch, Repair, Verdict, whole
 from pyploop.undo.ledger import Plan

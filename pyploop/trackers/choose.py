@@ -6,8 +6,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from pyploop.disks.source import Source
 from pyploop.errors import DeviceControlError, ParameterError
-from pyploop.source import Source
 from pyploop.trackers import TRACKERS, Tracker, bpf, dm
 from pyploop.trackers.ploop import PloopTracker
 from pyploop.trackers.scan import ScanTracker

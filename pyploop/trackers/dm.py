@@ -16,8 +16,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 from pyploop._core import Bitmap, Hook
+from pyploop.disks.source import Source
 from pyploop.errors import DeviceControlError
-from pyploop.source import Source
 from pyploop.system.sysblock import attribute
 from pyploop.trackers import Batch, Repair, Verdict
 from pyploop.undo.ledger import Plan

@@ -11,8 +11,8 @@ import contextlib
 import errno
 
 from pyploop._core import Extents, Hook, PloopTracking
+from pyploop.disks.source import Source
 from pyploop.errors import DeviceControlError
-from pyploop.source import Source
 from pyploop.trackers import Batch, Repair, Verdict
 from pyploop.undo.ledger import Plan
 

@@ -5,7 +5,7 @@ sent last.  For files, and for users without privileges.
 Authoritative only once writing has stopped: a round sees each block at a
 moment of its own.  The last pass, after the freeze or the stop command, is the
 one that counts; nothing here can prove that nobody writes any more.  What can
-show that somebody does is `pyploop.writes`.
+show that somebody does is `pyploop.disks.write_counters`.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from __future__ import annotations
 import contextlib
 
 from pyploop._core import Hook
+from pyploop.disks.source import Source
 from pyploop.errors import DeviceControlError
-from pyploop.source import Source
 from pyploop.trackers import Batch, Repair, Verdict, whole
 from pyploop.undo.ledger import Plan
 from pyploop.usage.io_accounting import (

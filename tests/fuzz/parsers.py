@@ -22,7 +22,8 @@ from pathlib import Path
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from pyploop import compat, descriptor, image, stream_output, vzconf
+from pyploop import compat, stream_output, vzconf
+from pyploop.disks import disk_descriptor, image
 from pyploop.errors import (
     DescriptorError,
     FormatError,
@@ -59,7 +60,7 @@ def parse_image(data: bytes) -> None:
 
 def parse_descriptor(data: bytes) -> None:
     try:
-        found = descriptor.parse(data, "x.xml")
+        found = disk_descriptor.parse(data, "x.xml")
     except DescriptorError as e:
         assert "\n" not in str(e)
         return

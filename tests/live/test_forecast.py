@@ -22,7 +22,7 @@ from support_live import (
     work_dir,
 )
 
-from pyploop.device import open_source
+from pyploop.disks.opening import open_source
 from pyploop.freeze import FileSystems, filesystems
 from pyploop.receiver import receive
 from pyploop.report.events import Reporter

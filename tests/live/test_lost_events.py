@@ -22,8 +22,9 @@ import pytest
 from support import MIB, loop_device, needs
 from support_live import random_file, same, work_dir
 
-from pyploop import device, repairs
+from pyploop import repairs
 from pyploop._core import Bitmap, BpfTracking, Counters, Extents, Hook, Snapshot
+from pyploop.disks import opening
 from pyploop.errors import DeviceControlError, LoopError
 from pyploop.freeze import stoppers
 from pyploop.outputs import FileOutput
@@ -195,7 +196,7 @@ class Lab:
         report = Reporter()
         report.add(script)
         with (
-            contextlib.closing(device.open_source(self.path)) as source,
+            contextlib.closing(opening.open_source(self.path)) as source,
             Sink(str(self.target)) as sink,
         ):
             out = FileOutput(sink)

@@ -35,7 +35,7 @@ from support_live import (
     work_dir,
 )
 
-from pyploop import below, device
+from pyploop.disks import backing, opening
 
 pytestmark = pytest.mark.root
 SFTP = "/usr/lib/openssh/sftp-server"
@@ -205,11 +205,11 @@ def test_a_target_on_a_subvolume_of_its_source_is_refused(folder: Path, via: str
             got = copy(one, point / "sub/target", via=via, json_events=False)
             refused(got, point / "sub", via)
             # As the other half of it.
-            with contextlib.closing(device.open_source(two, to_freeze=False)) as source:
-                found = below.of_source(source)
+            with contextlib.closing(opening.open_source(two, to_freeze=False)) as source:
+                found = backing.of_source(source)
             fd = os.open(point / "sub", os.O_RDONLY)
             rdev = os.stat(two).st_rdev
-            assert (os.major(rdev), os.minor(rdev), 0) in below.of_file(fd).things & found.things
+            assert (os.major(rdev), os.minor(rdev), 0) in backing.of_file(fd).things & found.things
             os.close(fd)
 
 

@@ -15,7 +15,7 @@ import pytest
 from support import MIB, is_frozen, loop_device, needs
 from support_live import copy, file_system, random_file, sparse_file, work_dir
 
-from pyploop.device import open_source
+from pyploop.disks.opening import open_source
 from pyploop.errors import LoopError
 from pyploop.freeze.stoppers import Spec
 from pyploop.outputs import FileOutput

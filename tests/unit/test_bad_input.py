@@ -737,7 +737,8 @@ def test_sender_from_a_ploop_device_that_fails(preload: Path, tmp_path: Path, ca
 def test_a_ploop_device_with_a_missing_sysfs_attribute_ends_with_9(
     tmp_path: Path, attribute: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from pyploop import device, errors
+    from pyploop import errors
+    from pyploop.disks import opening
 
     folder = tmp_path / "ploop0"
     texts = {"pstate/top": "0", "pstate/block_size": "2048", "pdelta/0/image": "/i",
@@ -746,10 +747,10 @@ def test_a_ploop_device_with_a_missing_sysfs_attribute_ends_with_9(
         if name != attribute:
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             (folder / name).write_text(text)
-    monkeypatch.setattr(device, "_ploop_sysfs", lambda path: folder)
+    monkeypatch.setattr(opening, "_ploop_sysfs", lambda path: folder)
     (tmp_path / "dev").touch()
     with pytest.raises(errors.SysfsError) as e:
-        device._open_ploop(str(tmp_path / "dev"))
+        opening._open_ploop(str(tmp_path / "dev"))
     assert e.value.exit_code == 9
     assert attribute in str(e.value)
 

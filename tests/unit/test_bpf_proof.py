@@ -15,7 +15,7 @@ import pytest
 
 from pyploop import _core
 from pyploop._core import Bitmap, Counters, Extents, Snapshot
-from pyploop.source import Source
+from pyploop.disks.source import Source
 from pyploop.system.sysblock import BlockDevice
 from pyploop.trackers import Batch, Repair, bpf
 from pyploop.undo.ledger import Plan

@@ -12,7 +12,7 @@ import support
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pyploop import descriptor
+from pyploop.disks import disk_descriptor
 from pyploop.errors import DescriptorError, DeviceError, OpenError
 from pyploop.system import sysblock
 
@@ -69,14 +69,18 @@ SHOTS = [(guid(2), guid(1)), (guid(3), guid(2)), (guid(1), NONE)]
 
 
 def test_one_delta() -> None:
-    d = descriptor.parse(xml(ONE, [(TOP, NONE)], TOP), "/vz/private/1/root.hdd/DiskDescriptor.xml")
+    d = disk_descriptor.parse(
+        xml(ONE, [(TOP, NONE)], TOP), "/vz/private/1/root.hdd/DiskDescriptor.xml"
+    )
     assert (d.size, d.cluster, d.others) == (20480 * 512, 1 << 20, 0)
-    assert d.chain == (descriptor.Delta(TOP, None, "/vz/private/1/root.hdd/root.hdd", "ploop1"),)
+    assert d.chain == (
+        disk_descriptor.Delta(TOP, None, "/vz/private/1/root.hdd/root.hdd", "ploop1"),
+    )
     assert d.top is d.chain[0]
 
 
 def test_chain_goes_from_base_to_top() -> None:
-    d = descriptor.parse(xml(THREE, SHOTS, guid(3)), "dir/DiskDescriptor.xml")
+    d = disk_descriptor.parse(xml(THREE, SHOTS, guid(3)), "dir/DiskDescriptor.xml")
     assert [x.guid for x in d.chain] == [guid(1), guid(2), guid(3)]
     assert [x.parent for x in d.chain] == [None, guid(1), guid(2)]
     assert [x.path for x in d.chain] == ["dir/root.hdd", "/else/where/root.hdd.2", "dir/root.hdd.3"]
@@ -85,22 +89,24 @@ def test_chain_goes_from_base_to_top() -> None:
 
 
 def test_a_branch_is_not_in_the_chain() -> None:
-    d = descriptor.parse(xml(THREE, [*SHOTS[:1], (guid(3), guid(1)), *SHOTS[2:]], guid(3)), "x.xml")
+    d = disk_descriptor.parse(
+        xml(THREE, [*SHOTS[:1], (guid(3), guid(1)), *SHOTS[2:]], guid(3)), "x.xml"
+    )
     assert [x.guid for x in d.chain] == [guid(1), guid(3)]
     assert d.others == 1
 
 
 def test_guids_are_compared_without_case() -> None:
-    d = descriptor.parse(xml([(TOP.upper(), "Plain", "a")], [(TOP, NONE)], TOP), "x.xml")
+    d = disk_descriptor.parse(xml([(TOP.upper(), "Plain", "a")], [(TOP, NONE)], TOP), "x.xml")
     assert d.top.path == "a"
 
 
 def test_without_top_or_snapshots() -> None:
-    assert descriptor.parse(xml(ONE, []), "x.xml").top.guid == TOP
-    assert descriptor.parse(xml(ONE, [(TOP, NONE)]), "x.xml").top.guid == TOP
+    assert disk_descriptor.parse(xml(ONE, []), "x.xml").top.guid == TOP
+    assert disk_descriptor.parse(xml(ONE, [(TOP, NONE)]), "x.xml").top.guid == TOP
     plain = xml(ONE, [])
     start, end = plain.index(b"<Snapshots>"), plain.index(b"</Parallels")
-    assert descriptor.parse(plain[:start] + plain[end:], "x.xml").top.guid == TOP
+    assert disk_descriptor.parse(plain[:start] + plain[end:], "x.xml").top.guid == TOP
 
 
 @pytest.mark.parametrize(
@@ -140,12 +146,12 @@ def test_without_top_or_snapshots() -> None:
         (xml(ONE, [], head='<!DOCTYPE a SYSTEM "file:///etc/passwd">'), "DOCTYPE"),
         (b"<a>" * 40 + b"</a>" * 40, "nested"),
         (b"<a>" * 300000, "nested"),
-        (b" " * (descriptor.MAX_SIZE + 1), "larger than"),
+        (b" " * (disk_descriptor.MAX_SIZE + 1), "larger than"),
     ],
 )  # fmt: skip
 def test_damage(data: bytes, what: str) -> None:
     with pytest.raises(DescriptorError) as e:
-        descriptor.parse(data, "/x/DiskDescriptor.xml")
+        disk_descriptor.parse(data, "/x/DiskDescriptor.xml")
     text = str(e.value)
     assert text.startswith("/x/DiskDescriptor.xml: ") and what in text and "\n" not in text
     assert e.value.exit_code == 39
@@ -157,7 +163,7 @@ def test_no_entity_is_expanded() -> None:
     tracemalloc.start()
     try:
         with pytest.raises(DescriptorError, match="DOCTYPE"):
-            descriptor.parse(bomb, "x.xml")
+            disk_descriptor.parse(bomb, "x.xml")
         assert tracemalloc.get_traced_memory()[1] < 1 << 20
     finally:
         tracemalloc.stop()
@@ -166,18 +172,18 @@ def test_no_entity_is_expanded() -> None:
 def test_reading(tmp_path: Path) -> None:
     path = tmp_path / "DiskDescriptor.xml"
     with pytest.raises(OpenError, match="No such file"):
-        descriptor.read(str(path))
+        disk_descriptor.read(str(path))
     with pytest.raises(OpenError, match="a directory"):
-        descriptor.read(str(tmp_path))
+        disk_descriptor.read(str(tmp_path))
     path.write_bytes(xml(ONE, []))
-    assert descriptor.read(str(path)).top.path == str(tmp_path / "root.hdd")
+    assert disk_descriptor.read(str(path)).top.path == str(tmp_path / "root.hdd")
     os.truncate(path, 1 << 40)  # sparse: never read to its end
     with pytest.raises(DescriptorError, match="larger than"):
-        descriptor.read(str(path))
+        disk_descriptor.read(str(path))
     path.unlink()
     os.mkfifo(path)
     with pytest.raises(OpenError, match="not a regular file"):
-        descriptor.read(str(path))
+        disk_descriptor.read(str(path))
 
 
 # ---- what serves the top delta
@@ -187,9 +193,9 @@ def test_serving_loop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "DiskDescriptor.xml"
     path.write_bytes(xml(ONE, []))
     with pytest.raises(OpenError, match="top delta"):
-        descriptor.serving_loop(str(path))
+        disk_descriptor.serving_loop(str(path))
     (tmp_path / "root.hdd").write_bytes(b"x")
-    assert descriptor.serving_loop(str(path)) is None
+    assert disk_descriptor.serving_loop(str(path)) is None
     asked: list[str] = []
     loops = ["/dev/loop7"]
 
@@ -198,11 +204,11 @@ def test_serving_loop(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         return loops
 
     monkeypatch.setattr(sysblock, "loop_device_of", found)
-    assert descriptor.serving_loop(str(path)) == "/dev/loop7"
+    assert disk_descriptor.serving_loop(str(path)) == "/dev/loop7"
     assert asked == [str(tmp_path / "root.hdd")]
     loops.append("/dev/loop8")
     with pytest.raises(DeviceError, match="/dev/loop7, /dev/loop8"):
-        descriptor.serving_loop(str(path))
+        disk_descriptor.serving_loop(str(path))
 
 
 @pytest.mark.root
@@ -214,8 +220,8 @@ def test_serving_loop_for_real(tmp_path: Path) -> None:
     with delta.open("wb") as f:
         f.truncate(20480 * 512)
     with support.loop_device(delta) as device:
-        assert descriptor.serving_loop(str(path)) == device
-    assert descriptor.serving_loop(str(path)) is None
+        assert disk_descriptor.serving_loop(str(path)) == device
+    assert disk_descriptor.serving_loop(str(path)) is None
 
 
 def test_serving_ploop(tmp_path: Path) -> None:
@@ -229,11 +235,11 @@ def test_serving_ploop(tmp_path: Path) -> None:
         for level, file in (("0", other), ("1", top)):
             (node / "pdelta" / level).mkdir(parents=True)
             (node / "pdelta" / level / "image").write_text(f"{file}\n")
-    assert descriptor.serving_ploop(str(delta), tmp_path / "block") == "/dev/ploop20"
+    assert disk_descriptor.serving_ploop(str(delta), tmp_path / "block") == "/dev/ploop20"
     delta.rename(tmp_path / "moved")
-    assert descriptor.serving_ploop(str(tmp_path / "moved"), tmp_path / "block") is None
+    assert disk_descriptor.serving_ploop(str(tmp_path / "moved"), tmp_path / "block") is None
     with pytest.raises(OpenError):
-        descriptor.serving_ploop(str(delta), tmp_path / "block")
+        disk_descriptor.serving_ploop(str(delta), tmp_path / "block")
 
 
 # ---- fuzz
@@ -243,7 +249,7 @@ def test_serving_ploop(tmp_path: Path) -> None:
 @settings(max_examples=300, deadline=None)
 def test_any_bytes(data: bytes) -> None:
     with pytest.raises(DescriptorError):
-        descriptor.parse(data, "x.xml")
+        disk_descriptor.parse(data, "x.xml")
 
 
 GOOD = xml(THREE, SHOTS, guid(3))
@@ -260,7 +266,7 @@ def test_damaged_bytes(cuts: list[tuple[int, int, bytes]]) -> None:
     for at, length, new in cuts:
         data = data[:at] + new + data[at + length :]
     try:
-        d = descriptor.parse(data, "x.xml")
+        d = disk_descriptor.parse(data, "x.xml")
     except DescriptorError as e:
         assert "\n" not in str(e)
     else:
@@ -280,7 +286,7 @@ def test_any_tree(
     images: list[tuple[str, str, str]], shots: list[tuple[str, str]], top: str | None
 ) -> None:
     try:
-        d = descriptor.parse(xml(images, shots, top), "x.xml")
+        d = disk_descriptor.parse(xml(images, shots, top), "x.xml")
     except DescriptorError as e:
         assert "\n" not in str(e)
         return

@@ -15,10 +15,10 @@ import pytest
 import support
 from support import FAILURE, SUCCESS, d1_end, d1_frame, d1_sync
 
-from pyploop import device
+from pyploop.disks import opening
+from pyploop.disks.source import Source
 from pyploop.errors import ParameterError, ProtocolError, WriteError
 from pyploop.report.events import Reporter
-from pyploop.source import Source
 from pyploop.stream_output import StreamOutput
 
 HELLO, HELLO_2, PLACE, REFUSED = (b"PYP" + bytes([n]) for n in (1, 2, 3, 4))
@@ -41,7 +41,7 @@ def place(boot: bytes, room: int, *things: tuple[int, int, int], count: int | No
 @pytest.fixture
 def source(tmp_path: Path) -> Iterator[Source]:
     (tmp_path / "source").write_bytes(DATA)
-    with contextlib.closing(device.open_source(str(tmp_path / "source"))) as opened:
+    with contextlib.closing(opening.open_source(str(tmp_path / "source"))) as opened:
         yield opened
 
 

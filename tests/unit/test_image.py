@@ -17,7 +17,7 @@ import support
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from pyploop import image
+from pyploop.disks import image
 from pyploop.errors import DeviceError, FormatError, OpenError, PyploopError
 
 MIB = 1 << 20

@@ -17,7 +17,7 @@ import pytest
 import support
 
 from pyploop.cli import info as cli_info
-from pyploop.source import Source
+from pyploop.disks.source import Source
 from pyploop.system.sysblock import Mount
 
 MIB = 1 << 20

@@ -21,9 +21,10 @@ from typing import Any
 import pytest
 from going_on import go_on, tell
 
-from pyploop import delta, device, digests, kept, pieces, reuse, shelf
+from pyploop import delta, digests, kept, pieces, reuse, shelf
 from pyploop._core import Known
 from pyploop.digests import Reader
+from pyploop.disks import opening
 from pyploop.errors import (
     CancelledError,
     MigrateError,
@@ -257,7 +258,7 @@ def test_a_digest_of_what_could_not_be_read_equals_nothing() -> None:
 
 def test_a_comparison_that_is_cancelled_ends(tmp_path: Path) -> None:
     make(tmp_path / "source")
-    src = device.open_source(str(tmp_path / "source"))
+    src = opening.open_source(str(tmp_path / "source"))
     a, _b = socket.socketpair()  # nobody tells anything
     reader = Reader(a.detach(), 60)
     job = Job(lambda: delta.compare_disk(src, Known(SIZE), reader, lambda: None)).start()

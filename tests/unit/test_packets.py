@@ -20,7 +20,8 @@ import support
 from d2_peer import ASYNC, CMD, COPY_DEVICE, DATA, MD5, NEW, OLD, SLIP, Receiver
 from support import MIB
 
-from pyploop import device, libploop
+from pyploop import libploop
+from pyploop.disks import opening
 from pyploop.errors import ParameterError, PyploopError, WriteError
 from pyploop.packets import PacketOutput
 from pyploop.report.events import Reporter
@@ -259,7 +260,7 @@ def source(tmp_path: Path) -> Path:
 def send(source: Path, fd: int, **options: object) -> Sender:
     """Our sender, from a plain file."""
     out = PacketOutput(fd, Reporter(), answer_timeout=20, **options)  # type: ignore[arg-type]
-    with contextlib.closing(device.open_source(str(source))) as src:
+    with contextlib.closing(opening.open_source(str(source))) as src:
         sender = Sender(src, choose("scan", src), out, Options(stall=20), Reporter())
         sender.run()
         return sender
@@ -362,7 +363,7 @@ def test_throughput_does_not_depend_on_the_round_trip(source: Path) -> None:
         line.start()
         start = time.monotonic()
         out = PacketOutput(far.fileno(), Reporter(), answer_timeout=20)
-        with contextlib.closing(device.open_source(str(path))) as src:
+        with contextlib.closing(opening.open_source(str(path))) as src:
             src.cluster = 4096
             Sender(src, choose("scan", src), out, Options(stall=20), Reporter()).run()
         seconds = time.monotonic() - start

@@ -24,7 +24,8 @@ import support
 
 from pyploop._core import Extents
 from pyploop.cli.main import parse_globals, signals_raise
-from pyploop.device import open_source
+from pyploop.disks.opening import open_source
+from pyploop.disks.source import Source
 from pyploop.errors import (
     CancelledError,
     CreateError,
@@ -41,7 +42,6 @@ from pyploop.outputs import FileOutput
 from pyploop.report.events import ERROR, JsonRenderer, Reporter, TextRenderer
 from pyploop.sender import Sender
 from pyploop.sink import Sink
-from pyploop.source import Source
 from pyploop.summary import Options
 from pyploop.system import descriptors, kernel, sysblock
 from pyploop.system.sysblock import BlockDevice, Mount

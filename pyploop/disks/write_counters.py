@@ -12,7 +12,7 @@ import contextlib
 import os
 from pathlib import Path
 
-from pyploop.source import Source
+from pyploop.disks.source import Source
 from pyploop.system import sysblock
 from pyploop.system.sysblock import BlockDevice
 

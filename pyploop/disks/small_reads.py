@@ -5,8 +5,8 @@ from __future__ import annotations
 
 import os
 
+from pyploop.disks.source import Source
 from pyploop.errors import ReadError
-from pyploop.source import Source
 from pyploop.units import BLOCK
 
 

@@ -14,9 +14,9 @@ import xml.etree.ElementTree as ET
 from dataclasses import dataclass
 from pathlib import Path
 
-from pyploop import image
+from pyploop.disks import image
+from pyploop.disks.image import Format
 from pyploop.errors import DescriptorError, DeviceError, OpenError, PyploopError, SysfsError
-from pyploop.image import Format
 from pyploop.system import sysblock
 from pyploop.units import SECTOR
 

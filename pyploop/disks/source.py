@@ -13,12 +13,12 @@ import os
 from dataclasses import dataclass, field
 from typing import Literal
 
+from pyploop.disks.identity import Identity
+from pyploop.disks.tail import Tail
 from pyploop.errors import DeviceControlError, ReadError
-from pyploop.identity import Identity
 from pyploop.system import kernel
 from pyploop.system.file_extents import data_extents
 from pyploop.system.sysblock import BlockDevice, Mount
-from pyploop.tail import Tail
 from pyploop.units import MIB, SECTOR
 from pyploop.usage.monitor import Lookout
 from pyploop.usage.related_devices import Reach

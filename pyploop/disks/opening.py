@@ -13,17 +13,17 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
+from pyploop.disks.identity import Identity
+from pyploop.disks.source import Source
+from pyploop.disks.tail import find_tail, left_out
 from pyploop.errors import (
     DeviceError,
     FormatError,
     OpenError,
     ParameterError,
 )
-from pyploop.identity import Identity
-from pyploop.source import Source
 from pyploop.system import kernel, sysblock
 from pyploop.system.sysblock import Loop, Mount
-from pyploop.tail import find_tail, left_out
 from pyploop.units import BLOCK, SECTOR
 from pyploop.usage.monitor import Lookout, Subject
 from pyploop.usage.related_devices import Reach, below_overlay, reach

@@ -17,7 +17,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from pyploop.source import Source
+from pyploop.disks.source import Source
 from pyploop.system import kernel, sysblock
 from pyploop.units import SECTOR
 
