@@ -18,7 +18,7 @@ from pyploop.compat import Extent
 from pyploop.disks.source import Source
 from pyploop.errors import LoopError
 from pyploop.freeze import FileSystems
-from pyploop.freeze.hold import Hold, Limits
+from pyploop.freeze.session import Hold, Limits
 from pyploop.hot import HotBlocks
 from pyploop.output import Output
 from pyploop.passes import Passes

@@ -24,7 +24,7 @@ from pyploop.disks.source import Source
 from pyploop.disks.write_counters import Writes
 from pyploop.errors import DeviceControlError, LoopError, OpenError
 from pyploop.freeze import FileSystems, run_command
-from pyploop.freeze.hold import Hold, Limits, newer
+from pyploop.freeze.session import Hold, Limits, newer
 from pyploop.freeze.stoppers import Spec
 from pyploop.output import Output
 from pyploop.passes import Passes

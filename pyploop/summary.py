@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from pyploop.freeze.stoppers import Spec
+from pyploop.freeze.throttle import Throttle
 from pyploop.rounds import Policy
-from pyploop.throttle import Throttle
 
 
 @dataclass

@@ -32,6 +32,7 @@ from pyploop.errors import (
     ReadError,
     TooLargeError,
 )
+from pyploop.freeze.throttle import Throttle
 from pyploop.outputs import open_output
 from pyploop.receiver import receive
 from pyploop.report import timings
@@ -41,7 +42,6 @@ from pyploop.rounds import Policy
 from pyploop.sender import Sender
 from pyploop.summary import Options
 from pyploop.system import descriptors
-from pyploop.throttle import Throttle
 from pyploop.trackers.choose import choose
 
 

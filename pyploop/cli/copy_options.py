@@ -6,8 +6,8 @@ from __future__ import annotations
 from pyploop.cli.arguments import Parser, parsed
 from pyploop.cli.stops import StopAction
 from pyploop.compat import COMPATS
+from pyploop.freeze.throttle import parse_throttle
 from pyploop.rounds import Policy
-from pyploop.throttle import parse_throttle
 from pyploop.trackers import TRACKERS
 from pyploop.units import parse_size, parse_time
 

@@ -14,7 +14,7 @@ import time
 from pathlib import Path
 
 from pyploop.errors import CommandError, LoopError, OpenError, ParameterError
-from pyploop.freezer import Freezer, freezer_in
+from pyploop.freeze.cgroup_freezer import Freezer, freezer_in
 from pyploop.report.events import Reporter
 from pyploop.system.sysblock import cgroup_mounts, text_of
 from pyploop.undo.ledger import Held, Plan

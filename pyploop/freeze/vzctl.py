@@ -21,7 +21,7 @@ from pyploop.errors import (
     PyploopError,
 )
 from pyploop.freeze import cgroup, command
-from pyploop.freezer import Freezer
+from pyploop.freeze.cgroup_freezer import Freezer
 from pyploop.report.events import Reporter
 from pyploop.undo.ledger import UNDO_TIMEOUT, Held, Plan
 

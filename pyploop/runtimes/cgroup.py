@@ -9,7 +9,7 @@ import signal
 import time
 
 from pyploop.errors import MigrateError
-from pyploop.freezer import Freezer
+from pyploop.freeze.cgroup_freezer import Freezer
 from pyploop.runtimes import DUMP_FAILED
 from pyploop.system import kernel
 

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from pyploop.errors import MigrateError, PyploopError
-from pyploop.freezer import freezer_in
+from pyploop.freeze.cgroup_freezer import freezer_in
 from pyploop.hostconf import HostConfig, within
 from pyploop.runtimes import (
     BAD_CONFIG,

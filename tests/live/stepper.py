@@ -22,7 +22,7 @@ from typing import Any
 from pyploop.cli.main import main
 from pyploop.freeze.cgroup import CgroupStopper
 from pyploop.freeze.filesystems import FileSystems
-from pyploop.freeze.hold import Hold
+from pyploop.freeze.session import Hold
 from pyploop.passes import Passes
 from pyploop.running import Running
 from pyploop.sender import Sender

@@ -28,7 +28,7 @@ from support_live import Copied, comparison, copy, file_system, partition, spars
 
 from pyploop.errors import BusyError
 from pyploop.freeze import FileSystems, filesystems
-from pyploop.freeze.hold import Hold, Limits
+from pyploop.freeze.session import Hold, Limits
 from pyploop.freeze.stoppers import Spec
 from pyploop.report.events import Reporter
 from pyploop.system.sysblock import Mount

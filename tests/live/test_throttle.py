@@ -18,8 +18,8 @@ from support_live import Copy, copy, file_system, sparse_file, work_dir
 
 from pyploop.errors import OpenError, ParameterError
 from pyploop.freeze.stoppers import parse_spec
+from pyploop.freeze.throttle import Knob, Throttle, find, find_of, parse_throttle
 from pyploop.report.events import Reporter
-from pyploop.throttle import Knob, Throttle, find, find_of, parse_throttle
 from pyploop.undo.journal import ENVIRONMENT
 from pyploop.undo.ledger import Plan
 

@@ -14,7 +14,8 @@ from pathlib import Path
 import pytest
 from support import needs
 
-from pyploop import freezer, undoing
+from pyploop import undoing
+from pyploop.freeze import cgroup_freezer
 from pyploop.system import removal
 
 
@@ -123,5 +124,5 @@ def test_the_processes_of_deeply_nested_cgroups_are_found(tmp_path: Path) -> Non
     nest(tmp_path, 1500)
     (tmp_path / "cgroup.procs").write_text("7\n")
     (tmp_path / "d/d").joinpath("cgroup.procs").write_text("8\n9\n")
-    assert freezer.Freezer(tmp_path, v2=True).processes() == [7, 8, 9]
+    assert cgroup_freezer.Freezer(tmp_path, v2=True).processes() == [7, 8, 9]
     removal.remove_contents(str(tmp_path))
