@@ -23,7 +23,7 @@ from pyploop.sender import Sender
 from pyploop.stream_output import StreamOutput
 from pyploop.summary import Options, Summary
 from pyploop.system.jobs import in_parallel
-from pyploop.trackers.choose import choose
+from pyploop.trackers.registry import choose
 from pyploop.units import MIB
 from pyploop.wire.mux import MAX_CHANNELS
 

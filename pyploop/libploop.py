@@ -39,7 +39,7 @@ from pyploop.report.events import ERROR, INFO, NOTE, Reporter
 from pyploop.sender import Sender
 from pyploop.summary import Options
 from pyploop.system import descriptors
-from pyploop.trackers.choose import choose
+from pyploop.trackers.registry import choose
 
 __all__ = ["ploopcopy", "ploopcopy_receiver", "ploopcopy_thr_receiver"]
 

@@ -25,7 +25,7 @@ from pyploop.sender import Sender
 from pyploop.stream_output import StreamOutput
 from pyploop.summary import Options, Summary
 from pyploop.system.jobs import Job
-from pyploop.trackers.choose import choose
+from pyploop.trackers.registry import choose
 
 
 @dataclass

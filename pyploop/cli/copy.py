@@ -42,7 +42,7 @@ from pyploop.rounds import Policy
 from pyploop.sender import Sender
 from pyploop.summary import Options
 from pyploop.system import descriptors
-from pyploop.trackers.choose import choose
+from pyploop.trackers.registry import choose
 
 
 def run(args: list[str], level: int) -> int:

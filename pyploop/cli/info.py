@@ -23,7 +23,7 @@ from pyploop.disks.source import Source
 from pyploop.errors import DeviceError, OpenError, PyploopError, SysfsError, one_line
 from pyploop.system import sysblock
 from pyploop.system.sysblock import BlockDevice
-from pyploop.trackers.choose import choose
+from pyploop.trackers.registry import choose
 from pyploop.units import KIB, format_size
 from pyploop.usage.users import Found, refusal
 

@@ -30,7 +30,7 @@ from pyploop.sender import Sender
 from pyploop.stream_output import StreamOutput
 from pyploop.summary import Options
 from pyploop.system.jobs import Job
-from pyploop.trackers.choose import choose
+from pyploop.trackers.registry import choose
 
 LOADS = {
     "fsync": ["--rw=randwrite", "--bs=4k", "--size=16m", "--fsync=1", "--rate_iops=300"],

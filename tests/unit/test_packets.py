@@ -27,7 +27,7 @@ from pyploop.packets import PacketOutput
 from pyploop.report.events import Reporter
 from pyploop.sender import Sender
 from pyploop.summary import Options
-from pyploop.trackers.choose import choose
+from pyploop.trackers.registry import choose
 from pyploop.wire import d2, d3
 
 PYPLOOP = 1 << 30
