@@ -28,6 +28,7 @@ from pyploop import (
     undoing,
     verdict,
 )
+from pyploop.diskcopy.undo_kinds import journal
 from pyploop.errors import BusyError, MigrateError, ProtocolError, PyploopError, one_line
 from pyploop.hostconf import NAME, HostConfig
 from pyploop.landing import Landing
@@ -37,7 +38,6 @@ from pyploop.report.events import NOTE, Reporter
 from pyploop.runtimes import BAD_CONFIG, CPU, EXISTS, LOCKED, USAGE, Facts, Runtime, volumes
 from pyploop.runtimes.choose import make_runtime
 from pyploop.system import descriptors
-from pyploop.undo import journal
 from pyploop.wire import messages
 from pyploop.wire import mux as wire
 from pyploop.wire.messages import clipped

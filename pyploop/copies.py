@@ -7,10 +7,10 @@ from __future__ import annotations
 import contextlib
 
 from pyploop.copying import Disks
+from pyploop.diskcopy.options import Summary
 from pyploop.errors import MigrateError
 from pyploop.report.timeline import Span
 from pyploop.runtimes import COPY_FAILED
-from pyploop.summary import Summary
 from pyploop.system.jobs import Job, end_all
 from pyploop.trees import CHANNELS, Trees
 from pyploop.wire.mux import MAX_CHANNELS

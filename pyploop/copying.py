@@ -11,6 +11,9 @@ from collections.abc import Callable, Container, Iterator, Sequence
 from functools import partial
 from typing import Any, TypeVar
 
+from pyploop.diskcopy.d1_target import StreamOutput
+from pyploop.diskcopy.options import Options, Summary
+from pyploop.diskcopy.sender import Sender
 from pyploop.disks import opening
 from pyploop.disks.source import Source
 from pyploop.errors import MigrateError
@@ -19,9 +22,6 @@ from pyploop.remote import Remote
 from pyploop.report.events import Reporter
 from pyploop.report.timeline import Span
 from pyploop.runtimes import COPY_FAILED, Disk
-from pyploop.sender import Sender
-from pyploop.stream_output import StreamOutput
-from pyploop.summary import Options, Summary
 from pyploop.system.jobs import in_parallel
 from pyploop.trackers.registry import choose
 from pyploop.units import MIB

@@ -15,7 +15,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from pyploop._core import Bitmap, Known
-from pyploop.digests import PIECE, Reader, equal_parts
+from pyploop.diskcopy.digests import PIECE, Reader, equal_parts
 from pyploop.disks import small_reads
 from pyploop.disks.source import Source
 from pyploop.errors import ReadError

@@ -8,12 +8,12 @@ import os
 from collections.abc import Container, Sequence
 
 from pyploop import pieces
+from pyploop.diskcopy.options import Options
 from pyploop.kept_there import REQUEST, Kept
 from pyploop.remote import Remote
 from pyploop.report.events import Reporter
 from pyploop.reuse import send_file
 from pyploop.runtimes import Item
-from pyploop.summary import Options
 
 
 def send_items(

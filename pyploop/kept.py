@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from pyploop._core import fdatasync
+from pyploop.diskcopy.undo_kinds import journal
 from pyploop.errors import OpenError, PyploopError
 from pyploop.hostconf import HostConfig
 from pyploop.kept_sink import hold
@@ -32,7 +33,6 @@ from pyploop.report.events import Reporter
 from pyploop.runtimes import Runtime
 from pyploop.runtimes.volumes import KEPT, existing_parent
 from pyploop.system import beneath, private_folder
-from pyploop.undo import journal
 from pyploop.undo.journal import Entry, Journal
 from pyploop.units import MIB, format_size
 

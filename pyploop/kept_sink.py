@@ -13,9 +13,9 @@ import fcntl
 import os
 import signal
 
-from pyploop import naming
+from pyploop.diskcopy import target_name
+from pyploop.diskcopy.target_file import Sink
 from pyploop.errors import WriteError
-from pyploop.sink import Sink
 
 
 def hold(fd: int) -> None:
@@ -55,6 +55,6 @@ class KeptSink(Sink):
     def _give_name(self) -> None:
         if self._leased:
             check_untouched(self.fd, self._unfinished)
-        naming.give_name(self._dir_fd, self._unfinished, self._name)
+        target_name.give_name(self._dir_fd, self._unfinished, self._name)
         with contextlib.suppress(FileNotFoundError):  # renamed, not linked
             os.unlink(self._unfinished)

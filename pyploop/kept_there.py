@@ -6,7 +6,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from pyploop.delta import Reused
-from pyploop.digests import Reader
+from pyploop.diskcopy.digests import Reader
 from pyploop.remote import Remote
 from pyploop.report.events import Reporter
 from pyploop.units import format_size

@@ -19,12 +19,12 @@ from pathlib import Path
 from typing import Any
 
 from pyploop import treescan
+from pyploop.diskcopy.undo_kinds import journal
 from pyploop.errors import OpenError, PyploopError
 from pyploop.report.events import Reporter
 from pyploop.runtimes import folders
 from pyploop.runtimes.volumes import KEPT, existing_parent
 from pyploop.system import private_folder
-from pyploop.undo import journal
 from pyploop.undo.journal import Entry, Journal
 
 SCHEMA = "pyploop.kept-trees/1"

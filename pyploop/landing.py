@@ -19,11 +19,11 @@ from typing import Any
 
 from pyploop import kept, kept_trees, pieces, undoing, verdict
 from pyploop.chain import Chain, check_room, folder_of
+from pyploop.diskcopy.receiver import receive
 from pyploop.errors import MigrateError, ProtocolError, PyploopError
 from pyploop.hostconf import HostConfig
 from pyploop.landing_trees import LandingTrees
 from pyploop.pieces import Place
-from pyploop.receiver import receive
 from pyploop.report.events import Reporter
 from pyploop.runtimes import COPY_FAILED, LARGEST_FILE, RESTORE_FAILED, Facts, Runtime
 from pyploop.shelf import Shelf

@@ -23,7 +23,13 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Literal
 
-from pyploop import answers
+from pyploop.diskcopy import replies
+from pyploop.diskcopy.d2_target import PacketOutput
+from pyploop.diskcopy.options import Options
+from pyploop.diskcopy.receiver import receive
+from pyploop.diskcopy.sender import Sender
+from pyploop.diskcopy.target import Output
+from pyploop.diskcopy.target_registry import open_output
 from pyploop.disks import disk_descriptor, opening
 from pyploop.errors import (
     DeviceError,
@@ -31,13 +37,7 @@ from pyploop.errors import (
     ParameterError,
     PyploopError,
 )
-from pyploop.output import Output
-from pyploop.outputs import open_output
-from pyploop.packets import PacketOutput
-from pyploop.receiver import receive
 from pyploop.report.events import ERROR, INFO, NOTE, Reporter
-from pyploop.sender import Sender
-from pyploop.summary import Options
 from pyploop.system import descriptors
 from pyploop.trackers.registry import choose
 
@@ -134,7 +134,7 @@ class ploopcopy:
         running, self._state = self._state == "running", "over"
         self._undo.close()
         if running and isinstance(self._out, PacketOutput):
-            answers.hang_up(self._fd)
+            replies.hang_up(self._fd)
 
     def __del__(self) -> None:
         if self._state != "over":
@@ -171,9 +171,9 @@ def _receive(fname: str, fd: int) -> None:
         if not stat.S_ISSOCK(descriptors.check_open(fd, "descriptor").st_mode):
             raise ParameterError(f"descriptor {fd} is not a socket")
         try:
-            receive(fname, fd, None, _reporter(), IDLE, expected=answers.Replies(fd))
+            receive(fname, fd, None, _reporter(), IDLE, expected=replies.Replies(fd))
         except BaseException:
-            answers.hang_up(fd)
+            replies.hang_up(fd)
             raise
 
 

@@ -25,6 +25,7 @@ from typing import Any
 from pyploop import chain, cpu, host_identity, memory, pieces, recover, trees, undoing, verdict
 from pyploop.copies import Copies, check_number
 from pyploop.copying import OTHERS, REQUEST, Disks, opened
+from pyploop.diskcopy.options import Options, Summary
 from pyploop.errors import MigrateError, PyploopError
 from pyploop.hostconf import HostConfig
 from pyploop.items import send_items
@@ -41,7 +42,6 @@ from pyploop.runtimes import (
     Copied,
     Runtime,
 )
-from pyploop.summary import Options, Summary
 from pyploop.suspend_limit import SuspendLimit
 from pyploop.system import private_folder, signals
 from pyploop.system.jobs import Job, end_all

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 
 from pyploop._core import Bitmap
 from pyploop.delta import Reused
-from pyploop.digests import PIECE, Reader, cluster, data_extents, equal_parts
+from pyploop.diskcopy.digests import PIECE, Reader, cluster, data_extents, equal_parts
 from pyploop.errors import ReadError
 from pyploop.pieces import Writer
 

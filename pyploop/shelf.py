@@ -16,7 +16,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from pyploop import digests, kept
+from pyploop import kept
+from pyploop.diskcopy import digests
+from pyploop.diskcopy.target_file import Sink
 from pyploop.errors import ProtocolError, WriteError
 from pyploop.hostconf import HostConfig
 from pyploop.kept import KeptFile
@@ -24,7 +26,6 @@ from pyploop.kept_sink import KeptSink, check_untouched, hold
 from pyploop.report.events import Reporter
 from pyploop.runtimes import LARGEST_FILE, Disk, Runtime
 from pyploop.runtimes.volumes import existing_parent
-from pyploop.sink import Sink
 from pyploop.system import beneath
 from pyploop.system.beneath import Place
 from pyploop.undo.journal import Journal

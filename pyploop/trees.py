@@ -22,12 +22,12 @@ from dataclasses import replace
 from functools import partial
 
 from pyploop import rsync, treescan
+from pyploop.diskcopy.options import Options
 from pyploop.errors import CancelledError, LoopError, MigrateError
 from pyploop.remote import Remote
 from pyploop.report.events import Reporter
 from pyploop.report.timeline import Span, Stage
 from pyploop.runtimes import COPY_FAILED, Tree
-from pyploop.summary import Options
 from pyploop.system.jobs import Job, in_parallel
 from pyploop.treescan import Since
 

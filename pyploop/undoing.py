@@ -13,12 +13,12 @@ from pathlib import Path
 from typing import Any
 
 from pyploop import hostconf
+from pyploop.diskcopy.undo_kinds import journal
 from pyploop.errors import MigrateError, PyploopError
 from pyploop.hostconf import HostConfig
 from pyploop.runtimes import USAGE, Runtime, volumes
 from pyploop.runtimes.choose import make_runtime
 from pyploop.system import beneath, kernel, private_folder, removal, sysblock
-from pyploop.undo import journal
 from pyploop.undo.journal import Entry, Journal
 
 

@@ -15,15 +15,16 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from pyploop import delta, digests
-from pyploop.digests import Reader
+from pyploop import delta
+from pyploop.diskcopy import digests
+from pyploop.diskcopy.d1_target import StreamOutput
+from pyploop.diskcopy.digests import Reader
+from pyploop.diskcopy.options import Options, Summary
+from pyploop.diskcopy.receiver import receive
+from pyploop.diskcopy.sender import Sender
 from pyploop.disks import opening
 from pyploop.kept_sink import KeptSink, hold
-from pyploop.receiver import receive
 from pyploop.report.events import Reporter
-from pyploop.sender import Sender
-from pyploop.stream_output import StreamOutput
-from pyploop.summary import Options, Summary
 from pyploop.system.jobs import Job
 from pyploop.trackers.registry import choose
 

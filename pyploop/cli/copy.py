@@ -17,13 +17,18 @@ from dataclasses import replace
 from pathlib import Path
 from typing import IO
 
-from pyploop import apart
 from pyploop.cli.copy_options import (
     ANSWER_TIMEOUT,
     FREEZE_LIMIT,
     attached,
     parser,
 )
+from pyploop.diskcopy import separate_target
+from pyploop.diskcopy.freeze_policy import Policy
+from pyploop.diskcopy.options import Options
+from pyploop.diskcopy.receiver import receive
+from pyploop.diskcopy.sender import Sender
+from pyploop.diskcopy.target_registry import open_output
 from pyploop.disks import opening
 from pyploop.errors import (
     Interrupted,
@@ -33,14 +38,9 @@ from pyploop.errors import (
     TooLargeError,
 )
 from pyploop.freeze.throttle import Throttle
-from pyploop.outputs import open_output
-from pyploop.receiver import receive
 from pyploop.report import timings
 from pyploop.report.events import JsonRenderer, ProgressRenderer, Reporter, TextRenderer
 from pyploop.report.timeline import Recorder, chrome_trace
-from pyploop.rounds import Policy
-from pyploop.sender import Sender
-from pyploop.summary import Options
 from pyploop.system import descriptors
 from pyploop.trackers.registry import choose
 
@@ -136,7 +136,7 @@ def _send(o: argparse.Namespace, report: Reporter) -> None:
                 o.mounts,
                 unsafe=o.unsafe,
                 # Who gave us that output has it open, too: say what is wrong, not who.
-                check=lambda source: apart.check_output(source, out.fd),
+                check=lambda source: separate_target.check_output(source, out.fd),
             )
         ) as source,
     ):

@@ -5,9 +5,9 @@ from __future__ import annotations
 
 from pyploop.cli.arguments import Parser, parsed
 from pyploop.cli.stops import StopAction
-from pyploop.compat import COMPATS
+from pyploop.diskcopy.framing import COMPATS
+from pyploop.diskcopy.freeze_policy import Policy
 from pyploop.freeze.throttle import parse_throttle
-from pyploop.rounds import Policy
 from pyploop.trackers import TRACKERS
 from pyploop.units import parse_size, parse_time
 

@@ -12,16 +12,16 @@ from typing import TextIO
 from pyploop import hostconf, recover, rsync_options
 from pyploop.cli import migrate_options
 from pyploop.cli.migrate_options import MigrateOptions
+from pyploop.diskcopy.freeze_policy import Policy
+from pyploop.diskcopy.options import Options
 from pyploop.errors import Interrupted, MigrateError, PyploopError, one_line
 from pyploop.hostconf import CTID
 from pyploop.migrate import Result, Wish, migrate
 from pyploop.report import timings
 from pyploop.report.events import JsonRenderer, Reporter, TextRenderer
 from pyploop.report.timeline import chrome_trace
-from pyploop.rounds import Policy
 from pyploop.runtimes import COPY_FAILED, DUMP_FAILED, LOCKED, USAGE
 from pyploop.runtimes.choose import make_runtime
-from pyploop.summary import Options
 
 
 def run(args: list[str], level: int) -> int:

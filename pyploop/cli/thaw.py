@@ -7,8 +7,8 @@ import argparse
 import sys
 import time
 
-from pyploop import undo  # noqa: F401 - registers how entries are undone
 from pyploop.cli.arguments import Parser
+from pyploop.diskcopy import undo_kinds  # noqa: F401 - registers how entries are undone
 from pyploop.errors import BusyError, DeviceControlError, OpenError, PyploopError, one_line
 from pyploop.undo.journal import Record, describe, folder, records, replaying
 

@@ -18,6 +18,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from pyploop.diskcopy.undo_kinds import journal
 from pyploop.errors import MigrateError, PyploopError
 from pyploop.freeze.cgroup_freezer import freezer_in
 from pyploop.hostconf import HostConfig, within
@@ -48,7 +49,6 @@ from pyploop.runtimes.cgroup import ContainerCgroup
 from pyploop.runtimes.configured import Configured
 from pyploop.system import beneath
 from pyploop.system.commands import Command, last_words, run
-from pyploop.undo import journal
 
 PREVIEW = 0.25
 """Part of the memory that a dump may be larger than what is in use."""

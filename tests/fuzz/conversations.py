@@ -26,14 +26,14 @@ from made_up import SOURCE, Box, Finding, World
 from scripts import agent_seeds, frame_of, message_seeds, source_seeds
 
 from pyploop import agent, hostconf, migrate, recover, remote, undoing
+from pyploop.diskcopy.options import Options
+from pyploop.diskcopy.undo_kinds import journal
 from pyploop.errors import MigrateError, ProtocolError, PyploopError
 from pyploop.hostconf import HostConfig
 from pyploop.mux import Mux
 from pyploop.remote import Remote
 from pyploop.report.events import Reporter
 from pyploop.runtimes import CANNOT_CONNECT, State
-from pyploop.summary import Options
-from pyploop.undo import journal
 from pyploop.wire import messages
 from pyploop.wire import mux as wire
 

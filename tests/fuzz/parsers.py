@@ -22,7 +22,8 @@ from pathlib import Path
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from pyploop import compat, stream_output, vzconf
+from pyploop import vzconf
+from pyploop.diskcopy import d1_target, framing
 from pyploop.disks import disk_descriptor, image
 from pyploop.errors import (
     DescriptorError,
@@ -92,7 +93,7 @@ def parse_feedback(data: bytes) -> None:
             fds.callback(os.close, fd)
         os.write(back_w, data[:65536])
         os.close(back_w)
-        out = stream_output.StreamOutput(
+        out = d1_target.StreamOutput(
             out_w, back_r, Reporter(), two_way=False, sync_wait=0, answer_timeout=5
         )
         # Ours is asked again, and then its answers may carry a record of times.
@@ -112,7 +113,7 @@ def parse_feedback(data: bytes) -> None:
             assert first != d1.SUCCESS and "\n" not in str(e)
             return
         native = first == d1.HELLO_REPLY
-        assert out.framing is (compat.PYPLOOP if native else compat.PLOOP)
+        assert out.framing is (framing.PYPLOOP if native else framing.PLOOP)
         # A peer of ours is asked for its times, too.
         at = 16 if native else 8
         if native and data[8:16] == d1.HELLO_2_REPLY:

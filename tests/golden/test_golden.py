@@ -26,7 +26,7 @@ from fakeploop import Capture, Frame
 from support import MIB, SUCCESS
 
 from pyploop import _core
-from pyploop.compat import COMPATS
+from pyploop.diskcopy.framing import COMPATS
 
 SIZE = 5 * MIB
 HEADER = b"WithoutFreeSpace" + bytes(28) + (0x746F6E59).to_bytes(4, "little") + bytes(range(80))

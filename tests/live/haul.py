@@ -30,7 +30,7 @@ from typing import Any
 import libploop  # type: ignore[import-not-found]
 
 from pyploop import _core
-from pyploop.answers import Replies
+from pyploop.diskcopy.replies import Replies
 from pyploop.wire import d1
 
 

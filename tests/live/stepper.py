@@ -20,13 +20,13 @@ from pathlib import Path
 from typing import Any
 
 from pyploop.cli.main import main
+from pyploop.diskcopy.d1_target import StreamOutput
+from pyploop.diskcopy.precopy import Running
+from pyploop.diskcopy.sender import Sender
+from pyploop.diskcopy.source_pump import Passes
 from pyploop.freeze.cgroup import CgroupStopper
 from pyploop.freeze.filesystems import FileSystems
 from pyploop.freeze.session import Hold
-from pyploop.passes import Passes
-from pyploop.running import Running
-from pyploop.sender import Sender
-from pyploop.stream_output import StreamOutput
 from pyploop.trackers.bpf import BpfTracker
 
 AFTER = 1

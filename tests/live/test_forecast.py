@@ -22,13 +22,13 @@ from support_live import (
     work_dir,
 )
 
+from pyploop.diskcopy.d1_target import StreamOutput
+from pyploop.diskcopy.options import Options
+from pyploop.diskcopy.receiver import receive
+from pyploop.diskcopy.sender import Sender
 from pyploop.disks.opening import open_source
 from pyploop.freeze import FileSystems, filesystems
-from pyploop.receiver import receive
 from pyploop.report.events import Reporter
-from pyploop.sender import Sender
-from pyploop.stream_output import StreamOutput
-from pyploop.summary import Options
 from pyploop.system.jobs import Job
 from pyploop.trackers.registry import choose
 

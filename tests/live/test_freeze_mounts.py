@@ -331,7 +331,7 @@ def test_a_file_that_is_mounted_by_itself_is_enough_to_freeze(
 def test_a_frozen_file_system_of_which_a_file_is_mounted_is_thawed_by_hand(
     folder: Path, disk: tuple[str, Path]
 ) -> None:
-    from pyploop import undo
+    from pyploop.diskcopy import undo_kinds
 
     _, m = disk
     one = folder / "one"
@@ -341,7 +341,7 @@ def test_a_frozen_file_system_of_which_a_file_is_mounted_is_thawed_by_hand(
     run("mount", "--bind", m / "f", one)
     try:
         run("fsfreeze", "-f", m)
-        undo.thaw(entry)
+        undo_kinds.thaw(entry)
         assert not is_frozen(m)
     finally:
         run("umount", one)

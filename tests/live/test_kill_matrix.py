@@ -31,7 +31,7 @@ from support_hold import Container, cgroup, container, hierarchy
 from support_live import end, file_system, sparse_file, work_dir
 from support_ssh import ssh_here
 
-from pyploop import undo
+from pyploop.diskcopy import undo_kinds
 from pyploop.errors import DeviceControlError
 from pyploop.undo.journal import ENVIRONMENT, start_time
 
@@ -324,15 +324,15 @@ def test_a_file_system_is_thawed_by_its_device_wherever_it_is_mounted(bench: Ben
     other, st = bench.folder / "other", bench.point.stat()
     entry = {"mount": str(other), "dev": f"{os.major(st.st_dev)}:{os.minor(st.st_dev)}"}
     other.mkdir()
-    undo.thaw(entry)  # not frozen: nothing to do
+    undo_kinds.thaw(entry)  # not frozen: nothing to do
     run("fsfreeze", "-f", bench.point)
     try:
         # At its old place there is another file system now, or none.
-        undo.thaw({**entry, "mount": str(bench.point), "dev": "7:4095"})  # that has gone
+        undo_kinds.thaw({**entry, "mount": str(bench.point), "dev": "7:4095"})  # that has gone
         with pytest.raises(DeviceControlError, match="not mounted there any more"):
-            undo.thaw({**entry, "fsid": 1})
+            undo_kinds.thaw({**entry, "fsid": 1})
         assert is_frozen(bench.point)
-        undo.thaw(entry)
+        undo_kinds.thaw(entry)
         assert not is_frozen(bench.point)
     finally:
         subprocess.run(["fsfreeze", "-u", str(bench.point)], capture_output=True, check=False)

@@ -22,18 +22,18 @@ import pytest
 from support import MIB, loop_device, needs
 from support_live import random_file, same, work_dir
 
-from pyploop import repairs
 from pyploop._core import Bitmap, BpfTracking, Counters, Extents, Hook, Snapshot
+from pyploop.diskcopy import repairs
+from pyploop.diskcopy.options import Options, Summary
+from pyploop.diskcopy.precopy import Running
+from pyploop.diskcopy.repairs import Repairs
+from pyploop.diskcopy.sender import Sender
+from pyploop.diskcopy.target_file import Sink
+from pyploop.diskcopy.target_registry import FileOutput
 from pyploop.disks import opening
 from pyploop.errors import DeviceControlError, LoopError
 from pyploop.freeze import stoppers
-from pyploop.outputs import FileOutput
-from pyploop.repairs import Repairs
 from pyploop.report.events import Reporter
-from pyploop.running import Running
-from pyploop.sender import Sender
-from pyploop.sink import Sink
-from pyploop.summary import Options, Summary
 from pyploop.trackers import bpf
 from pyploop.undo.ledger import Plan
 

@@ -33,7 +33,7 @@ from support_live import (
     work_dir,
 )
 
-from pyploop import room
+from pyploop.diskcopy import target_room
 from pyploop.errors import WriteError
 from pyploop.units import GIB
 
@@ -179,8 +179,8 @@ def test_a_limit_of_the_file_system_is_found_before_the_first_byte(folder: Path,
             # As where a size cannot be tried without writing zeroes (vfat, exfat).
             with (there / "file").open("w+b") as f:
                 with pytest.raises(WriteError, match="File too large"):
-                    room.check_size(f.fileno(), 20 * GIB, "vfat", "file")
-                room.check_size(f.fileno(), GIB, "vfat", "file")
+                    target_room.check_size(f.fileno(), 20 * GIB, "vfat", "file")
+                target_room.check_size(f.fileno(), GIB, "vfat", "file")
             (there / "file").unlink()
 
 
@@ -201,10 +201,10 @@ def test_an_output_in_place_that_cannot_have_the_size_is_left_as_it_was(folder: 
 
 
 def test_the_default_reserve_is_a_part_of_what_is_free() -> None:
-    assert room.default_reserve(100 * GIB) == 5 * GIB
-    assert room.default_reserve(10 * GIB) == GIB
-    assert room.default_reserve(512 * MIB) == 256 * MIB
-    assert room.default_reserve(0) == 0
+    assert target_room.default_reserve(100 * GIB) == 5 * GIB
+    assert target_room.default_reserve(10 * GIB) == GIB
+    assert target_room.default_reserve(512 * MIB) == 256 * MIB
+    assert target_room.default_reserve(0) == 0
 
 
 @pytest.mark.parametrize("via", ["local", "pipe"])

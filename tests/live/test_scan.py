@@ -15,15 +15,15 @@ import pytest
 from support import MIB, is_frozen, loop_device, needs
 from support_live import copy, file_system, random_file, sparse_file, work_dir
 
+from pyploop.diskcopy.options import Options
+from pyploop.diskcopy.sender import Sender
+from pyploop.diskcopy.source_pump import Passes
+from pyploop.diskcopy.target_file import Sink
+from pyploop.diskcopy.target_registry import FileOutput
 from pyploop.disks.opening import open_source
 from pyploop.errors import LoopError
 from pyploop.freeze.stoppers import Spec
-from pyploop.outputs import FileOutput
-from pyploop.passes import Passes
 from pyploop.report.events import Reporter
-from pyploop.sender import Sender
-from pyploop.sink import Sink
-from pyploop.summary import Options
 from pyploop.trackers import Batch
 from pyploop.trackers.scan import ScanTracker
 

@@ -18,9 +18,9 @@ import support
 from treeloop import account, copying
 
 from pyploop import rsync_options
+from pyploop.diskcopy.freeze_policy import Policy
+from pyploop.diskcopy.options import Options
 from pyploop.errors import LoopError, MigrateError
-from pyploop.rounds import Policy
-from pyploop.summary import Options
 from pyploop.system.jobs import Job
 
 

@@ -13,11 +13,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, cast
 
+from pyploop.diskcopy.options import Options
 from pyploop.landing_trees import LandingTrees
 from pyploop.remote import Remote
 from pyploop.report.events import Reporter
 from pyploop.runtimes import Tree
-from pyploop.summary import Options
 from pyploop.system.jobs import Job
 from pyploop.trees import Trees
 from pyploop.undo.journal import Journal

@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 
 from pyploop import kept, kept_trees, undoing
+from pyploop.diskcopy.undo_kinds import journal
 from pyploop.system import beneath, kernel
-from pyploop.undo import journal
 
 Opener = Callable[[int, str], int]
 _FOLDER = os.O_PATH | os.O_DIRECTORY

@@ -15,11 +15,11 @@ import pytest
 import support
 from support import FAILURE, SUCCESS, d1_end, d1_frame, d1_sync
 
+from pyploop.diskcopy.d1_target import StreamOutput
 from pyploop.disks import opening
 from pyploop.disks.source import Source
 from pyploop.errors import ParameterError, ProtocolError, WriteError
 from pyploop.report.events import Reporter
-from pyploop.stream_output import StreamOutput
 
 HELLO, HELLO_2, PLACE, REFUSED = (b"PYP" + bytes([n]) for n in (1, 2, 3, 4))
 HELLO_REPLY, HELLO_2_REPLY, PLACE_REPLY = (b"PYPLOOP" + bytes([n]) for n in (1, 2, 3))

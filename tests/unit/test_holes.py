@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 from support import MIB, needs, pyploop_cmd, pyploop_env, run
 
-from pyploop import digests
+from pyploop.diskcopy import digests
 from pyploop.system import file_extents
 
 SIZE = 8 * MIB

@@ -20,8 +20,8 @@ import pytest
 import support
 from support import MIB, SUCCESS, d1_end, d1_frame, d1_header, d1_sync
 
+from pyploop.diskcopy.receiver import receive
 from pyploop.errors import WriteError
-from pyploop.receiver import receive
 from pyploop.report.events import Reporter
 from pyploop.system import descriptors
 

@@ -13,8 +13,8 @@ import pytest
 from support import pyploop_cmd, pyploop_env
 
 from pyploop import relay
+from pyploop.diskcopy.undo_kinds import watchdog
 from pyploop.system import enclosure
-from pyploop.undo import watchdog
 
 MODULES = (
     *("argparse", "contextlib", "ctypes", "errno", "fcntl", "hashlib", "importlib", "io", "json"),

@@ -21,9 +21,11 @@ from typing import Any
 import pytest
 from going_on import go_on, tell
 
-from pyploop import delta, digests, kept, pieces, reuse, shelf
+from pyploop import delta, kept, pieces, reuse, shelf
 from pyploop._core import Known
-from pyploop.digests import Reader
+from pyploop.diskcopy import digests
+from pyploop.diskcopy.digests import Reader
+from pyploop.diskcopy.source_pump import _hash_shift
 from pyploop.disks import opening
 from pyploop.errors import (
     CancelledError,
@@ -35,7 +37,6 @@ from pyploop.errors import (
 )
 from pyploop.hostconf import HostConfig
 from pyploop.kept_sink import KeptSink, check_untouched, hold
-from pyploop.passes import _hash_shift
 from pyploop.report.events import Reporter
 from pyploop.runtimes import COPY_FAILED, Disk
 from pyploop.system import beneath

@@ -14,9 +14,9 @@ import pytest
 from support import needs, pyploop_env
 
 from pyploop import ctlock, kept_trees, undoing, verdict
+from pyploop.diskcopy.undo_kinds import journal
 from pyploop.errors import BusyError, CreateError, OpenError, PyploopError
 from pyploop.system import private_folder
-from pyploop.undo import journal
 
 NOBODY = 65534
 

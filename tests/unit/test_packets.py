@@ -21,12 +21,12 @@ from d2_peer import ASYNC, CMD, COPY_DEVICE, DATA, MD5, NEW, OLD, SLIP, Receiver
 from support import MIB
 
 from pyploop import libploop
+from pyploop.diskcopy.d2_target import PacketOutput
+from pyploop.diskcopy.options import Options
+from pyploop.diskcopy.sender import Sender
 from pyploop.disks import opening
 from pyploop.errors import ParameterError, PyploopError, WriteError
-from pyploop.packets import PacketOutput
 from pyploop.report.events import Reporter
-from pyploop.sender import Sender
-from pyploop.summary import Options
 from pyploop.trackers.registry import choose
 from pyploop.wire import d2, d3
 

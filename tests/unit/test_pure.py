@@ -24,6 +24,10 @@ import support
 
 from pyploop._core import Extents
 from pyploop.cli.main import parse_globals, signals_raise
+from pyploop.diskcopy.options import Options
+from pyploop.diskcopy.sender import Sender
+from pyploop.diskcopy.target_file import Sink
+from pyploop.diskcopy.target_registry import FileOutput
 from pyploop.disks.opening import open_source
 from pyploop.disks.source import Source
 from pyploop.errors import (
@@ -38,11 +42,7 @@ from pyploop.errors import (
     WriteError,
 )
 from pyploop.freeze import FileSystems
-from pyploop.outputs import FileOutput
 from pyploop.report.events import ERROR, JsonRenderer, Reporter, TextRenderer
-from pyploop.sender import Sender
-from pyploop.sink import Sink
-from pyploop.summary import Options
 from pyploop.system import descriptors, kernel, sysblock
 from pyploop.system.sysblock import BlockDevice, Mount
 from pyploop.system.worker import run_cancellable, wait_for

@@ -19,12 +19,12 @@ import pytest
 from support import SUCCESS, d1_end, d1_frame, d1_sync
 
 from pyploop.cli.main import main
+from pyploop.diskcopy.d1_target import StreamOutput
+from pyploop.diskcopy.receiver import receive
 from pyploop.errors import ProtocolError, SyncError
-from pyploop.receiver import receive
 from pyploop.report import timings
 from pyploop.report.events import Reporter
 from pyploop.report.timeline import Clock, Heard, Recorder, chrome_trace
-from pyploop.stream_output import StreamOutput
 from pyploop.wire import d1
 
 HELLO, HELLO_REPLY = b"PYP\x01", b"PYPLOOP\x01"

@@ -18,7 +18,8 @@ from typing import Any
 
 import pytest
 
-from pyploop import digests, mux, pieces
+from pyploop import mux, pieces
+from pyploop.diskcopy import digests
 from pyploop.errors import MigrateError, ProtocolError, PyploopError, ReadError
 from pyploop.mux import Mux
 from pyploop.remote import Remote

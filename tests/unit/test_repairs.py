@@ -8,9 +8,9 @@ from typing import Any, cast
 import pytest
 
 from pyploop._core import Extents
-from pyploop.repairs import SLICE, Repairs
+from pyploop.diskcopy.options import Summary
+from pyploop.diskcopy.repairs import SLICE, Repairs
 from pyploop.report.events import Reporter
-from pyploop.summary import Summary
 from pyploop.trackers import Batch, Repair
 from pyploop.units import MIB
 
@@ -38,7 +38,7 @@ class Passes:
 @pytest.fixture
 def passes(monkeypatch: pytest.MonkeyPatch) -> Passes:
     made = Passes(10.0 * MIB)
-    monkeypatch.setattr("pyploop.repairs.time.monotonic", lambda: made.now)
+    monkeypatch.setattr("pyploop.diskcopy.repairs.time.monotonic", lambda: made.now)
     return made
 
 

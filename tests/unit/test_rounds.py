@@ -16,8 +16,17 @@ from typing import Any
 import pytest
 
 from pyploop._core import Extents
-from pyploop.hot import HotBlocks
-from pyploop.rounds import Costs, Decision, Forecast, Measured, Policy, Round, decide, forecast
+from pyploop.diskcopy.freeze_policy import (
+    Costs,
+    Decision,
+    Forecast,
+    Measured,
+    Policy,
+    Round,
+    decide,
+    forecast,
+)
+from pyploop.diskcopy.hot_blocks import HotBlocks
 from pyploop.trackers import Batch
 
 MIB = 1 << 20

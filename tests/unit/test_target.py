@@ -18,12 +18,13 @@ from typing import Any
 import pytest
 import support
 
-from pyploop import _core, naming
+from pyploop import _core
 from pyploop.cli import copy as cli
 from pyploop.cli import thaw
+from pyploop.diskcopy import target_name
+from pyploop.diskcopy.target_file import Sink
 from pyploop.errors import CreateError, Interrupted
 from pyploop.report.events import Reporter, TextRenderer
-from pyploop.sink import Sink
 from pyploop.system import kernel
 from pyploop.undo.journal import boot_id, folder
 
@@ -189,7 +190,7 @@ def test_a_file_that_cannot_be_synced_alone_is_with_its_file_system(
     tmp_path: Path, monkeypatch: Patch
 ) -> None:
     lacking = failing(_core.fdatasync, errno.EINVAL, lambda fd: True)
-    monkeypatch.setattr("pyploop.sink.fdatasync", lacking)
+    monkeypatch.setattr("pyploop.diskcopy.target_file.fdatasync", lacking)
     assert copy(tmp_path) == 0
     monkeypatch.setattr(kernel, "syncfs", failing(kernel.syncfs, errno.EIO, lambda *a: True))
     (tmp_path / "t/image").unlink()
@@ -248,7 +249,7 @@ def test_nothing_is_said_of_a_file_whose_owner_undoes_it(tmp_path: Path) -> None
 
 def test_data_that_cannot_be_synced_are_no_target(tmp_path: Path, monkeypatch: Patch) -> None:
     broken = failing(_core.fdatasync, errno.EIO, lambda fd: True)
-    monkeypatch.setattr("pyploop.sink.fdatasync", broken)
+    monkeypatch.setattr("pyploop.diskcopy.target_file.fdatasync", broken)
     assert copy(tmp_path) == 16
     assert names(tmp_path / "t") == []
 
@@ -289,7 +290,7 @@ def test_a_folder_that_takes_no_name_any_more_does_not_lose_the_copy(
     if any_fs != "all":
         # It had to keep the name of an unfinished file, and is none.
         fd = os.open(tmp_path / "t", os.O_RDONLY)
-        assert naming.left_behind(fd, "image") == []
+        assert target_name.left_behind(fd, "image") == []
         os.close(fd)
         assert kept.exists()
 
@@ -336,7 +337,7 @@ def part(path: Path, name: str = "image", boot: str | None = None) -> Path:
 def left_behind(path: Path) -> list[str]:
     fd = os.open(path, os.O_RDONLY)
     try:
-        return naming.left_behind(fd, "image")
+        return target_name.left_behind(fd, "image")
     finally:
         os.close(fd)
 
@@ -361,7 +362,7 @@ def test_what_a_killed_copy_left_is_removed_by_pyploop_thaw(tmp_path: Path) -> N
         "        raise OSError(errno.EOPNOTSUPP, '')\n"
         "    return real(path, flags, *a, **k)\n"
         "os.open = no\n"
-        "from pyploop.sink import Sink\n"
+        "from pyploop.diskcopy.target_file import Sink\n"
         f"Sink({str(tmp_path / 'image')!r})\n"
         "os.kill(os.getpid(), signal.SIGKILL)\n"
     )
@@ -376,7 +377,7 @@ def test_what_a_killed_copy_left_is_removed_by_pyploop_thaw(tmp_path: Path) -> N
 
 def test_a_signal_as_the_part_is_made_leaves_nothing(tmp_path: Path, monkeypatch: Patch) -> None:
     without_tmpfile(monkeypatch)
-    real = naming.lock_part
+    real = target_name.lock_part
 
     def interrupted(fd: int) -> None:
         real(fd)
@@ -385,7 +386,7 @@ def test_a_signal_as_the_part_is_made_leaves_nothing(tmp_path: Path, monkeypatch
         tried.append(fd)
 
     tried: list[int] = []
-    monkeypatch.setattr(naming, "lock_part", interrupted)
+    monkeypatch.setattr(target_name, "lock_part", interrupted)
     with pytest.raises(Interrupted):
         Sink(str(tmp_path / "image"))
     assert names(tmp_path) == []
@@ -409,7 +410,7 @@ NOT_OURS: dict[str, Callable[[Path], object]] = {
         part(p, "image2")
     ),
     "a pipe": lambda p: os.mkfifo(p / f".image.{boot_id()[:8]}-0123abcd.part"),
-    "complete": lambda p: part(p).chmod(naming.COMPLETE),
+    "complete": lambda p: part(p).chmod(target_name.COMPLETE),
     "perhaps of another machine": lambda p: part(p, boot="00000000"),
 }
 
@@ -432,7 +433,7 @@ def test_the_part_of_another_user_is_not_touched(tmp_path: Path) -> None:
 
 def test_the_part_of_an_earlier_boot_is_removed_when_nobody_wrote_for_a_day(tmp_path: Path) -> None:
     old = part(tmp_path, boot="00000000")
-    os.utime(old, (0, time.time() - naming.OLD - 60))
+    os.utime(old, (0, time.time() - target_name.OLD - 60))
     assert left_behind(tmp_path) == [old.name]
     assert names(tmp_path) == []
 
@@ -442,11 +443,11 @@ def test_a_part_that_is_taken_for_left_behind_as_it_is_made_ends_the_copy(tmp_pa
     with made.open("rb") as mine, made.open("rb") as other:
         fcntl.flock(other, fcntl.LOCK_EX)
         with pytest.raises(OSError, match="Stale"):
-            naming.lock_part(mine.fileno())
+            target_name.lock_part(mine.fileno())
         made.unlink()
         fcntl.flock(other, fcntl.LOCK_UN)
         with pytest.raises(OSError, match="Stale"):
-            naming.lock_part(mine.fileno())
+            target_name.lock_part(mine.fileno())
 
 
 # ---- real file systems

@@ -15,11 +15,11 @@ from collections.abc import Callable
 
 from pyploop import _core
 from pyploop._core import Fault, Known, Pump
-from pyploop.compat import PLOOP, PYPLOOP
+from pyploop.diskcopy.framing import PLOOP, PYPLOOP
+from pyploop.diskcopy.target import Packets, explain_write
 from pyploop.disks.backing import Thing
 from pyploop.disks.source import Source
 from pyploop.errors import CancelledError, PyploopError, ReadError, WriteError
-from pyploop.output import Packets, explain_write
 from pyploop.report.events import Reporter
 from pyploop.report.timeline import Heard
 from pyploop.system import descriptors

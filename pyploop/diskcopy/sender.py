@@ -18,7 +18,14 @@ import time
 from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
-from pyploop import _core, apart
+from pyploop import _core
+from pyploop.diskcopy import separate_target
+from pyploop.diskcopy.freeze_policy import Round
+from pyploop.diskcopy.options import Options, Summary
+from pyploop.diskcopy.precopy import Running, words
+from pyploop.diskcopy.repairs import FreezeGivenUp
+from pyploop.diskcopy.source_pump import Passes
+from pyploop.diskcopy.target import Output
 from pyploop.disks.image import clear_in_use
 from pyploop.disks.source import Source
 from pyploop.disks.write_counters import Writes
@@ -26,15 +33,9 @@ from pyploop.errors import DeviceControlError, LoopError, OpenError
 from pyploop.freeze import FileSystems, run_command
 from pyploop.freeze.session import Hold, Limits, newer
 from pyploop.freeze.stoppers import Spec
-from pyploop.output import Output
-from pyploop.passes import Passes
-from pyploop.repairs import FreezeGivenUp
 from pyploop.report.events import Reporter
 from pyploop.report.slow_steps import Patience
 from pyploop.report.timeline import Recorder
-from pyploop.rounds import Round
-from pyploop.running import Running, words
-from pyploop.summary import Options, Summary
 from pyploop.system.worker import run_cancellable
 from pyploop.trackers import Repair, Tracker, Verdict
 from pyploop.undo.ledger import Plan
@@ -42,7 +43,7 @@ from pyploop.units import format_size
 
 if TYPE_CHECKING:
     from pyploop.delta import Reused
-    from pyploop.digests import Reader
+    from pyploop.diskcopy.digests import Reader
 
 FINAL_PASSES = 3
 """Passes with dirty blocks inside the freeze before it is called a loop."""
@@ -130,7 +131,7 @@ class Sender:
             self._hold = Hold(self._specs(), self._mounts, self._plan, report)
             self._writes = Writes(source)
             undo.callback(self._writes.close)
-            apart.check(source, self._mounts.points, self._out)
+            separate_target.check(source, self._mounts.points, self._out)
             self._mounts.try_out()
             if self._options.throttle is not None:
                 disk = None if source.block is None else source.block.disk_dev
@@ -143,7 +144,7 @@ class Sender:
             if self._hold:
                 self._plan.launch()
             self._passes.greet()
-            apart.check(source, self._mounts.points, self._out)  # as the peer has told
+            separate_target.check(source, self._mounts.points, self._out)  # as the peer has told
             self._passes.watch_room()
             self._passes.begin()
             self.summary.dialect = self._out.dialect

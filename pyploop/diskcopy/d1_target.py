@@ -9,15 +9,16 @@ import time
 from collections.abc import Callable
 from functools import partial
 
-from pyploop import _core, reader, room
+from pyploop import _core
 from pyploop._core import Fault, Known, Pump
-from pyploop.compat import EXACT, NATIVE, PERHAPS_PLOOP, PLOOP, PYPLOOP, Compat, Framing
+from pyploop.diskcopy import pipe_reader, target_room
+from pyploop.diskcopy.framing import EXACT, NATIVE, PERHAPS_PLOOP, PLOOP, PYPLOOP, Compat, Framing
+from pyploop.diskcopy.target import Packets, explain_write
 from pyploop.disks import backing
 from pyploop.disks.backing import Thing
 from pyploop.disks.image import HEADER_FRAME
 from pyploop.disks.source import Source
 from pyploop.errors import ProtocolError, PyploopError, SyncError, WriteError
-from pyploop.output import Packets, explain_write
 from pyploop.report.events import Reporter
 from pyploop.report.timeline import Heard
 from pyploop.system import descriptors
@@ -131,7 +132,7 @@ class StreamOutput:
     def announce(self, source: Source, *, compare_room: bool) -> int:
         written = self._ask_for_place(source, compare_room) if self._timed else 0
         if self._place is None:
-            self._reader = reader.below_target(self.fd)
+            self._reader = pipe_reader.below_target(self.fd)
         return written
 
     def _ask_for_place(self, source: Source, compare_room: bool) -> int:
@@ -153,7 +154,7 @@ class StreamOutput:
             self._read_place(self._answers)
             if compare_room and self._place and self._place.room != d1.UNKNOWN_ROOM:
                 try:
-                    room.check(source, self._place.room, "the receiver")
+                    target_room.check(source, self._place.room, "the receiver")
                 except WriteError as e:
                     self.refuse(e)
                     raise

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from pyploop.diskcopy.freeze_policy import Policy
 from pyploop.freeze.stoppers import Spec
 from pyploop.freeze.throttle import Throttle
-from pyploop.rounds import Policy
 
 
 @dataclass

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from pyploop._core import Fault, Known, Pump
-from pyploop.compat import Framing
+from pyploop.diskcopy.framing import Framing
 from pyploop.disks.backing import Thing
 from pyploop.disks.source import Source
 from pyploop.errors import ProtocolError, PyploopError, ReadError, SyncError, WriteError

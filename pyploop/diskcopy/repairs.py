@@ -12,10 +12,10 @@ import time
 from collections.abc import Iterator
 
 from pyploop._core import Extents
+from pyploop.diskcopy.options import Summary
+from pyploop.diskcopy.source_pump import Passes
 from pyploop.errors import LoopError
-from pyploop.passes import Passes
 from pyploop.report.events import Reporter
-from pyploop.summary import Summary
 from pyploop.trackers import Batch, Repair
 from pyploop.units import MIB, format_size
 

@@ -16,9 +16,13 @@ import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from pyploop import _core, room
+from pyploop import _core
 from pyploop._core import Bitmap, Extents, Fault, Known, Pump, PumpStats
-from pyploop.compat import PIECE, Extent
+from pyploop.diskcopy import target_room
+from pyploop.diskcopy.framing import PIECE, Extent
+from pyploop.diskcopy.options import Options
+from pyploop.diskcopy.target import Output, explain_write
+from pyploop.diskcopy.target_room import Watched
 from pyploop.disks import small_reads
 from pyploop.disks.source import Source
 from pyploop.errors import (
@@ -29,17 +33,14 @@ from pyploop.errors import (
     ReadError,
     WriteError,
 )
-from pyploop.output import Output, explain_write
 from pyploop.report.events import Reporter
-from pyploop.room import Watched
-from pyploop.summary import Options
 from pyploop.system.worker import run_cancellable
 from pyploop.trackers import Batch, Tracker
 from pyploop.units import BLOCK, MIB, SECTOR, format_size
 
 if TYPE_CHECKING:
     from pyploop.delta import Reused
-    from pyploop.digests import Reader
+    from pyploop.diskcopy.digests import Reader
 
 MEMORY = 16 * MIB
 """Bytes of read buffers, whatever the source's size."""
@@ -96,7 +97,7 @@ class Passes:
             return
         try:
             has = os.fstat(self._out.fd).st_blocks * SECTOR  # of an output in place
-            self._shared = room.shared(self._source, things, reserve, has)
+            self._shared = target_room.shared(self._source, things, reserve, has)
         except WriteError as e:
             self._out.refuse(e)
             raise

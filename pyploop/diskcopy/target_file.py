@@ -20,8 +20,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
 
-from pyploop import naming
 from pyploop._core import fdatasync
+from pyploop.diskcopy import target_name
 from pyploop.errors import (
     CreateError,
     Interrupted,
@@ -64,7 +64,7 @@ class Sink:
         self._name = target.name
         self._report = report or Reporter()
         self._part: str | None = None
-        self._ways = naming.WAYS
+        self._ways = target_name.WAYS
         self._journal: Journal | None = None
         self._complete = ""
         """Where the complete file is, once it is."""
@@ -104,7 +104,7 @@ class Sink:
         the first half only, and it would be known when all is copied."""
         fd = self._nameless(folder)
         try:
-            part = naming.part_of(self._dir_fd, self._name)
+            part = target_name.part_of(self._dir_fd, self._name)
             self._link(fd, part, self._dir_fd)
             self._unlink(part)
         finally:
@@ -115,15 +115,15 @@ class Sink:
         os.link(f"/proc/self/fd/{fd}", name, dst_dir_fd=dir_fd, follow_symlinks=True)
 
     def _create_part(self) -> int:
-        for part in naming.left_behind(self._dir_fd, self._name):
+        for part in target_name.left_behind(self._dir_fd, self._name):
             self._report.note(f"Removed {self._beside(part)}, left by a copy that was killed")
         self._ways = self._try_naming()
-        self._part = naming.part_of(self._dir_fd, self._name)
+        self._part = target_name.part_of(self._dir_fd, self._name)
         self._note_part(self._part)
         fd = self._new_part(self._part)
         self._report.info(
             f"The target is {self._beside(self._part)} until it is complete (no files without a "
-            f"name here), and then {naming.IN_WORDS[self._ways[0]]}"
+            f"name here), and then {target_name.IN_WORDS[self._ways[0]]}"
         )
         return fd
 
@@ -131,18 +131,18 @@ class Sink:
         flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
         fd = os.open(part, flags, MODE, dir_fd=self._dir_fd)
         try:
-            naming.lock_part(fd)
+            target_name.lock_part(fd)
         except BaseException:
             os.close(fd)
             raise
         return fd
 
-    def _try_naming(self) -> tuple[naming.Way, ...]:
+    def _try_naming(self) -> tuple[target_name.Way, ...]:
         """The way that its name will take, tried with an empty file."""
-        old, new = (naming.part_of(self._dir_fd, self._name) for _ in range(2))
+        old, new = (target_name.part_of(self._dir_fd, self._name) for _ in range(2))
         fd = self._new_part(old)
         try:
-            return naming.give_name(self._dir_fd, old, new)
+            return target_name.give_name(self._dir_fd, old, new)
         finally:
             os.close(fd)
             self._unlink(old)
@@ -217,7 +217,7 @@ class Sink:
         if self._part is None:
             self._link(self.fd, self._name, self._dir_fd)
         else:
-            naming.give_name(self._dir_fd, self._part, self._name, self._ways)
+            target_name.give_name(self._dir_fd, self._part, self._name, self._ways)
 
     def _is_named(self) -> bool:
         try:
@@ -230,7 +230,7 @@ class Sink:
         try:
             os.fsync(self._dir_fd)
         except OSError as e:
-            if e.errno not in naming.UNSUPPORTED:
+            if e.errno not in target_name.UNSUPPORTED:
                 raise SyncError.of(
                     f"cannot sync the folder of {self.path}, so a crash may take its name away", e
                 ) from e
@@ -241,7 +241,7 @@ class Sink:
         try:
             kernel.syncfs(self._dir_fd, self.path)
         except OSError as e:
-            if e.errno not in naming.UNSUPPORTED:
+            if e.errno not in target_name.UNSUPPORTED:
                 raise SyncError.of(f"cannot sync the file system of {self.path}", e) from e
             how = "so a crash may take the name away"
         self._report.note(f"The file system of {self.path} cannot sync a folder, {how}")
@@ -279,14 +279,14 @@ class Sink:
     def _other_name(self) -> str:
         """A name beside the one that was wanted; of a file without a name also in
         a folder above, for its own may be gone or closed."""
-        name = naming.complete_of(self._dir_fd, self._name)
+        name = target_name.complete_of(self._dir_fd, self._name)
         if self._part is not None:
             try:
-                naming.give_name(self._dir_fd, self._part, name, self._ways)
+                target_name.give_name(self._dir_fd, self._part, name, self._ways)
             except OSError:
                 part, self._part = self._part, None
                 with contextlib.suppress(OSError):
-                    os.fchmod(self.fd, naming.COMPLETE)
+                    os.fchmod(self.fd, target_name.COMPLETE)
                 return self._beside(part)
             return self._beside(name)
         for folder in Path(os.path.abspath(self.path)).parents:
@@ -332,7 +332,7 @@ def make_durable(fd: int, path: str) -> None:
     try:
         fdatasync(fd)
     except OSError as e:
-        if e.errno not in naming.UNSUPPORTED:
+        if e.errno not in target_name.UNSUPPORTED:
             raise
         kernel.syncfs(fd, path)
 

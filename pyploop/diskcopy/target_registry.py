@@ -10,19 +10,20 @@ import os
 import stat
 from collections.abc import Callable, Iterator
 
-from pyploop import _core, room
+from pyploop import _core
 from pyploop._core import Known, Pump
-from pyploop.compat import NATIVE, Compat
+from pyploop.diskcopy import target_room
+from pyploop.diskcopy.d1_target import StreamOutput
+from pyploop.diskcopy.framing import NATIVE, Compat
+from pyploop.diskcopy.target import Output, Packets
+from pyploop.diskcopy.target_file import Sink, make_durable
 from pyploop.disks import backing
 from pyploop.disks.backing import Thing
 from pyploop.disks.image import HEADER_FRAME
 from pyploop.disks.source import Source
 from pyploop.errors import ParameterError, PyploopError, SyncError, WriteError
-from pyploop.output import Output, Packets
 from pyploop.report.events import Reporter
 from pyploop.report.timeline import Heard
-from pyploop.sink import Sink, make_durable
-from pyploop.stream_output import StreamOutput
 from pyploop.system import descriptors
 from pyploop.system.worker import run_cancellable
 from pyploop.units import SECTOR, format_size
@@ -55,11 +56,11 @@ class FileOutput:
 
     def announce(self, source: Source, *, compare_room: bool) -> int:
         found = self._below
-        room.check_size(self.fd, source.size, found.file_systems[0].fstype, self._name)
+        target_room.check_size(self.fd, source.size, found.file_systems[0].fstype, self._name)
         if compare_room:
-            left, where = room.of_target(found)
+            left, where = target_room.of_target(found)
             has = os.fstat(self.fd).st_blocks * SECTOR
-            room.check(source, None if left is None else left + has, where)
+            target_room.check(source, None if left is None else left + has, where)
         for words in found.unknown:
             self._report.info(f"Where {words} stores its data is not known")
         return 0

@@ -14,9 +14,11 @@ import time
 from dataclasses import dataclass
 from functools import cached_property
 
-from pyploop import _core, room
+from pyploop import _core
 from pyploop._core import Fault, Receiver, RecvStats
-from pyploop.answers import Answers, Feedback, NoAnswers, Replies
+from pyploop.diskcopy import target_room
+from pyploop.diskcopy.replies import Answers, Feedback, NoAnswers, Replies
+from pyploop.diskcopy.target_file import Sink
 from pyploop.disks import backing
 from pyploop.errors import (
     NotSupportedError,
@@ -28,7 +30,6 @@ from pyploop.errors import (
     WriteError,
 )
 from pyploop.report.events import Reporter
-from pyploop.sink import Sink
 from pyploop.system import descriptors
 from pyploop.system.worker import run_cancellable
 from pyploop.units import MIB, SECTOR, format_size
@@ -104,10 +105,10 @@ class _Target:
 
     def expect(self, size: int) -> None:
         fstype = self._below.file_systems[0].fstype
-        room.check_size(self._sink.fd, size, fstype, self._sink.path)
+        target_room.check_size(self._sink.fd, size, fstype, self._sink.path)
 
     def place(self) -> d1.Place:
-        left, _ = room.of_target(self._below)
+        left, _ = target_room.of_target(self._below)
         has = os.fstat(self._sink.fd).st_blocks * SECTOR
         return d1.Place(
             backing.boot(),

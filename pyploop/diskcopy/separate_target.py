@@ -6,10 +6,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+from pyploop.diskcopy.target import Output
 from pyploop.disks.backing import apart_from, in_words, is_below
 from pyploop.disks.source import Source
 from pyploop.errors import ParameterError
-from pyploop.output import Output
 
 
 def check(source: Source, points: Iterable[str], out: Output) -> None:

@@ -14,18 +14,8 @@ from typing import TYPE_CHECKING
 
 from pyploop import _core
 from pyploop._core import Bitmap, Extents
-from pyploop.compat import Extent
-from pyploop.disks.source import Source
-from pyploop.errors import LoopError
-from pyploop.freeze import FileSystems
-from pyploop.freeze.session import Hold, Limits
-from pyploop.hot import HotBlocks
-from pyploop.output import Output
-from pyploop.passes import Passes
-from pyploop.repairs import Repairs
-from pyploop.report.events import Reporter
-from pyploop.report.timeline import Recorder
-from pyploop.rounds import (
+from pyploop.diskcopy.framing import Extent
+from pyploop.diskcopy.freeze_policy import (
     MEANINGFUL,
     Costs,
     Decision,
@@ -35,14 +25,24 @@ from pyploop.rounds import (
     decide,
     forecast,
 )
-from pyploop.summary import Options, Summary
+from pyploop.diskcopy.hot_blocks import HotBlocks
+from pyploop.diskcopy.options import Options, Summary
+from pyploop.diskcopy.repairs import Repairs
+from pyploop.diskcopy.source_pump import Passes
+from pyploop.diskcopy.target import Output
+from pyploop.disks.source import Source
+from pyploop.errors import LoopError
+from pyploop.freeze import FileSystems
+from pyploop.freeze.session import Hold, Limits
+from pyploop.report.events import Reporter
+from pyploop.report.timeline import Recorder
 from pyploop.system.worker import run_cancellable
 from pyploop.trackers import Batch, Repair, Tracker, Verdict, whole
 from pyploop.units import MIB, format_size
 
 if TYPE_CHECKING:
     from pyploop.delta import Reused
-    from pyploop.digests import Reader
+    from pyploop.diskcopy.digests import Reader
 
 APPROACHES = 3
 """Target syncs before the freeze, when no --max-freeze asks for more."""
