@@ -19,24 +19,33 @@ from pyploop import (
     __version__,
     cpu,
     ctlock,
-    hostconf,
     kept,
     kept_trees,
     landing,
     landing_trees,
-    policy,
     undoing,
     verdict,
 )
 from pyploop.diskcopy.undo_kinds import journal
 from pyploop.errors import BusyError, MigrateError, ProtocolError, PyploopError, one_line
-from pyploop.hostconf import NAME, HostConfig
 from pyploop.landing import Landing
 from pyploop.mux import Mux
-from pyploop.policy import Source
 from pyploop.report.events import NOTE, Reporter
-from pyploop.runtimes import BAD_CONFIG, CPU, EXISTS, LOCKED, USAGE, Facts, Runtime, volumes
-from pyploop.runtimes.choose import make_runtime
+from pyploop.runtimes import (
+    BAD_CONFIG,
+    CPU,
+    EXISTS,
+    LOCKED,
+    USAGE,
+    Facts,
+    Runtime,
+    config,
+    policy,
+    volumes,
+)
+from pyploop.runtimes.config import NAME, HostConfig
+from pyploop.runtimes.policy import Source
+from pyploop.runtimes.registry import make_runtime
 from pyploop.system import descriptors
 from pyploop.wire import messages
 from pyploop.wire import mux as wire
@@ -241,7 +250,7 @@ class Agent:
                 BAD_CONFIG,
                 f"this host does not restore memory that comes from {self._source}: who sends it "
                 f'can become root here. If it may, write [trust] live = ["{entry}"] in '
-                f"{self._host.path or hostconf.DEFAULT} here{how}; without --live the container "
+                f"{self._host.path or config.DEFAULT} here{how}; without --live the container "
                 "moves as it is",
             )
 

@@ -27,10 +27,10 @@ from typing import Any
 from pyploop._core import fdatasync
 from pyploop.diskcopy.undo_kinds import journal
 from pyploop.errors import OpenError, PyploopError
-from pyploop.hostconf import HostConfig
 from pyploop.kept_sink import hold
 from pyploop.report.events import Reporter
 from pyploop.runtimes import Runtime
+from pyploop.runtimes.config import HostConfig
 from pyploop.runtimes.volumes import KEPT, existing_parent
 from pyploop.system import beneath, private_folder
 from pyploop.undo.journal import Entry, Journal

@@ -22,7 +22,7 @@ from pyploop import treescan
 from pyploop.diskcopy.undo_kinds import journal
 from pyploop.errors import OpenError, PyploopError
 from pyploop.report.events import Reporter
-from pyploop.runtimes import folders
+from pyploop.runtimes import tree_folders
 from pyploop.runtimes.volumes import KEPT, existing_parent
 from pyploop.system import private_folder
 from pyploop.undo.journal import Entry, Journal
@@ -42,7 +42,7 @@ def entry_for(log: Journal, index: int, path: str) -> Entry:
 def undo(entry: Entry) -> None:
     """Journal kind `tree`."""
     for name in ("path", "kept"):
-        folders.remove_contents(str(entry[name]))
+        tree_folders.remove_contents(str(entry[name]))
         if name == "kept" or entry["made"]:
             with contextlib.suppress(OSError):
                 os.rmdir(entry[name])

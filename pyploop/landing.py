@@ -21,11 +21,11 @@ from pyploop import kept, kept_trees, pieces, undoing, verdict
 from pyploop.chain import Chain, check_room, folder_of
 from pyploop.diskcopy.receiver import receive
 from pyploop.errors import MigrateError, ProtocolError, PyploopError
-from pyploop.hostconf import HostConfig
 from pyploop.landing_trees import LandingTrees
 from pyploop.pieces import Place
 from pyploop.report.events import Reporter
 from pyploop.runtimes import COPY_FAILED, LARGEST_FILE, RESTORE_FAILED, Facts, Runtime
+from pyploop.runtimes.config import HostConfig
 from pyploop.shelf import Shelf
 from pyploop.system import beneath, private_folder
 from pyploop.system.jobs import Job

@@ -16,7 +16,7 @@ from typing import Any
 from pyploop import kept_trees, rsync, undoing
 from pyploop.errors import MigrateError, ProtocolError
 from pyploop.report.events import Reporter
-from pyploop.runtimes import COPY_FAILED, Tree, folders
+from pyploop.runtimes import COPY_FAILED, Tree, tree_folders
 from pyploop.system import kernel
 from pyploop.system.jobs import Job
 from pyploop.undo.journal import Journal
@@ -30,7 +30,7 @@ def check(command: str, trees: Sequence[Tree], sizes: Sequence[Any], kept: dict[
     if len(trees) != len(sizes):
         raise ProtocolError(f"{len(sizes)} trees there, {len(trees)} here")
     for index, (tree, size) in enumerate(zip(trees, sizes, strict=True)):
-        folders.check_free(tree, max(int(size) - kept.get(index, 0), 0))
+        tree_folders.check_free(tree, max(int(size) - kept.get(index, 0), 0))
 
 
 class LandingTrees:

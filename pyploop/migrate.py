@@ -27,7 +27,6 @@ from pyploop.copies import Copies, check_number
 from pyploop.copying import OTHERS, REQUEST, Disks, opened
 from pyploop.diskcopy.options import Options, Summary
 from pyploop.errors import MigrateError, PyploopError
-from pyploop.hostconf import HostConfig
 from pyploop.items import send_items
 from pyploop.memory_rounds import MemoryPolicy
 from pyploop.remote import Remote
@@ -42,6 +41,7 @@ from pyploop.runtimes import (
     Copied,
     Runtime,
 )
+from pyploop.runtimes.config import HostConfig
 from pyploop.suspend_limit import SuspendLimit
 from pyploop.system import private_folder, signals
 from pyploop.system.jobs import Job, end_all

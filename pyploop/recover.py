@@ -13,10 +13,10 @@ from typing import Any
 from pyploop import ctlock, undoing, verdict
 from pyploop.diskcopy.undo_kinds import journal
 from pyploop.errors import BusyError, MigrateError, PyploopError
-from pyploop.hostconf import HostConfig
 from pyploop.remote import Remote
 from pyploop.report.events import Reporter
 from pyploop.runtimes import CANNOT_CONNECT, LOCKED, Copied, Runtime
+from pyploop.runtimes.config import HostConfig
 from pyploop.runtimes.copied import ANY_DEVICE
 from pyploop.undo.journal import Journal
 

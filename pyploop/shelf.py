@@ -20,11 +20,11 @@ from pyploop import kept
 from pyploop.diskcopy import digests
 from pyploop.diskcopy.target_file import Sink
 from pyploop.errors import ProtocolError, WriteError
-from pyploop.hostconf import HostConfig
 from pyploop.kept import KeptFile
 from pyploop.kept_sink import KeptSink, check_untouched, hold
 from pyploop.report.events import Reporter
 from pyploop.runtimes import LARGEST_FILE, Disk, Runtime
+from pyploop.runtimes.config import HostConfig
 from pyploop.runtimes.volumes import existing_parent
 from pyploop.system import beneath
 from pyploop.system.beneath import Place

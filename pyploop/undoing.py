@@ -12,12 +12,11 @@ import os
 from pathlib import Path
 from typing import Any
 
-from pyploop import hostconf
 from pyploop.diskcopy.undo_kinds import journal
 from pyploop.errors import MigrateError, PyploopError
-from pyploop.hostconf import HostConfig
-from pyploop.runtimes import USAGE, Runtime, volumes
-from pyploop.runtimes.choose import make_runtime
+from pyploop.runtimes import USAGE, Runtime, config, volumes
+from pyploop.runtimes.config import HostConfig
+from pyploop.runtimes.registry import make_runtime
 from pyploop.system import beneath, kernel, private_folder, removal, sysblock
 from pyploop.undo.journal import Entry, Journal
 
@@ -65,9 +64,9 @@ def config_of(fields: Entry, host: HostConfig) -> HostConfig:
     if own.digest != fields.get("config_digest"):
         raise MigrateError(
             USAGE,
-            f"{named or hostconf.DEFAULT} is not what it was when the migration of "
+            f"{named or config.DEFAULT} is not what it was when the migration of "
             f"{fields.get('container')} began; nothing was undone, and "
-            f"`pyploop migrate --recover --config {named or hostconf.DEFAULT}` does with what it "
+            f"`pyploop migrate --recover --config {named or config.DEFAULT}` does with what it "
             "is now",
         )
     return own
@@ -80,7 +79,7 @@ def _load(named: str | None) -> HostConfig:
             f"a journal names its configuration {named!r}, which may be anybody's: write the "
             "absolute path into the journal",
         )
-    return hostconf.load(named)
+    return config.load(named)
 
 
 def runtime_of(entry: Entry) -> Runtime:

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from pyploop.runtimes import ociconfig
+from pyploop.runtimes.oci import config_json
 
 CAPS = ["CAP_AUDIT_WRITE", "CAP_KILL", "CAP_NET_BIND_SERVICE"]
 
@@ -52,7 +52,7 @@ def plain() -> dict[str, Any]:
         "linux": {
             "resources": {"devices": [{"allow": False, "access": "rwm"}]},
             "namespaces": [{"type": kind} for kind in ("pid", "network", "ipc", "uts", "mount")],
-            "maskedPaths": list(ociconfig.MASKED),
-            "readonlyPaths": list(ociconfig.READONLY),
+            "maskedPaths": list(config_json.MASKED),
+            "readonlyPaths": list(config_json.READONLY),
         },
     }

@@ -6,9 +6,9 @@ from __future__ import annotations
 import os
 import sys
 
-from pyploop import hostconf, policy
 from pyploop.agent import Agent
 from pyploop.cli.arguments import Parser
+from pyploop.runtimes import config, policy
 
 
 def parser() -> Parser:
@@ -28,7 +28,7 @@ def parser() -> Parser:
 
 def run(args: list[str], level: int) -> int:
     o = parser().parse_args(args)
-    host = hostconf.load(o.config)
+    host = config.load(o.config)
     # Frames go to stdout: nothing else may, whoever prints it.
     rfd, wfd = os.dup(0), os.dup(1)
     os.dup2(2, 1)

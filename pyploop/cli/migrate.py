@@ -9,19 +9,19 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TextIO
 
-from pyploop import hostconf, recover, rsync_options
+from pyploop import recover, rsync_options
 from pyploop.cli import migrate_options
 from pyploop.cli.migrate_options import MigrateOptions
 from pyploop.diskcopy.freeze_policy import Policy
 from pyploop.diskcopy.options import Options
 from pyploop.errors import Interrupted, MigrateError, PyploopError, one_line
-from pyploop.hostconf import CTID
 from pyploop.migrate import Result, Wish, migrate
 from pyploop.report import timings
 from pyploop.report.events import JsonRenderer, Reporter, TextRenderer
 from pyploop.report.timeline import chrome_trace
-from pyploop.runtimes import COPY_FAILED, DUMP_FAILED, LOCKED, USAGE
-from pyploop.runtimes.choose import make_runtime
+from pyploop.runtimes import COPY_FAILED, DUMP_FAILED, LOCKED, USAGE, config
+from pyploop.runtimes.config import CTID
+from pyploop.runtimes.registry import make_runtime
 
 
 def run(args: list[str], level: int) -> int:
@@ -46,7 +46,7 @@ def run(args: list[str], level: int) -> int:
 
 
 def _run(o: MigrateOptions, report: Reporter) -> int:
-    host = hostconf.load(o.config)
+    host = config.load(o.config)
     if o.recover:
         failed = recover.recover(host, _recovered(host, o), report)
         for text in failed:
@@ -72,7 +72,7 @@ def _run(o: MigrateOptions, report: Reporter) -> int:
     return _told(result)
 
 
-def _recovered(host: hostconf.HostConfig, o: MigrateOptions) -> str | None:
+def _recovered(host: config.HostConfig, o: MigrateOptions) -> str | None:
     """Whose migrations are to be settled, as the records name it; None: all."""
     if o.runtime == "vzctl" and o.container and not CTID.fullmatch(o.container):
         return make_runtime(host, o.runtime, o.container).container

@@ -14,7 +14,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 from pyploop.errors import MigrateError
-from pyploop.hostconf import HostConfig
 from pyploop.runtimes import (
     COPY_FAILED,
     DUMP_FAILED,
@@ -27,6 +26,7 @@ from pyploop.runtimes import (
     Item,
     State,
 )
+from pyploop.runtimes.config import HostConfig
 from pyploop.runtimes.configured import Configured
 from pyploop.system.commands import run
 

@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from pyploop.errors import MigrateError
-from pyploop.hostconf import ContainerConfig
 from pyploop.runtimes import BAD_CONFIG, Copied, Disk, Tree, copied, volumes
+from pyploop.runtimes.config import ContainerConfig
 
 
 class Configured:

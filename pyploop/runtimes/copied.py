@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from pyploop.errors import MigrateError
-from pyploop.runtimes import BAD_CONFIG, Copied, Disk, Tree, folders, volumes
+from pyploop.runtimes import BAD_CONFIG, Copied, Disk, Tree, tree_folders, volumes
 from pyploop.system import kernel, mount_options, mount_table, sysblock
 from pyploop.units import SECTOR
 
@@ -280,4 +280,4 @@ def remove_tree(path: str, copied: Copied | None) -> None:
     """What is in a tree that was copied.  OSError (EBUSY) when something is mounted
     in it."""
     check_same(path, copied)
-    folders.remove_contents(path)
+    tree_folders.remove_contents(path)

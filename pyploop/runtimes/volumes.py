@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from pyploop.errors import MigrateError
-from pyploop.hostconf import within
 from pyploop.runtimes import BAD_CONFIG, COPY_FAILED, EXISTS, RESTORE_FAILED, Disk
+from pyploop.runtimes.config import within
 from pyploop.system import kernel, mount_options, mount_table, sysblock
 
 KEPT = ".pyploop-kept"

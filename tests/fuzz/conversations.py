@@ -25,15 +25,15 @@ from unittest import mock
 from made_up import SOURCE, Box, Finding, World
 from scripts import agent_seeds, frame_of, message_seeds, source_seeds
 
-from pyploop import agent, hostconf, migrate, recover, remote, undoing
+from pyploop import agent, migrate, recover, remote, undoing
 from pyploop.diskcopy.options import Options
 from pyploop.diskcopy.undo_kinds import journal
 from pyploop.errors import MigrateError, ProtocolError, PyploopError
-from pyploop.hostconf import HostConfig
 from pyploop.mux import Mux
 from pyploop.remote import Remote
 from pyploop.report.events import Reporter
-from pyploop.runtimes import CANNOT_CONNECT, State
+from pyploop.runtimes import CANNOT_CONNECT, State, config
+from pyploop.runtimes.config import HostConfig
 from pyploop.wire import messages
 from pyploop.wire import mux as wire
 
@@ -200,7 +200,7 @@ def run_agent(world: World, data: bytes) -> None:
         theirs,
         mock.patch.object(agent, "make_runtime", runtime),
         mock.patch.object(undoing, "make_runtime", runtime),
-        mock.patch.object(hostconf, "load", lambda _: world.host()),
+        mock.patch.object(config, "load", lambda _: world.host()),
         mock.patch.object(agent, "SETTLE_WAIT", 0.0),
     ):
         thread = threading.Thread(target=serve)
@@ -321,7 +321,7 @@ def run_source(world: World, data: bytes) -> None:
         mock.patch.object(remote, "LAST_WORDS", LAST_WORDS),
         mock.patch.object(recover, "settled", partial(recover.settled, patience=0.0)),
         mock.patch.object(undoing, "make_runtime", lambda *_: box),
-        mock.patch.object(hostconf, "load", lambda _: world.host()),
+        mock.patch.object(config, "load", lambda _: world.host()),
     ):
         try:
             migrate.migrate(world.host(), box, wish, Reporter())  # type: ignore[arg-type]

@@ -19,9 +19,9 @@ from pathlib import Path
 from typing import Any
 
 from pyploop.errors import MigrateError
-from pyploop.hostconf import HostConfig
-from pyploop.policy import Source
 from pyploop.runtimes import COPY_FAILED, RESTORE_FAILED, Copied, Disk, Item, State, Tree
+from pyploop.runtimes.config import HostConfig
+from pyploop.runtimes.policy import Source
 
 SOURCE = Source("made-up-source")
 """As the agent knows it; its memory images are restored."""

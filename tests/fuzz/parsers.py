@@ -22,7 +22,6 @@ from pathlib import Path
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
-from pyploop import vzconf
 from pyploop.diskcopy import d1_target, framing
 from pyploop.disks import disk_descriptor, image
 from pyploop.errors import (
@@ -34,6 +33,7 @@ from pyploop.errors import (
 )
 from pyploop.report.events import Reporter
 from pyploop.report.timeline import Heard, Recorder, chrome_trace
+from pyploop.runtimes.vzctl import config_files
 from pyploop.wire import d1, d2, d3, mux
 
 FILE_LIMIT = 64 << 20
@@ -175,7 +175,7 @@ def parse_mux(data: bytes) -> None:
 
 
 def parse_vzconf(data: bytes) -> None:
-    conf = vzconf.VzConf({"VEID": "101"})
+    conf = config_files.VzConf({"VEID": "101"})
     conf.update(data.decode("utf-8", "surrogateescape"), "x")
     assert not set(conf.values) & set(conf.unreadable)
 

@@ -11,10 +11,11 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from pyploop import __version__, agent, cpu, hostconf, pieces, verdict
+from pyploop import __version__, agent, cpu, pieces, verdict
 from pyploop.errors import MigrateError
 from pyploop.mux import Mux
-from pyploop.policy import Source
+from pyploop.runtimes import config
+from pyploop.runtimes.policy import Source
 from pyploop.wire import mux as wire
 
 SECONDS = 30.0
@@ -23,7 +24,7 @@ SECONDS = 30.0
 class Hostile:
     """A connection to an agent."""
 
-    def __init__(self, host: hostconf.HostConfig, name: str) -> None:
+    def __init__(self, host: config.HostConfig, name: str) -> None:
         """name: as the agent's --source has it."""
         ours, theirs = socket.socketpair()
         self._ends = (ours, theirs)
@@ -93,7 +94,7 @@ class Hostile:
 @contextlib.contextmanager
 def source(config: Path, name: str = "a") -> Iterator[Hostile]:
     """Of an agent with this configuration."""
-    made = Hostile(hostconf.load(str(config)), name)
+    made = Hostile(config.load(str(config)), name)
     try:
         yield made
     finally:

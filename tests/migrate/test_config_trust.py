@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 import support
 
-from pyploop import hostconf
 from pyploop.errors import MigrateError
+from pyploop.runtimes import config
 from pyploop.system import private_folder
 from pyploop.undo.journal import records
 
@@ -156,12 +156,12 @@ def test_a_config_that_others_can_change_is_not_read(tmp_path: Path, how: str, w
         os.lchown(link, NOBODY, NOBODY)
         path = link if how == "another user's link" else link / "migrate.toml"
     with pytest.raises(MigrateError, match=why) as refusal:
-        hostconf.load(str(path))
+        config.load(str(path))
     assert refusal.value.exit_code == 1
 
 
 def test_links_of_our_own_lead_to_a_config(tmp_path: Path) -> None:
     path = config_in(tmp_path / "ours", tmp_path)
     (tmp_path / "link.toml").symlink_to("ours/migrate.toml")
-    host = hostconf.load(str(tmp_path / "link.toml"))
+    host = config.load(str(tmp_path / "link.toml"))
     assert (host.path, len(host.digest)) == (str(path), 64)

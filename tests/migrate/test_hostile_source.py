@@ -22,10 +22,11 @@ from moving import debris, files, migrate, only_side
 from ocispec import plain
 from vzlab import CTID, DESCRIPTOR, VzHost, make_host
 
-from pyploop import hostconf
 from pyploop.errors import MigrateError
-from pyploop.hostconf import DiskConfig
-from pyploop.runtimes import Disk, bundles, runc, volumes
+from pyploop.runtimes import Disk, config, volumes
+from pyploop.runtimes.config import DiskConfig
+from pyploop.runtimes.oci import bundles
+from pyploop.runtimes.runc import runtime
 
 CONF = b'NAME="web"\nONBOOT="no"\n'
 XML = ("private:root.hdd/DiskDescriptor.xml", 0o644, DESCRIPTOR.encode())
@@ -302,8 +303,8 @@ def test_a_link_on_what_came_does_not_lead_runc_to_the_host(
     target: VzHost, bundle: Path, link: str
 ) -> None:
     """`/srv/web/rootfs/x`, bound from the tree, may be a link there."""
-    host = hostconf.load(str(target.folder / "migrate.toml"))
-    web = runc.Runc(host, "web")
+    host = config.load(str(target.folder / "migrate.toml"))
+    web = runtime.Runc(host, "web")
     tree = bundle / "rootfs"
     (tree / "sub/root").mkdir(parents=True)
     (tree / "data/x").mkdir(parents=True)
@@ -420,10 +421,10 @@ def test_an_argument_of_an_odd_type_is_refused(target: VzHost, value: Any) -> No
 @pytest.mark.parametrize("value", NOT_JSON + ODD)
 def test_an_odd_size_of_the_memory_or_version_of_criu_is_none(value: Any) -> None:
     try:
-        assert 0 <= runc._size(value) <= 1 << 60
+        assert 0 <= runtime._size(value) <= 1 << 60
     except MigrateError as e:
         assert e.exit_code == 15
-    assert runc._version(value) in ((), *((v,) for v in range(10)))
+    assert runtime._version(value) in ((), *((v,) for v in range(10)))
 
 
 # ---- mounts

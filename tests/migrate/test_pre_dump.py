@@ -30,7 +30,7 @@ from moving import Outcome, files, judge, kill, migrate, migration, recover
 from test_command import pair  # noqa: F401 - a fixture
 from test_runc_failures import DISTURBANCES
 
-from pyploop.runtimes.tracking import problem
+from pyploop.runtimes.runc.memory_tracking import problem
 
 HERE = Path(__file__).parent
 SIZE = 192 << 20

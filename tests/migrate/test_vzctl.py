@@ -14,9 +14,9 @@ import pytest
 import support
 from vzlab import CTID, VzLab, runs_only_on, vz_lab
 
-from pyploop import hostconf
 from pyploop.errors import MigrateError
 from pyploop.remote import Remote
+from pyploop.runtimes import config
 
 
 @pytest.fixture
@@ -325,7 +325,7 @@ def test_another_version_of_pyploop_is_named_before_anything_starts(still: VzLab
 
 def test_of_two_sources_with_the_same_number_only_one_begins(lab: VzLab) -> None:
     """vzctl locks a container in its own steps only, so both pass the checks."""
-    host = hostconf.load(str(lab.a.folder / "migrate.toml"))
+    host = config.load(str(lab.a.folder / "migrate.toml"))
     facts = {
         "machine": platform.machine(),
         "source": {"id": "1", "name": "one"},

@@ -17,11 +17,11 @@ import pytest
 from made_up import SOURCE, Box, World
 from scripts import CHECK, HEX, MACHINE
 
-from pyploop import agent, hostconf, landing, shelf, undoing, verdict
+from pyploop import agent, landing, shelf, undoing, verdict
 from pyploop.errors import MigrateError, PyploopError
-from pyploop.hostconf import HostConfig
 from pyploop.mux import Mux
-from pyploop.runtimes import State
+from pyploop.runtimes import State, config
+from pyploop.runtimes.config import HostConfig
 from pyploop.wire import mux as wire
 
 FACTS: dict[str, Any] = {
@@ -122,7 +122,7 @@ def connect(world: World, box: Box, monkeypatch: pytest.MonkeyPatch) -> Iterator
 
     monkeypatch.setattr(agent, "make_runtime", runtime)
     monkeypatch.setattr(undoing, "make_runtime", runtime)
-    monkeypatch.setattr(hostconf, "load", lambda _: world.host())
+    monkeypatch.setattr(config, "load", lambda _: world.host())
     with contextlib.ExitStack() as stack:
 
         def one() -> Source:

@@ -14,9 +14,9 @@ from typing import Any
 import pytest
 import support
 
-from pyploop import hostconf
 from pyploop.errors import MigrateError
-from pyploop.runtimes import contents, copied, fitting, leftovers, members
+from pyploop.runtimes import config, copied
+from pyploop.runtimes.runc import contents, host_fit, leftovers, members
 from pyploop.system import mount_table
 
 # ---- processes
@@ -365,12 +365,12 @@ def test_a_configuration_that_would_lose_something_is_refused(
     container: dict[str, Any], named: str
 ) -> None:
     with pytest.raises(MigrateError, match=named) as e:
-        hostconf.parse({"container": {"web": {"bundle": "/b", **container}}}, "x")
+        config.parse({"container": {"web": {"bundle": "/b", **container}}}, "x")
     assert e.value.exit_code == 1
 
 
 def test_cpus_that_are_not_there_are_named() -> None:
     config = {"linux": {"resources": {"cpu": {"cpus": "0,4090-4091"}}}}
     with pytest.raises(MigrateError, match="4090, 4091"):
-        fitting.check_target(config, live=True)
-    fitting.check_target({"linux": {"resources": {"cpu": {"cpus": "0"}}}}, live=True)
+        host_fit.check_target(config, live=True)
+    host_fit.check_target({"linux": {"resources": {"cpu": {"cpus": "0"}}}}, live=True)

@@ -17,7 +17,7 @@ from ocispec import plain
 from test_policy import fit
 
 from pyploop.errors import MigrateError
-from pyploop.runtimes import images
+from pyploop.runtimes.oci import criu_images
 from pyploop.wire import criu
 from pyploop.wire.protobuf import Malformed, Message
 
@@ -132,7 +132,7 @@ def write(folder: Path, made: Images) -> None:
 
 def check(folder: Path, made: Images, config: Any = None) -> None:
     write(folder, made)
-    images.check(folder, fit(config or plain()))
+    criu_images.check(folder, fit(config or plain()))
 
 
 def test_the_images_of_an_honest_container_are_restored(tmp_path: Path) -> None:
@@ -344,7 +344,7 @@ def test_a_label_that_the_kernel_gives_is_restored_where_the_policy_has_it(
         made[name][0][5][10][15] = "system_u:system_r:container_t:s0"
     with pytest.raises(MigrateError, match="add it to apparmor or selinux"):
         check(tmp_path, made)
-    images.check(tmp_path, fit(plain()), ["system_u:system_r:container_t:s0"])
+    criu_images.check(tmp_path, fit(plain()), ["system_u:system_r:container_t:s0"])
 
 
 def test_controllers_that_are_mounted_together_are_found_by_each_name(tmp_path: Path) -> None:
@@ -378,7 +378,7 @@ def test_an_image_that_is_no_file_is_refused(tmp_path: Path) -> None:
     (tmp_path / "core-1.img").unlink()
     (tmp_path / "core-1.img").symlink_to("core-6.img")
     with pytest.raises(MigrateError, match="no regular file"):
-        images.check(tmp_path, fit(plain()))
+        criu_images.check(tmp_path, fit(plain()))
 
 
 def test_a_huge_image_is_not_read(tmp_path: Path) -> None:
@@ -386,7 +386,7 @@ def test_a_huge_image_is_not_read(tmp_path: Path) -> None:
     with (tmp_path / "files.img").open("r+b") as f:
         f.truncate(1 << 40)
     with pytest.raises(MigrateError, match="more than any real one"):
-        images.check(tmp_path, fit(plain()))
+        criu_images.check(tmp_path, fit(plain()))
 
 
 def test_no_bytes_of_an_image_surprise_the_check(tmp_path: Path) -> None:
@@ -407,7 +407,7 @@ def test_no_bytes_of_an_image_surprise_the_check(tmp_path: Path) -> None:
             data = data[:at] + new + data[at + gone :]
         (tmp_path / name).write_bytes(data)
         try:
-            images.check(tmp_path, config)
+            criu_images.check(tmp_path, config)
         except MigrateError as e:
             assert e.exit_code == 15
         finally:

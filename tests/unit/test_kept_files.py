@@ -35,10 +35,10 @@ from pyploop.errors import (
     ReadError,
     WriteError,
 )
-from pyploop.hostconf import HostConfig
 from pyploop.kept_sink import KeptSink, check_untouched, hold
 from pyploop.report.events import Reporter
 from pyploop.runtimes import COPY_FAILED, Disk
+from pyploop.runtimes.config import HostConfig
 from pyploop.system import beneath
 from pyploop.system.jobs import Job
 from pyploop.undo.journal import Journal

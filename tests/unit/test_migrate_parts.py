@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 
-from pyploop import hostconf, pieces, verdict
+from pyploop import pieces, verdict
 from pyploop.errors import (
     BusyError,
     Interrupted,
@@ -26,6 +26,7 @@ from pyploop.errors import (
     PyploopError,
     ReadError,
 )
+from pyploop.runtimes import config
 from pyploop.system.commands import Command
 from pyploop.system.jobs import Job, in_parallel
 
@@ -75,12 +76,12 @@ NESTED: list[tuple[dict[str, Any], str]] = [
 
 
 def test_a_tree_beside_a_disk_and_in_the_bundle_is_taken() -> None:
-    web = hostconf.parse(trees("/b/rootfs", "/b2", disk=("/b/i", "/b/root")), "x").container("web")
+    web = config.parse(trees("/b/rootfs", "/b2", disk=("/b/i", "/b/root")), "x").container("web")
     assert web.trees == ("/b/rootfs", "/b2")
 
 
 def test_a_configuration_is_read_with_its_defaults() -> None:
-    host = hostconf.parse(GOOD, "x.toml")
+    host = config.parse(GOOD, "x.toml")
     assert (host.state_dir, host.ssh, host.agent) == ("/s", ("ssh", "-4"), ("pyploop", "agent"))
     web = host.container("web")
     assert (web.runtime, web.stop_timeout, web.disks[0].fstype) == ("runc", 3.0, "ext4")
@@ -132,7 +133,7 @@ def test_a_configuration_is_read_with_its_defaults() -> None:
 )
 def test_what_is_wrong_in_a_configuration_is_named(change: dict[str, Any], named: str) -> None:
     with pytest.raises(MigrateError, match=named) as e:
-        hostconf.parse({**GOOD, **change}, "x.toml")
+        config.parse({**GOOD, **change}, "x.toml")
     assert e.value.exit_code == 1
 
 

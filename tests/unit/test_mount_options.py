@@ -5,8 +5,8 @@ from __future__ import annotations
 
 import pytest
 
-from pyploop import hostconf
 from pyploop.errors import MigrateError, ParameterError
+from pyploop.runtimes import config
 from pyploop.system import mount_options
 from pyploop.system.kernel import MOUNT_FLAGS
 
@@ -73,7 +73,7 @@ def test_an_option_that_would_be_dropped_in_silence_is_refused(option: str) -> N
         mount_options.parse(f"rw,{option}")
     disk = {"image": "/i", "mount": "/m", "options": f"noatime,{option}"}
     with pytest.raises(MigrateError, match=r"disk\.options") as e:
-        hostconf.parse({"container": {"web": {"bundle": "/b", "disk": [disk]}}}, "x")
+        config.parse({"container": {"web": {"bundle": "/b", "disk": [disk]}}}, "x")
     assert e.value.exit_code == 1
 
 

@@ -19,11 +19,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from ocispec import plain
 
-from pyploop import hostconf, policy
 from pyploop.errors import MigrateError
-from pyploop.hostconf import ContainerConfig, DiskConfig
-from pyploop.policy import Source
-from pyploop.runtimes import bundles, shapes, vzpolicy
+from pyploop.runtimes import config, policy
+from pyploop.runtimes.config import ContainerConfig, DiskConfig
+from pyploop.runtimes.oci import bundles, json_shapes
+from pyploop.runtimes.policy import Source
+from pyploop.runtimes.vzctl import policy
 
 OURS = ContainerConfig(
     "web",
@@ -468,7 +469,7 @@ def test_a_sparse_config_json_is_not_read_into_memory(tmp_path: Path) -> None:
 
 def test_numbers_up_to_64_bits_are_read() -> None:
     largest = (1 << 64) - 1
-    assert shapes.loads(b'{"a": [%d, -1, 1e3, true, null]}' % largest) == {
+    assert json_shapes.loads(b'{"a": [%d, -1, 1e3, true, null]}' % largest) == {
         "a": [largest, -1, 1000.0, True, None]
     }
 
@@ -517,7 +518,7 @@ def test_a_container_may_have_a_policy_of_its_own() -> None:
             "db": {"tree": {"path": "/u"}},
         },
     }
-    host = hostconf.parse(table, "x.toml")
+    host = config.parse(table, "x.toml")
     assert host.trusted_live == ("a", "10.0.0.0/8")
     assert host.policy_of("web") == replace(policy.PLAIN, capabilities=(), seccomp="required")
     assert host.policy_of("db").capabilities == host.policy_of("101").capabilities == ("CAP_KILL",)
@@ -527,8 +528,8 @@ def test_a_container_may_have_a_policy_of_its_own() -> None:
     "name", ["\u0661\u0660\u0661", "0101", "101\n", "", "²", "1" * 11, "-1", "0"]
 )
 def test_only_digits_of_ascii_are_a_ctid(name: str) -> None:
-    assert hostconf.CTID.fullmatch(name) is None
-    assert hostconf.CTID.fullmatch("101")
+    assert config.CTID.fullmatch(name) is None
+    assert config.CTID.fullmatch("101")
 
 
 # ---- CTID.conf
@@ -560,7 +561,7 @@ def test_a_ctid_conf_names_no_command_and_nothing_of_the_host(tmp_path: Path, li
     path = tmp_path / "101.conf"
     path.write_bytes(f'# comment\n\nONBOOT="yes"\n{line}\n'.encode())
     with pytest.raises(MigrateError, match=r"101\.conf, line 4") as e:
-        vzpolicy.check(path, path.name, policy.PLAIN)
+        policy.check(path, path.name, policy.PLAIN)
     assert e.value.exit_code == 15
 
 
@@ -573,9 +574,9 @@ def test_a_ctid_conf_of_plain_values_is_taken_and_more_where_the_policy_says_so(
         "VE_PRIVATE=/vz/private/$VEID # x\n"
         "IP_ADDRESS='10.0.0.1'\nOSTEMPLATE=\".debian-12-x86_64\"\nNAME=\n"
     )
-    vzpolicy.check(path, path.name, policy.PLAIN)
+    policy.check(path, path.name, policy.PLAIN)
     with path.open("a") as f:
         f.write('DEVNODES="fuse:rw"\n')
     with pytest.raises(MigrateError, match="vz_parameters"):
-        vzpolicy.check(path, path.name, policy.PLAIN)
-    vzpolicy.check(path, path.name, replace(policy.PLAIN, vz_parameters=("DEVNODES",)))
+        policy.check(path, path.name, policy.PLAIN)
+    policy.check(path, path.name, replace(policy.PLAIN, vz_parameters=("DEVNODES",)))

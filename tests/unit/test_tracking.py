@@ -12,7 +12,7 @@ import pytest
 from lab import criu
 from support import needs
 
-from pyploop.runtimes import tracking
+from pyploop.runtimes.runc import memory_tracking
 
 _FAKE = """#!/bin/sh
 case $1 in
@@ -35,12 +35,12 @@ def test_tracking_is_believed_only_when_a_second_pre_dump_holds_less(
     fake = tmp_path / "criu"
     fake.write_text(_FAKE.format(first=first, second=second, code=code))
     fake.chmod(0o755)
-    said = tracking.problem(str(fake))
+    said = memory_tracking.problem(str(fake))
     assert why in said and bool(why) == bool(said)
 
 
 def test_without_a_criu_there_is_no_pre_dump() -> None:
-    assert "No such file" in tracking.problem("/nonexistent/criu")
+    assert "No such file" in memory_tracking.problem("/nonexistent/criu")
 
 
 def real() -> str:
@@ -60,7 +60,7 @@ def test_the_kernel_and_criu_agree_on_what_the_probe_says() -> None:
     with Path("/proc/self/pagemap").open("rb") as f:
         f.seek(address // 4096 * 8)
         dirty = int.from_bytes(f.read(8), "little") >> 55 & 1
-    assert (tracking.problem(real()) == "") == bool(dirty)
+    assert (memory_tracking.problem(real()) == "") == bool(dirty)
 
 
 def test_criu_s_own_word_for_the_standstill_is_read(tmp_path: Path) -> None:
@@ -78,11 +78,11 @@ def test_criu_s_own_word_for_the_standstill_is_read(tmp_path: Path) -> None:
         command = [program, "dump", "-t", str(sleeper.pid), "-D", str(images), "-W", str(work)]
         subprocess.run([*command, "--leave-running"], check=True, capture_output=True, timeout=60)
         sleeper.kill()
-    seconds = tracking.frozen_seconds(work)
+    seconds = memory_tracking.frozen_seconds(work)
     assert seconds is not None and 0 < seconds < 60
     stats = work / "stats-dump"
     for size in range(len(stats.read_bytes())):
         stats.write_bytes(stats.read_bytes()[:size])
-        assert tracking.frozen_seconds(work) is None or size > 24
+        assert memory_tracking.frozen_seconds(work) is None or size > 24
     stats.unlink()
-    assert tracking.frozen_seconds(work) is None
+    assert memory_tracking.frozen_seconds(work) is None

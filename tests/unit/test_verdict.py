@@ -10,7 +10,7 @@ import pytest
 
 from pyploop import agent, verdict
 from pyploop.errors import BusyError
-from pyploop.hostconf import HostConfig
+from pyploop.runtimes.config import HostConfig
 from pyploop.undo.journal import Journal
 
 

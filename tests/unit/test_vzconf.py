@@ -11,10 +11,11 @@ from pathlib import Path
 import pytest
 import support
 
-from pyploop import ctlock, vzconf
+from pyploop import ctlock
 from pyploop.errors import BusyError, OpenError, ParameterError
 from pyploop.report import timings
-from pyploop.vzconf import VzConf
+from pyploop.runtimes.vzctl import config_files
+from pyploop.runtimes.vzctl.config_files import VzConf
 
 CONF = """\
 ## Global parameters
@@ -70,12 +71,12 @@ def test_what_only_a_shell_can_tell_is_an_error_when_asked_for_and_never_run(
 def test_a_container_s_own_file_wins_and_may_be_missing(tmp_path: Path) -> None:
     (tmp_path / "conf").mkdir()
     (tmp_path / "vz.conf").write_text("VE_PRIVATE=/vz/private/$VEID\n")
-    assert vzconf.load("7", tmp_path).path("VE_PRIVATE") == "/vz/private/7"
+    assert config_files.load("7", tmp_path).path("VE_PRIVATE") == "/vz/private/7"
     (tmp_path / "conf" / "7.conf").write_text('VE_PRIVATE="/data/$VEID/private"\n')
-    assert vzconf.load("7", tmp_path).path("VE_PRIVATE") == "/data/7/private"
-    assert vzconf.load("7", tmp_path).path("LOCKDIR") == "/vz/lock"
+    assert config_files.load("7", tmp_path).path("VE_PRIVATE") == "/data/7/private"
+    assert config_files.load("7", tmp_path).path("LOCKDIR") == "/vz/lock"
     with pytest.raises(OpenError, match=r"vz\.conf"):
-        vzconf.load("7", tmp_path / "elsewhere")
+        config_files.load("7", tmp_path / "elsewhere")
 
 
 def test_a_path_must_be_absolute() -> None:

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from pyploop.runtimes import members, sockets
+from pyploop.runtimes.runc import members, sockets
 from pyploop.system import kernel
 
 OURS = "org.criu.config"

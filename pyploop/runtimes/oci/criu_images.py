@@ -18,8 +18,9 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from pyploop.errors import MigrateError
-from pyploop.hostconf import within
-from pyploop.runtimes import BAD_CONFIG, ociconfig
+from pyploop.runtimes import BAD_CONFIG
+from pyploop.runtimes.config import within
+from pyploop.runtimes.oci import config_json
 from pyploop.wire import criu
 from pyploop.wire.criu import Core, Creds, File, FsType, Inventory, Mount, Task, Thread
 from pyploop.wire.protobuf import Malformed, Message
@@ -30,7 +31,7 @@ _NEVER = {"creds", "apparmor", "binfmt-misc", "autofs", "bpfmap-file", "bpfmap-d
 """Credentials of old images, profiles that CRIU loads into the kernel, programs by
 which the host would run files, mounts that wait for a process, BPF."""
 _MS_RDONLY = 1
-_COVERED = (*ociconfig.READONLY, "/sys/firmware")
+_COVERED = (*config_json.READONLY, "/sys/firmware")
 """What has to be read-only or masked where this kernel has it.  Of what is masked
 besides it a source with another kernel may have less."""
 _REALTIME = (1, 2, 6)
@@ -276,7 +277,7 @@ class _Check:
     def _external(self, point: str, key: str, readonly: bool) -> None:
         """key: by which runc knows what it mounts itself."""
         devices = [
-            *ociconfig.DEVICES.values(),
+            *config_json.DEVICES.values(),
             *(d["path"] for d in self._linux.get("devices", ())),
         ]
         if key == point and key in devices:
@@ -373,7 +374,7 @@ class _Check:
             for r in self._linux["resources"]["devices"]
             if r.get("allow") and "major" in r and "minor" in r
         }
-        ours |= {("c", *numbers) for numbers in ociconfig.RULES}
+        ours |= {("c", *numbers) for numbers in config_json.RULES}
         for line in filter(None, map(str.strip, lines)):
             found = _RULE.fullmatch(line)
             if found is None:

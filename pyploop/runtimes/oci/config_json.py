@@ -13,9 +13,9 @@ import stat
 from collections.abc import Collection, Iterable
 from typing import Any, NoReturn
 
-from pyploop.hostconf import ContainerConfig, within
-from pyploop.runtimes import shapes, spec
-from pyploop.runtimes.shapes import refuse
+from pyploop.runtimes.config import ContainerConfig, within
+from pyploop.runtimes.oci import json_shapes, spec
+from pyploop.runtimes.oci.json_shapes import refuse
 
 MASKED = (
     *("/proc/acpi", "/proc/asound", "/proc/kcore", "/proc/keys", "/proc/latency_stats"),
@@ -135,7 +135,7 @@ class _Fitting:
                 if within(path, theirs):
                     path = ours + os.path.normpath(path)[len(os.path.normpath(theirs)) :]
                     break
-        return shapes.path(path, where)
+        return json_shapes.path(path, where)
 
     def _inside(self, written: str, where: str) -> str:
         path = self._moved(written, where)

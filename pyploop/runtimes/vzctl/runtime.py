@@ -16,11 +16,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from pyploop import vzconf
 from pyploop.disks import disk_descriptor
 from pyploop.errors import MigrateError, ParameterError, PyploopError
 from pyploop.freeze.vzctl import parse_status
-from pyploop.hostconf import CTID, NAME, HostConfig, within
 from pyploop.runtimes import (
     BAD_CONFIG,
     CHECKPOINT_VERSION,
@@ -44,8 +42,10 @@ from pyploop.runtimes import (
     Tree,
     copied,
     volumes,
-    vzpolicy,
 )
+from pyploop.runtimes.config import CTID, NAME, HostConfig, within
+from pyploop.runtimes.vzctl import config_files
+from pyploop.runtimes.vzctl.runtime import policy
 from pyploop.system import beneath, mount_table, sysblock
 from pyploop.system.commands import Command, last_words, run
 from pyploop.system.tree_walk import walk
@@ -85,7 +85,7 @@ class Vzctl:
         self._simfs: bool | None = None
         """The source's word, on the target."""
         try:
-            self._conf = vzconf.load(self.container, Path(host.vz_etc))
+            self._conf = config_files.load(self.container, Path(host.vz_etc))
             self.lock_dir = self._conf.path("LOCKDIR")
             self._private = Path(self._conf.path("VE_PRIVATE"))
             self._root = self._conf.path("VE_ROOT")
@@ -402,13 +402,13 @@ class Vzctl:
             with beneath.place(str(self._private / link), str(self._private)) as at:
                 os.symlink(text, at.name, dir_fd=at.dir_fd)
         path = Path(self._host.vz_etc) / "conf" / f"{self.container}.conf"
-        vzpolicy.check(Path(f"{path}{NOT_YET}"), path.name, self._policy)
+        policy.check(Path(f"{path}{NOT_YET}"), path.name, self._policy)
         os.replace(f"{path}{NOT_YET}", path)
         if not self._is_simfs():
             self._check_descriptor()
         # Its own file may name other places than this host's vz.conf does.
         try:
-            conf = vzconf.load(self.container, Path(self._host.vz_etc))
+            conf = config_files.load(self.container, Path(self._host.vz_etc))
             same = (conf.path("VE_PRIVATE"), conf.path("VE_ROOT"))
         except ParameterError as e:
             raise MigrateError(BAD_CONFIG, str(e)) from e

@@ -21,7 +21,6 @@ from typing import Any
 from pyploop.diskcopy.undo_kinds import journal
 from pyploop.errors import MigrateError, PyploopError
 from pyploop.freeze.cgroup_freezer import freezer_in
-from pyploop.hostconf import HostConfig, within
 from pyploop.runtimes import (
     BAD_CONFIG,
     CHECKPOINT_VERSION,
@@ -35,18 +34,21 @@ from pyploop.runtimes import (
     Facts,
     Item,
     State,
-    bundles,
-    contents,
-    criu,
-    fitting,
-    leftovers,
-    members,
-    tracking,
     volumes,
 )
-from pyploop.runtimes import images as image_check
-from pyploop.runtimes.cgroup import ContainerCgroup
+from pyploop.runtimes.config import HostConfig, within
 from pyploop.runtimes.configured import Configured
+from pyploop.runtimes.oci import bundles
+from pyploop.runtimes.oci import criu_images as image_check
+from pyploop.runtimes.runc.cgroup import ContainerCgroup
+from pyploop.runtimes.runc.runtime import (
+    contents,
+    criu,
+    host_fit,
+    leftovers,
+    members,
+    memory_tracking,
+)
 from pyploop.system import beneath
 from pyploop.system.commands import Command, last_words, run
 
@@ -117,7 +119,7 @@ class Runc(Configured):
 
     def check_source(self, live: bool) -> Facts:
         config = bundles.read(self._config.bundle)
-        fitting.check_source(config)
+        host_fit.check_source(config)
         self._check_network(config)
         running = self.state().running
         self._check_places(used=running)
@@ -223,12 +225,12 @@ class Runc(Configured):
                 freezer.thaw()
 
     def why_no_pre_dump(self) -> str:
-        return tracking.problem(self._host.criu)
+        return memory_tracking.problem(self._host.criu)
 
     def pre_dump(self, images: Path, parent: Path | None) -> float | None:
         if freezer := self._freezer():
             self._none_stopped(freezer)
-        return tracking.frozen_seconds(self._checkpoint("--pre-dump", images, parent))
+        return memory_tracking.frozen_seconds(self._checkpoint("--pre-dump", images, parent))
 
     def dump(self, images: Path, parent: Path | None = None) -> None:
         self._checkpoint("--leave-running", images, parent, self._check_suspended)
@@ -339,7 +341,7 @@ class Runc(Configured):
             )
         config = self._fitted(facts.get("config"), facts)
         contents.check_external(self._config.external, facts.get("kinds") or ())
-        fitting.check_target(config, live)
+        host_fit.check_target(config, live)
         self._check_access()
         if not live:
             return

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from pyploop.runtimes.shapes import (
+from pyploop.runtimes.oci.json_shapes import (
     INT64,
     UINT32,
     UINT64,

@@ -12,8 +12,8 @@ import re
 from pathlib import Path
 
 from pyploop.errors import MigrateError
-from pyploop.policy import Policy
 from pyploop.runtimes import BAD_CONFIG
+from pyploop.runtimes.policy import Policy
 
 LARGEST = 1 << 17
 """Bytes of a CTID.conf; real ones have a few thousand."""

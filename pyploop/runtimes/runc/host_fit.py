@@ -13,7 +13,7 @@ from typing import Any
 
 from pyploop.errors import MigrateError
 from pyploop.runtimes import BAD_CONFIG
-from pyploop.runtimes.leftovers import cpus_of
+from pyploop.runtimes.runc.leftovers import cpus_of
 from pyploop.system.commands import run
 
 TIMEOUT = 30.0

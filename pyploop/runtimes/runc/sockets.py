@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 from ipaddress import IPv6Address
 from pathlib import Path
 
-from pyploop.runtimes import members
+from pyploop.runtimes.runc import members
 from pyploop.system import kernel
 
 _DATAGRAM, _STREAM = socket.SOCK_DGRAM, socket.SOCK_STREAM

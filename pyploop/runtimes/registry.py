@@ -4,8 +4,8 @@
 from __future__ import annotations
 
 from pyploop.errors import MigrateError
-from pyploop.hostconf import CTID, HostConfig
 from pyploop.runtimes import USAGE, Runtime
+from pyploop.runtimes.config import CTID, HostConfig
 
 RUNTIMES = ("vzctl", "runc", "command")
 
@@ -19,11 +19,11 @@ def make_runtime(host: HostConfig, name: str | None, container: str) -> Runtime:
             host.container(container)  # says what is missing
         name = known.runtime if known else "vzctl"
     if name == "runc":
-        from pyploop.runtimes.runc import Runc
+        from pyploop.runtimes.runc.runtime import Runc
 
         return Runc(host, container)
     if name == "vzctl":
-        from pyploop.runtimes.vzctl import Vzctl
+        from pyploop.runtimes.vzctl.runtime import Vzctl
 
         return Vzctl(host, container)
     if name == "command":

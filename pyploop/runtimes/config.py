@@ -14,9 +14,9 @@ import tomllib
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from pyploop import policy as policies
 from pyploop.errors import MigrateError, OpenError, ParameterError
-from pyploop.policy import Policy
+from pyploop.runtimes import policy as policies
+from pyploop.runtimes.policy import Policy
 from pyploop.system import mount_options, private_folder
 
 DEFAULT = "/etc/pyploop/migrate.toml"

@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from pyploop.errors import MigrateError
-from pyploop.hostconf import ContainerConfig
-from pyploop.runtimes import BAD_CONFIG, ociconfig, shapes
+from pyploop.runtimes import BAD_CONFIG
+from pyploop.runtimes.config import ContainerConfig
+from pyploop.runtimes.oci import config_json, json_shapes
 
 CONFIG = "config.json"
 RECEIVED = "config.json.received"
@@ -28,7 +29,7 @@ def read(bundle: str, name: str = CONFIG) -> dict[str, Any]:
     try:
         with path.open("rb") as f:
             data = f.read(LARGEST + 1)  # of a larger one, sparse perhaps, no more
-        config = shapes.loads(data) if len(data) <= LARGEST else None
+        config = json_shapes.loads(data) if len(data) <= LARGEST else None
     except (OSError, ValueError) as e:
         raise MigrateError(BAD_CONFIG, f"cannot read {path}: {e}") from e
     if not isinstance(config, dict):
@@ -88,4 +89,4 @@ def adapt(
     writes them.  mounts: of these the beginnings -> ours.  MigrateError(15) when it
     asks for more.
     """
-    return ociconfig.fit(config, paths, mounts, ours, f"{ours.bundle}/{CRIU}")
+    return config_json.fit(config, paths, mounts, ours, f"{ours.bundle}/{CRIU}")
