@@ -23,7 +23,7 @@ from pyploop.diskcopy.options import Options, Summary
 from pyploop.diskcopy.receiver import receive
 from pyploop.diskcopy.sender import Sender
 from pyploop.disks import opening
-from pyploop.kept_sink import KeptSink, hold
+from pyploop.migration.target.resumable_target import KeptSink, hold
 from pyploop.report.events import Reporter
 from pyploop.system.jobs import Job
 from pyploop.trackers.registry import choose

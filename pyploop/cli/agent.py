@@ -6,8 +6,8 @@ from __future__ import annotations
 import os
 import sys
 
-from pyploop.agent import Agent
 from pyploop.cli.arguments import Parser
+from pyploop.migration.target.agent import Agent
 from pyploop.runtimes import config, policy
 
 

@@ -9,13 +9,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TextIO
 
-from pyploop import recover, rsync_options
 from pyploop.cli import migrate_options
 from pyploop.cli.migrate_options import MigrateOptions
 from pyploop.diskcopy.freeze_policy import Policy
 from pyploop.diskcopy.options import Options
 from pyploop.errors import Interrupted, MigrateError, PyploopError, one_line
-from pyploop.migrate import Result, Wish, migrate
+from pyploop.migration import rsync_options
+from pyploop.migration.source import recover
+from pyploop.migration.source.orchestrator import Result, Wish, migrate
 from pyploop.report import timings
 from pyploop.report.events import JsonRenderer, Reporter, TextRenderer
 from pyploop.report.timeline import chrome_trace

@@ -7,9 +7,9 @@ import argparse
 import shlex
 from dataclasses import dataclass
 
-from pyploop.chain import LONGEST
 from pyploop.cli.arguments import Parser, parsed
-from pyploop.memory_rounds import MemoryPolicy
+from pyploop.migration.image_chain import LONGEST
+from pyploop.migration.memory_policy import MemoryPolicy
 from pyploop.units import parse_size, parse_time
 
 RUNTIMES = ("vzctl", "runc", "command")

@@ -25,12 +25,14 @@ from unittest import mock
 from made_up import SOURCE, Box, Finding, World
 from scripts import agent_seeds, frame_of, message_seeds, source_seeds
 
-from pyploop import agent, migrate, recover, remote, undoing
 from pyploop.diskcopy.options import Options
 from pyploop.diskcopy.undo_kinds import journal
 from pyploop.errors import MigrateError, ProtocolError, PyploopError
-from pyploop.mux import Mux
-from pyploop.remote import Remote
+from pyploop.migration import undo_kinds
+from pyploop.migration.mux import Mux
+from pyploop.migration.source import agent_client, orchestrator, recover
+from pyploop.migration.source.agent_client import Remote
+from pyploop.migration.target import agent
 from pyploop.report.events import Reporter
 from pyploop.runtimes import CANNOT_CONNECT, State, config
 from pyploop.runtimes.config import HostConfig
@@ -199,7 +201,7 @@ def run_agent(world: World, data: bytes) -> None:
         ours,
         theirs,
         mock.patch.object(agent, "make_runtime", runtime),
-        mock.patch.object(undoing, "make_runtime", runtime),
+        mock.patch.object(undo_kinds, "make_runtime", runtime),
         mock.patch.object(config, "load", lambda _: world.host()),
         mock.patch.object(agent, "SETTLE_WAIT", 0.0),
     ):
@@ -314,17 +316,17 @@ def run_source(world: World, data: bytes) -> None:
         return asked(self, op, min(timeout, CALL), **args)
 
     failure: BaseException | None = None
-    wish = migrate.Wish("made-up", live=True, copy=Options(stall=1))
+    wish = orchestrator.Wish("made-up", live=True, copy=Options(stall=1))
     with (
         mock.patch.object(subprocess, "Popen", popen),
         mock.patch.object(Remote, "call", call),
-        mock.patch.object(remote, "LAST_WORDS", LAST_WORDS),
+        mock.patch.object(agent_client, "LAST_WORDS", LAST_WORDS),
         mock.patch.object(recover, "settled", partial(recover.settled, patience=0.0)),
-        mock.patch.object(undoing, "make_runtime", lambda *_: box),
+        mock.patch.object(undo_kinds, "make_runtime", lambda *_: box),
         mock.patch.object(config, "load", lambda _: world.host()),
     ):
         try:
-            migrate.migrate(world.host(), box, wish, Reporter())  # type: ignore[arg-type]
+            orchestrator.migrate(world.host(), box, wish, Reporter())  # type: ignore[arg-type]
         except PyploopError as e:
             failure = e
         for connection in connections:

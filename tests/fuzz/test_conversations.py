@@ -14,7 +14,7 @@ import pytest
 from made_up import Finding, World
 from scripts import agent_seeds, source_seeds
 
-from pyploop import undoing
+from pyploop.migration import undo_kinds
 
 ODD: list[Any] = [None, True, -1, 0, 1.5, 1 << 62, "", "x", [], [[]], {}, {"id": 1}, "\0", 1e300]
 MUTATED = 60
@@ -77,6 +77,6 @@ def test_no_value_of_another_kind_leaves_anything_behind(tmp_path: Path, name: s
 def test_the_invariants_are_not_blind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A product that does not undo does not pass."""
     world = World(tmp_path / "world")
-    monkeypatch.setattr(undoing, "undo_all", lambda *_, **__: [])
+    monkeypatch.setattr(undo_kinds, "undo_all", lambda *_, **__: [])
     with pytest.raises(Finding, match="files are left"):
         conversations.run_agent(world, agent_seeds()[2])

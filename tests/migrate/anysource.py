@@ -11,9 +11,11 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from pyploop import __version__, agent, cpu, pieces, verdict
+from pyploop import __version__, cpu
 from pyploop.errors import MigrateError
-from pyploop.mux import Mux
+from pyploop.migration import commit_record, file_stream
+from pyploop.migration.mux import Mux
+from pyploop.migration.target import agent
 from pyploop.runtimes import config
 from pyploop.runtimes.policy import Source
 from pyploop.wire import mux as wire
@@ -64,13 +66,13 @@ class Hostile:
         self.ask("check", container=container, runtime=runtime, facts=facts, **rest)
 
     def begin(self) -> None:
-        self.ask("begin", migration=verdict.new_id(), stall=SECONDS, keep=False)
+        self.ask("begin", migration=commit_record.new_id(), stall=SECONDS, keep=False)
 
     def send_items(self, files: Sequence[tuple[str, int, bytes]]) -> None:
         """Files, each (label, mode, data)."""
         assert self._mux is not None
         self._channel += 1
-        with pieces.Writer(self._mux.open(self._channel), SECONDS) as out:
+        with file_stream.Writer(self._mux.open(self._channel), SECONDS) as out:
             self.ask("items", channel=self._channel)
             for name, mode, data in files:
                 out.piece(name or "x", mode, 0, data)

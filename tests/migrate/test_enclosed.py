@@ -15,8 +15,9 @@ import pytest
 import support
 from treeloop import Copying, account, copying
 
-from pyploop import kept_trees, rsync, treescan
 from pyploop.errors import CancelledError, MigrateError
+from pyploop.migration import rsync, tree_scan
+from pyploop.migration.target import resumable_trees
 from pyploop.system import enclosure
 from pyploop.system.jobs import Job
 from pyploop.undo.journal import Journal
@@ -133,10 +134,10 @@ def finished_whole(c: Copying) -> None:
 
 
 def test_the_scan_never_leaves_the_tree(source: Path, secret: Path) -> None:
-    inside = {st.st_ino for _, st in treescan.entries(str(source))}
+    inside = {st.st_ino for _, st in tree_scan.entries(str(source))}
     with swapping(source, secret):
         for _ in range(100):
-            found = dict(treescan.entries(str(source)))
+            found = dict(tree_scan.entries(str(source)))
             link = (source / "a/link", source / "a/swapped")
             others = {st.st_ino for st in found.values()} - inside
             assert len(others) <= 1, link  # the link itself
@@ -220,7 +221,7 @@ def test_a_tree_that_became_a_link_is_refused(tmp_path: Path, secret: Path) -> N
 def test_deeply_nested_folders_arrive(tmp_path: Path, source: Path, depth: int, name: str) -> None:
     nest(source, depth, name)
     with copying(tmp_path, source) as c:
-        assert treescan.check_source(str(source)) > 0
+        assert tree_scan.check_source(str(source)) > 0
         c.trees.copy_while_running()
         c.trees.prepare_last()
         Job(c.finish).start().join(60)
@@ -233,7 +234,7 @@ def test_a_name_that_is_too_long_for_rsync_is_refused_before_anything_starts(
 ) -> None:
     nest(source, 17, "n" * 250)
     with pytest.raises(MigrateError, match="nested too deeply for rsync") as refusal:
-        treescan.check_source(str(source))
+        tree_scan.check_source(str(source))
     assert refusal.value.exit_code == 6
 
 
@@ -243,11 +244,11 @@ def test_a_kept_tree_is_for_nobody_but_root(tmp_path: Path) -> None:
     fields = {"migration": "0" * 16, "runtime": "runc", "container": "ct"}
     log = Journal.create("a migration", tmp_path / "state", source={"id": "x"}, **fields)
     tree = tmp_path / "tree"
-    entry = kept_trees.entry_for(log, 0, str(tree))
+    entry = resumable_trees.entry_for(log, 0, str(tree))
     tree.mkdir(mode=0o755)
     (tree / "setuid").touch()
     (tree / "setuid").chmod(0o4755)
-    kept_trees.retain(log, entry)
+    resumable_trees.retain(log, entry)
     kept = Path(entry["kept"])
     assert (os.listdir(kept), kept.stat().st_mode & 0o7777) == (["setuid"], 0o700)
     log.clear()

@@ -17,10 +17,10 @@ import pytest
 import support
 from treeloop import account, copying
 
-from pyploop import rsync_options
 from pyploop.diskcopy.freeze_policy import Policy
 from pyploop.diskcopy.options import Options
 from pyploop.errors import LoopError, MigrateError
+from pyploop.migration import rsync_options
 from pyploop.system.jobs import Job
 
 

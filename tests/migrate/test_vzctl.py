@@ -15,7 +15,7 @@ import support
 from vzlab import CTID, VzLab, runs_only_on, vz_lab
 
 from pyploop.errors import MigrateError
-from pyploop.remote import Remote
+from pyploop.migration.source.agent_client import Remote
 from pyploop.runtimes import config
 
 

@@ -14,12 +14,12 @@ from pathlib import Path
 from typing import Any, cast
 
 from pyploop.diskcopy.options import Options
-from pyploop.landing_trees import LandingTrees
-from pyploop.remote import Remote
+from pyploop.migration.source.agent_client import Remote
+from pyploop.migration.source.trees import Trees
+from pyploop.migration.target.incoming_trees import LandingTrees
 from pyploop.report.events import Reporter
 from pyploop.runtimes import Tree
 from pyploop.system.jobs import Job
-from pyploop.trees import Trees
 from pyploop.undo.journal import Journal
 
 

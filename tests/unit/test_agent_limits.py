@@ -17,9 +17,10 @@ import pytest
 from made_up import SOURCE, Box, World
 from scripts import CHECK, HEX, MACHINE
 
-from pyploop import agent, landing, shelf, undoing, verdict
 from pyploop.errors import MigrateError, PyploopError
-from pyploop.mux import Mux
+from pyploop.migration import commit_record, undo_kinds
+from pyploop.migration.mux import Mux
+from pyploop.migration.target import agent, incoming, incoming_files
 from pyploop.runtimes import State, config
 from pyploop.runtimes.config import HostConfig
 from pyploop.wire import mux as wire
@@ -121,7 +122,7 @@ def connect(world: World, box: Box, monkeypatch: pytest.MonkeyPatch) -> Iterator
         return box
 
     monkeypatch.setattr(agent, "make_runtime", runtime)
-    monkeypatch.setattr(undoing, "make_runtime", runtime)
+    monkeypatch.setattr(undo_kinds, "make_runtime", runtime)
     monkeypatch.setattr(config, "load", lambda _: world.host())
     with contextlib.ExitStack() as stack:
 
@@ -240,9 +241,9 @@ def test_a_begin_that_fails_leaves_no_file(
         state.mkdir(exist_ok=True)
         (state / f"{HEX}.target").write_text("another one's")
     elif what == "trees":
-        monkeypatch.setattr(landing, "LandingTrees", _fails)
+        monkeypatch.setattr(incoming, "LandingTrees", _fails)
     else:
-        monkeypatch.setattr(shelf.Shelf, "__init__", _fails)
+        monkeypatch.setattr(incoming_files.Shelf, "__init__", _fails)
     source.refused("begin", {"migration": HEX, "stall": 5, "keep": True})
     if what == "verdict":
         assert (state / f"{HEX}.target").read_text() == "another one's"
@@ -293,7 +294,7 @@ def test_a_migration_under_way_is_neither_settled_nor_forgotten_by_itself(
     source.begin()
     assert "not over" in source.refused(op, {"migration": HEX})
     assert "not decided" in connect().refused("forget", {"migration": HEX}) or op == "settle"
-    assert (world.folder / "state" / f"{HEX}.target").read_text().strip() == verdict.PENDING
+    assert (world.folder / "state" / f"{HEX}.target").read_text().strip() == commit_record.PENDING
     source.call("undo")
 
 
@@ -329,7 +330,7 @@ def test_a_disk_that_is_larger_than_announced_is_refused(connect: Connect, world
 def test_memory_that_is_larger_than_announced_is_refused(
     connect: Connect, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(landing, "GIB", 0)
+    monkeypatch.setattr(incoming, "GIB", 0)
     source = connect()
     source.begin(memory=1000)
     stream = b"".join(piece(b"pages-1.img", bytes(1000), n * 1000) for n in range(9))

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator
 import pytest
 
 from pyploop.errors import ProtocolError, PyploopError, ReadError
-from pyploop.mux import Mux
+from pyploop.migration.mux import Mux
 from pyploop.wire import mux as wire
 
 

@@ -13,8 +13,9 @@ from pathlib import Path
 
 import pytest
 
-from pyploop import kept, kept_trees, undoing
 from pyploop.diskcopy.undo_kinds import journal
+from pyploop.migration import undo_kinds
+from pyploop.migration.target import resumable_files, resumable_trees
 from pyploop.system import beneath, kernel
 
 Opener = Callable[[int, str], int]
@@ -199,7 +200,7 @@ def test_keeping_what_was_copied_takes_nothing_from_behind_a_link(tmp_path: Path
     entry = {"kind": "copied", "what": "private:x/file", "path": str(root / "x/file")}
     log.add({**entry, "kept": str(tmp_path / "kept"), "root": str(root)})
     with contextlib.suppress(OSError):
-        kept.retain(log, log.entries[0])
+        resumable_files.retain(log, log.entries[0])
     log.clear()
     assert (outside / "file").exists()
     assert not (tmp_path / "kept").exists()
@@ -214,8 +215,8 @@ def test_a_tree_that_is_kept_is_closed_to_other_users_wherever_it_lies(tmp_path:
     (tree / "su").touch()
     (tree / "su").chmod(0o4755)
     os.chown(tree, 1000, 1000)
-    entry = kept_trees.entry_for(log, 0, str(tree)) | {"kept": str(tmp_path / "kept")}
-    kept_trees.retain(log, entry)
+    entry = resumable_trees.entry_for(log, 0, str(tree)) | {"kept": str(tmp_path / "kept")}
+    resumable_trees.retain(log, entry)
     log.clear()
     st = (tmp_path / "kept").stat()
     assert (st.st_uid, st.st_gid, st.st_mode & 0o7777) == (0, 0, 0o700)
@@ -227,15 +228,15 @@ def test_folders_are_made_for_root_alone_and_not_through_a_link(tmp_path: Path) 
     outside.mkdir()
     log = journal.Journal.create("test", tmp_path / "state")
     try:
-        undoing.make_folders(log, root / "a/b", 0o700, str(root))
+        undo_kinds.make_folders(log, root / "a/b", 0o700, str(root))
         for folder in (root.parent, root, root / "a", root / "a/b"):
             assert folder.stat().st_mode & 0o777 == 0o700, folder
         (root / "x").symlink_to(outside)
         with pytest.raises(OSError):
-            undoing.make_folders(log, root / "x/y", 0o700, str(root))
+            undo_kinds.make_folders(log, root / "x/y", 0o700, str(root))
         assert list(outside.iterdir()) == []
         (root / "x").unlink()
-        assert undoing.undo_all(log, over=False) == []
+        assert undo_kinds.undo_all(log, over=False) == []
         assert not root.parent.exists()
     finally:
         log.clear()

@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 from support import pyploop_cmd, pyploop_env
 
-from pyploop import relay
 from pyploop.diskcopy.undo_kinds import watchdog
+from pyploop.migration import relay
 from pyploop.system import enclosure
 
 MODULES = (

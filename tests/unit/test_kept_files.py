@@ -21,7 +21,7 @@ from typing import Any
 import pytest
 from going_on import go_on, tell
 
-from pyploop import delta, kept, pieces, reuse, shelf
+from pyploop import delta
 from pyploop._core import Known
 from pyploop.diskcopy import digests
 from pyploop.diskcopy.digests import Reader
@@ -35,14 +35,17 @@ from pyploop.errors import (
     ReadError,
     WriteError,
 )
-from pyploop.kept_sink import KeptSink, check_untouched, hold
+from pyploop.migration import file_stream
+from pyploop.migration.source import delta
+from pyploop.migration.target import incoming_files, resumable_files
+from pyploop.migration.target.resumable_target import KeptSink, check_untouched, hold
+from pyploop.migration.undo_kinds import undo_all
 from pyploop.report.events import Reporter
 from pyploop.runtimes import COPY_FAILED, Disk
 from pyploop.runtimes.config import HostConfig
 from pyploop.system import beneath
 from pyploop.system.jobs import Job
 from pyploop.undo.journal import Journal
-from pyploop.undoing import undo_all
 
 KIB, MIB = 1 << 10, 1 << 20
 SIZE = 5 * MIB + 3 * KIB + 7
@@ -194,10 +197,10 @@ def test_a_lower_delta_is_the_source_s_whatever_was_kept(tmp_path: Path, damage:
     fd = os.open(held, os.O_RDWR)
     reader, _ = tell(fd, SIZE)
     a, b = socket.socketpair()
-    place = pieces.Place(lambda name: fd, durable=True)
-    job = Job(lambda: pieces.receive(b.detach(), 10, place)).start()
-    with pieces.Writer(a.detach(), 10) as out:
-        found = reuse.send_file(out, "lower", str(source), SIZE, reader)
+    place = file_stream.Place(lambda name: fd, durable=True)
+    job = Job(lambda: file_stream.receive(b.detach(), 10, place)).start()
+    with file_stream.Writer(a.detach(), 10) as out:
+        found = delta.send_file(out, "lower", str(source), SIZE, reader)
         out.end()
     job.join(10)
     reader.close()
@@ -370,7 +373,7 @@ class Target:
 
     def begin(
         self, keep: bool, source: dict[str, str] | None = None
-    ) -> tuple[Journal, shelf.Shelf, list[str]]:
+    ) -> tuple[Journal, incoming_files.Shelf, list[str]]:
         """A migration that comes here; also what was said."""
         said: list[str] = []
         report = Reporter()
@@ -387,7 +390,7 @@ class Target:
             keep=keep,
         )
         disks = self.runtime.disks(source=False)
-        return log, shelf.Shelf(self.host, self.runtime, log, disks, report), said
+        return log, incoming_files.Shelf(self.host, self.runtime, log, disks, report), said
 
     def leave(self, data: bytes) -> Path:
         """What a failed migration leaves of its disk."""
@@ -498,7 +501,7 @@ def test_a_kept_file_of_another_source_is_not_used(target: Target) -> None:
         "What was kept of disk 0 is not used, and is copied anew: it came from here, not from there"
     ]
     assert (target.files(), target.record.exists()) == ([], False)
-    assert kept.allocated(target.host, target.runtime, {"source": other}) == {}
+    assert resumable_files.allocated(target.host, target.runtime, {"source": other}) == {}
 
 
 @pytest.mark.parametrize(
@@ -523,7 +526,7 @@ def test_a_damaged_record_costs_only_the_copy(target: Target, text: str) -> None
 
 def test_what_is_kept_counts_as_room(target: Target) -> None:
     target.leave(DATA)
-    room = kept.allocated(target.host, target.runtime, {"source": HERE})
+    room = resumable_files.allocated(target.host, target.runtime, {"source": HERE})
     assert room == {"disk 0": pytest.approx(len(DATA), abs=64 * KIB)}
 
 

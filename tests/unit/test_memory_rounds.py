@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 from support import MIB
 
-from pyploop.chain import LONGEST, Chain
 from pyploop.errors import ProtocolError
-from pyploop.memory import approach
-from pyploop.memory_rounds import MemoryPolicy, MemoryRound, another
+from pyploop.migration.image_chain import LONGEST, Chain
+from pyploop.migration.memory_policy import MemoryPolicy, MemoryRound, another
+from pyploop.migration.source.memory import approach
 
 GIB = 1 << 30
 POLICY = MemoryPolicy()

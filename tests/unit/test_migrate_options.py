@@ -6,7 +6,7 @@ from __future__ import annotations
 import pytest
 
 from pyploop.cli.migrate_options import NODEPS, parse
-from pyploop.migrate import Wish
+from pyploop.migration.source.orchestrator import Wish
 
 
 def test_vzmigrate_s_command_line_is_taken_as_it_is() -> None:

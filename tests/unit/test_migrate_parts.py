@@ -17,7 +17,6 @@ from typing import Any
 
 import pytest
 
-from pyploop import pieces, verdict
 from pyploop.errors import (
     BusyError,
     Interrupted,
@@ -26,6 +25,7 @@ from pyploop.errors import (
     PyploopError,
     ReadError,
 )
+from pyploop.migration import commit_record, file_stream
 from pyploop.runtimes import config
 from pyploop.system.commands import Command
 from pyploop.system.jobs import Job, in_parallel
@@ -141,29 +141,29 @@ def test_what_is_wrong_in_a_configuration_is_named(change: dict[str, Any], named
 
 
 def test_a_verdict_is_asked_only_when_its_owner_has_ended(tmp_path: Path) -> None:
-    name = verdict.new_id()
-    own = verdict.Verdict.create(tmp_path, name)
-    own.write(verdict.COMMITTED)
+    name = commit_record.new_id()
+    own = commit_record.Verdict.create(tmp_path, name)
+    own.write(commit_record.COMMITTED)
     # A command of the owner's that lives on, as a restore may.
     child = subprocess.Popen(["sleep", "60"], pass_fds=[own.fd])
     own.close()
     try:
-        with pytest.raises(BusyError), verdict.held(tmp_path, name, 0.1):
+        with pytest.raises(BusyError), commit_record.held(tmp_path, name, 0.1):
             pass
     finally:
         child.kill()
         child.wait()
-    with verdict.held(tmp_path, name, 5) as record:
+    with commit_record.held(tmp_path, name, 5) as record:
         assert record is not None
-        assert record.read() == verdict.COMMITTED
-    with verdict.held(tmp_path, verdict.new_id(), 0) as record:
+        assert record.read() == commit_record.COMMITTED
+    with commit_record.held(tmp_path, commit_record.new_id(), 0) as record:
         assert record is None
 
 
 @pytest.mark.parametrize("bad", ["", "../etc/passwd", "0" * 17, "G" * 16, None, 7, "0" * 15 + "\n"])
 def test_what_is_no_migration_never_becomes_a_file_name(bad: object) -> None:
     with pytest.raises(ProtocolError):
-        verdict.check_id(bad)
+        commit_record.check_id(bad)
 
 
 # ---- files in a channel
@@ -175,11 +175,11 @@ def channel() -> Iterator[tuple[int, int]]:
     yield a.detach(), b.detach()
 
 
-def receive(fd: int, folder: Path) -> Job[pieces.Received]:
+def receive(fd: int, folder: Path) -> Job[file_stream.Received]:
     def create(name: str) -> int:
         return os.open(folder / name, os.O_WRONLY | os.O_CREAT | os.O_EXCL)
 
-    return Job(lambda: pieces.receive(fd, 10, pieces.Place(create, durable=True))).start()
+    return Job(lambda: file_stream.receive(fd, 10, file_stream.Place(create, durable=True))).start()
 
 
 def test_files_arrive_with_their_holes_sizes_and_modes(
@@ -195,7 +195,7 @@ def test_files_arrive_with_their_holes_sizes_and_modes(
     source.chmod(0o751)
     (tmp_path / "empty").touch()
     job = receive(channel[1], target)
-    with pieces.Writer(channel[0], 10) as out:
+    with file_stream.Writer(channel[0], 10) as out:
         out.file("one", str(source))
         out.file("two", str(tmp_path / "empty"))
         out.end()
@@ -221,8 +221,8 @@ def test_a_dump_is_sent_while_it_is_written(channel: tuple[int, int], tmp_path: 
 
     job = receive(channel[1], target)
     dumping = Job(dump).start()
-    with pieces.Writer(channel[0], 10) as out:
-        sending = Job(lambda: pieces.stream_dump(source, out, dumping)).start()
+    with file_stream.Writer(channel[0], 10) as out:
+        sending = Job(lambda: file_stream.stream_dump(source, out, dumping)).start()
         deadline = time.monotonic() + 10
         pages = target / "pages-1.img"
         while not (pages.exists() and pages.stat().st_size == 500_000):
@@ -239,7 +239,7 @@ def test_a_limited_writer_takes_its_time(channel: tuple[int, int], tmp_path: Pat
     (tmp_path / "source").write_bytes(bytes(1 << 20))
     (tmp_path / "target").mkdir()
     job = receive(channel[1], tmp_path / "target")
-    with pieces.Writer(channel[0], 10, rate=4 << 20) as out:
+    with file_stream.Writer(channel[0], 10, rate=4 << 20) as out:
         start = time.monotonic()
         out.file("one", str(tmp_path / "source"))
         out.end()
@@ -259,8 +259,8 @@ def test_a_dump_that_fails_is_not_taken_for_a_whole_one(
         raise MigrateError(8, "no")
 
     job = receive(channel[1], target)
-    with pieces.Writer(channel[0], 10) as out, pytest.raises(MigrateError):
-        pieces.stream_dump(source, out, Job(dump).start())
+    with file_stream.Writer(channel[0], 10) as out, pytest.raises(MigrateError):
+        file_stream.stream_dump(source, out, Job(dump).start())
     with pytest.raises(ReadError, match="ended early"):
         job.join(10)
 

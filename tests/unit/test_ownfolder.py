@@ -13,9 +13,10 @@ from pathlib import Path
 import pytest
 from support import needs, pyploop_env
 
-from pyploop import ctlock, kept_trees, undoing, verdict
 from pyploop.diskcopy.undo_kinds import journal
 from pyploop.errors import BusyError, CreateError, OpenError, PyploopError
+from pyploop.migration import commit_record, locks, undo_kinds
+from pyploop.migration.target import resumable_trees
 from pyploop.system import private_folder
 
 NOBODY = 65534
@@ -41,17 +42,19 @@ def precious(tmp_path: Path) -> Iterator[Path]:
 
 
 def use_container_lock(folder: Path) -> None:
-    with ctlock.container_lock(folder, "ct"):
+    with locks.container_lock(folder, "ct"):
         pass
 
 
 def use_host_slot(folder: Path) -> None:
-    with ctlock.host_slot(folder, 2, 0):
+    with locks.host_slot(folder, 2, 0):
         pass
 
 
 def use_verdict(folder: Path) -> None:
-    verdict.Verdict.create(verdict.make_folder(folder), verdict.new_id()).close(remove=True)
+    commit_record.Verdict.create(commit_record.make_folder(folder), commit_record.new_id()).close(
+        remove=True
+    )
 
 
 def use_journal(folder: Path) -> None:
@@ -145,7 +148,7 @@ def test_a_fifo_in_the_place_of_a_record_does_not_block(tmp_path: Path) -> None:
     told: list[str] = []
     assert journal.records(tmp_path, told.append) == []
     assert told == [f"{tmp_path}: 1.json is no regular file: not used"]
-    assert kept_trees.allocated(str(tmp_path), "runc", "ct", {"id": "x"}) == {}
+    assert resumable_trees.allocated(str(tmp_path), "runc", "ct", {"id": "x"}) == {}
 
 
 # ---- journals
@@ -221,14 +224,14 @@ def test_a_dump_goes_into_a_new_folder_and_never_into_one_that_was_there(shared:
     (taken / "theirs").touch()
     with pytest.raises(FileExistsError):
         private_folder.make_new(taken)
-    undoing._remove_tree({"path": str(taken)})  # what the journal of a failed begin has
+    undo_kinds._remove_tree({"path": str(taken)})  # what the journal of a failed begin has
     assert (taken / "theirs").exists()
     (shared / "pyploop-2").symlink_to("/etc")
     with pytest.raises(FileExistsError):
         private_folder.make_new(shared / "pyploop-2")
     private_folder.make_new(shared / "pyploop-3")
     assert (shared / "pyploop-3").stat().st_mode & 0o777 == 0o700
-    undoing._remove_tree({"path": str(shared / "pyploop-3")})
+    undo_kinds._remove_tree({"path": str(shared / "pyploop-3")})
     assert not (shared / "pyploop-3").exists()
 
 
@@ -269,6 +272,6 @@ def test_two_dots_behind_a_link_are_followed_as_the_kernel_does(tmp_path: Path) 
 
 
 def test_one_lock_still_keeps_others_out(tmp_path: Path) -> None:
-    with ctlock.container_lock(tmp_path, "ct"), pytest.raises(BusyError, match="is locked"):
-        ctlock.container_lock(tmp_path, "ct").__enter__()
+    with locks.container_lock(tmp_path, "ct"), pytest.raises(BusyError, match="is locked"):
+        locks.container_lock(tmp_path, "ct").__enter__()
     assert os.listdir(tmp_path) == []

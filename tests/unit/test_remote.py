@@ -18,11 +18,11 @@ from typing import Any
 
 import pytest
 
-from pyploop import mux, pieces
 from pyploop.diskcopy import digests
 from pyploop.errors import MigrateError, ProtocolError, PyploopError, ReadError
-from pyploop.mux import Mux
-from pyploop.remote import Remote
+from pyploop.migration import file_stream, mux
+from pyploop.migration.mux import Mux
+from pyploop.migration.source.agent_client import Remote
 from pyploop.system import stderr_tail
 from pyploop.system.jobs import Job
 from pyploop.wire import mux as wire
@@ -234,17 +234,17 @@ def channel() -> Iterator[tuple[int, socket.socket]]:
 def few_descriptors() -> Iterator[None]:
     """So many more that the files of a stream do not all fit."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    most = max(int(n) for n in os.listdir("/proc/self/fd")) + pieces.MOST_OPEN + 40
+    most = max(int(n) for n in os.listdir("/proc/self/fd")) + file_stream.MOST_OPEN + 40
     resource.setrlimit(resource.RLIMIT_NOFILE, (min(most, hard), hard))
     yield
     resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
-def place(folder: Path, **limits: Any) -> pieces.Place:
+def place(folder: Path, **limits: Any) -> file_stream.Place:
     def opened(flags: int) -> Callable[[str], int]:
         return lambda name: os.open(folder / name, os.O_WRONLY | flags, 0o600)
 
-    return pieces.Place(opened(os.O_CREAT | os.O_EXCL), opened(0), **limits)
+    return file_stream.Place(opened(os.O_CREAT | os.O_EXCL), opened(0), **limits)
 
 
 @pytest.mark.usefixtures("few_descriptors")
@@ -258,9 +258,9 @@ def test_a_dump_of_thousands_of_images_arrives(
     target.mkdir()
     for n in range(2000):
         (source / name.format(n)).write_bytes(b"%d" % n)
-    job = Job(lambda: pieces.receive(channel[0], 30, place(target))).start()
-    with pieces.Writer(channel[1].detach(), 30) as out:
-        pieces.stream_dump(source, out, Job(lambda: None).start())
+    job = Job(lambda: file_stream.receive(channel[0], 30, place(target))).start()
+    with file_stream.Writer(channel[1].detach(), 30) as out:
+        file_stream.stream_dump(source, out, Job(lambda: None).start())
     assert len(job.join(30).names) == 2000
     assert all((target / name.format(n)).read_bytes() == b"%d" % n for n in range(2000))
 
@@ -293,16 +293,16 @@ def test_a_stream_of_files_keeps_to_its_limits(
     stream, limits, why = REFUSED[what]
     channel[1].sendall(stream)
     with pytest.raises(ProtocolError, match=why):
-        pieces.receive(channel[0], 20, place(tmp_path, **limits))
+        file_stream.receive(channel[0], 20, place(tmp_path, **limits))
 
 
 def test_files_that_are_all_begun_and_never_complete_are_bounded(
     channel: tuple[int, socket.socket], tmp_path: Path
 ) -> None:
-    one_by_one = pieces.Place(place(tmp_path).create)
-    channel[1].sendall(b"".join(head(b"%d" % n, b"x") for n in range(pieces.MOST_OPEN + 1)))
+    one_by_one = file_stream.Place(place(tmp_path).create)
+    channel[1].sendall(b"".join(head(b"%d" % n, b"x") for n in range(file_stream.MOST_OPEN + 1)))
     with pytest.raises(ProtocolError, match="are not complete"):
-        pieces.receive(channel[0], 20, one_by_one)
+        file_stream.receive(channel[0], 20, one_by_one)
 
 
 @pytest.mark.parametrize("what", ["files", "digests"])
@@ -322,7 +322,7 @@ def test_one_who_drips_is_given_up(
     try:
         with pytest.raises(ReadError, match=r"next to nothing|tells no digests"):
             if what == "files":
-                pieces.receive(channel[0], 0.5, place(tmp_path))
+                file_stream.receive(channel[0], 0.5, place(tmp_path))
             else:
                 reader = digests.Reader(channel[0], 0.5)
                 try:

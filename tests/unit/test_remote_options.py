@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 import support
 
-from pyploop import remote
 from pyploop.errors import MigrateError
+from pyploop.migration.source import agent_client
 
 _EAGER = """\
 Host *
@@ -43,7 +43,7 @@ def command(tmp_path: Path, *options: str) -> list[str]:
     """What `Remote` runs, without the program."""
     ssh = [sys.executable, "-c", _RECORDS, str(tmp_path / "words")]
     with pytest.raises(MigrateError) as failure:
-        remote.Remote("host", ssh, options, ["pyploop", "agent"])
+        agent_client.Remote("host", ssh, options, ["pyploop", "agent"])
     assert failure.value.exit_code == 4
     return list(json.loads((tmp_path / "words").read_text()))
 

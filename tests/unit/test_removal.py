@@ -14,8 +14,8 @@ from pathlib import Path
 import pytest
 from support import needs
 
-from pyploop import undoing
 from pyploop.freeze import cgroup_freezer
+from pyploop.migration import undo_kinds
 from pyploop.system import removal
 
 
@@ -56,9 +56,9 @@ def test_folders_nested_deeper_than_python_recurses_or_a_path_can_tell_are_remov
     top.mkdir()
     nest(top, depth, name)
     with few_descriptors(40):
-        undoing._remove_tree({"path": str(top)})
+        undo_kinds._remove_tree({"path": str(top)})
     assert os.listdir(tmp_path) == []
-    undoing._remove_tree({"path": str(top)})  # again: there is nothing left to undo
+    undo_kinds._remove_tree({"path": str(top)})  # again: there is nothing left to undo
 
 
 def test_links_are_removed_and_never_followed(tmp_path: Path) -> None:

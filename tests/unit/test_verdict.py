@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 
-from pyploop import agent, verdict
 from pyploop.errors import BusyError
+from pyploop.migration import commit_record
+from pyploop.migration.target import agent
 from pyploop.runtimes.config import HostConfig
 from pyploop.undo.journal import Journal
 
@@ -18,8 +19,8 @@ def dead_agent(folder: Path, word: str) -> tuple[HostConfig, str, Path]:
     """What an agent leaves that was killed after it wrote `word`: its host, the
     migration, and a file that it would undo."""
     host = HostConfig(state_dir=str(folder))
-    migration = verdict.new_id()
-    record = verdict.Verdict.create(folder, migration)
+    migration = commit_record.new_id()
+    record = commit_record.Verdict.create(folder, migration)
     record.write(word)
     record.close()
     log = Journal.create("a migration", folder, migration=migration, side="target")
@@ -36,7 +37,9 @@ def runs(answer: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(agent, "_runs", state)
 
 
-@pytest.mark.parametrize("word", [verdict.PENDING, verdict.COMMITTED, verdict.ABORTED])
+@pytest.mark.parametrize(
+    "word", [commit_record.PENDING, commit_record.COMMITTED, commit_record.ABORTED]
+)
 def test_a_container_that_never_ran_here_is_given_back(
     word: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -52,7 +55,7 @@ def test_a_committed_container_that_runs_stays(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     runs(True, monkeypatch)
-    host, migration, made = dead_agent(tmp_path, verdict.COMMITTED)
+    host, migration, made = dead_agent(tmp_path, commit_record.COMMITTED)
     assert agent.settle(host, migration) == {"verdict": "committed", "failed": []}
     assert made.exists()
 
@@ -61,7 +64,7 @@ def test_a_container_that_ran_here_and_died_is_never_run_again_from_its_older_st
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     runs(False, monkeypatch)
-    host, migration, made = dead_agent(tmp_path, verdict.RAN)
+    host, migration, made = dead_agent(tmp_path, commit_record.RAN)
     for _ in range(2):  # the answer may have been lost, and be asked for again
         assert agent.settle(host, migration)["verdict"] == "committed"
     assert made.exists()
@@ -72,8 +75,8 @@ def test_who_asks_waits_for_the_one_who_may_still_decide(
 ) -> None:
     monkeypatch.setattr(agent, "SETTLE_WAIT", 0.0)
     host = HostConfig(state_dir=str(tmp_path))
-    migration = verdict.new_id()
-    record = verdict.Verdict.create(tmp_path, migration)
+    migration = commit_record.new_id()
+    record = commit_record.Verdict.create(tmp_path, migration)
     try:
         with pytest.raises(BusyError):
             agent.settle(host, migration)

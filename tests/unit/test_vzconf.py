@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 import support
 
-from pyploop import ctlock
 from pyploop.errors import BusyError, OpenError, ParameterError
+from pyploop.migration import locks
 from pyploop.report import timings
 from pyploop.runtimes.vzctl import config_files
 from pyploop.runtimes.vzctl.config_files import VzConf
@@ -90,11 +90,11 @@ def test_a_path_must_be_absolute() -> None:
 
 def test_a_container_is_locked_with_our_pid_and_unlocked_after(tmp_path: Path) -> None:
     lock = tmp_path / "101.lck"
-    with ctlock.container_lock(tmp_path, "101"):
+    with locks.container_lock(tmp_path, "101"):
         assert int(lock.read_text()) == os.getpid()
         with pytest.raises(BusyError, match=str(os.getpid())):
-            ctlock.container_lock(tmp_path, "101").__enter__()
-        with ctlock.container_lock(tmp_path, "102"):
+            locks.container_lock(tmp_path, "101").__enter__()
+        with locks.container_lock(tmp_path, "102"):
             pass
         assert lock.exists()
     assert list(tmp_path.iterdir()) == []
@@ -104,16 +104,16 @@ def test_a_lock_whose_owner_is_gone_is_taken_over(tmp_path: Path) -> None:
     gone = subprocess.Popen([sys.executable, "-c", ""])
     gone.wait()
     (tmp_path / "101.lck").write_text(f"{gone.pid}\n")
-    with ctlock.container_lock(tmp_path, "101"):
+    with locks.container_lock(tmp_path, "101"):
         assert int((tmp_path / "101.lck").read_text()) == os.getpid()
 
 
 def test_a_fresh_lock_without_a_pid_is_somebody_s_who_is_just_writing_it(tmp_path: Path) -> None:
     (tmp_path / "101.lck").touch()
     with pytest.raises(BusyError):
-        ctlock.container_lock(tmp_path, "101").__enter__()
+        locks.container_lock(tmp_path, "101").__enter__()
     os.utime(tmp_path / "101.lck", (0, 0))
-    with ctlock.container_lock(tmp_path, "101"):
+    with locks.container_lock(tmp_path, "101"):
         pass
 
 
@@ -133,12 +133,12 @@ def test_a_host_takes_so_many_migrations_and_a_killed_one_frees_its_place(tmp_pa
     try:
         assert holder.stdout is not None
         assert holder.stdout.readline() == b"held\n"
-        with ctlock.host_slot(tmp_path, 2, 0):
+        with locks.host_slot(tmp_path, 2, 0):
             with pytest.raises(BusyError, match="2 migrations"):
-                ctlock.host_slot(tmp_path, 2, 0).__enter__()
+                locks.host_slot(tmp_path, 2, 0).__enter__()
             holder.kill()
             holder.wait()
-            with ctlock.host_slot(tmp_path, 2, 5):
+            with locks.host_slot(tmp_path, 2, 5):
                 pass
     finally:
         holder.kill()

@@ -16,12 +16,12 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from pyploop import kept
 from pyploop.diskcopy import digests
 from pyploop.diskcopy.target_file import Sink
 from pyploop.errors import ProtocolError, WriteError
-from pyploop.kept import KeptFile
-from pyploop.kept_sink import KeptSink, check_untouched, hold
+from pyploop.migration.target import resumable_files
+from pyploop.migration.target.resumable_files import KeptFile
+from pyploop.migration.target.resumable_target import KeptSink, check_untouched, hold
 from pyploop.report.events import Reporter
 from pyploop.runtimes import LARGEST_FILE, Disk, Runtime
 from pyploop.runtimes.config import HostConfig
@@ -48,7 +48,7 @@ class Shelf:
         self._homes = {f"disk {n}": existing_parent(disk.image) for n, disk in enumerate(disks)}
         self._items_home = next(iter(self._homes.values()), Path(host.state_dir))
         homes = {*self._homes.values(), self._items_home}
-        self._files = kept.adopt(host, runtime, log, homes, report)
+        self._files = resumable_files.adopt(host, runtime, log, homes, report)
         self._asked: dict[str, int] = {}
         self._placed: list[tuple[int, str]] = []
         self._number = 0
@@ -142,7 +142,9 @@ class Shelf:
 
     def _new_path(self, home: Path) -> str:
         self._number += 1
-        return kept.new_path(home, self._container, self._log.get("migration"), self._number)
+        return resumable_files.new_path(
+            home, self._container, self._log.get("migration"), self._number
+        )
 
     # ---- the end
 

@@ -17,7 +17,7 @@ from typing import Any
 
 from pyploop import __version__
 from pyploop.errors import MigrateError, ProtocolError, PyploopError, ReadError
-from pyploop.mux import INBOX, Mux
+from pyploop.migration.mux import INBOX, Mux
 from pyploop.system import descriptors
 from pyploop.system.stderr_tail import LastWords
 from pyploop.wire import messages

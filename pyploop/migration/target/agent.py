@@ -15,21 +15,13 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from pyploop import (
-    __version__,
-    cpu,
-    ctlock,
-    kept,
-    kept_trees,
-    landing,
-    landing_trees,
-    undoing,
-    verdict,
-)
+from pyploop import __version__, cpu
 from pyploop.diskcopy.undo_kinds import journal
 from pyploop.errors import BusyError, MigrateError, ProtocolError, PyploopError, one_line
-from pyploop.landing import Landing
-from pyploop.mux import Mux
+from pyploop.migration import commit_record, locks, undo_kinds
+from pyploop.migration.mux import Mux
+from pyploop.migration.target import incoming, incoming_trees, resumable_files, resumable_trees
+from pyploop.migration.target.incoming import Landing
 from pyploop.report.events import NOTE, Reporter
 from pyploop.runtimes import (
     BAD_CONFIG,
@@ -231,13 +223,13 @@ class Agent:
         disks = chosen.disks(source=False)
         if len(disks) != len(sizes):
             raise ProtocolError(f"{len(sizes)} disks there, {len(disks)} here")
-        there = kept.allocated(self._host, chosen, facts)
+        there = resumable_files.allocated(self._host, chosen, facts)
         for n, (disk, size) in enumerate(zip(disks, sizes, strict=True)):
             volumes.check_free(disk, max(size - there.get(f"disk {n}", 0), 0))
-        held = kept_trees.allocated(
-            self._host.state_dir, chosen.name, chosen.container, kept.source_of(facts)
+        held = resumable_trees.allocated(
+            self._host.state_dir, chosen.name, chosen.container, resumable_files.source_of(facts)
         )
-        landing_trees.check(self._host.rsync, chosen.trees(), facts.get("trees") or [], held)
+        incoming_trees.check(self._host.rsync, chosen.trees(), facts.get("trees") or [], held)
         return {"disks": [d.image for d in disks], "takes": list(TAKES)}
 
     def _check_trust(self) -> None:
@@ -257,9 +249,9 @@ class Agent:
     def _lock(self, runtime: Runtime) -> None:
         folder = Path(self._host.lock_dir)
         try:
-            self._locks.enter_context(ctlock.host_slot(folder, self._host.migrations, 0))
+            self._locks.enter_context(locks.host_slot(folder, self._host.migrations, 0))
             if runtime.name != "vzctl":  # which locks by itself in what it does
-                self._locks.enter_context(ctlock.container_lock(folder, runtime.container))
+                self._locks.enter_context(locks.container_lock(folder, runtime.container))
         except BusyError as e:
             raise MigrateError(LOCKED, str(e)) from e
 
@@ -282,7 +274,9 @@ class Agent:
                     "`pyploop migrate --recover` on it first",
                 )
             try:
-                failed = settle(self._host, verdict.check_id(fields.get("migration")))["failed"]
+                failed = settle(self._host, commit_record.check_id(fields.get("migration")))[
+                    "failed"
+                ]
             except BusyError as e:
                 raise MigrateError(LOCKED, str(e)) from e
             if failed:
@@ -295,14 +289,14 @@ class Agent:
         if not 0 <= float(stall) <= IDLE:  # a NaN is neither
             raise ProtocolError(f"agent protocol: {stall!r} is no time to wait")
         # vzctl's containers are not locked here: another source may have been as far.
-        with ctlock.exclusive(verdict.make_folder(Path(self._host.state_dir))):
+        with locks.exclusive(commit_record.make_folder(Path(self._host.state_dir))):
             self._settle_dead(chosen)
             if chosen.state().exists:
                 raise MigrateError(EXISTS, f"container {chosen.container} exists by now")
             self._landing = Landing(
                 self._host,
                 chosen,
-                verdict.check_id(migration),
+                commit_record.check_id(migration),
                 self._facts,
                 stall=float(stall),
                 keep=bool(keep),
@@ -399,17 +393,17 @@ class Agent:
         """ProtocolError for the migration of this connection, which is not over."""
         if self._landing is not None and self._landing.migration == migration:
             raise ProtocolError("agent protocol: this migration is not over (finish, undo)")
-        return verdict.check_id(migration)
+        return commit_record.check_id(migration)
 
     def _settle(self, migration: str) -> dict[str, Any]:
         answer = settle(self._host, self._not_ours(migration))
-        ctlock.remove_dead(Path(self._host.lock_dir))
+        locks.remove_dead(Path(self._host.lock_dir))
         return answer
 
     def _forget(self, migration: str) -> dict[str, Any]:
         """The source has done what the verdict asks of it."""
-        verdict.forget(Path(self._host.state_dir), self._not_ours(migration))
-        ctlock.remove_dead(Path(self._host.lock_dir))
+        commit_record.forget(Path(self._host.state_dir), self._not_ours(migration))
+        locks.remove_dead(Path(self._host.lock_dir))
         return {}
 
 
@@ -424,27 +418,29 @@ def settle(host: HostConfig, migration: str) -> dict[str, Any]:
     the container runs here, or "aborted", and nothing of it is left.  BusyError
     while one may still decide."""
     folder = Path(host.state_dir)
-    with verdict.held(folder, migration, SETTLE_WAIT) as record:
+    with commit_record.held(folder, migration, SETTLE_WAIT) as record:
         if record is None:
-            return {"verdict": verdict.ABORTED, "failed": []}
+            return {"verdict": commit_record.ABORTED, "failed": []}
         logs = [r for r in journal.records(folder) if r.fields.get("migration") == migration]
         log = next((r for r in logs if r.fields.get("side") == "target"), None)
         if log is not None:
-            undoing.config_of(log.fields, host)
+            undo_kinds.config_of(log.fields, host)
         word = record.read()
-        if word == verdict.RAN or (word == verdict.COMMITTED and (log is None or _runs(log))):
-            failed = landing.complete(log.adopt()) if log else []
-            return {"verdict": verdict.COMMITTED, "failed": failed}
+        if word == commit_record.RAN or (
+            word == commit_record.COMMITTED and (log is None or _runs(log))
+        ):
+            failed = incoming.complete(log.adopt()) if log else []
+            return {"verdict": commit_record.COMMITTED, "failed": failed}
         # Committed and not running: its end came before it could run.
-        failed = undoing.undo_all(log.adopt(), bool(log.fields.get("keep"))) if log else []
-        record.write(verdict.ABORTED)
+        failed = undo_kinds.undo_all(log.adopt(), bool(log.fields.get("keep"))) if log else []
+        record.write(commit_record.ABORTED)
         if not failed:
             record.path.unlink(missing_ok=True)
-        return {"verdict": verdict.ABORTED, "failed": failed}
+        return {"verdict": commit_record.ABORTED, "failed": failed}
 
 
 def _runs(log: journal.Record) -> bool:
-    return undoing.runs(undoing.runtime_of(log.fields))
+    return undo_kinds.runs(undo_kinds.runtime_of(log.fields))
 
 
 def vz_code(error: PyploopError) -> int:

@@ -7,12 +7,12 @@ import contextlib
 import os
 from collections.abc import Container, Sequence
 
-from pyploop import pieces
 from pyploop.diskcopy.options import Options
-from pyploop.kept_there import REQUEST, Kept
-from pyploop.remote import Remote
+from pyploop.migration import file_stream
+from pyploop.migration.source.agent_client import Remote
+from pyploop.migration.source.delta import send_file
+from pyploop.migration.source.remote_digests import REQUEST, Kept
 from pyploop.report.events import Reporter
-from pyploop.reuse import send_file
 from pyploop.runtimes import Item
 
 
@@ -30,7 +30,7 @@ def send_items(
         if known:
             digests = stack.enter_context(Kept(remote, [*known.items()], options.stall))
         number, fd = remote.open_channel()
-        out = stack.enter_context(pieces.Writer(fd, options.stall))
+        out = stack.enter_context(file_stream.Writer(fd, options.stall))
         remote.call("items", REQUEST, channel=number)
         for item in items:
             label, path = item.label, item.path

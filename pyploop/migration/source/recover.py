@@ -10,10 +10,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from pyploop import ctlock, undoing, verdict
 from pyploop.diskcopy.undo_kinds import journal
 from pyploop.errors import BusyError, MigrateError, PyploopError
-from pyploop.remote import Remote
+from pyploop.migration import commit_record, locks, undo_kinds
+from pyploop.migration.source.agent_client import Remote
 from pyploop.report.events import Reporter
 from pyploop.runtimes import CANNOT_CONNECT, LOCKED, Copied, Runtime
 from pyploop.runtimes.config import HostConfig
@@ -40,7 +40,7 @@ def finish_source(log: Journal, runtime: Runtime, remove: bool, *, stopped: bool
         if entry["kind"] in ("resume", "start"):
             log.done(entry)
     try:
-        if stopped and undoing.runs(runtime):
+        if stopped and undo_kinds.runs(runtime):
             raise MigrateError(
                 LOCKED,
                 f"{runtime.container} runs here, although it has moved to {log.get('host')}: stop "
@@ -51,7 +51,7 @@ def finish_source(log: Journal, runtime: Runtime, remove: bool, *, stopped: bool
         runtime.discard(remove, _copied(log))
     except (OSError, PyploopError) as e:
         failed.append(f"the container left on the source: {e}")
-    return failed + undoing.undo_all(log, over=not failed)
+    return failed + undo_kinds.undo_all(log, over=not failed)
 
 
 def _copied(log: Journal) -> Copied | None:
@@ -82,7 +82,7 @@ def settled(
                 ) from e
             time.sleep(RETRY)
     _tell(answer, log, report)
-    return bool(answer.get("verdict") == verdict.COMMITTED)
+    return bool(answer.get("verdict") == commit_record.COMMITTED)
 
 
 def ask(host: HostConfig, log: Journal) -> dict[str, Any]:
@@ -134,20 +134,20 @@ def recover(
                 continue
             raise MigrateError(LOCKED, f"{record.what} is under way (process {record.owner()})")
         try:
-            undoing.config_of(fields, host)
+            undo_kinds.config_of(fields, host)
         except PyploopError as e:
             failed.append(str(e))
             continue
         with contextlib.ExitStack() as held:
             if not locked:
-                runtime = undoing.runtime_of(fields)
+                runtime = undo_kinds.runtime_of(fields)
                 held.enter_context(locks(host, runtime))
             failed += _one(host, record.adopt(), report)
     if not locked:
         if container is not None and not found:
             report.note(f"No migration of {container} from here is unfinished")
         # Who was killed before it had anything to undo has left no record.
-        ctlock.remove_dead(Path(host.lock_dir))
+        locks.remove_dead(Path(host.lock_dir))
     return failed
 
 
@@ -157,8 +157,8 @@ def locks(host: HostConfig, runtime: Runtime) -> Iterator[None]:
     MigrateError(20) when somebody has it, or there is none."""
     try:
         with (
-            ctlock.host_slot(Path(host.lock_dir), host.migrations, 0),
-            ctlock.container_lock(Path(runtime.lock_dir), runtime.container),
+            locks.host_slot(Path(host.lock_dir), host.migrations, 0),
+            locks.container_lock(Path(runtime.lock_dir), runtime.container),
         ):
             yield
     except BusyError as e:
@@ -168,10 +168,10 @@ def locks(host: HostConfig, runtime: Runtime) -> Iterator[None]:
 def _one(host: HostConfig, log: Journal, report: Reporter) -> list[str]:
     what = f"{log.get('what')}"
     names = {k: log.get(k) for k in ("config", "config_digest", "runtime", "container")}
-    own = undoing.config_of(names, host)
-    migration = verdict.check_id(log.get("migration"))
+    own = undo_kinds.config_of(names, host)
+    migration = commit_record.check_id(log.get("migration"))
     try:
-        with verdict.held(Path(host.state_dir), migration, DUMP_WAIT, "source") as lock:
+        with commit_record.held(Path(host.state_dir), migration, DUMP_WAIT, "source") as lock:
             stage = log.get("stage")
             moved = stage == MOVED
             if stage == ASKED:
@@ -179,13 +179,13 @@ def _one(host: HostConfig, log: Journal, report: Reporter) -> list[str]:
             if moved:
                 log.set(stage=MOVED)
                 report.note(f"Finished: {what}; the container runs there")
-                runtime = undoing.runtime_of(names)
+                runtime = undo_kinds.runtime_of(names)
                 runtime.keep_fds = (lock.fd,) if lock is not None else ()
                 remove = bool(log.get("remove_area"))
                 failed = finish_source(log, runtime, remove, stopped=True)
             else:
                 report.note(f"Undone: {what}")
-                failed = undoing.undo_all(log)
+                failed = undo_kinds.undo_all(log)
             # Before the target is asked: that may take long, and be interrupted.
             if lock is not None and not failed:
                 lock.path.unlink(missing_ok=True)

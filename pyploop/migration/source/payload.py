@@ -6,13 +6,13 @@ from __future__ import annotations
 
 import contextlib
 
-from pyploop.copying import Disks
 from pyploop.diskcopy.options import Summary
 from pyploop.errors import MigrateError
+from pyploop.migration.source.disks import Disks
+from pyploop.migration.source.trees import CHANNELS, Trees
 from pyploop.report.timeline import Span
 from pyploop.runtimes import COPY_FAILED
 from pyploop.system.jobs import Job, end_all
-from pyploop.trees import CHANNELS, Trees
 from pyploop.wire.mux import MAX_CHANNELS
 
 OTHERS = 4

@@ -21,15 +21,15 @@ from collections.abc import Container, Sequence
 from dataclasses import replace
 from functools import partial
 
-from pyploop import rsync, treescan
 from pyploop.diskcopy.options import Options
 from pyploop.errors import CancelledError, LoopError, MigrateError
-from pyploop.remote import Remote
+from pyploop.migration import rsync, tree_scan
+from pyploop.migration.source.agent_client import Remote
+from pyploop.migration.tree_scan import Since
 from pyploop.report.events import Reporter
 from pyploop.report.timeline import Span, Stage
 from pyploop.runtimes import COPY_FAILED, Tree
 from pyploop.system.jobs import Job, in_parallel
-from pyploop.treescan import Since
 
 REQUEST = 30.0
 """Seconds for a request that starts something."""
@@ -50,7 +50,7 @@ def check_source(trees: Sequence[Tree], command: str) -> list[int]:
     has no rsync that could."""
     if trees:
         rsync.check_installed(command)
-    return [treescan.check_source(tree.path) for tree in trees]
+    return [tree_scan.check_source(tree.path) for tree in trees]
 
 
 class _Held:
@@ -89,7 +89,7 @@ class _Copy:
         """No file at the target has two names: to write into it changes no other."""
         self._whole: _Held | None = None
         self._listed: _Held | None = None
-        self.doubtful = treescan.file_system(tree.path) not in treescan.TIMED
+        self.doubtful = tree_scan.file_system(tree.path) not in tree_scan.TIMED
         self._failures = 0
         self.left_out = ""
         """Why the pass before left something out; empty: it did not."""
@@ -154,7 +154,7 @@ class _Copy:
         if earlier is not None and not (last and self.doubtful):
             assert self._first is not None
             since, first = earlier.threshold(), self._first.threshold()
-            scan = Job(lambda: treescan.suspects(self.tree.path, since, first)).start()
+            scan = Job(lambda: tree_scan.suspects(self.tree.path, since, first)).start()
         try:
             ends = [(self._whole, self._owner.ended(self._whole, self.tree))]
         finally:

@@ -17,21 +17,22 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from pyploop import kept, kept_trees, pieces, undoing, verdict
-from pyploop.chain import Chain, check_room, folder_of
 from pyploop.diskcopy.receiver import receive
 from pyploop.errors import MigrateError, ProtocolError, PyploopError
-from pyploop.landing_trees import LandingTrees
-from pyploop.pieces import Place
+from pyploop.migration import commit_record, file_stream, undo_kinds
+from pyploop.migration.commit_record import ABORTED, COMMITTED, RAN, Verdict
+from pyploop.migration.file_stream import Place
+from pyploop.migration.image_chain import Chain, check_room, folder_of
+from pyploop.migration.target import resumable_files, resumable_trees
+from pyploop.migration.target.incoming_files import Shelf
+from pyploop.migration.target.incoming_trees import LandingTrees
 from pyploop.report.events import Reporter
 from pyploop.runtimes import COPY_FAILED, LARGEST_FILE, RESTORE_FAILED, Facts, Runtime
 from pyploop.runtimes.config import HostConfig
-from pyploop.shelf import Shelf
 from pyploop.system import beneath, private_folder
 from pyploop.system.jobs import Job
 from pyploop.undo.journal import Journal
 from pyploop.units import GIB
-from pyploop.verdict import ABORTED, COMMITTED, RAN, Verdict
 
 MOST_ITEMS = 4096
 """Files beside the disks: a vzctl container may have 1,000."""
@@ -76,15 +77,15 @@ class Landing:
         self._memory_left = LARGEST_FILE
         if announced := facts.get("memory"):
             self._memory_left = announced * MEMORY_GROWTH + GIB
-        folder = verdict.make_folder(Path(host.state_dir))
+        folder = commit_record.make_folder(Path(host.state_dir))
         self._journal = Journal.create(
             f"migration of {runtime.container} to this host",
             folder,
             migration=migration,
             side="target",
             keep=keep,
-            source=kept.source_of(facts),
-            **undoing.naming(host, runtime),
+            source=resumable_files.source_of(facts),
+            **undo_kinds.naming(host, runtime),
         )
         # What is in it came from elsewhere, programs with the set-user-ID bit as well.
         self._mode = 0o700 if host.policy_of(runtime.container).private else 0o755
@@ -111,7 +112,7 @@ class Landing:
             )
         except BaseException:
             # Nobody has this object, so nobody else would.
-            for text in undoing.undo_all(self._journal, keep):
+            for text in undo_kinds.undo_all(self._journal, keep):
                 report.note(f"not undone: {text}")
             made.close()
             raise
@@ -120,7 +121,7 @@ class Landing:
         self._journal.add({"kind": kind, **fields})
 
     def _make_parent(self, path: str, root: str = "") -> None:
-        undoing.make_folders(self._journal, Path(path).parent, self._mode, root)
+        undo_kinds.make_folders(self._journal, Path(path).parent, self._mode, root)
 
     def _give_way(self, at: beneath.Place, root: str) -> None:
         """Before a file is made: what is there is put aside, to be put back."""
@@ -180,12 +181,12 @@ class Landing:
             largest=self._runtime.largest,
             most_files=MOST_ITEMS,
             durable=True,
-            modes=pieces.PLAIN,
+            modes=file_stream.PLAIN,
         )
-        pieces.receive(fd, self._stall, place)
+        file_stream.receive(fd, self._stall, place)
         self._shelf.check_items()
         for folder in self._runtime.folders():
-            undoing.make_folders(self._journal, Path(folder), self._mode)
+            undo_kinds.make_folders(self._journal, Path(folder), self._mode)
         for path in self._runtime.makes(self._facts):
             root = self._runtime.root_of(path)
             with beneath.place(path, root) as at:
@@ -262,7 +263,7 @@ class Landing:
                 largest=lambda _: self._memory_left,
                 most_bytes=self._memory_left,
             )
-            self._memory_left -= pieces.receive(fd, self._stall, place).data
+            self._memory_left -= file_stream.receive(fd, self._stall, place).data
             if not number:
                 # Here, and not when the restore is asked for: the last blocks of the
                 # disks are on their way meanwhile.
@@ -300,7 +301,7 @@ class Landing:
         deadline = time.monotonic() + timeout
         moments = {f"{name} ended": self._wait(name, timeout) for name in list(self._jobs)}
         self._need_disks()
-        self._log("abandon", **undoing.naming(self._host, self._runtime))
+        self._log("abandon", **undo_kinds.naming(self._host, self._runtime))
         moments["restore"] = time.monotonic()
 
         def commit() -> None:
@@ -329,7 +330,7 @@ class Landing:
         for name in list(self._jobs):
             self._wait(name, timeout)
         self._need_disks()
-        self._log("abandon", **undoing.naming(self._host, self._runtime))
+        self._log("abandon", **undo_kinds.naming(self._host, self._runtime))
         alive()
         try:
             self._runtime.release()
@@ -350,7 +351,7 @@ class Landing:
         """Whether the container runs here although the last step failed: what
         its peers were told since then is true.  When that cannot be known, the
         question's own failure goes on, and the verdict stays as it is."""
-        if not undoing.runs(self._runtime):
+        if not undo_kinds.runs(self._runtime):
             return False
         self._report.note(f"The container runs here, although: {failure}")
         return True
@@ -382,8 +383,8 @@ class Landing:
         for job in self._jobs.values():
             job.end(ENDING)  # what it made is in the journal
         self._shelf.close()
-        failed = undoing.undo_all(self._journal, self._journal.get("keep"))
-        what = kept.told(self._host, self._journal) + kept_trees.told(self._journal)
+        failed = undo_kinds.undo_all(self._journal, self._journal.get("keep"))
+        what = resumable_files.told(self._host, self._journal) + resumable_trees.told(self._journal)
         if what:
             self._report.note(f"Kept for the next migration from there: {', '.join(what)}")
         if not failed:
@@ -403,4 +404,4 @@ def complete(log: Journal) -> list[str]:
             Path(entry["kept"]).unlink(missing_ok=True)  # it was of no use
         if not entry.get("transient"):
             log.done(entry)
-    return undoing.undo_all(log)
+    return undo_kinds.undo_all(log)

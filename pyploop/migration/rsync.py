@@ -25,8 +25,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
-from pyploop import relay as relay_program
 from pyploop.errors import MigrateError, WriteError
+from pyploop.migration import relay as relay_program
 from pyploop.runtimes import COPY_FAILED
 from pyploop.system import enclosure
 from pyploop.system.commands import last_words

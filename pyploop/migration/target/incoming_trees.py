@@ -13,8 +13,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from pyploop import kept_trees, rsync, undoing
 from pyploop.errors import MigrateError, ProtocolError
+from pyploop.migration import rsync, undo_kinds
+from pyploop.migration.target import resumable_trees
 from pyploop.report.events import Reporter
 from pyploop.runtimes import COPY_FAILED, Tree, tree_folders
 from pyploop.system import kernel
@@ -56,15 +57,17 @@ class LandingTrees:
         self._passes = 0
         self._mode = mode
         # Before anything is made: what is kept lies in folders that stay.
-        self._entries = [kept_trees.entry_for(log, n, tree.path) for n, tree in enumerate(trees)]
-        self._made = kept_trees.adopt(log, self._entries, self._make_parent, report)
+        self._entries = [
+            resumable_trees.entry_for(log, n, tree.path) for n, tree in enumerate(trees)
+        ]
+        self._made = resumable_trees.adopt(log, self._entries, self._make_parent, report)
         self.kept = [f"tree {index}" for index in sorted(self._made)]
         """What was kept of an earlier migration, and lies in its place."""
         self._last: dict[int, str] = {}
         self._failed: dict[str, str] = {}
 
     def _make_parent(self, path: str) -> None:
-        undoing.make_folders(self._log, Path(path).parent, self._mode)
+        undo_kinds.make_folders(self._log, Path(path).parent, self._mode)
 
     def take(self, index: int, fd: int, last: bool) -> tuple[str, Job[None]]:
         """Serve one pass; (its name, what waits for its end, and never fails).
@@ -74,7 +77,7 @@ class LandingTrees:
                 raise ProtocolError(f"agent protocol: no tree {index!r} to receive")
             path = self._trees[index].path
             if index not in self._made:
-                undoing.make_folders(self._log, Path(path), self._mode)
+                undo_kinds.make_folders(self._log, Path(path), self._mode)
                 self._log.add(self._entries[index])
                 self._made.add(index)
             name = f"tree {index}.{self._passes}"

@@ -14,12 +14,12 @@ import time
 from pathlib import Path
 from typing import Any
 
-from pyploop import chain, pieces
-from pyploop.copies import Copies
-from pyploop.copying import REQUEST
 from pyploop.errors import MigrateError, PyploopError
-from pyploop.memory_rounds import MemoryPolicy, MemoryRound, another
-from pyploop.remote import Remote
+from pyploop.migration import file_stream, image_chain
+from pyploop.migration.memory_policy import MemoryPolicy, MemoryRound, another
+from pyploop.migration.source.agent_client import Remote
+from pyploop.migration.source.disks import REQUEST
+from pyploop.migration.source.payload import Copies
 from pyploop.report.events import Reporter
 from pyploop.report.timeline import Recorder
 from pyploop.runtimes import DUMP_FAILED, Runtime
@@ -74,7 +74,7 @@ class Memory:
 
     @property
     def parent_folder(self) -> Path | None:
-        return chain.folder_of(self._folder, self.parent) if self.parent else None
+        return image_chain.folder_of(self._folder, self.parent) if self.parent else None
 
     def round(self, wire: float) -> bool:
         """One more, if it pays.  wire: bytes per second of the connection, 0 when
@@ -96,9 +96,9 @@ class Memory:
     def _one(self, number: int, age: float, room: int) -> bool:
         """False when there is no room for it, or it failed."""
         channel, fd = self._remote.open_channel()
-        with pieces.Writer(fd, self._stall, self._rate) as out:
+        with file_stream.Writer(fd, self._stall, self._rate) as out:
             try:
-                chain.check_room(self._folder, room)
+                image_chain.check_room(self._folder, room)
                 args = {"number": number, "parent": self.parent, "room": room}
                 self._remote.call("dump", REQUEST, channel=channel, **args)
             except MigrateError as e:
@@ -112,14 +112,14 @@ class Memory:
             self._log.done(entry)
         return not self._spoiled
 
-    def _send(self, number: int, age: float, out: pieces.Writer) -> None:
-        images = chain.folder_of(self._folder, number)
+    def _send(self, number: int, age: float, out: file_stream.Writer) -> None:
+        images = image_chain.folder_of(self._folder, number)
         images.mkdir(mode=0o700)
         parent = self.parent_folder
         self._report.event("phase", phase=f"memory {number}", bytes=None)
         start = self._began = time.monotonic()
         dump = Job(lambda: self._runtime.pre_dump(images, parent))
-        stream = Job(lambda: pieces.stream_dump(images, out, dump))
+        stream = Job(lambda: file_stream.stream_dump(images, out, dump))
         self._jobs += [dump, stream]
         try:
             dump.start()

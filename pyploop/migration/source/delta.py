@@ -10,7 +10,7 @@ from pyploop._core import Bitmap
 from pyploop.delta import Reused
 from pyploop.diskcopy.digests import PIECE, Reader, cluster, data_extents, equal_parts
 from pyploop.errors import ReadError
-from pyploop.pieces import Writer
+from pyploop.migration.file_stream import Writer
 
 
 def send_file(out: Writer, name: str, path: str, size: int, digests: Reader) -> Reused:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from pyploop.delta import Reused
 from pyploop.diskcopy.digests import Reader
-from pyploop.remote import Remote
+from pyploop.migration.source.agent_client import Remote
 from pyploop.report.events import Reporter
 from pyploop.units import format_size
 

@@ -17,8 +17,8 @@ from pyploop.diskcopy.sender import Sender
 from pyploop.disks import opening
 from pyploop.disks.source import Source
 from pyploop.errors import MigrateError
-from pyploop.kept_there import Kept
-from pyploop.remote import Remote
+from pyploop.migration.source.agent_client import Remote
+from pyploop.migration.source.remote_digests import Kept
 from pyploop.report.events import Reporter
 from pyploop.report.timeline import Span
 from pyploop.runtimes import COPY_FAILED, Disk

@@ -18,16 +18,16 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from pyploop import treescan
 from pyploop.diskcopy.undo_kinds import journal
 from pyploop.errors import OpenError, PyploopError
+from pyploop.migration import tree_scan
 from pyploop.report.events import Reporter
 from pyploop.runtimes import tree_folders
 from pyploop.runtimes.volumes import KEPT, existing_parent
 from pyploop.system import private_folder
 from pyploop.undo.journal import Entry, Journal
 
-SCHEMA = "pyploop.kept-trees/1"
+SCHEMA = "pyploop.migration.target.resumable_files-trees/1"
 
 
 def entry_for(log: Journal, index: int, path: str) -> Entry:
@@ -115,7 +115,7 @@ def allocated(
     if record is not None and record["source"]["id"] == source["id"]:
         for tree in record["trees"]:
             with contextlib.suppress(OSError, PyploopError):
-                found[tree["index"]] = treescan.check_source(tree["path"])
+                found[tree["index"]] = tree_scan.check_source(tree["path"])
     return found
 
 

@@ -22,14 +22,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from pyploop import chain, cpu, host_identity, memory, pieces, recover, trees, undoing, verdict
-from pyploop.copies import Copies, check_number
-from pyploop.copying import OTHERS, REQUEST, Disks, opened
+from pyploop import cpu, host_identity
 from pyploop.diskcopy.options import Options, Summary
 from pyploop.errors import MigrateError, PyploopError
-from pyploop.items import send_items
-from pyploop.memory_rounds import MemoryPolicy
-from pyploop.remote import Remote
+from pyploop.migration import commit_record, file_stream, image_chain, undo_kinds
+from pyploop.migration.memory_policy import MemoryPolicy
+from pyploop.migration.source import memory, recover, trees
+from pyploop.migration.source.agent_client import Remote
+from pyploop.migration.source.disks import OTHERS, REQUEST, Disks, opened
+from pyploop.migration.source.payload import Copies, check_number
+from pyploop.migration.source.static_files import send_items
+from pyploop.migration.source.suspend_limit import SuspendLimit
 from pyploop.report.events import Reporter
 from pyploop.report.timeline import Recorder
 from pyploop.report.timings import Moments
@@ -42,7 +45,6 @@ from pyploop.runtimes import (
     Runtime,
 )
 from pyploop.runtimes.config import HostConfig
-from pyploop.suspend_limit import SuspendLimit
 from pyploop.system import private_folder, signals
 from pyploop.system.jobs import Job, end_all
 from pyploop.undo.journal import Journal
@@ -216,8 +218,8 @@ class _Move:
         self._host, self._runtime, self._wish = host, runtime, wish
         self._report, self._remote = report, remote
         self.result = Result()
-        self.id = verdict.new_id()
-        folder = verdict.make_folder(Path(host.state_dir))
+        self.id = commit_record.new_id()
+        folder = commit_record.make_folder(Path(host.state_dir))
         with contextlib.ExitStack() as made:
             with signals.held_back():
                 self._journal = Journal.create(
@@ -230,10 +232,10 @@ class _Move:
                     remove_area=wish.remove_area,
                     copied=copied,
                     stage=recover.COPYING,
-                    **undoing.naming(host, runtime),
+                    **undo_kinds.naming(host, runtime),
                 )
                 made.callback(self._journal.close)
-                self._lock = verdict.Verdict.create(folder, self.id, "source")
+                self._lock = commit_record.Verdict.create(folder, self.id, "source")
                 made.callback(self._lock.close, remove=True)
             made.pop_all()
         runtime.keep_fds = (self._lock.fd,)
@@ -249,7 +251,7 @@ class _Move:
         return kept
 
     def _log(self, kind: str) -> None:
-        self._journal.add({"kind": kind, **undoing.naming(self._host, self._runtime)})
+        self._journal.add({"kind": kind, **undo_kinds.naming(self._host, self._runtime)})
 
     def begin_memory(self, policy: MemoryPolicy | None, used: int) -> memory.Memory:
         """The container's, of which `used` bytes are in use."""
@@ -259,7 +261,10 @@ class _Move:
             self._runtime,
             self._remote,
             self._folder,
-            undo=(self._journal, {"kind": "resume", **undoing.naming(self._host, self._runtime)}),
+            undo=(
+                self._journal,
+                {"kind": "resume", **undo_kinds.naming(self._host, self._runtime)},
+            ),
             jobs=self._jobs,
             memory=used,
             policy=policy,
@@ -274,13 +279,13 @@ class _Move:
         the target."""
         runtime, remote = self._runtime, self._remote
         memory.approach(disks, ahead)
-        images, parent = chain.folder_of(self._folder, 0), ahead.parent_folder
+        images, parent = image_chain.folder_of(self._folder, 0), ahead.parent_folder
         images.mkdir(mode=0o700)
         number, fd = remote.open_channel()
         limit = SuspendLimit(self._wish.suspend_limit, remote.cut)
-        with pieces.Writer(fd, self._wish.copy.stall) as out, limit, remote.explained():
+        with file_stream.Writer(fd, self._wish.copy.stall) as out, limit, remote.explained():
             dump = Job(lambda: runtime.dump(images, parent))
-            stream = Job(lambda: pieces.stream_dump(images, out, dump))
+            stream = Job(lambda: file_stream.stream_dump(images, out, dump))
             # An agent that knows no rounds knows no such argument.
             after = {"parent": ahead.parent} if ahead.parent else {}
             remote.call("dump", REQUEST, channel=number, **after)
@@ -374,7 +379,7 @@ class _Move:
         if moved:
             self._report.note(f"Went wrong after the target had it: {cause}")
             return True
-        self._tell(undoing.undo_all(self._journal))
+        self._tell(undo_kinds.undo_all(self._journal))
         self._lock.close(remove=True)
         # What the connection's end would do anyway, but now its result is known.
         self._there("undo")

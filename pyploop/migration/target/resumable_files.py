@@ -27,7 +27,7 @@ from typing import Any
 from pyploop._core import fdatasync
 from pyploop.diskcopy.undo_kinds import journal
 from pyploop.errors import OpenError, PyploopError
-from pyploop.kept_sink import hold
+from pyploop.migration.target.resumable_target import hold
 from pyploop.report.events import Reporter
 from pyploop.runtimes import Runtime
 from pyploop.runtimes.config import HostConfig
