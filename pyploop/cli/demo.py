@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from pyploop.cli.arguments import Parser, parsed
-from pyploop.demo import run_demo
+from pyploop.cli.demo_disk import run_demo
 from pyploop.units import MIB, parse_size
 
 SMALLEST = 16 * MIB
