@@ -15,8 +15,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from pyploop import delta
-from pyploop.diskcopy import digests
+from pyploop.diskcopy import delta, digests
 from pyploop.diskcopy.d1_target import StreamOutput
 from pyploop.diskcopy.digests import Reader
 from pyploop.diskcopy.options import Options, Summary

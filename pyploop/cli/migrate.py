@@ -55,7 +55,7 @@ def _run(o: MigrateOptions, report: Reporter) -> int:
         return DUMP_FAILED if failed else 0
     wish = _wish(o)
     runtime = make_runtime(host, o.runtime, o.container)
-    with recover.locks(host, runtime):
+    with recover.lock(host, runtime):
         if failed := recover.recover(host, runtime.container, report, locked=True):
             raise MigrateError(LOCKED, f"an earlier migration is not undone: {'; '.join(failed)}")
         result = migrate(host, runtime, wish, report)

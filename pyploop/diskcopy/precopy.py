@@ -41,7 +41,7 @@ from pyploop.trackers import Batch, Repair, Tracker, Verdict, whole
 from pyploop.units import MIB, format_size
 
 if TYPE_CHECKING:
-    from pyploop.delta import Reused
+    from pyploop.diskcopy.delta import Reused
     from pyploop.diskcopy.digests import Reader
 
 APPROACHES = 3

@@ -42,7 +42,7 @@ from pyploop.undo.ledger import Plan
 from pyploop.units import format_size
 
 if TYPE_CHECKING:
-    from pyploop.delta import Reused
+    from pyploop.diskcopy.delta import Reused
     from pyploop.diskcopy.digests import Reader
 
 FINAL_PASSES = 3

@@ -39,7 +39,7 @@ from pyploop.trackers import Batch, Tracker
 from pyploop.units import BLOCK, MIB, SECTOR, format_size
 
 if TYPE_CHECKING:
-    from pyploop.delta import Reused
+    from pyploop.diskcopy.delta import Reused
     from pyploop.diskcopy.digests import Reader
 
 MEMORY = 16 * MIB
@@ -196,7 +196,7 @@ class Passes:
 
     def compare(self, digests: Reader) -> tuple[Bitmap, Reused]:
         """What of the source the target has kept as it is here; tracking is on."""
-        from pyploop import delta  # what it needs takes time to load, and few use it
+        from pyploop.diskcopy import delta  # what it needs takes time to load, and few use it
 
         assert self._known is not None  # our own frames always need it
         return delta.compare_disk(self._source, self._known, digests, self._check_gone)

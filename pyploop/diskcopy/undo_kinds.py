@@ -7,10 +7,10 @@ from __future__ import annotations
 import errno
 import os
 
-from pyploop.diskcopy.undo_kinds import journal, watchdog
 from pyploop.errors import DeviceControlError
 from pyploop.freeze.mounted import in_use, open_at
 from pyploop.system import kernel, sysblock
+from pyploop.undo import journal, watchdog
 from pyploop.undo.journal import Entry
 
 

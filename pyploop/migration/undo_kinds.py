@@ -12,12 +12,12 @@ import os
 from pathlib import Path
 from typing import Any
 
-from pyploop.diskcopy.undo_kinds import journal
 from pyploop.errors import MigrateError, PyploopError
 from pyploop.runtimes import USAGE, Runtime, config, volumes
 from pyploop.runtimes.config import HostConfig
 from pyploop.runtimes.registry import make_runtime
 from pyploop.system import beneath, kernel, private_folder, removal, sysblock
+from pyploop.undo import journal
 from pyploop.undo.journal import Entry, Journal
 
 

@@ -26,7 +26,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from pyploop.diskcopy.undo_kinds import watchdog
 from pyploop.errors import (
     CommandError,
     DeviceControlError,
@@ -37,6 +36,7 @@ from pyploop.errors import (
 from pyploop.report.events import Reporter
 from pyploop.system import kernel
 from pyploop.system.worker import wait_for
+from pyploop.undo import watchdog
 from pyploop.undo.journal import Entry, Journal, describe
 
 START_DEADLINE = 10.0

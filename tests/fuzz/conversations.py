@@ -26,7 +26,6 @@ from made_up import SOURCE, Box, Finding, World
 from scripts import agent_seeds, frame_of, message_seeds, source_seeds
 
 from pyploop.diskcopy.options import Options
-from pyploop.diskcopy.undo_kinds import journal
 from pyploop.errors import MigrateError, ProtocolError, PyploopError
 from pyploop.migration import undo_kinds
 from pyploop.migration.mux import Mux
@@ -36,6 +35,7 @@ from pyploop.migration.target import agent
 from pyploop.report.events import Reporter
 from pyploop.runtimes import CANNOT_CONNECT, State, config
 from pyploop.runtimes.config import HostConfig
+from pyploop.undo import journal
 from pyploop.wire import messages
 from pyploop.wire import mux as wire
 

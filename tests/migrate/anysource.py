@@ -11,13 +11,14 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from pyploop import __version__, cpu
+from pyploop import __version__
 from pyploop.errors import MigrateError
 from pyploop.migration import commit_record, file_stream
 from pyploop.migration.mux import Mux
 from pyploop.migration.target import agent
 from pyploop.runtimes import config
 from pyploop.runtimes.policy import Source
+from pyploop.system import cpu
 from pyploop.wire import mux as wire
 
 SECONDS = 30.0
@@ -94,9 +95,9 @@ class Hostile:
 
 
 @contextlib.contextmanager
-def source(config: Path, name: str = "a") -> Iterator[Hostile]:
+def source(config_file: Path, name: str = "a") -> Iterator[Hostile]:
     """Of an agent with this configuration."""
-    made = Hostile(config.load(str(config)), name)
+    made = Hostile(config.load(str(config_file)), name)
     try:
         yield made
     finally:

@@ -116,8 +116,8 @@ def test_a_journal_that_names_its_config_relatively_is_refused(tmp_path: Path) -
     with private_folder.opened(record.path.parent) as where:
         text = record.path.read_text().replace(str(ours), "migrate.toml")
         private_folder.replace(where, record.path.name, text.encode())
-    for config in (ours, theirs):
-        done = recovered(tmp_path / "theirs", config)
+    for given in (ours, theirs):
+        done = recovered(tmp_path / "theirs", given)
         assert done.returncode == 8
         assert "a journal names its configuration 'migrate.toml'" in done.stderr
     assert os.listdir(tmp_path / "theirs") == ["migrate.toml"]

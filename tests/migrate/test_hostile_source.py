@@ -308,11 +308,11 @@ def test_a_link_on_what_came_does_not_lead_runc_to_the_host(
     tree = bundle / "rootfs"
     (tree / "sub/root").mkdir(parents=True)
     (tree / "data/x").mkdir(parents=True)
-    config = plain()
-    config["root"]["path"] = "/their/rootfs/sub/root"
+    given = plain()
+    given["root"]["path"] = "/their/rootfs/sub/root"
     bind = {"destination": "/x", "source": "/their/rootfs/data/x", "options": ["bind"]}
-    config["mounts"].append(bind)
-    web._written = bundles.adapt(config, {}, {"/their/rootfs": str(tree)}, host.container("web"))
+    given["mounts"].append(bind)
+    web._written = bundles.adapt(given, {}, {"/their/rootfs": str(tree)}, host.container("web"))
     web.release()
     path = (
         tree

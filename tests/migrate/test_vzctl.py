@@ -241,7 +241,7 @@ def test_a_cpu_that_lacks_something_ends_with_18(
     site.mkdir()
     (site / "sitecustomize.py").write_text(
         "import sys\nif 'agent' in sys.orig_argv:\n"
-        "    import pyploop.cpu as c\n    c.flags = lambda: ['fpu']\n"
+        "    import pyploop.system.cpu as c\n    c.flags = lambda: ['fpu']\n"
     )
     monkeypatch.setenv("PYTHONPATH", str(site))
     expect(lab, 18, says="--nodeps=cpu")

@@ -13,10 +13,10 @@ from pathlib import Path
 
 import pytest
 
-from pyploop.diskcopy.undo_kinds import journal
 from pyploop.migration import undo_kinds
 from pyploop.migration.target import resumable_files, resumable_trees
 from pyploop.system import beneath, kernel
+from pyploop.undo import journal
 
 Opener = Callable[[int, str], int]
 _FOLDER = os.O_PATH | os.O_DIRECTORY

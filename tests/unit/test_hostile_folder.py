@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 from support import pyploop_cmd, pyploop_env
 
-from pyploop.diskcopy.undo_kinds import watchdog
 from pyploop.migration import relay
 from pyploop.system import enclosure
+from pyploop.undo import watchdog
 
 MODULES = (
     *("argparse", "contextlib", "ctypes", "errno", "fcntl", "hashlib", "importlib", "io", "json"),

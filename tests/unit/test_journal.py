@@ -15,8 +15,8 @@ from typing import Any
 import pytest
 from support import pyploop_env
 
-from pyploop.diskcopy.undo_kinds import journal
 from pyploop.errors import BusyError, CommandError, OpenError
+from pyploop.undo import journal
 from pyploop.undo.journal import Journal, records
 
 

@@ -21,9 +21,8 @@ from typing import Any
 import pytest
 from going_on import go_on, tell
 
-from pyploop import delta
 from pyploop._core import Known
-from pyploop.diskcopy import digests
+from pyploop.diskcopy import delta, digests
 from pyploop.diskcopy.digests import Reader
 from pyploop.diskcopy.source_pump import _hash_shift
 from pyploop.disks import opening
@@ -36,7 +35,7 @@ from pyploop.errors import (
     WriteError,
 )
 from pyploop.migration import file_stream
-from pyploop.migration.source import delta
+from pyploop.migration.source import file_delta
 from pyploop.migration.target import incoming_files, resumable_files
 from pyploop.migration.target.resumable_target import KeptSink, check_untouched, hold
 from pyploop.migration.undo_kinds import undo_all
@@ -200,7 +199,7 @@ def test_a_lower_delta_is_the_source_s_whatever_was_kept(tmp_path: Path, damage:
     place = file_stream.Place(lambda name: fd, durable=True)
     job = Job(lambda: file_stream.receive(b.detach(), 10, place)).start()
     with file_stream.Writer(a.detach(), 10) as out:
-        found = delta.send_file(out, "lower", str(source), SIZE, reader)
+        found = file_delta.send_file(out, "lower", str(source), SIZE, reader)
         out.end()
     job.join(10)
     reader.close()

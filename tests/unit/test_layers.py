@@ -1,28 +1,62 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which module may know which: docs/design.md, read from the import statements."""
+"""Which package may import which: the table of docs/design.md, read from the
+import statements.
+
+    python tests/unit/test_layers.py
+
+prints the floors, the number of imports between packages, and those that run back up.
+"""
 
 from __future__ import annotations
 
 import ast
+import sys
 from pathlib import Path
 
 import pytest
 
 PACKAGE = Path(__file__).resolve().parents[2] / "pyploop"
-OF_MIGRATE = ("migrate", "agent", "copying", "landing", "remote", "recover", "runtimes", "verdict")
-WITHOUT_IO = (
+
+FLOORS = (
+    ("errors", "units", "_core", "_kernel", "_kernel_build"),
+    ("wire",),
+    ("report",),
+    ("system",),
+    ("undo",),
+    ("freeze", "usage"),
+    ("disks",),
+    ("trackers",),
+    ("diskcopy",),
+    ("runtimes",),
+    ("runtimes.oci",),
+    ("runtimes.runc", "runtimes.vzctl"),
+    ("runtimes.registry",),
+    ("migration",),
+    ("migration.target",),
+    ("migration.source",),
+    ("libploop",),
+    ("cli",),
+)
+"""From the ground up.  A package, or a module of its own, imports only what is below
+its floor, or is in itself.  The longest name that fits counts."""
+
+PURE = (
     "wire.d1",
     "wire.d2",
     "wire.d3",
     "wire.messages",
     "wire.protobuf",
     "wire.criu",
-    "policy",
-    "rounds",
-    "memory_rounds",
-    "compat",
+    "runtimes.policy",
+    "diskcopy.freeze_policy",
+    "migration.memory_policy",
+    "diskcopy.framing",
 )
+"""These decide or format.  They do no I/O and have no clock."""
 IO = {"io", "socket", "subprocess", "select", "selectors", "fcntl", "time", "threading"}
+
+STANDALONE = ("undo.watchdog", "migration.relay", "system.enclosure")
+"""These are started by their paths with `python -I -S`, without the package."""
 
 
 def name_of(path: Path) -> str:
@@ -55,14 +89,27 @@ def imports(path: Path) -> set[str]:
 
 
 GRAPH = {name_of(p): imports(p) for p in PACKAGE.rglob("*.py") if name_of(p)}
+ROOMS = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 
 
 def ours(name: str) -> set[str]:
     return {m[1:] for m in GRAPH.get(name, set()) if m.startswith(".")}
 
 
-def below(name: str, *parents: str) -> bool:
-    return any(name == p or name.startswith(f"{p}.") for p in parents)
+def room_of(name: str) -> str | None:
+    """The row of the table that a module belongs to."""
+    parts = name.split(".")
+    return next((r for n in range(len(parts), 0, -1) if (r := ".".join(parts[:n])) in ROOMS), None)
+
+
+def crossings() -> list[tuple[str, str]]:
+    """Imports between rooms."""
+    return [(n, m) for n in sorted(GRAPH) for m in sorted(ours(n)) if room_of(n) != room_of(m)]
+
+
+def back_up() -> list[tuple[str, str]]:
+    """Those to the same floor, or to one above."""
+    return [(n, m) for n, m in crossings() if ROOMS[room_of(n) or ""] <= ROOMS[room_of(m) or ""]]
 
 
 def all_of(name: str) -> set[str]:
@@ -77,45 +124,45 @@ def all_of(name: str) -> set[str]:
 
 
 def test_the_imports_are_read_at_all() -> None:
-    assert "_core" in ours("sender")
-    assert "freeze.hold" in ours("sender")
-    assert "time" in GRAPH["sender"]
-    assert "kernel" in all_of("sender")
+    assert "_core" in ours("diskcopy.sender")
+    assert "freeze.session" in ours("diskcopy.sender")
+    assert "time" in GRAPH["diskcopy.sender"]
+    assert "system.kernel" in all_of("diskcopy.sender")
+    assert len(crossings()) > 300
+
+
+def test_every_module_and_package_has_a_floor() -> None:
+    assert [n for n in GRAPH if room_of(n) is None] == []
+    packages = {name_of(p.parent / "x.py").removesuffix(".x") for p in PACKAGE.rglob("__init__.py")}
+    assert packages - {"x"} <= set(ROOMS)
+
+
+def test_every_row_of_the_table_is_there() -> None:
+    assert [room for room in ROOMS if not exists(room)] == []
+
+
+def test_no_import_runs_back_up() -> None:
+    assert back_up() == []
 
 
 def test_no_module_imports_itself_by_others() -> None:
     assert [name for name in GRAPH if name in all_of(name)] == []
 
 
-def test_only_kernel_knows_the_cffi_module() -> None:
-    assert [name for name in GRAPH if "_kernel" in ours(name)] == ["kernel"]
+def test_every_package_says_what_belongs_in_it() -> None:
+    missing = [
+        str(path.relative_to(PACKAGE))
+        for path in PACKAGE.rglob("__init__.py")
+        if not ast.get_docstring(ast.parse(path.read_text()))
+    ]
+    assert missing == []
 
 
-def test_nothing_imports_the_command_line_but_itself() -> None:
-    assert [
-        name
-        for name in GRAPH
-        if not below(name, "cli") and any(below(m, "cli") for m in ours(name))
-    ] == []
+def test_only_one_module_knows_the_cffi_module() -> None:
+    assert [name for name in GRAPH if "_kernel" in ours(name)] == ["system.kernel"]
 
 
-@pytest.mark.parametrize("name", ["sender", "receiver", "libploop", "cli.copy", "demo"])
-def test_a_copy_knows_nothing_of_migrations(name: str) -> None:
-    assert [m for m in all_of(name) if below(m, *OF_MIGRATE)] == []
-
-
-def test_runtimes_do_not_know_who_drives_them() -> None:
-    drivers = [d for d in OF_MIGRATE if d != "runtimes"]
-    assert [
-        (name, m)
-        for name in GRAPH
-        if below(name, "runtimes")
-        for m in ours(name)
-        if below(m, *drivers)
-    ] == []
-
-
-@pytest.mark.parametrize("name", WITHOUT_IO)
+@pytest.mark.parametrize("name", PURE)
 def test_what_decides_or_formats_does_no_io(name: str) -> None:
     assert GRAPH[name] & IO == set()
     tree = ast.parse((PACKAGE / f"{name.replace('.', '/')}.py").read_text())
@@ -127,3 +174,17 @@ def test_what_decides_or_formats_does_no_io(name: str) -> None:
         and node.value.id == "os"
     }
     assert used <= {"strerror"}
+
+
+@pytest.mark.parametrize("name", STANDALONE)
+def test_what_runs_by_its_path_imports_nothing_of_ours(name: str) -> None:
+    assert ours(name) == set()
+    assert GRAPH[name] <= set(sys.stdlib_module_names)
+
+
+if __name__ == "__main__":
+    for floor, rooms in reversed(list(enumerate(FLOORS))):
+        print(f"{floor:3d}  {'  '.join(rooms)}")
+    sys.stdout.flush()
+    print(f"{len(GRAPH)} modules, {len(crossings())} imports between rooms")
+    print(f"{len(back_up())} run back up", *back_up(), sep="\n")

@@ -13,11 +13,11 @@ from pathlib import Path
 import pytest
 from support import needs, pyploop_env
 
-from pyploop.diskcopy.undo_kinds import journal
 from pyploop.errors import BusyError, CreateError, OpenError, PyploopError
 from pyploop.migration import commit_record, locks, undo_kinds
 from pyploop.migration.target import resumable_trees
 from pyploop.system import private_folder
+from pyploop.undo import journal
 
 NOBODY = 65534
 

@@ -17,9 +17,9 @@ from typing import Any
 import pytest
 from support import pyploop_cmd, pyploop_env, tmpfs, wait_until
 
-from pyploop.diskcopy.undo_kinds import journal, watchdog
 from pyploop.errors import CommandError, DeviceControlError, LoopError
 from pyploop.report.events import Reporter, TextRenderer
+from pyploop.undo import journal, watchdog
 from pyploop.undo.ledger import Plan
 
 HOLDER = """

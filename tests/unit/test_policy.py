@@ -24,7 +24,7 @@ from pyploop.runtimes import config, policy
 from pyploop.runtimes.config import ContainerConfig, DiskConfig
 from pyploop.runtimes.oci import bundles, json_shapes
 from pyploop.runtimes.policy import Source
-from pyploop.runtimes.vzctl import policy
+from pyploop.runtimes.vzctl import conf_check
 
 OURS = ContainerConfig(
     "web",
@@ -561,7 +561,7 @@ def test_a_ctid_conf_names_no_command_and_nothing_of_the_host(tmp_path: Path, li
     path = tmp_path / "101.conf"
     path.write_bytes(f'# comment\n\nONBOOT="yes"\n{line}\n'.encode())
     with pytest.raises(MigrateError, match=r"101\.conf, line 4") as e:
-        policy.check(path, path.name, policy.PLAIN)
+        conf_check.check(path, path.name, policy.PLAIN)
     assert e.value.exit_code == 15
 
 
@@ -574,9 +574,9 @@ def test_a_ctid_conf_of_plain_values_is_taken_and_more_where_the_policy_says_so(
         "VE_PRIVATE=/vz/private/$VEID # x\n"
         "IP_ADDRESS='10.0.0.1'\nOSTEMPLATE=\".debian-12-x86_64\"\nNAME=\n"
     )
-    policy.check(path, path.name, policy.PLAIN)
+    conf_check.check(path, path.name, policy.PLAIN)
     with path.open("a") as f:
         f.write('DEVNODES="fuse:rw"\n')
     with pytest.raises(MigrateError, match="vz_parameters"):
-        policy.check(path, path.name, policy.PLAIN)
-    policy.check(path, path.name, replace(policy.PLAIN, vz_parameters=("DEVNODES",)))
+        conf_check.check(path, path.name, policy.PLAIN)
+    conf_check.check(path, path.name, replace(policy.PLAIN, vz_parameters=("DEVNODES",)))

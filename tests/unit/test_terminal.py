@@ -14,9 +14,9 @@ from pathlib import Path
 import pytest
 from support import pyploop_env
 
-from pyploop.diskcopy.undo_kinds import journal
 from pyploop.errors import MigrateError, one_line
 from pyploop.report.events import JsonRenderer, Reporter, TextRenderer
+from pyploop.undo import journal
 
 HOSTILE = {
     "escape": "\x1b]0;title\x07",

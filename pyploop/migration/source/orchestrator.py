@@ -22,12 +22,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from pyploop import cpu, host_identity
 from pyploop.diskcopy.options import Options, Summary
 from pyploop.errors import MigrateError, PyploopError
 from pyploop.migration import commit_record, file_stream, image_chain, undo_kinds
 from pyploop.migration.memory_policy import MemoryPolicy
-from pyploop.migration.source import memory, recover, trees
+from pyploop.migration.source import host_identity, memory, recover, trees
 from pyploop.migration.source.agent_client import Remote
 from pyploop.migration.source.disks import OTHERS, REQUEST, Disks, opened
 from pyploop.migration.source.payload import Copies, check_number
@@ -45,7 +44,7 @@ from pyploop.runtimes import (
     Runtime,
 )
 from pyploop.runtimes.config import HostConfig
-from pyploop.system import private_folder, signals
+from pyploop.system import cpu, private_folder, signals
 from pyploop.system.jobs import Job, end_all
 from pyploop.undo.journal import Journal
 from pyploop.wire.messages import clipped

@@ -10,7 +10,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from pyploop.diskcopy.undo_kinds import journal
 from pyploop.errors import BusyError, MigrateError, PyploopError
 from pyploop.migration import commit_record, locks, undo_kinds
 from pyploop.migration.source.agent_client import Remote
@@ -18,6 +17,7 @@ from pyploop.report.events import Reporter
 from pyploop.runtimes import CANNOT_CONNECT, LOCKED, Copied, Runtime
 from pyploop.runtimes.config import HostConfig
 from pyploop.runtimes.copied import ANY_DEVICE
+from pyploop.undo import journal
 from pyploop.undo.journal import Journal
 
 COPYING, ASKED, MOVED = "copying", "asked", "moved"
@@ -141,7 +141,7 @@ def recover(
         with contextlib.ExitStack() as held:
             if not locked:
                 runtime = undo_kinds.runtime_of(fields)
-                held.enter_context(locks(host, runtime))
+                held.enter_context(lock(host, runtime))
             failed += _one(host, record.adopt(), report)
     if not locked:
         if container is not None and not found:
@@ -152,7 +152,7 @@ def recover(
 
 
 @contextlib.contextmanager
-def locks(host: HostConfig, runtime: Runtime) -> Iterator[None]:
+def lock(host: HostConfig, runtime: Runtime) -> Iterator[None]:
     """The container's lock, and a place among the host's migrations.
     MigrateError(20) when somebody has it, or there is none."""
     try:

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from pyploop.delta import Reused
+from pyploop.diskcopy.delta import Reused
 from pyploop.diskcopy.digests import Reader
 from pyploop.migration.source.agent_client import Remote
 from pyploop.report.events import Reporter

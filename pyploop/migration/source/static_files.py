@@ -10,7 +10,7 @@ from collections.abc import Container, Sequence
 from pyploop.diskcopy.options import Options
 from pyploop.migration import file_stream
 from pyploop.migration.source.agent_client import Remote
-from pyploop.migration.source.delta import send_file
+from pyploop.migration.source.file_delta import send_file
 from pyploop.migration.source.remote_digests import REQUEST, Kept
 from pyploop.report.events import Reporter
 from pyploop.runtimes import Item

@@ -15,8 +15,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from pyploop import __version__, cpu
-from pyploop.diskcopy.undo_kinds import journal
+from pyploop import __version__
 from pyploop.errors import BusyError, MigrateError, ProtocolError, PyploopError, one_line
 from pyploop.migration import commit_record, locks, undo_kinds
 from pyploop.migration.mux import Mux
@@ -38,7 +37,8 @@ from pyploop.runtimes import (
 from pyploop.runtimes.config import NAME, HostConfig
 from pyploop.runtimes.policy import Source
 from pyploop.runtimes.registry import make_runtime
-from pyploop.system import descriptors
+from pyploop.system import cpu, descriptors
+from pyploop.undo import journal
 from pyploop.wire import messages
 from pyploop.wire import mux as wire
 from pyploop.wire.messages import clipped

@@ -25,7 +25,6 @@ from pathlib import Path
 from typing import Any
 
 from pyploop._core import fdatasync
-from pyploop.diskcopy.undo_kinds import journal
 from pyploop.errors import OpenError, PyploopError
 from pyploop.migration.target.resumable_target import hold
 from pyploop.report.events import Reporter
@@ -33,6 +32,7 @@ from pyploop.runtimes import Runtime
 from pyploop.runtimes.config import HostConfig
 from pyploop.runtimes.volumes import KEPT, existing_parent
 from pyploop.system import beneath, private_folder
+from pyploop.undo import journal
 from pyploop.undo.journal import Entry, Journal
 from pyploop.units import MIB, format_size
 

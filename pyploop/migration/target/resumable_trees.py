@@ -18,13 +18,13 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from pyploop.diskcopy.undo_kinds import journal
 from pyploop.errors import OpenError, PyploopError
 from pyploop.migration import tree_scan
 from pyploop.report.events import Reporter
 from pyploop.runtimes import tree_folders
 from pyploop.runtimes.volumes import KEPT, existing_parent
 from pyploop.system import private_folder
+from pyploop.undo import journal
 from pyploop.undo.journal import Entry, Journal
 
 SCHEMA = "pyploop.migration.target.resumable_files-trees/1"

@@ -18,7 +18,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from pyploop.diskcopy.undo_kinds import journal
 from pyploop.errors import MigrateError, PyploopError
 from pyploop.freeze.cgroup_freezer import freezer_in
 from pyploop.runtimes import (
@@ -40,8 +39,7 @@ from pyploop.runtimes.config import HostConfig, within
 from pyploop.runtimes.configured import Configured
 from pyploop.runtimes.oci import bundles
 from pyploop.runtimes.oci import criu_images as image_check
-from pyploop.runtimes.runc.cgroup import ContainerCgroup
-from pyploop.runtimes.runc.runtime import (
+from pyploop.runtimes.runc import (
     contents,
     criu,
     host_fit,
@@ -49,8 +47,10 @@ from pyploop.runtimes.runc.runtime import (
     members,
     memory_tracking,
 )
+from pyploop.runtimes.runc.cgroup import ContainerCgroup
 from pyploop.system import beneath
 from pyploop.system.commands import Command, last_words, run
+from pyploop.undo import journal
 
 PREVIEW = 0.25
 """Part of the memory that a dump may be larger than what is in use."""

@@ -44,8 +44,7 @@ from pyploop.runtimes import (
     volumes,
 )
 from pyploop.runtimes.config import CTID, NAME, HostConfig, within
-from pyploop.runtimes.vzctl import config_files
-from pyploop.runtimes.vzctl.runtime import policy
+from pyploop.runtimes.vzctl import conf_check, config_files
 from pyploop.system import beneath, mount_table, sysblock
 from pyploop.system.commands import Command, last_words, run
 from pyploop.system.tree_walk import walk
@@ -402,7 +401,7 @@ class Vzctl:
             with beneath.place(str(self._private / link), str(self._private)) as at:
                 os.symlink(text, at.name, dir_fd=at.dir_fd)
         path = Path(self._host.vz_etc) / "conf" / f"{self.container}.conf"
-        policy.check(Path(f"{path}{NOT_YET}"), path.name, self._policy)
+        conf_check.check(Path(f"{path}{NOT_YET}"), path.name, self._policy)
         os.replace(f"{path}{NOT_YET}", path)
         if not self._is_simfs():
             self._check_descriptor()

@@ -7,7 +7,7 @@ import os
 from collections.abc import Iterator
 
 from pyploop._core import Bitmap
-from pyploop.delta import Reused
+from pyploop.diskcopy.delta import Reused
 from pyploop.diskcopy.digests import PIECE, Reader, cluster, data_extents, equal_parts
 from pyploop.errors import ReadError
 from pyploop.migration.file_stream import Writer
