@@ -29,7 +29,7 @@ CLUSTERS = (16 * KIB, 64 * KIB)
 but each costs a digest."""
 MANY = 1 << 21
 """Clusters of a file above which they are larger; where the pump's hashes cover more,
-too, so that a cluster is never less than one of these (passes.py)."""
+too, so that a cluster is never less than one of these (source_pump.py)."""
 SIZE = 32
 """Bytes of a digest: BLAKE2b-256."""
 UNKNOWN = bytes(SIZE)

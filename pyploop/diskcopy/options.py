@@ -31,7 +31,7 @@ class Options:
     so many seconds have passed; 0: never."""
     reserve: int | None = None
     """Bytes that are left on a file system where the source and the target both grow;
-    None: as room.py has it.  0: room is neither compared nor watched."""
+    None: as target_room.py has it.  0: room is neither compared nor watched."""
     throttle: Throttle | None = None
     """Slows the writer down, when nothing else helps."""
 

@@ -7,7 +7,7 @@ is not removed any more, whatever fails after that.
 
 Until it is complete it has no name at all (O_TMPFILE), so nothing is left behind
 however the process ends; where the file system cannot do that it is a part in
-the same folder (naming.py).
+the same folder (target_name.py).
 """
 
 from __future__ import annotations

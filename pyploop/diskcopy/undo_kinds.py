@@ -7,6 +7,7 @@ from __future__ import annotations
 import errno
 import os
 
+from pyploop.diskcopy import target_name  # noqa: F401 - registers `part`
 from pyploop.errors import DeviceControlError
 from pyploop.freeze.mounted import in_use, open_at
 from pyploop.system import kernel, sysblock

@@ -20,7 +20,7 @@ from pyploop.runtimes.config import within
 from pyploop.system import kernel, mount_options, mount_table, sysblock
 
 KEPT = ".pyploop-kept"
-"""The end of a kept file's name (kept.py)."""
+"""The end of a kept file's name (resumable_files.py)."""
 _EXT = ("ext2", "ext3", "ext4")
 BUSY_DEADLINE = 5.0
 """Seconds for the last user of a mount point to be gone."""

@@ -2,7 +2,7 @@
 """Runs a program in a small root of its own: one directory tree, read-only, as
 /tree, and the programs and libraries that it needs.
 
-    enclose.py TREE PATH… -- PROGRAM NAME ARGUMENTS…    NAME: its argv[0]
+    enclosure.py TREE PATH… -- PROGRAM NAME ARGUMENTS…    NAME: its argv[0]
 
 rsync opens files by their paths.  A container that swaps a folder for a link
 between two looks at it would have it read, as root, what the link names on the

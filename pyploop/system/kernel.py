@@ -141,7 +141,7 @@ MOUNT_FLAGS: dict[str, int] = {
     "silent": _lib.MS_SILENT,
     "nosymfollow": _lib.MS_NOSYMFOLLOW,
 }
-"""Options of mount(8) that mount(2) takes as flags (mountopts.py)."""
+"""Options of mount(8) that mount(2) takes as flags (mount_options.py)."""
 
 
 def mount(source: str, point: str, fstype: str, flags: int, data: str) -> None:

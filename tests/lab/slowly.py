@@ -14,15 +14,15 @@ import sys
 from pyploop.cli.main import program
 
 DEADLINES = (
-    ("remote", "CONNECT"),
-    ("remote", "ENDING"),
-    ("agent", "HELLO_WAIT"),
-    ("copying", "REQUEST"),
-    ("memory", "REQUEST"),
-    ("migrate", "REQUEST"),
-    ("migrate", "CHECKING"),
-    ("runtimes.criu", "PROBE_TIMEOUT"),
-    ("runtimes.tracking", "TIMEOUT"),
+    ("migration.source.agent_client", "CONNECT"),
+    ("migration.source.agent_client", "ENDING"),
+    ("migration.target.agent", "HELLO_WAIT"),
+    ("migration.source.disks", "REQUEST"),
+    ("migration.source.memory", "REQUEST"),
+    ("migration.source.orchestrator", "REQUEST"),
+    ("migration.source.orchestrator", "CHECKING"),
+    ("runtimes.runc.criu", "PROBE_TIMEOUT"),
+    ("runtimes.runc.memory_tracking", "TIMEOUT"),
 )
 
 if __name__ == "__main__":

@@ -192,7 +192,7 @@ def test_what_is_kept_lies_on_the_file_system_where_it_belongs(pair: Pair, elsew
 
 OLDER = """
 import sys
-from pyploop import agent
+from pyploop.migration.target import agent
 from pyploop.cli.main import main
 
 check, dump = agent.Agent._check, agent.Agent._dump

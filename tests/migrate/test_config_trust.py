@@ -20,16 +20,18 @@ from pyploop.undo.journal import records
 NOBODY = 65534
 _BEGUN_AND_KILLED = """\
 import os, sys
-from pyploop import hostconf, recover, undoing, verdict
-from pyploop.journal import Journal
-from pyploop.runtimes.choose import make_runtime
+from pyploop.migration import commit_record, undo_kinds
+from pyploop.migration.source import recover
+from pyploop.runtimes import config
+from pyploop.undo.journal import Journal
+from pyploop.runtimes.registry import make_runtime
 from pathlib import Path
 
-host = hostconf.load(sys.argv[1])
+host = config.load(sys.argv[1])
 runtime = make_runtime(host, None, "box")
-folder = verdict.make_folder(Path(host.state_dir))
-names = undoing.naming(host, runtime)
-log = Journal.create("migration of box to other", folder, migration=verdict.new_id(),
+folder = commit_record.make_folder(Path(host.state_dir))
+names = undo_kinds.naming(host, runtime)
+log = Journal.create("migration of box to other", folder, migration=commit_record.new_id(),
     side="source", host="other", ssh_options=[], remove_area=True, stage=recover.COPYING, **names)
 log.add({"kind": "resume", **names})
 os._exit(9)

@@ -25,8 +25,8 @@ from pyploop.undo.ledger import Plan
 HOLDER = """
 import sys, time
 from pathlib import Path
-from pyploop.events import Reporter
-from pyploop.plan import Plan
+from pyploop.report.events import Reporter
+from pyploop.undo.ledger import Plan
 plan = Plan("a test", Reporter())
 for line in sys.stdin:
     exec(line)

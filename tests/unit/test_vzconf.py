@@ -122,8 +122,8 @@ def test_a_host_takes_so_many_migrations_and_a_killed_one_frees_its_place(tmp_pa
         [
             sys.executable,
             "-c",
-            "import sys, time; from pathlib import Path; from pyploop import ctlock\n"
-            "with ctlock.host_slot(Path(sys.argv[1]), 2, 0):\n"
+            "import sys, time; from pathlib import Path; from pyploop.migration import locks\n"
+            "with locks.host_slot(Path(sys.argv[1]), 2, 0):\n"
             "    print('held', flush=True); time.sleep(60)",
             str(tmp_path),
         ],

@@ -3,7 +3,7 @@
 for from then on, whoever is waited for, and whatever the target does meanwhile.
 
 When it passes, the connection is cut, so that each wait for the target fails, and the
-migration is undone.  Once the target was asked to restore, it decides (verdict.py):
+migration is undone.  Once the target was asked to restore, it decides (commit_record.py):
 then the limit ends only the wait for its answer.
 """
 

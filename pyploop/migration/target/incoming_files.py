@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The files of one migration that comes here, as far as they outlive its failure:
 what was kept of an earlier one is gone on with, and with --keep-dst what comes
-now lies where it can be kept (kept.py).
+now lies where it can be kept (resumable_files.py).
 
 Invariant: a file is in the journal, with the name that it has until it is
 finished, before it is made or moved.

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """A target file that has a name before it is finished, so that a later process
-can go on with it (kept.py); and how nobody else gets to write it meanwhile.
+can go on with it (resumable_files.py); and how nobody else gets to write it meanwhile.
 
 Without a name nobody can open a file.  One that has a name is leased: the kernel
 tells whether somebody opened it for writing since, and makes him wait at first.

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The keys of an OCI config.json that are taken over from another host, by the
 runtime specification (https://github.com/opencontainers/runtime-spec, config.md and
-config-linux.md).  What they may say is policy's (ociconfig.py).
+config-linux.md).  What they may say is policy's (config_json.py).
 
 Left out on purpose, and so refused: hooks, intelRdt, rdma, timeOffsets, netDevices,
 scheduler and the devices of blkio: they run commands, or reach for the host's own.
