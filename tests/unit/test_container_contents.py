@@ -374,3 +374,14 @@ def test_cpus_that_are_not_there_are_named() -> None:
     with pytest.raises(MigrateError, match="4090, 4091"):
         host_fit.check_target(config, live=True)
     host_fit.check_target({"linux": {"resources": {"cpu": {"cpus": "0"}}}}, live=True)
+
+
+@pytest.mark.parametrize("key", ["cpus", "mems"])
+@pytest.mark.parametrize(
+    "text", ["0-4000000000", "9" * 500, "1,0-65536", "3-99999999999,0", "-", ","]
+)
+def test_a_list_of_cpus_without_end_is_refused_before_it_is_made(text: str, key: str) -> None:
+    """Each number of a range had a place in memory."""
+    with pytest.raises(MigrateError, match=f"cpu.{key} of config.json is '.*', no list") as e:
+        host_fit.check_target({"linux": {"resources": {"cpu": {key: text}}}}, live=False)
+    assert e.value.exit_code == 15

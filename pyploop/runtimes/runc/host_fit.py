@@ -56,7 +56,12 @@ def check_target(config: Mapping[str, Any], live: bool) -> None:
             _check_settings(path, linux.get("sysctl") or {})
     cpu = (linux.get("resources") or {}).get("cpu") or {}
     for key, file in (("cpus", _CPUS), ("mems", _NODES)):
-        wanted, there = cpus_of(str(cpu.get(key) or "")), _online(file)
+        text = str(cpu.get(key) or "")
+        wanted, there = cpus_of(text), _online(file)
+        if text and not isinstance(wanted, set):
+            raise MigrateError(
+                BAD_CONFIG, f"linux.resources.cpu.{key} of config.json is {text[:80]!r}, no list"
+            )
         if isinstance(wanted, set) and there is not None and not wanted <= there:
             missing = ", ".join(map(str, sorted(wanted - there)))
             raise MigrateError(

@@ -98,12 +98,18 @@ def _same(value: str, wanted: object) -> bool:
     return cpus_of(value) == cpus_of(str(wanted))
 
 
+MOST_CPUS = 1 << 16
+"""Linux has 8192 at most.  A range is a number for each, and may be a peer's."""
+
+
 def cpus_of(text: str) -> set[int] | str:
     """Of a list such as 0-2,4; other texts as they are."""
     found: set[int] = set()
     try:
         for part in text.strip().split(","):
             first, _, last = part.partition("-")
+            if int(last or first) >= MOST_CPUS:
+                raise ValueError
             found.update(range(int(first), int(last or first) + 1))
     except ValueError:
         return text.strip()
