@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+import resource
 import shlex
 import shutil
 import signal
@@ -246,41 +247,49 @@ def serve(
     path: str,
     fd: int,
     *,
-    folder: Path,
-    name: str,
+    config: Path,
+    log: LastWords,
     stall: float,
     keep_fds: Sequence[int],
 ) -> subprocess.Popen[bytes]:
     """Start the server of one pass, whose client is at the socket fd (which
     stays the caller's): it writes below `path` and nowhere else.
 
-    folder, name: where its configuration and log go.  MigrateError(6) when it
-    cannot be run."""
-    config = folder / f"{name}.conf"
-    log = folder / f"{name}.log"
+    config: the file for its configuration.  log: what it says; the client has it
+    say what it likes, as much as it likes.  MigrateError(6) when it cannot be run."""
     taken = " ".join(f"!{word}" for word in _TAKEN.split())
-    config.write_text(_CONFIG.format(stall=max(1, int(stall)), log=log, path=path, taken=taken))
+    said = f"/dev/fd/{log.fd}"
+    config.write_text(_CONFIG.format(stall=max(1, int(stall)), log=said, path=path, taken=taken))
     try:
-        return subprocess.Popen(
+        process = subprocess.Popen(
             [command, "--server", "--daemon", f"--config={config}", "."],
             stdin=fd,
             stdout=fd,
             stderr=subprocess.DEVNULL,
             env=_environment(),
-            pass_fds=tuple(keep_fds),
+            pass_fds=(*keep_fds, log.fd),
             start_new_session=True,
         )
     except OSError as e:
         raise MigrateError(COPY_FAILED, f"cannot run {command}: {e.strerror}") from e
+    _bound(process.pid)
+    log.started()
+    return process
 
 
-def last_errors(log: Path) -> str:
-    """The end of a server's log, without its times."""
-    try:
-        with log.open("rb") as f:
-            lines = _end_of(f).decode(errors="replace").splitlines()
-    except OSError as e:
-        return f"{log}: {e.strerror}"
+def _bound(pid: int) -> None:
+    """It keeps a list of all files that its client tells of.  It and what it starts
+    get half of the host's memory at most, and are what the kernel ends when that is
+    too much."""
+    most = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
+    with contextlib.suppress(OSError, ValueError):  # it has ended
+        resource.prlimit(pid, resource.RLIMIT_AS, (most, most))
+        Path(f"/proc/{pid}/oom_score_adj").write_text("1000")
+
+
+def last_errors(log: str) -> str:
+    """The errors at the end of a server's log, without their times."""
+    lines = log[-2000:].splitlines()
     errors = [_STAMP.sub("", line) for line in lines if "rsync: " in line or "rsync error" in line]
     return last_words("\n".join(errors))
 

@@ -20,6 +20,7 @@ from pyploop.report.events import Reporter
 from pyploop.runtimes import COPY_FAILED, Tree, tree_folders
 from pyploop.system import kernel
 from pyploop.system.jobs import Job
+from pyploop.system.stderr_tail import LastWords
 from pyploop.undo.journal import Journal
 
 
@@ -49,7 +50,7 @@ class LandingTrees:
         report: Reporter,
         mode: int = 0o700,
     ) -> None:
-        """command: rsync; folder: for configurations and logs; stall: seconds
+        """command: rsync; folder: for its configurations; stall: seconds
         after which a silent client is given up; keep_fds: see Runtime; mode: of
         folders that are made."""
         self._command, self._trees, self._folder = command, trees, folder
@@ -83,26 +84,34 @@ class LandingTrees:
             name = f"tree {index}.{self._passes}"
             file = name.replace(" ", "-")
             self._passes += 1
-            process = rsync.serve(
-                self._command,
-                path,
-                fd,
-                folder=self._folder,
-                name=file,
-                stall=self._stall,
-                keep_fds=self._keep_fds,
-            )
+            log = LastWords()
+            try:
+                process = rsync.serve(
+                    self._command,
+                    path,
+                    fd,
+                    config=self._folder / f"{file}.conf",
+                    log=log,
+                    stall=self._stall,
+                    keep_fds=self._keep_fds,
+                )
+            except BaseException:
+                log.close()
+                raise
         finally:
             os.close(fd)
         if last:
             self._last[index] = name
 
         def work() -> None:
-            status = process.wait()
-            _sync(path)
-            if status not in (0, rsync.VANISHED) or (last and status):
-                said = rsync.last_errors(self._folder / f"{file}.log")
-                self._failed[name] = f"rsync ended with {status} here: {said}"
+            try:
+                status = process.wait()
+                _sync(path)
+                if status not in (0, rsync.VANISHED) or (last and status):
+                    said = rsync.last_errors(log.text(ended=True))
+                    self._failed[name] = f"rsync ended with {status} here: {said}"
+            finally:
+                log.close()
 
         return name, Job(work)
 
