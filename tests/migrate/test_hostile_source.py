@@ -27,6 +27,7 @@ from pyploop.runtimes import Disk, config, volumes
 from pyploop.runtimes.config import DiskConfig
 from pyploop.runtimes.oci import bundles
 from pyploop.runtimes.runc import runtime
+from pyploop.runtimes.vzctl import runtime
 
 CONF = b'NAME="web"\nONBOOT="no"\n'
 XML = ("private:root.hdd/DiskDescriptor.xml", 0o644, DESCRIPTOR.encode())
@@ -209,13 +210,53 @@ def test_an_action_script_comes_only_where_the_policy_says_so(target: VzHost) ->
     with anysource.source(config) as honest:
         found = refused(honest, lambda: started(honest, scripts=["mount"]), "action_scripts = true")
         assert found.exit_code == 15
-    for label in ("script:mount", "private:scripts/start"):
+    for label in ("script:mount", "private:scripts/start", "private:scripts"):
         with anysource.source(config) as liar:
             started(liar)
             with pytest.raises(MigrateError, match="action_scripts = true"):
                 liar.send_items([(label, 0o755, b"#!/bin/sh\n")])
         assert not list((target.folder / "etc/vz/conf").glob(f"{CTID}.*"))
         assert not (target.folder / f"private/{CTID}").exists()
+    # By a link that has this name, or as the disk.
+    for facts in (
+        {"links": {"scripts": "x"}},
+        {"links": {"scripts/mount": "x"}},
+        {"top": "scripts/x"},
+    ):
+        with anysource.source(config) as liar:
+            refused(liar, lambda: started(liar, **facts), "action_scripts = true")  # noqa: B023
+
+
+@pytest.mark.parametrize("name", ["DiskDescriptor.xml", "", "a link"])
+def test_a_directory_that_vzctl_would_take_for_a_ploop_disk_is_not_started(
+    target: VzHost, source: Hostile, name: str
+) -> None:
+    """Its descriptor came with the tree, was read by nobody here, and may name any file."""
+    private = target.folder / f"private/{CTID}"
+    (target.folder / "netns").touch()
+    vz = runtime.Vzctl(config.load(str(target.folder / "migrate.toml")), CTID)
+    vz.check_target({**FACTS, "simfs": True}, live=False)
+    vz.release()
+    private.mkdir()
+    if name == "a link":
+        (private / "root.hdd").symlink_to("/nowhere")
+    else:
+        (private / "root.hdd" / name).mkdir(parents=True)
+    with pytest.raises(MigrateError, match=r"root\.hdd has come") as e:
+        vz.release()
+    assert e.value.exit_code == 15
+
+
+def test_an_address_that_was_not_told_is_nobody_elses(target: VzHost, source: Hostile) -> None:
+    """It was compared with those in use here as the source told it only."""
+    (target.folder / "bin/vzlist").write_text("#!/bin/sh\necho 10.0.0.5\n")
+    conf = CONF + b'IP_ADDRESS="10.0.0.5"\n'
+    with anysource.source(target.folder / "migrate.toml") as honest:
+        refused(honest, lambda: started(honest, ips=["10.0.0.5"]), "10.0.0.5 is in use here")
+    started(source, ips=["10.0.0.6"])
+    act = lambda: source.send_items([("conf", 0o644, conf), XML])  # noqa: E731
+    assert refused(source, act, "10.0.0.5, which the source did not tell").exit_code == 15
+    assert not list((target.folder / "etc/vz/conf").glob(f"{CTID}.*"))
 
 
 @pytest.mark.parametrize(

@@ -555,13 +555,24 @@ def test_only_digits_of_ascii_are_a_ctid(name: str) -> None:
         'VE_PRIVATE="$X"',
         'NAME="\\"',
         "NAME=a\rreboot",
+        'VEID="../../etc"',
+        "VEID=102",
+        "VEID=",
+        'NAME="../../cron.d/x"',
+        'UUID="../x"',
+        'TEMPLATES="../x"',
+        'NETIF="ifname=eth0,bridge=../x"',
+        "ONBOOT=no",
+        'IP_ADDRESS="10.0.0.2"',
+        'IP_ADDRESS="10.0.0.1 10.0.0.2/24"',
+        "IP_ADDRESS=$VEID",
     ],
 )
 def test_a_ctid_conf_names_no_command_and_nothing_of_the_host(tmp_path: Path, line: str) -> None:
     path = tmp_path / "101.conf"
     path.write_bytes(f'# comment\n\nONBOOT="yes"\n{line}\n'.encode())
     with pytest.raises(MigrateError, match=r"101\.conf, line 4") as e:
-        conf_check.check(path, path.name, policy.PLAIN)
+        conf_check.check(path, "101", policy.PLAIN, ["10.0.0.1"])
     assert e.value.exit_code == 15
 
 
@@ -570,13 +581,14 @@ def test_a_ctid_conf_of_plain_values_is_taken_and_more_where_the_policy_says_so(
 ) -> None:
     path = tmp_path / "101.conf"
     path.write_text(
-        'ONBOOT="yes"\nPHYSPAGES="0:65536"\nVE_ROOT="/vz/root/$VEID"\n'
+        'VEID="101"\nONBOOT="yes"\nPHYSPAGES="0:65536"\nVE_ROOT="/vz/root/$VEID"\n'
         "VE_PRIVATE=/vz/private/$VEID # x\n"
         "IP_ADDRESS='10.0.0.1'\nOSTEMPLATE=\".debian-12-x86_64\"\nNAME=\n"
     )
-    conf_check.check(path, path.name, policy.PLAIN)
+    conf_check.check(path, "101", policy.PLAIN, ["10.0.0.1"])
     with path.open("a") as f:
         f.write('DEVNODES="fuse:rw"\n')
     with pytest.raises(MigrateError, match="vz_parameters"):
-        conf_check.check(path, path.name, policy.PLAIN)
-    conf_check.check(path, path.name, replace(policy.PLAIN, vz_parameters=("DEVNODES",)))
+        conf_check.check(path, "101", policy.PLAIN, ["10.0.0.1"])
+    allowing = replace(policy.PLAIN, vz_parameters=("DEVNODES",))
+    conf_check.check(path, "101", allowing, ["10.0.0.1"])

@@ -9,6 +9,7 @@ the container (ctid.conf(5)), or one that the policy of this host names.
 from __future__ import annotations
 
 import re
+from collections.abc import Collection
 from pathlib import Path
 
 from pyploop.errors import MigrateError
@@ -34,8 +35,11 @@ PARAMETERS = frozenset(
         *("IP_ADDRESS", "NAMESERVER", "SEARCHDOMAIN", "NETIF", "NETFILTER", "IPTABLES"),
     )
 )
-_FILE_NAMES = ("OSTEMPLATE", "ORIGIN_SAMPLE", "CONFIG_CUSTOMIZED", "DISTRIBUTION")
-"""vzctl makes names of files of these, some of which it runs."""
+_FILE_NAMES = (
+    *("OSTEMPLATE", "ORIGIN_SAMPLE", "CONFIG_CUSTOMIZED", "DISTRIBUTION", "TEMPLATES"),
+    *("NAME", "UUID", "VE_LAYOUT", "NETIF"),
+)
+"""vzctl makes names of files and of links of these, and runs some of the files."""
 _VEID = r"\$VEID\b|\$\{VEID\}"
 """Which vzctl sets."""
 _PLAIN = rf"""(?:[^"$`\\\x00-\x1f]|{_VEID})*"""
@@ -43,9 +47,10 @@ _VALUE = rf""""{_PLAIN}"|'[^'\x00-\x1f]*'|(?:[A-Za-z0-9_.,:/@%+=-]|{_VEID})*"""
 _LINE = re.compile(rf"[ \t]*(?:([A-Z][A-Z0-9_]*)=({_VALUE}))?(?:(?:^|[ \t]+)(?:#.*)?)?")
 
 
-def check(path: Path, name: str, policy: Policy) -> None:
-    """name: of the file as people know it.  MigrateError(15) names the first line
-    that is not taken over."""
+def check(path: Path, container: str, policy: Policy, addresses: Collection[str]) -> None:
+    """path: of CTID.conf, by whatever name.  addresses: those of the container which
+    nobody has here.  MigrateError(15) names the first line that is not taken over."""
+    name, seen = f"{container}.conf", set()
     try:
         with path.open("rb") as f:
             data = f.read(LARGEST + 1)
@@ -69,5 +74,15 @@ def check(path: Path, name: str, policy: Policy) -> None:
                 f"{where} sets {key}, which the policy of this host does not allow: to allow it, "
                 f'add "{key}" to vz_parameters in [policy] here',
             )
-        if key in _FILE_NAMES and ("/" in value or ".." in value):
+        if key in seen:  # vzctl takes the first one, a shell the last
+            raise MigrateError(BAD_CONFIG, f"{where} sets {key} once more: write it once")
+        seen.add(key)
+        plain = value.strip("\"'")
+        if (key in _FILE_NAMES and ("/" in value or ".." in value)) or (
+            key == "VEID" and plain not in (container, "$VEID", "${VEID}")
+        ):
             raise MigrateError(BAD_CONFIG, f"{where}: {key}={value[:80]} leads elsewhere")
+        if key == "IP_ADDRESS" and (others := {*plain.split()} - {*addresses}):
+            raise MigrateError(
+                BAD_CONFIG, f"{where} has {min(others)[:80]}, which the source did not tell before"
+            )

@@ -364,6 +364,8 @@ class Vzctl:
         """A path within the private area; MigrateError for any other."""
         if not isinstance(name, str) or {"", ".", ".."} & {*name.split("/")} or "\0" in name:
             raise MigrateError(COPY_FAILED, f"{str(name)[:80]!r} lies outside the private area")
+        if within(name, "scripts"):  # by whatever way it comes
+            self._check_scripts(name[:80])
         return name
 
     def destination(self, label: str) -> str:
@@ -376,8 +378,6 @@ class Vzctl:
             self._scripts.append(rest)
             return f"{self._script(rest)}{NOT_YET}"
         if kind == "private" and not self._is_simfs() and self._inside(rest) != self._top:
-            if rest.startswith("scripts/"):
-                self._check_scripts(rest[:80])
             return str(self._private / rest)
         raise MigrateError(COPY_FAILED, f"no item {label[:80]!r} belongs to a container")
 
@@ -401,7 +401,8 @@ class Vzctl:
             with beneath.place(str(self._private / link), str(self._private)) as at:
                 os.symlink(text, at.name, dir_fd=at.dir_fd)
         path = Path(self._host.vz_etc) / "conf" / f"{self.container}.conf"
-        conf_check.check(Path(f"{path}{NOT_YET}"), path.name, self._policy)
+        ips = map(str, facts.get("ips") or ())
+        conf_check.check(Path(f"{path}{NOT_YET}"), self.container, self._policy, {*ips})
         os.replace(f"{path}{NOT_YET}", path)
         if not self._is_simfs():
             self._check_descriptor()
@@ -436,6 +437,11 @@ class Vzctl:
         """OpenVZ's are the kernel's own, and nothing outside it can read them."""
 
     def release(self) -> None:
+        if self._is_simfs() and os.path.lexists(self._private / HDD):
+            # vzctl would take it for one on ploop, and open what its descriptor names.
+            raise MigrateError(
+                BAD_CONFIG, f"{self._private / HDD} has come, which no container in a directory has"
+            )
         for name in self._scripts:
             path = self._script(name)
             waiting = Path(f"{path}{NOT_YET}")
