@@ -195,6 +195,7 @@ class Agent:
         if not NAME.fullmatch(container):
             raise ProtocolError(f"{container[:40]!r} is no container's name")
         chosen = make_runtime(self._host, runtime, container)
+        facts = {**facts, "source": resumable_files.source_of(facts, str(self._source))}
         if live:
             self._check_trust()
         try:

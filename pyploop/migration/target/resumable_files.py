@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import hashlib
 import json
 import os
 import re
@@ -62,11 +63,16 @@ def new_path(folder: Path, container: str, migration: str, number: int) -> str:
     return str(folder / f".{container}-{migration}-{number}{KEPT}")
 
 
-def source_of(facts: dict[str, Any]) -> dict[str, str]:
-    """The source's identity as it told it, in plain text."""
+def source_of(facts: dict[str, Any], known: str = "") -> dict[str, str]:
+    """The source's identity as it told it, in plain text.  known: as this host knows
+    it; it becomes a part of the `id`, for no source may have what another one sent."""
     told = facts.get("source")
     told = told if isinstance(told, dict) else {}
-    return {key: str(told.get(key, ""))[:64] for key in ("id", "name")}
+    found = {key: str(told.get(key, ""))[:64] for key in ("id", "name")}
+    if known:
+        text = os.fsencode(f"{known}\0{found['id']}")
+        found["id"] = hashlib.blake2b(text, digest_size=16).hexdigest()
+    return found
 
 
 # ---- after a failure: keeping
