@@ -579,6 +579,99 @@ def test_what_comes_lies_where_no_other_user_gets(tmp_path: Path) -> None:
         open_to_all.rmdir()
 
 
+# ---- where mounts come to lie
+
+
+def links_to_dev(root: Path) -> None:
+    (root / "x").symlink_to("/dev")
+
+
+def links_to_the_root(root: Path) -> None:
+    (root / "x").symlink_to("sub/..")
+
+
+def links_below_the_kernels(root: Path) -> None:
+    (root / "x").symlink_to("sub/y")
+    (root / "sub/y").symlink_to("../../../sys/kernel")
+
+
+def links_in_what_is_bound(root: Path) -> None:
+    (root / "data/x").symlink_to("../dev")
+
+
+def links_round(root: Path) -> None:
+    (root / "x").symlink_to("x")
+
+
+def is_no_dev(root: Path) -> None:
+    (root / "dev").rmdir()
+    (root / "dev").symlink_to("sub")
+
+
+def is_no_sys(root: Path) -> None:
+    (root / "sys").symlink_to("/sub")
+
+
+@pytest.mark.parametrize(
+    ("how", "point"),
+    [
+        (links_to_dev, "/x"),
+        (links_to_dev, "/x/null"),
+        (links_to_the_root, "/x"),
+        (links_below_the_kernels, "/x"),
+        (links_in_what_is_bound, "/bound/x"),
+        (links_round, "/x"),
+        (is_no_dev, "/y"),
+        (is_no_sys, "/y"),
+    ],
+)
+def test_a_link_on_what_came_leads_no_mount_over_what_runc_masks_with(
+    target: VzHost, bundle: Path, how: Callable[[Path], None], point: str
+) -> None:
+    """With a link to core_pattern in the place of /dev/null, runc 1.1 bound that over the
+    files to be masked, writable, and gave it to the container as its standard output."""
+    host = config.load(str(target.folder / "migrate.toml"))
+    web = runtime.Runc(host, "web")
+    tree = bundle / "rootfs"
+    for name in ("sub", "data", "dev", "run", "var"):
+        (tree / name).mkdir(parents=True)
+    config = plain()
+
+    def bind(destination: str) -> dict[str, Any]:
+        return {"destination": destination, "source": "/their/rootfs/data", "options": ["bind"]}
+
+    config["mounts"] += [bind("/bound"), bind(point)]
+    # Honest ones: the image's own /dev is hidden, and /run is often called /var/run.
+    config["mounts"] += [{"destination": "/dev/shm", "type": "tmpfs"}, bind("/var/run/y")]
+    (tree / "dev/shm").symlink_to("/run/shm")
+    (tree / "var/run").symlink_to("../../run")
+    web._written = bundles.adapt(config, {}, {"/their/rootfs": str(tree)}, host.container("web"))
+    web.release()
+    (tree / "dev/shm").unlink()
+    how(tree)
+    with pytest.raises(MigrateError, match=r"symbolic link of the container's|too many links") as e:
+        web.release()
+    assert e.value.exit_code == 15
+
+
+# ---- what was kept
+
+
+def test_nobody_gets_what_another_source_has_sent_by_calling_itself_like_it(
+    target: VzHost,
+) -> None:
+    config = target.folder / "migrate.toml"
+    told = {"id": "a" * 32, "name": "hosta"}
+    found = []
+    for name in ("a", "b", "a"):
+        with anysource.source(config, name) as made:
+            made.check(CTID, "vzctl", {**FACTS, "source": told}, sizes=[0])
+            found.append(made._agent._facts["source"])
+    assert found[0] == found[2]
+    assert found[0]["id"] != found[1]["id"]
+    assert [f["name"] for f in found] == ["hosta"] * 3
+
+
 # ---- a real container
 
 

@@ -154,6 +154,7 @@ ATTACKS: dict[str, tuple[Change, str]] = {
         add("mounts.1", {"destination": "/dev", "source": "/their/rootfs/d", "options": ["bind"]}),
         "kernel's",
     ),
+    "the disk's /dev, copied": (add("mounts.1.options+", "tmpcopyup"), "the disk's own /dev"),
     "mount ids": (add("mounts.0.uidMappings", []), "uidMappings is not known"),
     "root elsewhere": (add("root.path", "/"), "root.path is '/'"),
     "root beside": (add("root.path", "/their/rootfs2"), "root.path"),

@@ -229,6 +229,8 @@ class _Fitting:
         if kind == "tmpfs":
             if any(within(point, p) for p in ("/proc", "/sys")):
                 refuse(where, f"is a tmpfs on {point}, where the kernel's files are")
+            if point == "/dev" and "tmpcopyup" in options:
+                refuse(where, "would have the disk's own /dev copied into the one of the container")
             return
         if point != _POINTS.get(kind):
             refuse(where, f"is a {kind[:40]!r} on {point}, which is not mounted here")

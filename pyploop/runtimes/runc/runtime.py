@@ -37,7 +37,7 @@ from pyploop.runtimes import (
 )
 from pyploop.runtimes.config import HostConfig, within
 from pyploop.runtimes.configured import Configured
-from pyploop.runtimes.oci import bundles
+from pyploop.runtimes.oci import bundles, destinations
 from pyploop.runtimes.oci import criu_images as image_check
 from pyploop.runtimes.runc import (
     contents,
@@ -417,6 +417,8 @@ class Runc(Configured):
             for place in self._places():
                 if path != place and within(path, place):
                     self._check_no_link(path, place)
+        if self._written is not None:
+            destinations.check(self._written)
 
     def _check_no_link(self, path: str, place: str) -> None:
         """The disk has come: a link on it could lead runc anywhere on this host."""
