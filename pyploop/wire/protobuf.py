@@ -118,6 +118,8 @@ class Message:
             while at < len(value):
                 one, at = varint(value, at)
                 result.append(one & 0xFFFFFFFF)
+                if len(result) > MOST_FIELDS:
+                    raise Malformed(f"field {number} has more than {MOST_FIELDS} numbers")
         return result
 
 

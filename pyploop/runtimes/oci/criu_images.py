@@ -181,9 +181,10 @@ class _Check:
                 self._refuse("has a process without credentials")
             return
         for name, field in _SETS.items():
-            bits = 0
-            for n, word in enumerate(creds.numbers32(field)):
-                bits |= word << (32 * n)
+            words = creds.numbers32(field)
+            bits = sum(word << (32 * n) for n, word in enumerate(words[:2]))
+            if any(words[2:]):  # the kernel has 64
+                self._refuse(f"has a process with more capabilities ({name}) than there are")
             more = bits & ~(self._caps[name] if name == "bounding" else self._any_cap)
             if more:
                 self._refuse(f"has a process with {_names(more)} ({name}), config.json has not")
