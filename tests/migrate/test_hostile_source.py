@@ -282,6 +282,32 @@ def test_a_descriptor_names_only_files_of_the_container(
     assert not (target.folder / f"private/{CTID}").exists()
 
 
+@pytest.mark.parametrize("how", ["link", "link above", "two dots", "fifo"])
+def test_what_a_container_calls_its_disk_is_no_file_of_the_host(
+    target: VzHost, tmp_path: Path, how: str
+) -> None:
+    """The root of a container in a directory is its private area, and may hold what vzctl
+    takes for a ploop disk."""
+    secret = tmp_path / "secret"
+    secret.mkdir()
+    (secret / "root.hds").write_bytes(b"root's")
+    hdd = target.folder / f"private/{CTID}/root.hdd"
+    hdd.mkdir(parents=True)
+    (target.folder / f"etc/vz/conf/{CTID}.conf").write_bytes(CONF)
+    name = {"link above": "x/root.hds", "two dots": "../../../../secret/root.hds"}.get(how)
+    (hdd / "DiskDescriptor.xml").write_text(DESCRIPTOR.replace("root.hds", name or "root.hds"))
+    if how == "fifo":
+        os.mkfifo(hdd / "root.hds")
+    else:
+        (hdd / "root.hds").symlink_to(secret / "root.hds")
+        (hdd / "x").symlink_to(secret)
+    vz = runtime.Vzctl(config.load(str(target.folder / "migrate.toml")), CTID)
+    for act in (lambda: vz.disks(source=True), lambda: vz.check_source(live=False)):
+        with pytest.raises(MigrateError, match=r"no regular file|lies outside") as e:
+            act()
+        assert e.value.exit_code == 6
+
+
 # ---- config.json
 
 

@@ -155,10 +155,21 @@ class Vzctl:
                 NO_PLOOP, f"{path} is not there: only containers on ploop can be migrated"
             )
         found = disk_descriptor.read(str(path))
-        for delta in found.chain:
-            if not Path(delta.path).is_relative_to(self._private):
-                raise MigrateError(COPY_FAILED, f"{delta.path} lies outside {self._private}")
+        for file in found.files:
+            self._check_delta(file)
         return found
+
+    def _check_delta(self, file: str) -> None:
+        """A descriptor names files by paths, and vzctl and the copy open what these
+        lead to.  Of a container in a directory it is the container's own."""
+        try:
+            with beneath.place(file, str(self._private)) as at:
+                mode = os.lstat(at.name, dir_fd=at.dir_fd).st_mode if beneath.exists(at) else 0
+        except OSError as e:
+            why = f"{file[:80]!r} lies outside the private area, or behind a link ({e.strerror})"
+            raise MigrateError(COPY_FAILED, why) from e
+        if mode and not stat.S_ISREG(mode):
+            raise MigrateError(COPY_FAILED, f"{file[:80]!r} is no regular file")
 
     # ---- source
 
@@ -420,16 +431,7 @@ class Vzctl:
             )
 
     def _check_descriptor(self) -> None:
-        """It names files by paths, and vzctl opens what they lead to."""
         found = self._descriptor()
-        for file in found.files:
-            self._inside(os.path.relpath(file, self._private))
-            if not file.startswith(f"{self._private}/"):
-                raise MigrateError(COPY_FAILED, f"{file[:80]!r} lies outside the private area")
-            with beneath.place(file, str(self._private)) as at:
-                mode = os.lstat(at.name, dir_fd=at.dir_fd).st_mode if beneath.exists(at) else 0
-            if mode and not stat.S_ISREG(mode):
-                raise MigrateError(COPY_FAILED, f"{file[:80]!r} is no regular file")
         if found.top.path != str(self._private / self._top):
             raise MigrateError(COPY_FAILED, f"{found.top.path[:80]!r} is not the disk that comes")
 
