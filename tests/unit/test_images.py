@@ -374,6 +374,29 @@ def test_a_process_that_has_ended_needs_no_credentials(tmp_path: Path) -> None:
         check(tmp_path, made)
 
 
+@pytest.mark.parametrize(
+    ("text", "taken"),
+    [
+        ('["/dev/null", "pipe:[7]", "pipe:[8]"]', True),
+        ('["/dev/null", "pipe:[7]", "pipe:[8]", "pipe:[9]"]', False),
+        ('{"0": "pipe:[7]"}', False),
+        ("[", False),
+        ('["pipe:[7]"' + " " * 99 + "," * 99 + "]", False),
+    ],
+)
+def test_no_descriptor_of_runcs_is_given_to_the_container_but_the_first_three(
+    tmp_path: Path, text: str, taken: bool
+) -> None:
+    """The next ones lead to folders of the host."""
+    (tmp_path / "descriptors.json").write_text(text)
+    if taken:
+        check(tmp_path, honest())
+        return
+    with pytest.raises(MigrateError, match=r"descriptors\.json has more than") as e:
+        check(tmp_path, honest())
+    assert e.value.exit_code == 15
+
+
 def test_an_image_that_is_no_file_is_refused(tmp_path: Path) -> None:
     made = honest()
     write(tmp_path, made)

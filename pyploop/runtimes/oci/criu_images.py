@@ -20,13 +20,14 @@ from typing import Any, NoReturn
 from pyploop.errors import MigrateError
 from pyploop.runtimes import BAD_CONFIG
 from pyploop.runtimes.config import within
-from pyploop.runtimes.oci import config_json
+from pyploop.runtimes.oci import config_json, json_shapes
 from pyploop.wire import criu
 from pyploop.wire.criu import Core, Creds, File, FsType, Inventory, Mount, Task, Thread
 from pyploop.wire.protobuf import Malformed, Message
 
 LARGEST = 64 << 20
 """Bytes of an image that is looked into.  That of 10,000 open files has one MiB."""
+STREAMS = "descriptors.json"
 _NEVER = {"creds", "apparmor", "binfmt-misc", "autofs", "bpfmap-file", "bpfmap-data"}
 """Credentials of old images, profiles that CRIU loads into the kernel, programs by
 which the host would run files, mounts that wait for a process, BPF."""
@@ -69,6 +70,7 @@ class _Check:
     def all(self) -> None:
         try:
             names = self._names()
+            self._streams()
             self._ids(names)
             for name, kind in names.items():
                 self._name = name
@@ -116,6 +118,19 @@ class _Check:
         if "mountpoints" not in found.values():
             self._refuse("has no mountpoints-*.img")
         return found
+
+    def _streams(self) -> None:
+        """runc's own file: each name of a pipe in it stands for the descriptor of runc's
+        that has its place in the list, and the container gets that."""
+        self._name = STREAMS
+        try:
+            found = json_shapes.loads(self._read(STREAMS))
+        except FileNotFoundError:
+            return
+        except ValueError:
+            found = None
+        if not isinstance(found, list) or len(found) > 3:
+            self._refuse("has more than the standard input, output and error")
 
     def _read(self, name: str) -> bytes:
         self._name = name
