@@ -680,6 +680,36 @@ def test_a_link_on_what_came_leads_no_mount_over_what_runc_masks_with(
     assert e.value.exit_code == 15
 
 
+def test_a_container_whose_files_keep_runc_waiting_does_not_count_as_running(
+    target: VzHost, bundle: Path
+) -> None:
+    """runc reads /etc/passwd on the way to the container's program.  A FIFO there has no
+    end; the source was told that the container runs, and would have removed its own."""
+    support.needs("runc")
+    settings = target.folder / "migrate.toml"
+    text = settings.read_text().replace("command_timeout = 20", "command_timeout = 2")
+    settings.write_text(text.replace(f'netns = "{target.folder}/netns"\n', ""))
+    config = plain()
+    with anysource.source(settings) as made:
+        begun(made, config)
+        made.send_items([("config.json", 0o644, json.dumps(config).encode())])
+        (bundle / "rootfs/etc").mkdir(parents=True)
+        os.mkfifo(bundle / "rootfs/etc/passwd")
+        landing = made._agent._landing
+        assert landing is not None
+        landing._trees._last[0] = "tree 0.0"  # as if it had come by rsync
+        try:
+            with pytest.raises(MigrateError, match=r"runc .* run .*") as e:
+                made.ask("start", timeout=20.0, run=True)
+            assert e.value.exit_code == 7
+            assert list((target.folder / "runc").iterdir()) == []
+        finally:
+            root = target.folder / "runc"
+            support.run("runc", "--root", root, "delete", "--force", "web", check=False)
+            shutil.rmtree(bundle / "rootfs", ignore_errors=True)
+    assert not bundle.exists()
+
+
 # ---- what was kept
 
 

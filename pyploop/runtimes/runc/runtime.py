@@ -107,6 +107,9 @@ class Runc(Configured):
             return State(False, mounted=mounted)
         started = journal.start_time(int(record.get("init_process_pid") or 0))
         running = started is not None and started == record.get("init_process_start")
+        # Until then its first process is runc's own, which a file of the container's may
+        # keep waiting for ever (a FIFO as /etc/passwd).
+        running &= not Path(self._host.runc_root, self.container, "exec.fifo").exists()
         freezer = self._freezer()
         frozen = running and freezer is not None and freezer.is_frozen()
         return State(True, running, frozen, mounted)
