@@ -249,10 +249,12 @@ def test_a_directory_that_vzctl_would_take_for_a_ploop_disk_is_not_started(
 
 def test_an_address_that_was_not_told_is_nobody_elses(target: VzHost, source: Hostile) -> None:
     """It was compared with those in use here as the source told it only."""
-    (target.folder / "bin/vzlist").write_text("#!/bin/sh\necho 10.0.0.5\n")
+    (target.folder / "bin/vzlist").write_text("#!/bin/sh\necho - 10.0.0.5 2001:db8::a\n")
     conf = CONF + b'IP_ADDRESS="10.0.0.5"\n'
-    with anysource.source(target.folder / "migrate.toml") as honest:
-        refused(honest, lambda: started(honest, ips=["10.0.0.5"]), "10.0.0.5 is in use here")
+    for ip in ("10.0.0.5", "10.0.0.5/24", "2001:DB8:0::A/64", "2001:0db8::0.0.0.10"):
+        with anysource.source(target.folder / "migrate.toml") as honest:
+            found = refused(honest, lambda: started(honest, ips=[ip]), "is in use here")  # noqa: B023
+            assert found.exit_code == 12
     started(source, ips=["10.0.0.6"])
     act = lambda: source.send_items([("conf", 0o644, conf), XML])  # noqa: E731
     assert refused(source, act, "10.0.0.5, which the source did not tell").exit_code == 15

@@ -8,6 +8,7 @@ the container (ctid.conf(5)), or one that the policy of this host names.
 
 from __future__ import annotations
 
+import ipaddress
 import re
 from collections.abc import Collection
 from pathlib import Path
@@ -45,6 +46,15 @@ _VEID = r"\$VEID\b|\$\{VEID\}"
 _PLAIN = rf"""(?:[^"$`\\\x00-\x1f]|{_VEID})*"""
 _VALUE = rf""""{_PLAIN}"|'[^'\x00-\x1f]*'|(?:[A-Za-z0-9_.,:/@%+=-]|{_VEID})*"""
 _LINE = re.compile(rf"[ \t]*(?:([A-Z][A-Z0-9_]*)=({_VALUE}))?(?:(?:^|[ \t]+)(?:#.*)?)?")
+
+
+def address_of(text: str) -> str:
+    """Without its mask, and of all ways to write it always the same."""
+    word = text.partition("/")[0]
+    try:
+        return str(ipaddress.ip_address(word))
+    except ValueError:
+        return word
 
 
 def check(path: Path, container: str, policy: Policy, addresses: Collection[str]) -> None:

@@ -337,13 +337,13 @@ class Vzctl:
             )
 
     def _check_addresses(self, facts: Facts) -> None:
-        wanted = {str(ip).split("/")[0] for ip in facts.get("ips") or ()}
+        wanted = {conf_check.address_of(str(ip)) for ip in facts.get("ips") or ()}
         if "ipv6" in facts.get("nodeps", ()):
             wanted = {ip for ip in wanted if ":" not in ip}
         if not wanted:
             return
         said = self._ask(IP_IN_USE, self._host.vzlist, "-a", "-H", "-o", "ip")
-        used = wanted & {word.split("/")[0] for word in said.split()}
+        used = wanted & {*map(conf_check.address_of, said.split())}
         if used:
             raise MigrateError(IP_IN_USE, f"{', '.join(sorted(used))} is in use here")
 
