@@ -277,6 +277,15 @@ def serve(
     return process
 
 
+def wait(process: subprocess.Popen[bytes]) -> int:
+    """The exit status of a server.  It has a child that writes, which may outlive it if
+    it is killed, and must not: a later pass would have come before."""
+    os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)  # its number stays its own
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    return process.wait()
+
+
 def _bound(pid: int) -> None:
     """It keeps a list of all files that its client tells of.  It and what it starts
     get half of the host's memory at most, and are what the kernel ends when that is

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 import resource
+import signal
 import socket
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -80,14 +81,34 @@ def test_a_server_has_half_of_the_memory_at_most_and_is_what_is_ended_for_want_o
     """It keeps the list of files that its client sends, which may have no end."""
     _, _, folder, connect = server
     connect()
-    (pid,) = [
-        int(p.name)
-        for p in Path("/proc").iterdir()
-        if p.name.isdigit() and f"--config={folder}/".encode() in cmdline(p)
-    ]
+    (pid,) = servers(folder)
     total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     assert resource.prlimit(pid, resource.RLIMIT_AS) == (total // 2, total // 2)
     assert Path(f"/proc/{pid}/oom_score_adj").read_text() == "1000\n"
+
+
+def test_a_server_that_is_killed_leaves_nobody_who_writes(server: Server) -> None:
+    """Its receiver went on with what the client sends, after the next pass, too."""
+    landing, job, folder, connect = server
+    connect().send_list(b"name")
+    support.wait_until(lambda: len(servers(folder)) == 2, "no receiver")
+    first = min(servers(folder), key=lambda pid: pid in children_of(servers(folder)))
+    os.kill(first, signal.SIGKILL)
+    job.join(30)
+    assert servers(folder) == []
+    with pytest.raises(MigrateError, match="rsync ended with -9 here"):
+        landing.check_whole()
+
+
+def servers(folder: Path) -> list[int]:
+    """Of this folder's passes."""
+    processes = [p for p in Path("/proc").iterdir() if p.name.isdigit()]
+    return [int(p.name) for p in processes if f"--config={folder}/".encode() in cmdline(p)]
+
+
+def children_of(pids: list[int]) -> set[int]:
+    texts = [Path(f"/proc/{p}/task/{p}/children").read_text() for p in pids]
+    return {int(word) for text in texts for word in text.split()}
 
 
 def cmdline(process: Path) -> bytes:

@@ -105,7 +105,7 @@ class LandingTrees:
 
         def work() -> None:
             try:
-                status = process.wait()
+                status = rsync.wait(process)
                 _sync(path)
                 if status not in (0, rsync.VANISHED) or (last and status):
                     said = rsync.last_errors(log.text(ended=True))
