@@ -631,6 +631,12 @@ def links_round(root: Path) -> None:
     (root / "x").symlink_to("x")
 
 
+def links_without_end(root: Path) -> None:
+    """Each is the next one twice: 2 ** 30 in all."""
+    for n in range(30):
+        (root / f"x{n or ''}").symlink_to(f"x{n + 1}/../x{n + 1}")
+
+
 def is_no_dev(root: Path) -> None:
     (root / "dev").rmdir()
     (root / "dev").symlink_to("sub")
@@ -649,6 +655,7 @@ def is_no_sys(root: Path) -> None:
         (links_below_the_kernels, "/x"),
         (links_in_what_is_bound, "/bound/x"),
         (links_round, "/x"),
+        (links_without_end, "/x"),
         (is_no_dev, "/y"),
         (is_no_sys, "/y"),
     ],

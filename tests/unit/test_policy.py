@@ -9,6 +9,7 @@ import copy
 import json
 import os
 import stat
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -140,6 +141,7 @@ ATTACKS: dict[str, tuple[Change, str]] = {
     "idmap": (mount("/x", "bind", "/their/rootfs/x", "bind", "idmap"), "'idmap'"),
     "a disk of the host": (mount("/x", "ext4", "/dev/sda1"), "'ext4' on /x"),
     "overlay of the host": (mount("/x", "overlay", "o", "lowerdir=/"), "'lowerdir=/'"),
+    "a path without end": (mount("/x" * 30_000, "tmpfs"), "more than the kernel takes"),
     "a second proc": (mount("/x", "proc", "proc"), "'proc' on /x"),
     "a second /proc": (mount("/proc", "proc", "proc"), "has a mount already"),
     "/proc/../proc": (mount("/proc/../proc", "proc"), "without . and"),
@@ -575,6 +577,19 @@ def test_a_ctid_conf_names_no_command_and_nothing_of_the_host(tmp_path: Path, li
     with pytest.raises(MigrateError, match=r"101\.conf, line 4") as e:
         conf_check.check(path, "101", policy.PLAIN, ["10.0.0.1"])
     assert e.value.exit_code == 15
+
+
+@pytest.mark.parametrize(
+    "line", [" " * 100_000 + "!", "\t" * 100_000, 'NAME="' + "a" * 100_000, "A" * 100_000]
+)
+def test_a_long_line_of_a_ctid_conf_is_soon_read(tmp_path: Path, line: str) -> None:
+    """Spaces alone kept the agent busy for a quarter of an hour."""
+    path = tmp_path / "101.conf"
+    path.write_text(line)
+    before = time.process_time()
+    with contextlib.suppress(MigrateError):
+        conf_check.check(path, "101", policy.PLAIN, [])
+    assert time.process_time() - before < 20  # of hundreds
 
 
 def test_a_ctid_conf_of_plain_values_is_taken_and_more_where_the_policy_says_so(

@@ -14,8 +14,11 @@ from pyploop.runtimes import BAD_CONFIG
 from pyploop.runtimes.config import within
 
 KERNEL = ("/dev", "/proc", "/sys")
-MOST_LINKS = 255
-"""That runc follows on the way to one destination."""
+MOST_STEPS = 1 << 15
+"""Parts of all destinations, and of the links on the way to them: real ones have some
+hundreds."""
+MOST_PARTS = 2048
+"""Of a path: the kernel takes 4096 bytes."""
 
 
 def check(config: dict[str, Any]) -> None:
@@ -42,6 +45,7 @@ class _Made:
         self._places: list[tuple[str, str | None]] = [("/", root)]
         """Point in the container, and the folder of this host that is seen there; None:
         what holds no links of the container's."""
+        self._steps = 0
 
     def add(self, point: str, mount: dict[str, Any]) -> None:
         if mount["type"] == "bind":
@@ -53,9 +57,13 @@ class _Made:
         """As in a chroot.  What is not there has no links."""
         at: list[str] = []
         left = path.split("/")[::-1]
-        links = 0
         while left:
             part = left.pop()
+            self._steps += 1
+            if self._steps > MOST_STEPS or len(at) > MOST_PARTS:
+                raise MigrateError(
+                    BAD_CONFIG, f"config.json mounts something on {path[:80]}: too many links"
+                )
             if part == "..":
                 at = at[:-1]
             elif part not in ("", "."):
@@ -63,18 +71,18 @@ class _Made:
                 if text is None:
                     at.append(part)
                     continue
-                links += 1
-                if links > MOST_LINKS:
-                    raise MigrateError(
-                        BAD_CONFIG, f"config.json mounts something on {path}: too many links"
-                    )
                 at = [] if text.startswith("/") else at
                 left += text.split("/")[::-1]
         return "/" + "/".join(at)
 
     def _link(self, path: str) -> str | None:
-        point, source = next(p for p in reversed(self._places) if within(path, p[0]))
+        below = ((len(p.rstrip("/")), s) for p, s in reversed(self._places) if _holds(p, path))
+        start, source = next(below)
         try:
-            return source and os.readlink(source + path[len(point.rstrip("/")) :])
+            return source and os.readlink(source + path[start:])
         except OSError:
             return None
+
+
+def _holds(point: str, path: str) -> bool:
+    return f"{path}/".startswith(f"{point.rstrip('/')}/")

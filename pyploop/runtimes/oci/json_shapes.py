@@ -19,6 +19,8 @@ from pyploop.runtimes import BAD_CONFIG
 
 Shape = Callable[[Any, str], Any]
 
+LONGEST_PATH = 4096
+"""With the NUL at its end (PATH_MAX)."""
 _DIGITS = 20
 """Of the largest unsigned number of 64 bits."""
 
@@ -142,7 +144,9 @@ def never(why: str) -> Shape:
 
 def path(value: Any, where: str) -> str:
     """An absolute path as the kernel would write it: no .., no . and no empty part."""
-    parts = text(value, where).split("/")
+    if len(text(value, where)) >= LONGEST_PATH:
+        refuse(where, f"has {len(value)} characters, more than the kernel takes")
+    parts = value.split("/")
     if parts[0] or len(parts) < 2 or {".", ".."} & {*parts} or re.search(r"[\x00-\x1f]", value):
         refuse(where, f"must be an absolute path without . and .., not {value[:80]!r}")
     return "/" + "/".join(p for p in parts if p)

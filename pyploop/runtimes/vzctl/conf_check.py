@@ -45,7 +45,7 @@ _VEID = r"\$VEID\b|\$\{VEID\}"
 """Which vzctl sets."""
 _PLAIN = rf"""(?:[^"$`\\\x00-\x1f]|{_VEID})*"""
 _VALUE = rf""""{_PLAIN}"|'[^'\x00-\x1f]*'|(?:[A-Za-z0-9_.,:/@%+=-]|{_VEID})*"""
-_LINE = re.compile(rf"[ \t]*(?:([A-Z][A-Z0-9_]*)=({_VALUE}))?(?:(?:^|[ \t]+)(?:#.*)?)?")
+_LINE = re.compile(rf"(?:([A-Z][A-Z0-9_]*)=({_VALUE}))?(?:(?:^|[ \t]+)(?:#.*)?)?")
 
 
 def address_of(text: str) -> str:
@@ -69,7 +69,7 @@ def check(path: Path, container: str, policy: Policy, addresses: Collection[str]
     if len(data) > LARGEST:
         raise MigrateError(BAD_CONFIG, f"{path} has more than {LARGEST} bytes")
     for number, line in enumerate(data.decode(errors="surrogateescape").split("\n"), 1):
-        found = _LINE.fullmatch(line)
+        found = _LINE.fullmatch(line.strip(" \t"))  # many of them took time squared
         where = f"{name}, line {number}"
         if found is None:
             raise MigrateError(
