@@ -599,6 +599,7 @@ def test_a_ctid_conf_of_plain_values_is_taken_and_more_where_the_policy_says_so(
     path.write_text(
         'VEID="101"\nONBOOT="yes"\nPHYSPAGES="0:65536"\nVE_ROOT="/vz/root/$VEID"\n'
         "VE_PRIVATE=/vz/private/$VEID # x\n"
+        "NETIF=ifname=eth0,bridge=br0,ip=10.0.0.9/255.255.255.0,host_ifname=veth101.0\n"
         "IP_ADDRESS='10.0.0.1'\nOSTEMPLATE=\".debian-12-x86_64\"\nNAME=\n"
     )
     conf_check.check(path, "101", policy.PLAIN, ["10.0.0.1"])

@@ -41,6 +41,9 @@ _FILE_NAMES = (
     *("NAME", "UUID", "VE_LAYOUT", "NETIF"),
 )
 """vzctl makes names of files and of links of these, and runs some of the files."""
+_ELSEWHERE = re.compile(r"\.\.|/")
+_ELSEWHERE_NETIF = re.compile(r"\.\.|/(?![0-9])")
+"""An address has its mask."""
 _VEID = r"\$VEID\b|\$\{VEID\}"
 """Which vzctl sets."""
 _PLAIN = rf"""(?:[^"$`\\\x00-\x1f]|{_VEID})*"""
@@ -88,7 +91,8 @@ def check(path: Path, container: str, policy: Policy, addresses: Collection[str]
             raise MigrateError(BAD_CONFIG, f"{where} sets {key} once more: write it once")
         seen.add(key)
         plain = value.strip("\"'")
-        if (key in _FILE_NAMES and ("/" in value or ".." in value)) or (
+        elsewhere = _ELSEWHERE_NETIF if key == "NETIF" else _ELSEWHERE
+        if (key in _FILE_NAMES and elsewhere.search(value)) or (
             key == "VEID" and plain not in (container, "$VEID", "${VEID}")
         ):
             raise MigrateError(BAD_CONFIG, f"{where}: {key}={value[:80]} leads elsewhere")
