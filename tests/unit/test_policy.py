@@ -463,6 +463,16 @@ def test_json_that_readers_disagree_about_is_refused(tmp_path: Path, text: str, 
     assert e.value.exit_code == 15
 
 
+def test_of_many_keys_the_one_that_comes_twice_is_soon_found(tmp_path: Path) -> None:
+    keys = [f"{n:05}" for n in (*range(13_000), 12_999)]
+    text = ",".join(f'"{key}":0' for key in keys)
+    (tmp_path / "config.json").write_text(f"{{{text}}}")
+    before = time.process_time()
+    with pytest.raises(MigrateError, match="'12999' comes twice"):
+        bundles.read(str(tmp_path))
+    assert time.process_time() - before < 2  # of ten
+
+
 def test_a_sparse_config_json_is_not_read_into_memory(tmp_path: Path) -> None:
     with (tmp_path / "config.json").open("wb") as f:
         f.truncate(1 << 40)
