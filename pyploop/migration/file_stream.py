@@ -13,6 +13,7 @@ import contextlib
 import os
 import socket
 import struct
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -164,6 +165,23 @@ class Received:
     data: int
 
 
+class Budget:
+    """Bytes that some streams may bring together, whatever becomes of each."""
+
+    def __init__(self, most: int) -> None:
+        self.most = self._left = most
+        self._lock = threading.Lock()
+
+    def spend(self, size: int) -> None:
+        """ProtocolError when it is not enough."""
+        with self._lock:
+            self._left -= size
+            if self._left < 0:
+                raise ProtocolError(
+                    f"more than {self.most} bytes came, which is all that was announced"
+                )
+
+
 @dataclass(frozen=True)
 class Place:
     """Where the files of a stream go, and how much they may be."""
@@ -175,8 +193,8 @@ class Place:
     largest: Callable[[str], int] = lambda _: LARGEST_FILE
     """Bytes of the file of that name at most: where it may end, sparse or not."""
     most_files: int = MOST_FILES
-    most_bytes: int = LARGEST_FILE
-    """Of the data of all pieces together."""
+    budget: Budget | None = None
+    """Of the data of all pieces."""
     durable: bool = False
     """Each file is on the disk when it is complete."""
     modes: int = 0o777
@@ -200,10 +218,8 @@ class _Files:
         if pos + len(data) > place.largest(name):
             raise ProtocolError(f"{name[:80]!r} may have {place.largest(name)} bytes, not more")
         self._bytes += len(data)
-        if self._bytes > place.most_bytes:
-            raise ProtocolError(
-                f"more than {place.most_bytes} bytes came, which is all that was announced"
-            )
+        if place.budget is not None:
+            place.budget.spend(len(data))
         _put(fd, name, mode & place.modes, pos, data)
         if not data:
             if place.durable:

@@ -32,6 +32,7 @@ from pyploop.runtimes import COPY_FAILED
 from pyploop.system import enclosure
 from pyploop.system.commands import last_words
 from pyploop.system.stderr_tail import LastWords
+from pyploop.units import GIB
 
 OLDEST = (3, 2)
 """The first whose daemon can refuse all options but some."""
@@ -241,6 +242,11 @@ def _end_of(file: IO[bytes]) -> bytes:
 
 # ---- the server
 
+LEAST_MEMORY = GIB
+"""Bytes that a server may have on any host: some eight million files."""
+MEMORY_PART = 8
+"""Or this part of the host's memory, where that is more."""
+
 
 def serve(
     command: str,
@@ -287,12 +293,13 @@ def wait(process: subprocess.Popen[bytes]) -> int:
 
 
 def _bound(pid: int) -> None:
-    """It keeps a list of all files that its client tells of.  It and what it starts
-    get half of the host's memory at most, and are what the kernel ends when that is
-    too much."""
-    most = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 2
-    with contextlib.suppress(OSError, ValueError):  # it has ended
-        resource.prlimit(pid, resource.RLIMIT_AS, (most, most))
+    """The server lists all files that its client tells of.  It has read nothing yet."""
+    most = max(
+        LEAST_MEMORY, os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // MEMORY_PART
+    )
+    with contextlib.suppress(OSError):  # it has ended
+        resource.prlimit(pid, resource.RLIMIT_DATA, (most, most))
+        # The kernel ends it sooner than any other process, if that is still too much.
         Path(f"/proc/{pid}/oom_score_adj").write_text("1000")
 
 

@@ -8,8 +8,10 @@ CRIU 4.2 (criu/include/magic.h, images/*.proto in CRIU's sources).
 
 from __future__ import annotations
 
+import itertools
 import re
 import struct
+from collections.abc import Iterator
 from enum import IntEnum
 
 from pyploop.wire.protobuf import Malformed, Message
@@ -105,27 +107,28 @@ def kind_of(name: str) -> str | None:
     return found[1] if found else None
 
 
-def entries(kind: str, data: bytes) -> list[Message]:
-    """Malformed when it is no image of this kind."""
+def entries(kind: str, data: bytes) -> Iterator[Message]:
+    """One by one: millions of empty ones have room in an image.  Malformed when it is
+    no image of this kind."""
     magic = struct.pack("<I", MAGICS[kind])
     head = magic if kind == "inventory" else struct.pack("<I", COMMON) + magic
     if not data.startswith(head):
         raise Malformed("it does not begin as such an image does")
-    found, at = [], len(head)
+    at = len(head)
     while at < len(data):
         if at + 4 > len(data):
             raise Malformed("it ends in the midst of a length")
         end = at + 4 + int.from_bytes(data[at : at + 4], "little")
         if end > len(data):
             raise Malformed("it ends in the midst of an entry")
-        found.append(Message(data[at + 4 : end]))
+        yield Message(data[at + 4 : end])
         at = end
-    return found
 
 
 def only(kind: str, data: bytes) -> Message:
     """Of an image that has one entry."""
-    found = entries(kind, data)
+    found = list(itertools.islice(entries(kind, data), 2))
     if len(found) != 1:
-        raise Malformed(f"it has {len(found)} entries, not one")
+        least = "at least " if found else ""
+        raise Malformed(f"it has {least}{len(found)} entries, not one")
     return found[0]

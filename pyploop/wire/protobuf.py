@@ -13,7 +13,7 @@ VARINT, FIXED64, BYTES, FIXED32 = 0, 1, 2, 5
 LONGEST_VARINT = 10
 """Bytes of one: 64 bits, 7 in each."""
 MOST_FIELDS = 1 << 16
-"""Of one message.  Real ones have a few hundred."""
+"""Of one message, and numbers in one field.  Real ones have a few hundred."""
 
 
 class Malformed(ValueError):
@@ -117,6 +117,8 @@ class Message:
             at = 0
             while at < len(value):
                 one, at = varint(value, at)
+                if len(result) >= MOST_FIELDS:
+                    raise Malformed(f"field {number} has more than {MOST_FIELDS} numbers")
                 result.append(one & 0xFFFFFFFF)
                 if len(result) > MOST_FIELDS:
                     raise Malformed(f"field {number} has more than {MOST_FIELDS} numbers")

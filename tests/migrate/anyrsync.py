@@ -12,6 +12,11 @@ INFO, ERROR_XFER, ERROR, WARNING = 2, 1, 3, 4
 """Kinds of messages (rsync.h)."""
 
 
+def entry(name: bytes) -> bytes:
+    """An empty file in the list of files, with the owner, group and time of the one before."""
+    return bytes([0x98, len(name)]) + name + bytes(3) + struct.pack("<I", 0o100644)
+
+
 class Client:
     """Of the module `tree`, up to where the server waits for the list of files."""
 
@@ -43,9 +48,7 @@ class Client:
 
     def send_list(self, name: bytes) -> None:
         """Of one empty file.  The server asks for it then."""
-        same = 0x98  # flags of an entry: owner, group and time are those before
-        entry = bytes([same, len(name)]) + name + bytes(3) + struct.pack("<I", 0o100644)
-        self.say(0, entry + b"\0")
+        self.say(0, entry(name) + b"\0")
 
     def close(self) -> None:
         with contextlib.suppress(OSError):

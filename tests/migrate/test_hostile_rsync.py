@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import resource
 import signal
@@ -16,6 +17,7 @@ import support
 from anyrsync import Client
 
 from pyploop.errors import MigrateError
+from pyploop.migration import rsync
 from pyploop.migration.target.incoming_trees import LandingTrees
 from pyploop.report.events import Reporter
 from pyploop.runtimes import Tree
@@ -75,16 +77,36 @@ def test_what_a_client_has_the_server_say_without_end_is_kept_nowhere(
     assert len(str(e.value)) < 4096
 
 
-def test_a_server_has_half_of_the_memory_at_most_and_is_what_is_ended_for_want_of_it(
+def test_a_server_has_an_eighth_of_the_memory_at_most_and_is_what_is_ended_for_want_of_it(
     server: Server,
 ) -> None:
     """It keeps the list of files that its client sends, which may have no end."""
     _, _, folder, connect = server
     connect()
     (pid,) = servers(folder)
-    total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    assert resource.prlimit(pid, resource.RLIMIT_AS) == (total // 2, total // 2)
+    most = max(1 << 30, os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 8)
+    assert resource.prlimit(pid, resource.RLIMIT_DATA) == (most, most)
     assert Path(f"/proc/{pid}/oom_score_adj").read_text() == "1000\n"
+
+
+@pytest.fixture
+def little_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rsync, "LEAST_MEMORY", 64 << 20)
+    monkeypatch.setattr(rsync, "MEMORY_PART", 1 << 20)
+
+
+def test_names_without_end_end_the_server(little_memory: None, server: Server) -> None:
+    """A list of files is in memory, 60 bytes and its name for each."""
+    landing, job, _, connect = server
+    client = connect()
+    with contextlib.suppress(OSError):
+        for n in range(4000):
+            names = [b"%08x" % (200 * n + m) + b"n" * 200 for m in range(200)]
+            client.say(0, b"".join(anyrsync.entry(name) for name in names))
+    client.close()
+    job.join(30)
+    with pytest.raises(MigrateError, match=r"rsync ended with 22 here: .*memory"):
+        landing.check_whole()
 
 
 def test_a_server_that_is_killed_leaves_nobody_who_writes(server: Server) -> None:

@@ -26,8 +26,8 @@ from pyploop.errors import MigrateError
 from pyploop.runtimes import Disk, config, volumes
 from pyploop.runtimes.config import DiskConfig
 from pyploop.runtimes.oci import bundles
-from pyploop.runtimes.runc import runtime
-from pyploop.runtimes.vzctl import runtime
+from pyploop.runtimes.runc.runtime import Runc, _size, _version
+from pyploop.runtimes.vzctl.runtime import Vzctl
 
 CONF = b'NAME="web"\nONBOOT="no"\n'
 XML = ("private:root.hdd/DiskDescriptor.xml", 0o644, DESCRIPTOR.encode())
@@ -234,7 +234,7 @@ def test_a_directory_that_vzctl_would_take_for_a_ploop_disk_is_not_started(
     """Its descriptor came with the tree, was read by nobody here, and may name any file."""
     private = target.folder / f"private/{CTID}"
     (target.folder / "netns").touch()
-    vz = runtime.Vzctl(config.load(str(target.folder / "migrate.toml")), CTID)
+    vz = Vzctl(config.load(str(target.folder / "migrate.toml")), CTID)
     vz.check_target({**FACTS, "simfs": True}, live=False)
     vz.release()
     private.mkdir()
@@ -303,7 +303,7 @@ def test_what_a_container_calls_its_disk_is_no_file_of_the_host(
     else:
         (hdd / "root.hds").symlink_to(secret / "root.hds")
         (hdd / "x").symlink_to(secret)
-    vz = runtime.Vzctl(config.load(str(target.folder / "migrate.toml")), CTID)
+    vz = Vzctl(config.load(str(target.folder / "migrate.toml")), CTID)
     for act in (lambda: vz.disks(source=True), lambda: vz.check_source(live=False)):
         with pytest.raises(MigrateError, match=r"no regular file|lies outside") as e:
             act()
@@ -373,7 +373,7 @@ def test_a_link_on_what_came_does_not_lead_runc_to_the_host(
 ) -> None:
     """`/srv/web/rootfs/x`, bound from the tree, may be a link there."""
     host = config.load(str(target.folder / "migrate.toml"))
-    web = runtime.Runc(host, "web")
+    web = Runc(host, "web")
     tree = bundle / "rootfs"
     (tree / "sub/root").mkdir(parents=True)
     (tree / "data/x").mkdir(parents=True)
@@ -490,10 +490,10 @@ def test_an_argument_of_an_odd_type_is_refused(target: VzHost, value: Any) -> No
 @pytest.mark.parametrize("value", NOT_JSON + ODD)
 def test_an_odd_size_of_the_memory_or_version_of_criu_is_none(value: Any) -> None:
     try:
-        assert 0 <= runtime._size(value) <= 1 << 60
+        assert 0 <= _size(value) <= 1 << 60
     except MigrateError as e:
         assert e.exit_code == 15
-    assert runtime._version(value) in ((), *((v,) for v in range(10)))
+    assert _version(value) in ((), *((v,) for v in range(10)))
 
 
 # ---- mounts
@@ -666,21 +666,21 @@ def test_a_link_on_what_came_leads_no_mount_over_what_runc_masks_with(
     """With a link to core_pattern in the place of /dev/null, runc 1.1 bound that over the
     files to be masked, writable, and gave it to the container as its standard output."""
     host = config.load(str(target.folder / "migrate.toml"))
-    web = runtime.Runc(host, "web")
+    web = Runc(host, "web")
     tree = bundle / "rootfs"
     for name in ("sub", "data", "dev", "run", "var"):
         (tree / name).mkdir(parents=True)
-    config = plain()
+    given = plain()
 
     def bind(destination: str) -> dict[str, Any]:
         return {"destination": destination, "source": "/their/rootfs/data", "options": ["bind"]}
 
-    config["mounts"] += [bind("/bound"), bind(point)]
+    given["mounts"] += [bind("/bound"), bind(point)]
     # Honest ones: the image's own /dev is hidden, and /run is often called /var/run.
-    config["mounts"] += [{"destination": "/dev/shm", "type": "tmpfs"}, bind("/var/run/y")]
+    given["mounts"] += [{"destination": "/dev/shm", "type": "tmpfs"}, bind("/var/run/y")]
     (tree / "dev/shm").symlink_to("/run/shm")
     (tree / "var/run").symlink_to("../../run")
-    web._written = bundles.adapt(config, {}, {"/their/rootfs": str(tree)}, host.container("web"))
+    web._written = bundles.adapt(given, {}, {"/their/rootfs": str(tree)}, host.container("web"))
     web.release()
     (tree / "dev/shm").unlink()
     how(tree)

@@ -339,10 +339,64 @@ def test_memory_that_is_larger_than_announced_is_refused(
     assert re.search("8000 bytes", said), said
 
 
+def test_nothing_is_received_beside_the_items(connect: Connect) -> None:
+    """Both would write into the journal: either failed, or got lost on the disk."""
+    source = connect()
+    source.begin()
+    with socket.socket(fileno=source.mux.open(1)) as stream:
+        source.call("items", channel=1)
+        for op in ("items", "digests", "disk", "tree", "dump", "restore", "start"):
+            assert "not all there yet" in source.refused(op, REQUESTS[op])
+        stream.sendall(bytes(16))
+        source.ask("join", {"name": "items", "timeout": 20})
+    source.send("disk", struct.pack("<IIQ", 0x4CC0AC3D, 0, 0), index=0, channel=2)
+
+
+@pytest.mark.parametrize("end", ["undo", "finish"])
+def test_one_migration_comes_by_a_connection(connect: Connect, box: Box, end: str) -> None:
+    """What came before lay where a second one, which nobody had checked, came to: its
+    undo removed a container that was committed."""
+    source = connect()
+    box.has_disk = False
+    source.call("check", facts=FACTS, **{**CHECK, "sizes": []})
+    source.call("begin", migration=HEX, stall=20, keep=False)
+    if end == "finish":
+        source.call("start", timeout=20, run=False)
+    source.call(end)
+    assert "once" in source.refused("begin", {"migration": HEX, "stall": 20, "keep": False})
+    source.call("forget", migration=HEX)
+
+
+def test_rounds_of_memory_come_one_after_the_other_and_are_bounded_together(
+    connect: Connect, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each had all that was announced, and one that failed was not counted."""
+    monkeypatch.setattr(incoming, "GIB", 0)
+    source = connect()
+    source.call("check", facts={**FACTS, "memory": 1000}, **CHECK)
+    source.call("begin", migration=HEX, stall=0.3, keep=False)
+    half = piece(b"pages-1.img", bytes(4000))
+    source.send("dump", half, channel=1, number=1, parent=0)  # and its end is missing
+    source.refused("join", {"name": "memory 1", "timeout": 20})
+    source.send("dump", half + piece(b"a.img", b"x"), channel=2, number=2, parent=1)
+    assert "8000 bytes" in source.refused("join", {"name": "memory 2", "timeout": 20})
+
+
+def test_a_round_of_memory_does_not_begin_beside_another_one(connect: Connect) -> None:
+    source = connect()
+    source.begin()
+    with socket.socket(fileno=source.mux.open(1)) as stream:
+        source.call("dump", channel=1, number=1, parent=0)
+        threading.Timer(0.5, stream.sendall, [bytes(16)]).start()
+        source.call("dump", channel=2, number=2, parent=1)
+        source.call("join", name="memory 1", timeout=0)
+
+
 def test_items_and_the_dump_come_once(connect: Connect) -> None:
     source = connect()
     source.begin()
     source.send("items", bytes(16), channel=1)
+    source.ask("join", {"name": "items", "timeout": 20})
     assert "once" in source.refused("items", {"channel": 2})
     source.send("dump", bytes(16), channel=3)
     assert "no memory round 0" in source.refused("dump", {"channel": 4})

@@ -414,6 +414,48 @@ def test_a_huge_image_is_not_read(tmp_path: Path) -> None:
         criu_images.check(tmp_path, fit(plain()))
 
 
+@pytest.mark.parametrize("name", ["files.img", "pstree.img", "mountpoints-13.img"])
+def test_entries_without_end_take_no_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    """Four bytes each, and 180 as an object: an image of 64 MiB took 2.9 GB, and minutes."""
+    monkeypatch.setattr(criu_images, "MOST_ENTRIES", 1000)
+    monkeypatch.setattr(criu_images, "MOST_LISTED", 500)
+    write(tmp_path, honest())
+    with (tmp_path / name).open("ab") as f:
+        f.write(bytes(4 * 100_000))
+    made = 0
+
+    class Counted(Message):
+        def __init__(self, data: bytes) -> None:
+            nonlocal made
+            made += 1
+            super().__init__(data)
+
+    monkeypatch.setattr(criu, "Message", Counted)
+    with pytest.raises(MigrateError, match="entries") as e:
+        criu_images.check(tmp_path, fit(plain()))
+    assert e.value.exit_code == 15
+    assert made < 1100
+
+
+def test_many_large_images_are_not_all_looked_into(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(criu_images, "ALL", 10_000)
+    write(tmp_path, honest())
+    (tmp_path / "files-1.img").write_bytes(image("files", [{2: b"x" * 5000}]))
+    (tmp_path / "files-2.img").write_bytes(image("files", [{2: b"x" * 5000}]))
+    with pytest.raises(MigrateError, match="10000 bytes together"):
+        criu_images.check(tmp_path, fit(plain()))
+
+
+def test_numbers_without_end_are_malformed() -> None:
+    packed = encode({4: bytes(70_000)})
+    with pytest.raises(Malformed, match="65536 numbers"):
+        Message(packed).numbers32(4)
+
+
 def test_no_bytes_of_an_image_surprise_the_check(tmp_path: Path) -> None:
     config, made = fit(plain()), honest()
     write(tmp_path, made)

@@ -274,7 +274,7 @@ REFUSED: dict[str, tuple[bytes, dict[str, Any], str]] = {
     "data beyond its kind": (head(b"a", b"x", 100), {"largest": lambda _: 100}, "100 bytes"),
     "more than announced": (
         head(b"a", b"x" * 60) + head(b"b", b"x" * 60),
-        {"most_bytes": 100},
+        {"budget": file_stream.Budget(100)},
         "100 bytes",
     ),
     "too many files": (

@@ -98,6 +98,8 @@ class Agent:
         """A live migration was asked for, from a source that may do that."""
         self._runtime: Runtime | None = None
         self._landing: Landing | None = None
+        self._had_begun = False
+        """What was checked may be there by now, as what this connection has brought."""
         self._facts: Facts = {}
         self._locks = contextlib.ExitStack()
         self._mux = Mux(rfd, wfd, greet(rfd, wfd))
@@ -284,7 +286,7 @@ class Agent:
                 raise MigrateError(LOCKED, f"{log.what} is not undone: {'; '.join(failed)}")
 
     def _begin(self, migration: str, stall: float, keep: bool) -> dict[str, Any]:
-        if self._runtime is None or self._landing is not None:
+        if self._runtime is None or self._had_begun:
             raise ProtocolError("agent protocol: begin comes after check, once")
         chosen = self._runtime
         if not 0 <= float(stall) <= IDLE:  # a NaN is neither
@@ -303,6 +305,7 @@ class Agent:
                 keep=bool(keep),
                 report=self._report,
             )
+        self._had_begun = True
         return {"kept": self._landing.kept_names}
 
     def _begun(self) -> Landing:
@@ -314,6 +317,8 @@ class Agent:
         """The migration that comes here, of which not all has come yet."""
         if self._begun().committed:
             raise ProtocolError("agent protocol: nothing is received after the commit")
+        if self._begun().placing():
+            raise ProtocolError("agent protocol: the items are not all there yet (join)")
         return self._begun()
 
     def _items(self, channel: int) -> dict[str, Any]:

@@ -21,7 +21,7 @@ from pyploop.diskcopy.receiver import receive
 from pyploop.errors import MigrateError, ProtocolError, PyploopError
 from pyploop.migration import commit_record, file_stream, undo_kinds
 from pyploop.migration.commit_record import ABORTED, COMMITTED, RAN, Verdict
-from pyploop.migration.file_stream import Place
+from pyploop.migration.file_stream import Budget, Place
 from pyploop.migration.image_chain import Chain, check_room, folder_of
 from pyploop.migration.target import resumable_files, resumable_trees
 from pyploop.migration.target.incoming_files import Shelf
@@ -74,9 +74,9 @@ class Landing:
         """From the commit on, until it is withdrawn."""
         self.ran = False
         """It was seen to run here."""
-        self._memory_left = LARGEST_FILE
-        if announced := facts.get("memory"):
-            self._memory_left = announced * MEMORY_GROWTH + GIB
+        announced = facts.get("memory")
+        most = announced * MEMORY_GROWTH + GIB if announced else LARGEST_FILE
+        self._memory = Budget(most)
         folder = commit_record.make_folder(Path(host.state_dir))
         self._journal = Journal.create(
             f"migration of {runtime.container} to this host",
@@ -143,6 +143,10 @@ class Landing:
     def working(self) -> bool:
         """Something is being received."""
         return any(not job.over.is_set() for job in self._jobs.values())
+
+    def placing(self) -> bool:
+        """Items are being received, which write into the journal: one at a time does."""
+        return "items" in self._jobs and not self._jobs["items"].over.is_set()
 
     def _start(self, name: str, job: Job[None]) -> None:
         self._jobs[name] = job
@@ -245,8 +249,7 @@ class Landing:
         """The memory, into tmpfs, as it is written at the source: of a pre-dump, or
         (0) of the dump.  room: bytes that must be left for it, and what follows."""
         self._chain.check(number, parent)
-        if not parent:
-            self._forget_rounds()
+        self._end_rounds(forget=not parent)
         check_room(self._folder, room)
         images = self._chain.append(number, parent)
 
@@ -260,10 +263,10 @@ class Landing:
             place = Place(
                 lambda name: opened(name, os.O_CREAT | os.O_EXCL),
                 lambda name: opened(name, 0),
-                largest=lambda _: self._memory_left,
-                most_bytes=self._memory_left,
+                largest=lambda _: self._memory.most,
+                budget=self._memory,
             )
-            self._memory_left -= file_stream.receive(fd, self._stall, place).data
+            file_stream.receive(fd, self._stall, place)
             if not number:
                 # Here, and not when the restore is asked for: the last blocks of the
                 # disks are on their way meanwhile.
@@ -272,10 +275,13 @@ class Landing:
         name = f"memory {number}" if number else "dump"
         self._start(name, Job(work, lambda: os.close(fd)))
 
-    def _forget_rounds(self) -> None:
-        """One of them failed: the dump comes whole."""
+    def _end_rounds(self, forget: bool) -> None:
+        """One comes after the other.  forget: one of them failed, the dump comes whole."""
         for name in [n for n in self._jobs if n.startswith("memory ")]:
-            self._jobs.pop(name).over.wait(self._stall)
+            if not self._jobs[name].over.wait(self._stall):
+                raise ProtocolError(f"agent protocol: {name} is still being received")
+            if forget:
+                del self._jobs[name]
 
     def join(self, name: str, timeout: float) -> float:
         """Wait for one of these; returns when it ended (time.monotonic()), or

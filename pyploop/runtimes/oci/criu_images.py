@@ -11,9 +11,10 @@ reads them as root.
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -28,6 +29,12 @@ from pyploop.wire.protobuf import Malformed, Message
 LARGEST = 64 << 20
 """Bytes of an image that is looked into.  That of 10,000 open files has one MiB."""
 STREAMS = "descriptors.json"
+ALL = 256 << 20
+"""Bytes of all that are looked into: a minute's work."""
+MOST_ENTRIES = 1 << 20
+"""Of all of them: open files, processes, mounts."""
+MOST_LISTED = 1 << 17
+"""Of one that is kept in memory: processes, mounts."""
 _NEVER = {"creds", "apparmor", "binfmt-misc", "autofs", "bpfmap-file", "bpfmap-data"}
 """Credentials of old images, profiles that CRIU loads into the kernel, programs by
 which the host would run files, mounts that wait for a process, BPF."""
@@ -65,6 +72,8 @@ class _Check:
         for bits in self._caps.values():
             self._any_cap |= bits
         self._name = ""
+        self._bytes = self._count = 0
+        """What was looked into so far."""
         self._points: dict[str, Message] = {}
 
     def all(self) -> None:
@@ -77,7 +86,7 @@ class _Check:
                 if kind == "core":
                     self._core(self._only(name, kind))
                 elif kind == "mountpoints":
-                    self._mounts(self._entries(name, kind))
+                    self._mounts(self._listed(name, kind))
                 elif kind == "files":
                     for entry in self._entries(name, kind):
                         self._file(entry)
@@ -138,10 +147,23 @@ class _Check:
             size = os.fstat(f.fileno()).st_size
             if size > LARGEST:
                 self._refuse(f"has {size} bytes, more than any real one")
+            self._bytes += size
+            if self._bytes > ALL:
+                self._refuse(f"is one of those that have more than {ALL} bytes together")
             return f.readall()
 
-    def _entries(self, name: str, kind: str) -> list[Message]:
-        return criu.entries(kind, self._read(name))
+    def _entries(self, name: str, kind: str) -> Iterator[Message]:
+        for entry in criu.entries(kind, self._read(name)):
+            self._count += 1
+            if self._count > MOST_ENTRIES:
+                self._refuse(f"is one of those that have more than {MOST_ENTRIES} entries")
+            yield entry
+
+    def _listed(self, name: str, kind: str) -> list[Message]:
+        found = list(itertools.islice(self._entries(name, kind), MOST_LISTED + 1))
+        if len(found) > MOST_LISTED:
+            self._refuse(f"has more than {MOST_LISTED} entries")
+        return found
 
     def _only(self, name: str, kind: str) -> Message:
         return criu.only(kind, self._read(name))
@@ -153,7 +175,7 @@ class _Check:
         host = inventory.message(Inventory.ROOT_IDS)
         if host is None:
             self._refuse("does not tell the source's own namespaces")
-        tasks = self._entries("pstree.img", "pstree")
+        tasks = self._listed("pstree.img", "pstree")
         roots = [t for t in tasks if not t.number32(Task.PPID)]
         if len(roots) != 1:
             self._refuse(f"has {len(roots)} first processes, not one")
