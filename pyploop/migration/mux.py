@@ -176,10 +176,11 @@ class Mux:
 
     def _write(self, parts: list[bytes]) -> None:
         """Whole frames, from any thread."""
-        deadline = time.monotonic() + self._silence
         poll = select.poll()
         poll.register(self._wfd, select.POLLOUT)
         with self._out:
+            # Not before: what others have to write may take its time on a slow link.
+            deadline = time.monotonic() + self._silence
             left = [memoryview(p) for p in parts]
             while left:
                 if self.failure:

@@ -139,6 +139,32 @@ def test_a_silent_peer_is_given_up() -> None:
     b.close()
 
 
+def test_who_waits_for_others_on_a_slow_link_does_not_give_the_peer_up() -> None:
+    """Many disks by a narrow line: the wait for one's turn counted as the peer's."""
+    a, b = socket.socketpair()
+    a.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+    mux = Mux(a.fileno(), a.fileno(), silence=2.0)
+    failed: list[PyploopError] = []
+
+    def send() -> None:
+        try:
+            mux.send({"text": "x" * 200_000})
+        except PyploopError as e:
+            failed.append(e)
+
+    threads = [threading.Thread(target=send) for _ in range(20)]
+    for t in threads:
+        t.start()
+    while any(t.is_alive() for t in threads):
+        b.sendall(header(wire.PING, 0, 0))
+        time.sleep(0.02)
+        b.recv(20_000)
+    assert not failed
+    mux.close()
+    a.close()
+    b.close()
+
+
 def header(kind: int, channel: int, length: int, zero: int = 0) -> bytes:
     return wire.HEADER.pack(kind, zero, channel, length)
 
