@@ -4,11 +4,13 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 
 from pyploop.cli.arguments import Parser
 from pyploop.migration.target.agent import Agent
 from pyploop.runtimes import config, policy
+from pyploop.system import jobs
 
 
 def parser() -> Parser:
@@ -37,5 +39,6 @@ def run(args: list[str], level: int) -> int:
     os.close(null)
     # Several threads take turns in the frozen time: soon, not after 5 ms.
     sys.setswitchinterval(0.0005)
+    signal.signal(jobs.INTERRUPT, lambda *_: None)
     Agent(host, rfd, wfd, policy.source_of(o.source, os.environ)).serve()
     return 0

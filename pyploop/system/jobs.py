@@ -6,6 +6,7 @@ from __future__ import annotations
 import contextlib
 import math
 import queue
+import signal
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -16,6 +17,8 @@ from pyploop.system import signals
 
 T = TypeVar("T")
 
+INTERRUPT = signal.SIGUSR1
+"""Ends a wait in the kernel, in a program that has a handler for it."""
 TICK = 0.1
 """Seconds that a thread which signals may interrupt sleeps at a time."""
 
@@ -111,6 +114,15 @@ class Job(Generic[T]):
                 self._dropped()
                 self.over.set()
         self.over.wait(timeout)
+
+    def interrupt(self, timeout: float) -> None:
+        """Over when this returns, or late: what it waits for in the kernel (a mount can
+        take hours, as its image says) is interrupted, again and again."""
+        deadline = time.monotonic() + timeout
+        while not self.over.wait(TICK) and time.monotonic() < deadline:
+            if callable(signal.getsignal(INTERRUPT)) and self._thread.ident is not None:
+                with contextlib.suppress(ProcessLookupError):
+                    signal.pthread_kill(self._thread.ident, INTERRUPT)
 
 
 def end_all(jobs: Sequence[Job[T]], cancel: Callable[[], None] | None = None) -> None:

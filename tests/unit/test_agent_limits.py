@@ -5,7 +5,9 @@ agent whose container is made up (tests/fuzz/made_up.py)."""
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import re
+import signal
 import socket
 import struct
 import threading
@@ -23,6 +25,7 @@ from pyploop.migration.mux import Mux
 from pyploop.migration.target import agent, incoming, incoming_files
 from pyploop.runtimes import State, config
 from pyploop.runtimes.config import HostConfig
+from pyploop.system import jobs
 from pyploop.wire import mux as wire
 
 FACTS: dict[str, Any] = {
@@ -380,6 +383,31 @@ def test_rounds_of_memory_come_one_after_the_other_and_are_bounded_together(
     source.refused("join", {"name": "memory 1", "timeout": 20})
     source.send("dump", half + piece(b"a.img", b"x"), channel=2, number=2, parent=1)
     assert "8000 bytes" in source.refused("join", {"name": "memory 2", "timeout": 20})
+
+
+def test_a_mount_that_takes_hours_is_interrupted_by_the_undo(
+    connect: Connect, box: Box, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As that of an ext4 with multi-mount protection, whose superblock says for how long:
+    the agent stayed for ten minutes, with its place and its lock."""
+    libc, mounting = ctypes.CDLL(None), threading.Event()
+
+    def mount(_: object) -> None:
+        mounting.set()
+        libc.pause()
+        raise MigrateError(7, "interrupted")
+
+    monkeypatch.setattr(box, "mount", mount)
+    monkeypatch.setattr(incoming, "UNMOVED", 0.1)
+    old = signal.signal(jobs.INTERRUPT, lambda *_: None)
+    try:
+        source = connect()
+        source.begin()
+        source.send("disk", struct.pack("<IIQ", 0x4CC0AC3D, 0, 0), index=0, channel=1)
+        assert mounting.wait(20)
+        assert source.call("undo") == {"failed": []}
+    finally:
+        signal.signal(jobs.INTERRUPT, old)
 
 
 def test_a_round_of_memory_does_not_begin_beside_another_one(connect: Connect) -> None:

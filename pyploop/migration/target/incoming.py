@@ -38,8 +38,10 @@ MOST_ITEMS = 4096
 """Files beside the disks: a vzctl container may have 1,000."""
 LONGEST_STALL = 86400.0
 """Seconds that a source may have us wait for a byte."""
+UNMOVED = 10.0
+"""Seconds for what still receives to end, when nothing comes any more, and then"""
 ENDING = 600.0
-"""Seconds for what still receives to end, when nothing comes any more."""
+"""until it is given up, interrupted meanwhile."""
 MEMORY_GROWTH = 8
 """All memory images of a migration may be this many times the memory that `check`
 told of, and GIB more: the rounds are twice that at most, and it may grow meanwhile."""
@@ -387,7 +389,8 @@ class Landing:
         """It goes, or what was copied is kept.  Returns what could not be
         undone, which a later process may try again."""
         for job in self._jobs.values():
-            job.end(ENDING)  # what it made is in the journal
+            job.end(UNMOVED)  # what it made is in the journal
+            job.interrupt(ENDING)
         self._shelf.close()
         failed = undo_kinds.undo_all(self._journal, self._journal.get("keep"))
         what = resumable_files.told(self._host, self._journal) + resumable_trees.told(self._journal)
