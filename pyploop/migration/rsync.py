@@ -20,16 +20,16 @@ import socket
 import subprocess
 import sys
 import sysconfig
-import tempfile
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
 from pyploop.errors import MigrateError, WriteError
 from pyploop.migration import relay as relay_program
+from pyploop.migration.itemized import Itemized
 from pyploop.runtimes import COPY_FAILED
-from pyploop.system import enclosure
+from pyploop.system import descriptors, enclosure
 from pyploop.system.commands import last_words
 from pyploop.system.stderr_tail import LastWords
 from pyploop.units import GIB
@@ -38,6 +38,10 @@ OLDEST = (3, 2)
 """The first whose daemon can refuse all options but some."""
 READY = 30.0
 """Seconds for rsync to start its remote shell."""
+LOOK = 0.2
+"""Seconds between looks at the connection while an rsync runs."""
+ENDING = 1.0
+"""Seconds for a client to end when the connection has."""
 ALWAYS = (
     "-aHAXSx",
     "--numeric-ids",
@@ -50,7 +54,8 @@ TREE = ("--delete",)
 CHANGING = ("--no-inc-recursive",)
 """Of one over a tree that changes meanwhile.  With hard links in it, an rsync that
 lists it bit by bit (3.5.0) may wait for ever for a name that has moved away."""
-LISTED = ("--files-from=-", "--from0", "--checksum", "--ignore-missing-args")
+FED = "--files-from=-"
+LISTED = (FED, "--from0", "--checksum", "--ignore-missing-args")
 """Of one over files by name, compared by what they hold.  What is gone meanwhile
 is the next pass's."""
 VANISHED, PARTIAL = 24, 23
@@ -106,21 +111,10 @@ class Done:
 
     status: int
     said: str
-    items: IO[bytes]
+    items: Itemized
 
     def explain(self, what: str) -> MigrateError:
         return MigrateError(COPY_FAILED, f"rsync of {what} ended with {self.status}: {self.said}")
-
-    def changes(self) -> Iterable[tuple[bytes, bytes]]:
-        """(what rsync's %i says, path below the tree) of each item."""
-        self.items.seek(0)
-        for line in self.items:
-            item, space, name = line.rstrip(b"\n").partition(b" ")
-            if space and len(item) == 11:
-                yield item, _ESCAPED.sub(lambda m: bytes([int(m[1], 8)]), name)
-
-
-_ESCAPED = re.compile(rb"\\#([0-7]{3})")
 
 
 class Client:
@@ -131,12 +125,13 @@ class Client:
         ours, theirs = socket.socketpair()
         self._control = ours
         self._errors = LastWords()  # the server's are among them
-        self._items = tempfile.TemporaryFile()  # noqa: SIM115 - closed by close()
+        self._items = Itemized()
         self._source = source
         python, relay = os.path.realpath(_interpreter()), str(Path(relay_program.__file__))
         # rsync splits this at spaces, and knows quotes.
         shell = shlex.join([python, "-I", "-S", relay, str(theirs.fileno())])
         self._process: subprocess.Popen[bytes] | None = None
+        self._pidfd = -1
         program = os.path.abspath(shutil.which(command) or command)
         argv = [python, "-I", "-S", str(Path(enclosure.__file__)), source]
         argv += [*_needed(python), relay, program, "--", program, command]
@@ -144,8 +139,9 @@ class Client:
         try:
             self._process = subprocess.Popen(
                 argv,
-                stdin=subprocess.PIPE,
-                stdout=self._items,
+                # A daemon may have it ask for a password, which it reads there.
+                stdin=subprocess.PIPE if FED in words else subprocess.DEVNULL,
+                stdout=self._items.fd,
                 stderr=self._errors.fd,
                 env=_environment(),
                 pass_fds=(theirs.fileno(),),
@@ -156,7 +152,9 @@ class Client:
             raise MigrateError(COPY_FAILED, f"cannot run {command}: {e.strerror}") from e
         finally:
             theirs.close()
+        self._pidfd = os.pidfd_open(self._process.pid)
         self._errors.started()
+        self._items.started()
 
     def wait_ready(self) -> None:
         """Only the channel is missing.  MigrateError when rsync does not come so far."""
@@ -185,16 +183,19 @@ class Client:
             stdin.write(b"".join(b"./" + name + b"\0" for name in names))
             stdin.close()
 
-    def wait(self) -> Done:
-        """When it has ended, however; it gives a silent peer up by itself."""
+    def wait(self, connected: Callable[[], bool] = lambda: True) -> Done:
+        """When it has ended, however; it gives a silent peer up by itself.  Soon, when
+        it is not `connected` any more."""
         assert self._process is not None
+        while not descriptors.readable(self._pidfd, LOOK):
+            if not connected() and not descriptors.readable(self._pidfd, ENDING):
+                self.kill()
         status = self._process.wait()
         # What the server refuses is not told as an error.
-        text = self._errors.text(ended=True)[-2000:] or _end_of(self._items).decode(
-            errors="replace"
-        )
+        text = self._errors.text(ended=True)[-2000:] or self._items.text(ended=True)[-2000:]
         # As the tree is called outside.
         said = last_words(text).replace(f'"{enclosure.TREE}/', f'"{self._source}/')
+        self._items.wait()
         return Done(status, said, self._items)
 
     def kill(self) -> None:
@@ -209,9 +210,12 @@ class Client:
         self._control.close()
         if self._process is not None:
             self._process.wait()
-            assert self._process.stdin is not None
-            with contextlib.suppress(BrokenPipeError):
-                self._process.stdin.close()
+            if self._pidfd >= 0:
+                os.close(self._pidfd)
+                self._pidfd = -1
+            if self._process.stdin is not None:
+                with contextlib.suppress(BrokenPipeError):
+                    self._process.stdin.close()
         self._errors.close()
         self._items.close()
 

@@ -13,6 +13,8 @@ from pyploop.units import KIB
 KEPT = 64 * KIB
 LAST = 0.5
 """Seconds for the last words of a program that has ended."""
+DRAINED = 30.0
+"""Seconds for all that it said, if others hold its output open."""
 
 
 class LastWords:
@@ -43,6 +45,15 @@ class LastWords:
             if not data:
                 return
             self._last = (self._last + data)[-KEPT:]
+            self.took(data)
+
+    def took(self, data: bytes) -> None:
+        """All of it, as it comes; in the thread."""
+
+    def wait(self) -> None:
+        """The program has ended: all that it said is read, when this returns."""
+        if self._thread.is_alive():
+            self._thread.join(DRAINED)
 
     def text(self, ended: bool = False) -> str:
         """ended: the program has, so what it said last is waited for."""

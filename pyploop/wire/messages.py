@@ -253,10 +253,16 @@ def event(message: dict[str, Any]) -> tuple[str, float, dict[str, Any]]:
 
 
 def failure(error: Any) -> tuple[int, str]:
-    """(exit code, text) of an answer that says that the request failed."""
+    """(exit code, text) of an answer that says that the request failed.  Where the
+    container is, and what became of it at the source (4, 8), no target tells."""
     code = error.get("code") if isinstance(error, dict) else None
     text = error.get("message") if isinstance(error, dict) else error
-    return (code if type(code) is int and 0 < code < 128 else 1), clipped(text)
+    known = code if type(code) is int else 0
+    return _CODES.get(known, 1), clipped(text)
+
+
+_CODES = {code: code for code in (1, 2, 6, 7, *range(9, 21))} | {4: 6, 8: 7}
+"""The target's exit codes -> ours (docs/migrate.md)."""
 
 
 def finite(text: str) -> float:

@@ -12,10 +12,13 @@ From the moment on at which the dump's stream begins:
 Of the request to restore:
     forgetful   it never comes to the agent; what follows does
     late        the agent answers it, and the source does not hear of that
+Of the request to finish:
+    claims      the answer is another one
 """
 
 from __future__ import annotations
 
+import json
 import os
 import select
 import struct
@@ -27,8 +30,9 @@ from pathlib import Path
 
 HEADER = struct.Struct("<BBHI")
 CONTROL, PING = 1, 6
-AFTER = ("forgetful", "late")
-"""Those that turn at the request to restore."""
+AFTER = ("forgetful", "late", "claims")
+"""Those that do not turn when the dump's stream begins."""
+CLAIM = {"failed": ["box: it does not run any more here"]}
 
 
 def exactly(fd: int, size: int) -> bytes:
@@ -66,6 +70,8 @@ class Relay:
         self.how, self.agent = how, agent
         self.to, self.of = agent.stdin.fileno(), agent.stdout.fileno()
         self.turned = threading.Event()
+        self.finish = 0
+        """The number of that request."""
 
     def back(self) -> None:
         """From the agent."""
@@ -73,6 +79,11 @@ class Relay:
             send(1, line(self.of))
             while True:
                 kind, data = frame(self.of)
+                if kind == CONTROL and self.finish:
+                    answer = json.loads(data[HEADER.size :])
+                    if answer.get("id") == self.finish:
+                        said = json.dumps({"id": self.finish, "ok": CLAIM}).encode()
+                        data = HEADER.pack(CONTROL, 0, 0, len(said)) + said
                 if (
                     not self.turned.is_set()
                     or kind == PING
@@ -89,7 +100,9 @@ class Relay:
         clocks = 0
         while True:
             kind, data = frame(0)
-            if kind == CONTROL and b'"op": "restore"' in data and self.how in AFTER:
+            if kind == CONTROL and b'"op": "finish"' in data and self.how == "claims":
+                self.finish = json.loads(data[HEADER.size :])["id"]
+            if kind == CONTROL and b'"op": "restore"' in data and self.how in ("forgetful", "late"):
                 self.turned.set()
                 if self.how == "forgetful":
                     continue

@@ -188,11 +188,10 @@ def test_an_rsync_that_follows_links_finds_nothing_behind_them(
     client = rsync.Client(str(program), (), str(source))
     try:
         done = client.wait()
-        done.items.seek(0)
-        printed = done.items.read()
+        printed = done.items.text(ended=True)
     finally:
         client.close()
-    assert (done.status, printed) == (1, b"x" * len(SECRET))
+    assert (done.status, printed) == (1, "x" * len(SECRET))
     assert "a/link/0: No such file" in done.said
     assert str(SECRET, "ascii").strip() not in done.said
 

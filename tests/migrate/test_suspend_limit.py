@@ -83,6 +83,15 @@ def test_a_target_that_is_slow_to_restore_withdraws_it(pair: Pair) -> None:  # n
     pair.runs_only_on(pair.a)
 
 
+def test_what_a_target_tells_is_told_as_its_word(pair: Pair) -> None:  # noqa: F811
+    with_target(pair, "claims")
+    done = pair.migrate(pair.a, "--live")
+    assert done.returncode == 8, done.stderr
+    assert "not undone: other: box: it does not run any more here" in done.stderr
+    (pair.b / "migrate.toml.claims").unlink()
+    pair.runs_only_on(pair.b)
+
+
 def test_the_limit_goes_with_live(pair: Pair) -> None:  # noqa: F811
     done = pair.migrate(pair.a, "--suspend-limit", "5")
     assert (done.returncode, "goes with --live" in done.stderr) == (1, True), done.stderr

@@ -31,6 +31,10 @@ class Loop:
         self.jobs: list[Job[None]] = []
         self._named: dict[str, Job[None]] = {}
         self._theirs: dict[int, socket.socket] = {}
+        self.cut = False
+
+    def alive(self) -> bool:
+        return not self.cut
 
     def open_channel(self) -> tuple[int, int]:
         ours, theirs = socket.socketpair()
@@ -83,6 +87,10 @@ class Copying:
     def events(self) -> list[dict[str, Any]]:
         return self._events.seen
 
+    def cut(self) -> None:
+        """The connection is dead."""
+        self._loop.cut = True
+
     def finish(self) -> None:
         """The last pass, the target's end included."""
         self.trees.finish()
@@ -93,16 +101,27 @@ class Copying:
 
 @contextlib.contextmanager
 def copying(
-    folder: Path, source: Path, *words: str, options: Options | None = None, rsync: str = "rsync"
+    folder: Path,
+    source: Path,
+    *words: str,
+    options: Options | None = None,
+    rsync: str = "rsync",
+    there: str = "",
 ) -> Iterator[Copying]:
-    """folder: for all but the source."""
+    """folder: for all but the source.  there: the target's rsync, if it is another."""
     target, state = folder / "target", folder / "state"
     state.mkdir(mode=0o700)
     log = Journal.create("test", state)
     events, report = Events(), Reporter()
     report.add(events)
     landing = LandingTrees(
-        rsync, [Tree(str(target))], folder=state, log=log, stall=60, keep_fds=(), report=report
+        there or rsync,
+        [Tree(str(target))],
+        folder=state,
+        log=log,
+        stall=60,
+        keep_fds=(),
+        report=report,
     )
     loop = Loop(landing)
     trees = Trees(

@@ -135,6 +135,15 @@ def test_a_failure_of_another_kind_has_an_exit_code(error: Any) -> None:
     assert failed.value.exit_code == 1
 
 
+@pytest.mark.parametrize(("told", "code"), [(4, 6), (8, 7), (9, 9), (20, 20), (21, 1), (127, 1)])
+def test_where_the_container_is_no_target_tells_by_an_exit_code(told: int, code: int) -> None:
+    """4: it may run there.  8: it does, or has not been suspended here."""
+    body = f"message(id=1, error=dict(code={told}, message='no'))"
+    with remote(body) as target, pytest.raises(MigrateError) as failed:
+        target.call("clock", 20)
+    assert failed.value.exit_code == code
+
+
 # ---- the connection
 
 

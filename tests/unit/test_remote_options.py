@@ -27,6 +27,7 @@ Host *
   PermitLocalCommand yes
   LocalCommand touch /nonexistent/file
   RemoteCommand cat
+  UpdateHostKeys yes
 """
 OFF = {
     "forwardagent": "no",
@@ -35,6 +36,7 @@ OFF = {
     "clearallforwardings": "yes",
     "tunnel": "false",
     "permitlocalcommand": "no",
+    "updatehostkeys": "false",
 }
 _RECORDS = "import json, sys; open(sys.argv[1], 'w').write(json.dumps(sys.argv[2:]))\n"
 

@@ -39,6 +39,8 @@ SSH_OPTIONS = (
     # whatever --ssh says, too.
     *("-a", "-x", "-k", "-oClearAllForwardings=yes"),
     *("-oTunnel=no", "-oPermitLocalCommand=no", "-oRemoteCommand=none"),
+    # Nor does it write keys into our known_hosts.
+    "-oUpdateHostKeys=no",
     "-oBatchMode=yes",
     "-oConnectTimeout=15",
     "-oServerAliveInterval=5",

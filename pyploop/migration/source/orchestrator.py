@@ -386,7 +386,7 @@ class _Move:
 
     def _settle(self, cause: BaseException) -> bool:
         with contextlib.suppress(PyploopError):
-            self._tell(self._remote.call("undo", UNDOING).get("failed", []))
+            self._tell_theirs(self._remote.call("undo", UNDOING))
             return False  # it was not committed, and will not be
         self._remote.close()
         return recover.settled(self._host, self._journal, cause, self._report)
@@ -396,17 +396,20 @@ class _Move:
             self.result.failed.append(text)
             self._report.error(f"not undone: {text}")
 
+    def _tell_theirs(self, answer: dict[str, Any]) -> None:
+        self._tell([f"{self._wish.host}: {text}" for text in answer.get("failed", [])])
+
     def _there(self, op: str, **args: Any) -> None:
         """Tidy the target.  An agent that was killed has left that to another one."""
         try:
-            self._tell(self._remote.call(op, REQUEST, **args).get("failed", []))
+            self._tell_theirs(self._remote.call(op, REQUEST, **args))
         except PyploopError:
             self._remote.close()
             try:
                 if op == "forget":
                     recover.forget(self._host, self._journal)
                 else:
-                    self._tell(recover.ask(self._host, self._journal).get("failed", []))
+                    self._tell_theirs(recover.ask(self._host, self._journal))
             except PyploopError as e:
                 self._report.note(f"Something of it may be left on {self._wish.host}: {e}")
 

@@ -159,16 +159,18 @@ class _Copy:
             ends = [(self._whole, self._owner.ended(self._whole, self.tree))]
         finally:
             found = scan.join() if scan is not None else {}
-        sent = {name for item, name in ends[0][1].changes() if self._noted(item)}
+        items = ends[0][1].items
+        if items.linked:
+            self._inplace = False
         # A name that was sent brings the file's contents for its other names.
-        names = [n for all in found.values() if not sent.intersection(all) for n in all]
+        names = [n for all in found.values() if not items.names.intersection(all) for n in all]
         if names:
             self._listed = self._listed or self._hold(rsync.LISTED, last)
             self._listed.go()
             self._listed.client.feed(names)
             ends.append((self._listed, self._owner.ended(self._listed, self.tree)))
         self._judge(ends, last)
-        return len(sent), len(names)
+        return items.sent, len(names)
 
     def _judge(self, ends: Sequence[tuple[_Held, rsync.Done]], last: bool) -> None:
         """Sets `left_out`, which in the last pass is a failure."""
@@ -180,12 +182,6 @@ class _Copy:
                 if last:
                     raise error
                 self.left_out = str(error)
-
-    def _noted(self, item: bytes) -> bool:
-        """Whether the item is a file whose contents were sent."""
-        if item.startswith(b"h"):
-            self._inplace = False
-        return item.startswith(b"<f")
 
     def held(self) -> list[_Held]:
         return [h for h in (self._whole, self._listed) if h is not None]
@@ -274,7 +270,7 @@ class Trees:
     def ended(self, held: _Held, tree: Tree) -> rsync.Done:
         """The client's end.  MigrateError when the copy failed as a whole, with
         the target's reason where it has one: its last words may get lost."""
-        done = held.client.wait()
+        done = held.client.wait(self._remote.alive)
         if self._gone.is_set():
             raise CancelledError(f"the copy of {tree.path} was cancelled")
         if done.status in (0, rsync.PARTIAL, rsync.VANISHED):
