@@ -28,11 +28,12 @@ from pyploop.runtimes.registry import make_runtime
 from pathlib import Path
 
 host = config.load(sys.argv[1])
-runtime = make_runtime(host, None, "box")
+name, stage = [*sys.argv[2:], "box", recover.COPYING][:2]
+runtime = make_runtime(host, None, name)
 folder = commit_record.make_folder(Path(host.state_dir))
 names = undo_kinds.naming(host, runtime)
-log = Journal.create("migration of box to other", folder, migration=commit_record.new_id(),
-    side="source", host="other", ssh_options=[], remove_area=True, stage=recover.COPYING, **names)
+log = Journal.create(f"migration of {name} to other", folder, migration=commit_record.new_id(),
+    side="source", host="other", ssh_options=[], remove_area=True, stage=stage, **names)
 log.add({"kind": "resume", **names})
 os._exit(9)
 """
@@ -51,9 +52,10 @@ def config_in(folder: Path, state: Path, resume: str = "resumed") -> Path:
     return path
 
 
-def begin(folder: Path, config: str) -> None:
-    """A migration whose orchestrator is killed while the container is suspended."""
-    words = [sys.executable, "-c", _BEGUN_AND_KILLED, config]
+def begin(folder: Path, config: str, *which: str) -> None:
+    """A migration whose orchestrator is killed while the container is suspended.
+    which: container and stage, others than box that is being copied."""
+    words = [sys.executable, "-c", _BEGUN_AND_KILLED, config, *which]
     done = subprocess.run(words, cwd=folder, env=support.pyploop_env(), check=False, timeout=60)
     assert done.returncode == 9
 
@@ -167,3 +169,24 @@ def test_links_of_our_own_lead_to_a_config(tmp_path: Path) -> None:
     (tmp_path / "link.toml").symlink_to("ours/migrate.toml")
     host = config.load(str(tmp_path / "link.toml"))
     assert (host.path, len(host.digest)) == (str(path), 64)
+
+
+@pytest.mark.parametrize("stages", [("asked", "copying"), ("asked", "asked")])
+def test_a_target_that_tells_nothing_keeps_no_other_container_suspended(
+    tmp_path: Path, stages: tuple[str, str]
+) -> None:
+    """It may have been another one's target."""
+    ours = config_in(tmp_path / "ours", tmp_path)
+    text = ours.read_text()
+    container = text[text.index("[container.box]") :]
+    other = container.replace("box", "one").replace(f"{tmp_path}/tree", f"{tmp_path}/other")
+    ours.write_text(text + other.replace("resumed", "one-resumed"))
+    for name, stage in zip(("one", "box"), stages, strict=True):
+        begin(tmp_path, str(ours), name, stage)
+    done = recovered(tmp_path, ours)
+    assert done.returncode == 4, done.stderr
+    assert not (tmp_path / "ours/one-resumed").exists()
+    assert (tmp_path / "ours/resumed").exists() == ("copying" in stages)
+    for name, stage in zip(("one", "box"), stages, strict=True):
+        asked = f"migration of {name} to other; other cannot be asked whether the container"
+        assert (asked in done.stderr) == (stage == "asked"), done.stderr

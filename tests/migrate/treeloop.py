@@ -9,7 +9,7 @@ import hashlib
 import os
 import socket
 import stat
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, cast
 
@@ -46,7 +46,9 @@ class Loop:
     def channels_left(self) -> int:
         return 63 - len(self.jobs)
 
-    def call(self, op: str, timeout: float, /, **args: Any) -> dict[str, Any]:
+    def call(
+        self, op: str, timeout: float, gone: Callable[[], bool], /, **args: Any
+    ) -> dict[str, Any]:
         if op == "join":
             self._named[args["name"]].over.wait(timeout)
             self.landing.check(args["name"])

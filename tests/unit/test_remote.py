@@ -19,7 +19,13 @@ from typing import Any
 import pytest
 
 from pyploop.diskcopy import digests
-from pyploop.errors import MigrateError, ProtocolError, PyploopError, ReadError
+from pyploop.errors import (
+    CancelledError,
+    MigrateError,
+    ProtocolError,
+    PyploopError,
+    ReadError,
+)
 from pyploop.migration import file_stream, mux
 from pyploop.migration.mux import Mux
 from pyploop.migration.source.agent_client import Remote
@@ -71,6 +77,18 @@ def test_events_without_end_end_the_connection() -> None:
     body = "while True:\n    event('x' * 60000)"
     with remote(body) as target, pytest.raises(ProtocolError, match=r"without end|flood"):
         target.call("clock", 60)
+
+
+def test_an_answer_that_nobody_wants_any_more_is_not_waited_for() -> None:
+    """After ^C, or when another disk has failed: a target may be silent for --timeout."""
+    body = "time.sleep(1.5)\nmessage(id=1, ok=dict())\nmessage(id=2, ok={})"
+    over = threading.Event()
+    with remote(body) as target:
+        job = Job(lambda: target.call("join", 600, over.is_set)).start()
+        over.set()
+        with pytest.raises(CancelledError):
+            job.join(1.4)
+        assert target.call("undo", 20) == {}  # the late answer is not this one's
 
 
 def test_what_an_agent_prints_without_end_is_not_kept() -> None:

@@ -16,7 +16,13 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from pyploop import __version__
-from pyploop.errors import MigrateError, ProtocolError, PyploopError, ReadError
+from pyploop.errors import (
+    CancelledError,
+    MigrateError,
+    ProtocolError,
+    PyploopError,
+    ReadError,
+)
 from pyploop.migration.mux import INBOX, Mux
 from pyploop.system import descriptors
 from pyploop.system.stderr_tail import LastWords
@@ -29,6 +35,8 @@ LAST_WORDS = 0.2
 """Seconds for ssh to end after its connection, so that all it printed is read."""
 ENDING = 10.0
 """Seconds for the agent to undo and end, after which ssh is killed."""
+GLANCE = 0.5
+"""Seconds between looks at whether an answer is still wanted."""
 SAID = 1000
 """Characters of what ssh and the agent printed that go into a message."""
 CANNOT_CONNECT, COPY_FAILED = 4, 6
@@ -136,9 +144,12 @@ class Remote:
 
     # ---- requests
 
-    def call(self, op: str, timeout: float, /, **args: Any) -> dict[str, Any]:
+    def call(
+        self, op: str, timeout: float, gone: Callable[[], bool] = bool, /, **args: Any
+    ) -> dict[str, Any]:
         """One request.  MigrateError as the agent raised it, or PyploopError
-        when the connection is dead or the answer late."""
+        when the connection is dead or the answer late; CancelledError when it is not
+        waited for any more (`gone`)."""
         mux = self._live()
         with self._lock:
             self._request += 1
@@ -150,7 +161,7 @@ class Remote:
             deadline = time.monotonic() + timeout
             most = mux.taken + INBOX
             while True:
-                message = self._next(mux, op, deadline, timeout)
+                message = self._next(mux, op, deadline, timeout, gone)
                 if mux.taken > most:
                     mux.end(ProtocolError(f"agent protocol: events without end instead of {op!r}"))
                     raise mux.failure or ReadError("the connection ended")
@@ -164,18 +175,25 @@ class Remote:
             raise MigrateError(code, f"{self.host}: {text}")
         return messages.answer(op, message.get("ok"))
 
-    def _next(self, mux: Mux, op: str, deadline: float, timeout: float) -> wire.Message:
-        left = deadline - time.monotonic()
-        try:
-            # Also when there is a message: one who always has another is late, too.
-            if left <= 0 and mux.failure is None:
-                raise ReadError("no answer")
-            return mux.receive(max(left, 0.0))
-        except PyploopError as e:
-            why = str(e)
-            if mux.failure is None and time.monotonic() >= deadline:
-                why = f"no answer within {timeout:g} s"
-            raise self._with_last_words(op, e, why) from e
+    def _next(
+        self, mux: Mux, op: str, deadline: float, timeout: float, gone: Callable[[], bool]
+    ) -> wire.Message:
+        while True:
+            if gone():
+                raise CancelledError(f"{op} on {self.host}: not waited for any more")
+            left = deadline - time.monotonic()
+            try:
+                # Also when there is a message: one who always has another is late, too.
+                if left <= 0 and mux.failure is None:
+                    raise ReadError("no answer")
+                return mux.receive(min(max(left, 0.0), GLANCE))
+            except PyploopError as e:
+                why = str(e)
+                if mux.failure is None:
+                    if time.monotonic() < deadline:
+                        continue
+                    why = f"no answer within {timeout:g} s"
+                raise self._with_last_words(op, e, why) from e
 
     def _with_last_words(self, op: str, error: PyploopError, why: str) -> PyploopError:
         if self._mux is None or self._mux.failure is not None:

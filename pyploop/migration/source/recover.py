@@ -18,7 +18,7 @@ from pyploop.runtimes import CANNOT_CONNECT, LOCKED, Copied, Runtime
 from pyploop.runtimes.config import HostConfig
 from pyploop.runtimes.copied import ANY_DEVICE
 from pyploop.undo import journal
-from pyploop.undo.journal import Journal
+from pyploop.undo.journal import Journal, Record
 
 COPYING, ASKED, MOVED = "copying", "asked", "moved"
 """Stages of a source's record: the target was not asked to restore; it was,
@@ -124,7 +124,8 @@ def recover(
     folder = Path(host.state_dir)
     failed: list[str] = []
     found = False
-    for record in journal.records(folder, report.error):
+    doubt: PyploopError | None = None
+    for record in _quick_first(journal.records(folder, report.error)):
         fields = record.fields
         if fields.get("side") != "source" or container not in (None, fields.get("container")):
             continue
@@ -138,17 +139,34 @@ def recover(
         except PyploopError as e:
             failed.append(str(e))
             continue
-        with contextlib.ExitStack() as held:
-            if not locked:
-                runtime = undo_kinds.runtime_of(fields)
-                held.enter_context(lock(host, runtime))
-            failed += _one(host, record.adopt(), report)
+        try:
+            with contextlib.ExitStack() as held:
+                if not locked:
+                    runtime = undo_kinds.runtime_of(fields)
+                    held.enter_context(lock(host, runtime))
+                failed += _one(host, record.adopt(), report)
+        except PyploopError as e:
+            if container is not None:
+                raise
+            # Other containers are not to stay suspended for it.
+            if doubt is not None:
+                report.error(str(doubt))
+            doubt = e
     if not locked:
         if container is not None and not found:
             report.note(f"No migration of {container} from here is unfinished")
         # Who was killed before it had anything to undo has left no record.
         locks.remove_dead(Path(host.lock_dir))
+    if doubt is not None:
+        for text in failed:
+            report.error(f"not undone: {text}")
+        raise doubt
     return failed
+
+
+def _quick_first(found: list[Record]) -> list[Record]:
+    """Those whose target must be asked before anything is done come last."""
+    return sorted(found, key=lambda record: record.fields.get("stage") == ASKED)
 
 
 @contextlib.contextmanager

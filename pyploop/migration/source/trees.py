@@ -20,6 +20,7 @@ import time
 from collections.abc import Container, Sequence
 from dataclasses import replace
 from functools import partial
+from typing import Any
 
 from pyploop.diskcopy.options import Options
 from pyploop.errors import CancelledError, LoopError, MigrateError
@@ -258,7 +259,7 @@ class Trees:
                 held = _Held(client, fd)
                 try:
                     args = {"index": index, "channel": number, "last": counts}
-                    held.name = self._remote.call("tree", REQUEST, **args)["name"]
+                    held.name = self._call("tree", REQUEST, **args)["name"]
                 except BaseException:
                     held.close()
                     raise
@@ -294,7 +295,11 @@ class Trees:
 
     def _join(self, held: _Held, timeout: float) -> None:
         with self._lock:
-            self._remote.call("join", timeout + REQUEST, name=held.name, timeout=timeout)
+            self._call("join", timeout + REQUEST, name=held.name, timeout=timeout)
+
+    def _call(self, op: str, timeout: float, /, **args: Any) -> dict[str, Any]:
+        """CancelledError after `cancel`."""
+        return self._remote.call(op, timeout, self._gone.is_set, **args)
 
     # ---- the order
 
