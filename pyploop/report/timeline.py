@@ -149,8 +149,11 @@ class Recorder:
                 at = until
         self.add("way back", at, heard.got, "target")
         if t.first:
-            came = self.clock.here(t.first), self.clock.here(t.arrived)
-            self.add("remote receive", *came, "target")
+            # Before the question, too, but not before anything was done here.
+            least = min(self.spans[0].start, heard.asked)
+            last = min(max(self.clock.here(t.arrived), least), heard.got)
+            start = min(max(self.clock.here(t.first), least), last)
+            self.add("remote receive", start, last, "target")
 
     def seconds(self, stage: Stage, side: Side = "source") -> dict[str, float]:
         """Name -> seconds, in order of the first of each name."""

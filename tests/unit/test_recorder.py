@@ -92,6 +92,15 @@ def test_the_wait_for_the_target_is_split_into_what_it_did() -> None:
     assert parts["last blocks"] == pytest.approx(0.003)
 
 
+@pytest.mark.parametrize("first", [1, 2**63, 2**64 - 1])
+@pytest.mark.parametrize("arrived", [0, 1, 2**64 - 1])
+def test_what_a_target_makes_up_lies_between_our_own_moments(first: int, arrived: int) -> None:
+    r = frozen()
+    begin, asked = r.spans[0].start, r.spans[-1].end
+    r.remote(Heard(asked, asked + 0.02, d1.Times(first=first, arrived=arrived)))
+    assert all(begin <= s.start <= s.end <= asked + 0.02 for s in r.spans)
+
+
 def test_without_a_word_from_the_target_its_part_is_one() -> None:
     r = Recorder()
     r.stage = "frozen"
