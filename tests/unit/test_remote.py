@@ -91,6 +91,18 @@ def test_an_answer_that_nobody_wants_any_more_is_not_waited_for() -> None:
         assert target.call("undo", 20) == {}  # the late answer is not this one's
 
 
+def test_who_waits_when_the_connection_is_cut_fails_by_the_reason() -> None:
+    """A target that is silent when the last pass of a tree is over (--suspend-limit)."""
+    with remote("pass") as target:
+        job = Job(lambda: target.call("join", 60)).start()
+        with pytest.raises(TimeoutError):
+            job.join(0.3)
+        target.cut(MigrateError(6, "suspended for too long"))
+        with pytest.raises(MigrateError, match="suspended for too long") as failed:
+            job.join(10)
+    assert failed.value.exit_code == 6
+
+
 def test_what_an_agent_prints_without_end_is_not_kept() -> None:
     """In a file it would fill the source's disk."""
     body = "os.write(2, b'no end' * 100000)\nos.write(2, b'last words')\nos._exit(1)"

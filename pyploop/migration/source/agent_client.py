@@ -200,7 +200,10 @@ class Remote:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 self._process.wait(LAST_WORDS)
         said = self.stderr()
-        return type(error)(f"{op} on {self.host}: {why}" + (f" (it said: {said})" if said else ""))
+        text = f"{op} on {self.host}: {why}" + (f" (it said: {said})" if said else "")
+        if isinstance(error, MigrateError):  # the connection was cut for it
+            return MigrateError(error.exit_code, text)
+        return type(error)(text)
 
     def _live(self) -> Mux:
         if self._mux is None:
