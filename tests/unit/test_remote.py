@@ -28,7 +28,7 @@ from pyploop.errors import (
 )
 from pyploop.migration import file_stream, mux
 from pyploop.migration.mux import Mux
-from pyploop.migration.source.agent_client import Remote
+from pyploop.migration.source.agent_client import TOLD, Remote
 from pyploop.system import stderr_tail
 from pyploop.system.jobs import Job
 from pyploop.wire import mux as wire
@@ -101,6 +101,24 @@ def test_who_waits_when_the_connection_is_cut_fails_by_the_reason() -> None:
         with pytest.raises(MigrateError, match="suspended for too long") as failed:
             job.join(10)
     assert failed.value.exit_code == 6
+
+
+def test_events_of_many_requests_do_not_fill_the_log() -> None:
+    """Each request may bring some MiB of them, and a migration has a hundred or more."""
+    body = """
+for number in range(1, 9):
+    for _ in range(50):
+        event("x" * 60000)
+    message(id=number, ok={"monotonic": 1})
+    time.sleep(0.05)
+"""
+    events: list[Any] = []
+    with remote(body, events) as target:
+        for _ in range(8):
+            target.call("clock", 20)
+    assert 100 < len(events) <= TOLD / 60000 + 1
+    assert events[-1][2]["text"] == "it tells too much: the rest is left out here"
+    assert all(event[2]["text"].startswith("x") for event in events[:-1])
 
 
 def test_what_an_agent_prints_without_end_is_not_kept() -> None:

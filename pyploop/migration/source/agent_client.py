@@ -24,8 +24,10 @@ from pyploop.errors import (
     ReadError,
 )
 from pyploop.migration.mux import INBOX, Mux
+from pyploop.report.events import NOTE
 from pyploop.system import descriptors
 from pyploop.system.stderr_tail import LastWords
+from pyploop.units import MIB
 from pyploop.wire import messages
 from pyploop.wire import mux as wire
 
@@ -37,6 +39,8 @@ ENDING = 10.0
 """Seconds for the agent to undo and end, after which ssh is killed."""
 GLANCE = 0.5
 """Seconds between looks at whether an answer is still wanted."""
+TOLD = 8 * MIB
+"""Bytes of events that are handed on in one connection: they go into a log."""
 SAID = 1000
 """Characters of what ssh and the agent printed that go into a message."""
 CANNOT_CONNECT, COPY_FAILED = 4, 6
@@ -79,6 +83,7 @@ class Remote:
         self._lock = threading.Lock()
         self._channel = 0
         self._request = 0
+        self._told = 0
         self._errors = LastWords()
         # ssh hands one string to the login shell there: quoted for it here.
         command = [*ssh, *options, *SSH_OPTIONS, "--", host, shlex.join(agent)]
@@ -161,12 +166,13 @@ class Remote:
             deadline = time.monotonic() + timeout
             most = mux.taken + INBOX
             while True:
+                before = mux.taken
                 message = self._next(mux, op, deadline, timeout, gone)
                 if mux.taken > most:
                     mux.end(ProtocolError(f"agent protocol: events without end instead of {op!r}"))
                     raise mux.failure or ReadError("the connection ended")
                 if "event" in message:
-                    self._on_event(*messages.event(message))
+                    self._tell(*messages.event(message), size=mux.taken - before)
                 elif message.get("id") == number:
                     break
                 # else: the late answer to a request that was given up
@@ -174,6 +180,14 @@ class Remote:
             code, text = messages.failure(message["error"])
             raise MigrateError(code, f"{self.host}: {text}")
         return messages.answer(op, message.get("ok"))
+
+    def _tell(self, name: str, at: float, fields: dict[str, Any], size: int) -> None:
+        within, self._told = self._told <= TOLD, self._told + size
+        if self._told <= TOLD:
+            self._on_event(name, at, fields)
+        elif within:
+            text = "it tells too much: the rest is left out here"
+            self._on_event("line", at, {"level": NOTE, "text": text})
 
     def _next(
         self, mux: Mux, op: str, deadline: float, timeout: float, gone: Callable[[], bool]

@@ -120,7 +120,8 @@ def recover(
 ) -> list[str]:
     """Settle all migrations from this host whose orchestrator is dead (of one
     container, or all); returns what could not be undone.  locked: the caller
-    holds that container's lock."""
+    holds that container's lock.  Of all, one whose target cannot be asked keeps no
+    other: the last such failure is raised at the end."""
     folder = Path(host.state_dir)
     failed: list[str] = []
     found = False
