@@ -35,6 +35,10 @@ class PyploopError(Exception):
         reason = os.strerror(error.errno) if error.errno else str(error)
         return cls(f"{what}: {reason}")
 
+    def saying(self, text: str) -> PyploopError:
+        """One of the same kind."""
+        return type(self)(text)
+
     def add(self, words: str) -> None:
         """More about the state that things are in now."""
         self.args = (f"{self.args[0]}; {words}", *self.args[1:])
@@ -154,6 +158,9 @@ class MigrateError(PyploopError):
     def __init__(self, exit_code: int, text: str) -> None:
         super().__init__(text)
         self.exit_code = exit_code
+
+    def saying(self, text: str) -> MigrateError:
+        return MigrateError(self.exit_code, text)
 
 
 class Interrupted(BaseException):

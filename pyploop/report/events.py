@@ -72,11 +72,16 @@ class Reporter:
 
     @contextlib.contextmanager
     def held(self) -> Iterator[None]:
-        """Keep everything back until the end of the body.
+        """Keep everything back until the end of the body; within another such body,
+        of that.
 
         While a file system is frozen: the log may be a file on it, and writing
-        it would wait for a thaw that waits for us.
+        it would wait for a thaw that waits for us.  And while a container is
+        suspended, which is not to wait for whoever reads the log.
         """
+        if self._held is not None:
+            yield
+            return
         self._held = []
         try:
             yield

@@ -252,6 +252,13 @@ def event(message: dict[str, Any]) -> tuple[str, float, dict[str, Any]]:
         raise ProtocolError(f"agent protocol: a wrong event ({e})") from None
 
 
+def values(value: Any) -> int:
+    """How many there are in a value, itself among them."""
+    if not isinstance(value, (dict, list)):
+        return 1
+    return 1 + sum(map(values, value.values() if isinstance(value, dict) else value))
+
+
 def failure(error: Any) -> tuple[int, str]:
     """(exit code, text) of an answer that says that the request failed.  Where the
     container is, and what became of it at the source (4, 8), no target tells."""

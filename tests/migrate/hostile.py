@@ -9,6 +9,8 @@ From the moment on at which the dump's stream begins:
     deaf        takes nothing any more, says nothing; it only lives (pings)
     flood       the same, and sends events without end
     drip        the same, and sends an event now and then
+    mute        carries the channels on, and answers no request
+    chatter     the same, and tells a long story when the first one comes
 Of the request to restore:
     forgetful   it never comes to the agent; what follows does
     late        the agent answers it, and the source does not hear of that
@@ -25,11 +27,13 @@ import struct
 import subprocess
 import sys
 import threading
-import time
 from pathlib import Path
 
 HEADER = struct.Struct("<BBHI")
 CONTROL, PING = 1, 6
+MUTE = ("mute", "chatter")
+CLOCKS = 5
+"""Requests for the clock: the last ones before the container is suspended."""
 AFTER = ("forgetful", "late", "claims")
 """Those that do not turn when the dump's stream begins."""
 CLAIM = {"failed": ["box: it does not run any more here"]}
@@ -72,11 +76,14 @@ class Relay:
         self.turned = threading.Event()
         self.finish = 0
         """The number of that request."""
+        self.compared = threading.Event()
+        """All questions for the clock are answered."""
 
     def back(self) -> None:
         """From the agent."""
         try:
             send(1, line(self.of))
+            clocks = 0
             while True:
                 kind, data = frame(self.of)
                 if kind == CONTROL and self.finish:
@@ -88,9 +95,13 @@ class Relay:
                     not self.turned.is_set()
                     or kind == PING
                     or self.how == "forgetful"
+                    or (self.how in MUTE and kind != CONTROL)
                     or b'"error"' in data
                 ):
                     send(1, data)
+                clocks += kind == CONTROL and b'"monotonic"' in data
+                if clocks == CLOCKS:
+                    self.compared.set()
         except (EOFError, OSError):
             os._exit(0)
 
@@ -106,16 +117,25 @@ class Relay:
                 self.turned.set()
                 if self.how == "forgetful":
                     continue
+            if self.how == "chatter" and kind == CONTROL and self.turned.is_set():
+                self.chatter()
             send(self.to, data)
             if kind == CONTROL and b'"op": "clock"' in data and self.how not in AFTER:
-                # The last request before the container is suspended, five times.
                 clocks += 1
-                if clocks == 5:
-                    time.sleep(0.1)  # for its answer
+                if clocks == CLOCKS:
+                    self.compared.wait(30)
                     self.turn()
+
+    def chatter(self) -> None:
+        line = b'{"event": "line", "at": 1, "fields": {"level": 0, "text": "%s"}}' % (b"x" * 4000)
+        for _ in range(100):
+            send(1, HEADER.pack(CONTROL, 0, 0, len(line)) + line)
+        Path(f"{sys.argv[-1]}.chattered").touch()
 
     def turn(self) -> None:
         self.turned.set()
+        if self.how in MUTE:
+            return
         event = b'{"event": "x", "at": 1, "fields": {}}'
         event = HEADER.pack(CONTROL, 0, 0, len(event)) + event
         source = select.poll()

@@ -41,6 +41,8 @@ GLANCE = 0.5
 """Seconds between looks at whether an answer is still wanted."""
 TOLD = 8 * MIB
 """Bytes of events that are handed on in one connection: they go into a log."""
+VALUE = 100
+"""Bytes that a value in an event counts for beyond its own."""
 SAID = 1000
 """Characters of what ssh and the agent printed that go into a message."""
 CANNOT_CONNECT, COPY_FAILED = 4, 6
@@ -182,7 +184,8 @@ class Remote:
         return messages.answer(op, message.get("ok"))
 
     def _tell(self, name: str, at: float, fields: dict[str, Any], size: int) -> None:
-        within, self._told = self._told <= TOLD, self._told + size
+        within = self._told <= TOLD
+        self._told += size + VALUE * messages.values(fields)
         if self._told <= TOLD:
             self._on_event(name, at, fields)
         elif within:
@@ -214,10 +217,7 @@ class Remote:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 self._process.wait(LAST_WORDS)
         said = self.stderr()
-        text = f"{op} on {self.host}: {why}" + (f" (it said: {said})" if said else "")
-        if isinstance(error, MigrateError):  # the connection was cut for it
-            return MigrateError(error.exit_code, text)
-        return type(error)(text)
+        return error.saying(f"{op} on {self.host}: {why}" + (f" (it said: {said})" if said else ""))
 
     def _live(self) -> Mux:
         if self._mux is None:

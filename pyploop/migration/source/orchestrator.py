@@ -239,6 +239,8 @@ class _Move:
             made.pop_all()
         runtime.keep_fds = (self._lock.fd,)
         self._jobs: list[Job[Any]] = []
+        self._quiet = contextlib.ExitStack()
+        """Nothing is told while the container stands still: that waits for its reader."""
         self._folder = Path(host.images_dir) / f"pyploop-{self.id}-out"
 
     def begin(self) -> list[str]:
@@ -290,6 +292,7 @@ class _Move:
             remote.call("dump", REQUEST, channel=number, **after)
             self._compare_clocks()
             self._log("resume")
+            self._quiet.enter_context(self._report.held())
             start = time.monotonic()
             limit.start()
             runtime.suspend()
@@ -308,6 +311,7 @@ class _Move:
                 raise
             moments = self._ask("restore", timeout=limit.ask(RESTORING))["moments"]
         resumed = time.monotonic()
+        self._quiet.close()
         self.result.moments = Moments(start, copied, dump.ended, stream.ended, resumed)
         running, asked = moments["running"], moments["restore"]
         there = max(
@@ -353,12 +357,14 @@ class _Move:
         """Stop, last blocks, start on the target."""
         if running:
             self._log("start")
+            self._quiet.enter_context(self._report.held())
             self._runtime.stop()
         self.result.disks = disks.finish()
         if self._runtime.state().running:
             name = self._runtime.container
             raise MigrateError(COPY_FAILED, f"container {name} was started during the migration")
         self._ask("start", timeout=RESTORING, run=running)
+        self._quiet.close()
 
     def _ask(self, op: str, timeout: float, **args: Any) -> dict[str, Any]:
         """From here on the target decides."""
@@ -369,6 +375,10 @@ class _Move:
         """After a failure: false when it runs here again, true when it turns
         out that it runs on the target.  MigrateError: that cannot be known."""
         signals.only_told(self._report, "is late: what has failed is being ended already")
+        with self._quiet:
+            return self._lost(cause)
+
+    def _lost(self, cause: BaseException) -> bool:
         end_all(self._jobs)  # CRIU, ended in the midst of a dump, spoils the container
         try:
             moved = self._journal.get("stage") == recover.ASKED and self._settle(cause)
@@ -379,6 +389,7 @@ class _Move:
             self._report.note(f"Went wrong after the target had it: {cause}")
             return True
         self._tell(undo_kinds.undo_all(self._journal))
+        self._quiet.close()
         self._lock.close(remove=True)
         # What the connection's end would do anyway, but now its result is known.
         self._there("undo")
