@@ -312,8 +312,8 @@ def run_source(world: World, data: bytes) -> None:
 
     asked = Remote.call
 
-    def call(self: Remote, op: str, timeout: float, /, **args: Any) -> dict[str, Any]:
-        return asked(self, op, min(timeout, CALL), **args)
+    def call(self: Remote, op: str, timeout: float, /, *more: Any, **args: Any) -> dict[str, Any]:
+        return asked(self, op, min(timeout, CALL), *more, **args)
 
     failure: BaseException | None = None
     wish = orchestrator.Wish("made-up", live=True, copy=Options(stall=1))

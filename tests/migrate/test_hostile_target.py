@@ -68,6 +68,28 @@ def test_who_reads_no_messages_keeps_no_container_suspended(trees: Pair) -> None
     goes_on(trees)
 
 
+def test_a_signal_does_not_wait_for_an_answer_of_the_target(trees: Pair) -> None:
+    """It waited for the end of a tree's pass to be told, --timeout and 30 s."""
+    with_target(trees, "chatter")
+    words = ["migrate", "--config", str(trees.a / "migrate.toml"), "--live"]
+    process = subprocess.Popen(
+        [*support.pyploop_cmd(), *words, "--suspend-limit", "0", "other", "box"],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        env=support.pyploop_env(),
+    )
+    try:
+        told = trees.b / "migrate.toml.chattered"
+        support.wait_until(told.exists, "the end of a pass is waited for", 40)
+        assert trees.step(trees.a, "status") == "suspended"
+        process.terminate()
+        support.wait_until(lambda: trees.step(trees.a, "status") == "running", "it goes on")
+    finally:
+        process.kill()
+        process.wait()
+
+
 def test_a_target_that_cannot_be_asked_keeps_no_other_from_being_asked(
     pair: Pair,  # noqa: F811
 ) -> None:
