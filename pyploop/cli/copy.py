@@ -14,7 +14,6 @@ import stat
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
-from pathlib import Path
 from typing import IO
 
 from pyploop.cli.copy_options import (
@@ -32,6 +31,7 @@ from pyploop.diskcopy.target_registry import open_output
 from pyploop.disks import opening
 from pyploop.errors import (
     Interrupted,
+    OpenError,
     ParameterError,
     PyploopError,
     ReadError,
@@ -41,7 +41,7 @@ from pyploop.freeze.throttle import Throttle
 from pyploop.report import timings
 from pyploop.report.events import JsonRenderer, ProgressRenderer, Reporter, TextRenderer
 from pyploop.report.timeline import Recorder, chrome_trace
-from pyploop.system import descriptors
+from pyploop.system import descriptors, shared_folder
 from pyploop.trackers.registry import choose
 
 
@@ -158,9 +158,12 @@ def _send(o: argparse.Namespace, report: Reporter) -> None:
 def _write_trace(path: str, recorder: Recorder, report: Reporter) -> None:
     """A trace that cannot be written does not spoil the copy."""
     try:
-        Path(path).write_text(chrome_trace(recorder))
+        with shared_folder.open_log(path) as f:
+            f.write(chrome_trace(recorder))
     except OSError as e:
         report.error(f"--trace {path}: {e.strerror}")
+    except OpenError as e:
+        report.error(f"--trace {e}")
 
 
 def _tell_times(sender: Sender, report: Reporter) -> None:
@@ -211,9 +214,11 @@ def _reporter(o: argparse.Namespace, level: int) -> Iterator[Reporter]:
                 report.add(TextRenderer(level, None, err))
         else:
             try:
-                handle = open(o.json, "w")  # noqa: SIM115 - closed by _close
+                handle = shared_folder.open_log(o.json)  # closed by _close
             except OSError as e:
                 raise ParameterError.of(f"--json {o.json}", e) from e
+            except OpenError as e:
+                raise ParameterError(f"--json {e}") from e
             files.callback(_close, handle)
             report.add(JsonRenderer(handle))
             report.add(TextRenderer(level, out or err, err))

@@ -6,14 +6,13 @@ from __future__ import annotations
 import contextlib
 import sys
 from collections.abc import Iterator
-from pathlib import Path
 from typing import TextIO
 
 from pyploop.cli import migrate_options
 from pyploop.cli.migrate_options import MigrateOptions
 from pyploop.diskcopy.freeze_policy import Policy
 from pyploop.diskcopy.options import Options
-from pyploop.errors import Interrupted, MigrateError, PyploopError, one_line
+from pyploop.errors import Interrupted, MigrateError, OpenError, PyploopError, one_line
 from pyploop.migration import rsync_options
 from pyploop.migration.source import recover
 from pyploop.migration.source.orchestrator import Result, Wish, migrate
@@ -23,6 +22,7 @@ from pyploop.report.timeline import chrome_trace
 from pyploop.runtimes import COPY_FAILED, DUMP_FAILED, LOCKED, USAGE, config
 from pyploop.runtimes.config import CTID
 from pyploop.runtimes.registry import make_runtime
+from pyploop.system import shared_folder
 
 
 def run(args: list[str], level: int) -> int:
@@ -61,9 +61,12 @@ def _run(o: MigrateOptions, report: Reporter) -> int:
         result = migrate(host, runtime, wish, report)
     if o.trace is not None:
         try:
-            Path(o.trace).write_text(chrome_trace(result.recorder))
+            with shared_folder.open_log(o.trace) as f:
+                f.write(chrome_trace(result.recorder))
         except OSError as e:
             report.error(f"--trace {o.trace}: {e.strerror}")
+        except OpenError as e:
+            report.error(f"--trace {e}")
     if o.times and result.moments is not None:
         try:
             table = timings.table(result.moments.rows(), result.moments.total)
@@ -134,9 +137,11 @@ def _reporter(o: MigrateOptions, level: int) -> Iterator[Reporter]:
         else:
             if o.json is not None:
                 try:
-                    handle = open(o.json, "w")  # noqa: SIM115 - closed by _close
+                    handle = shared_folder.open_log(o.json)  # closed by _close
                 except OSError as e:
                     raise MigrateError(USAGE, f"--json {o.json}: {e.strerror}") from e
+                except OpenError as e:
+                    raise MigrateError(USAGE, f"--json {e}") from e
                 files.callback(_close, handle, o.json)
                 report.add(JsonRenderer(handle))
             report.add(TextRenderer(level, sys.stdout, sys.stderr))

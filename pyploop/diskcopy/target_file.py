@@ -16,7 +16,7 @@ import contextlib
 import os
 import stat
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NoReturn
 
@@ -32,7 +32,7 @@ from pyploop.errors import (
     WriteError,
 )
 from pyploop.report.events import Reporter
-from pyploop.system import kernel
+from pyploop.system import kernel, shared_folder
 from pyploop.undo.journal import Journal
 
 MODE = 0o600
@@ -72,9 +72,12 @@ class Sink:
         """time.monotonic_ns() of the last sync's end."""
         _check_free(path)
         try:
+            shared_folder.check_links(path)
             self._dir_fd = os.open(target.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         except OSError as e:
             raise CreateError.of(f"cannot create {path}: folder {target.parent}", e) from e
+        except OpenError as e:
+            raise CreateError(str(e)) from None
         try:
             self.fd = self._create()
         except BaseException as e:  # a signal's, too
@@ -289,16 +292,12 @@ class Sink:
                     os.fchmod(self.fd, target_name.COMPLETE)
                 return self._beside(part)
             return self._beside(name)
-        for folder in Path(os.path.abspath(self.path)).parents:
+        for fd in _with_those_above(self._dir_fd):
             with contextlib.suppress(OSError):
-                fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-                try:
-                    self._link(self.fd, name, fd)
-                    with contextlib.suppress(OSError):
-                        os.fsync(fd)
-                    return str(folder / name)
-                finally:
-                    os.close(fd)
+                self._link(self.fd, name, fd)
+                with contextlib.suppress(OSError):
+                    os.fsync(fd)
+                return os.path.join(os.readlink(f"/proc/self/fd/{fd}"), name)
         return ""
 
     def __enter__(self) -> Sink:
@@ -325,6 +324,28 @@ class Sink:
             error.state = f"{words}; everything else was undone here"
         elif isinstance(error, OSError):
             raise ReadError(f"{error.filename or self.path}: {error.strerror}; {words}") from error
+
+
+def _with_those_above(folder: int) -> Iterator[int]:
+    """The open folder, and those above it: from each to the next, for by a path
+    somebody may lead us elsewhere meanwhile.  A descriptor is valid until the next."""
+    yield folder
+    fd = folder
+    try:
+        while True:
+            above = os.open("..", os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC, dir_fd=fd)
+            top = os.path.samestat(os.fstat(above), os.fstat(fd))
+            if fd != folder:
+                os.close(fd)
+            fd = above
+            if top:
+                return
+            yield fd
+    except OSError:
+        return
+    finally:
+        if fd != folder:
+            os.close(fd)
 
 
 def make_durable(fd: int, path: str) -> None:

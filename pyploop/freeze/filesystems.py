@@ -17,7 +17,7 @@ from pyploop.errors import (
     OpenError,
     ParameterError,
 )
-from pyploop.freeze.mounted import FREEZABLE, Mounted
+from pyploop.freeze.mounted import FREEZABLE, Mounted, node
 from pyploop.report.events import Reporter
 from pyploop.system import kernel, sysblock
 from pyploop.system.sysblock import CAP_SYS_ADMIN, Mount
@@ -187,24 +187,18 @@ class FileSystems:
 
     def _lock(self) -> None:
         """Two copies of one file system must not rely on each other's freeze.
-        The lock is on the device's own file in sysfs: on the mount point it
-        would be in the way of who unmounts."""
+        The lock is on the device's node: one on the mount point would be in the way
+        of who unmounts, and what everybody can open, as the device's file in sysfs,
+        everybody can lock."""
         if self._locks:
             return
         deadline = time.monotonic() + LOCK_DEADLINE
         for m in self._all:
             if (device := m.device) is None:
                 continue
-            try:
-                fd = os.open(
-                    f"/sys/dev/block/{device[0]}:{device[1]}/dev", os.O_RDONLY | os.O_CLOEXEC
-                )
-            except OSError:
-                continue  # of no device here; `check_frozen` sees what ends too early
-            self._locks.append(fd)
             while True:
                 try:
-                    fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    self._locks.append(_lock_device(device))
                     break
                 except BlockingIOError:
                     if time.monotonic() > deadline:
@@ -212,6 +206,8 @@ class FileSystems:
                             f"another copy keeps {m.point} frozen, or is about to"
                         ) from None
                     time.sleep(0.02)
+                except OSError:
+                    break  # of no device here; `check_frozen` sees what ends too early
 
     # ---- the freeze
 
@@ -362,3 +358,14 @@ class FileSystems:
             m.held = None
         if failed:
             raise DeviceControlError("; ".join(failed))
+
+
+def _lock_device(device: tuple[int, int]) -> int:
+    """The locked descriptor.  BlockingIOError: another copy has the lock."""
+    fd = sysblock.open_device(node(device), device)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BaseException:
+        os.close(fd)
+        raise
+    return fd

@@ -186,7 +186,7 @@ def in_use(device: tuple[int, int], wait: float = UNMOUNT_DEADLINE) -> bool:
     deadline = time.monotonic() + wait
     while True:
         try:
-            os.close(os.open(_node(device), os.O_RDONLY | os.O_EXCL | os.O_CLOEXEC))
+            os.close(os.open(node(device), os.O_RDONLY | os.O_EXCL | os.O_CLOEXEC))
         except OSError as e:
             if e.errno != errno.EBUSY:
                 # Gone, or out of reach: nothing can be mounted from it here.
@@ -198,7 +198,7 @@ def in_use(device: tuple[int, int], wait: float = UNMOUNT_DEADLINE) -> bool:
             return False
 
 
-def _node(device: tuple[int, int]) -> str:
+def node(device: tuple[int, int]) -> str:
     """Its name in /dev, as the kernel gives it."""
     with contextlib.suppress(OSError):
         text = Path(f"/sys/dev/block/{device[0]}:{device[1]}/uevent").read_text()

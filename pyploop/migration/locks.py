@@ -30,9 +30,8 @@ def container_lock(folder: Path, ctid: str) -> Iterator[None]:
     owner is gone is taken over."""
     name = f"{ctid}.lck"
     try:
-        with private_folder.opened(folder, make=True) as fd:
-            # Two who find the same stale lock must not both take it over.
-            fcntl.flock(fd, fcntl.LOCK_EX)
+        # Two who find the same stale lock must not both take it over.
+        with private_folder.opened(folder, make=True) as fd, _alone_in(fd):
             _remove_stale(fd, name)
             _make(fd, name, f"container {ctid} is locked ({folder / name}, process {{}})")
     except OSError as e:
@@ -47,8 +46,11 @@ def container_lock(folder: Path, ctid: str) -> Iterator[None]:
 
 def remove_dead(folder: Path) -> None:
     """Remove the locks whose owners are gone; others stay."""
-    with contextlib.suppress(FileNotFoundError), private_folder.opened(folder) as fd:
-        fcntl.flock(fd, fcntl.LOCK_EX)
+    with (
+        contextlib.suppress(FileNotFoundError),
+        private_folder.opened(folder) as fd,
+        _alone_in(fd),
+    ):
         for name in os.listdir(fd):
             if name.endswith(".lck"):
                 _remove_stale(fd, name)
@@ -79,9 +81,18 @@ def _remove_stale(folder: int, name: str) -> None:
     # age can tell.
     if owner == 0 and time.time() - os.stat(name, dir_fd=folder).st_mtime < 60:
         return
-    if owner and (owner == os.getpid() or Path(f"/proc/{owner}").exists()):
+    if owner and (owner == os.getpid() or _may_own(owner)):
         return
     os.unlink(name, dir_fd=folder)
+
+
+def _may_own(pid: int) -> bool:
+    """A process that could have made a lock here.  Another user's, which has got the
+    number since, would keep the container locked for as long as he likes."""
+    try:
+        return os.stat(f"/proc/{pid}").st_uid in (0, os.geteuid())
+    except OSError:
+        return False
 
 
 def _owner(folder: int, name: str) -> int | None:
@@ -99,9 +110,18 @@ def _owner(folder: int, name: str) -> int | None:
 @contextlib.contextmanager
 def exclusive(folder: Path) -> Iterator[None]:
     """Keep others who do the same with this folder out; they wait."""
-    with private_folder.opened(folder) as fd:
-        fcntl.flock(fd, fcntl.LOCK_EX)
+    with private_folder.opened(folder) as fd, _alone_in(fd):
         yield
+
+
+@contextlib.contextmanager
+def _alone_in(folder: int) -> Iterator[None]:
+    with private_folder.lockable(folder) as fd:
+        fcntl.flock(fd, fcntl.LOCK_EX)
+        try:
+            yield
+        finally:
+            fcntl.flock(fd, fcntl.LOCK_UN)
 
 
 @contextlib.contextmanager

@@ -12,7 +12,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from pyploop.errors import MigrateError, PyploopError
+from pyploop.errors import DeviceControlError, MigrateError, PyploopError
 from pyploop.runtimes import USAGE, Runtime, config, volumes
 from pyploop.runtimes.config import HostConfig
 from pyploop.runtimes.registry import make_runtime
@@ -135,6 +135,13 @@ def make_folders(log: Journal, path: Path, mode: int, root: str = "") -> None:
         folder.mkdir(mode)
 
 
+def note_done(log: Journal, entry: Entry) -> None:
+    """A folder that takes no more (others have filled its file system) costs the note,
+    and not the steps that come next: each may be undone again."""
+    with contextlib.suppress(DeviceControlError):
+        log.done(entry)
+
+
 def undo_all(log: Journal, keep: bool = False, over: bool = True) -> list[str]:
     """Undo the journal's entries in reverse; returns what could not be undone,
     which stays in it.  keep: what was copied is kept (--keep-dst).  over: an
@@ -150,7 +157,7 @@ def undo_all(log: Journal, keep: bool = False, over: bool = True) -> list[str]:
             why = str(e) if isinstance(e, PyploopError) else e.strerror
             failed.append(f"{journal.describe(entry)}: {why}")
             continue
-        log.done(entry)
+        note_done(log, entry)
     if over:
         log.close()
     return failed

@@ -3,8 +3,8 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
-import tempfile
 from collections.abc import Callable, Mapping, Sequence
 
 from pyploop.errors import MigrateError
@@ -31,7 +31,9 @@ class Command:
         could not be checkpointed with a file of this host.  groups: its supplementary
         ones, None: ours.  OSError when it cannot be run."""
         self.argv = list(argv)
-        self._output = tempfile.TemporaryFile()  # noqa: SIM115 - closed by wait()
+        # Not in a folder: one that is full would keep the command, which may be the
+        # one that lets the container go on, from being run.
+        self._output = os.fdopen(os.memfd_create("pyploop-output"), "w+b")
         try:
             self._process = signals.begun(
                 lambda: subprocess.Popen(

@@ -25,6 +25,8 @@ MOST_LINKS = 40
 """Symbolic links on the way to one file, as the kernel counts them."""
 LARGEST = 64 << 20
 """Bytes of one file here: a journal has an entry for each step."""
+GUARD = ".pyploop.guard"
+"""Locked instead of a folder that others can look into, as vzctl's."""
 _FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _FILE = os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
 
@@ -181,6 +183,20 @@ def scratch() -> Iterator[Path]:
 
 
 # ---- files in such a folder
+
+
+@contextlib.contextmanager
+def lockable(folder: int) -> Iterator[int]:
+    """What to lock so that others who use the folder wait: itself, or a file of ours
+    in it.  Who can open something, if only to read it, can lock it for ever."""
+    if not os.fstat(folder).st_mode & 0o044:
+        yield folder
+        return
+    fd = open_file(folder, GUARD, os.O_RDWR | os.O_CREAT)
+    try:
+        yield fd
+    finally:
+        os.close(fd)
 
 
 def create(folder: int, name: str) -> int:

@@ -307,7 +307,11 @@ def records(where: Path | None = None, ignored: Ignored = lambda _: None) -> lis
     other users too, of which `ignored` is told in words."""
     where = where or folder()
     found = []
-    with contextlib.suppress(FileNotFoundError), private_folder.opened(where) as fd:
+    with (
+        _unreadable(where),
+        contextlib.suppress(FileNotFoundError),
+        private_folder.opened(where) as fd,
+    ):
         for name in os.listdir(fd):
             if not name.endswith(".json"):
                 continue
@@ -324,14 +328,26 @@ def records(where: Path | None = None, ignored: Ignored = lambda _: None) -> lis
 
 
 @contextlib.contextmanager
+def _unreadable(where: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as e:
+        raise OpenError.of(f"cannot look into {where} for undo journals", e) from e
+
+
+@contextlib.contextmanager
 def replaying(where: Path | None = None) -> Iterator[None]:
     """Keep other replays out meanwhile.  BusyError when one is under way."""
+    where = where or folder()
     with contextlib.ExitStack() as held:
         try:
-            fd = held.enter_context(private_folder.opened(where or folder()))
+            fd = held.enter_context(private_folder.opened(where))
+            fd = held.enter_context(private_folder.lockable(fd))
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except FileNotFoundError:
             pass  # no journals either
         except BlockingIOError:
             raise BusyError("another `pyploop thaw` is at work") from None
+        except OSError as e:
+            raise OpenError.of(f"cannot look into {where} for undo journals", e) from e
         yield

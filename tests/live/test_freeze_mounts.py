@@ -5,6 +5,7 @@ moves, those that cannot be frozen, those of which only a file is mounted."""
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import os
 import socket
 import subprocess
@@ -232,6 +233,22 @@ def test_another_copy_waits_for_the_freeze_although_nothing_pins_the_mount(
     finally:
         two.close()
         one.close()
+
+
+def test_a_lock_that_every_user_can_take_keeps_no_copy_from_freezing(
+    folder: Path, disk: tuple[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    device, m = disk
+    monkeypatch.setattr(filesystems, "LOCK_DEADLINE", 0.1)
+    number = Path(f"/sys/block/{Path(device).name}/dev").read_text().strip()
+    open_to_all = os.open(f"/sys/dev/block/{number}/dev", os.O_RDONLY)
+    systems = FileSystems([Mount(str(m), "ext4", device)], Reporter())
+    try:
+        fcntl.flock(open_to_all, fcntl.LOCK_EX)
+        systems.guard()
+    finally:
+        systems.close()
+        os.close(open_to_all)
 
 
 # ---- what cannot be frozen

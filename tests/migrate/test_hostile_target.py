@@ -6,12 +6,19 @@ from __future__ import annotations
 
 import json
 import subprocess
+from pathlib import Path
 
 import pytest
 import support
 from anypair import SSH, Pair
 from test_command import killed, pair  # noqa: F401 - a fixture
 from test_suspend_limit import with_target
+
+from pyploop.errors import MigrateError
+from pyploop.migration.source import recover
+from pyploop.report.events import Reporter
+from pyploop.runtimes.config import HostConfig
+from pyploop.undo.journal import Journal
 
 
 @pytest.fixture
@@ -88,6 +95,19 @@ def test_a_signal_does_not_wait_for_an_answer_of_the_target(trees: Pair) -> None
     finally:
         process.kill()
         process.wait()
+
+
+@pytest.mark.parametrize(("kind", "how"), [("resume", "suspended"), ("start", "stopped")])
+def test_a_doubt_says_how_the_container_stands_still(tmp_path: Path, kind: str, how: str) -> None:
+    host = HostConfig(None, state_dir=str(tmp_path), ssh=("false",))
+    log = Journal.create("migration", tmp_path, host="nowhere", migration="0" * 16)
+    try:
+        log.add({"kind": kind})
+        with pytest.raises(MigrateError, match=f"it stays {how} here") as failed:
+            recover.settled(host, log, "lost", Reporter(), patience=0)
+        assert failed.value.exit_code == 4
+    finally:
+        log.close()
 
 
 def test_a_target_that_cannot_be_asked_keeps_no_other_from_being_asked(

@@ -193,6 +193,25 @@ def test_a_hard_link_that_is_broken_between_passes_does_not_mix_two_files(
         assert account(c.source) == account(c.target)
 
 
+def test_a_full_folder_for_temporary_files_cuts_no_list_short(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """rsync ends with 0 although nothing of what it prints has found room."""
+    (source / "a").write_bytes(b"one file" * 1000)
+    os.link(source / "a", source / "b")
+    full = tmp_path / "full"
+    with support.tmpfs(full, 65536), copying(tmp_path, source) as c:
+        (full / "user").write_bytes(b"x" * 65536)
+        monkeypatch.setattr("tempfile.tempdir", str(full))
+        c.trees.copy_while_running()
+        assert c.events[0]["files"] == 2, "a name or two are the same file"
+        c.trees.prepare_last()
+        (source / "b").unlink()
+        (source / "b").write_bytes(b"another." * 1000)
+        c.finish()
+        assert account(c.source) == account(c.target)
+
+
 def test_what_is_deleted_replaced_or_moved_is_so_at_the_target(
     source: Path, tmp_path: Path
 ) -> None:

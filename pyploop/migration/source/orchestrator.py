@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from pyploop.diskcopy.options import Options, Summary
-from pyploop.errors import MigrateError, PyploopError
+from pyploop.errors import DeviceControlError, MigrateError, PyploopError
 from pyploop.migration import commit_record, file_stream, image_chain, undo_kinds
 from pyploop.migration.memory_policy import MemoryPolicy
 from pyploop.migration.source import host_identity, memory, recover, trees
@@ -431,7 +431,9 @@ class _Move:
     def arrived(self) -> None:
         """It runs on the target: end it here, and tidy both sides."""
         self.too_late()
-        self._journal.set(stage=recover.MOVED)
+        # A full folder: the record says that the target was asked, and it knows.
+        with contextlib.suppress(DeviceControlError):
+            self._journal.set(stage=recover.MOVED)
         self._there("finish")
         wish = self._wish
         self._tell(

@@ -38,7 +38,7 @@ def finish_source(log: Journal, runtime: Runtime, remove: bool, *, stopped: bool
     failed = []
     for entry in log.entries:
         if entry["kind"] in ("resume", "start"):
-            log.done(entry)
+            undo_kinds.note_done(log, entry)
     try:
         if stopped and undo_kinds.runs(runtime):
             raise MigrateError(
@@ -75,10 +75,12 @@ def settled(
             break
         except PyploopError as e:
             if time.monotonic() + RETRY > deadline:
+                live = any(entry["kind"] == "resume" for entry in log.entries)
+                how = "suspended" if live else "stopped"
                 raise MigrateError(
                     CANNOT_CONNECT,
                     f"{cause}; {log.get('host')} cannot be asked whether the container runs there "
-                    f"({e}): it stays suspended here until `pyploop migrate --recover` can ask",
+                    f"({e}): it stays {how} here until `pyploop migrate --recover` can ask",
                 ) from e
             time.sleep(RETRY)
     _tell(answer, log, report)

@@ -412,5 +412,5 @@ def complete(log: Journal) -> list[str]:
         if entry["kind"] == "copied":
             Path(entry["kept"]).unlink(missing_ok=True)  # it was of no use
         if not entry.get("transient"):
-            log.done(entry)
+            undo_kinds.note_done(log, entry)
     return undo_kinds.undo_all(log)

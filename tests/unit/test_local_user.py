@@ -1,0 +1,242 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a local user may do meanwhile: hold locks, fill file systems, make links first."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import stat
+import subprocess
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+from support import needs, tmpfs
+
+from pyploop.diskcopy import target_file
+from pyploop.errors import BusyError, CreateError, OpenError
+from pyploop.migration import locks, undo_kinds
+from pyploop.system import commands, private_folder, shared_folder
+from pyploop.undo import journal
+from pyploop.undo.journal import Journal
+
+NOBODY = 65534
+
+
+@contextmanager
+def as_user(uid: int) -> Iterator[None]:
+    """What the body makes is this user's."""
+    needs("root")
+    os.seteuid(uid)
+    try:
+        yield
+    finally:
+        os.seteuid(0)
+
+
+@pytest.fixture
+def shared(tmp_path: Path) -> Path:
+    """Like /tmp."""
+    needs("root")
+    made = tmp_path / "shared"
+    made.mkdir()
+    made.chmod(0o1777)
+    for folder in (made, *made.parents[:-1]):
+        if not folder.stat().st_mode & 0o001:  # pytest's own are 0700
+            folder.chmod(folder.stat().st_mode | 0o011)
+    return made
+
+
+def within(seconds: float, work: Callable[[], object]) -> None:
+    """Fails when it takes longer."""
+    done = threading.Event()
+
+    def one() -> None:
+        work()
+        done.set()
+
+    threading.Thread(target=one, daemon=True).start()
+    assert done.wait(seconds), "it waits for somebody who may hold it for ever"
+
+
+# ---- locks
+
+
+def _take(folder: Path) -> None:
+    with locks.container_lock(folder, "101"):
+        pass
+
+
+def _exclude(folder: Path) -> None:
+    with locks.exclusive(folder):
+        pass
+
+
+def _replay(folder: Path) -> None:
+    with journal.replaying(folder):
+        pass
+
+
+@pytest.mark.parametrize("use", [_take, _exclude, locks.remove_dead, _replay])
+def test_a_folder_that_others_can_read_is_not_what_is_locked(
+    tmp_path: Path, use: Callable[[Path], None]
+) -> None:
+    tmp_path.chmod(0o755)  # as vzctl's is
+    fd = os.open(tmp_path, os.O_RDONLY)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX)  # whoever can read it can do that
+        within(5, lambda: use(tmp_path))
+    finally:
+        os.close(fd)
+    (guard,) = tmp_path.iterdir()
+    assert stat.S_IMODE(guard.stat().st_mode) == 0o600
+
+
+def test_two_of_ours_still_wait_for_each_other(tmp_path: Path) -> None:
+    tmp_path.chmod(0o755)
+    with journal.replaying(tmp_path), pytest.raises(BusyError, match="at work"):
+        journal.replaying(tmp_path).__enter__()
+
+
+def test_a_dead_lock_whose_pid_another_user_s_process_has_by_now_is_taken_over(
+    tmp_path: Path,
+) -> None:
+    user = subprocess.Popen(["setpriv", f"--reuid={NOBODY}", "sleep", "60"])
+    try:
+        while os.stat(f"/proc/{user.pid}").st_uid != NOBODY:
+            pass
+        (tmp_path / "101.lck").write_text(f"{user.pid}\n")
+        with locks.container_lock(tmp_path, "101"):
+            assert int((tmp_path / "101.lck").read_text()) == os.getpid()
+    finally:
+        user.kill()
+        user.wait()
+
+
+def test_journals_that_are_not_to_be_read_are_said_so(shared: Path) -> None:
+    folder = shared / "run"
+    folder.mkdir(mode=0o700)
+    with as_user(NOBODY):
+        with pytest.raises(OpenError, match="Permission denied"):
+            journal.records(folder)
+        with pytest.raises(OpenError, match="Permission denied"):
+            journal.replaying(folder).__enter__()
+
+
+# ---- full file systems
+
+
+def test_a_full_file_system_of_the_journal_keeps_no_step_from_being_undone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    done: list[str] = []
+    kind = journal.Kind(lambda e: done.append(e["what"]), outlives_boot=True, keep=None)
+    monkeypatch.setitem(journal._kinds, "a step", kind)
+    needs("root")
+    state = tmp_path / "state"
+    with tmpfs(state, 65536):
+        state.chmod(0o700)
+        log = Journal.create("a test", state)
+        for what in ("suspend", "dump", "copy"):
+            log.add({"kind": "a step", "what": what})
+        number = 0
+        while True:  # a user takes all that there is
+            try:
+                (state / f"user.{number}").write_bytes(b"x" * 4096)
+            except OSError:
+                break
+            number += 1
+        assert undo_kinds.undo_all(log) == []
+        assert done == ["copy", "dump", "suspend"]
+        assert not list(state.glob("*.json"))
+
+
+def test_a_full_folder_for_temporary_files_keeps_no_command_from_running(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / "which cannot be used"))
+    assert commands.run(["echo", "resumed"], 8, 10) == "resumed\n"
+
+
+# ---- what lies there first
+
+
+def test_a_log_goes_through_no_link_of_another_user(shared: Path, tmp_path: Path) -> None:
+    precious = tmp_path / "precious"
+    precious.write_text("root's own")
+    with as_user(NOBODY):
+        (shared / "log").symlink_to(precious)
+        os.mkfifo(shared / "fifo")
+        (shared / "file").write_text("theirs")
+        (shared / "folder").symlink_to(tmp_path)
+    os.link(precious, shared / "hard")
+    for name in ("log", "fifo", "file", "hard", "folder/new"):
+        with pytest.raises(OpenError, match="is not"):
+            shared_folder.open_log(str(shared / name)).close()
+    assert precious.read_text() == "root's own"
+    assert not (tmp_path / "new").exists()
+    assert (shared / "file").read_text() == "theirs"
+
+
+def test_a_log_of_one_s_own_is_written_as_ever(shared: Path, tmp_path: Path) -> None:
+    (shared / "old").write_text("a longer text than the new one")
+    (shared / "link").symlink_to(shared / "behind")
+    (shared / "folder").symlink_to(tmp_path)
+    for name in ("old", "new", "link", "folder/in"):
+        with shared_folder.open_log(str(shared / name)) as f:
+            f.write("new")
+        assert (shared / name).read_text() == "new"
+    os.mkfifo(shared / "fifo")
+    reader = os.open(shared / "fifo", os.O_RDONLY | os.O_NONBLOCK)
+    with shared_folder.open_log(str(shared / "fifo")) as f:
+        f.write("new")
+    assert os.read(reader, 9) == b"new"
+    os.close(reader)
+
+
+def test_no_target_is_made_behind_a_link_of_another_user(shared: Path, tmp_path: Path) -> None:
+    with as_user(NOBODY):
+        (shared / "folder").symlink_to(tmp_path)
+    with pytest.raises(CreateError, match="user 65534 owns the link"):
+        target_file.Sink(str(shared / "folder" / "image"))
+    assert not (tmp_path / "image").exists()
+
+
+def test_a_complete_copy_whose_name_was_taken_stays_in_its_folder_when_that_is_swapped(
+    shared: Path, tmp_path: Path
+) -> None:
+    theirs, elsewhere = shared / "theirs", tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    with as_user(NOBODY):
+        theirs.mkdir()
+    with (
+        pytest.raises(CreateError, match="complete"),
+        target_file.Sink(str(theirs / "image")) as target,
+    ):
+        target.set_size(4096)
+        with as_user(NOBODY):
+            (theirs / "image").write_text("taken")
+            theirs.rename(shared / "moved")
+            theirs.symlink_to(elsewhere)
+        target.commit()
+    assert list(elsewhere.iterdir()) == []
+    assert any("complete" in p.name for p in (shared / "moved").iterdir())
+
+
+def test_a_complete_copy_is_kept_above_when_its_folder_is_gone(shared: Path) -> None:
+    folder = shared / "folder"
+    folder.mkdir()
+    with pytest.raises(CreateError), target_file.Sink(str(folder / "image")) as target:
+        target.set_size(4096)
+        folder.rmdir()
+        target.commit()
+    assert [p.name.split("-")[0] for p in shared.iterdir()] == ["image.complete"]
+
+
+def test_the_guard_is_a_file_of_ours(tmp_path: Path) -> None:
+    tmp_path.chmod(0o755)
+    (tmp_path / private_folder.GUARD).symlink_to("/etc/hostname")
+    with pytest.raises(OpenError, match="not a regular file"):
+        _take(tmp_path)
