@@ -130,18 +130,26 @@ def _check_whole(path: str, size: int, loop: str) -> None:
         )
 
 
-def _open(path: str, flags: int, owned: contextlib.ExitStack, what: str) -> int:
+def _open(
+    path: str, flags: int, owned: contextlib.ExitStack, what: str, name: str | None = None
+) -> int:
     try:
         fd = os.open(path, flags | os.O_CLOEXEC)
     except OSError as e:
-        raise DeviceError.of(f"cannot open {what} {path}", e) from e
+        raise DeviceError.of(f"cannot open {what} {name or path}", e) from e
     owned.callback(os.close, fd)
     return fd
 
 
 def _open_file(path: str) -> Source:
     owned = contextlib.ExitStack()
-    fd = _open(path, os.O_RDONLY, owned, "the source")
+    # What it is is seen before it is opened: whoever owns its folder may have put a
+    # FIFO, for which an open waits, or a device in its place since it was looked at.
+    pin = _open(path, os.O_PATH, owned, "the source")
+    if not stat.S_ISREG(os.fstat(pin).st_mode):
+        owned.close()
+        raise DeviceError(f"the source {path} is no regular file any more")
+    fd = _open(f"/proc/self/fd/{pin}", os.O_RDONLY, owned, "the source", path)
     size = os.fstat(fd).st_size
     return Source(
         path,
@@ -239,14 +247,20 @@ def _use_backing(source: Source, where: Reach, loop: Loop, read: ReadPath) -> No
         name = sysblock.backing_file(loop.device.name)
         # The loop's own mode decides how: behind a direct-io loop the page
         # cache of the file is cold, behind a buffered one it is the truth.
-        fd = os.open(name, os.O_RDONLY | os.O_CLOEXEC | (os.O_DIRECT if status.direct_io else 0))
-        st = os.fstat(fd)
-        same = (os.major(st.st_dev), os.minor(st.st_dev)), st.st_ino
-        if same != (status.device, status.inode):
-            why = f"{name} is another file now, or a file of another mount namespace"
-        elif not stat.S_ISREG(st.st_mode):
-            why = f"{name} is not a regular file"
-        elif source.block is not None and loop.device.dev == source.block.dev:
+        pin = os.open(name, os.O_PATH | os.O_CLOEXEC)  # see _open_file
+        try:
+            st = os.fstat(pin)
+            same = (os.major(st.st_dev), os.minor(st.st_dev)), st.st_ino
+            if same != (status.device, status.inode):
+                why = f"{name} is another file now, or a file of another mount namespace"
+            elif not stat.S_ISREG(st.st_mode):
+                why = f"{name} is not a regular file"
+            else:
+                how = os.O_DIRECT if status.direct_io else 0
+                fd = os.open(f"/proc/self/fd/{pin}", os.O_RDONLY | os.O_CLOEXEC | how)
+        finally:
+            os.close(pin)
+        if not why and source.block is not None and loop.device.dev == source.block.dev:
             source.notes += left_out(source.path, source.size, name, st.st_size, status)
     except (OSError, DeviceError) as e:
         why = str(e)

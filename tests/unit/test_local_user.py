@@ -13,12 +13,13 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from support import needs, tmpfs
+from support import loop_device, needs, tmpfs
 
 from pyploop.diskcopy import target_file
-from pyploop.errors import BusyError, CreateError, OpenError
+from pyploop.disks import opening
+from pyploop.errors import BusyError, CreateError, DeviceError, OpenError
 from pyploop.migration import locks, undo_kinds
-from pyploop.system import commands, private_folder, shared_folder
+from pyploop.system import commands, private_folder, shared_folder, sysblock
 from pyploop.undo import journal
 from pyploop.undo.journal import Journal
 
@@ -233,6 +234,44 @@ def test_a_complete_copy_is_kept_above_when_its_folder_is_gone(shared: Path) -> 
         folder.rmdir()
         target.commit()
     assert [p.name.split("-")[0] for p in shared.iterdir()] == ["image.complete"]
+
+
+def test_an_image_that_becomes_a_fifo_is_not_waited_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    image = tmp_path / "image"
+    image.write_bytes(b"x" * 4096)
+    attached = sysblock.loop_device_of
+
+    def swap(path: str) -> list[str]:
+        found = attached(path)
+        image.unlink()
+        os.mkfifo(image)
+        return found
+
+    monkeypatch.setattr(sysblock, "loop_device_of", swap)
+
+    def use() -> None:
+        with pytest.raises(DeviceError, match="no regular file any more"):
+            opening.open_source(str(image))
+
+    within(5, use)
+
+
+@pytest.mark.root
+def test_a_backing_file_that_a_fifo_has_replaced_is_not_waited_for(tmp_path: Path) -> None:
+    image = tmp_path / "image"
+    image.write_bytes(b"x" * (1 << 20))
+    with loop_device(image) as path:
+        image.unlink()
+        os.mkfifo(tmp_path / "image (deleted)")  # as sysfs calls it now
+
+        def use() -> None:
+            source = opening.open_source(path)
+            assert "is another file now" in source.io_mode
+            source.close()
+
+        within(20, use)
 
 
 def test_the_guard_is_a_file_of_ours(tmp_path: Path) -> None:
