@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from pyploop.errors import CommandError
+from pyploop.system import private_folder
 from pyploop.units import format_size
 
 TOOL_PATH = ":".join([p for p in [os.environ.get("PATH", "")] if p] + ["/usr/sbin", "/sbin"])
@@ -179,6 +180,8 @@ def run_demo(size: int, folder: str | None) -> None:
 
 def _demo(size: int, folder: str | None) -> None:
     root = os.geteuid() == 0
+    # Others could put their own in its place, and root would write and mount there.
+    private_folder.check_way(Path(folder or tempfile.gettempdir()) / "x")
     with contextlib.ExitStack() as undo:
         work = Path(tempfile.mkdtemp(prefix="pyploop-demo-", dir=folder))
         undo.callback(shutil.rmtree, work)

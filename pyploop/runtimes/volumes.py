@@ -18,6 +18,7 @@ from pyploop.errors import MigrateError
 from pyploop.runtimes import BAD_CONFIG, COPY_FAILED, EXISTS, RESTORE_FAILED, Disk
 from pyploop.runtimes.config import within
 from pyploop.system import kernel, mount_options, mount_table, sysblock
+from pyploop.usage import users
 
 KEPT = ".pyploop-kept"
 """The end of a kept file's name (resumable_files.py)."""
@@ -143,10 +144,25 @@ def unmount(entry: dict[str, Any]) -> None:
         try:
             kernel.umount(point)
         except OSError as e:
-            if e.errno != errno.EBUSY or time.monotonic() > deadline:
+            if e.errno != errno.EBUSY:
                 raise
+            if time.monotonic() > deadline:
+                raise OSError(errno.EBUSY, f"{e.strerror}{_who_is_in(point)}", point) from e
             time.sleep(0.01)
     detach(image)
+
+
+def _who_is_in(point: str) -> str:
+    """In words; any user may be, where the folders above let him in."""
+    st = os.stat(point)
+    where = users.descriptor_on((os.major(st.st_dev), os.minor(st.st_dev)))
+    if not where:
+        return ""
+    pid = int(where.split("/")[2])
+    owner = ""
+    with contextlib.suppress(OSError):
+        owner = f" of user {os.stat(f'/proc/{pid}').st_uid}"
+    return f" ({users.describe(pid)}{owner} is there: {where}; end it)"
 
 
 def _mounted_from(point: str, image: str) -> list[mount_table.Entry]:

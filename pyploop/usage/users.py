@@ -222,7 +222,7 @@ class _Finder:
         name = member.device.name
         fstype = _live_file_system(name)
         if fstype:
-            where = _descriptor_on(member.device.dev)
+            where = descriptor_on(member.device.dev)
             what = (
                 f"holds a live {fstype} file system that is mounted nowhere in sight (umount -l?)"
             )
@@ -280,9 +280,9 @@ def _live_file_system(name: str) -> str:
     return ""
 
 
-def _descriptor_on(dev: Dev) -> str:
-    """What leads to a file system that is mounted nowhere: a process's folder or
-    open file there, as a path below /proc."""
+def descriptor_on(dev: Dev) -> str:
+    """What leads to a file system that may be mounted nowhere: a process's folder or
+    open file there, as a path below /proc; empty: no process is found."""
     for pid in sysblock.processes():
         for path in (f"/proc/{pid}/cwd", f"/proc/{pid}/root", *_descriptors(pid)):
             try:

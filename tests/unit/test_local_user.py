@@ -11,14 +11,21 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
-from support import loop_device, needs, tmpfs
+from support import loop_device, needs, run, tmpfs
 
+from pyploop.cli import demo_disk
 from pyploop.diskcopy import target_file
 from pyploop.disks import opening
 from pyploop.errors import BusyError, CreateError, DeviceError, OpenError
 from pyploop.migration import locks, undo_kinds
+from pyploop.migration.source import orchestrator
+from pyploop.report.events import Reporter
+from pyploop.runtimes import Disk, volumes
+from pyploop.runtimes.config import HostConfig
 from pyploop.system import commands, private_folder, shared_folder, sysblock
 from pyploop.undo import journal
 from pyploop.undo.journal import Journal
@@ -272,6 +279,48 @@ def test_a_backing_file_that_a_fifo_has_replaced_is_not_waited_for(tmp_path: Pat
             source.close()
 
         within(20, use)
+
+
+@pytest.mark.root
+def test_who_keeps_a_container_s_disk_mounted_is_named(
+    tmp_path: Path, shared: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    needs("mkfs.ext4")
+    monkeypatch.setattr(volumes, "BUSY_DEADLINE", 0.1)
+    image, point = tmp_path / "image", shared / "root"
+    image.write_bytes(b"")
+    os.truncate(image, 16 << 20)
+    run("mkfs.ext4", "-q", image)
+    point.mkdir()
+    volumes.mount(Disk(str(image), str(point), "ext4", "rw"))
+    user = subprocess.Popen(["setpriv", f"--reuid={NOBODY}", "sleep", "60"], cwd=point)
+    try:
+        while os.stat(f"/proc/{user.pid}").st_uid != NOBODY:
+            pass
+        with pytest.raises(OSError, match=f"process {user.pid} .sleep. of user {NOBODY}"):
+            volumes.unmount({"mount": str(point), "image": str(image)})
+    finally:
+        user.kill()
+        user.wait()
+        volumes.unmount({"mount": str(point), "image": str(image)})
+
+
+def test_the_folder_of_a_dump_is_not_named_by_what_the_target_shows(tmp_path: Path) -> None:
+    host = HostConfig(state_dir=str(tmp_path / "state"), images_dir=str(tmp_path))
+    runtime = cast(Any, SimpleNamespace(name="runc", container="box", keep_fds=()))
+    wish = orchestrator.Wish("b", live=True)
+    move = orchestrator._Move(host, runtime, wish, Reporter(), cast(Any, None), copied={})
+    (tmp_path / f"pyploop-{move.id}-out").mkdir()  # by who saw pyploop-ID there
+    move.begin_memory(None, 0)
+    assert undo_kinds.undo_all(move._journal) == []
+    move._lock.close(remove=True)
+    assert sorted(p.name for p in tmp_path.iterdir()) == [f"pyploop-{move.id}-out", "state"]
+
+
+def test_the_demo_s_folder_is_not_one_that_others_can_replace(shared: Path) -> None:
+    shared.chmod(0o777)
+    with pytest.raises(OpenError, match="others can write to"):
+        demo_disk.run_demo(1 << 20, str(shared))
 
 
 def test_the_guard_is_a_file_of_ours(tmp_path: Path) -> None:

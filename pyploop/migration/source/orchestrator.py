@@ -241,7 +241,9 @@ class _Move:
         self._jobs: list[Job[Any]] = []
         self._quiet = contextlib.ExitStack()
         """Nothing is told while the container stands still: that waits for its reader."""
-        self._folder = Path(host.images_dir) / f"pyploop-{self.id}-out"
+        # Not by the ID, which is the name of the target's: who sees that there, and has
+        # somebody here, would make this one first.
+        self._folder = Path(host.images_dir) / f"pyploop-{commit_record.new_id()}-out"
 
     def begin(self) -> list[str]:
         """The target makes its journal and its verdict.  Returns the names of
