@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import logging
+import os
 import stat
 import sys
 import threading
@@ -259,12 +260,16 @@ def _write_alias(folder: str) -> Path:
     """Put a module `libploop` into the folder; never over another's."""
     path = Path(folder) / "libploop.py"
     try:
-        if path.read_text() == ALIAS:
-            return path
-    except FileNotFoundError:
-        pass
-    with path.open("x") as f:
-        f.write(ALIAS)
+        with path.open("x") as f:
+            f.write(ALIAS)
+    except FileExistsError:
+        # Another user's may be a FIFO, and he can still change what is in it.
+        flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
+        with open(os.open(path, flags), "rb") as old:
+            st = os.fstat(old.fileno())
+            ours = stat.S_ISREG(st.st_mode) and st.st_uid in (0, os.geteuid())
+            if not ours or old.read(2 * len(ALIAS)) != ALIAS.encode():
+                raise
     return path
 
 

@@ -17,8 +17,10 @@ from typing import Any, cast
 import pytest
 from support import loop_device, needs, run, tmpfs
 
+from pyploop import libploop
 from pyploop.cli import demo_disk
 from pyploop.diskcopy import target_file
+from pyploop.diskcopy.undo_kinds import journal
 from pyploop.disks import opening
 from pyploop.errors import BusyError, CreateError, DeviceError, OpenError
 from pyploop.migration import locks, undo_kinds
@@ -27,7 +29,6 @@ from pyploop.report.events import Reporter
 from pyploop.runtimes import Disk, volumes
 from pyploop.runtimes.config import HostConfig
 from pyploop.system import commands, private_folder, shared_folder, sysblock
-from pyploop.undo import journal
 from pyploop.undo.journal import Journal
 
 NOBODY = 65534
@@ -321,6 +322,24 @@ def test_the_demo_s_folder_is_not_one_that_others_can_replace(shared: Path) -> N
     shared.chmod(0o777)
     with pytest.raises(OpenError, match="others can write to"):
         demo_disk.run_demo(1 << 20, str(shared))
+
+
+@pytest.mark.parametrize("what", ["fifo", "file", "link"])
+def test_the_alias_of_libploop_is_not_another_user_s(shared: Path, what: str) -> None:
+    path = shared / "libploop.py"
+    with as_user(NOBODY):
+        if what == "fifo":
+            os.mkfifo(path)
+        elif what == "file":
+            path.write_text(libploop.ALIAS)
+        else:
+            path.symlink_to("/etc/hostname")
+
+    def use() -> None:
+        with pytest.raises(OSError):
+            libploop._write_alias(str(shared))
+
+    within(5, use)
 
 
 def test_the_guard_is_a_file_of_ours(tmp_path: Path) -> None:
