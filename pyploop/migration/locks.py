@@ -31,7 +31,7 @@ def container_lock(folder: Path, ctid: str) -> Iterator[None]:
     name = f"{ctid}.lck"
     try:
         # Two who find the same stale lock must not both take it over.
-        with private_folder.opened(folder, make=True) as fd, _alone_in(fd):
+        with private_folder.opened(folder, make=True) as fd, private_folder.alone(fd):
             _remove_stale(fd, name)
             _make(fd, name, f"container {ctid} is locked ({folder / name}, process {{}})")
     except OSError as e:
@@ -49,7 +49,7 @@ def remove_dead(folder: Path) -> None:
     with (
         contextlib.suppress(FileNotFoundError),
         private_folder.opened(folder) as fd,
-        _alone_in(fd),
+        private_folder.alone(fd),
     ):
         for name in os.listdir(fd):
             if name.endswith(".lck"):
@@ -110,18 +110,8 @@ def _owner(folder: int, name: str) -> int | None:
 @contextlib.contextmanager
 def exclusive(folder: Path) -> Iterator[None]:
     """Keep others who do the same with this folder out; they wait."""
-    with private_folder.opened(folder) as fd, _alone_in(fd):
+    with private_folder.opened(folder) as fd, private_folder.alone(fd):
         yield
-
-
-@contextlib.contextmanager
-def _alone_in(folder: int) -> Iterator[None]:
-    with private_folder.lockable(folder) as fd:
-        fcntl.flock(fd, fcntl.LOCK_EX)
-        try:
-            yield
-        finally:
-            fcntl.flock(fd, fcntl.LOCK_UN)
 
 
 @contextlib.contextmanager

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import os
 import stat
 import tempfile
@@ -26,7 +27,7 @@ MOST_LINKS = 40
 LARGEST = 64 << 20
 """Bytes of one file here: a journal has an entry for each step."""
 GUARD = ".pyploop.guard"
-"""Locked instead of a folder that others can look into, as vzctl's."""
+"""Locked instead of a folder that others can look into, as vzctl's; removed then."""
 _FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _FILE = os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
 
@@ -186,17 +187,32 @@ def scratch() -> Iterator[Path]:
 
 
 @contextlib.contextmanager
-def lockable(folder: int) -> Iterator[int]:
-    """What to lock so that others who use the folder wait: itself, or a file of ours
-    in it.  Who can open something, if only to read it, can lock it for ever."""
+def alone(folder: int, *, wait: bool = True) -> Iterator[None]:
+    """Others who do the same with this folder wait.  wait: for them; else
+    BlockingIOError.  Who can open something, if only to read it, can lock it for ever:
+    where others can look into the folder, a file of ours in it is locked."""
+    how = fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB)
     if not os.fstat(folder).st_mode & 0o044:
-        yield folder
+        fcntl.flock(folder, how)
+        try:
+            yield
+        finally:
+            fcntl.flock(folder, fcntl.LOCK_UN)
         return
-    fd = open_file(folder, GUARD, os.O_RDWR | os.O_CREAT)
-    try:
-        yield fd
-    finally:
-        os.close(fd)
+    while True:
+        fd = open_file(folder, GUARD, os.O_RDWR | os.O_CREAT)
+        try:
+            fcntl.flock(fd, how)
+            if not os.fstat(fd).st_nlink:
+                continue  # who had it before has removed it
+            try:
+                yield
+            finally:
+                with contextlib.suppress(FileNotFoundError):
+                    os.unlink(GUARD, dir_fd=folder)
+            return
+        finally:
+            os.close(fd)
 
 
 def create(folder: int, name: str) -> int:

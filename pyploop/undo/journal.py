@@ -20,7 +20,6 @@ is undone by hand:
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import os
 import time
@@ -342,8 +341,7 @@ def replaying(where: Path | None = None) -> Iterator[None]:
     with contextlib.ExitStack() as held:
         try:
             fd = held.enter_context(private_folder.opened(where))
-            fd = held.enter_context(private_folder.lockable(fd))
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            held.enter_context(private_folder.alone(fd, wait=False))
         except FileNotFoundError:
             pass  # no journals either
         except BlockingIOError:

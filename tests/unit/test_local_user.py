@@ -5,9 +5,9 @@ from __future__ import annotations
 
 import fcntl
 import os
-import stat
 import subprocess
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -99,14 +99,31 @@ def test_a_folder_that_others_can_read_is_not_what_is_locked(
         within(5, lambda: use(tmp_path))
     finally:
         os.close(fd)
-    (guard,) = tmp_path.iterdir()
-    assert stat.S_IMODE(guard.stat().st_mode) == 0o600
+    assert list(tmp_path.iterdir()) == []
 
 
-def test_two_of_ours_still_wait_for_each_other(tmp_path: Path) -> None:
-    tmp_path.chmod(0o755)
+@pytest.mark.parametrize("mode", [0o700, 0o755])
+def test_two_of_ours_still_wait_for_each_other(tmp_path: Path, mode: int) -> None:
+    tmp_path.chmod(mode)
     with journal.replaying(tmp_path), pytest.raises(BusyError, match="at work"):
         journal.replaying(tmp_path).__enter__()
+    inside, most = 0, 0
+
+    def one() -> None:
+        nonlocal inside, most
+        for _ in range(50):
+            with locks.exclusive(tmp_path):
+                inside += 1
+                most = max(most, inside)
+                time.sleep(0)
+                inside -= 1
+
+    threads = [threading.Thread(target=one) for _ in range(4)]
+    for t in threads:
+        t.start()
+    for t in threads:
+        t.join()
+    assert (most, list(tmp_path.iterdir())) == (1, [])
 
 
 def test_a_dead_lock_whose_pid_another_user_s_process_has_by_now_is_taken_over(
