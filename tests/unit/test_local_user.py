@@ -20,7 +20,6 @@ from support import loop_device, needs, run, tmpfs
 from pyploop import libploop
 from pyploop.cli import demo_disk
 from pyploop.diskcopy import target_file
-from pyploop.diskcopy.undo_kinds import journal
 from pyploop.disks import opening
 from pyploop.errors import BusyError, CreateError, DeviceError, OpenError
 from pyploop.migration import locks, undo_kinds
@@ -29,6 +28,7 @@ from pyploop.report.events import Reporter
 from pyploop.runtimes import Disk, volumes
 from pyploop.runtimes.config import HostConfig
 from pyploop.system import commands, private_folder, shared_folder, sysblock
+from pyploop.undo import journal
 from pyploop.undo.journal import Journal
 
 NOBODY = 65534
