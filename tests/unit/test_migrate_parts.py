@@ -319,7 +319,8 @@ def test_a_command_whose_wait_is_interrupted_has_ended_before_anything_is_undone
     wait = subprocess.Popen.wait
 
     def waits(process: Any, timeout: float | None = None) -> int:
-        go.touch()
+        if not go.exists():
+            go.mkdir()  # no descriptor that the signal may leave open
         return wait(process, timeout)
 
     monkeypatch.setattr(subprocess.Popen, "wait", waits)
