@@ -64,6 +64,22 @@ cdef extern from "pl.h" nogil:
         PL_SINK_FILE
         PL_SINK_PACKETS
 
+    enum pl_pass_flags:
+        PL_PASS_SKIP_ZERO
+        PL_PASS_CHANGED
+        PL_PASS_HOLES
+        PL_PASS_LAST
+        PL_PASS_HOOK
+        PL_PASS_LIVE
+
+    enum pl_stage:
+        PL_STAGE_NONE
+        PL_STAGE_READ
+        PL_STAGE_WRITE
+        PL_STAGE_HOOK
+        PL_STAGE_PROTOCOL
+        PL_STAGE_REPLY
+
     struct pl_pump_cfg:
         int src_fd
         uint64_t src_base
@@ -98,7 +114,7 @@ cdef extern from "pl.h" nogil:
         uint64_t huge_bytes
 
     struct pl_fault:
-        int stage
+        pl_stage stage
         uint64_t pos
         uint64_t stream
         uint64_t frame
@@ -121,6 +137,10 @@ cdef extern from "pl.h" nogil:
     void pl_pump_limit(pl_pump *p, uint64_t rate)
     void pl_pump_cancel(pl_pump *p)
     void pl_pump_get_stats "pl_pump_stats"(const pl_pump *p, pl_pump_stats *out)
+
+    enum pl_recv_event:
+        PL_RECV_SYNC
+        PL_RECV_END
 
     struct pl_recv_cfg:
         int in_fd

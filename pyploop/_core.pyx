@@ -13,15 +13,15 @@ from cpython.bytes cimport PyBytes_FromStringAndSize
 from cpython.memoryview cimport PyMemoryView_FromMemory
 
 
-PASS_SKIP_ZERO = 1
-PASS_CHANGED = 2
-PASS_HOLES = 4
-PASS_LAST = 8
-PASS_HOOK = 16
-PASS_LIVE = 32
+PASS_SKIP_ZERO = <int>PL_PASS_SKIP_ZERO
+PASS_CHANGED = <int>PL_PASS_CHANGED
+PASS_HOLES = <int>PL_PASS_HOLES
+PASS_LAST = <int>PL_PASS_LAST
+PASS_HOOK = <int>PL_PASS_HOOK
+PASS_LIVE = <int>PL_PASS_LIVE
 
-RECV_SYNC = 1
-RECV_END = 2
+RECV_SYNC = <int>PL_RECV_SYNC
+RECV_END = <int>PL_RECV_END
 
 SINK_FRAMES = <int>PL_SINK_FRAMES
 SINK_FILE = <int>PL_SINK_FILE
@@ -35,7 +35,14 @@ DIALECT_NONE = <int>PL_DIALECT_NONE
 DIALECT_D1 = <int>PL_DIALECT_D1
 DIALECT_D2 = <int>PL_DIALECT_D2
 
-_STAGES = ("none", "read", "write", "hook", "protocol", "reply")
+_STAGES = {
+    <int>PL_STAGE_NONE: "none",
+    <int>PL_STAGE_READ: "read",
+    <int>PL_STAGE_WRITE: "write",
+    <int>PL_STAGE_HOOK: "hook",
+    <int>PL_STAGE_PROTOCOL: "protocol",
+    <int>PL_STAGE_REPLY: "reply",
+}
 
 
 class Fault(OSError):
@@ -50,7 +57,7 @@ class Fault(OSError):
 
 cdef _fault(int err, pl_fault *f):
     exc = Fault(-err, os.strerror(-err))
-    exc.stage = _STAGES[f.stage]
+    exc.stage = _STAGES[<int>f.stage]
     exc.pos, exc.stream, exc.frame = f.pos, f.stream, f.frame
     exc.mark, exc.size = f.mark, f.size
     exc.type, exc.command, exc.reply = f.type, f.command, f.reply
