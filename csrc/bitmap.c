@@ -4,7 +4,7 @@
 #include <string.h>
 #include <sys/mman.h>
 
-#include "pl.h"
+#include "bitmap.h"
 
 int pl_bitmap_init(struct pl_bitmap *b, uint64_t size, uint32_t shift)
 {

@@ -6,7 +6,7 @@
 #ifndef PL_BPF_INTERNAL_H
 #define PL_BPF_INTERNAL_H
 
-#include "pl.h"
+#include "bpf.h"
 
 #include <linux/bpf.h>
 #include <linux/btf.h>

@@ -11,8 +11,8 @@
 #define XXH_VECTOR 0 /* scalar: what every machine has */
 #include <xxhash.h>
 
+#include "hash.h"
 #include "hash_internal.h"
-#include "pl.h"
 
 static uint64_t portable(const void *data, size_t len)
 {

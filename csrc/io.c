@@ -1,32 +1,11 @@
 /* SPDX-License-Identifier: Apache-2.0 */
-/* Whole transfers: EINTR and short counts end here. */
+/* Whole transfers: see io.h. */
 #define _GNU_SOURCE
 #include <errno.h>
 #include <sys/mman.h>
 #include <unistd.h>
 
-#include "pl.h"
-
-int pl_pread_full(int fd, void *buf, size_t len, uint64_t pos)
-{
-	char *p = buf;
-
-	while (len) {
-		ssize_t n = pread(fd, p, len, (off_t)pos);
-
-		if (n < 0) {
-			if (errno == EINTR)
-				continue;
-			return -errno;
-		}
-		if (n == 0)
-			return -ENODATA;
-		p += n;
-		pos += (uint64_t)n;
-		len -= (size_t)n;
-	}
-	return 0;
-}
+#include "io.h"
 
 int pl_pwrite_full(int fd, const void *buf, size_t len, uint64_t pos)
 {

@@ -3,7 +3,7 @@
 #include <errno.h>
 #include <sys/mman.h>
 
-#include "pl.h"
+#include "known.h"
 
 int pl_known_init(struct pl_known *k, uint64_t size, uint32_t shift)
 {

@@ -3,7 +3,7 @@
 #include <errno.h>
 #include <sys/ioctl.h>
 
-#include "pl.h"
+#include "ploop.h"
 
 struct track_extent {
 	uint64_t start, end;

@@ -15,6 +15,7 @@
 #include <sys/uio.h>
 #include <unistd.h>
 
+#include "io.h"
 #include "pump_internal.h"
 
 #define MAX_ALIGN 65536u	/* the largest logical block of a disk */

@@ -8,7 +8,7 @@
 
 #include "huge.h"
 #include "patience.h"
-#include "pl.h"
+#include "pump.h"
 
 #define PL_FRAGS 256u	/* fragments a slot holds at most */
 

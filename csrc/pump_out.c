@@ -18,6 +18,7 @@
 #include <sys/uio.h>
 #include <time.h>
 
+#include "io.h"
 #include "pump_internal.h"
 
 static uint64_t now_ns(void)

@@ -22,6 +22,7 @@
 #include <time.h>
 #include <unistd.h>
 
+#include "io.h"
 #include "recv_internal.h"
 
 /* `part` bytes of payload to `to`; behind the last ones, as much of the next

@@ -8,7 +8,7 @@
 
 #include "huge.h"
 #include "patience.h"
-#include "pl.h"
+#include "recv.h"
 
 #define RECV_PARTS 256u
 #define RECV_ADD(r, field, n) \

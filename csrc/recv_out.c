@@ -7,6 +7,8 @@
 #include <errno.h>
 #include <fcntl.h>
 
+#include "hash.h"
+#include "io.h"
 #include "recv_internal.h"
 
 /*

@@ -8,6 +8,7 @@
  */
 #include <string.h>
 
+#include "hash.h"
 #include "recv_internal.h"
 
 /* Data must have come without a gap for so long before a page is made: in

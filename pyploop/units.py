@@ -10,7 +10,7 @@ MIB = 1 << 20
 GIB = 1 << 30
 SECTOR = 512
 BLOCK = 4096
-"""The granule of trackers, hashes and the zero test, in bytes (csrc/pl.h)."""
+"""The granule of trackers, hashes and the zero test, in bytes (csrc/base.h)."""
 
 LARGEST = (1 << 63) - 1
 """Bytes: of a file's positions."""

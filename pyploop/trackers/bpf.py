@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Tracking in the kernel by BPF programs, for every block device.
 
-Two kinds of marks (csrc/pl.h): `done`, set when a write has completed, is what
+Two kinds of marks (csrc/bpf.h): `done`, set when a write has completed, is what
 is sent.  `queued`, set when it is submitted, is the safety net: on some
 machines completion events get lost (docs/tracking.md), so the sectors that the
 programs saw are compared with the kernel's own accounting in

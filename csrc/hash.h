@@ -1,0 +1,21 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/*
+ * hash.h - content hashes, and the test for zeroes.
+ */
+#ifndef PL_HASH_H
+#define PL_HASH_H
+
+#include "base.h"
+
+/* 64-bit XXH3; PL_HASH_ZERO if and only if all bytes are zero. */
+uint64_t pl_hash_block(const void *data, size_t len);
+/* The same value by the portable code: the reference for tests. */
+uint64_t pl_hash_block_ref(const void *data, size_t len);
+bool pl_is_zero(const void *data, size_t len);
+/* "avx2" or "portable": what pl_hash_block runs on this machine. */
+const char *pl_hash_kernel(void);
+
+#define PL_HASH_ZERO 0ull
+#define PL_HASH_UNKNOWN (~0ull)
+
+#endif

@@ -1,0 +1,16 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/*
+ * io.h - whole transfers: EINTR, short counts and alignment are handled here.
+ */
+#ifndef PL_IO_H
+#define PL_IO_H
+
+#include "base.h"
+
+int pl_pwrite_full(int fd, const void *buf, size_t len, uint64_t pos);
+int pl_fdatasync(int fd);
+/* Buffers for O_DIRECT: PL_BLOCK aligned; the size is rounded up. */
+void *pl_buf_new(size_t len);
+void pl_buf_free(void *buf, size_t len);
+
+#endif

@@ -1,0 +1,120 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/*
+ * pump.h - the sending pump: reads extents of a source with several reads in
+ * flight, compares it with what the target is known to hold, and writes what
+ * must be sent - in order as D1 frames or D2 packets into a stream, or in place
+ * into a file.
+ *
+ *      claim (ordered) -> hook -> read -> classify -> ring -> emit (ordered)
+ *
+ * The thread that calls pl_pump_pass emits; when it has nothing to emit it
+ * reads too, so on a machine with few cores nobody waits for a wake-up.
+ * Memory is slots * slot_size, whatever the size of the source.
+ */
+#ifndef PL_PUMP_H
+#define PL_PUMP_H
+
+#include "known.h"
+#include "wire.h"
+
+enum pl_sink {
+	PL_SINK_FRAMES = 1,	/* D1 frames into out_fd, which is O_NONBLOCK or
+				   a socket */
+	PL_SINK_FILE = 2,	/* pwrite at the source's positions */
+	PL_SINK_PACKETS = 3,	/* D2 packets into out_fd, a socket, where they
+				   are answered */
+};
+
+enum pl_pass_flags {
+	/* Do not send a block that is zero where the target is known to hold
+	   zeroes (needs known). */
+	PL_PASS_SKIP_ZERO = 1,
+	/* Send only chunks that differ from what was sent last (needs `known`);
+	   extents are widened to whole chunks. */
+	PL_PASS_CHANGED = 2,
+	/* The extents are holes of the source: do not read, they are zeroes.
+	   They are narrowed to whole chunks, as the extents of the data between
+	   them are widened (CHANGED, LAST). */
+	PL_PASS_HOLES = 4,
+	/* Send the source's last byte whatever it is: it carries the size.  The
+	   first pass: with `known`, extents are widened to whole chunks. */
+	PL_PASS_LAST = 8,
+	/* Call the hook before each read. */
+	PL_PASS_HOOK = 16,
+	/* What is sent may be newer than what was looked at, as long as nothing
+	   is written without the tracker's knowing; `known` then says only that
+	   it may be anything but zeroes.  Lets page cache go into a pipe without
+	   a copy, where that can be. */
+	PL_PASS_LIVE = 32,
+};
+
+struct pl_pump_cfg {
+	int src_fd;
+	uint64_t src_base;	/* where the source starts in src_fd */
+	uint64_t size;		/* bytes of the source */
+	uint32_t align;		/* of position and length for src_fd: 1 for buffered
+				   reads, a power of two <= 65536 for O_DIRECT */
+	uint32_t tail;		/* bytes at the source's end that O_DIRECT cannot
+				   read, since they are no whole sector; < align */
+	int tail_fd;		/* what they are read from, buffered, */
+	uint64_t tail_pos;	/* and where they begin in it */
+	int out_fd;
+	enum pl_sink sink;
+	uint32_t cluster;	/* largest frame, cut from an extent's start; a
+				   multiple of PL_BLOCK, at most 64 MiB */
+	uint32_t slots;		/* >= 2 */
+	uint32_t readers;	/* helper threads, 0..64 */
+	uint32_t stall_ms;	/* give up (-ETIMEDOUT) when the stream took less
+				   than 64 KiB in so long (patience.h); 0: never */
+	uint64_t rate;		/* bytes per second to the target, 0: no limit */
+	struct pl_known *known;	/* borrowed; NULL: send all, remember nothing */
+	pl_hook hook;
+	void *hook_ctx;
+	/* PL_SINK_PACKETS only: */
+	bool async;		/* DATA_ASYNC, which is not answered */
+	uint32_t window;	/* answers outstanding at most, >= 256 */
+	pl_digest digest;	/* each packet carries one; NULL: none does */
+	void *digest_ctx;
+};
+
+/* Monotonic counters, readable from any thread while a pass runs. */
+struct pl_pump_stats {
+	uint64_t read_bytes;	/* read from the source */
+	uint64_t data_bytes;	/* sent as payload */
+	uint64_t wire_bytes;	/* payload + headers */
+	uint64_t zero_bytes;	/* not sent: zero at both ends */
+	uint64_t same_bytes;	/* not sent: unchanged */
+	uint64_t frames;
+	uint64_t done_bytes;	/* of the extents of this pass, finished */
+	uint64_t huge_bytes;	/* of the file, made as huge pages (tmpfs) */
+};
+
+struct pl_pump;
+int pl_pump_new(struct pl_pump **out, const struct pl_pump_cfg *cfg);
+void pl_pump_free(struct pl_pump *p);
+/*
+ * Send `n` extents (ascending, disjoint, within the size).  0, or -errno with
+ * *fault set; -ECANCELED after pl_pump_cancel.  -ENODATA: the source is
+ * shorter than it was.  A frame never has 4 data bytes (that is SYNC).
+ */
+int pl_pump_pass(struct pl_pump *p, const struct pl_extent *ext, size_t n,
+		 unsigned flags, struct pl_fault *fault);
+/*
+ * Write raw bytes (a control frame) into the stream; same rules.
+ */
+int pl_pump_write(struct pl_pump *p, const void *buf, size_t len,
+		  struct pl_fault *fault);
+/*
+ * PL_SINK_PACKETS: write a control packet and wait for its answer, and all that
+ * are due before it, for timeout_ms at most (0: for ever).  -EREMOTEIO: an answer was a
+ * failure, fault->reply; -EPROTO: there was one too many.  Passes can fail with
+ * these too.
+ */
+int pl_pump_ask(struct pl_pump *p, const void *buf, size_t len,
+		uint32_t timeout_ms, struct pl_fault *fault);
+/* Between two passes; bytes per second, 0: no limit. */
+void pl_pump_limit(struct pl_pump *p, uint64_t rate);
+void pl_pump_cancel(struct pl_pump *p);			/* any thread */
+void pl_pump_stats(const struct pl_pump *p, struct pl_pump_stats *out); /* any */
+
+#endif

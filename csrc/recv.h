@@ -1,0 +1,78 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/*
+ * recv.h - the receiving pump: stream -> ring -> file.  The calling thread
+ * reads, one helper writes, so that the two overlap.  Never reads past END.
+ * The first marker decides the dialect; another one later is -EBADMSG.  In D2
+ * the helper answers DATA once it is written; SYNC, END and failures are the
+ * caller's to answer, and nobody else writes to reply_fd while a run returns.
+ */
+#ifndef PL_RECV_H
+#define PL_RECV_H
+
+#include "wire.h"
+
+enum pl_recv_event {
+	PL_RECV_SYNC = 1,	/* everything before it is written (not durable) */
+	PL_RECV_END = 2,
+};
+
+struct pl_recv_cfg {
+	int in_fd;
+	int out_fd;
+	uint32_t slots, slot_size;	/* memory is the product */
+	uint32_t max_frame;	/* larger sizes are refused (-EMSGSIZE) */
+	uint32_t stall_ms;	/* less than 64 KiB, or no END, in so long a wait:
+				   -ETIMEDOUT (patience.h); 0: never */
+	uint64_t window;	/* dirty bytes of the target kept unwritten at
+				   most, roughly; 0: no rolling writeback */
+	uint32_t sparse;	/* 1: zero blocks become holes */
+	uint64_t held;		/* the file may hold data below this position; 0: it
+				   is new */
+	uint64_t largest;	/* data past this position are refused (-EFBIG); 0:
+				   no limit */
+	int reply_fd;		/* socket that D2 is answered on; -1: D2 is refused */
+	pl_digest digest;	/* or NULL */
+	void *digest_ctx;
+};
+
+struct pl_recv_stats {
+	uint64_t stream_bytes, data_bytes, frames, written_bytes, hole_bytes;
+	uint64_t image_size;	/* highest position + size seen */
+	uint64_t huge_bytes;	/* of the file, made as huge pages (tmpfs) */
+};
+
+struct pl_recv_msg {
+	uint64_t pos;
+	uint8_t data[4];	/* SYNC's payload (in D2 a command of zero) */
+	/* CLOCK_MONOTONIC, ns: when the first data since the last event began to
+	   be there (0: there were none), when this event was read, and when all
+	   before it was written. */
+	uint64_t first_ns, arrived_ns, written_ns;
+	/* Written since pl_recv_synced, and not known to be on the disk, bytes. */
+	uint64_t dirty_bytes;
+};
+
+struct pl_recv;
+int pl_recv_new(struct pl_recv **out, const struct pl_recv_cfg *cfg);
+void pl_recv_free(struct pl_recv *r);
+/*
+ * Run until a SYNC or END frame: returns the event, or -errno with *fault.
+ * -ENODATA: the stream ended before END.  -EBADMSG: bad marker.  -EMSGSIZE:
+ * frame too large.  -ERANGE: position past 2^63 - size.  -EFBIG: past `largest`.
+ * D2: -EOPNOTSUPP: a type
+ * or command that is not taken.  -EPROTO: a command of the wrong size.  -EBADE:
+ * wrong digest.  -ENOTSOCK: no reply_fd.
+ */
+int pl_recv_run(struct pl_recv *r, struct pl_recv_msg *msg,
+		struct pl_fault *fault);
+/* Between two runs: the caller has had the file synced. */
+void pl_recv_synced(struct pl_recv *r);
+/* Of what was received so far. */
+enum pl_dialect pl_recv_dialect(const struct pl_recv *r);
+/* Between two runs: every packet from now on carries a digest.  -EINVAL unless
+   this is D2 and the configuration has one. */
+int pl_recv_expect_digests(struct pl_recv *r);
+void pl_recv_cancel(struct pl_recv *r);			/* any thread */
+void pl_recv_stats(const struct pl_recv *r, struct pl_recv_stats *out);	/* any */
+
+#endif
