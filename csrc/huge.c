@@ -9,9 +9,9 @@
 #include <sys/resource.h>
 #include <sys/stat.h>
 #include <sys/vfs.h>
-#include <time.h>
 #include <unistd.h>
 
+#include "clock.h"
 #include "huge.h"
 
 #ifndef MADV_COLLAPSE
@@ -25,14 +25,6 @@
  */
 #define DEAR_NS 700000u
 #define MAX_BACKOFF 64u
-
-static uint64_t now_ns(void)
-{
-	struct timespec t;
-
-	clock_gettime(CLOCK_MONOTONIC, &t);
-	return (uint64_t)t.tv_sec * 1000000000u + (uint64_t)t.tv_nsec;
-}
 
 /* Does this machine map huge pages of the size that we mean? */
 static bool size_fits(void)
@@ -120,7 +112,7 @@ bool pl_huge_reach(const struct pl_huge *h, uint64_t end)
 uint8_t *pl_huge_make(struct pl_huge *h, uint64_t pos, unsigned place)
 {
 	uint8_t *at = h->at + (size_t)place * PL_HUGE;
-	uint64_t start = now_ns();
+	uint64_t start = pl_now_ns();
 	int tries = 3;
 
 	if (!h->reserved)
@@ -141,7 +133,7 @@ uint8_t *pl_huge_make(struct pl_huge *h, uint64_t pos, unsigned place)
 	while (madvise(at, PL_HUGE, MADV_COLLAPSE) < 0)
 		if (errno != EAGAIN || --tries == 0)
 			goto none;
-	if (now_ns() - start > DEAR_NS)
+	if (pl_now_ns() - start > DEAR_NS)
 		pl_huge_regret(h);
 	else
 		h->backoff /= 2;

@@ -1,5 +1,5 @@
 /* SPDX-License-Identifier: Apache-2.0 */
-/* What the target is known to hold: see pl.h. */
+/* What the target is known to hold: see known.h. */
 #include <errno.h>
 #include <sys/mman.h>
 

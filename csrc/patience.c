@@ -2,34 +2,24 @@
 /* How long a peer may keep us waiting: see patience.h. */
 #define _GNU_SOURCE
 #include <errno.h>
-#include <time.h>
 
+#include "clock.h"
 #include "patience.h"
-
-#define NS_PER_MS 1000000u
-
-static uint64_t now_ns(void)
-{
-	struct timespec t;
-
-	clock_gettime(CLOCK_MONOTONIC, &t);
-	return (uint64_t)t.tv_sec * 1000000000u + (uint64_t)t.tv_nsec;
-}
 
 int pl_patient_poll(struct pl_patience *p, struct pollfd *pfd, nfds_t n,
 		    uint32_t stall_ms)
 {
-	uint64_t limit = (uint64_t)stall_ms * NS_PER_MS;
+	uint64_t limit = (uint64_t)stall_ms * PL_NS_PER_MS;
 
 	for (;;) {
-		uint64_t start = now_ns();
+		uint64_t start = pl_now_ns();
 		uint64_t left = limit > p->waited_ns ? limit - p->waited_ns : 0;
 		/* Rounded up: never busy, never early. */
-		int ms = stall_ms ? (int)((left + NS_PER_MS - 1) / NS_PER_MS) : -1;
+		int ms = stall_ms ? (int)((left + PL_NS_PER_MS - 1) / PL_NS_PER_MS) : -1;
 		int ready = poll(pfd, n, ms);
 		int err = errno;
 
-		p->waited_ns += now_ns() - start;
+		p->waited_ns += pl_now_ns() - start;
 		if (ready > 0)
 			return ready;
 		if (ready == 0)

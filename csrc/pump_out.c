@@ -9,25 +9,16 @@
  * descriptor.
  */
 #define _GNU_SOURCE
-#include <endian.h>
 #include <errno.h>
 #include <fcntl.h>
 #include <limits.h>
 #include <string.h>
 #include <sys/socket.h>
 #include <sys/uio.h>
-#include <time.h>
 
+#include "clock.h"
 #include "io.h"
 #include "pump_internal.h"
-
-static uint64_t now_ns(void)
-{
-	struct timespec t;
-
-	clock_gettime(CLOCK_MONOTONIC, &t);
-	return (uint64_t)t.tv_sec * 1000000000u + (uint64_t)t.tv_nsec;
-}
 
 /* Until the stream takes more: 0, -ECANCELED, -ETIMEDOUT; D2's answers are
    taken meanwhile, with their errors. */
@@ -64,7 +55,7 @@ static int sleep_ms(struct pl_pump *p, int ms)
 /* Wait until the bytes sent so far are due; rate_lock held. */
 static int wait_due(struct pl_pump *p, size_t bytes)
 {
-	uint64_t now = now_ns(), due;
+	uint64_t now = pl_now_ns(), due;
 
 	due = p->rate_t0_ns +
 	      (uint64_t)((double)p->rate_bytes * 1e9 / (double)p->cfg.rate);
@@ -79,7 +70,7 @@ static int wait_due(struct pl_pump *p, size_t bytes)
 
 		if (err)
 			return err;
-		now = now_ns();
+		now = pl_now_ns();
 	}
 	return 0;
 }
@@ -164,32 +155,15 @@ int pl_stream_write(struct pl_pump *p, struct iovec *iov, unsigned n,
 	return err ? pl_stream_fault(p, err, fault) : 0;
 }
 
-static void put32(uint8_t *to, uint32_t value)
-{
-	value = htole32(value);
-	memcpy(to, &value, sizeof(value));
-}
-
-static void put64(uint8_t *to, uint64_t value)
-{
-	value = htole64(value);
-	memcpy(to, &value, sizeof(value));
-}
-
 static int make_header(const struct pl_pump *p, uint8_t *h, uint64_t pos,
 		       const uint8_t *data, uint32_t len)
 {
 	if (p->cfg.sink == PL_SINK_FRAMES) {
-		put32(h, PL_D1_MARK);
-		put32(h + 4, len);
-		put64(h + 8, pos);
+		pl_d1_put(h, len, pos);
 		return 0;
 	}
-	put32(h, PL_D2_MARK);
-	put32(h + 4, p->cfg.async ? PL_PACKET_DATA_ASYNC : PL_PACKET_DATA);
-	put32(h + 8, len);
-	put32(h + 12, 0);
-	put64(h + 16, pos);
+	pl_d2_put(h, p->cfg.async ? PL_PACKET_DATA_ASYNC : PL_PACKET_DATA, len,
+		  pos);
 	return p->cfg.digest ? p->cfg.digest(p->cfg.digest_ctx, data, len,
 					     h + PL_D2_HEADER) : 0;
 }

@@ -6,7 +6,6 @@
  * meanwhile, or the peer, stuck in answering, would never read on.
  */
 #define _GNU_SOURCE
-#include <endian.h>
 #include <errno.h>
 #include <poll.h>
 #include <string.h>
@@ -16,10 +15,7 @@
 
 static int one_answer(struct pl_pump *p, const uint8_t *bytes)
 {
-	uint32_t value;
-
-	memcpy(&value, bytes, sizeof(value));
-	p->reply.value = (int32_t)le32toh(value);
+	p->reply.value = (int32_t)pl_get32(bytes);
 	if (p->reply.value)
 		return -EREMOTEIO;	/* asked for or not: the copy has failed */
 	if (p->reply.answered == p->reply.asked)

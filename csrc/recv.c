@@ -13,15 +13,14 @@
  * read into its page cache at once (recv_place.c).
  */
 #define _GNU_SOURCE
-#include <endian.h>
 #include <errno.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/eventfd.h>
 #include <sys/uio.h>
-#include <time.h>
 #include <unistd.h>
 
+#include "clock.h"
 #include "io.h"
 #include "recv_internal.h"
 
@@ -93,14 +92,6 @@ static int read_payload(struct pl_recv *r)
 	return 0;
 }
 
-static uint64_t now_ns(void)
-{
-	struct timespec t;
-
-	clock_gettime(CLOCK_MONOTONIC, &t);
-	return (uint64_t)t.tv_sec * 1000000000u + (uint64_t)t.tv_nsec;
-}
-
 /* END, or a command with its data, of which the first four bytes matter. */
 static int event(struct pl_recv *r, struct pl_recv_msg *msg, enum pl_stage *stage)
 {
@@ -115,8 +106,7 @@ static int event(struct pl_recv *r, struct pl_recv_msg *msg, enum pl_stage *stag
 	}
 	*stage = PL_STAGE_PROTOCOL;
 	if (r->dialect == PL_DIALECT_D2 && r->head.size) {
-		memcpy(&r->command, msg->data, sizeof(r->command));
-		r->command = le32toh(r->command);
+		r->command = pl_get32(msg->data);
 		if (r->command)
 			return -EOPNOTSUPP;
 		if (r->head.size != PL_SYNC_SIZE)
@@ -130,12 +120,12 @@ static int event(struct pl_recv *r, struct pl_recv_msg *msg, enum pl_stage *stag
 	}
 	msg->first_ns = r->first_ns;
 	r->first_ns = 0;
-	msg->arrived_ns = now_ns();
+	msg->arrived_ns = pl_now_ns();
 	err = pl_recv_drain(r);
 	if (err)
 		return err;
 	/* The writer is idle: what is its is ours. */
-	msg->written_ns = now_ns();
+	msg->written_ns = pl_now_ns();
 	msg->dirty_bytes = r->unflushed + r->flushing;
 	if (!r->head.size) {
 		r->ended = true;
@@ -166,7 +156,7 @@ int pl_recv_run(struct pl_recv *r, struct pl_recv_msg *msg,
 		}
 		end = r->head.pos + r->head.size;
 		if (!r->first_ns)
-			r->first_ns = now_ns();
+			r->first_ns = pl_now_ns();
 		ret = read_payload(r);
 		if (ret) {
 			stage = ret == -EBADE ? PL_STAGE_PROTOCOL : stage;

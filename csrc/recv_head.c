@@ -4,27 +4,10 @@
  * No byte is asked for before the bytes ahead of it say that it will come.
  */
 #define _GNU_SOURCE
-#include <endian.h>
 #include <errno.h>
 #include <string.h>
 
 #include "recv_internal.h"
-
-static uint32_t get32(const uint8_t *p)
-{
-	uint32_t v;
-
-	memcpy(&v, p, sizeof(v));
-	return le32toh(v);
-}
-
-static uint64_t get64(const uint8_t *p)
-{
-	uint64_t v;
-
-	memcpy(&v, p, sizeof(v));
-	return le64toh(v);
-}
 
 uint32_t pl_recv_head_size(const struct pl_recv *r)
 {
@@ -63,21 +46,23 @@ static int check_data(const struct pl_recv *r)
 
 static int parse_d1(struct pl_recv *r)
 {
+	struct pl_d1_header wire = pl_d1_get(r->raw);
 	struct recv_header *h = &r->head;
 
-	h->size = get32(r->raw + 4);
-	h->pos = get64(r->raw + 8);
+	h->size = wire.size;
+	h->pos = wire.pos;
 	h->type = h->size == PL_SYNC_SIZE ? PL_PACKET_CMD : PL_PACKET_DATA;
 	return h->size == 0 || h->type == PL_PACKET_CMD ? 0 : check_data(r);
 }
 
 static int parse_d2(struct pl_recv *r)
 {
+	struct pl_d2_header wire = pl_d2_get(r->raw);
 	struct recv_header *h = &r->head;
 
-	h->type = get32(r->raw + 4);
-	h->size = get32(r->raw + 8);
-	h->pos = get64(r->raw + 16);
+	h->type = wire.type;
+	h->size = wire.size;
+	h->pos = wire.pos;
 	if (h->size == 0)
 		return 0;
 	switch (h->type) {
@@ -99,7 +84,7 @@ int pl_recv_head(struct pl_recv *r, enum pl_stage *stage)
 	if (err)
 		return err;
 	*stage = PL_STAGE_PROTOCOL;
-	r->head = (struct recv_header){ .mark = get32(r->raw) };
+	r->head = (struct recv_header){ .mark = pl_get32(r->raw) };
 	if (r->dialect == PL_DIALECT_NONE && r->head.mark == PL_D1_MARK)
 		r->dialect = PL_DIALECT_D1;
 	if (r->dialect == PL_DIALECT_NONE && r->head.mark == PL_D2_MARK)

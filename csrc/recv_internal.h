@@ -14,8 +14,6 @@
 #define RECV_ADD(r, field, n) \
 	__atomic_fetch_add(&(r)->stats.field, (n), __ATOMIC_RELAXED)
 
-#define PL_SYNC_SIZE 4u		/* of a SYNC, in either dialect */
-
 struct recv_header {
 	uint32_t mark, type, size;
 	uint64_t pos;

@@ -1,10 +1,13 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
- * wire.h - the stream dialects (docs/protocol.md).  D3 is D2 with features that
- * both ends have agreed on.
+ * wire.h - the stream dialects: which bytes stand where (docs/protocol.md).
+ * D3 is D2 with features that both ends have agreed on.
  */
 #ifndef PL_WIRE_H
 #define PL_WIRE_H
+
+#include <endian.h>
+#include <string.h>
 
 #include "base.h"
 
@@ -13,6 +16,7 @@ enum pl_dialect { PL_DIALECT_NONE, PL_DIALECT_D1, PL_DIALECT_D2 };
 #define PL_D2_MARK 0x4cc0ac3eu
 #define PL_D1_HEADER 16u
 #define PL_D2_HEADER 24u	/* and PL_DIGEST bytes more with digests */
+#define PL_SYNC_SIZE 4u		/* bytes of a SYNC's data, in either dialect */
 enum pl_packet {	/* D2's types; a SYNC of D1 is a command too */
 	PL_PACKET_DATA = 0, PL_PACKET_CMD = 1, PL_PACKET_DATA_ASYNC = 2,
 };
@@ -24,5 +28,77 @@ enum pl_packet {	/* D2's types; a SYNC of D1 is a command too */
  */
 #define PL_DIGEST 16u
 typedef int (*pl_digest)(void *ctx, const void *data, size_t len, uint8_t *out);
+
+/* The headers as they go over the wire, all numbers little-endian.  Only the
+   functions below see them like this. */
+struct pl_d1_header {
+	uint32_t mark, size;
+	uint64_t pos;
+};
+struct pl_d2_header {
+	uint32_t mark, type, size, padding;
+	uint64_t pos;
+};
+_Static_assert(sizeof(struct pl_d1_header) == PL_D1_HEADER &&
+	       offsetof(struct pl_d1_header, size) == 4 &&
+	       offsetof(struct pl_d1_header, pos) == 8,
+	       "D1's header has its fields where the protocol says");
+_Static_assert(sizeof(struct pl_d2_header) == PL_D2_HEADER &&
+	       offsetof(struct pl_d2_header, type) == 4 &&
+	       offsetof(struct pl_d2_header, size) == 8 &&
+	       offsetof(struct pl_d2_header, pos) == 16,
+	       "D2's header has its fields where the protocol says");
+
+/* A number at any address: a marker, a command, an answer. */
+static inline uint32_t pl_get32(const void *from)
+{
+	uint32_t value;
+
+	memcpy(&value, from, sizeof(value));
+	return le32toh(value);
+}
+
+static inline void pl_d1_put(uint8_t *to, uint32_t size, uint64_t pos)
+{
+	struct pl_d1_header h = {
+		.mark = htole32(PL_D1_MARK), .size = htole32(size),
+		.pos = htole64(pos),
+	};
+
+	memcpy(to, &h, sizeof(h));
+}
+
+static inline struct pl_d1_header pl_d1_get(const uint8_t *from)
+{
+	struct pl_d1_header h;
+
+	memcpy(&h, from, sizeof(h));
+	return (struct pl_d1_header){
+		.mark = le32toh(h.mark), .size = le32toh(h.size),
+		.pos = le64toh(h.pos),
+	};
+}
+
+static inline void pl_d2_put(uint8_t *to, enum pl_packet type, uint32_t size,
+			     uint64_t pos)
+{
+	struct pl_d2_header h = {
+		.mark = htole32(PL_D2_MARK), .type = htole32(type),
+		.size = htole32(size), .pos = htole64(pos),
+	};
+
+	memcpy(to, &h, sizeof(h));
+}
+
+static inline struct pl_d2_header pl_d2_get(const uint8_t *from)
+{
+	struct pl_d2_header h;
+
+	memcpy(&h, from, sizeof(h));
+	return (struct pl_d2_header){
+		.mark = le32toh(h.mark), .type = le32toh(h.type),
+		.size = le32toh(h.size), .pos = le64toh(h.pos),
+	};
+}
 
 #endif
