@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Reads of a few bytes of a source, as the pump reads it (csrc/pump_claim.c)."""
+"""Reads of a few bytes of a source, as the pump reads it (csrc/pump_read.c)."""
 
 from __future__ import annotations
 
