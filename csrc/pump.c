@@ -29,7 +29,16 @@ static void fail(struct pl_pump *p, int err, const struct pl_fault *fault)
 	}
 }
 
-/* Lock held on entry and exit.  Bring one claimed slot to `ready`. */
+/* Lock held: what was in the slot is sent, or the pass has failed. */
+static void finish(struct pl_pump *p, struct slot *s)
+{
+	STAT_ADD(p, done_bytes, s->bytes);
+	s->busy = s->ready = false;
+	p->emitted++;
+}
+
+/* Lock held on entry and exit.  Read one claimed slot; it is `ready` then, or
+   sent. */
 static void process(struct pl_pump *p, struct slot *s)
 {
 	struct pl_fault fault = { 0 };
@@ -43,12 +52,10 @@ static void process(struct pl_pump *p, struct slot *s)
 	pthread_mutex_lock(&p->lock);
 	p->processing--;
 	fail(p, err, &fault);
-	if (p->cfg.sink == PL_SINK_FILE) {
-		STAT_ADD(p, done_bytes, s->bytes);
-		s->busy = false;
-	} else {
+	if (p->sink->in_order)
 		s->ready = true;
-	}
+	else
+		finish(p, s);
 	if (p->emitter_waits)
 		pthread_cond_signal(&p->done);
 }
@@ -80,12 +87,10 @@ static void emit_next(struct pl_pump *p, struct slot *s)
 	int err;
 
 	pthread_mutex_unlock(&p->lock);
-	err = pl_slot_emit(p, s, &fault);
+	err = p->sink->emit(p, s, &fault);
 	pthread_mutex_lock(&p->lock);
 	fail(p, err, &fault);
-	STAT_ADD(p, done_bytes, s->bytes);
-	s->busy = s->ready = false;
-	p->emitted++;
+	finish(p, s);
 	if (p->sleeping && p->next < p->n)
 		pthread_cond_signal(&p->work);
 }
@@ -139,7 +144,7 @@ int pl_pump_pass(struct pl_pump *p, const struct pl_extent *ext, size_t n,
 		if (p->err) {
 			if (!p->processing)
 				break;
-		} else if (p->cfg.sink != PL_SINK_FILE && head->ready) {
+		} else if (head->ready) {
 			emit_next(p, head);
 			continue;
 		} else if ((s = pl_slot_claim(p))) {
@@ -147,8 +152,7 @@ int pl_pump_pass(struct pl_pump *p, const struct pl_extent *ext, size_t n,
 			continue;
 		} else if (p->err) {
 			continue;	/* the hook failed in claim() */
-		} else if (!p->processing && (p->cfg.sink == PL_SINK_FILE ||
-					      p->claimed == p->emitted)) {
+		} else if (!p->processing && p->claimed == p->emitted) {
 			break;
 		}
 		p->emitter_waits = true;
@@ -172,7 +176,8 @@ int pl_pump_write(struct pl_pump *p, const void *buf, size_t len,
 	struct iovec iov = { (void *)buf, len };
 
 	*fault = (struct pl_fault){ 0 };
-	if (p->cfg.sink != PL_SINK_FRAMES)
+	/* Only frames are written; and what is answered must be asked. */
+	if (!p->sink->put_header || p->sink->take_answers)
 		return -EINVAL;
 	return pl_stream_write(p, &iov, 1, fault);
 }
@@ -205,12 +210,25 @@ void pl_pump_stats(const struct pl_pump *p, struct pl_pump_stats *out)
 		to[i] = __atomic_load_n(&from[i], __ATOMIC_RELAXED);
 }
 
+static const struct pl_sink_ops *const sinks[] = {
+	[PL_SINK_FRAMES] = &pl_sink_frames,
+	[PL_SINK_FILE] = &pl_sink_file,
+	[PL_SINK_PACKETS] = &pl_sink_packets,
+};
+
+/* NULL: there is no such kind. */
+static const struct pl_sink_ops *sink_of(enum pl_sink kind)
+{
+	size_t i = (size_t)kind;
+
+	return i < sizeof(sinks) / sizeof(*sinks) ? sinks[i] : NULL;
+}
+
 static int check_cfg(const struct pl_pump_cfg *c)
 {
-	bool sink = c->sink == PL_SINK_FRAMES || c->sink == PL_SINK_FILE ||
-		    (c->sink == PL_SINK_PACKETS && c->window >= PL_BATCH);
+	const struct pl_sink_ops *sink = sink_of(c->sink);
 
-	if (!sink || c->src_fd < 0 || c->out_fd < 0 || c->slots < 2 ||
+	if (!sink || c->window < sink->min_window || c->src_fd < 0 || c->out_fd < 0 || c->slots < 2 ||
 	    c->slots > 1024 || c->readers > 64 || !c->align ||
 	    (c->align & (c->align - 1)) || c->align > MAX_ALIGN ||
 	    c->tail >= c->align || c->tail > c->size ||
@@ -251,6 +269,7 @@ int pl_pump_new(struct pl_pump **out, const struct pl_pump_cfg *cfg)
 	if (!p)
 		return -ENOMEM;
 	p->cfg = *cfg;
+	p->sink = sink_of(cfg->sink);
 	p->cancel_fd = -1;
 	pthread_mutex_init(&p->lock, NULL);
 	pthread_mutex_init(&p->rate_lock, NULL);
@@ -262,8 +281,9 @@ int pl_pump_new(struct pl_pump **out, const struct pl_pump_cfg *cfg)
 		      2 * (cfg->align > PL_BLOCK ? cfg->align : PL_BLOCK);
 	/* Runs are apart by a block at least; or there is one per fragment. */
 	p->max_runs = cfg->cluster / PL_BLOCK / 2 + PL_FRAGS + 2;
-	p->hdr_size = cfg->sink != PL_SINK_PACKETS ? PL_D1_HEADER :
-		      cfg->digest ? PL_D2_HEADER + PL_DIGEST : PL_D2_HEADER;
+	p->hdr_size = p->sink->header_size;
+	if (p->sink->digests && cfg->digest)
+		p->hdr_size += PL_DIGEST;
 	p->slot = calloc(cfg->slots, sizeof(*p->slot));
 	p->thread = calloc(cfg->readers + 1, sizeof(*p->thread));
 	if (!p->slot || !p->thread)
@@ -273,12 +293,13 @@ int pl_pump_new(struct pl_pump **out, const struct pl_pump_cfg *cfg)
 
 		s->buf = pl_buf_new(p->buf_size);
 		s->run = calloc(p->max_runs, sizeof(*s->run));
-		/* Twice: a run of 4 bytes takes two frames. */
-		s->hdr = calloc(2 * p->max_runs, p->hdr_size);
-		if (!s->buf || !s->run || !s->hdr)
+		/* Twice: a run of the reserved size takes two frames. */
+		if (p->hdr_size)
+			s->hdr = calloc(2 * p->max_runs, p->hdr_size);
+		if (!s->buf || !s->run || (p->hdr_size && !s->hdr))
 			goto nomem;
 	}
-	p->can_splice = pl_can_splice(cfg);
+	p->can_splice = pl_can_splice(p);
 	err = pl_pump_huge_init(p);
 	if (!err) {
 		p->cancel_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);

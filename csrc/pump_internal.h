@@ -51,8 +51,39 @@ struct slot {
 	bool ready;			/* classified */
 };
 
+/*
+ * What one kind of sink does.  A file is written in any order, by the threads
+ * that read; a stream in the order of the extents, by the thread of the pass.
+ */
+struct pl_sink_ops {
+	bool in_order;		/* emit() is called in the order of the slots, by
+				   one thread; else once a slot is classified */
+	bool splices;		/* a frame's data may go without a look at them */
+	bool digests;		/* a header ends with PL_DIGEST bytes, if there is
+				   a digest */
+	uint32_t header_size;	/* bytes, without the digest; 0: no frames */
+	uint32_t reserved_size;	/* a frame of so many bytes is no data: they go in
+				   two halves, which every receiver takes; or 0 */
+	uint32_t min_window;	/* answers outstanding that a pump must allow */
+
+	/* Send run[] of a slot. */
+	int (*emit)(struct pl_pump *p, struct slot *s, struct pl_fault *fault);
+	/* Only of streams: the header of a frame of `len` bytes of data. */
+	int (*put_header)(const struct pl_pump *p, uint8_t *to, uint64_t pos,
+			  const uint8_t *data, uint32_t len);
+	/* Wait until so many frames may be written.  NULL: at once. */
+	int (*admit)(struct pl_pump *p, unsigned frames, struct pl_fault *fault);
+	/* See pl_reply_take.  NULL: the peer does not answer here. */
+	int (*take_answers)(struct pl_pump *p);
+};
+
+extern const struct pl_sink_ops pl_sink_frames;		/* pump_d1.c */
+extern const struct pl_sink_ops pl_sink_packets;	/* pump_d2.c */
+extern const struct pl_sink_ops pl_sink_file;		/* pump_file.c */
+
 struct pl_pump {
 	struct pl_pump_cfg cfg;
+	const struct pl_sink_ops *sink;
 	size_t buf_size;
 	unsigned max_runs;
 	unsigned hdr_size;
@@ -100,13 +131,15 @@ struct pl_pump {
 /* pump_claim.c.  Lock held: a slot with fragments to read, or NULL; a hook's
    failure is in p->err. */
 struct slot *pl_slot_claim(struct pl_pump *p);
-/* No lock held: read and classify it (into a file: write it too). */
+/* pump_read.c.  No lock held: read and classify it (into a file: write it too). */
 int pl_slot_fill(struct pl_pump *p, struct slot *s, struct pl_fault *fault);
 /* pump_classify.c: decide what of a filled slot must be sent -> run[]. */
 bool pl_hole_is_known(const struct pl_pump *p, const struct frag *f);
 void pl_slot_classify(struct pl_pump *p, struct slot *s);
-/* pump_out.c: send run[]. */
-int pl_slot_emit(struct pl_pump *p, struct slot *s, struct pl_fault *fault);
+/* pump_emit.c: pl_sink_ops.emit of the streams. */
+int pl_emit_frames(struct pl_pump *p, struct slot *s, struct pl_fault *fault);
+/* pump_rate.c: wait until so many bytes may be sent: 0, or -ECANCELED. */
+int pl_rate_obey(struct pl_pump *p, size_t bytes);
 /* pump_huge.c: before [pos, end) is written; after a pass. */
 int pl_pump_huge_init(struct pl_pump *p);
 void pl_pump_huge_fini(struct pl_pump *p);
@@ -116,6 +149,7 @@ void pl_huge_settle(struct pl_pump *p);
    slot is done with. */
 void pl_slot_place(struct pl_pump *p, struct slot *s);
 void pl_slot_unplace(struct pl_pump *p, struct slot *s);
+/* pump_stream.c: write all of the vector, which is used up. */
 int pl_stream_write(struct pl_pump *p, struct iovec *iov, unsigned n,
 		    struct pl_fault *fault);
 /* Its steps: bytes were taken; until it takes more; the failure `err`. */
@@ -123,7 +157,7 @@ void pl_stream_moved(struct pl_pump *p, size_t n);
 int pl_stream_wait(struct pl_pump *p);
 int pl_stream_fault(struct pl_pump *p, int err, struct pl_fault *fault);
 /* pump_splice.c: the payload of a run, without a copy. */
-bool pl_can_splice(const struct pl_pump_cfg *c);
+bool pl_can_splice(const struct pl_pump *p);
 bool pl_run_is_spliced(const struct pl_pump *p, const struct frag *r);
 int pl_splice_run(struct pl_pump *p, const struct slot *s, const struct frag *r,
 		  struct pl_fault *fault);

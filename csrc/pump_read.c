@@ -67,7 +67,7 @@ static int fill(struct pl_pump *p, struct slot *s, struct pl_fault *fault)
 		}
 	}
 	pl_slot_classify(p, s);
-	return p->cfg.sink == PL_SINK_FILE ? pl_slot_emit(p, s, fault) : 0;
+	return p->sink->in_order ? 0 : p->sink->emit(p, s, fault);
 }
 
 int pl_slot_fill(struct pl_pump *p, struct slot *s, struct pl_fault *fault)

@@ -104,7 +104,7 @@ int pl_pump_ask(struct pl_pump *p, const void *buf, size_t len,
 	int err;
 
 	*fault = (struct pl_fault){ 0 };
-	if (p->cfg.sink != PL_SINK_PACKETS || timeout_ms > INT32_MAX)
+	if (!p->sink->take_answers || timeout_ms > INT32_MAX)
 		return -EINVAL;
 	err = pl_reply_take(p);		/* one too many is not this one's */
 	if (err) {

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Dialect D1, the stream of `ploop copy`: bytes, no I/O (docs/protocol.md).
 
-Data frames are made and parsed in C (csrc/pump_out.c, csrc/recv.c); what is
+Data frames are made and parsed in C (csrc/pump_d1.c, csrc/recv_head.c); what is
 here are the control frames and the replies on the feedback channel.
 """
 

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Dialect D2, packets and replies on one socket: bytes, no I/O (docs/protocol.md).
 
-Data packets are made and parsed in C (csrc/pump_frame.c, csrc/recv_head.c); what
+Data packets are made and parsed in C (csrc/pump_d2.c, csrc/recv_head.c); what
 is here are the control packets and the replies.  D3 is D2 with features agreed
 (wire/d3.py); with MD5 agreed every packet carries a digest of its data.
 """

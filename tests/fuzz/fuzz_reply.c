@@ -66,6 +66,8 @@ int pl_stream_write(struct pl_pump *p, struct iovec *iov, unsigned n, struct pl_
 	return 0;
 }
 
+static const struct pl_sink_ops answered_sink = { .take_answers = pl_reply_take };
+
 int LLVMFuzzerTestOneInput(const uint8_t *data, size_t len)
 {
 	static struct pl_pump p;
@@ -76,7 +78,7 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t len)
 	if (len < 3)
 		return -1;
 	memset(&p.reply, 0, sizeof(p.reply));
-	p.cfg.sink = PL_SINK_PACKETS;
+	p.sink = &answered_sink;
 	p.cfg.out_fd = p.cancel_fd = 0;
 	p.reply.asked = (data[0] | data[1] << 8) % 300;
 	in.order = data[2];

@@ -1,0 +1,103 @@
+/* SPDX-License-Identifier: Apache-2.0 */
+/*
+ * Bytes of the sending pump into a stream.
+ *
+ * The stream must not block the emitter in write(2), or a signal could not
+ * stop the copy while the peer is stuck; so it is non-blocking (or a socket,
+ * MSG_DONTWAIT) and the emitter waits in poll(2) together with the cancel
+ * descriptor.
+ */
+#define _GNU_SOURCE
+#include <errno.h>
+#include <sys/socket.h>
+#include <sys/uio.h>
+
+#include "pump_internal.h"
+
+/* Until the stream takes more: 0, -ECANCELED, -ETIMEDOUT; D2's answers are
+   taken meanwhile, with their errors. */
+int pl_stream_wait(struct pl_pump *p)
+{
+	bool answers = p->sink->take_answers;
+	struct pollfd pfd[2] = {
+		{ .fd = p->cancel_fd, .events = POLLIN },
+		{ .fd = p->cfg.out_fd, .events = answers ? POLLOUT | POLLIN : POLLOUT },
+	};
+	int n = pl_patient_poll(&p->peer_takes, pfd, 2, p->cfg.stall_ms);
+
+	if (n < 0)
+		return n;
+	if (pfd[0].revents)
+		return -ECANCELED;
+	if (answers && (pfd[1].revents & POLLIN))
+		return p->sink->take_answers(p);
+	/* POLLERR (reader gone) is left to write(2), which names it. */
+	return 0;
+}
+
+/* A peer that has hung up may have said why. */
+static int why_closed(struct pl_pump *p, int err)
+{
+	if (p->sink->take_answers && p->sink->take_answers(p) == -EREMOTEIO)
+		return -EREMOTEIO;
+	return err;
+}
+
+void pl_stream_moved(struct pl_pump *p, size_t n)
+{
+	STAT_ADD(p, wire_bytes, n);
+	pl_patience_moved(&p->peer_takes, n);
+}
+
+int pl_stream_fault(struct pl_pump *p, int err, struct pl_fault *fault)
+{
+	if (err == -EREMOTEIO || err == -EPROTO) {
+		pl_reply_explain(p, err, fault);
+		return err;
+	}
+	fault->stage = PL_STAGE_WRITE;
+	fault->stream = __atomic_load_n(&p->stats.wire_bytes, __ATOMIC_RELAXED);
+	fault->frame = __atomic_load_n(&p->stats.frames, __ATOMIC_RELAXED);
+	return err;
+}
+
+int pl_stream_write(struct pl_pump *p, struct iovec *iov, unsigned n,
+		    struct pl_fault *fault)
+{
+	int fd = p->cfg.out_fd, err = 0;
+	size_t total = 0;
+
+	for (unsigned i = 0; i < n; i++)
+		total += iov[i].iov_len;
+	err = pl_rate_obey(p, total);
+	while (!err && n) {
+		struct msghdr msg = { .msg_iov = iov, .msg_iovlen = n };
+		ssize_t done;
+
+		if (__atomic_load_n(&p->cancelled, __ATOMIC_RELAXED)) {
+			err = -ECANCELED;
+			break;
+		}
+		done = sendmsg(fd, &msg, MSG_DONTWAIT | MSG_NOSIGNAL);
+		if (done < 0 && errno == ENOTSOCK)
+			done = writev(fd, iov, (int)n);
+		if (done < 0) {
+			if (errno == EAGAIN || errno == EWOULDBLOCK)
+				err = pl_stream_wait(p);
+			else if (errno != EINTR)
+				err = why_closed(p, -errno);
+			continue;
+		}
+		pl_stream_moved(p, (size_t)done);
+		while (n && (size_t)done >= iov->iov_len) {
+			done -= (ssize_t)iov->iov_len;
+			iov++;
+			n--;
+		}
+		if (n) {
+			iov->iov_base = (char *)iov->iov_base + done;
+			iov->iov_len -= (size_t)done;
+		}
+	}
+	return err ? pl_stream_fault(p, err, fault) : 0;
+}
