@@ -5,6 +5,8 @@
 #ifndef PL_IO_H
 #define PL_IO_H
 
+#include <sys/uio.h>
+
 #include "base.h"
 
 int pl_pwrite_full(int fd, const void *buf, size_t len, uint64_t pos);
@@ -12,5 +14,19 @@ int pl_fdatasync(int fd);
 /* Buffers for O_DIRECT: PL_BLOCK aligned; the size is rounded up. */
 void *pl_buf_new(size_t len);
 void pl_buf_free(void *buf, size_t len);
+
+/* The first `done` bytes of the vector are transferred: it begins behind them. */
+static inline void pl_iov_skip(struct iovec **iov, unsigned *n, size_t done)
+{
+	while (*n && done >= (*iov)->iov_len) {
+		done -= (*iov)->iov_len;
+		++*iov;
+		--*n;
+	}
+	if (*n) {
+		(*iov)->iov_base = (char *)(*iov)->iov_base + done;
+		(*iov)->iov_len -= done;
+	}
+}
 
 #endif

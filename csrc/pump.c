@@ -203,11 +203,7 @@ void pl_pump_cancel(struct pl_pump *p)
 
 void pl_pump_stats(const struct pl_pump *p, struct pl_pump_stats *out)
 {
-	const uint64_t *from = (const uint64_t *)&p->stats;
-	uint64_t *to = (uint64_t *)out;
-
-	for (size_t i = 0; i < sizeof(*out) / sizeof(*to); i++)
-		to[i] = __atomic_load_n(&from[i], __ATOMIC_RELAXED);
+	pl_read_counters(out, &p->stats, sizeof(*out));
 }
 
 static const struct pl_sink_ops *const sinks[] = {

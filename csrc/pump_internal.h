@@ -6,6 +6,7 @@
 #include <pthread.h>
 #include <sys/uio.h>
 
+#include "counters.h"
 #include "huge.h"
 #include "patience.h"
 #include "pump.h"
@@ -125,8 +126,7 @@ struct pl_pump {
 	struct pl_fault fault;
 };
 
-#define STAT_ADD(p, field, n) \
-	__atomic_fetch_add(&(p)->stats.field, (n), __ATOMIC_RELAXED)
+#define STAT_ADD(p, field, n) pl_count(&(p)->stats.field, n)
 
 /* pump_claim.c.  Lock held: a slot with fragments to read, or NULL; a hook's
    failure is in p->err. */

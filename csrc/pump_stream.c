@@ -12,6 +12,7 @@
 #include <sys/socket.h>
 #include <sys/uio.h>
 
+#include "io.h"
 #include "pump_internal.h"
 
 /* Until the stream takes more: 0, -ECANCELED, -ETIMEDOUT; D2's answers are
@@ -89,15 +90,7 @@ int pl_stream_write(struct pl_pump *p, struct iovec *iov, unsigned n,
 			continue;
 		}
 		pl_stream_moved(p, (size_t)done);
-		while (n && (size_t)done >= iov->iov_len) {
-			done -= (ssize_t)iov->iov_len;
-			iov++;
-			n--;
-		}
-		if (n) {
-			iov->iov_base = (char *)iov->iov_base + done;
-			iov->iov_len -= (size_t)done;
-		}
+		pl_iov_skip(&iov, &n, (size_t)done);
 	}
 	return err ? pl_stream_fault(p, err, fault) : 0;
 }

@@ -162,8 +162,8 @@ int pl_recv_run(struct pl_recv *r, struct pl_recv_msg *msg,
 			stage = ret == -EBADE ? PL_STAGE_PROTOCOL : stage;
 			break;
 		}
-		__atomic_fetch_add(&r->stats.data_bytes, r->head.size, __ATOMIC_RELAXED);
-		__atomic_fetch_add(&r->stats.frames, 1, __ATOMIC_RELAXED);
+		RECV_ADD(r, data_bytes, r->head.size);
+		RECV_ADD(r, frames, 1);
 		if (end > r->stats.image_size)
 			__atomic_store_n(&r->stats.image_size, end, __ATOMIC_RELAXED);
 	}
@@ -202,11 +202,7 @@ void pl_recv_cancel(struct pl_recv *r)
 
 void pl_recv_stats(const struct pl_recv *r, struct pl_recv_stats *out)
 {
-	const uint64_t *from = (const uint64_t *)&r->stats;
-	uint64_t *to = (uint64_t *)out;
-
-	for (size_t i = 0; i < sizeof(*out) / sizeof(*to); i++)
-		to[i] = __atomic_load_n(&from[i], __ATOMIC_RELAXED);
+	pl_read_counters(out, &r->stats, sizeof(*out));
 }
 
 int pl_recv_new(struct pl_recv **out, const struct pl_recv_cfg *c)

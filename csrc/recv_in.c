@@ -5,6 +5,7 @@
 #include <poll.h>
 #include <unistd.h>
 
+#include "io.h"
 #include "recv_internal.h"
 
 static int wait_readable(struct pl_recv *r)
@@ -20,7 +21,8 @@ static int wait_readable(struct pl_recv *r)
 	return pfd[0].revents ? -ECANCELED : 0;
 }
 
-ssize_t pl_recv_read(struct pl_recv *r, struct iovec *iov, int n, size_t must)
+ssize_t pl_recv_read(struct pl_recv *r, struct iovec *iov, unsigned n,
+		     size_t must)
 {
 	size_t got = 0;
 
@@ -30,7 +32,7 @@ ssize_t pl_recv_read(struct pl_recv *r, struct iovec *iov, int n, size_t must)
 
 		if (err)
 			return err;
-		k = readv(r->cfg.in_fd, iov, n);
+		k = readv(r->cfg.in_fd, iov, (int)n);
 		if (k < 0) {
 			if (errno == EINTR || errno == EAGAIN)
 				continue;
@@ -40,17 +42,8 @@ ssize_t pl_recv_read(struct pl_recv *r, struct iovec *iov, int n, size_t must)
 			return -ENODATA;
 		got += (size_t)k;
 		pl_patience_moved(&r->peer_gives, (size_t)k);
-		__atomic_fetch_add(&r->stats.stream_bytes, (uint64_t)k,
-				   __ATOMIC_RELAXED);
-		while (n && (size_t)k >= iov->iov_len) {
-			k -= (ssize_t)iov->iov_len;
-			iov++;
-			n--;
-		}
-		if (n) {
-			iov->iov_base = (char *)iov->iov_base + k;
-			iov->iov_len -= (size_t)k;
-		}
+		RECV_ADD(r, stream_bytes, (uint64_t)k);
+		pl_iov_skip(&iov, &n, (size_t)k);
 	}
 	return (ssize_t)got;
 }

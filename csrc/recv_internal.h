@@ -6,13 +6,13 @@
 #include <pthread.h>
 #include <sys/uio.h>
 
+#include "counters.h"
 #include "huge.h"
 #include "patience.h"
 #include "recv.h"
 
 #define RECV_PARTS 256u
-#define RECV_ADD(r, field, n) \
-	__atomic_fetch_add(&(r)->stats.field, (n), __ATOMIC_RELAXED)
+#define RECV_ADD(r, field, n) pl_count(&(r)->stats.field, n)
 
 struct recv_header {
 	uint32_t mark, type, size;
@@ -93,7 +93,8 @@ int pl_recv_start(struct pl_recv *r);	/* the writer */
  * recv_in.c: at least `must` bytes into the vector, at most all of it.  Returns
  * the count, or -errno; -ENODATA at end of file.
  */
-ssize_t pl_recv_read(struct pl_recv *r, struct iovec *iov, int n, size_t must);
+ssize_t pl_recv_read(struct pl_recv *r, struct iovec *iov, unsigned n,
+		     size_t must);
 /*
  * recv_head.c: complete and check the next header -> r->head; on failure
  * *stage is READ or PROTOCOL.

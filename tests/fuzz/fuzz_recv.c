@@ -60,18 +60,18 @@ static bool meets_page(uint64_t start, uint64_t end)
 
 /* ---- in place of recv_in.c, recv_reply.c, io.c and system calls */
 
-ssize_t pl_recv_read(struct pl_recv *r, struct iovec *iov, int n, size_t must)
+ssize_t pl_recv_read(struct pl_recv *r, struct iovec *iov, unsigned n, size_t must)
 {
 	size_t want = must, got = 0;
 
 	/* An idle helper is given each slot at once, a busy one full slots. */
 	in.order = in.order * 1103515245 + 12345;
 	r->writer_idle = in.order >> 16 & 1;
-	for (int i = 0; in.greedy && i < n; i++)
+	for (unsigned i = 0; in.greedy && i < n; i++)
 		want = i ? want + iov[i].iov_len : iov[0].iov_len;
 	if (want > in.len - in.at)
 		want = in.len - in.at;
-	for (int i = 0; i < n && got < want; i++) {
+	for (unsigned i = 0; i < n && got < want; i++) {
 		size_t k = iov[i].iov_len < want - got ? iov[i].iov_len : want - got;
 
 		memcpy(iov[i].iov_base, in.data + in.at, k);
