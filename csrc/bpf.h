@@ -38,6 +38,8 @@ struct pl_bpf_counters {
 	uint64_t queued_write, queued_discard;	/* sectors submitted */
 	uint64_t everything;			/* times "all is dirty" was declared */
 };
+_Static_assert(sizeof(struct pl_bpf_counters) == 5 * sizeof(uint64_t),
+	       "memcmp compares two of them: there is no padding");
 
 struct pl_bpf;
 

@@ -66,16 +66,26 @@ const char *pl_btf_name(const struct pl_btf *b, uint32_t id);
  * hence still atomics), and the reader adds them up.
  */
 #define PL_BPF_LANES 32u
+#define PL_BPF_LANE_SHIFT 6
 struct pl_bpf_lane {
 	uint64_t write, discard;
 	uint64_t pad[6];
 };
+_Static_assert((PL_BPF_LANES & (PL_BPF_LANES - 1)) == 0,
+	       "the program masks the CPU's number");
+_Static_assert(sizeof(struct pl_bpf_lane) == 1u << PL_BPF_LANE_SHIFT,
+	       "the program shifts the lane's number");
 
-/* The first pages of the map. */
+/* The first pages of the map; the program adds at these offsets. */
 struct pl_bpf_page {
 	struct pl_bpf_lane done[PL_BPF_LANES], queued[PL_BPF_LANES];
 	uint64_t everything;
 };
+_Static_assert(offsetof(struct pl_bpf_page, queued) ==
+	       PL_BPF_LANES * sizeof(struct pl_bpf_lane) &&
+	       offsetof(struct pl_bpf_page, everything) ==
+	       2 * PL_BPF_LANES * sizeof(struct pl_bpf_lane),
+	       "lanes stand side by side, each in a cache line of its own");
 
 #define PL_BPF_MAX_PATH 2
 

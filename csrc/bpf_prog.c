@@ -50,6 +50,8 @@ const char pl_bpf_licence[] = "GPL";
 
 enum { R0, R1, R2, R3, R4, R5, R6, R7, R8, R9, R10 };
 
+_Static_assert(sizeof(struct bpf_insn) == 8, "the kernel's");
+
 enum label { L_LOW, L_HIGH, L_MANY, L_SUM, L_DISCARD,
 	     L_EVERYTHING, L_OUT, L_COUNT };
 
@@ -67,8 +69,8 @@ static void emit(struct as *a, uint8_t code, int dst, int src, int off, int32_t 
 		return;
 	}
 	a->code->insn[a->code->n++] = (struct bpf_insn){
-		.code = code, .dst_reg = (uint8_t)dst & 15,
-		.src_reg = (uint8_t)src & 15, .off = (int16_t)off, .imm = imm,
+		.code = code, .dst_reg = (unsigned)dst & 15u,
+		.src_reg = (unsigned)src & 15u, .off = (int16_t)off, .imm = imm,
 	};
 }
 
@@ -278,7 +280,7 @@ static void sum(struct as *a, const struct pl_bpf_target *t,
 	alu_i(a, BPF_RSH, R7, SECTOR_SHIFT);
 	emit(a, BPF_JMP | BPF_CALL, 0, 0, 0, BPF_FUNC_get_smp_processor_id);
 	alu_i(a, BPF_AND, R0, PL_BPF_LANES - 1);
-	alu_i(a, BPF_LSH, R0, 6);	/* sizeof(struct pl_bpf_lane) */
+	alu_i(a, BPF_LSH, R0, PL_BPF_LANE_SHIFT);
 	map_value(a, R1, t->map_fd, m->lanes);
 	alu(a, BPF_ADD, R1, R0);
 	jump_i(a, BPF_JEQ, R8, OP_DISCARD, L_DISCARD);

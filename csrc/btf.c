@@ -24,6 +24,12 @@
 #define BTF_MAX_MEMBERS 4096
 /* Newer than some of the headers that we build with. */
 #define KIND_ENUM64 19
+/* The format's records, which are read where they stand in the blob. */
+_Static_assert(sizeof(struct btf_type) == 12 && sizeof(struct btf_array) == 12 &&
+	       sizeof(struct btf_member) == 12 && sizeof(struct btf_enum) == 8 &&
+	       sizeof(struct btf_param) == 8 &&
+	       sizeof(struct btf_var_secinfo) == 12 &&
+	       _Alignof(struct btf_type) == 4, "BTF is made of 32-bit fields");
 
 static const struct btf_type *type_at(const struct pl_btf *b, uint32_t id)
 {

@@ -7,6 +7,9 @@
 
 #include "io.h"
 
+/* Or (off_t)pos would cut positions off; build with _FILE_OFFSET_BITS=64. */
+_Static_assert(sizeof(off_t) == sizeof(uint64_t), "positions have 64 bits");
+
 int pl_pwrite_full(int fd, const void *buf, size_t len, uint64_t pos)
 {
 	const char *p = buf;

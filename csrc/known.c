@@ -5,13 +5,16 @@
 
 #include "known.h"
 
+#define BLOCK_SHIFT 12u
+_Static_assert(PL_BLOCK == 1u << BLOCK_SHIFT, "`nonzero` has a bit per block");
+
 int pl_known_init(struct pl_known *k, uint64_t size, uint32_t shift)
 {
 	uint64_t n;
 	void *p;
 	int err;
 
-	if (shift < 12 || shift > 26 || size > INT64_MAX)
+	if (shift < BLOCK_SHIFT || shift > 26 || size > INT64_MAX)
 		return -EINVAL;
 	n = (size + (1ull << shift) - 1) >> shift;
 	p = mmap(NULL, n ? n * 8 : 8, PROT_READ | PROT_WRITE,
@@ -21,7 +24,7 @@ int pl_known_init(struct pl_known *k, uint64_t size, uint32_t shift)
 	madvise(p, n * 8, MADV_NOHUGEPAGE);
 	*k = (struct pl_known){ .hash = p, .nchunks = n, .size = size,
 				.shift = shift };
-	err = pl_bitmap_init(&k->nonzero, size, 12);
+	err = pl_bitmap_init(&k->nonzero, size, BLOCK_SHIFT);
 	if (err)
 		pl_known_fini(k);
 	return err;

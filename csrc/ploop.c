@@ -8,6 +8,7 @@
 struct track_extent {
 	uint64_t start, end;
 };
+_Static_assert(sizeof(struct track_extent) == 16, "the driver's, in its ioctls");
 
 #define TRACK_INIT _IOR('P', 6, struct track_extent)
 #define TRACK_STOP _IO('P', 7)

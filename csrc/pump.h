@@ -88,6 +88,8 @@ struct pl_pump_stats {
 	uint64_t done_bytes;	/* of the extents of this pass, finished */
 	uint64_t huge_bytes;	/* of the file, made as huge pages (tmpfs) */
 };
+_Static_assert(sizeof(struct pl_pump_stats) == 8 * sizeof(uint64_t),
+	       "counters.h reads it as an array");
 
 struct pl_pump;
 int pl_pump_new(struct pl_pump **out, const struct pl_pump_cfg *cfg);

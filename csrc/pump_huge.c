@@ -12,12 +12,16 @@
 /* No writer is further behind the first one. */
 #define BEHIND (1u << 20)
 #define NO_PAGE UINT64_MAX
+/* What one word of the bitmap stands for. */
+#define WORD (64u * PL_BLOCK)
+_Static_assert(PL_HUGE % WORD == 0 && BEHIND % WORD == 0,
+	       "known_all looks at whole words");
 
 /* Is [start, end), whole words of the bitmap, known to be all data / zero? */
 static bool known_all(const struct pl_known *k, uint64_t start, uint64_t end,
 		      bool data)
 {
-	for (uint64_t w = start / PL_BLOCK / 64; w < end / PL_BLOCK / 64; w++)
+	for (uint64_t w = start / WORD; w < end / WORD; w++)
 		if (__atomic_load_n(&k->nonzero.word[w], __ATOMIC_RELAXED) !=
 		    (data ? ~0ull : 0))
 			return false;

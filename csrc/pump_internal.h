@@ -30,6 +30,8 @@ struct pump_reply {
 	unsigned got;
 	struct pl_patience peer_answers;
 };
+_Static_assert(sizeof(((struct pump_reply *)0)->buf) % sizeof(int32_t) == 0,
+	       "a part of an answer never fills the buffer");
 
 /* A huge page of the target, mapped; slots may be read straight into it. */
 #define PUMP_PLACES 4u

@@ -40,10 +40,12 @@ struct pl_recv_stats {
 	uint64_t image_size;	/* highest position + size seen */
 	uint64_t huge_bytes;	/* of the file, made as huge pages (tmpfs) */
 };
+_Static_assert(sizeof(struct pl_recv_stats) == 7 * sizeof(uint64_t),
+	       "counters.h reads it as an array");
 
 struct pl_recv_msg {
 	uint64_t pos;
-	uint8_t data[4];	/* SYNC's payload (in D2 a command of zero) */
+	uint8_t data[PL_SYNC_SIZE];	/* SYNC's (in D2 a command of zero) */
 	/* CLOCK_MONOTONIC, ns: when the first data since the last event began to
 	   be there (0: there were none), when this event was read, and when all
 	   before it was written. */

@@ -17,6 +17,8 @@
 #define MIN_RUN (1u << 20)
 #endif
 #define PAGE_BLOCKS (PL_HUGE / PL_BLOCK)
+_Static_assert(sizeof(((struct pl_recv *)0)->page_zero) * 8 == PAGE_BLOCKS,
+	       "a bit for each block of the page");
 
 static bool is_zero_block(const struct pl_recv *r, uint32_t i)
 {

@@ -11,6 +11,7 @@ struct packet {
 	uint32_t mark, type, size, padding;
 	uint64_t pos;
 };
+_Static_assert(sizeof(struct packet) == 24, "as on the wire");
 
 /* Not MD5: any function of the data and their order will do. */
 struct toy {

@@ -11,6 +11,7 @@ struct header {
 	uint32_t mark, size;
 	uint64_t pos;
 };
+_Static_assert(sizeof(struct header) == 16, "as on the wire");
 
 struct stream {
 	uint8_t *data;
