@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Builds csrc/ as a static library, and the two extensions on top of it.
 
-The library is compiled on its own so that it can be held to -Wall -Wextra
-(-Werror with PYPLOOP_WERROR=1, as CI does) without holding generated code to it.
+The library is compiled on its own, so that its warnings need not hold for generated
+code.  PYPLOOP_WERROR=1, as CI sets it, makes them errors.  CFLAGS=-O0 makes a build for
+the debugger: nothing is optimised, and the library's assertions are on.
 """
 
 import os
@@ -17,21 +18,22 @@ here = Path(__file__).parent
 sources = sorted(str(p.relative_to(here)) for p in here.glob("csrc/*.c"))
 headers = sorted(str(p.relative_to(here)) for p in here.glob("csrc/*.h"))
 machine = platform.machine()
-# What a distribution gives its packages; -U: some compilers define it by themselves.
-hardening = [
-    "-U_FORTIFY_SOURCE",
-    "-D_FORTIFY_SOURCE=3",
-    "-fstack-protector-strong",
-    "-fstack-clash-protection",
-]
+for_debugger = "-O0" in os.environ.get("CFLAGS", "").split()
+# What a distribution gives its packages.  -U: some compilers define it by themselves.
+hardening = ["-U_FORTIFY_SOURCE", "-fstack-protector-strong", "-fstack-clash-protection"]
+if not for_debugger:  # sizes are known to an optimising compiler only
+    hardening.append("-D_FORTIFY_SOURCE=3")
 if machine in ("x86_64", "i686"):
     hardening.append("-fcf-protection")
 elif machine == "aarch64":
     hardening.append("-mbranch-protection=standard")
 # Symbols are bound when the module is loaded, and what they are bound by is read-only then.
 links = ["-Wl,-z,relro", "-Wl,-z,now", "-Wl,-z,noexecstack"]
-cflags = ["-std=gnu11", "-O2", "-g", "-fPIC", "-pthread", "-fvisibility=hidden", "-Wall", "-Wextra"]
-cflags += hardening
+common = ["-std=gnu11", "-O0" if for_debugger else "-O2", "-g", "-pthread"]
+warnings = ["-Wall", "-Wextra", "-Wconversion", "-Wshadow"]
+warnings += ["-Wmissing-prototypes", "-Wstrict-prototypes"]
+cflags = [*common, "-fPIC", "-fvisibility=hidden", *warnings, *hardening]
+cflags.append("-UNDEBUG" if for_debugger else "-DNDEBUG")
 if os.environ.get("PYPLOOP_WERROR"):
     cflags.append("-Werror")
 
@@ -40,7 +42,7 @@ core = Extension(
     ["pyploop/_core.pyx"],
     include_dirs=["csrc"],
     depends=headers + sources,
-    extra_compile_args=["-std=gnu11", "-O2", "-g", "-pthread"],
+    extra_compile_args=common,
     extra_link_args=["-pthread"],
 )
 
