@@ -139,8 +139,6 @@ int pl_pump_pass(struct pl_pump *p, const struct pl_extent *ext, size_t n,
 		struct slot *head = &p->slot[p->emitted % p->cfg.slots];
 		struct slot *s;
 
-		if (__atomic_load_n(&p->cancelled, __ATOMIC_RELAXED) && !p->err)
-			p->err = -ECANCELED;
 		if (p->err) {
 			if (!p->processing)
 				break;
@@ -151,7 +149,7 @@ int pl_pump_pass(struct pl_pump *p, const struct pl_extent *ext, size_t n,
 			process(p, s);
 			continue;
 		} else if (p->err) {
-			continue;	/* the hook failed in claim() */
+			continue;	/* cancelled, or the hook has failed */
 		} else if (!p->processing && p->claimed == p->emitted) {
 			break;
 		}

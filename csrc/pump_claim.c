@@ -5,6 +5,8 @@
  * Invariant: the hook (which clears dirty marks) runs under the lock, in
  * ascending order, before the range is read (pump_read.c).  Clear, then read.
  */
+#include <errno.h>
+
 #include "pump_internal.h"
 
 static uint64_t widen(const struct pl_pump *p)
@@ -63,8 +65,13 @@ struct slot *pl_slot_claim(struct pl_pump *p)
 	struct pl_extent piece;
 	struct slot *s;
 
-	if (p->err || __atomic_load_n(&p->cancelled, __ATOMIC_RELAXED))
+	if (p->err)
 		return NULL;
+	if (__atomic_load_n(&p->cancelled, __ATOMIC_RELAXED)) {
+		/* Said here, or no slot would look like no extent left. */
+		p->err = -ECANCELED;
+		return NULL;
+	}
 	s = &p->slot[p->claimed % p->cfg.slots];
 	if (s->busy)
 		return NULL;

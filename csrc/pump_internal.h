@@ -130,8 +130,8 @@ struct pl_pump {
 
 #define STAT_ADD(p, field, n) pl_count(&(p)->stats.field, n)
 
-/* pump_claim.c.  Lock held: a slot with fragments to read, or NULL; a hook's
-   failure is in p->err. */
+/* pump_claim.c.  Lock held: a slot with fragments to read, or NULL; that the hook
+   has failed or the pump was cancelled is in p->err. */
 struct slot *pl_slot_claim(struct pl_pump *p);
 /* pump_read.c.  No lock held: read and classify it (into a file: write it too). */
 int pl_slot_fill(struct pl_pump *p, struct slot *s, struct pl_fault *fault);

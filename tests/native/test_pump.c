@@ -622,6 +622,53 @@ static void faults(void)
 	close(src);
 }
 
+static void *cancel_amid(void *arg)
+{
+	struct pl_pump_stats stats;
+
+	do
+		pl_pump_stats(arg, &stats);
+	while (!stats.done_bytes);
+	pl_pump_cancel(arg);
+	return NULL;
+}
+
+/* Wherever in a pass a cancel comes, 0 means that all was sent.  Many small
+   pieces of a hole, so that it comes at any point of claiming them. */
+static void cancelled_pass_is_no_success(void)
+{
+	struct pl_extent all = { 0, 4 * GiB };
+	int src = temp_file(NULL, all.end), out = temp_file(NULL, 0), ret;
+	struct pl_pump_stats stats;
+	struct pl_known known;
+	struct pl_pump_cfg cfg;
+	struct pl_fault fault;
+	struct pl_pump *p;
+	pthread_t thread;
+
+	EQ(pl_known_init(&known, all.end, 12), 0);
+	cfg = config(src, all.end, out, PL_SINK_FILE);
+	cfg.known = &known;
+	cfg.cluster = 4096;
+	cfg.readers = 0;
+	for (int i = 0; i < 200; i++) {
+		p = new_pump(&cfg);
+		OK(pthread_create(&thread, NULL, cancel_amid, p) == 0);
+		ret = pl_pump_pass(p, &all, 1, PL_PASS_SKIP_ZERO | PL_PASS_HOLES,
+				   &fault);
+		pthread_join(thread, NULL);
+		pl_pump_stats(p, &stats);
+		if (ret)
+			EQ(ret, -ECANCELED);
+		else
+			EQ(stats.done_bytes, all.end);
+		pl_pump_free(p);
+	}
+	pl_known_fini(&known);
+	close(src);
+	close(out);
+}
+
 static void bad_configs(void)
 {
 	struct pl_known known;
@@ -704,6 +751,7 @@ int main(void)
 	random_rounds(12);
 	random_rounds(14);
 	faults();
+	cancelled_pass_is_no_success();
 	four_gib();
 	return 0;
 }
