@@ -25,6 +25,7 @@
  */
 #include "bpf_internal.h"
 
+#include <assert.h>
 #include <errno.h>
 #include <stdio.h>
 #include <string.h>
@@ -144,10 +145,15 @@ static void label(struct as *a, enum label l)
 
 static void patch(struct as *a)
 {
-	for (unsigned i = 0; i < a->code->n; i++)
-		if (a->want[i])
-			a->code->insn[i].off =
-				(int16_t)(a->at[a->want[i] - 1] - (int)i - 1);
+	for (unsigned i = 0; i < a->code->n; i++) {
+		int off;
+
+		if (!a->want[i])
+			continue;
+		off = a->at[a->want[i] - 1] - (int)i - 1;
+		assert(off >= 0);	/* forward: the verifier has no loop to walk */
+		a->code->insn[i].off = (int16_t)off;
+	}
 }
 
 /* R6 = first sector, R7 = bytes, R8 = op; leaves unless it is of interest. */

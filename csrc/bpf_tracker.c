@@ -19,6 +19,7 @@
  */
 #include "bpf_internal.h"
 
+#include <assert.h>
 #include <errno.h>
 #include <stdarg.h>
 #include <stdio.h>
@@ -89,6 +90,7 @@ static void place(struct pl_bpf_bits *m, uint64_t size, uint32_t shift, size_t l
 
 	nwords = (size >> shift) + !!(size & ((1ull << shift) - 1));
 	nwords = nwords / 64 + !!(nwords % 64);
+	assert(*off % page == 0 && *off + nwords * 8 <= UINT32_MAX);
 	m->in_map = (struct pl_bpf_marks){
 		.off = (uint32_t)*off, .nwords = (uint32_t)nwords,
 		.shift = shift, .lanes = (uint32_t)lanes,

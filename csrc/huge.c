@@ -1,6 +1,7 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /* Huge pages for a new file on tmpfs: see huge.h. */
 #define _GNU_SOURCE
+#include <assert.h>
 #include <errno.h>
 #include <fcntl.h>
 #include <linux/magic.h>
@@ -115,6 +116,7 @@ uint8_t *pl_huge_make(struct pl_huge *h, uint64_t pos, unsigned place)
 	uint64_t start = pl_now_ns();
 	int tries = 3;
 
+	assert(pos % PL_HUGE == 0 && place < h->places);
 	if (!h->reserved)
 		return NULL;
 	if (h->skip) {

@@ -1,6 +1,7 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /* Whole transfers: see io.h. */
 #define _GNU_SOURCE
+#include <assert.h>
 #include <errno.h>
 #include <sys/mman.h>
 #include <unistd.h>
@@ -14,6 +15,7 @@ int pl_pwrite_full(int fd, const void *buf, size_t len, uint64_t pos)
 {
 	const char *p = buf;
 
+	assert(len <= INT64_MAX && pos <= INT64_MAX - len);
 	while (len) {
 		ssize_t n = pwrite(fd, p, len, (off_t)pos);
 

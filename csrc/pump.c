@@ -8,6 +8,7 @@
  * machine with two cores then pays for no wake-up in the usual case.
  */
 #define _GNU_SOURCE
+#include <assert.h>
 #include <errno.h>
 #include <signal.h>
 #include <stdlib.h>
@@ -32,6 +33,7 @@ static void fail(struct pl_pump *p, int err, const struct pl_fault *fault)
 /* Lock held: what was in the slot is sent, or the pass has failed. */
 static void finish(struct pl_pump *p, struct slot *s)
 {
+	assert(s->busy && p->emitted < p->claimed);
 	STAT_ADD(p, done_bytes, s->bytes);
 	s->busy = s->ready = false;
 	p->emitted++;
@@ -50,6 +52,7 @@ static void process(struct pl_pump *p, struct slot *s)
 	pthread_mutex_unlock(&p->lock);
 	err = pl_slot_fill(p, s, &fault);
 	pthread_mutex_lock(&p->lock);
+	assert(s->busy && !s->ready && p->processing > 0);
 	p->processing--;
 	fail(p, err, &fault);
 	if (p->sink->in_order)
@@ -157,6 +160,7 @@ int pl_pump_pass(struct pl_pump *p, const struct pl_extent *ext, size_t n,
 		pthread_cond_wait(&p->done, &p->lock);
 		p->emitter_waits = false;
 	}
+	assert(p->err || (p->next == p->n && p->claimed == p->emitted));
 	for (unsigned i = 0; i < p->cfg.slots; i++)
 		p->slot[i].busy = p->slot[i].ready = false;
 	if (!p->err)

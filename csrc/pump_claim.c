@@ -5,6 +5,7 @@
  * Invariant: the hook (which clears dirty marks) runs under the lock, in
  * ascending order, before the range is read (pump_read.c).  Clear, then read.
  */
+#include <assert.h>
 #include <errno.h>
 
 #include "pump_internal.h"
@@ -86,6 +87,8 @@ struct slot *pl_slot_claim(struct pl_pump *p)
 
 		if (used + need > p->buf_size)
 			break;
+		/* The hook sees each byte once, in ascending order. */
+		assert(piece.start >= p->floor && piece.end <= p->cfg.size);
 		if ((p->flags & PL_PASS_HOOK) && p->cfg.hook) {
 			int err = p->cfg.hook(p->cfg.hook_ctx, piece.start,
 					      piece.end);
@@ -106,6 +109,7 @@ struct slot *pl_slot_claim(struct pl_pump *p)
 	}
 	if (!s->nfrags)
 		return NULL;
+	assert(p->claimed - p->emitted < p->cfg.slots);
 	s->busy = true;
 	s->ready = false;
 	p->claimed++;

@@ -6,6 +6,8 @@
  * runs have been written.  Slots of one pass are disjoint, but they share
  * words of the bitmap: hence the atomics.
  */
+#include <assert.h>
+
 #include "pump_internal.h"
 
 static bool is_nonzero(const struct pl_bitmap *b, uint64_t block)
@@ -30,6 +32,7 @@ static void add_run(struct slot *s, uint64_t pos, uint32_t len, uint32_t off,
 {
 	struct frag *r = s->nruns ? &s->run[s->nruns - 1] : NULL;
 
+	assert(len && (!r || r->pos + r->len <= pos));
 	if (joins && r && r->pos + r->len == pos && r->off + r->len == off)
 		r->len += len;
 	else
@@ -147,4 +150,5 @@ void pl_slot_classify(struct pl_pump *p, struct slot *s)
 			pos += part.len;
 		}
 	}
+	assert(s->nruns <= p->max_runs);
 }

@@ -1,6 +1,7 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /* The sending pump's end: the runs of a slot as frames into a stream. */
 #define _GNU_SOURCE
+#include <assert.h>
 #include <limits.h>
 
 #include "pump_internal.h"
@@ -49,6 +50,7 @@ int pl_emit_frames(struct pl_pump *p, struct slot *s, struct pl_fault *fault)
 			bool halves = r.len == p->sink->reserved_size;
 			uint32_t step = halves ? r.len / 2 : r.len;
 
+			assert(step && step != p->sink->reserved_size);
 			for (uint32_t at = 0; at < r.len && !err; at += step) {
 				uint8_t *data = s->data + r.off + at;
 

@@ -1,6 +1,7 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /* The pump's reads: the fragments of a claimed slot into memory, classified. */
 #define _GNU_SOURCE
+#include <assert.h>
 #include <errno.h>
 #include <fcntl.h>
 #include <string.h>
@@ -34,6 +35,8 @@ static int read_frag(struct pl_pump *p, struct slot *s, const struct frag *f)
 	uint32_t ask = (want + align - 1) / align * align;
 	uint8_t *buf = s->data + f->off - lead;
 
+	assert(s->busy && !s->ready && f->off >= lead);
+	assert(s->place || f->off - lead + ask <= p->buf_size);
 	pos -= lead;
 	while (got < want) {
 		ssize_t n = read_part(p, buf + got, want - got, ask - got,

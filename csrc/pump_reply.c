@@ -6,6 +6,7 @@
  * meanwhile, or the peer, stuck in answering, would never read on.
  */
 #define _GNU_SOURCE
+#include <assert.h>
 #include <errno.h>
 #include <poll.h>
 #include <string.h>
@@ -79,10 +80,12 @@ static int wait_until(struct pl_pump *p, uint64_t outstanding,
 
 int pl_reply_room(struct pl_pump *p, unsigned packets)
 {
-	/* An answer counts as a block: packets are that large, or few. */
-	int err = wait_until(p, p->cfg.window - packets, &p->reply.peer_answers,
-			     p->cfg.stall_ms);
+	int err;
 
+	assert(packets <= p->cfg.window && p->reply.answered <= p->reply.asked);
+	/* An answer counts as a block: packets are that large, or few. */
+	err = wait_until(p, p->cfg.window - packets, &p->reply.peer_answers,
+			 p->cfg.stall_ms);
 	if (!err)
 		p->reply.asked += packets;
 	return err;

@@ -13,6 +13,7 @@
  * read into its page cache at once (recv_place.c).
  */
 #define _GNU_SOURCE
+#include <assert.h>
 #include <errno.h>
 #include <stdlib.h>
 #include <string.h>
@@ -35,6 +36,7 @@ static int read_part(struct pl_recv *r, uint8_t *to, uint32_t part, bool last)
 
 	if (n < 0)
 		return (int)n;
+	assert((size_t)n >= part && (size_t)n - part <= pl_recv_head_size(r));
 	err = pl_recv_digest(r, to, part, last);
 	if (!err && last) {
 		r->raw_got = (uint32_t)n - part;
@@ -76,6 +78,7 @@ static int read_payload(struct pl_recv *r)
 		err = read_part(r, s->buf + s->used, part, part == left);
 		if (err)
 			return err;
+		assert(s->used + part <= r->cfg.slot_size);
 		s->part[s->nparts++] = (struct recv_part){ pos, part, s->used };
 		s->used += (part + PL_BLOCK - 1) / PL_BLOCK * PL_BLOCK;
 		pl_recv_saw(r, pos, part);

@@ -1,6 +1,7 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /* The receiver's front: bytes from the stream, or a reason why not. */
 #define _GNU_SOURCE
+#include <assert.h>
 #include <errno.h>
 #include <poll.h>
 #include <unistd.h>
@@ -32,6 +33,7 @@ ssize_t pl_recv_read(struct pl_recv *r, struct iovec *iov, unsigned n,
 
 		if (err)
 			return err;
+		assert(n);	/* the vector has room for `must` bytes */
 		k = readv(r->cfg.in_fd, iov, (int)n);
 		if (k < 0) {
 			if (errno == EINTR || errno == EAGAIN)

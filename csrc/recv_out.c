@@ -4,6 +4,7 @@
  * keeps pace, so that an fdatasync finds little to do at any moment.
  */
 #define _GNU_SOURCE
+#include <assert.h>
 #include <errno.h>
 #include <fcntl.h>
 
@@ -68,6 +69,7 @@ static int write_hole(struct pl_recv *r, const uint8_t *zeroes, uint32_t len,
 {
 	uint64_t data_end = __atomic_load_n(&r->placed_end, __ATOMIC_RELAXED);
 
+	assert(pos % PL_BLOCK == 0 && len % PL_BLOCK == 0);
 	if (data_end < r->written_end)
 		data_end = r->written_end;
 	/* Past all that was written the new file has a hole anyway. */

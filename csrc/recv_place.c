@@ -6,6 +6,7 @@
  * slots.  That is safe because only a part of the file for which nothing was
  * read before is made a page: no slot writes there, until the page has ended.
  */
+#include <assert.h>
 #include <string.h>
 
 #include "hash.h"
@@ -54,6 +55,7 @@ void pl_recv_placed(struct pl_recv *r, uint32_t len)
 {
 	uint32_t end = r->page_used + len;
 
+	assert(r->page && end <= PL_HUGE);
 	/* Blocks that came whole, as they do from a sender that reads blocks. */
 	for (uint32_t at = (r->page_used + PL_BLOCK - 1) / PL_BLOCK * PL_BLOCK;
 	     at + PL_BLOCK <= end; at += PL_BLOCK)

@@ -1,6 +1,7 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /* D2's answers to data: one int32 zero for each packet that is in the file. */
 #define _GNU_SOURCE
+#include <assert.h>
 #include <errno.h>
 #include <poll.h>
 #include <sys/socket.h>
@@ -27,6 +28,7 @@ int pl_recv_reply(struct pl_recv *r, unsigned count)
 	const char *p = (const char *)done;
 	size_t left = count * sizeof(*done);
 
+	assert(count <= RECV_PARTS);
 	while (left) {
 		ssize_t n = send(r->cfg.reply_fd, p, left, MSG_DONTWAIT | MSG_NOSIGNAL);
 

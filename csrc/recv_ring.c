@@ -3,6 +3,7 @@
  * Between the receiver's reader and its writing thread: slots in a ring, in
  * order, and the first failure of either.
  */
+#include <assert.h>
 #include <signal.h>
 #include <unistd.h>
 
@@ -68,6 +69,7 @@ static void *writer(void *arg)
 				pl_recv_wake(r);
 			pthread_mutex_lock(&r->lock);
 		}
+		assert(r->written < r->filled);
 		s->nparts = s->used = s->replies = 0;
 		r->written++;
 		if (r->reader_waits)
@@ -80,6 +82,7 @@ static void *writer(void *arg)
 void pl_recv_hand_over(struct pl_recv *r)
 {
 	pthread_mutex_lock(&r->lock);
+	assert(r->filled - r->written < r->cfg.slots);
 	r->filled++;
 	if (r->writer_idle)
 		pthread_cond_signal(&r->work);
