@@ -9,6 +9,8 @@
 #include <stddef.h>
 #include <stdint.h>
 
+#include "attr.h"
+
 /* The granule of hashes, the zero test, tracker bitmaps and O_DIRECT. */
 #define PL_BLOCK 4096u
 

@@ -45,17 +45,18 @@ struct pl_bpf;
 
 /* On failure *why (>= 256 bytes) gets one line a person can act on. */
 int pl_bpf_open(struct pl_bpf **out, const struct pl_bpf_cfg *cfg,
-		char *why, size_t why_len);
+		char *why, size_t why_len)
+	PL_CHECKED PL_NONNULL_AT(1, 2) PL_WRITES(3, 4);
 void pl_bpf_close(struct pl_bpf *t);
-void pl_bpf_counters(const struct pl_bpf *t, struct pl_bpf_counters *out);
+void pl_bpf_counters(const struct pl_bpf *t, struct pl_bpf_counters *out) PL_NONNULL;
 /*
  * Move the marks into `into` (atomic exchange word by word, OR into the
  * destination); the bitmap must have been made for end - start bytes and
  * the matching shift, else -EINVAL.  An "everything is dirty" declaration
  * since the last take sets the whole destination.  Returns 0.
  */
-int pl_bpf_take_done(struct pl_bpf *t, struct pl_bitmap *into);
-int pl_bpf_take_queued(struct pl_bpf *t, struct pl_bitmap *into);
+int pl_bpf_take_done(struct pl_bpf *t, struct pl_bitmap *into) PL_CHECKED PL_NONNULL;
+int pl_bpf_take_queued(struct pl_bpf *t, struct pl_bitmap *into) PL_CHECKED PL_NONNULL;
 /*
  * pl_bpf_take_done as runs, ascending: each is given to `run`, whose failure
  * ends it (and loses marks).  A bitmap in between would cost page faults over
@@ -63,18 +64,18 @@ int pl_bpf_take_queued(struct pl_bpf *t, struct pl_bitmap *into);
  */
 int pl_bpf_take_runs(struct pl_bpf *t,
 		     int (*run)(void *ctx, uint64_t start, uint64_t end),
-		     void *ctx);
+		     void *ctx) PL_CHECKED PL_NONNULL_AT(1, 2);
 /*
  * Bits now set in the done bitmap, without touching them; all bits when
  * everything is dirty.
  */
-uint64_t pl_bpf_peek_done(const struct pl_bpf *t);
+uint64_t pl_bpf_peek_done(const struct pl_bpf *t) PL_NONNULL;
 /*
  * Pump hook (any thread): drop the done marks of granules that lie wholly in
  * [start, end), source-relative; called just BEFORE that range is read
  * (clear, then read).  Never drops an "everything" declaration.
  */
-int pl_bpf_forget(void *tracker, uint64_t start, uint64_t end);
+int pl_bpf_forget(void *tracker, uint64_t start, uint64_t end) PL_CHECKED PL_NONNULL;
 
 /*
  * One look at the counters and at the kernel's own accounting
@@ -89,6 +90,6 @@ struct pl_bpf_snapshot {
 	int stable;		/* 1: before == after, and stat read twice alike */
 };
 int pl_bpf_snapshot(const struct pl_bpf *t, int stat_fd, unsigned tries,
-		    struct pl_bpf_snapshot *out);
+		    struct pl_bpf_snapshot *out) PL_CHECKED PL_NONNULL;
 
 #endif

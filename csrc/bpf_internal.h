@@ -30,32 +30,34 @@ struct pl_btf {
 };
 
 /* -EPROTO: not BTF as we know it. */
-int pl_btf_load(struct pl_btf *b, const char *path);
+int pl_btf_load(struct pl_btf *b, const char *path) PL_CHECKED PL_NONNULL;
 /* Takes `blob` (malloced) over, also on failure. */
-int pl_btf_parse(struct pl_btf *b, void *blob, size_t len);
-void pl_btf_free(struct pl_btf *b);
+int pl_btf_parse(struct pl_btf *b, void *blob, size_t len) PL_CHECKED PL_NONNULL;
+void pl_btf_free(struct pl_btf *b) PL_NONNULL;
 
 /* Type id > 0, or -ENOENT. */
-int pl_btf_find(const struct pl_btf *b, const char *name, unsigned kind);
+int pl_btf_find(const struct pl_btf *b, const char *name, unsigned kind)
+	PL_CHECKED PL_NONNULL;
 /*
  * A member of struct or union `id`, seen through anonymous members.
  * *off grows by its byte offset; *type becomes its type.  -ENOENT: no such
  * member; -EPROTO: a bit field, or broken BTF.
  */
 int pl_btf_member(const struct pl_btf *b, uint32_t id, const char *name,
-		  uint32_t *off, uint32_t *type);
+		  uint32_t *off, uint32_t *type) PL_CHECKED PL_NONNULL;
 /* The struct that `id` is or, past one pointer, points to; or -ENOENT. */
-int pl_btf_struct(const struct pl_btf *b, uint32_t id);
-int pl_btf_pointee(const struct pl_btf *b, uint32_t id);
+int pl_btf_struct(const struct pl_btf *b, uint32_t id) PL_CHECKED PL_NONNULL;
+int pl_btf_pointee(const struct pl_btf *b, uint32_t id) PL_CHECKED PL_NONNULL;
 /* Is `id` an integer of `size` bytes? */
-bool pl_btf_is_int(const struct pl_btf *b, uint32_t id, uint32_t size);
+bool pl_btf_is_int(const struct pl_btf *b, uint32_t id, uint32_t size)
+	PL_NONNULL;
 /*
  * The parameters of the function that typedef `id` (btf_trace_*) points to.
  * Returns how many there are and stores the types of up to `max` of them.
  */
 int pl_btf_params(const struct pl_btf *b, uint32_t id, uint32_t *type,
-		  unsigned max);
-const char *pl_btf_name(const struct pl_btf *b, uint32_t id);
+		  unsigned max) PL_CHECKED PL_NONNULL;
+const char *pl_btf_name(const struct pl_btf *b, uint32_t id) PL_NONNULL;
 
 /* ---------------------------------------------------------- bpf_prog.c */
 
@@ -138,7 +140,7 @@ struct pl_bpf_code {
 uint32_t pl_bpf_ones_words(uint32_t shift);
 int pl_bpf_assemble(struct pl_bpf_code *code, const struct pl_bpf_target *t,
 		    const struct pl_bpf_object *o,
-		    const struct pl_bpf_marks *m);
+		    const struct pl_bpf_marks *m) PL_CHECKED PL_NONNULL;
 extern const char pl_bpf_licence[];
 
 /* -------------------------------------------------------- bpf_layout.c */
@@ -147,7 +149,8 @@ enum pl_bpf_event { PL_EV_RQ_COMPLETE, PL_EV_BIO_COMPLETE, PL_EV_BIO_QUEUE };
 
 /* Fill `o` for one tracepoint of the running kernel from its BTF. */
 int pl_bpf_object_find(const struct pl_btf *b, enum pl_bpf_event ev,
-		       struct pl_bpf_object *o, char *why, size_t why_len);
+		       struct pl_bpf_object *o, char *why, size_t why_len)
+	PL_CHECKED PL_NONNULL_AT(1, 3) PL_WRITES(4, 5);
 
 /* ------------------------------------- bpf_tracker.c and bpf_marks.c */
 

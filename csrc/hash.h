@@ -8,10 +8,12 @@
 #include "base.h"
 
 /* 64-bit XXH3; PL_HASH_ZERO if and only if all bytes are zero. */
-uint64_t pl_hash_block(const void *data, size_t len);
+uint64_t pl_hash_block(const void *data, size_t len)
+	PL_NONNULL PL_READS(1, 2);
 /* The same value by the portable code: the reference for tests. */
-uint64_t pl_hash_block_ref(const void *data, size_t len);
-bool pl_is_zero(const void *data, size_t len);
+uint64_t pl_hash_block_ref(const void *data, size_t len)
+	PL_NONNULL PL_READS(1, 2);
+bool pl_is_zero(const void *data, size_t len) PL_NONNULL PL_READS(1, 2);
 /* "avx2" or "portable": what pl_hash_block runs on this machine. */
 const char *pl_hash_kernel(void);
 

@@ -5,10 +5,13 @@
 #include <stddef.h>
 #include <stdint.h>
 
+#include "attr.h"
+
 #if defined(__x86_64__)
 #define PL_HAVE_AVX2 1
 /* Call only where the CPU has AVX2. */
-uint64_t pl_hash_avx2(const void *data, size_t len);
+uint64_t pl_hash_avx2(const void *data, size_t len)
+	PL_NONNULL PL_READS(1, 2);
 #endif
 
 #endif

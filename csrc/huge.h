@@ -14,6 +14,8 @@
 #include <stdbool.h>
 #include <stdint.h>
 
+#include "attr.h"
+
 #ifndef PL_HUGE_SHIFT	/* tests take smaller ones */
 #define PL_HUGE_SHIFT 21u
 #endif
@@ -33,14 +35,14 @@ struct pl_huge {
 
 /* Never fails; does nothing unless `fd` is a file on tmpfs and readable.  So
    many pages can be mapped at a time. */
-void pl_huge_init(struct pl_huge *h, int fd, unsigned places);
-void pl_huge_fini(struct pl_huge *h);
-bool pl_huge_usable(const struct pl_huge *h);
+void pl_huge_init(struct pl_huge *h, int fd, unsigned places) PL_NONNULL;
+void pl_huge_fini(struct pl_huge *h) PL_NONNULL;
+bool pl_huge_usable(const struct pl_huge *h) PL_NONNULL;
 /*
  * The file ends at or past `end`, or is made to.  That cuts off what another
  * thread writes past `end` meanwhile: who has such threads asks first for all.
  */
-bool pl_huge_reach(const struct pl_huge *h, uint64_t end);
+bool pl_huge_reach(const struct pl_huge *h, uint64_t end) PL_CHECKED PL_NONNULL;
 /*
  * Make the hole [pos, pos + PL_HUGE) of the file one huge page of zeroes; pos
  * is a multiple of PL_HUGE, and the file reaches to its end.  What others write
@@ -48,11 +50,12 @@ bool pl_huge_reach(const struct pl_huge *h, uint64_t end);
  * for this place or pl_huge_unmap, or NULL when there is none; then at most the
  * first page was allocated.
  */
-uint8_t *pl_huge_make(struct pl_huge *h, uint64_t pos, unsigned place);
-void pl_huge_unmap(struct pl_huge *h, unsigned place);
+uint8_t *pl_huge_make(struct pl_huge *h, uint64_t pos, unsigned place)
+	PL_CHECKED PL_NONNULL;
+void pl_huge_unmap(struct pl_huge *h, unsigned place) PL_NONNULL;
 /* The page was made in vain, or has turned out to be of holes: make fewer. */
-void pl_huge_regret(struct pl_huge *h);
+void pl_huge_regret(struct pl_huge *h) PL_NONNULL;
 /* [start, end) of the file becomes a hole again. */
-void pl_huge_punch(const struct pl_huge *h, uint64_t start, uint64_t end);
+void pl_huge_punch(const struct pl_huge *h, uint64_t start, uint64_t end) PL_NONNULL;
 
 #endif

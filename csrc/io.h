@@ -9,10 +9,11 @@
 
 #include "base.h"
 
-int pl_pwrite_full(int fd, const void *buf, size_t len, uint64_t pos);
-int pl_fdatasync(int fd);
+int pl_pwrite_full(int fd, const void *buf, size_t len, uint64_t pos)
+	PL_CHECKED PL_NONNULL PL_READS(2, 3);
+int pl_fdatasync(int fd) PL_CHECKED;
 /* Buffers for O_DIRECT: PL_BLOCK aligned; the size is rounded up. */
-void *pl_buf_new(size_t len);
+void *pl_buf_new(size_t len) PL_CHECKED;
 void pl_buf_free(void *buf, size_t len);
 
 /* The first `done` bytes of the vector are transferred: it begins behind them. */

@@ -20,13 +20,14 @@ struct pl_known {
 	uint32_t shift;
 };
 
-int pl_known_init(struct pl_known *k, uint64_t size, uint32_t shift);
+int pl_known_init(struct pl_known *k, uint64_t size, uint32_t shift)
+	PL_CHECKED PL_NONNULL;
 void pl_known_fini(struct pl_known *k);
 /* The target may hold anything in [start, end): zeroes must be sent there. */
-void pl_known_assume_data(struct pl_known *k, uint64_t start, uint64_t end);
+void pl_known_assume_data(struct pl_known *k, uint64_t start, uint64_t end) PL_NONNULL;
 /* The target holds exactly `data` at [start, start + len), which is whole chunks,
    the last one of the source among them perhaps; else -EINVAL. */
 int pl_known_note(struct pl_known *k, uint64_t start, const uint8_t *data,
-		  uint64_t len);
+		  uint64_t len) PL_CHECKED PL_NONNULL_AT(1) PL_READS(3, 4);
 
 #endif

@@ -12,6 +12,8 @@
 #include <stddef.h>
 #include <stdint.h>
 
+#include "attr.h"
+
 #define PL_PROGRESS 65536u	/* a few hundred bytes a second, by default */
 
 struct pl_patience {		/* of one direction; starts as zeroes */
@@ -22,8 +24,8 @@ struct pl_patience {		/* of one direction; starts as zeroes */
 /* poll(2), for the rest of `stall_ms` at most (0: for ever): the number of
    ready descriptors, -ETIMEDOUT, or -errno. */
 int pl_patient_poll(struct pl_patience *p, struct pollfd *pfd, nfds_t n,
-		    uint32_t stall_ms);
+		    uint32_t stall_ms) PL_CHECKED PL_NONNULL;
 /* The peer took or gave so many bytes. */
-void pl_patience_moved(struct pl_patience *p, size_t bytes);
+void pl_patience_moved(struct pl_patience *p, size_t bytes) PL_NONNULL;
 
 #endif

@@ -92,7 +92,8 @@ _Static_assert(sizeof(struct pl_pump_stats) == 8 * sizeof(uint64_t),
 	       "counters.h reads it as an array");
 
 struct pl_pump;
-int pl_pump_new(struct pl_pump **out, const struct pl_pump_cfg *cfg);
+int pl_pump_new(struct pl_pump **out, const struct pl_pump_cfg *cfg)
+	PL_CHECKED PL_NONNULL;
 void pl_pump_free(struct pl_pump *p);
 /*
  * Send `n` extents (ascending, disjoint, within the size).  0, or -errno with
@@ -100,12 +101,13 @@ void pl_pump_free(struct pl_pump *p);
  * shorter than it was.  A frame never has 4 data bytes (that is SYNC).
  */
 int pl_pump_pass(struct pl_pump *p, const struct pl_extent *ext, size_t n,
-		 unsigned flags, struct pl_fault *fault);
+		 unsigned flags, struct pl_fault *fault)
+	PL_CHECKED PL_NONNULL_AT(1, 5) PL_READS(2, 3);
 /*
  * Write raw bytes (a control frame) into the stream; same rules.
  */
 int pl_pump_write(struct pl_pump *p, const void *buf, size_t len,
-		  struct pl_fault *fault);
+		  struct pl_fault *fault) PL_CHECKED PL_NONNULL PL_READS(2, 3);
 /*
  * PL_SINK_PACKETS: write a control packet and wait for its answer, and all that
  * are due before it, for timeout_ms at most (0: for ever).  -EREMOTEIO: an answer was a
@@ -113,10 +115,12 @@ int pl_pump_write(struct pl_pump *p, const void *buf, size_t len,
  * these too.
  */
 int pl_pump_ask(struct pl_pump *p, const void *buf, size_t len,
-		uint32_t timeout_ms, struct pl_fault *fault);
+		uint32_t timeout_ms, struct pl_fault *fault)
+	PL_CHECKED PL_NONNULL PL_READS(2, 3);
 /* Between two passes; bytes per second, 0: no limit. */
-void pl_pump_limit(struct pl_pump *p, uint64_t rate);
-void pl_pump_cancel(struct pl_pump *p);			/* any thread */
-void pl_pump_stats(const struct pl_pump *p, struct pl_pump_stats *out); /* any */
+void pl_pump_limit(struct pl_pump *p, uint64_t rate) PL_NONNULL;
+/* Any thread. */
+void pl_pump_cancel(struct pl_pump *p) PL_NONNULL;
+void pl_pump_stats(const struct pl_pump *p, struct pl_pump_stats *out) PL_NONNULL;
 
 #endif

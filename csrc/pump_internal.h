@@ -132,45 +132,51 @@ struct pl_pump {
 
 /* pump_claim.c.  Lock held: a slot with fragments to read, or NULL; that the hook
    has failed or the pump was cancelled is in p->err. */
-struct slot *pl_slot_claim(struct pl_pump *p);
+struct slot *pl_slot_claim(struct pl_pump *p) PL_CHECKED PL_NONNULL;
 /* pump_read.c.  No lock held: read and classify it (into a file: write it too). */
-int pl_slot_fill(struct pl_pump *p, struct slot *s, struct pl_fault *fault);
+int pl_slot_fill(struct pl_pump *p, struct slot *s, struct pl_fault *fault)
+	PL_CHECKED PL_NONNULL;
 /* pump_classify.c: decide what of a filled slot must be sent -> run[]. */
-bool pl_hole_is_known(const struct pl_pump *p, const struct frag *f);
-void pl_slot_classify(struct pl_pump *p, struct slot *s);
+bool pl_hole_is_known(const struct pl_pump *p, const struct frag *f)
+	PL_NONNULL;
+void pl_slot_classify(struct pl_pump *p, struct slot *s) PL_NONNULL;
 /* pump_emit.c: pl_sink_ops.emit of the streams. */
-int pl_emit_frames(struct pl_pump *p, struct slot *s, struct pl_fault *fault);
+int pl_emit_frames(struct pl_pump *p, struct slot *s, struct pl_fault *fault)
+	PL_CHECKED PL_NONNULL;
 /* pump_rate.c: wait until so many bytes may be sent: 0, or -ECANCELED. */
-int pl_rate_obey(struct pl_pump *p, size_t bytes);
+int pl_rate_obey(struct pl_pump *p, size_t bytes) PL_CHECKED PL_NONNULL;
 /* pump_huge.c: before [pos, end) is written; after a pass. */
-int pl_pump_huge_init(struct pl_pump *p);
-void pl_pump_huge_fini(struct pl_pump *p);
-void pl_huge_ahead(struct pl_pump *p, uint64_t pos, uint64_t end);
-void pl_huge_settle(struct pl_pump *p);
+int pl_pump_huge_init(struct pl_pump *p) PL_CHECKED PL_NONNULL;
+void pl_pump_huge_fini(struct pl_pump *p) PL_NONNULL;
+void pl_huge_ahead(struct pl_pump *p, uint64_t pos, uint64_t end) PL_NONNULL;
+void pl_huge_settle(struct pl_pump *p) PL_NONNULL;
 /* No lock held: s->data and s->place, for what is about to be read; when the
    slot is done with. */
-void pl_slot_place(struct pl_pump *p, struct slot *s);
-void pl_slot_unplace(struct pl_pump *p, struct slot *s);
+void pl_slot_place(struct pl_pump *p, struct slot *s) PL_NONNULL;
+void pl_slot_unplace(struct pl_pump *p, struct slot *s) PL_NONNULL;
 /* pump_stream.c: write all of the vector, which is used up. */
 int pl_stream_write(struct pl_pump *p, struct iovec *iov, unsigned n,
-		    struct pl_fault *fault);
+		    struct pl_fault *fault) PL_CHECKED PL_NONNULL;
 /* Its steps: bytes were taken; until it takes more; the failure `err`. */
-void pl_stream_moved(struct pl_pump *p, size_t n);
-int pl_stream_wait(struct pl_pump *p);
-int pl_stream_fault(struct pl_pump *p, int err, struct pl_fault *fault);
+void pl_stream_moved(struct pl_pump *p, size_t n) PL_NONNULL;
+int pl_stream_wait(struct pl_pump *p) PL_CHECKED PL_NONNULL;
+int pl_stream_fault(struct pl_pump *p, int err, struct pl_fault *fault)
+	PL_CHECKED PL_NONNULL;
 /* pump_splice.c: the payload of a run, without a copy. */
-bool pl_can_splice(const struct pl_pump *p);
-bool pl_run_is_spliced(const struct pl_pump *p, const struct frag *r);
+bool pl_can_splice(const struct pl_pump *p) PL_NONNULL;
+bool pl_run_is_spliced(const struct pl_pump *p, const struct frag *r)
+	PL_NONNULL;
 int pl_splice_run(struct pl_pump *p, const struct slot *s, const struct frag *r,
-		  struct pl_fault *fault);
+		  struct pl_fault *fault) PL_CHECKED PL_NONNULL;
 
 /*
  * pump_reply.c: take what answers are there.  0; -EREMOTEIO: one is a failure;
  * -EPROTO: one too many; -EPIPE: the peer has closed.
  */
-int pl_reply_take(struct pl_pump *p);
+int pl_reply_take(struct pl_pump *p) PL_CHECKED PL_NONNULL;
 /* Wait until the window has room for so many packets, and ask for their answers. */
-int pl_reply_room(struct pl_pump *p, unsigned packets);
-void pl_reply_explain(const struct pl_pump *p, int err, struct pl_fault *fault);
+int pl_reply_room(struct pl_pump *p, unsigned packets) PL_CHECKED PL_NONNULL;
+void pl_reply_explain(const struct pl_pump *p, int err, struct pl_fault *fault)
+	PL_NONNULL;
 
 #endif

@@ -174,9 +174,8 @@ int pl_recv_run(struct pl_recv *r, struct pl_recv_msg *msg,
 		pl_recv_fail(r, ret, stage, r->head.pos);
 		/* The writer is done, so that who tells the peer of the failure
 		   does not talk between its answers. */
-		pl_recv_drain(r);
+		ret = pl_recv_drain(r);
 		*fault = r->fault;
-		ret = r->err;
 	}
 	return ret;
 }

@@ -55,7 +55,8 @@ struct pl_recv_msg {
 };
 
 struct pl_recv;
-int pl_recv_new(struct pl_recv **out, const struct pl_recv_cfg *cfg);
+int pl_recv_new(struct pl_recv **out, const struct pl_recv_cfg *cfg)
+	PL_CHECKED PL_NONNULL;
 void pl_recv_free(struct pl_recv *r);
 /*
  * Run until a SYNC or END frame: returns the event, or -errno with *fault.
@@ -66,15 +67,16 @@ void pl_recv_free(struct pl_recv *r);
  * wrong digest.  -ENOTSOCK: no reply_fd.
  */
 int pl_recv_run(struct pl_recv *r, struct pl_recv_msg *msg,
-		struct pl_fault *fault);
+		struct pl_fault *fault) PL_CHECKED PL_NONNULL;
 /* Between two runs: the caller has had the file synced. */
-void pl_recv_synced(struct pl_recv *r);
+void pl_recv_synced(struct pl_recv *r) PL_NONNULL;
 /* Of what was received so far. */
-enum pl_dialect pl_recv_dialect(const struct pl_recv *r);
+enum pl_dialect pl_recv_dialect(const struct pl_recv *r) PL_NONNULL;
 /* Between two runs: every packet from now on carries a digest.  -EINVAL unless
    this is D2 and the configuration has one. */
-int pl_recv_expect_digests(struct pl_recv *r);
-void pl_recv_cancel(struct pl_recv *r);			/* any thread */
-void pl_recv_stats(const struct pl_recv *r, struct pl_recv_stats *out);	/* any */
+int pl_recv_expect_digests(struct pl_recv *r) PL_CHECKED PL_NONNULL;
+/* Any thread. */
+void pl_recv_cancel(struct pl_recv *r) PL_NONNULL;
+void pl_recv_stats(const struct pl_recv *r, struct pl_recv_stats *out) PL_NONNULL;
 
 #endif

@@ -83,43 +83,46 @@ struct pl_recv {
  * waits for its peer is woken.  The slot to fill, NULL after a failure; to the
  * writer with it; until all is written: 0, or the writer's failure.
  */
-void pl_recv_fail(struct pl_recv *r, int err, enum pl_stage stage, uint64_t pos);
-void pl_recv_wake(struct pl_recv *r);
-struct recv_slot *pl_recv_slot(struct pl_recv *r);
-void pl_recv_hand_over(struct pl_recv *r);
-int pl_recv_drain(struct pl_recv *r);
-int pl_recv_start(struct pl_recv *r);	/* the writer */
+void pl_recv_fail(struct pl_recv *r, int err, enum pl_stage stage, uint64_t pos)
+	PL_NONNULL;
+void pl_recv_wake(struct pl_recv *r) PL_NONNULL;
+struct recv_slot *pl_recv_slot(struct pl_recv *r) PL_CHECKED PL_NONNULL;
+void pl_recv_hand_over(struct pl_recv *r) PL_NONNULL;
+int pl_recv_drain(struct pl_recv *r) PL_CHECKED PL_NONNULL;
+int pl_recv_start(struct pl_recv *r) PL_CHECKED PL_NONNULL;	/* the writer */
 /*
  * recv_in.c: at least `must` bytes into the vector, at most all of it.  Returns
  * the count, or -errno; -ENODATA at end of file.
  */
 ssize_t pl_recv_read(struct pl_recv *r, struct iovec *iov, unsigned n,
-		     size_t must);
+		     size_t must) PL_CHECKED PL_NONNULL;
 /*
  * recv_head.c: complete and check the next header -> r->head; on failure
  * *stage is READ or PROTOCOL.
  */
-int pl_recv_head(struct pl_recv *r, enum pl_stage *stage);
+int pl_recv_head(struct pl_recv *r, enum pl_stage *stage) PL_CHECKED PL_NONNULL;
 /* Bytes that a header has now. */
-uint32_t pl_recv_head_size(const struct pl_recv *r);
+uint32_t pl_recv_head_size(const struct pl_recv *r) PL_NONNULL;
 /* Data of the packet r->head; `last`: all of it was given, -EBADE if it is not
    what its digest says.  Nothing where none was agreed. */
-int pl_recv_digest(struct pl_recv *r, const void *data, uint32_t len, bool last);
+int pl_recv_digest(struct pl_recv *r, const void *data, uint32_t len, bool last)
+	PL_CHECKED PL_NONNULL_AT(1) PL_READS(2, 3);
 /* recv_reply.c: answer `count` packets, RECV_PARTS at most, with success. */
-int pl_recv_reply(struct pl_recv *r, unsigned count);
+int pl_recv_reply(struct pl_recv *r, unsigned count) PL_CHECKED PL_NONNULL;
 /*
  * recv_place.c: where in the file itself the next bytes, which belong to `pos`,
  * can be read to; *room <- how many of `left`.  NULL: take a slot.
  */
 uint8_t *pl_recv_place(struct pl_recv *r, uint64_t pos, uint32_t left,
-		       uint32_t *room);
+		       uint32_t *room) PL_CHECKED PL_NONNULL;
 /* They are there. */
-void pl_recv_placed(struct pl_recv *r, uint32_t len);
+void pl_recv_placed(struct pl_recv *r, uint32_t len) PL_NONNULL;
 /* Every byte read, wherever to, in the order of the stream. */
-void pl_recv_saw(struct pl_recv *r, uint64_t pos, uint32_t len);
+void pl_recv_saw(struct pl_recv *r, uint64_t pos, uint32_t len) PL_NONNULL;
 /* No more of the page follows: what is unused or zero becomes a hole. */
-void pl_recv_end_page(struct pl_recv *r);
+void pl_recv_end_page(struct pl_recv *r) PL_NONNULL;
 /* recv_out.c: write a slot's parts; on failure *pos is where. */
-int pl_recv_write_slot(struct pl_recv *r, struct recv_slot *s, uint64_t *pos);
+int pl_recv_write_slot(struct pl_recv *r, struct recv_slot *s, uint64_t *pos)
+	PL_CHECKED PL_NONNULL;
 
 #endif

@@ -602,10 +602,11 @@ static int bpf_open(void)
 	return 0;
 }
 
-static void bpf_pull(void)
+static int bpf_pull(void)
 {
-	pl_bpf_take_done(tr.bpf, &tr.dirty);
-	pl_bpf_take_queued(tr.bpf, &tr.queued);
+	int err = pl_bpf_take_done(tr.bpf, &tr.dirty);
+
+	return err ? err : pl_bpf_take_queued(tr.bpf, &tr.queued);
 }
 
 static bool bpf_next(uint64_t limit, struct pl_extent *run)
@@ -690,7 +691,8 @@ static int track_stop(void)
 		return EBUSY;
 #ifdef FAKEPLOOP_BPF
 	if (tr.bpf) {
-		bpf_pull();
+		if (bpf_pull())
+			return EIO;
 		if (pl_bitmap_count(&tr.dirty))
 			return EBUSY;
 	}
@@ -708,7 +710,8 @@ static int track_setpos(uint64_t pos)
 	if (tr.bpf) {
 		uint64_t old = tr.setpos > cfg.shift ? tr.setpos - cfg.shift : 0;
 
-		bpf_pull();
+		if (bpf_pull())
+			return EIO;
 		pl_bitmap_clear(&tr.dirty, old, cfg.dev_size);
 	}
 #endif
@@ -727,11 +730,13 @@ static int track_read(struct extent *e)
 		struct pl_extent run;
 		uint64_t limit = tr.setpos > cfg.shift ? tr.setpos - cfg.shift : 0;
 
-		bpf_pull();
+		if (bpf_pull())
+			return EIO;
 		if (tr.frozen) {
 			tr.frozen = false;	/* look once */
 			if (bpf_lost()) {
-				pl_bitmap_or(&tr.dirty, &tr.queued);
+				if (pl_bitmap_or(&tr.dirty, &tr.queued))
+					return EIO;
 				tr.cursor = 0;
 			}
 		}

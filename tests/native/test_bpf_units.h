@@ -9,9 +9,9 @@ static void use_btf(struct pl_btf *b)
 	uint32_t off = 0, type;
 
 	for (int ev = PL_EV_RQ_COMPLETE; ev <= PL_EV_BIO_QUEUE; ev++)
-		pl_bpf_object_find(b, (enum pl_bpf_event)ev, &o, why, sizeof(why));
+		(void)!pl_bpf_object_find(b, (enum pl_bpf_event)ev, &o, why, sizeof(why));
 	for (uint32_t id = 0; id < b->ntypes + 2; id += 97)
-		pl_btf_member(b, id, "no such member", &off, &type);
+		(void)!pl_btf_member(b, id, "no such member", &off, &type);
 }
 
 /* A struct whose anonymous members are, twice each, the struct itself. */
