@@ -75,10 +75,10 @@ static int read_payload(struct pl_recv *r)
 			part = 0;
 			continue;
 		}
+		assert(part && s->used + part <= r->cfg.slot_size);
 		err = read_part(r, s->buf + s->used, part, part == left);
 		if (err)
 			return err;
-		assert(s->used + part <= r->cfg.slot_size);
 		s->part[s->nparts++] = (struct recv_part){ pos, part, s->used };
 		s->used += (part + PL_BLOCK - 1) / PL_BLOCK * PL_BLOCK;
 		pl_recv_saw(r, pos, part);

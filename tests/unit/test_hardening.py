@@ -33,8 +33,19 @@ def test_symbols_are_bound_at_once_and_read_only_then(module: str) -> None:
 def test_the_stack_and_known_sizes_are_guarded(module: str) -> None:
     symbols = run("readelf", "-W", "--dyn-syms", module)
     assert "__stack_chk_fail" in symbols
+    assert "__assert_fail" not in symbols  # assertions are for tests
     if "_core" in module:  # the other one fills no buffer of its own
         assert {"__memcpy_chk", "__read_chk"} <= set(re.findall(r"__\w+_chk", symbols))
+
+
+def test_large_stack_frames_are_probed_page_by_page() -> None:
+    """So that none can step over the guard page (-fstack-clash-protection)."""
+    needs("objdump")
+    if platform.machine() != "x86_64":
+        pytest.skip("the probe is another instruction on this machine")
+    found = find_spec("pyploop._core")
+    assert found is not None
+    assert re.search(r"\bor[ql]\s+\$0x0,", run("objdump", "-d", "--no-show-raw-insn", found.origin))
 
 
 def test_calls_lead_to_marked_places_alone(module: str) -> None:
