@@ -49,6 +49,13 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
         sys.modules["table"].tell(terminalreporter)
 
 
+@pytest.fixture(scope="session")
+def build_cache(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where what tests compile stays for the next run (pytest's cache)."""
+    cache: pytest.Cache | None = getattr(request.config, "cache", None)
+    return cache.mkdir("compiled") if cache else tmp_path_factory.mktemp("compiled")
+
+
 @pytest.fixture(autouse=True, scope="session")
 def journals_of_our_own(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """What is killed here leaves nothing in /run/pyploop, and `pyploop thaw`

@@ -20,6 +20,9 @@ import sys
 import tempfile
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from compiled import Compiler
+
 HERE = Path(__file__).resolve().parent
 CSRC = HERE.parents[1] / "csrc"
 PRODUCT = {
@@ -39,23 +42,18 @@ def corpus_of(name: str) -> Path:
     return HERE / f"{name}.corpus"
 
 
-def build(name: str, folder: Path, csrc: Path, cc: str, sanitize: str, *more: str) -> Path:
-    """The harness around its sources, compiled into the folder."""
-    flags = [*COMMON, f"-I{csrc}", f"-fsanitize={sanitize}", "-fno-sanitize-recover=all", *more]
-    objects = []
-    for part in PRODUCT[name]:
-        objects.append(folder / f"{part}.o")
-        source = [str(csrc / f"{part}.c"), "-o", str(objects[-1])]
-        subprocess.run([cc, *flags, "-include", str(HERE / "seams.h"), "-c", *source], check=True)
-    program = folder / f"fuzz_{name}"
-    command = [cc, *flags, str(HERE / f"fuzz_{name}.c"), *map(str, objects), "-o", str(program)]
-    subprocess.run(command, check=True)
-    return program
+def build(name: str, compiler: Compiler, csrc: Path, sanitize: str, *more: str) -> Path:
+    """The harness around its sources."""
+    flags = [*COMMON, "-I.", f"-fsanitize={sanitize}", "-fno-sanitize-recover=all", *more]
+    seams = [*flags, "-include", str(HERE / "seams.h")]
+    objects = compiler.objects(csrc, [f"{part}.c" for part in PRODUCT[name]], seams)
+    objects += compiler.objects(csrc, [str(HERE / f"fuzz_{name}.c")], flags)
+    return compiler.program(objects, flags)
 
 
-def build_replay(name: str, folder: Path, csrc: Path = CSRC) -> Path:
+def build_replay(name: str, compiler: Compiler, csrc: Path = CSRC) -> Path:
     """The harness that reads a corpus from stdin; needs no libFuzzer."""
-    return build(name, folder, csrc, os.environ.get("CC", "cc"), SANITIZE, "-DREPLAY")
+    return build(name, compiler, csrc, SANITIZE, "-DREPLAY")
 
 
 def unpack(packed: Path, folder: Path) -> None:
@@ -89,7 +87,9 @@ def main() -> int:
     o = parser.parse_args()
     folder = o.folder or Path(tempfile.mkdtemp(prefix="pyploop-fuzz-"))
     folder.mkdir(exist_ok=True)
-    program = build(o.name, folder, CSRC, "clang", f"fuzzer,{SANITIZE}", "-O2")
+    objects = folder / "objects"
+    objects.mkdir(exist_ok=True)
+    program = build(o.name, Compiler(objects, "clang"), CSRC, f"fuzzer,{SANITIZE}", "-O2")
     corpus = folder / "corpus"
     unpack(corpus_of(o.name), corpus)
     jobs = [fuzz(program, corpus, o.seconds) for _ in range(o.jobs)]

@@ -10,6 +10,7 @@ from pathlib import Path
 import campaign
 import pytest
 import support
+from compiled import Compiler
 
 FAULTS = Path(campaign.__file__).with_name("faults.corpus")
 """Inputs that a receiver with a fault in it was found by."""
@@ -19,9 +20,14 @@ CORPORA = {
 }
 
 
-def replay(name: str, folder: Path, csrc: Path = campaign.CSRC) -> tuple[int, bytes, bytes]:
+@pytest.fixture(scope="module")
+def compiler(build_cache: Path) -> Compiler:
     support.needs("cc")
-    program = campaign.build_replay(name, folder, csrc)
+    return Compiler(build_cache)
+
+
+def replay(name: str, compiler: Compiler, csrc: Path = campaign.CSRC) -> tuple[int, bytes, bytes]:
+    program = campaign.build_replay(name, compiler, csrc)
     done = subprocess.run(
         [str(program)], input=b"".join(f.read_bytes() for f in CORPORA[name]),
         env=campaign.ENVIRONMENT, capture_output=True, timeout=60, check=False,
@@ -31,8 +37,8 @@ def replay(name: str, folder: Path, csrc: Path = campaign.CSRC) -> tuple[int, by
 
 
 @pytest.mark.parametrize("name", list(CORPORA))
-def test_the_parser_agrees_with_the_model_on_every_input(tmp_path: Path, name: str) -> None:
-    code, out, err = replay(name, tmp_path)
+def test_the_parser_agrees_with_the_model_on_every_input(compiler: Compiler, name: str) -> None:
+    code, out, err = replay(name, compiler)
     assert (code, err) == (0, b"")
     assert int(out) == sum(len(f.read_text().split()) for f in CORPORA[name]) > 9
 
@@ -61,17 +67,30 @@ MUTANTS = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", list(MUTANTS))
-def test_the_replay_is_not_blind(tmp_path: Path, name: str) -> None:
-    """The product with one fault in it does not pass."""
-    harness, file, right, wrong = MUTANTS[name]
+def mutant(folder: Path, file: str, right: str, wrong: str) -> Path:
+    """csrc/ with one fault in it."""
     for path in campaign.CSRC.glob("*.[ch]"):
-        (tmp_path / path.name).write_text(path.read_text())
-    source = (tmp_path / file).read_text()
+        (folder / path.name).write_text(path.read_text())
+    source = (folder / file).read_text()
     assert source.count(right) == 1
-    (tmp_path / file).write_text(source.replace(right, wrong))
-    code, _, err = replay(harness, tmp_path, tmp_path)
+    (folder / file).write_text(source.replace(right, wrong))
+    return folder
+
+
+@pytest.mark.parametrize("name", list(MUTANTS))
+def test_the_replay_is_not_blind(tmp_path: Path, compiler: Compiler, name: str) -> None:
+    """The product with one fault in it does not pass."""
+    harness, *fault = MUTANTS[name]
+    code, _, err = replay(harness, compiler, mutant(tmp_path, *fault))
     assert code and b"FINDING" in err
+
+
+def test_an_assertion_stops_a_receiver_that_would_overrun_a_slot(
+    tmp_path: Path, compiler: Compiler
+) -> None:
+    fault = ("recv.c", "left < r->cfg.slot_size - s->used ?", "left ?")
+    code, _, err = replay("recv", compiler, mutant(tmp_path, *fault))
+    assert code and b"Assertion `part && s->used + part <= r->cfg.slot_size' failed" in err
 
 
 def no_core() -> None:
@@ -80,7 +99,7 @@ def no_core() -> None:
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
 
 
-def test_the_harness_stands_in_for_what_it_says(tmp_path: Path) -> None:
+def test_the_harness_stands_in_for_what_it_says() -> None:
     """All of csrc/recv*.c is in it, but what it replaces."""
     sources = {p.stem for p in campaign.CSRC.glob("recv*.c")}
     assert sources - set(campaign.PRODUCT["recv"]) == {"recv_in", "recv_reply"}

@@ -80,9 +80,9 @@ CASES = {
 
 
 @pytest.fixture(scope="module")
-def library(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def library(build_cache: Path) -> Path:
     support.needs("cc", "ploop")
-    return fakeploop.build(tmp_path_factory.mktemp("fakeploop"))
+    return fakeploop.build(build_cache)
 
 
 def prepare(folder: Path, library: Path, case: Case, fmt: str) -> tuple[Path, dict[str, str]]:

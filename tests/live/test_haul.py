@@ -335,7 +335,9 @@ print(copy.copy_start(), copy.copy_next_iteration(), copy.copy_stop())
 
 
 @pytest.mark.parametrize("answer", [d2_peer.OLD, d2_peer.NEW])
-def test_a_ploop1_disk_ends_with_its_header_not_in_use(folder: Path, answer: int) -> None:
+def test_a_ploop1_disk_ends_with_its_header_not_in_use(
+    folder: Path, build_cache: Path, answer: int
+) -> None:
     """From a made-up /dev/ploop0 (tests/fakeploop)."""
     needs("cc")
     image = folder / "root.hds"
@@ -343,7 +345,7 @@ def test_a_ploop1_disk_ends_with_its_header_not_in_use(folder: Path, answer: int
     image.write_bytes(start + os.urandom(2 * MIB - len(start)))
     (folder / "DiskDescriptor.xml").write_text(DESCRIPTOR.replace("Plain", "Compressed"))
     (folder / "mnt").mkdir()
-    library = fakeploop.build(folder)
+    library = fakeploop.build(build_cache)
     env = fakeploop.env(library, image, folder, fmt="ploop1", mount=folder / "mnt", sleep=False)
     a, b = socket.socketpair()
     with a, b:

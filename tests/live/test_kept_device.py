@@ -25,11 +25,12 @@ WRITTEN = (4096, 3 * MIB, SIZE - 65536)
 
 def test_the_ploop_driver_marks_what_is_written_where_the_first_pass_sends_nothing(
     tmp_path: Path,
+    build_cache: Path,
 ) -> None:
     """It marks only what lies before the position that it was told: that must be the
     end (tests/fakeploop)."""
     support.needs("root", "loop", "gcc")
-    library = fakeploop.build(tmp_path)
+    library = fakeploop.build(build_cache)
     image, held = tmp_path / "image", tmp_path / "held"
     data = bytearray(random.Random(2).randbytes(SIZE))
     image.write_bytes(data)

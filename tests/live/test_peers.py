@@ -51,10 +51,9 @@ def folder() -> Iterator[Path]:
 
 
 @pytest.fixture(scope="module")
-def library() -> Iterator[Path]:
+def library(build_cache: Path) -> Path:
     needs("cc")
-    with work_dir() as path:
-        yield fakeploop.build(path)
+    return fakeploop.build(build_cache)
 
 
 @pytest.mark.parametrize(("via", "compat"), [("pipe", "auto"), ("mute", "auto"), ("pipe", "ploop")])

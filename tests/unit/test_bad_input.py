@@ -691,9 +691,9 @@ FAKED = {
 
 
 @pytest.fixture(scope="module")
-def preload(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def preload(build_cache: Path) -> Path:
     support.needs("cc")
-    return fakeploop.build(tmp_path_factory.mktemp("fakeploop"))
+    return fakeploop.build(build_cache)
 
 
 def ploop_capture(

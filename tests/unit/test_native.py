@@ -10,9 +10,12 @@ from pathlib import Path
 
 import pytest
 import support
+from compiled import CPUS, Compiler
 
-SOURCES = sorted((support.ROOT / "csrc").glob("*.c"))
+CSRC = support.ROOT / "csrc"
 NATIVE = support.ROOT / "tests" / "native"
+SOURCES = sorted(p.name for p in CSRC.glob("*.c"))
+WITHOUT_THREADS = ("bpf_", "btf", "ploop")
 SANITIZERS = {
     "asan": ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"],
     "tsan": ["-fsanitize=thread"],
@@ -23,33 +26,32 @@ NATIVE_TEST = "test_native_code_is_right_and_clean_under_sanitizers"
 
 def _flags(kind: str) -> list[str]:
     return [
-        "-std=gnu11", "-O1", "-g", "-pthread", "-Wall", "-Wextra", "-fno-omit-frame-pointer",
-        *SANITIZERS[kind], f"-I{support.ROOT / 'csrc'}", f"-I{NATIVE}",
+        "-std=gnu11", "-O1", "-g1", "-pthread", "-Wall", "-Wextra", "-Werror",
+        "-fno-omit-frame-pointer", *SANITIZERS[kind], f"-I{CSRC}",
     ]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
-def library(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """csrc/ compiled once for each sanitizer."""
+def compiler(build_cache: Path) -> Compiler:
     support.needs("cc")
-    result: dict[str, Path] = {}
-    jobs: list[subprocess.Popen[bytes]] = []
-    for kind in SANITIZERS:
-        folder = result[kind] = tmp_path_factory.mktemp(kind)
-        jobs += [
-            subprocess.Popen(
-                ["cc", *_flags(kind), "-Werror", "-c", str(c), "-o", str(folder / f"{c.stem}.o")]
-            )
-            for c in SOURCES
-        ]
-    assert [j.wait() for j in jobs] == [0] * len(jobs)
-    return result
+    return Compiler(build_cache)
 
 
-def _run(name: str, kind: str, folder: Path, timeout: float) -> subprocess.CompletedProcess[str]:
-    program = folder / f"{name}-{kind}"
-    objects = sorted(folder.glob("*.o"))
-    support.run("cc", *_flags(kind), NATIVE / f"{name}.c", *objects, "-o", program)
+@pytest.fixture(scope="module")
+def library(compiler: Compiler) -> dict[str, list[Path]]:
+    """The objects of csrc/, by sanitizer."""
+    threaded = [s for s in SOURCES if not s.startswith(WITHOUT_THREADS)]
+    return {
+        "asan": compiler.objects(CSRC, SOURCES, _flags("asan")),
+        "tsan": compiler.objects(CSRC, threaded, _flags("tsan")),
+    }
+
+
+def _run(
+    name: str, kind: str, compiler: Compiler, library: dict[str, list[Path]], timeout: float
+) -> subprocess.CompletedProcess[str]:
+    objects = compiler.objects(NATIVE, [f"{name}.c"], _flags(kind))
+    program = compiler.program(objects + library[kind], _flags(kind))
     env = {
         **os.environ,
         "ASAN_OPTIONS": "detect_leaks=1:abort_on_error=0",
@@ -82,7 +84,7 @@ PROGRAMS = [
 
 @pytest.fixture(scope="module")
 def runs(
-    request: pytest.FixtureRequest, library: dict[str, Path]
+    request: pytest.FixtureRequest, compiler: Compiler, library: dict[str, list[Path]]
 ) -> dict[tuple[str, str], Future[subprocess.CompletedProcess[str]]]:
     """The programs that are asked for, built and run side by side, and ended."""
     wanted = [
@@ -90,8 +92,8 @@ def runs(
         for item in request.session.items
         if isinstance(item, pytest.Function) and item.originalname == NATIVE_TEST
     ]
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        return {(n, k): pool.submit(_run, n, k, library[k], 240) for n, k in wanted}
+    with ThreadPoolExecutor(CPUS) as pool:
+        return {(n, k): pool.submit(_run, n, k, compiler, library, 240) for n, k in wanted}
 
 
 @pytest.mark.parametrize(("name", "kind"), PROGRAMS)
@@ -105,9 +107,11 @@ def test_native_code_is_right_and_clean_under_sanitizers(
 
 
 @pytest.mark.root
-def test_bpf_tracker_is_right_against_real_devices(library: dict[str, Path]) -> None:
+def test_bpf_tracker_is_right_against_real_devices(
+    compiler: Compiler, library: dict[str, list[Path]]
+) -> None:
     support.needs("root")
-    done = _run("test_bpf", "asan", library["asan"], 100)
+    done = _run("test_bpf", "asan", compiler, library, 100)
     if done.returncode == SKIPPED:
         support.missing(done.stdout.strip() or "test_bpf skipped")
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
