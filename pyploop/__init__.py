@@ -4,7 +4,7 @@
 import os
 import sys
 
-__version__ = "0.1.0"
+__version__ = "0.2.0.dev0"
 
 # `python3 -m pyploop…` has put the current folder before Python's own modules, and
 # in somebody else's folder there may be a `re.py`.  Not where the package itself is.
