@@ -14,7 +14,7 @@ from Cython.Build import cythonize
 from setuptools import Extension, setup
 from setuptools.command.build_ext import build_ext
 
-here = Path(__file__).parent
+here = Path(__file__).resolve().parent
 sources = sorted(str(p.relative_to(here)) for p in here.glob("csrc/*.c"))
 headers = sorted(str(p.relative_to(here)) for p in here.glob("csrc/*.h"))
 machine = platform.machine()
@@ -29,10 +29,12 @@ elif machine == "aarch64":
     hardening.append("-mbranch-protection=standard")
 # Symbols are bound when the module is loaded, and what they are bound by is read-only then.
 links = ["-Wl,-z,relro", "-Wl,-z,now", "-Wl,-z,noexecstack"]
+# The folder of the build is not written into the modules: the same source, the same bytes.
+paths = [f"-ffile-prefix-map={here}=."]
 common = ["-std=gnu11", "-O0" if for_debugger else "-O2", "-g", "-pthread"]
 warnings = ["-Wall", "-Wextra", "-Wconversion", "-Wshadow"]
 warnings += ["-Wmissing-prototypes", "-Wstrict-prototypes"]
-cflags = [*common, "-fPIC", "-fvisibility=hidden", *warnings, *hardening]
+cflags = [*common, "-fPIC", "-fvisibility=hidden", *warnings, *hardening, *paths]
 cflags.append("-UNDEBUG" if for_debugger else "-DNDEBUG")
 if os.environ.get("PYPLOOP_WERROR"):
     cflags.append("-Werror")
@@ -48,11 +50,11 @@ core = Extension(
 
 
 class BuildExtensions(build_ext):
-    """All of them hardened, cffi's, too."""
+    """All of them hardened and reproducible, cffi's, too."""
 
     def build_extensions(self) -> None:
         for extension in self.extensions:
-            extension.extra_compile_args += hardening
+            extension.extra_compile_args += hardening + paths
             extension.extra_link_args += links
         super().build_extensions()
 
