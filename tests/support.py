@@ -61,6 +61,7 @@ _PACKAGES = {
     "ssh-keygen": "openssh-client",
     "numpy": "python3-numpy",
     "hypothesis": "python3-hypothesis",
+    "rich": "python3-rich",
 }
 """Program or Python module -> the Debian package that has it."""
 

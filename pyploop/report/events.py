@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from typing import IO, Any, Protocol
 
-from pyploop.errors import one_line
+from pyploop.errors import ParameterError, one_line
 
 SCHEMA = "pyploop.events/1"
 """Name and version in each NDJSON line's `schema`; the number changes when a
@@ -178,15 +178,21 @@ class ProgressRenderer:
 
     def __init__(self, stdout_too: bool) -> None:
         # Only here: rich is large, and a copy without a bar needs none of it.
-        from rich.console import Console
-        from rich.progress import (
-            BarColumn,
-            DownloadColumn,
-            Progress,
-            TextColumn,
-            TimeRemainingColumn,
-            TransferSpeedColumn,
-        )
+        try:
+            from rich.console import Console
+            from rich.progress import (
+                BarColumn,
+                DownloadColumn,
+                Progress,
+                TextColumn,
+                TimeRemainingColumn,
+                TransferSpeedColumn,
+            )
+        except ImportError as e:
+            raise ParameterError(
+                "--progress needs the Python package rich, which is not installed: "
+                "pip install 'pyploop[progress]', or the Debian package python3-rich"
+            ) from e
 
         self._progress = Progress(
             TextColumn("{task.description}"),

@@ -31,11 +31,11 @@ def test_the_bill_of_materials_names_everything_that_is_needed_with_its_version(
         f"pkg:pypi/pyploop@{version('pyploop')}",
     )
     parts = {c["bom-ref"]: c for c in made["components"]}
-    for name in ("cffi", "rich", "pygments"):
+    for name in ("cffi", "pycparser"):
         assert parts[f"pkg:pypi/{name}@{version(name)}"]["version"] == version(name)
     names = {c["name"] for c in made["components"]}
     assert {"libxxhash-dev", "openssh-client", "rsync", "runc", "criu"} <= names
-    assert not {"pytest", "mypy", "numpy"} & names
+    assert not {"pytest", "mypy", "numpy", "rich"} & names
     refs = {top["bom-ref"], *parts}
     assert len(refs) == len(made["components"]) + 1
     assert all({d["ref"], *d["dependsOn"]} <= refs for d in made["dependencies"])
@@ -63,7 +63,7 @@ def test_what_ci_installs_is_pinned_by_hash_and_complete() -> None:
     for more in project["project"]["optional-dependencies"].values():
         wanted += more
     names = {re.split(r"[<>=!~ \[;]", w)[0].lower() for w in wanted}
-    assert names <= set(lock)
+    assert names - {"pyploop"} <= set(lock)
 
 
 def test_ci_installs_nothing_but_what_is_pinned() -> None:
