@@ -22,7 +22,6 @@ from pathlib import Path
 
 from common import (
     MIB,
-    ROOT,
     SHM,
     Figure,
     Requirement,
@@ -42,7 +41,6 @@ from common import (
     warm_memory,
 )
 
-sys.path.insert(0, str(ROOT))
 from pyploop.disks import opening as devices
 from pyploop.trackers.bpf import BpfTracker
 

@@ -166,9 +166,9 @@ def mounted(device: str, at: Path) -> Iterator[Path]:
 
 
 def installed(scratch: Path) -> dict[str, str]:
-    """The environment of a pyploop from this tree, with its bytecode kept as an
-    installed package has it, though not in the tree."""
-    env = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONPYCACHEPREFIX": str(scratch / "bytecode")}
+    """The environment of the installed pyploop, with its bytecode kept also where it is
+    installed as a link to a tree."""
+    env = {**os.environ, "PYTHONPYCACHEPREFIX": str(scratch / "bytecode")}
     env.pop("PYTHONDONTWRITEBYTECODE", None)
     return env
 

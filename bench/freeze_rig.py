@@ -120,8 +120,7 @@ class Rig:
 
     def _environments(self, mode: str) -> tuple[dict[str, str], dict[str, str]]:
         if mode in PYPLOOPS:
-            env = {**os.environ, "PYTHONPATH": str(ROOT)} if mode == OURS else dict(os.environ)
-            return env, env
+            return dict(os.environ), dict(os.environ)
         sender = fakeploop.env(
             self._library,
             self.device,

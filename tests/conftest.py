@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from lab.hosts import Lab
 
 HERE = Path(__file__).resolve().parent
-sys.path[:0] = [str(HERE), str(HERE / "fakeploop"), str(HERE / "fuzz"), str(HERE.parent)]
+sys.path[:0] = [str(HERE), str(HERE / "fakeploop"), str(HERE / "fuzz")]
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -41,6 +41,14 @@ def pytest_configure(config: pytest.Config) -> None:
     signal.signal(signal.SIGINT, signal.default_int_handler)
     for signum in names:
         signal.signal(signum, stop)
+
+
+def pytest_report_header() -> str:
+    """Which pyploop is tested: the one of this interpreter, an installed wheel or a
+    checkout that is installed with -e."""
+    import pyploop
+
+    return f"pyploop {pyploop.__version__}: {os.path.dirname(pyploop.__file__)}"
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

@@ -123,14 +123,13 @@ def run(
 
 
 def pyploop_cmd() -> list[str]:
-    """How the tests start `pyploop`: the tree's own, by this interpreter."""
+    """How the tests start `pyploop`: the installed one, by this interpreter."""
     return [sys.executable, "-m", "pyploop.cli.main"]
 
 
 def pyploop_env(extra: Mapping[str, str] | None = None) -> dict[str, str]:
-    """The environment that finds the tree's pyploop from any folder."""
-    path = os.pathsep.join(p for p in (str(ROOT), os.environ.get("PYTHONPATH", "")) if p)
-    return {**os.environ, "PYTHONPATH": path, **(extra or {})}
+    """The environment in which the tests start it."""
+    return {**os.environ, **(extra or {})}
 
 
 def as_nobody() -> list[str]:

@@ -19,9 +19,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-if __name__ == "__main__":
-    sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-
 from pyploop.diskcopy import d1_target, framing
 from pyploop.disks import disk_descriptor, image
 from pyploop.errors import (

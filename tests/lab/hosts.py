@@ -26,7 +26,6 @@ from pathlib import Path
 
 from lab import criu
 
-ROOT = Path(__file__).resolve().parents[2]
 CGROUPS = Path("/sys/fs/cgroup")
 NET = "10.77.0"
 CLIENT_IP, CONTAINER_IP = f"{NET}.1", f"{NET}.100"
@@ -299,7 +298,7 @@ def _sshd(host: Host, key: Path) -> Iterator[None]:
     config.write_text(_SSHD.format(address=host.address, folder=folder, authorized=key))
     (folder / "bin").mkdir()
     (folder / "bin" / "criu").symlink_to(criu.program() or "/nonexistent")
-    python = f"PYTHONPATH={shlex.quote(str(ROOT))} exec {shlex.quote(sys.executable)}"
+    python = f"exec {shlex.quote(sys.executable)}"
     if SLOWNESS == 1:
         _script(folder / "bin" / "pyploop", f'{python} -m pyploop.cli.main "$@"\n')
     else:

@@ -99,11 +99,10 @@ class Process:
     """One end."""
 
     def __init__(self, alias: str, words: list[object], fds: list[int], **env: str) -> None:
-        extra = {"PYTHONPATH": os.pathsep.join([alias, pyploop_env()["PYTHONPATH"]]), **env}
         self.process = subprocess.Popen(
             [sys.executable, str(HAUL), *map(str, words)],
             pass_fds=fds,
-            env={**pyploop_env(), **extra},
+            env=pyploop_env({"PYTHONPATH": alias, **env}),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
         )

@@ -115,7 +115,7 @@ class Run:
         self.folder.mkdir()
         self.target = self.folder / "target"
         receive = [sys.executable, "-m", "pyploop.cli.main", "copy", "-d", str(self.target)]
-        remote = f"PYTHONPATH={shlex.quote(pyploop_env()['PYTHONPATH'])} exec {shlex.join(receive)}"
+        remote = f"exec {shlex.join(receive)}"
         send = [
             *(sys.executable, stepper.__file__, step, str(self.folder), "copy", "-s", bench.device),
             *("--freeze", f"cgroup:{bench.container.cgroup.parent}", "--resume"),

@@ -61,7 +61,7 @@ class Target:
         words = [*support.pyploop_cmd(), "agent", "--config", str(self.folder / "b/migrate.toml")]
         if "--source" in agent.parser().format_help():
             words += ["--source", "hosta"]
-        command = shlex.join(["env", f"PYTHONPATH={ROOT}", *words])
+        command = shlex.join(words)
         options = recipe()[0].replace('from="192.0.2.10"', f'from="{address}"')
         options = re.sub(r'command=".*"', lambda _: f'command="{command}"', options)
         key = (self.folder / "key.pub").read_text().strip()

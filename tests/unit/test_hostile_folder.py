@@ -7,6 +7,7 @@ import os
 import socket
 import subprocess
 import sys
+import sysconfig
 from pathlib import Path
 
 import pytest
@@ -48,6 +49,7 @@ def run_in(folder: Path, *words: str, **env: str) -> subprocess.CompletedProcess
     return done
 
 
+@pytest.mark.parametrize("way", ["script", "module"])
 @pytest.mark.parametrize(
     ("words", "code"),
     [
@@ -60,9 +62,14 @@ def run_in(folder: Path, *words: str, **env: str) -> subprocess.CompletedProcess
     ],
 )
 def test_commands_import_nothing_of_the_current_folder(
-    hostile: Path, words: list[str], code: int
+    hostile: Path, words: list[str], code: int, way: str
 ) -> None:
-    done = run_in(hostile, *pyploop_cmd(), *words)
+    command = [os.path.join(sysconfig.get_path("scripts"), "pyploop")]
+    if way == "module":
+        command = pyploop_cmd()
+        for name in ("contextlib", "importlib"):  # `python3 -m` imports them before ours
+            (hostile / f"{name}.py").unlink()
+    done = run_in(hostile, *command, *words)
     assert done.returncode == code, done.stderr
 
 

@@ -17,7 +17,7 @@ def copy_on_a_terminal(folder: Path, *options: str, path: Path | None = None) ->
     source.write_bytes(os.urandom(MIB))
     env = pyploop_env({"TERM": "xterm", "COLUMNS": "100"})
     if path is not None:
-        env["PYTHONPATH"] = os.pathsep.join([str(path), env.get("PYTHONPATH", "")])
+        env["PYTHONPATH"] = str(path)
     ours, theirs = pty.openpty()
     try:
         process = subprocess.Popen(
