@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Builds csrc/ as a static library, and the two extensions on top of it.
+"""Builds csrc/ as a static library, the two extensions on top of it, and the manual.
 
 The library is compiled on its own, so that its warnings need not hold for generated
 code.  PYPLOOP_WERROR=1, as CI sets it, makes them errors.  CFLAGS=-O0 makes a build for
@@ -8,10 +8,15 @@ the debugger: nothing is optimised, and the library's assertions are on.
 
 import os
 import platform
+import shutil
+import subprocess
+import sys
 from pathlib import Path
+from typing import ClassVar
 
 from Cython.Build import cythonize
-from setuptools import Extension, setup
+from setuptools import Command, Extension, setup
+from setuptools.command.build import build
 from setuptools.command.build_ext import build_ext
 
 here = Path(__file__).resolve().parent
@@ -59,8 +64,45 @@ class BuildExtensions(build_ext):
         super().build_extensions()
 
 
+class BuildManual(Command):
+    """Manual pages and completions, by the parsers of what was just built."""
+
+    description = "generate manual pages and completions"
+    user_options: ClassVar[list[tuple[str, str | None, str]]] = []
+
+    def initialize_options(self) -> None:
+        self.editable_mode = False  # setuptools sets it: there is nothing to install then
+        self.build_lib = self.build_base = None
+
+    def finalize_options(self) -> None:
+        self.set_undefined_options(
+            "build", ("build_lib", "build_lib"), ("build_base", "build_base")
+        )
+
+    def run(self) -> None:
+        if self.editable_mode:
+            return
+        out = Path(self.build_base or "build", "manual")
+        shutil.rmtree(out, ignore_errors=True)  # of a command that has gone, say
+        path = os.pathsep.join(filter(None, [self.build_lib, os.environ.get("PYTHONPATH")]))
+        subprocess.run(
+            [sys.executable, "-P", str(here / "man/generate.py"), str(out)],
+            env={**os.environ, "PYTHONPATH": path},
+            check=True,
+        )
+        made = sorted(p for p in out.rglob("*") if p.is_file())
+        self.distribution.data_files = [
+            *(self.distribution.data_files or []),
+            *((str(p.parent.relative_to(out)), [str(p)]) for p in made),
+        ]
+
+
+class Build(build):
+    sub_commands = [*build.sub_commands, ("build_manual", None)]  # noqa: RUF012 - as in setuptools
+
+
 setup(
-    cmdclass={"build_ext": BuildExtensions},
+    cmdclass={"build": Build, "build_ext": BuildExtensions, "build_manual": BuildManual},
     libraries=[
         (
             "plcore",

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from typing import TextIO
 
 from pyploop.cli import migrate_options
-from pyploop.cli.migrate_options import MigrateOptions
+from pyploop.cli.migrate_options import MigrateOptions, parser  # noqa: F401 - as each command has one
 from pyploop.diskcopy.freeze_policy import Policy
 from pyploop.diskcopy.options import Options
 from pyploop.errors import Interrupted, MigrateError, OpenError, PyploopError, one_line
