@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The plots of docs/frozen-time.md: freeze_report.py --plots FOLDER."""
+"""The plots of docs/internals/frozen-time.md: freeze_report.py --plots FOLDER."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
- * wire.h - the stream dialects: which bytes stand where (docs/protocol.md).
+ * wire.h - the stream dialects: which bytes stand where (docs/internals/protocol.md).
  * D3 is D2 with features that both ends have agreed on.
  */
 #ifndef PL_WIRE_H

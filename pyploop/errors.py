@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Every expected failure, with the exit code that `ploop` 1.15 has for it.
 
-The numbers are the `SYSEXIT_*` contract of libploop (docs/exit-codes.md).  A
+The numbers are the `SYSEXIT_*` contract of libploop (docs/reference/exit-codes.md).  A
 message says what failed, on which file, peer or offset, what was left behind,
 and what to do; `str(error)` is one line.
 """
@@ -153,7 +153,7 @@ class DescriptorError(PyploopError):
 
 
 class MigrateError(PyploopError):
-    """A migration ended; the code is one of vzmigrate's (docs/migrate.md)."""
+    """A migration ended; the code is one of vzmigrate's (docs/reference/exit-codes.md)."""
 
     def __init__(self, exit_code: int, text: str) -> None:
         super().__init__(text)

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """The module that p.haul imports as `libploop`: copying a disk by its
-DiskDescriptor.xml over a socket, in D2 or D3 (docs/libploop.md).
+DiskDescriptor.xml over a socket, in D2 or D3 (docs/reference/libploop.md).
 
 Names, arguments and results are those of the original binding; every failure
 is a RuntimeError with the last error's text.  Sockets are given as descriptors

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Both ends of D2 and D3 as the C library has them, independent of
 pyploop.wire: plain struct.pack and blocking sockets, one packet at a time.
-There is no C library to test with on Debian; docs/protocol.md has the bytes."""
+There is no C library to test with on Debian; docs/internals/protocol.md has the bytes."""
 
 from __future__ import annotations
 

@@ -2,7 +2,7 @@
 """`pyploop info`: what an image, a device or a DiskDescriptor.xml is.
 
 Reads only; a tracker is tried out, but not started; nothing is frozen.  The JSON object is
-documented in docs/images.md; the text shows the same.
+documented in docs/internals/images.md; the text shows the same.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def parser() -> Parser:
         description="Tell what an image, a block device or a DiskDescriptor.xml is, "
         "and how it would be copied. Changes nothing.",
     )
-    p.add_argument("--json", action="store_true", help="one JSON object (docs/images.md)")
+    p.add_argument("--json", action="store_true", help="one JSON object (docs/internals/images.md)")
     p.add_argument("path", metavar="IMAGE|DEVICE|DiskDescriptor.xml")
     return p
 

@@ -3,7 +3,7 @@
 
 A C receiver takes any D1 stream, so this is no matter of being understood.  It
 is what `ploop copy` is known to send, zeroes and all, to a program of which
-nothing else is known (docs/protocol.md has the reasons).
+nothing else is known (docs/internals/protocol.md has the reasons).
 """
 
 from __future__ import annotations

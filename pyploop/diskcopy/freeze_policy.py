@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """When to go on, to freeze, or to give up: pure functions of what was
-measured.  No I/O, no clock of its own (docs/rounds.md has the formulae).
+measured.  No I/O, no clock of its own (docs/internals/rounds.md has the formulae).
 
 `forecast` says how long a freeze would last that began now; `decide` compares
 that with what the user allows, or, when nothing was asked for, with what

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """How the entries of a copy's journal are undone without the copy's own
-descriptors; importing this registers them (docs/freeze.md)."""
+descriptors; importing this registers them (docs/internals/freeze.md)."""
 
 from __future__ import annotations
 

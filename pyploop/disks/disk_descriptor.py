@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """DiskDescriptor.xml: which delta files make up a disk, from base to top.
 
-Written by ploop and by Parallels; docs/images.md has its elements.  Unknown
+Written by ploop and by Parallels; docs/internals/images.md has its elements.  Unknown
 elements are ignored.  Nothing is expanded: a DOCTYPE is refused, and with it
 every entity but XML's own five.  Sizes are bytes here, sectors in the file.
 """

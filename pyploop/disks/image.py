@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Image files: raw, and ploop1 (Parallels expandable) of versions 1 and 2.
 
-Offsets and rules are tabulated in docs/images.md; they follow the published
+Offsets and rules are tabulated in docs/internals/images.md; they follow the published
 description of the format (docs/interop/parallels of the QEMU project), and
 tests/unit/test_image.py compares with what qemu-img makes and reads.
 

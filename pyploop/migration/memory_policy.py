@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Whether another round of memory pays before the freeze: a pure function of
-what was measured.  No I/O, no clock of its own (docs/migrate.md).
+what was measured.  No I/O, no clock of its own (docs/internals/migrate.md).
 
 A round is a pre-dump: what was written to since the round before, on the target.
 It costs the container a short standstill, and saves it the time in which the

@@ -20,7 +20,7 @@ from pyploop.errors import ParameterError, one_line
 
 SCHEMA = "pyploop.events/1"
 """Name and version in each NDJSON line's `schema`; the number changes when a
-field changes its meaning or goes away (docs/events.md)."""
+field changes its meaning or goes away (docs/reference/events.md)."""
 
 ERROR, NOTE, INFO, DETAIL = -1, 0, 3, 4
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""/etc/pyploop/migrate.toml: how containers look on this host (docs/migrate.md).
+"""/etc/pyploop/migrate.toml: how containers look on this host (docs/reference/migrate-toml.md).
 
 Each host has its own; nothing of it travels, so a peer can never name a path
 or a command that is not written here.

@@ -41,7 +41,9 @@ RLIMITS = (
 
 @dataclass(frozen=True)
 class Policy:
-    """What a container may have at most, or must have at least; see docs/migrate.md."""
+    """What a container may have at most, or must have at least.
+
+    docs/reference/migrate-toml.md has each key."""
 
     capabilities: tuple[str, ...] = CAPABILITIES
     namespaces: tuple[str, ...] = NAMESPACES

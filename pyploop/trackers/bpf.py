@@ -3,7 +3,7 @@
 
 Two kinds of marks (csrc/bpf.h): `done`, set when a write has completed, is what
 is sent.  `queued`, set when it is submitted, is the safety net: on some
-machines completion events get lost (docs/tracking.md), so the sectors that the
+machines completion events get lost (docs/internals/tracking.md), so the sectors that the
 programs saw are compared with the kernel's own accounting in
 /sys/block/X/stat.  When they agree nothing was missed.  When they do not, the
 missed blocks are among those queued since the last proof, if the queued

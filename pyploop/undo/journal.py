@@ -2,7 +2,7 @@
 """What was done and must be undone, on disk, for a later process.
 
 One JSON file per process and undertaking in /run/pyploop (0700), written
-before each act and removed when nothing is left to undo (docs/freeze.md has
+before each act and removed when nothing is left to undo (docs/internals/freeze.md has
 the format).  A file whose owner lives belongs to that owner; one whose owner
 has died is replayed, in reverse, by `pyploop thaw`.
 

@@ -16,7 +16,7 @@ per packet:
     {"op": "ask", "seconds": S}            answer `held` and set a new limit, or
                                            `undone` (S null: no limit)
 
-Entries (docs/freeze.md) are undone in reverse when the socket ends, and when
+Entries (docs/internals/freeze.md) are undone in reverse when the socket ends, and when
 the limit passes; then the parent is told `undone`.
 """
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Dialect D1, the stream of `ploop copy`: bytes, no I/O (docs/protocol.md).
+"""Dialect D1, the stream of `ploop copy`: bytes, no I/O (docs/internals/protocol.md).
 
 Data frames are made and parsed in C (csrc/pump_d1.c, csrc/recv_head.c); what is
 here are the control frames and the replies on the feedback channel.

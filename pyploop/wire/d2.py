@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Dialect D2, packets and replies on one socket: bytes, no I/O (docs/protocol.md).
+"""Dialect D2, packets and replies on one socket: bytes, no I/O (docs/internals/protocol.md).
 
 Data packets are made and parsed in C (csrc/pump_d2.c, csrc/recv_head.c); what
 is here are the control packets and the replies.  D3 is D2 with features agreed
@@ -35,7 +35,7 @@ MEANING = {
     16: "it cannot make its target durable",
     38: "it does not support what was sent",
 }
-"""Exit codes of a receiver (docs/exit-codes.md)."""
+"""Exit codes of a receiver (docs/reference/exit-codes.md)."""
 
 
 def packet(kind: int, pos: int, payload: bytes, digest: bool = False) -> bytes:

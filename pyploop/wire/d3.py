@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""D3's handshake: which features of the packets hold; no I/O (docs/protocol.md).
+"""D3's handshake: which features of the packets hold; no I/O (docs/internals/protocol.md).
 
 sender                              receiver
 SYNC with position = offer()  ->    (reply, agreed) = answer(position)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the agent's requests and answers may hold (docs/agent-protocol.md): names,
+"""What the agent's requests and answers may hold (docs/internals/agent-protocol.md): names,
 types and bounds.  No I/O.
 
 Invariant: nobody acts on a value of the peer's that was not checked here.
@@ -269,7 +269,7 @@ def failure(error: Any) -> tuple[int, str]:
 
 
 _CODES = {code: code for code in (1, 2, 6, 7, *range(9, 21))} | {4: 6, 8: 7}
-"""The target's exit codes -> ours (docs/migrate.md)."""
+"""The target's exit codes -> ours (docs/internals/migrate.md)."""
 
 
 def finite(text: str) -> float:

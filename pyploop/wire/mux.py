@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Frames of the agent's protocol (docs/agent-protocol.md): bytes <-> frames, no I/O.
+"""Frames of the agent's protocol (docs/internals/agent-protocol.md): bytes <-> frames, no I/O.
 
 Invariant: a frame's length is checked against its kind before anything is
 allocated for it.

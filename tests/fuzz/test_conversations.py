@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the campaigns against the agent's protocol found interesting, replayed, and
-honest conversations with values of other kinds in them (docs/testing.md)."""
+honest conversations with values of other kinds in them (docs/internals/testing.md)."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the fuzzing campaign found interesting, replayed (docs/testing.md)."""
+"""What the fuzzing campaign found interesting, replayed (docs/internals/testing.md)."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The lines of docs/trust.md for a source's key, over a real sshd: they let a
+"""The lines of docs/internals/trust.md for a source's key, over a real sshd: they let a
 container come, and nothing else."""
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ Host target
 
 def recipe() -> tuple[str, str]:
     """(the options of the key, the line of sshd_config), as the page has them."""
-    page = (ROOT / "docs/trust.md").read_text()
+    page = (ROOT / "docs/internals/trust.md").read_text()
     (key,) = re.findall(r"^(restrict,\S+,command=\".*\") ssh-ed25519 AAAA", page, re.MULTILINE)
     (login,) = re.findall(r"^PermitRootLogin .*$", page, re.MULTILINE)
     return key, login

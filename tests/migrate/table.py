@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What became of disturbed migrations, as the Markdown tables of docs/testing.md:
+"""What became of disturbed migrations, as the Markdown tables of docs/internals/testing.md:
 printed at the end of the run (tests/conftest.py)."""
 
 from __future__ import annotations

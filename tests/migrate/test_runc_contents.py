@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """All that a runc container has moves, or is refused before anything starts, or is
-said to stay behind: its root, mounts, processes, limits, namespaces (docs/safety.md)."""
+said to stay behind: its root, mounts, processes, limits, namespaces (docs/internals/safety.md)."""
 
 from __future__ import annotations
 

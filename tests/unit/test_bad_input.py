@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every row of both tables of the D1 facts (docs/exit-codes.md), through the
+"""Every row of both tables of the D1 facts (docs/reference/exit-codes.md), through the
 real command line: the exit code, one clear line, and nothing left behind."""
 
 from __future__ import annotations

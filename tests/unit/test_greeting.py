@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Version 3 of the greeting: what the two ends tell each other of the target's place
-before the first byte, and what an older end makes of it (docs/protocol.md)."""
+before the first byte, and what an older end makes of it (docs/internals/protocol.md)."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which package may import which: the table of docs/design.md, read from the
+"""Which package may import which: the table of docs/internals/design.md, read from the
 import statements.
 
     python tests/unit/test_layers.py

@@ -8,7 +8,7 @@
 
 Invariants: the source's container stays as it is until the target has said that
 it runs; after the target was asked to restore, only its verdict lets the source
-run again (commit_record.py).  docs/migrate.md has the order and the commit point.
+run again (commit_record.py).  docs/internals/migrate.md has the order and the commit point.
 """
 
 from __future__ import annotations

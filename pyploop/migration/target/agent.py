@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`pyploop agent`: the target's end of a migration (docs/agent-protocol.md).
+"""`pyploop agent`: the target's end of a migration (docs/internals/agent-protocol.md).
 
 Serves one connection on stdin and stdout, request by request.  When it ends
 before the commit, everything is undone; after it, nothing.

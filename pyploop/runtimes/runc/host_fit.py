@@ -26,7 +26,7 @@ def check_source(config: Mapping[str, Any]) -> None:
         raise MigrateError(
             BAD_CONFIG,
             "config.json has process.terminal: the container's terminal belongs to a program of "
-            "this host (docs/criu.md)",
+            "this host (docs/internals/criu.md)",
         )
     for namespace in (config.get("linux") or {}).get("namespaces") or ():
         if namespace.get("path") and namespace.get("type") != "network":

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """What of a running runc container neither runc nor CRIU (4.2) brings to the target,
-without failing: said before the migration starts (docs/safety.md).
+without failing: said before the migration starts (docs/internals/safety.md).
 """
 
 from __future__ import annotations
