@@ -56,6 +56,7 @@ _PACKAGES = {
     "nsenter": "util-linux",
     "ps": "procps",
     "rsync": "rsync",
+    "busybox": "busybox-static",
     "runc": "runc",
     "ssh": "openssh-client",
     "ssh-keygen": "openssh-client",
