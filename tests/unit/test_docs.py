@@ -3,8 +3,11 @@
 
 from __future__ import annotations
 
+import filecmp
 import re
 import subprocess
+import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -15,6 +18,7 @@ OTHERS = [ROOT / "README.md", ROOT / "SECURITY.md", ROOT / "CHANGELOG.md"]
 TESTS = {path: path.read_text() for path in (ROOT / "tests").rglob("test_*.py")}
 NAMED = re.compile(r"(?:(?P<folder>\w+)/)?(?P<file>test_\w+\.py)(?:::(?P<test>test_\w+))?")
 PAGE = re.compile(r"\bdocs/[\w/-]+\.md\b")
+TOCTREE = re.compile(r"^```\{toctree\}\n(?::.*\n)*((?:.*\n)*?)```$", re.MULTILINE)
 FENCED = re.compile(r"^( *)(`{3,}).*?^\1\2$", re.MULTILINE | re.DOTALL)
 
 
@@ -23,8 +27,14 @@ def pages() -> list[Path]:
 
 
 def links(page: Path) -> list[str]:
-    """Targets of the page's links to files, without anchors."""
-    return re.findall(r"\]\(([^)#\s]+)(?:#[^)]*)?\)", FENCED.sub("", page.read_text()))
+    """Targets of the page's links to files, without anchors; what it includes, and
+    the entries of its tables of contents, too."""
+    text = page.read_text()
+    found = re.findall(r"\]\(([^)#\s]+)(?:#[^)]*)?\)", FENCED.sub("", text))
+    found += re.findall(r"^```\{include\} (\S+)$", text, re.MULTILINE)
+    for block in TOCTREE.findall(text):
+        found += [f"{entry}.md" for entry in block.split()]
+    return found
 
 
 def is_there(folder: str | None, file: str, test: str | None) -> bool:
@@ -84,3 +94,38 @@ def test_the_readme_leads_to_every_page() -> None:
                 reached.add(found)
                 to_read.append(found)
     assert {p.resolve() for p in pages()} <= reached
+
+
+def test_the_pictures_are_drawn_from_the_data_that_is_there(tmp_path: Path) -> None:
+    subprocess.run([sys.executable, str(DOCS / "figures.py"), str(tmp_path)], check=True)
+    drawn = sorted(p.name for p in tmp_path.glob("*.svg"))
+    assert drawn == sorted(p.name for p in (DOCS / "figures").glob("*.svg"))
+    _, differ, wrong = filecmp.cmpfiles(tmp_path, DOCS / "figures", drawn, shallow=False)
+    assert not differ + wrong, "run: python docs/figures.py"
+
+
+def test_the_picture_of_the_architecture_names_packages_that_exist() -> None:
+    table = tomllib.loads((DOCS / "figures" / "architecture.toml").read_text())
+    named = {box["package"] for box in table["box"] if "package" in box}
+    assert len(named) > 5
+    assert not [n for n in named if not (ROOT / "pyploop" / n.replace(".", "/")).is_dir()]
+
+
+@pytest.mark.parametrize("folder", ["tutorial", "how-to", "."])
+def test_lines_have_at_most_120_characters_but_for_tables_and_commands(folder: str) -> None:
+    pages = [ROOT / "README.md"] if folder == "." else []
+    pages += sorted((DOCS / folder).glob("*.md"))
+    long = [
+        f"{page.relative_to(ROOT)}:{number}"
+        for page in pages
+        for number, line in enumerate(page.read_text().splitlines(), 1)
+        if len(line) > 120 and not line.startswith(("|", "sh -c "))
+    ]
+    assert not long
+
+
+def test_the_readme_is_short_and_its_commands_are_one_line_each() -> None:
+    lines = (ROOT / "README.md").read_text().splitlines()
+    assert len(lines) <= 90
+    assert "tests/run" in lines, "what .ci/run calls"
+    assert [line for line in lines if line.startswith("sh -c ") and line.endswith("pyploop demo'")]
