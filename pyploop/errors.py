@@ -1,14 +1,62 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every expected failure, with the exit code that `ploop` 1.15 has for it.
+"""Every expected failure, and every exit code.
 
-The numbers are the `SYSEXIT_*` contract of libploop (docs/reference/exit-codes.md).  A
-message says what failed, on which file, peer or offset, what was left behind,
+A message says what failed, on which file, peer or offset, what was left behind,
 and what to do; `str(error)` is one line.
 """
 
 from __future__ import annotations
 
 import os
+from enum import IntEnum
+
+
+class ExitCode(IntEnum):
+    """Exit codes of `pyploop copy`: the `SYSEXIT_*` contract of libploop 1.15
+    (docs/reference/exit-codes.md has the meaning of each)."""
+
+    OK = 0
+    CREATE = 1
+    DEVICE = 2
+    DEVICE_CONTROL = 3
+    OPEN = 4
+    TOO_LARGE = 5
+    READ = 6
+    WRITE = 7
+    SYSFS = 9
+    FORMAT = 11
+    COMMAND = 12
+    PROTOCOL = 13
+    LOOP = 14
+    SYNC = 16
+    BUSY = 17
+    CANCELLED = 29
+    PARAMETER = 38
+    DESCRIPTOR = 39
+
+
+class VzExitCode(IntEnum):
+    """Exit codes of `pyploop migrate`: those of vzmigrate (docs/internals/migrate.md has the
+    meaning of each)."""
+
+    OK = 0
+    USAGE = 1
+    STOPPED = 2
+    CANNOT_CONNECT = 4
+    COPY_FAILED = 6
+    RESTORE_FAILED = 7
+    DUMP_FAILED = 8
+    EXISTS = 9
+    NO_CONTAINER = 10
+    IP_IN_USE = 12
+    QUOTA = 13
+    NO_KERNEL = 14
+    BAD_CONFIG = 15
+    NO_PLOOP = 16
+    CHECKPOINT_VERSION = 17
+    CPU = 18
+    NO_VZ_CONF = 19
+    LOCKED = 20
 
 
 def one_line(text: str) -> str:
@@ -24,7 +72,7 @@ def one_line(text: str) -> str:
 class PyploopError(Exception):
     """An expected failure; `exit_code` is the process's status."""
 
-    exit_code = 1
+    exit_code: int = ExitCode.CREATE
 
     def __str__(self) -> str:
         return one_line(super().__str__())
@@ -47,109 +95,109 @@ class PyploopError(Exception):
 class CreateError(PyploopError):
     """The target cannot be created, or exists."""
 
-    exit_code = 1
+    exit_code = ExitCode.CREATE
 
 
 class DeviceError(PyploopError):
     """The source device is missing or cannot be read."""
 
-    exit_code = 2
+    exit_code = ExitCode.DEVICE
 
 
 class DeviceControlError(PyploopError):
     """A tracking, freeze or sync request failed."""
 
-    exit_code = 3
+    exit_code = ExitCode.DEVICE_CONTROL
 
 
 class OpenError(PyploopError):
     """Something that belongs to the source cannot be opened or found."""
 
-    exit_code = 4
+    exit_code = ExitCode.OPEN
 
 
 class TooLargeError(PyploopError):
     """A size from the stream is larger than this side allows."""
 
-    exit_code = 5
+    exit_code = ExitCode.TOO_LARGE
 
 
 class ReadError(PyploopError):
     """Reading the source or the stream failed, or it ended early."""
 
-    exit_code = 6
+    exit_code = ExitCode.READ
 
 
 class WriteError(PyploopError):
     """Writing the target or the stream failed."""
 
-    exit_code = 7
+    exit_code = ExitCode.WRITE
 
 
 class SysfsError(PyploopError):
     """A sysfs attribute is missing or cannot be understood."""
 
-    exit_code = 9
+    exit_code = ExitCode.SYSFS
 
 
 class FormatError(PyploopError):
     """The image format is not one that can be copied."""
 
-    exit_code = 11
+    exit_code = ExitCode.FORMAT
 
 
 class CommandError(PyploopError):
     """A command given by the user failed."""
 
-    exit_code = 12
+    exit_code = ExitCode.COMMAND
 
 
 class ProtocolError(PyploopError):
     """The peer said something that is not in the protocol."""
 
-    exit_code = 13
+    exit_code = ExitCode.PROTOCOL
 
 
 class LoopError(PyploopError):
     """The source is still being written although it should be frozen."""
 
-    exit_code = 14
+    exit_code = ExitCode.LOOP
 
 
 class SyncError(PyploopError):
     """Data could not be made durable, here or at the peer."""
 
-    exit_code = 16
+    exit_code = ExitCode.SYNC
 
 
 class BusyError(PyploopError):
     """Somebody else is at the same work."""
 
-    exit_code = 17
+    exit_code = ExitCode.BUSY
 
 
 class CancelledError(PyploopError):
     """Another thread of this process gave the copy up."""
 
-    exit_code = 29
+    exit_code = ExitCode.CANCELLED
 
 
 class ParameterError(PyploopError):
     """The command line, or a descriptor it names, is wrong."""
 
-    exit_code = 38
+    exit_code = ExitCode.PARAMETER
 
 
 class NotSupportedError(PyploopError):
     """The peer asks for something that pyploop does not do."""
 
-    exit_code = 38
+    exit_code = ExitCode.PARAMETER
 
 
 class DescriptorError(PyploopError):
     """A DiskDescriptor.xml does not describe one chain of deltas."""
 
-    exit_code = 39
+    exit_code = ExitCode.DESCRIPTOR
 
 
 class MigrateError(PyploopError):

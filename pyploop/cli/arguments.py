@@ -8,7 +8,7 @@ import sys
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn, TypeVar
 
-from pyploop.errors import one_line
+from pyploop.errors import ExitCode, one_line
 
 T = TypeVar("T")
 
@@ -43,7 +43,7 @@ class Parser(argparse.ArgumentParser):
     which the tools that we replace take the last.
     """
 
-    exit_status = 38
+    exit_status: int = ExitCode.PARAMETER
 
     def __init__(self, *args: Any, **more: Any) -> None:
         super().__init__(*args, **more)

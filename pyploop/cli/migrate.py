@@ -12,14 +12,14 @@ from pyploop.cli import migrate_options
 from pyploop.cli.migrate_options import MigrateOptions, parser  # noqa: F401 - as each command has one
 from pyploop.diskcopy.freeze_policy import Policy
 from pyploop.diskcopy.options import Options
-from pyploop.errors import Interrupted, MigrateError, OpenError, PyploopError, one_line
+from pyploop.errors import Interrupted, MigrateError, OpenError, PyploopError, VzExitCode, one_line
 from pyploop.migration import rsync_options
 from pyploop.migration.source import recover
 from pyploop.migration.source.orchestrator import Result, Wish, migrate
 from pyploop.report import timings
 from pyploop.report.events import JsonRenderer, Reporter, TextRenderer
 from pyploop.report.timeline import chrome_trace
-from pyploop.runtimes import COPY_FAILED, DUMP_FAILED, LOCKED, USAGE, config
+from pyploop.runtimes import config
 from pyploop.runtimes.config import CTID
 from pyploop.runtimes.registry import make_runtime
 from pyploop.system import shared_folder
@@ -36,10 +36,10 @@ def run(args: list[str], level: int) -> int:
             return e.exit_code
         except PyploopError as e:
             report.error(str(e))
-            return COPY_FAILED
+            return VzExitCode.COPY_FAILED
         except OSError as e:
             report.error(f"{e.filename or 'migrate'}: {e.strerror}; undone")
-            return COPY_FAILED
+            return VzExitCode.COPY_FAILED
         except Interrupted as e:
             what = "`--recover` goes on from there" if o.recover else "everything was undone"
             report.error(f"Interrupted by signal {e.signum}; {what}")
@@ -52,12 +52,14 @@ def _run(o: MigrateOptions, report: Reporter) -> int:
         failed = recover.recover(host, _recovered(host, o), report)
         for text in failed:
             report.error(f"not undone: {text}")
-        return DUMP_FAILED if failed else 0
+        return VzExitCode.DUMP_FAILED if failed else 0
     wish = _wish(o)
     runtime = make_runtime(host, o.runtime, o.container)
     with recover.lock(host, runtime):
         if failed := recover.recover(host, runtime.container, report, locked=True):
-            raise MigrateError(LOCKED, f"an earlier migration is not undone: {'; '.join(failed)}")
+            raise MigrateError(
+                VzExitCode.LOCKED, f"an earlier migration is not undone: {'; '.join(failed)}"
+            )
         result = migrate(host, runtime, wish, report)
     if o.trace is not None:
         try:
@@ -85,14 +87,14 @@ def _recovered(host: config.HostConfig, o: MigrateOptions) -> str | None:
 
 def _told(result: Result) -> int:
     """The container moved; what is left over is not nothing."""
-    return DUMP_FAILED if result.failed else 0
+    return VzExitCode.DUMP_FAILED if result.failed else 0
 
 
 def _wish(o: MigrateOptions) -> Wish:
     if o.max_freeze is not None and not o.live:
-        raise MigrateError(USAGE, "--max-freeze goes with --live")
+        raise MigrateError(VzExitCode.USAGE, "--max-freeze goes with --live")
     if o.suspend_limit is not None and not o.live:
-        raise MigrateError(USAGE, "--suspend-limit goes with --live")
+        raise MigrateError(VzExitCode.USAGE, "--suspend-limit goes with --live")
     limit = Wish.suspend_limit if o.suspend_limit is None else o.suspend_limit
     return Wish(
         host=o.host,
@@ -139,9 +141,9 @@ def _reporter(o: MigrateOptions, level: int) -> Iterator[Reporter]:
                 try:
                     handle = shared_folder.open_log(o.json)  # closed by _close
                 except OSError as e:
-                    raise MigrateError(USAGE, f"--json {o.json}: {e.strerror}") from e
+                    raise MigrateError(VzExitCode.USAGE, f"--json {o.json}: {e.strerror}") from e
                 except OpenError as e:
-                    raise MigrateError(USAGE, f"--json {e}") from e
+                    raise MigrateError(VzExitCode.USAGE, f"--json {e}") from e
                 files.callback(_close, handle, o.json)
                 report.add(JsonRenderer(handle))
             report.add(TextRenderer(level, sys.stdout, sys.stderr))

@@ -8,6 +8,7 @@ import shlex
 from dataclasses import dataclass
 
 from pyploop.cli.arguments import Parser, parsed
+from pyploop.errors import VzExitCode
 from pyploop.migration.image_chain import LONGEST
 from pyploop.migration.memory_policy import MemoryPolicy
 from pyploop.units import parse_size, parse_time
@@ -50,7 +51,7 @@ class MigrateOptions:
 
 
 class _Parser(Parser):
-    exit_status = 1  # vzmigrate's for usage
+    exit_status = VzExitCode.USAGE
 
 
 def parser() -> Parser:

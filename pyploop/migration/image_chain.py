@@ -12,8 +12,7 @@ import os
 import shutil
 from pathlib import Path
 
-from pyploop.errors import MigrateError, ProtocolError
-from pyploop.runtimes import COPY_FAILED
+from pyploop.errors import MigrateError, ProtocolError, VzExitCode
 
 LONGEST = 20
 """Pre-dumps of one migration."""
@@ -31,7 +30,8 @@ def check_room(top: Path, room: int) -> None:
     free = st.f_bavail * st.f_frsize
     if free < room:
         raise MigrateError(
-            COPY_FAILED, f"{top} has room for {free >> 20} MiB of memory, not {room >> 20}"
+            VzExitCode.COPY_FAILED,
+            f"{top} has room for {free >> 20} MiB of memory, not {room >> 20}",
         )
 
 

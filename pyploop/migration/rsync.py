@@ -25,10 +25,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO
 
-from pyploop.errors import MigrateError, WriteError
+from pyploop.errors import MigrateError, VzExitCode, WriteError
 from pyploop.migration import relay as relay_program
 from pyploop.migration.itemized import Itemized
-from pyploop.runtimes import COPY_FAILED
 from pyploop.system import descriptors, enclosure
 from pyploop.system.commands import last_words
 from pyploop.system.stderr_tail import LastWords
@@ -87,13 +86,19 @@ path = {path}
 def check_installed(command: str) -> None:
     """MigrateError(6) when it is not there, or too old."""
     if shutil.which(command) is None:
-        raise MigrateError(COPY_FAILED, f"no {command} here: it moves a container's directories")
+        raise MigrateError(
+            VzExitCode.COPY_FAILED, f"no {command} here: it moves a container's directories"
+        )
     done = subprocess.run([command, "--version"], capture_output=True, check=False, timeout=30)
     found = re.match(rb"rsync +version v?(\d+)\.(\d+)", done.stdout)
     if found is None:
-        raise MigrateError(COPY_FAILED, f"{command} --version does not say that it is rsync")
+        raise MigrateError(
+            VzExitCode.COPY_FAILED, f"{command} --version does not say that it is rsync"
+        )
     if (int(found[1]), int(found[2])) < OLDEST:
-        raise MigrateError(COPY_FAILED, f"{command} {found[0].decode()} here, 3.2 is needed")
+        raise MigrateError(
+            VzExitCode.COPY_FAILED, f"{command} {found[0].decode()} here, 3.2 is needed"
+        )
 
 
 def _environment() -> dict[str, str]:
@@ -114,7 +119,9 @@ class Done:
     items: Itemized
 
     def explain(self, what: str) -> MigrateError:
-        return MigrateError(COPY_FAILED, f"rsync of {what} ended with {self.status}: {self.said}")
+        return MigrateError(
+            VzExitCode.COPY_FAILED, f"rsync of {what} ended with {self.status}: {self.said}"
+        )
 
 
 class Client:
@@ -149,7 +156,7 @@ class Client:
             )
         except OSError as e:
             self.close()
-            raise MigrateError(COPY_FAILED, f"cannot run {command}: {e.strerror}") from e
+            raise MigrateError(VzExitCode.COPY_FAILED, f"cannot run {command}: {e.strerror}") from e
         finally:
             theirs.close()
         self._pidfd = os.pidfd_open(self._process.pid)
@@ -165,7 +172,7 @@ class Client:
             why = self.wait().said
         except OSError as e:
             why = str(e)
-        raise MigrateError(COPY_FAILED, f"rsync does not start its remote shell: {why}")
+        raise MigrateError(VzExitCode.COPY_FAILED, f"rsync does not start its remote shell: {why}")
 
     def connect(self, channel: int) -> None:
         """Go.  The channel's descriptor stays the caller's."""
@@ -281,7 +288,7 @@ def serve(
             start_new_session=True,
         )
     except OSError as e:
-        raise MigrateError(COPY_FAILED, f"cannot run {command}: {e.strerror}") from e
+        raise MigrateError(VzExitCode.COPY_FAILED, f"cannot run {command}: {e.strerror}") from e
     _bound(process.pid)
     log.started()
     return process

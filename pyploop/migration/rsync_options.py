@@ -7,8 +7,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
-from pyploop.errors import MigrateError
-from pyploop.runtimes import USAGE
+from pyploop.errors import MigrateError, VzExitCode
 
 _LETTERS = re.compile(r"-[aHAXSxrlptgoDzWc]+")
 _ALONE = frozenset(
@@ -43,14 +42,16 @@ def check_options(words: Sequence[str]) -> tuple[str, ...]:
         if name in _VALUED:
             if not equals:
                 if not left:
-                    raise MigrateError(USAGE, f"--rsync: {word} needs a value")
+                    raise MigrateError(VzExitCode.USAGE, f"--rsync: {word} needs a value")
                 word = f"{word}={left.pop(0)}"
             value = word.partition("=")[2]
             if name in _CHECKSUM and "none" in value.split(","):  # it would compare nothing
-                raise MigrateError(USAGE, f"--rsync: {word} is not taken: there must be a checksum")
+                raise MigrateError(
+                    VzExitCode.USAGE, f"--rsync: {word} is not taken: there must be a checksum"
+                )
         elif word not in _ALONE and not _LETTERS.fullmatch(word):
             raise MigrateError(
-                USAGE,
+                VzExitCode.USAGE,
                 f"--rsync: {word} is not taken: only options for compression, speed and comparison "
                 f"are ({', '.join(sorted(_VALUED | {'-z', '-W', '-c'}))})",
             )

@@ -15,8 +15,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from pyploop.errors import MigrateError
-from pyploop.runtimes import COPY_FAILED
+from pyploop.errors import MigrateError, VzExitCode
 from pyploop.system import kernel, sysblock
 from pyploop.system.tree_walk import FLAGS, walk
 
@@ -40,7 +39,7 @@ def entries(root: str) -> Iterator[tuple[bytes, os.stat_result]]:
         above = os.fsencode("".join(f"{name}/" for name in names))
         if len(above) >= LONGEST_PATH:
             raise MigrateError(
-                COPY_FAILED,
+                VzExitCode.COPY_FAILED,
                 f"{root}/{os.fsdecode(above[:100])}...: folders are nested too deeply for rsync "
                 f"({len(above)} bytes of name, {LONGEST_PATH} are possible)",
             )
@@ -56,14 +55,14 @@ def check_source(path: str) -> int:
     """Bytes that the tree's files take.  MigrateError(6) unless it is a
     directory that moves as a whole."""
     if not os.path.isdir(path) or os.path.islink(path):
-        raise MigrateError(COPY_FAILED, f"{path} is not a directory")
+        raise MigrateError(VzExitCode.COPY_FAILED, f"{path} is not a directory")
     device = os.stat(path).st_dev
     seen: set[int] = set()
     total = 0
     for name, st in entries(path):
         if st.st_dev != device:
             raise MigrateError(
-                COPY_FAILED,
+                VzExitCode.COPY_FAILED,
                 f"{path}/{os.fsdecode(name)} is another file system's, and would stay behind",
             )
         if st.st_nlink > 1 and not stat.S_ISDIR(st.st_mode):

@@ -12,8 +12,8 @@ import os
 from pathlib import Path
 from typing import Any
 
-from pyploop.errors import DeviceControlError, MigrateError, PyploopError
-from pyploop.runtimes import USAGE, Runtime, config, volumes
+from pyploop.errors import DeviceControlError, MigrateError, PyploopError, VzExitCode
+from pyploop.runtimes import Runtime, config, volumes
 from pyploop.runtimes.config import HostConfig
 from pyploop.runtimes.registry import make_runtime
 from pyploop.system import beneath, kernel, private_folder, removal, sysblock
@@ -63,7 +63,7 @@ def config_of(fields: Entry, host: HostConfig) -> HostConfig:
         return host
     if own.digest != fields.get("config_digest"):
         raise MigrateError(
-            USAGE,
+            VzExitCode.USAGE,
             f"{named or config.DEFAULT} is not what it was when the migration of "
             f"{fields.get('container')} began; nothing was undone, and "
             f"`pyploop migrate --recover --config {named or config.DEFAULT}` does with what it "
@@ -75,7 +75,7 @@ def config_of(fields: Entry, host: HostConfig) -> HostConfig:
 def _load(named: str | None) -> HostConfig:
     if named is not None and not os.path.isabs(named):
         raise MigrateError(
-            USAGE,
+            VzExitCode.USAGE,
             f"a journal names its configuration {named!r}, which may be anybody's: write the "
             "absolute path into the journal",
         )

@@ -19,13 +19,6 @@ Facts = dict[str, Any]
 Copied = dict[str, list[int]]
 """What a copy was made of: path -> [device, inode, generation]; JSON."""
 
-# vzmigrate's exit codes.
-USAGE, STOPPED, CANNOT_CONNECT, COPY_FAILED = 1, 2, 4, 6
-RESTORE_FAILED, DUMP_FAILED, EXISTS, NO_CONTAINER = 7, 8, 9, 10
-IP_IN_USE, QUOTA, NO_KERNEL, BAD_CONFIG, NO_PLOOP = 12, 13, 14, 15, 16
-CHECKPOINT_VERSION, CPU, NO_VZ_CONF, LOCKED = 17, 18, 19, 20
-
-
 LARGEST_FILE = 1 << 50
 """Bytes of one file of a container that are taken."""
 

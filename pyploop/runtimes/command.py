@@ -13,19 +13,8 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 
-from pyploop.errors import MigrateError
-from pyploop.runtimes import (
-    COPY_FAILED,
-    DUMP_FAILED,
-    EXISTS,
-    NO_CONTAINER,
-    RESTORE_FAILED,
-    USAGE,
-    Copied,
-    Facts,
-    Item,
-    State,
-)
+from pyploop.errors import MigrateError, VzExitCode
+from pyploop.runtimes import Copied, Facts, Item, State
 from pyploop.runtimes.config import HostConfig
 from pyploop.runtimes.configured import Configured
 from pyploop.system.commands import run
@@ -55,7 +44,8 @@ class CommandRuntime(Configured):
         self._config = host.container(container)
         if "status" not in self._config.commands or not (self._config.disks or self._config.trees):
             raise MigrateError(
-                USAGE, f"[container.{container}] needs commands.status, and a disk or a tree"
+                VzExitCode.USAGE,
+                f"[container.{container}] needs commands.status, and a disk or a tree",
             )
 
     def _run(
@@ -77,14 +67,16 @@ class CommandRuntime(Configured):
         missing = [s for s in (LIVE if live else STOPPED) if s not in self._config.commands]
         if missing:
             raise MigrateError(
-                USAGE, f"[container.{self.container}.commands] lacks {', '.join(missing)}"
+                VzExitCode.USAGE,
+                f"[container.{self.container}.commands] lacks {', '.join(missing)}",
             )
 
     def state(self) -> State:
-        said = self._run("status", NO_CONTAINER).strip()
+        said = self._run("status", VzExitCode.NO_CONTAINER).strip()
         if said not in _STATES:
             raise MigrateError(
-                NO_CONTAINER, f"status of {self.container} is {said[:40]!r}, none of {[*_STATES]}"
+                VzExitCode.NO_CONTAINER,
+                f"status of {self.container} is {said[:40]!r}, none of {[*_STATES]}",
             )
         return _STATES[said]
 
@@ -100,32 +92,32 @@ class CommandRuntime(Configured):
         return []
 
     def suspend(self) -> None:
-        self._run("suspend", DUMP_FAILED)
+        self._run("suspend", VzExitCode.DUMP_FAILED)
 
     def resume(self) -> None:
-        self._run("resume", DUMP_FAILED)
+        self._run("resume", VzExitCode.DUMP_FAILED)
 
     def why_no_pre_dump(self) -> str:
         return "" if "pre_dump" in self._config.commands else "no such command is configured"
 
     def pre_dump(self, images: Path, parent: Path | None) -> float | None:
-        self._run("pre_dump", DUMP_FAILED, images, parent)
+        self._run("pre_dump", VzExitCode.DUMP_FAILED, images, parent)
         return None
 
     def dump(self, images: Path, parent: Path | None = None) -> None:
-        self._run("dump", DUMP_FAILED, images, parent)
+        self._run("dump", VzExitCode.DUMP_FAILED, images, parent)
 
     def kill(self) -> None:
         if self.state().running:
-            self._run("kill", DUMP_FAILED)
+            self._run("kill", VzExitCode.DUMP_FAILED)
 
     def stop(self) -> None:
-        self._run("stop", DUMP_FAILED)
+        self._run("stop", VzExitCode.DUMP_FAILED)
 
     def start(self) -> None:
         self._mount_all()
         if not self.state().running:
-            self._run("start", RESTORE_FAILED)
+            self._run("start", VzExitCode.RESTORE_FAILED)
 
     def discard(self, remove: bool, copied: Copied | None) -> None:
         self._discard_places(remove, copied)
@@ -133,11 +125,13 @@ class CommandRuntime(Configured):
     def check_target(self, facts: Facts, live: bool) -> None:
         self._check_commands(live)
         if self.state().exists:
-            raise MigrateError(EXISTS, f"{self.container} exists")
+            raise MigrateError(VzExitCode.EXISTS, f"{self.container} exists")
         self._check_access()
 
     def destination(self, label: str) -> str:
-        raise MigrateError(COPY_FAILED, f"no item {label[:80]!r} belongs to this container")
+        raise MigrateError(
+            VzExitCode.COPY_FAILED, f"no item {label[:80]!r} belongs to this container"
+        )
 
     def largest(self, label: str) -> int:
         return 0
@@ -149,9 +143,9 @@ class CommandRuntime(Configured):
         pass
 
     def undump(self, images: Path, commit: Callable[[], None]) -> None:
-        self._run("undump", RESTORE_FAILED, images)
+        self._run("undump", VzExitCode.RESTORE_FAILED, images)
         commit()
-        self._run("resume_restored", RESTORE_FAILED, images)
+        self._run("resume_restored", VzExitCode.RESTORE_FAILED, images)
 
     def abandon(self) -> None:
-        self._run("abandon", RESTORE_FAILED)
+        self._run("abandon", VzExitCode.RESTORE_FAILED)

@@ -14,14 +14,12 @@ import tomllib
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from pyploop.errors import MigrateError, OpenError, ParameterError
+from pyploop.errors import MigrateError, OpenError, ParameterError, VzExitCode
 from pyploop.runtimes import policy as policies
 from pyploop.runtimes.policy import Policy
 from pyploop.system import mount_options, private_folder
 
 DEFAULT = "/etc/pyploop/migrate.toml"
-USAGE = 1
-NO_CONTAINER = 10
 
 
 @dataclass(frozen=True)
@@ -105,7 +103,9 @@ class HostConfig:
             return self.containers[name]
         except KeyError:
             where = self.path or f"{DEFAULT}, which is not there"
-            raise MigrateError(NO_CONTAINER, f"no [container.{name}] in {where}") from None
+            raise MigrateError(
+                VzExitCode.NO_CONTAINER, f"no [container.{name}] in {where}"
+            ) from None
 
 
 _TOP = {
@@ -170,17 +170,17 @@ def load(path: str | None) -> HostConfig:
     try:
         real, text = private_folder.read_trusted(file)
     except OpenError as e:
-        raise MigrateError(USAGE, str(e)) from e
+        raise MigrateError(VzExitCode.USAGE, str(e)) from e
     except FileNotFoundError:
         if path is None:
             return HostConfig()
-        raise MigrateError(USAGE, f"--config {path}: no such file") from None
+        raise MigrateError(VzExitCode.USAGE, f"--config {path}: no such file") from None
     except OSError as e:
-        raise MigrateError(USAGE, f"--config {file}: {e.strerror}") from e
+        raise MigrateError(VzExitCode.USAGE, f"--config {file}: {e.strerror}") from e
     try:
         parsed = parse(tomllib.loads(text.decode()), real)
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as e:
-        raise MigrateError(USAGE, f"{file} is not TOML: {e}") from None
+        raise MigrateError(VzExitCode.USAGE, f"{file} is not TOML: {e}") from None
     return replace(parsed, digest=hashlib.sha256(text).hexdigest())
 
 
@@ -193,14 +193,14 @@ def parse(table: dict[str, Any], path: str) -> HostConfig:
         elif key in _SECTIONS:
             for name, v in _table(value, f"{path}: [{key}]").items():
                 if name not in _SECTIONS[key]:
-                    raise MigrateError(USAGE, f"{path}: [{key}] has no {name!r}")
+                    raise MigrateError(VzExitCode.USAGE, f"{path}: [{key}] has no {name!r}")
                 field_name, kind = _SECTIONS[key][name]
                 values[field_name] = _typed(v, kind, f"{path}: {key}.{name}")
         elif key == "trust":
             where = f"{path}: [trust]"
             values["trusted_live"] = policies.parse_trust(_table(value, where), where)
         elif key not in ("container", "policy"):
-            raise MigrateError(USAGE, f"{path}: unknown key {key!r}")
+            raise MigrateError(VzExitCode.USAGE, f"{path}: unknown key {key!r}")
     where = f"{path}: [policy]"
     policy = policies.parse(_table(table.get("policy", {}), where), policies.PLAIN, where)
     containers = {
@@ -215,7 +215,7 @@ def parse(table: dict[str, Any], path: str) -> HostConfig:
 def _container(name: str, table: dict[str, Any], path: str, policy: Policy) -> ContainerConfig:
     where = f"{path}: [container.{name}]"
     if not NAME.fullmatch(name):
-        raise MigrateError(USAGE, f"{where}: not a name")
+        raise MigrateError(VzExitCode.USAGE, f"{where}: not a name")
     values: dict[str, Any] = {}
     disks: list[DiskConfig] = []
     trees: tuple[str, ...] = ()
@@ -228,14 +228,14 @@ def _container(name: str, table: dict[str, Any], path: str, policy: Policy) -> C
         elif key == "commands":
             for word, argv in _table(value, f"{where}.commands").items():
                 if word not in COMMANDS:
-                    raise MigrateError(USAGE, f"{where}.commands has no {word!r}")
+                    raise MigrateError(VzExitCode.USAGE, f"{where}.commands has no {word!r}")
                 commands[word] = _typed(argv, tuple, f"{where}.commands.{word}")
         elif key == "policy":
             policy = policies.parse(_table(value, f"{where}.policy"), policy, f"{where}.policy")
         elif key in _CONTAINER:
             values[key] = _typed(value, _CONTAINER[key], f"{where}.{key}")
         else:
-            raise MigrateError(USAGE, f"{where} has no {key!r}")
+            raise MigrateError(VzExitCode.USAGE, f"{where} has no {key!r}")
     values["external"] = _paths(values.get("external", ()), f"{where}.external")
     made = ContainerConfig(
         name, disks=tuple(disks), trees=trees, commands=commands, policy=policy, **values
@@ -246,7 +246,7 @@ def _container(name: str, table: dict[str, Any], path: str, policy: Policy) -> C
 
 def _paths(values: tuple[str, ...], where: str) -> tuple[str, ...]:
     if not all(v.startswith("/") for v in values):
-        raise MigrateError(USAGE, f"{where} must be absolute paths")
+        raise MigrateError(VzExitCode.USAGE, f"{where} must be absolute paths")
     return tuple(os.path.normpath(v).replace("//", "/") for v in values)
 
 
@@ -258,22 +258,27 @@ def _check_apart(c: ContainerConfig, where: str) -> None:
         for other in c.disks[:number]:
             if within(disk.mount, other.mount) or within(other.mount, disk.mount):
                 raise MigrateError(
-                    USAGE,
+                    VzExitCode.USAGE,
                     f"{where}: the disks mounted on {other.mount} and {disk.mount} overlap; "
                     "config.json can bind one within the other",
                 )
             if os.path.normpath(disk.image) == os.path.normpath(other.image):
-                raise MigrateError(USAGE, f"{where}: {disk.image} is two disks")
+                raise MigrateError(VzExitCode.USAGE, f"{where}: {disk.image} is two disks")
     for tree in c.trees:
         for disk in c.disks:
             if within(disk.image, tree):
-                raise MigrateError(USAGE, f"{where}: the disk {disk.image} lies in the tree {tree}")
+                raise MigrateError(
+                    VzExitCode.USAGE, f"{where}: the disk {disk.image} lies in the tree {tree}"
+                )
             if within(disk.mount, tree) or within(tree, disk.mount):
                 raise MigrateError(
-                    USAGE, f"{where}: the disk mounted on {disk.mount} and the tree {tree} overlap"
+                    VzExitCode.USAGE,
+                    f"{where}: the disk mounted on {disk.mount} and the tree {tree} overlap",
                 )
         if c.bundle and within(c.bundle, tree):
-            raise MigrateError(USAGE, f"{where}: the bundle {c.bundle} lies in the tree {tree}")
+            raise MigrateError(
+                VzExitCode.USAGE, f"{where}: the bundle {c.bundle} lies in the tree {tree}"
+            )
 
 
 def _check_foreign(host: HostConfig) -> None:
@@ -285,7 +290,7 @@ def _check_foreign(host: HostConfig) -> None:
             for key, path in ours.items():
                 if within(path, folder):
                     raise MigrateError(
-                        USAGE,
+                        VzExitCode.USAGE,
                         f"{host.path}: {key} {path} lies in {folder}, whose contents come from "
                         f"the container {c.name}",
                     )
@@ -295,13 +300,14 @@ def _check_foreign(host: HostConfig) -> None:
                         continue  # itself
                     if within(path, folder) and not (other is not c and path == folder):
                         raise MigrateError(
-                            USAGE,
+                            VzExitCode.USAGE,
                             f"{host.path}: the {what} {path} of the container {other.name} lies "
                             f"in {folder}, whose contents come from the container {c.name}",
                         )
         if len({os.path.normpath(p) for p in c.foreign()}) < len(c.foreign()):
             raise MigrateError(
-                USAGE, f"{host.path}: two disks of [container.{c.name}] have the same mount point"
+                VzExitCode.USAGE,
+                f"{host.path}: two disks of [container.{c.name}] have the same mount point",
             )
 
 
@@ -315,15 +321,15 @@ def _disk(value: Any, where: str) -> DiskConfig:
     table = _table(value, f"{where}.disk")
     for key in table:
         if key not in _DISK:
-            raise MigrateError(USAGE, f"{where}.disk has no {key!r}")
+            raise MigrateError(VzExitCode.USAGE, f"{where}.disk has no {key!r}")
     texts = {k: _typed(v, str, f"{where}.disk.{k}") for k, v in table.items()}
     for key in ("image", "mount"):
         if not str(texts.get(key, "")).startswith("/"):
-            raise MigrateError(USAGE, f"{where}.disk.{key} must be an absolute path")
+            raise MigrateError(VzExitCode.USAGE, f"{where}.disk.{key} must be an absolute path")
     try:
         mount_options.parse(texts.get("options", ""))
     except ParameterError as e:
-        raise MigrateError(USAGE, f"{where}.disk.options: {e}") from e
+        raise MigrateError(VzExitCode.USAGE, f"{where}.disk.options: {e}") from e
     return DiskConfig(**texts)
 
 
@@ -333,25 +339,27 @@ def _trees(values: list[Any], where: str) -> tuple[str, ...]:
     for value in values:
         table = _table(value, f"{where}.tree")
         if list(table) != ["path"]:
-            raise MigrateError(USAGE, f"{where}.tree has a path, and nothing else")
+            raise MigrateError(VzExitCode.USAGE, f"{where}.tree has a path, and nothing else")
         path = _typed(table["path"], str, f"{where}.tree.path")
         if not _TREE.fullmatch(path) or path.endswith("\\") or {".", ".."} & {*path.split("/")}:
             # rsync's daemon reads it from a file, where a % is a variable, and a
             # backslash at the end joins the next line to it; a ./ is a root of names.
             raise MigrateError(
-                USAGE,
+                VzExitCode.USAGE,
                 f"{where}.tree.path must be an absolute path below /, without . and .. in it, "
                 "% and newlines, and a backslash or a slash at its end",
             )
         if any(within(path, p) or within(p, path) for p in paths):
-            raise MigrateError(USAGE, f"{where}.tree.path: {path} lies in another one, or holds it")
+            raise MigrateError(
+                VzExitCode.USAGE, f"{where}.tree.path: {path} lies in another one, or holds it"
+            )
         paths.append(path)
     return tuple(paths)
 
 
 def _table(value: Any, where: str) -> dict[str, Any]:
     if not isinstance(value, dict):
-        raise MigrateError(USAGE, f"{where} must be a table")
+        raise MigrateError(VzExitCode.USAGE, f"{where} must be a table")
     return value
 
 
@@ -359,9 +367,9 @@ def _typed(value: Any, kind: type, where: str) -> Any:
     if kind is tuple:
         if isinstance(value, list) and value and all(isinstance(v, str) and v for v in value):
             return tuple(value)
-        raise MigrateError(USAGE, f"{where} must be a list of words")
+        raise MigrateError(VzExitCode.USAGE, f"{where} must be a list of words")
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if not isinstance(value, kind) or isinstance(value, bool):
-        raise MigrateError(USAGE, f"{where} must be a {kind.__name__}")
+        raise MigrateError(VzExitCode.USAGE, f"{where} must be a {kind.__name__}")
     return value

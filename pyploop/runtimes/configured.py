@@ -8,8 +8,8 @@ import contextlib
 from pathlib import Path
 from typing import Any
 
-from pyploop.errors import MigrateError
-from pyploop.runtimes import BAD_CONFIG, Copied, Disk, Tree, copied, volumes
+from pyploop.errors import MigrateError, VzExitCode
+from pyploop.runtimes import Copied, Disk, Tree, copied, volumes
 from pyploop.runtimes.config import ContainerConfig
 
 
@@ -77,13 +77,13 @@ class Configured:
         for disk in disks:
             if disk.source != (volumes.device_of(disk.mount) or disk.image):
                 raise MigrateError(
-                    BAD_CONFIG, f"what is mounted on {disk.mount} has changed meanwhile"
+                    VzExitCode.BAD_CONFIG, f"what is mounted on {disk.mount} has changed meanwhile"
                 )
         self._check_places(used=False)
         try:
             return copied.of_places(disks, self.trees())
         except OSError as e:
-            raise MigrateError(BAD_CONFIG, f"{e.filename}: {e.strerror}") from e
+            raise MigrateError(VzExitCode.BAD_CONFIG, f"{e.filename}: {e.strerror}") from e
 
     def _discard_places(self, remove: bool, known: Copied | None) -> None:
         """Unmount all; remove: the images and what is in the trees go, if they are

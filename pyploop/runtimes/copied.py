@@ -13,8 +13,8 @@ import stat
 from collections.abc import Sequence
 from pathlib import Path
 
-from pyploop.errors import MigrateError
-from pyploop.runtimes import BAD_CONFIG, Copied, Disk, Tree, tree_folders, volumes
+from pyploop.errors import MigrateError, VzExitCode
+from pyploop.runtimes import Copied, Disk, Tree, tree_folders, volumes
 from pyploop.system import kernel, mount_options, mount_table, sysblock
 from pyploop.units import SECTOR
 
@@ -48,14 +48,14 @@ def check_disk(disk: Disk, used: bool) -> None:
     try:
         st = os.stat(disk.image)
     except OSError as e:
-        raise MigrateError(BAD_CONFIG, f"the disk {disk.image}: {e.strerror}") from e
+        raise MigrateError(VzExitCode.BAD_CONFIG, f"the disk {disk.image}: {e.strerror}") from e
     if not stat.S_ISREG(st.st_mode):
-        raise MigrateError(BAD_CONFIG, f"the disk {disk.image} is not a regular file")
+        raise MigrateError(VzExitCode.BAD_CONFIG, f"the disk {disk.image} is not a regular file")
     mounted = mount_table.at(disk.mount)
     if mounted is None:
         if used:
             raise MigrateError(
-                BAD_CONFIG,
+                VzExitCode.BAD_CONFIG,
                 f"nothing is mounted on {disk.mount}, where the disk {disk.image} of the running "
                 "container should be: correct image and mount in the configuration",
             )
@@ -69,29 +69,32 @@ def _check_mount(disk: Disk, mounted: mount_table.Entry, image: os.stat_result) 
     device = mounted.device()
     if device is None:
         raise MigrateError(
-            BAD_CONFIG, f"{where}{mounted.source} ({mounted.fstype}) is mounted: unmount it"
+            VzExitCode.BAD_CONFIG,
+            f"{where}{mounted.source} ({mounted.fstype}) is mounted: unmount it",
         )
     check_backing(device, disk.image, image, where)
     if mounted.fstype == "btrfs":
         _check_btrfs(disk, mounted, device)
     elif mounted.root != "/":
         raise MigrateError(
-            BAD_CONFIG, f"{where}only the folder {mounted.root} of it is: the target mounts it all"
+            VzExitCode.BAD_CONFIG,
+            f"{where}only the folder {mounted.root} of it is: the target mounts it all",
         )
     if mounted.fstype != disk.fstype and not {mounted.fstype, disk.fstype} <= {*_EXT}:
         raise MigrateError(
-            BAD_CONFIG,
+            VzExitCode.BAD_CONFIG,
             f"{disk.mount} is {mounted.fstype}, not {disk.fstype or 'ext4'}: write "
             f'fstype = "{mounted.fstype}" for the disk, on both hosts',
         )
     for option in mount_options.split(mounted.options):
         if option.startswith(_ELSEWHERE):
             raise MigrateError(
-                BAD_CONFIG, f"{disk.mount} ({option}) has a part on a device that does not move"
+                VzExitCode.BAD_CONFIG,
+                f"{disk.mount} ({option}) has a part on a device that does not move",
             )
     if others := mount_table.below(disk.mount):
         raise MigrateError(
-            BAD_CONFIG,
+            VzExitCode.BAD_CONFIG,
             f"{others[0].source} is mounted on {others[0].point}, within the disk {disk.image}, "
             "and does not move: unmount it, or let config.json mount it",
         )
@@ -111,11 +114,14 @@ def check_backing(device: tuple[int, int], name: str, image: os.stat_result, whe
         block = sysblock.find(device)
     except OSError as e:
         if e.errno not in (errno.ENOTTY, errno.ENXIO, errno.EINVAL):
-            raise MigrateError(BAD_CONFIG, f"{where}is {path}: {e.strerror}") from e
-        raise MigrateError(BAD_CONFIG, f"{where}is {path}, which is no loop device") from e
+            raise MigrateError(VzExitCode.BAD_CONFIG, f"{where}is {path}: {e.strerror}") from e
+        raise MigrateError(
+            VzExitCode.BAD_CONFIG, f"{where}is {path}, which is no loop device"
+        ) from e
     if block.is_partition:
         raise MigrateError(
-            BAD_CONFIG, f"{where}is the partition {path}: the target mounts the whole image"
+            VzExitCode.BAD_CONFIG,
+            f"{where}is the partition {path}: the target mounts the whole image",
         )
     here = (os.major(image.st_dev), os.minor(image.st_dev)), image.st_ino
     if (status.device, status.inode) != here:
@@ -124,14 +130,14 @@ def check_backing(device: tuple[int, int], name: str, image: os.stat_result, whe
         # A name that a mount covers, or of a file made anew.
         wanted = name if backing != name else "the file that has this name now"
         raise MigrateError(
-            BAD_CONFIG,
+            VzExitCode.BAD_CONFIG,
             f"{where}is {path}, which is attached to {backing}, not to {wanted}: "
             "correct the configuration, or mount the right one",
         )
     whole = image.st_size // SECTOR * SECTOR
     if status.offset or status.sizelimit or size != whole:
         raise MigrateError(
-            BAD_CONFIG,
+            VzExitCode.BAD_CONFIG,
             f"{where}is {path}, which shows {size} bytes from {status.offset} on of the image's "
             f"{image.st_size}: attach it as a whole (losetup --set-capacity {path} after it grew)",
         )
@@ -142,7 +148,7 @@ def _check_btrfs(disk: Disk, mounted: mount_table.Entry, device: tuple[int, int]
     for members in Path("/sys/fs/btrfs").glob(f"*/devices/{name}"):
         if len(found := sorted(p.name for p in members.parent.iterdir())) > 1:
             raise MigrateError(
-                BAD_CONFIG,
+                VzExitCode.BAD_CONFIG,
                 f"the btrfs on {disk.mount} lies on {', '.join(found)}: only one image moves",
             )
     wanted = mount_options.value_of(disk.options, "subvol")
@@ -150,7 +156,7 @@ def _check_btrfs(disk: Disk, mounted: mount_table.Entry, device: tuple[int, int]
         return
     if mounted.root != "/" + (wanted or "").strip("/"):
         raise MigrateError(
-            BAD_CONFIG,
+            VzExitCode.BAD_CONFIG,
             f"the subvolume {mounted.root} is mounted on {disk.mount}, the configuration has "
             f'{wanted or "none"}: write options = "subvol={mounted.root}" for the disk, on both '
             "hosts",
@@ -165,7 +171,7 @@ def _check_elsewhere(disk: Disk, mounted: mount_table.Entry | None) -> None:
         ours = mounted is not None and entry.number == mounted.number
         if not ours and entry.device() in devices:
             raise MigrateError(
-                BAD_CONFIG,
+                VzExitCode.BAD_CONFIG,
                 f"the disk {disk.image} is mounted on {entry.point}, too"
                 if mounted is not None
                 else f"the disk {disk.image} is mounted on {entry.point}, not on {disk.mount}",
@@ -181,7 +187,8 @@ def check_ploop(root: str, top: str, mounted: mount_table.Entry) -> None:
     device = mounted.device()
     if device is None:
         raise MigrateError(
-            BAD_CONFIG, f"on {root} {mounted.source} is mounted, not the disk {top}: unmount it"
+            VzExitCode.BAD_CONFIG,
+            f"on {root} {mounted.source} is mounted, not the disk {top}: unmount it",
         )
     disk = sysblock.find(device).disk
     if not disk.startswith("ploop"):
@@ -192,7 +199,7 @@ def check_ploop(root: str, top: str, mounted: mount_table.Entry) -> None:
     image = sysblock.attribute(sysfs / "pdelta" / number / "image")
     if identity(image) != identity(top):
         raise MigrateError(
-            BAD_CONFIG, f"on {root} is {disk}, whose top delta is {image}, not {top}"
+            VzExitCode.BAD_CONFIG, f"on {root} is {disk}, whose top delta is {image}, not {top}"
         )
 
 
@@ -202,7 +209,9 @@ def check_simfs(root: str, private: str, mounted: mount_table.Entry) -> None:
     if mounted.fstype == "simfs" and os.path.realpath(mounted.source) == os.path.realpath(private):
         return
     if identity(root) != identity(private):
-        raise MigrateError(BAD_CONFIG, f"on {root} {mounted.source} is mounted, not {private}")
+        raise MigrateError(
+            VzExitCode.BAD_CONFIG, f"on {root} {mounted.source} is mounted, not {private}"
+        )
 
 
 # ---- a tree
@@ -214,13 +223,13 @@ def check_tree(tree: Tree) -> None:
     there = [e for e in mount_table.read() if e.point == real]
     if inside := mount_table.below(real):
         raise MigrateError(
-            BAD_CONFIG,
+            VzExitCode.BAD_CONFIG,
             f"{inside[0].source} is mounted on {inside[0].point}, within the tree {tree.path}, "
             "and does not move: unmount it, or let config.json mount it",
         )
     if len(there) > 1:
         raise MigrateError(
-            BAD_CONFIG,
+            VzExitCode.BAD_CONFIG,
             f"{there[-1].source} is mounted over {there[0].source} on the tree {tree.path}: "
             "unmount one of them",
         )
@@ -242,7 +251,7 @@ def check_same(path: str, copied: Copied | None) -> None:
     except FileNotFoundError:
         return
     except OSError as e:
-        raise MigrateError(BAD_CONFIG, f"{path}: {e.strerror}") from e
+        raise MigrateError(VzExitCode.BAD_CONFIG, f"{path}: {e.strerror}") from e
     if copied is None:
         return
     known = copied.get(path)
@@ -250,7 +259,7 @@ def check_same(path: str, copied: Copied | None) -> None:
     same = known is not None and known[1:] == now[1 : len(known)]
     if known is None or not same or known[0] not in (ANY_DEVICE, now[0]):
         raise MigrateError(
-            BAD_CONFIG,
+            VzExitCode.BAD_CONFIG,
             f"{path} is not what was copied, but something that took its place: it is left as it "
             "is (move it away, then `pyploop migrate --recover`)",
         )
@@ -263,7 +272,9 @@ def check_unhidden(disk: Disk) -> None:
         device = mounted.device()
         where = f"on {disk.mount}, from where the disk {disk.image} is to be removed, "
         if device is None:
-            raise MigrateError(BAD_CONFIG, f"{where}{mounted.source} is mounted: unmount it")
+            raise MigrateError(
+                VzExitCode.BAD_CONFIG, f"{where}{mounted.source} is mounted: unmount it"
+            )
         check_backing(device, disk.image, os.stat(disk.image), where)
 
 

@@ -14,9 +14,7 @@ from dataclasses import dataclass, fields, replace
 from fnmatch import fnmatchcase
 from typing import Any
 
-from pyploop.errors import MigrateError
-
-USAGE = 1
+from pyploop.errors import MigrateError, VzExitCode
 
 CAPABILITIES = (
     *("CAP_CHOWN", "CAP_DAC_OVERRIDE", "CAP_FOWNER", "CAP_FSETID", "CAP_KILL", "CAP_MKNOD"),
@@ -100,27 +98,29 @@ def parse(table: Mapping[str, Any], base: Policy, where: str) -> Policy:
     found: dict[str, Any] = {}
     for key, value in table.items():
         if key not in known:
-            raise MigrateError(USAGE, f"{where} has no {key!r}")
+            raise MigrateError(VzExitCode.USAGE, f"{where} has no {key!r}")
         old = known[key]
         if isinstance(old, tuple):
             found[key] = _words(value, f"{where}.{key}", _WORD.get(key))
         elif type(value) is not type(old):
-            raise MigrateError(USAGE, f"{where}.{key} must be a {type(old).__name__}")
+            raise MigrateError(VzExitCode.USAGE, f"{where}.{key} must be a {type(old).__name__}")
         elif isinstance(old, str) and value not in _CHOICES:
-            raise MigrateError(USAGE, f"{where}.{key} must be one of {', '.join(_CHOICES)}")
+            raise MigrateError(
+                VzExitCode.USAGE, f"{where}.{key} must be one of {', '.join(_CHOICES)}"
+            )
         else:
             found[key] = value
     made = replace(base, **found)
     if missing := [n for n in _NEVER_LESS if n not in made.namespaces]:
-        raise MigrateError(USAGE, f"{where}.namespaces must have {', '.join(missing)}")
+        raise MigrateError(VzExitCode.USAGE, f"{where}.namespaces must have {', '.join(missing)}")
     return made
 
 
 def _words(value: Any, where: str, form: re.Pattern[str] | None) -> tuple[str, ...]:
     if not isinstance(value, list) or not all(isinstance(v, str) and v for v in value):
-        raise MigrateError(USAGE, f"{where} must be a list of words")
+        raise MigrateError(VzExitCode.USAGE, f"{where} must be a list of words")
     if form is not None and (bad := [v for v in value if not form.fullmatch(v)]):
-        raise MigrateError(USAGE, f"{where}: {bad[0]!r} is none")
+        raise MigrateError(VzExitCode.USAGE, f"{where}: {bad[0]!r} is none")
     return tuple(value)
 
 
@@ -151,11 +151,11 @@ def source_of(name: str | None, environment: Mapping[str, str]) -> Source:
 def parse_trust(table: Mapping[str, Any], where: str) -> tuple[str, ...]:
     """[trust]: its `live`.  MigrateError(1)."""
     if other := [key for key in table if key != "live"]:
-        raise MigrateError(USAGE, f"{where} has no {other[0]!r}")
+        raise MigrateError(VzExitCode.USAGE, f"{where} has no {other[0]!r}")
     live = _words(table.get("live", []), f"{where}.live", None)
     for entry in live:
         if "/" in entry and _network(entry) is None:
-            raise MigrateError(USAGE, f"{where}.live: {entry!r} is no network")
+            raise MigrateError(VzExitCode.USAGE, f"{where}.live: {entry!r} is no network")
     return live
 
 

@@ -3,8 +3,8 @@
 
 from __future__ import annotations
 
-from pyploop.errors import MigrateError
-from pyploop.runtimes import USAGE, Runtime
+from pyploop.errors import MigrateError, VzExitCode
+from pyploop.runtimes import Runtime
 from pyploop.runtimes.config import CTID, HostConfig
 
 RUNTIMES = ("vzctl", "runc", "command")
@@ -30,4 +30,4 @@ def make_runtime(host: HostConfig, name: str | None, container: str) -> Runtime:
         from pyploop.runtimes.command import CommandRuntime
 
         return CommandRuntime(host, container)
-    raise MigrateError(USAGE, f"no runtime {name!r} (there are {', '.join(RUNTIMES)})")
+    raise MigrateError(VzExitCode.USAGE, f"no runtime {name!r} (there are {', '.join(RUNTIMES)})")

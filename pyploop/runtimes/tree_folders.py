@@ -7,8 +7,8 @@ import errno
 import os
 from pathlib import Path
 
-from pyploop.errors import MigrateError
-from pyploop.runtimes import COPY_FAILED, EXISTS, Tree, volumes
+from pyploop.errors import MigrateError, VzExitCode
+from pyploop.runtimes import Tree, volumes
 from pyploop.system import removal, sysblock
 
 
@@ -17,15 +17,16 @@ def check_free(tree: Tree, size: int) -> None:
     path = Path(tree.path)
     if os.path.lexists(path):
         if path.is_symlink() or not path.is_dir():
-            raise MigrateError(EXISTS, f"{path} is not a directory")
+            raise MigrateError(VzExitCode.EXISTS, f"{path} is not a directory")
         if any(path.iterdir()):
-            raise MigrateError(EXISTS, f"{path} is not empty")
+            raise MigrateError(VzExitCode.EXISTS, f"{path} is not empty")
     folder = path if path.is_dir() else volumes.existing_parent(tree.path)
     st = os.statvfs(folder)
     room = st.f_bavail * st.f_frsize
     if room < size:
         raise MigrateError(
-            COPY_FAILED, f"{folder} has room for {room >> 20} MiB, {size >> 20} are needed"
+            VzExitCode.COPY_FAILED,
+            f"{folder} has room for {room >> 20} MiB, {size >> 20} are needed",
         )
 
 

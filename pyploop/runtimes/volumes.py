@@ -14,8 +14,8 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from pyploop.errors import MigrateError
-from pyploop.runtimes import BAD_CONFIG, COPY_FAILED, EXISTS, RESTORE_FAILED, Disk
+from pyploop.errors import MigrateError, VzExitCode
+from pyploop.runtimes import Disk
 from pyploop.runtimes.config import within
 from pyploop.system import kernel, mount_options, mount_table, sysblock
 from pyploop.usage import users
@@ -36,18 +36,19 @@ def check_free(disk: Disk, size: int) -> None:
     """On the target: nothing is in the way, and there is room for `size` more
     bytes of data."""
     if os.path.lexists(disk.image):
-        raise MigrateError(EXISTS, f"{disk.image} exists")
+        raise MigrateError(VzExitCode.EXISTS, f"{disk.image} exists")
     if disk.mount and is_mounted(disk.mount):
-        raise MigrateError(EXISTS, f"something is mounted on {disk.mount}")
+        raise MigrateError(VzExitCode.EXISTS, f"something is mounted on {disk.mount}")
     folder = existing_parent(disk.image)
     with contextlib.suppress(FileNotFoundError):
         if disk.mount and any(Path(disk.mount).iterdir()):
-            raise MigrateError(EXISTS, f"{disk.mount} is not empty")
+            raise MigrateError(VzExitCode.EXISTS, f"{disk.mount} is not empty")
     st = os.statvfs(folder)
     room = st.f_bavail * st.f_frsize
     if room < size:
         raise MigrateError(
-            COPY_FAILED, f"{folder} has room for {room >> 20} MiB, {size >> 20} are needed"
+            VzExitCode.COPY_FAILED,
+            f"{folder} has room for {room >> 20} MiB, {size >> 20} are needed",
         )
 
 
@@ -82,7 +83,7 @@ def mount(disk: Disk, foreign: Sequence[str] = (), *, restricted: bool = False) 
             os.close(loop)  # the mount holds it now; without one it detaches
     except OSError as e:
         raise MigrateError(
-            RESTORE_FAILED, f"cannot mount {disk.image} on {disk.mount}: {e.strerror}"
+            VzExitCode.RESTORE_FAILED, f"cannot mount {disk.image} on {disk.mount}: {e.strerror}"
         ) from e
 
 
@@ -92,7 +93,9 @@ def release(disk: Disk) -> None:
         if is_mounted(disk.mount):
             kernel.remount(disk.mount, mount_options.parse(disk.options).flags)
     except OSError as e:
-        raise MigrateError(RESTORE_FAILED, f"cannot remount {disk.mount}: {e.strerror}") from e
+        raise MigrateError(
+            VzExitCode.RESTORE_FAILED, f"cannot remount {disk.mount}: {e.strerror}"
+        ) from e
 
 
 @contextlib.contextmanager
@@ -105,7 +108,7 @@ def _opened_point(point: str, foreign: Sequence[str]) -> Iterator[str]:
         for folder in foreign:
             if within(real, os.path.realpath(folder)):
                 raise MigrateError(
-                    RESTORE_FAILED,
+                    VzExitCode.RESTORE_FAILED,
                     f"{point} is {real}, which lies in {folder}: a disk is not mounted within "
                     "what came from the source",
                 )
@@ -126,7 +129,7 @@ def check_private(path: str) -> None:
         if st.st_uid == 0 and not st.st_mode & 0o011:
             return
     raise MigrateError(
-        BAD_CONFIG,
+        VzExitCode.BAD_CONFIG,
         f"all users of this host could reach what comes to {path}, programs with the "
         f"set-user-ID bit, too: chmod 0700 {above} here (or private = false in [policy])",
     )

@@ -26,14 +26,14 @@ from made_up import SOURCE, Box, Finding, World
 from scripts import agent_seeds, frame_of, message_seeds, source_seeds
 
 from pyploop.diskcopy.options import Options
-from pyploop.errors import MigrateError, ProtocolError, PyploopError
+from pyploop.errors import MigrateError, ProtocolError, PyploopError, VzExitCode
 from pyploop.migration import undo_kinds
 from pyploop.migration.mux import Mux
 from pyploop.migration.source import agent_client, orchestrator, recover
 from pyploop.migration.source.agent_client import Remote
 from pyploop.migration.target import agent
 from pyploop.report.events import Reporter
-from pyploop.runtimes import CANNOT_CONNECT, State, config
+from pyploop.runtimes import State, config
 from pyploop.runtimes.config import HostConfig
 from pyploop.undo import journal
 from pyploop.wire import messages
@@ -333,7 +333,9 @@ def run_source(world: World, data: bytes) -> None:
             connection.wait()
     _thread_failed()
     doubt = box.status.suspended
-    if doubt and not (isinstance(failure, MigrateError) and failure.exit_code == CANNOT_CONNECT):
+    if doubt and not (
+        isinstance(failure, MigrateError) and failure.exit_code == VzExitCode.CANNOT_CONNECT
+    ):
         raise Finding(f"it stays suspended after {failure!r}")
     if failure is not None and not doubt and not box.status.running:
         raise Finding(f"it does not run after {failure!r}: {box.told}")

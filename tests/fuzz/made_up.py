@@ -18,8 +18,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from pyploop.errors import MigrateError
-from pyploop.runtimes import COPY_FAILED, RESTORE_FAILED, Copied, Disk, Item, State, Tree
+from pyploop.errors import MigrateError, VzExitCode
+from pyploop.runtimes import Copied, Disk, Item, State, Tree
 from pyploop.runtimes.config import HostConfig
 from pyploop.runtimes.policy import Source
 
@@ -86,7 +86,7 @@ class Box:
         return "made up"
 
     def pre_dump(self, images: Path, parent: Path | None) -> float | None:
-        raise MigrateError(COPY_FAILED, "made up")
+        raise MigrateError(VzExitCode.COPY_FAILED, "made up")
 
     def dump(self, images: Path, parent: Path | None = None) -> None:
         (images / "pages-1.img").write_bytes(b"p" * 5000)
@@ -111,7 +111,9 @@ class Box:
 
     def destination(self, label: str) -> str:
         if label not in ("conf", "large"):
-            raise MigrateError(COPY_FAILED, f"no item {label[:80]!r} belongs to this container")
+            raise MigrateError(
+                VzExitCode.COPY_FAILED, f"no item {label[:80]!r} belongs to this container"
+            )
         return str(self.folder / "bundle" / label)
 
     def largest(self, label: str) -> int:
@@ -143,7 +145,7 @@ class Box:
 
     def undump(self, images: Path, commit: Callable[[], None]) -> None:
         if not (images / "core-1.img").exists():
-            raise MigrateError(RESTORE_FAILED, "no image of it came")
+            raise MigrateError(VzExitCode.RESTORE_FAILED, "no image of it came")
         commit()
         self._becomes("undump", exists=True, running=True)
 

@@ -32,6 +32,7 @@ from pyploop.errors import (
     ProtocolError,
     PyploopError,
     ReadError,
+    VzExitCode,
     WriteError,
 )
 from pyploop.migration import file_stream
@@ -40,7 +41,7 @@ from pyploop.migration.target import incoming_files, resumable_files
 from pyploop.migration.target.resumable_target import KeptSink, check_untouched, hold
 from pyploop.migration.undo_kinds import undo_all
 from pyploop.report.events import Reporter
-from pyploop.runtimes import COPY_FAILED, Disk
+from pyploop.runtimes import Disk
 from pyploop.runtimes.config import HostConfig
 from pyploop.system import beneath
 from pyploop.system.jobs import Job
@@ -352,7 +353,7 @@ class Target:
     def runtime(self) -> Any:
         def destination(label: str) -> str:
             if label != "lower":
-                raise MigrateError(COPY_FAILED, f"no item {label!r}")
+                raise MigrateError(VzExitCode.COPY_FAILED, f"no item {label!r}")
             return str(self.folder / "ct/web/lower")
 
         disk = Disk(str(self.image), "", "", "")

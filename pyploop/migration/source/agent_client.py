@@ -22,6 +22,7 @@ from pyploop.errors import (
     ProtocolError,
     PyploopError,
     ReadError,
+    VzExitCode,
 )
 from pyploop.migration.mux import INBOX, Mux
 from pyploop.report.events import NOTE
@@ -45,7 +46,6 @@ VALUE = 100
 """Bytes that a value in an event counts for beyond its own."""
 SAID = 1000
 """Characters of what ssh and the agent printed that go into a message."""
-CANNOT_CONNECT, COPY_FAILED = 4, 6
 SSH_OPTIONS = (
     "-T",
     # The target needs nothing of ours: no keys of the user's agent, no display, no
@@ -99,7 +99,9 @@ class Remote:
             )
         except OSError as e:
             self._errors.close()
-            raise MigrateError(CANNOT_CONNECT, f"cannot run {ssh[0]}: {e.strerror}") from e
+            raise MigrateError(
+                VzExitCode.CANNOT_CONNECT, f"cannot run {ssh[0]}: {e.strerror}"
+            ) from e
         self._errors.started()
         assert self._process.stdin is not None and self._process.stdout is not None
         self._wfd, self._rfd = self._process.stdin.fileno(), self._process.stdout.fileno()
@@ -132,7 +134,9 @@ class Remote:
             data += part
         self.version = peer.version
         if why := wire.mismatch(peer, __version__):
-            raise MigrateError(CANNOT_CONNECT, f"the agent on {self.host} does not fit: {why}")
+            raise MigrateError(
+                VzExitCode.CANNOT_CONNECT, f"the agent on {self.host} does not fit: {why}"
+            )
         with contextlib.suppress(BrokenPipeError):  # told by the next read
             os.write(self._wfd, wire.hello(__version__))
         return data[peer.end :]
@@ -142,7 +146,7 @@ class Remote:
             self._process.wait(0.5)
         said = self.stderr()
         text = f"no pyploop agent on {self.host}: {why}" + (f" ({said})" if said else "")
-        return MigrateError(CANNOT_CONNECT, text)
+        return MigrateError(VzExitCode.CANNOT_CONNECT, text)
 
     def stderr(self) -> str:
         """The end of what ssh and the agent printed, as one line."""
@@ -221,7 +225,9 @@ class Remote:
 
     def _live(self) -> Mux:
         if self._mux is None:
-            raise MigrateError(CANNOT_CONNECT, f"the connection to {self.host} has ended")
+            raise MigrateError(
+                VzExitCode.CANNOT_CONNECT, f"the connection to {self.host} has ended"
+            )
         return self._mux
 
     def open_channel(self) -> tuple[int, int]:
@@ -245,7 +251,7 @@ class Remote:
             cause = self._mux.failure if self._mux is not None else None
             if cause is None or str(cause) in str(e):
                 raise
-            raise MigrateError(COPY_FAILED, f"{self.host}: {cause} ({e})") from e
+            raise MigrateError(VzExitCode.COPY_FAILED, f"{self.host}: {cause} ({e})") from e
 
     def cut(self, cause: PyploopError) -> None:
         """From any thread: the connection is given up, and whoever waits for the

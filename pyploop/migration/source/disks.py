@@ -16,12 +16,12 @@ from pyploop.diskcopy.options import Options, Summary
 from pyploop.diskcopy.sender import Sender
 from pyploop.disks import opening
 from pyploop.disks.source import Source
-from pyploop.errors import MigrateError
+from pyploop.errors import MigrateError, VzExitCode
 from pyploop.migration.source.agent_client import Remote
 from pyploop.migration.source.remote_digests import Kept
 from pyploop.report.events import Reporter
 from pyploop.report.timeline import Span
-from pyploop.runtimes import COPY_FAILED, Disk
+from pyploop.runtimes import Disk
 from pyploop.system.jobs import in_parallel
 from pyploop.trackers.registry import choose
 from pyploop.units import MIB
@@ -167,5 +167,7 @@ class Disks:
             self._each(one)
         for sender in self._senders:
             if sender.summary.acknowledged != "acknowledged":
-                raise MigrateError(COPY_FAILED, "the target did not say that its disk is durable")
+                raise MigrateError(
+                    VzExitCode.COPY_FAILED, "the target did not say that its disk is durable"
+                )
         return [s.summary for s in self._senders]

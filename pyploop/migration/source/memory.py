@@ -14,7 +14,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from pyploop.errors import MigrateError, PyploopError
+from pyploop.errors import MigrateError, PyploopError, VzExitCode
 from pyploop.migration import file_stream, image_chain
 from pyploop.migration.memory_policy import MemoryPolicy, MemoryRound, another
 from pyploop.migration.source.agent_client import Remote
@@ -22,7 +22,7 @@ from pyploop.migration.source.disks import REQUEST
 from pyploop.migration.source.payload import Copies
 from pyploop.report.events import Reporter
 from pyploop.report.timeline import Recorder
-from pyploop.runtimes import DUMP_FAILED, Runtime
+from pyploop.runtimes import Runtime
 from pyploop.system.jobs import Job, end_all
 from pyploop.undo.journal import Journal
 from pyploop.units import format_size
@@ -151,7 +151,7 @@ class Memory:
         state = self._runtime.state()
         if state.suspended or not state.running:
             raise MigrateError(
-                DUMP_FAILED, f"it does not run any more after a failed pre-dump: {cause}"
+                VzExitCode.DUMP_FAILED, f"it does not run any more after a failed pre-dump: {cause}"
             ) from cause
         self._report.note(f"A pre-dump failed, so the memory is dumped whole: {cause}")
 

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from pyploop.diskcopy.options import Options, Summary
-from pyploop.errors import DeviceControlError, MigrateError, PyploopError
+from pyploop.errors import DeviceControlError, MigrateError, PyploopError, VzExitCode
 from pyploop.migration import commit_record, file_stream, image_chain, undo_kinds
 from pyploop.migration.memory_policy import MemoryPolicy
 from pyploop.migration.source import host_identity, memory, recover, trees
@@ -35,14 +35,7 @@ from pyploop.migration.source.suspend_limit import SuspendLimit
 from pyploop.report.events import Reporter
 from pyploop.report.timeline import Recorder
 from pyploop.report.timings import Moments
-from pyploop.runtimes import (
-    CANNOT_CONNECT,
-    COPY_FAILED,
-    NO_CONTAINER,
-    STOPPED,
-    Copied,
-    Runtime,
-)
+from pyploop.runtimes import Copied, Runtime
 from pyploop.runtimes.config import HostConfig
 from pyploop.system import cpu, private_folder, signals
 from pyploop.system.jobs import Job, end_all
@@ -113,12 +106,13 @@ def migrate(host: HostConfig, runtime: Runtime, wish: Wish, report: Reporter) ->
     says that the target could not be asked."""
     state = runtime.state()
     if not state.exists:
-        raise MigrateError(NO_CONTAINER, f"there is no container {runtime.container}")
+        raise MigrateError(VzExitCode.NO_CONTAINER, f"there is no container {runtime.container}")
     if wish.live and not state.running:
-        raise MigrateError(STOPPED, f"container {runtime.container} is stopped")
+        raise MigrateError(VzExitCode.STOPPED, f"container {runtime.container} is stopped")
     if state.suspended:
         raise MigrateError(
-            STOPPED, f"container {runtime.container} is suspended (pyploop migrate --recover?)"
+            VzExitCode.STOPPED,
+            f"container {runtime.container} is suspended (pyploop migrate --recover?)",
         )
     runtime.drop_exec = wish.drop_exec
     facts = runtime.check_source(wish.live)
@@ -145,7 +139,7 @@ def migrate(host: HostConfig, runtime: Runtime, wish: Wish, report: Reporter) ->
         takes = checked.get("takes", [])  # an older agent tells nothing
         if runtime.trees() and "tree" not in takes:
             raise MigrateError(
-                CANNOT_CONNECT,
+                VzExitCode.CANNOT_CONNECT,
                 f"pyploop {remote.version} on {wish.host} is too old to take directories",
             )
         report.info(f"Both sides are checked; {wish.host} has pyploop {remote.version}")
@@ -364,7 +358,9 @@ class _Move:
         self.result.disks = disks.finish()
         if self._runtime.state().running:
             name = self._runtime.container
-            raise MigrateError(COPY_FAILED, f"container {name} was started during the migration")
+            raise MigrateError(
+                VzExitCode.COPY_FAILED, f"container {name} was started during the migration"
+            )
         self._ask("start", timeout=RESTORING, run=running)
         self._quiet.close()
 

@@ -7,11 +7,10 @@ from __future__ import annotations
 import contextlib
 
 from pyploop.diskcopy.options import Summary
-from pyploop.errors import MigrateError
+from pyploop.errors import MigrateError, VzExitCode
 from pyploop.migration.source.disks import Disks
 from pyploop.migration.source.trees import CHANNELS, Trees
 from pyploop.report.timeline import Span
-from pyploop.runtimes import COPY_FAILED
 from pyploop.system.jobs import Job, end_all
 from pyploop.wire.mux import MAX_CHANNELS
 
@@ -24,7 +23,7 @@ def check_number(disks: int, trees: int, rounds: int) -> None:
     trees, and rounds of memory."""
     if disks + CHANNELS * trees + rounds + OTHERS >= MAX_CHANNELS:
         raise MigrateError(
-            COPY_FAILED,
+            VzExitCode.COPY_FAILED,
             f"{disks} disks, {trees} trees and {rounds} rounds of memory (--pre-dumps) are "
             "too many for one migration",
         )

@@ -10,11 +10,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from pyploop.errors import BusyError, MigrateError, PyploopError
+from pyploop.errors import BusyError, MigrateError, PyploopError, VzExitCode
 from pyploop.migration import commit_record, locks, undo_kinds
 from pyploop.migration.source.agent_client import Remote
 from pyploop.report.events import Reporter
-from pyploop.runtimes import CANNOT_CONNECT, LOCKED, Copied, Runtime
+from pyploop.runtimes import Copied, Runtime
 from pyploop.runtimes.config import HostConfig
 from pyploop.runtimes.copied import ANY_DEVICE
 from pyploop.undo import journal
@@ -42,7 +42,7 @@ def finish_source(log: Journal, runtime: Runtime, remove: bool, *, stopped: bool
     try:
         if stopped and undo_kinds.runs(runtime):
             raise MigrateError(
-                LOCKED,
+                VzExitCode.LOCKED,
                 f"{runtime.container} runs here, although it has moved to {log.get('host')}: stop "
                 "it, and `pyploop migrate --recover` removes it; or, if it is to stay, remove "
                 f"the record of the migration, {log.path}",
@@ -78,7 +78,7 @@ def settled(
                 live = any(entry["kind"] == "resume" for entry in log.entries)
                 how = "suspended" if live else "stopped"
                 raise MigrateError(
-                    CANNOT_CONNECT,
+                    VzExitCode.CANNOT_CONNECT,
                     f"{cause}; {log.get('host')} cannot be asked whether the container runs there "
                     f"({e}): it stays {how} here until `pyploop migrate --recover` can ask",
                 ) from e
@@ -136,7 +136,9 @@ def recover(
         if record.owner() is not None:
             if container is None:
                 continue
-            raise MigrateError(LOCKED, f"{record.what} is under way (process {record.owner()})")
+            raise MigrateError(
+                VzExitCode.LOCKED, f"{record.what} is under way (process {record.owner()})"
+            )
         try:
             undo_kinds.config_of(fields, host)
         except PyploopError as e:
@@ -183,7 +185,7 @@ def lock(host: HostConfig, runtime: Runtime) -> Iterator[None]:
         ):
             yield
     except BusyError as e:
-        raise MigrateError(LOCKED, str(e)) from e
+        raise MigrateError(VzExitCode.LOCKED, str(e)) from e
 
 
 def _one(host: HostConfig, log: Journal, report: Reporter) -> list[str]:
@@ -214,4 +216,4 @@ def _one(host: HostConfig, log: Journal, report: Reporter) -> list[str]:
                 _tidy(own, log, report, moved)
             return failed
     except BusyError as e:
-        raise MigrateError(LOCKED, str(e)) from e
+        raise MigrateError(VzExitCode.LOCKED, str(e)) from e

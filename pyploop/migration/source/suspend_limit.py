@@ -13,8 +13,7 @@ import threading
 import time
 from collections.abc import Callable
 
-from pyploop.errors import MigrateError, PyploopError
-from pyploop.runtimes import COPY_FAILED
+from pyploop.errors import MigrateError, PyploopError, VzExitCode
 from pyploop.system import signals
 
 FOR_UNDOING = 1.0
@@ -54,7 +53,7 @@ class SuspendLimit:
 
     def _failure(self) -> MigrateError:
         return MigrateError(
-            COPY_FAILED,
+            VzExitCode.COPY_FAILED,
             f"the container was suspended for more than {self._seconds:g} s (--suspend-limit), "
             "so the migration was given up before the target was asked to restore it",
         )

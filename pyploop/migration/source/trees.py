@@ -23,13 +23,13 @@ from functools import partial
 from typing import Any
 
 from pyploop.diskcopy.options import Options
-from pyploop.errors import CancelledError, LoopError, MigrateError
+from pyploop.errors import CancelledError, LoopError, MigrateError, VzExitCode
 from pyploop.migration import rsync, tree_scan
 from pyploop.migration.source.agent_client import Remote
 from pyploop.migration.tree_scan import Since
 from pyploop.report.events import Reporter
 from pyploop.report.timeline import Span, Stage
-from pyploop.runtimes import COPY_FAILED, Tree
+from pyploop.runtimes import Tree
 from pyploop.system.jobs import Job, in_parallel
 
 REQUEST = 30.0
@@ -281,7 +281,7 @@ class Trees:
             self._join(held, REQUEST)
         except MigrateError as e:
             # Each may have seen nothing but the other's end.
-            raise MigrateError(COPY_FAILED, f"{e}; {error}") from e
+            raise MigrateError(VzExitCode.COPY_FAILED, f"{e}; {error}") from e
         raise error
 
     def judged(self, held: _Held, done: rsync.Done) -> rsync.Done:
@@ -347,7 +347,7 @@ class Trees:
         now = [c.left_out for c in self._copies]
         for old, new in zip(before, now, strict=True):
             if new and new == old:
-                raise MigrateError(COPY_FAILED, new)
+                raise MigrateError(VzExitCode.COPY_FAILED, new)
         return seconds, any(now)
 
     def prepare_last(self) -> None:

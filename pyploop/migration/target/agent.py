@@ -16,24 +16,20 @@ from pathlib import Path
 from typing import Any
 
 from pyploop import __version__
-from pyploop.errors import BusyError, MigrateError, ProtocolError, PyploopError, one_line
+from pyploop.errors import (
+    BusyError,
+    MigrateError,
+    ProtocolError,
+    PyploopError,
+    VzExitCode,
+    one_line,
+)
 from pyploop.migration import commit_record, locks, undo_kinds
 from pyploop.migration.mux import Mux
 from pyploop.migration.target import incoming, incoming_trees, resumable_files, resumable_trees
 from pyploop.migration.target.incoming import Landing
 from pyploop.report.events import NOTE, Reporter
-from pyploop.runtimes import (
-    BAD_CONFIG,
-    CPU,
-    EXISTS,
-    LOCKED,
-    USAGE,
-    Facts,
-    Runtime,
-    config,
-    policy,
-    volumes,
-)
+from pyploop.runtimes import Facts, Runtime, config, policy, volumes
 from pyploop.runtimes.config import NAME, HostConfig
 from pyploop.runtimes.policy import Source
 from pyploop.runtimes.registry import make_runtime
@@ -156,10 +152,10 @@ class Agent:
             answer = {"id": number, "error": {"code": vz_code(e), "message": clipped(e)}}
         except OSError as e:
             text = f"{e.filename}: {e.strerror}" if e.filename else str(e.strerror)
-            answer = {"id": number, "error": {"code": USAGE, "message": text}}
+            answer = {"id": number, "error": {"code": VzExitCode.USAGE, "message": text}}
         except (TypeError, ValueError, LookupError, AttributeError, ArithmeticError) as e:
             text = f"agent protocol: {op!r} with wrong arguments ({clipped(e)})"
-            answer = {"id": number, "error": {"code": USAGE, "message": text}}
+            answer = {"id": number, "error": {"code": VzExitCode.USAGE, "message": text}}
         with contextlib.suppress(PyploopError):  # a dead connection ends serve()
             self._mux.send(answer)
 
@@ -215,12 +211,15 @@ class Agent:
     ) -> dict[str, Any]:
         self._settle_dead(chosen)
         if platform.machine() != facts.get("machine"):
-            raise MigrateError(CPU, f"{platform.machine()} here, {facts.get('machine')} there")
+            raise MigrateError(
+                VzExitCode.CPU, f"{platform.machine()} here, {facts.get('machine')} there"
+            )
         if live and "cpu" not in nodeps:
             missing = set(facts.get("cpu") or ()) - set(cpu.flags())
             if missing:
                 raise MigrateError(
-                    CPU, f"the CPU lacks {' '.join(sorted(missing))} (--nodeps=cpu goes on)"
+                    VzExitCode.CPU,
+                    f"the CPU lacks {' '.join(sorted(missing))} (--nodeps=cpu goes on)",
                 )
         chosen.check_target({**facts, "nodeps": nodeps}, live)
         disks = chosen.disks(source=False)
@@ -242,7 +241,7 @@ class Agent:
             entry = self._source.name or self._source.address or "NAME"
             how = "" if entry != "NAME" else ", and start the agent with --source NAME"
             raise MigrateError(
-                BAD_CONFIG,
+                VzExitCode.BAD_CONFIG,
                 f"this host does not restore memory that comes from {self._source}: who sends it "
                 f'can become root here. If it may, write [trust] live = ["{entry}"] in '
                 f"{self._host.path or config.DEFAULT} here{how}; without --live the container "
@@ -256,7 +255,7 @@ class Agent:
             if runtime.name != "vzctl":  # which locks by itself in what it does
                 self._locks.enter_context(locks.container_lock(folder, runtime.container))
         except BusyError as e:
-            raise MigrateError(LOCKED, str(e)) from e
+            raise MigrateError(VzExitCode.LOCKED, str(e)) from e
 
     def _settle_dead(self, runtime: Runtime) -> None:
         """Migrations of this container whose agent was killed, and about which
@@ -268,11 +267,13 @@ class Agent:
             if ours != tuple(fields.get(k) for k in ("runtime", "container")):
                 continue
             if log.owner() is not None:
-                raise MigrateError(LOCKED, f"{log.what} is under way (process {log.owner()})")
+                raise MigrateError(
+                    VzExitCode.LOCKED, f"{log.what} is under way (process {log.owner()})"
+                )
             if fields.get("side") == "source":
                 # Finished later, it would end what comes now.
                 raise MigrateError(
-                    LOCKED,
+                    VzExitCode.LOCKED,
                     f"the {log.what}, which this host began, is not finished: run "
                     "`pyploop migrate --recover` on it first",
                 )
@@ -281,9 +282,11 @@ class Agent:
                     "failed"
                 ]
             except BusyError as e:
-                raise MigrateError(LOCKED, str(e)) from e
+                raise MigrateError(VzExitCode.LOCKED, str(e)) from e
             if failed:
-                raise MigrateError(LOCKED, f"{log.what} is not undone: {'; '.join(failed)}")
+                raise MigrateError(
+                    VzExitCode.LOCKED, f"{log.what} is not undone: {'; '.join(failed)}"
+                )
 
     def _begin(self, migration: str, stall: float, keep: bool) -> dict[str, Any]:
         if self._runtime is None or self._had_begun:
@@ -295,7 +298,7 @@ class Agent:
         with locks.exclusive(commit_record.make_folder(Path(self._host.state_dir))):
             self._settle_dead(chosen)
             if chosen.state().exists:
-                raise MigrateError(EXISTS, f"container {chosen.container} exists by now")
+                raise MigrateError(VzExitCode.EXISTS, f"container {chosen.container} exists by now")
             self._landing = Landing(
                 self._host,
                 chosen,
@@ -453,7 +456,7 @@ def vz_code(error: PyploopError) -> int:
     """vzmigrate's exit code for what failed here."""
     if isinstance(error, MigrateError):
         return error.exit_code
-    return LOCKED if isinstance(error, BusyError) else 6
+    return VzExitCode.LOCKED if isinstance(error, BusyError) else VzExitCode.COPY_FAILED
 
 
 def greet(rfd: int, wfd: int) -> bytes:

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from pyploop.diskcopy.receiver import receive
-from pyploop.errors import MigrateError, ProtocolError, PyploopError
+from pyploop.errors import MigrateError, ProtocolError, PyploopError, VzExitCode
 from pyploop.migration import commit_record, file_stream, undo_kinds
 from pyploop.migration.commit_record import ABORTED, COMMITTED, RAN, Verdict
 from pyploop.migration.file_stream import Budget, Place
@@ -27,7 +27,7 @@ from pyploop.migration.target import resumable_files, resumable_trees
 from pyploop.migration.target.incoming_files import Shelf
 from pyploop.migration.target.incoming_trees import LandingTrees
 from pyploop.report.events import Reporter
-from pyploop.runtimes import COPY_FAILED, LARGEST_FILE, RESTORE_FAILED, Facts, Runtime
+from pyploop.runtimes import LARGEST_FILE, Facts, Runtime
 from pyploop.runtimes.config import HostConfig
 from pyploop.system import beneath, private_folder
 from pyploop.system.jobs import Job
@@ -298,7 +298,7 @@ class Landing:
         try:
             self._jobs[name].join(timeout)
         except TimeoutError as e:
-            raise MigrateError(COPY_FAILED, f"{name}: {e}") from e
+            raise MigrateError(VzExitCode.COPY_FAILED, f"{name}: {e}") from e
         return self._jobs[name].ended
 
     # ---- the turning point
@@ -316,7 +316,8 @@ class Landing:
             alive()
             if time.monotonic() > deadline:
                 raise MigrateError(
-                    RESTORE_FAILED, f"not restored within {timeout:.0f} s, which the source allows"
+                    VzExitCode.RESTORE_FAILED,
+                    f"not restored within {timeout:.0f} s, which the source allows",
                 )
             self.verdict.write(COMMITTED)
             self.committed = True

@@ -13,11 +13,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from pyploop.errors import MigrateError, ProtocolError
+from pyploop.errors import MigrateError, ProtocolError, VzExitCode
 from pyploop.migration import rsync, undo_kinds
 from pyploop.migration.target import resumable_trees
 from pyploop.report.events import Reporter
-from pyploop.runtimes import COPY_FAILED, Tree, tree_folders
+from pyploop.runtimes import Tree, tree_folders
 from pyploop.system import kernel
 from pyploop.system.jobs import Job
 from pyploop.system.stderr_tail import LastWords
@@ -119,7 +119,7 @@ class LandingTrees:
         """MigrateError(6), with the reason, when this pass has ended badly; its
         source decides what that means."""
         if name in self._failed:
-            raise MigrateError(COPY_FAILED, self._failed[name])
+            raise MigrateError(VzExitCode.COPY_FAILED, self._failed[name])
 
     def check_whole(self) -> None:
         """All servers have ended: MigrateError unless the last pass over each tree

@@ -9,8 +9,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from pyploop.errors import MigrateError
-from pyploop.runtimes import BAD_CONFIG
+from pyploop.errors import MigrateError, VzExitCode
 from pyploop.runtimes.config import ContainerConfig
 from pyploop.runtimes.oci import config_json, json_shapes
 
@@ -31,9 +30,9 @@ def read(bundle: str, name: str = CONFIG) -> dict[str, Any]:
             data = f.read(LARGEST + 1)  # of a larger one, sparse perhaps, no more
         config = json_shapes.loads(data) if len(data) <= LARGEST else None
     except (OSError, ValueError) as e:
-        raise MigrateError(BAD_CONFIG, f"cannot read {path}: {e}") from e
+        raise MigrateError(VzExitCode.BAD_CONFIG, f"cannot read {path}: {e}") from e
     if not isinstance(config, dict):
-        raise MigrateError(BAD_CONFIG, f"{path} is not a container's configuration")
+        raise MigrateError(VzExitCode.BAD_CONFIG, f"{path} is not a container's configuration")
     return config
 
 

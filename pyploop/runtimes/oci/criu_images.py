@@ -18,8 +18,7 @@ from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
-from pyploop.errors import MigrateError
-from pyploop.runtimes import BAD_CONFIG
+from pyploop.errors import MigrateError, VzExitCode
 from pyploop.runtimes.config import within
 from pyploop.runtimes.oci import config_json, json_shapes
 from pyploop.wire import criu
@@ -101,7 +100,7 @@ class _Check:
 
     def _refuse(self, why: str) -> NoReturn:
         raise MigrateError(
-            BAD_CONFIG,
+            VzExitCode.BAD_CONFIG,
             f"the memory images are not restored here: {self._name} {why}",
         )
 

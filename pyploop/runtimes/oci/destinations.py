@@ -9,8 +9,7 @@ from __future__ import annotations
 import os
 from typing import Any
 
-from pyploop.errors import MigrateError
-from pyploop.runtimes import BAD_CONFIG
+from pyploop.errors import MigrateError, VzExitCode
 from pyploop.runtimes.config import within
 
 KERNEL = ("/dev", "/proc", "/sys")
@@ -31,7 +30,7 @@ def check(config: dict[str, Any]) -> None:
         theirs = [top for top in KERNEL if within(point, top)]
         if real == "/" or (real != point and (theirs or any(within(real, k) for k in KERNEL))):
             raise MigrateError(
-                BAD_CONFIG,
+                VzExitCode.BAD_CONFIG,
                 f"config.json mounts something on {point}, which is {real} by a symbolic link of "
                 "the container's",
             )
@@ -62,7 +61,8 @@ class _Made:
             self._steps += 1
             if self._steps > MOST_STEPS or len(at) > MOST_PARTS:
                 raise MigrateError(
-                    BAD_CONFIG, f"config.json mounts something on {path[:80]}: too many links"
+                    VzExitCode.BAD_CONFIG,
+                    f"config.json mounts something on {path[:80]}: too many links",
                 )
             if part == "..":
                 at = at[:-1]

@@ -15,8 +15,7 @@ from collections import Counter
 from collections.abc import Callable
 from typing import Any, NoReturn
 
-from pyploop.errors import MigrateError
-from pyploop.runtimes import BAD_CONFIG
+from pyploop.errors import MigrateError, VzExitCode
 
 Shape = Callable[[Any, str], Any]
 
@@ -27,7 +26,7 @@ _DIGITS = 20
 
 
 def refuse(where: str, why: str) -> NoReturn:
-    raise MigrateError(BAD_CONFIG, f"config.json: {where or 'it'} {why}")
+    raise MigrateError(VzExitCode.BAD_CONFIG, f"config.json: {where or 'it'} {why}")
 
 
 def loads(data: bytes) -> Any:

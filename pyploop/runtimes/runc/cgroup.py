@@ -8,9 +8,8 @@ import os
 import signal
 import time
 
-from pyploop.errors import MigrateError
+from pyploop.errors import MigrateError, VzExitCode
 from pyploop.freeze.cgroup_freezer import Freezer
-from pyploop.runtimes import DUMP_FAILED
 from pyploop.system import kernel
 
 DEADLINE = 10.0
@@ -33,8 +32,12 @@ class ContainerCgroup:
                 return
             self.thaw()
         except OSError as e:
-            raise MigrateError(DUMP_FAILED, f"cannot freeze {folder}: {e.strerror}") from e
-        raise MigrateError(DUMP_FAILED, f"the processes in {folder} did not freeze; thawed")
+            raise MigrateError(
+                VzExitCode.DUMP_FAILED, f"cannot freeze {folder}: {e.strerror}"
+            ) from e
+        raise MigrateError(
+            VzExitCode.DUMP_FAILED, f"the processes in {folder} did not freeze; thawed"
+        )
 
     def thaw(self) -> None:
         """Also one that is gone, or was not frozen."""
@@ -64,7 +67,7 @@ class ContainerCgroup:
             self.thaw()  # v1 delivers signals only then
             if time.monotonic() > deadline:
                 raise MigrateError(
-                    DUMP_FAILED, f"processes {pids} in {self._freezer.folder} do not end"
+                    VzExitCode.DUMP_FAILED, f"processes {pids} in {self._freezer.folder} do not end"
                 )
             time.sleep(0.002)
 

@@ -15,8 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pyploop.errors import MigrateError
-from pyploop.runtimes import BAD_CONFIG
+from pyploop.errors import MigrateError, VzExitCode
 from pyploop.system import mount_table
 
 PSEUDO = frozenset(
@@ -128,12 +127,12 @@ def check_config(
     paths: dict[str, str] = {}
     written = (config.get("root") or {}).get("path")
     if not isinstance(written, str):
-        raise MigrateError(BAD_CONFIG, "config.json has no root.path")
+        raise MigrateError(VzExitCode.BAD_CONFIG, "config.json has no root.path")
     root = os.path.join(bundle, written)
     found = places.canonical(root)
     if found is None:
         raise MigrateError(
-            BAD_CONFIG,
+            VzExitCode.BAD_CONFIG,
             f"the container's root, {root}, lies on no disk and in no tree of the configuration, "
             f'and would stay behind: write [[container.NAME.tree]] path = "{root}", or a disk',
         )
@@ -144,7 +143,7 @@ def check_config(
         if not is_bind(mount):
             if kind not in PSEUDO:
                 raise MigrateError(
-                    BAD_CONFIG,
+                    VzExitCode.BAD_CONFIG,
                     f"{where} of config.json is a {kind} of {source}, which does not move: write "
                     "a [[container.NAME.disk]] with its image, and bind its mount point",
                 )
@@ -153,13 +152,13 @@ def check_config(
         found = places.canonical(path)
         if found is not None:
             if places_mounted(places, found) and not os.path.exists(path):
-                raise MigrateError(BAD_CONFIG, f"{path}, bound to {where}, is not there")
+                raise MigrateError(VzExitCode.BAD_CONFIG, f"{path}, bound to {where}, is not there")
             paths[str(source)] = found
         elif os.path.normpath(path) in external:
             paths[str(source)] = os.path.normpath(path)
         else:
             raise MigrateError(
-                BAD_CONFIG,
+                VzExitCode.BAD_CONFIG,
                 f"{path}, bound to {where} by config.json, lies on no disk and in no tree of the "
                 "configuration, and would stay behind: write [[container.NAME.tree]] path = "
                 f'"{path}" (a folder), or external = ["{path}"] when it is on the target already',
@@ -177,7 +176,7 @@ def _check_devices(config: Mapping[str, Any], kinds: Sequence[Sequence[int]]) ->
         major, minor = int(device.get("major") or 0), int(device.get("minor") or 0)
         if [stat.S_IFBLK, os.makedev(major, minor)] not in kinds:
             raise MigrateError(
-                BAD_CONFIG,
+                VzExitCode.BAD_CONFIG,
                 f"{device.get('path')} in linux.devices of config.json is the block device "
                 f"{major}:{minor} of this host, which does not move: bind the mount point of a "
                 "[[container.NAME.disk]] instead, or write external = [...] with the device's "
@@ -194,7 +193,7 @@ def _kind(path: str) -> list[int]:
     try:
         return kind_of(path)
     except OSError as e:
-        raise MigrateError(BAD_CONFIG, f"external {path}: {e.strerror}") from e
+        raise MigrateError(VzExitCode.BAD_CONFIG, f"external {path}: {e.strerror}") from e
 
 
 # ---- a container that runs
@@ -207,7 +206,7 @@ def check_root(pid: int, root: str) -> None:
         wanted = os.stat(root)
         fd = os.open(f"/proc/{pid}/root", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
     except OSError as e:
-        raise MigrateError(BAD_CONFIG, f"{e.filename}: {e.strerror}") from e
+        raise MigrateError(VzExitCode.BAD_CONFIG, f"{e.filename}: {e.strerror}") from e
     try:
         while True:
             st = os.fstat(fd)
@@ -222,7 +221,7 @@ def check_root(pid: int, root: str) -> None:
     finally:
         os.close(fd)
     raise MigrateError(
-        BAD_CONFIG,
+        VzExitCode.BAD_CONFIG,
         f"the root of the container (process {pid}) is not {root}, as config.json has it: "
         "something else was mounted there, or it was started with another root",
     )
@@ -315,7 +314,7 @@ def check_mounted(
             continue
         was = "what it was bound from has been replaced" if deleted else "it does not move"
         raise MigrateError(
-            BAD_CONFIG,
+            VzExitCode.BAD_CONFIG,
             f"{entry.source} ({entry.fstype}, {entry.root}) is mounted on {entry.point} in the "
             f"container: {was}; unmount it there, or restart the container",
         )
@@ -333,7 +332,7 @@ def _check_same(
     now = mount_table.path_in(lies, source)
     if not any((e.dev, e.root) == (lies.dev, now) for e in there):
         raise MigrateError(
-            BAD_CONFIG,
+            VzExitCode.BAD_CONFIG,
             f"{there[-1].root} is mounted on {point} in the container, and not {now}, to which "
             f"{source} of config.json leads by now: restart the container",
         )
@@ -350,11 +349,11 @@ def check_external(external: Sequence[str], kinds: Sequence[Sequence[int]]) -> N
             ours = kind_of(path)
         except OSError as e:
             raise MigrateError(
-                BAD_CONFIG, f"external {path} of the configuration here: {e.strerror}"
+                VzExitCode.BAD_CONFIG, f"external {path} of the configuration here: {e.strerror}"
             ) from e
         if ours != list(theirs):
             raise MigrateError(
-                BAD_CONFIG,
+                VzExitCode.BAD_CONFIG,
                 f"external {path} is {_name(ours)} here, and {_name(theirs)} at the source",
             )
 

@@ -20,8 +20,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from pyploop.errors import MigrateError
-from pyploop.runtimes import NO_KERNEL
+from pyploop.errors import MigrateError, VzExitCode
 from pyploop.system import private_folder
 from pyploop.system.commands import Command, last_words, run
 
@@ -38,14 +37,15 @@ exit 1
 
 def version(criu: str) -> tuple[int, ...]:
     """MigrateError(14) when it cannot be run or is too old."""
-    said = run([criu, "--version"], NO_KERNEL, PROBE_TIMEOUT)
+    said = run([criu, "--version"], VzExitCode.NO_KERNEL, PROBE_TIMEOUT)
     found = re.search(r"Version:\s*(\d+)\.(\d+)", said)
     if not found:
-        raise MigrateError(NO_KERNEL, f"{criu} --version says {last_words(said)!r}")
+        raise MigrateError(VzExitCode.NO_KERNEL, f"{criu} --version says {last_words(said)!r}")
     result = int(found[1]), int(found[2])
     if result < OLDEST:
         raise MigrateError(
-            NO_KERNEL, f"{criu} is {result[0]}.{result[1]}; {OLDEST[0]}.{OLDEST[1]} is needed"
+            VzExitCode.NO_KERNEL,
+            f"{criu} is {result[0]}.{result[1]}; {OLDEST[0]}.{OLDEST[1]} is needed",
         )
     return result
 
@@ -53,7 +53,7 @@ def version(criu: str) -> tuple[int, ...]:
 def probe(criu: str) -> None:
     """`criu check`, and a dump of a process with an inet socket, which some
     versions pass the check and fail.  MigrateError(14) says what failed."""
-    run([criu, "check"], NO_KERNEL, PROBE_TIMEOUT)
+    run([criu, "check"], VzExitCode.NO_KERNEL, PROBE_TIMEOUT)
     with private_folder.scratch() as folder, socket.socket() as listening:
         listening.bind(("127.0.0.1", 0))
         listening.listen()
@@ -68,7 +68,7 @@ def probe(criu: str) -> None:
         try:
             command = [criu, "dump", "-t", str(sleeper.pid), "-D", str(folder)]
             command += ["--network-lock", "skip"]
-            run(command, NO_KERNEL, PROBE_TIMEOUT)
+            run(command, VzExitCode.NO_KERNEL, PROBE_TIMEOUT)
         finally:
             sleeper.kill()
             sleeper.wait()

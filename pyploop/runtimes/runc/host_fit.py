@@ -11,8 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from pyploop.errors import MigrateError
-from pyploop.runtimes import BAD_CONFIG
+from pyploop.errors import MigrateError, VzExitCode
 from pyploop.runtimes.runc.leftovers import cpus_of
 from pyploop.system.commands import run
 
@@ -24,14 +23,14 @@ def check_source(config: Mapping[str, Any]) -> None:
     """MigrateError(15) for what belongs to this host alone."""
     if (config.get("process") or {}).get("terminal"):
         raise MigrateError(
-            BAD_CONFIG,
+            VzExitCode.BAD_CONFIG,
             "config.json has process.terminal: the container's terminal belongs to a program of "
             "this host (docs/internals/criu.md)",
         )
     for namespace in (config.get("linux") or {}).get("namespaces") or ():
         if namespace.get("path") and namespace.get("type") != "network":
             raise MigrateError(
-                BAD_CONFIG,
+                VzExitCode.BAD_CONFIG,
                 f"the container shares the {namespace.get('type')} namespace "
                 f"{namespace['path']} with others of this host, and cannot leave it",
             )
@@ -44,11 +43,11 @@ def check_target(config: Mapping[str, Any], live: bool) -> None:
         path = namespace.get("path")
         if path and not os.path.exists(path):
             raise MigrateError(
-                BAD_CONFIG, f"the {namespace.get('type')} namespace {path} is not here"
+                VzExitCode.BAD_CONFIG, f"the {namespace.get('type')} namespace {path} is not here"
             )
         if path and path.startswith("/proc/"):
             raise MigrateError(
-                BAD_CONFIG,
+                VzExitCode.BAD_CONFIG,
                 f"the {namespace.get('type')} namespace {path} is that of some process here: write "
                 "netns for the container",
             )
@@ -60,12 +59,14 @@ def check_target(config: Mapping[str, Any], live: bool) -> None:
         wanted, there = cpus_of(text), _online(file)
         if text and not isinstance(wanted, set):
             raise MigrateError(
-                BAD_CONFIG, f"linux.resources.cpu.{key} of config.json is {text[:80]!r}, no list"
+                VzExitCode.BAD_CONFIG,
+                f"linux.resources.cpu.{key} of config.json is {text[:80]!r}, no list",
             )
         if isinstance(wanted, set) and there is not None and not wanted <= there:
             missing = ", ".join(map(str, sorted(wanted - there)))
             raise MigrateError(
-                BAD_CONFIG, f"linux.resources.cpu.{key} of config.json has {missing}, not here"
+                VzExitCode.BAD_CONFIG,
+                f"linux.resources.cpu.{key} of config.json has {missing}, not here",
             )
 
 
@@ -83,10 +84,12 @@ def _check_settings(namespace: str, settings: Mapping[str, Any]) -> None:
         if not name.startswith("net."):
             continue
         file = "/proc/sys/" + (name if "/" in name else name.replace(".", "/"))
-        now = run(["nsenter", f"--net={namespace}", "cat", "--", file], BAD_CONFIG, TIMEOUT)
+        now = run(
+            ["nsenter", f"--net={namespace}", "cat", "--", file], VzExitCode.BAD_CONFIG, TIMEOUT
+        )
         if now.split() != str(value).split():
             raise MigrateError(
-                BAD_CONFIG,
+                VzExitCode.BAD_CONFIG,
                 f"{name} is {now.strip()} in {namespace} here, and {value} in config.json: set it "
                 f"(nsenter --net={namespace} sysctl -w {name}='{value}')",
             )

@@ -10,8 +10,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from pyploop.errors import MigrateError
-from pyploop.runtimes import DUMP_FAILED
+from pyploop.errors import MigrateError, VzExitCode
 
 
 @dataclass(frozen=True)
@@ -143,7 +142,7 @@ def check(container: str, init: int, members: Sequence[int], drop: bool) -> list
     found = survey(init, members)
     if found.outside:
         raise MigrateError(
-            DUMP_FAILED,
+            VzExitCode.DUMP_FAILED,
             f"processes of {container} are in another cgroup, and would not be suspended: "
             f"{named(found.outside)}; move them back (cgroup.procs), or end them",
         )
@@ -162,7 +161,7 @@ def check_suspended(container: str, init: int, members: Sequence[int]) -> None:
 def _refuse(container: str, lost: Sequence[int]) -> None:
     if lost:
         raise LostProcessError(
-            DUMP_FAILED,
+            VzExitCode.DUMP_FAILED,
             f"processes in {container} that its first process has not started, as by `runc exec`, "
             f"cannot be moved: {named(lost)}; end them, or let them be dropped with --drop-exec",
         )

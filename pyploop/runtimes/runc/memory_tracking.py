@@ -9,8 +9,7 @@ import struct
 import subprocess
 from pathlib import Path
 
-from pyploop.errors import MigrateError
-from pyploop.runtimes import NO_KERNEL
+from pyploop.errors import MigrateError, VzExitCode
 from pyploop.system import private_folder
 from pyploop.system.commands import Command, last_words, run
 
@@ -50,7 +49,7 @@ def problem(criu: str) -> str:
                 images = folder / str(number)
                 images.mkdir()
                 command = [criu, "pre-dump", "-t", str(sleeper.pid), "-D", str(images)]
-                run([*command, "--track-mem", *more], NO_KERNEL, TIMEOUT)
+                run([*command, "--track-mem", *more], VzExitCode.NO_KERNEL, TIMEOUT)
                 sizes.append(sum(p.stat().st_size for p in images.glob("pages-*.img")))
         except MigrateError as e:
             return str(e)

@@ -18,23 +18,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from pyploop.errors import MigrateError, PyploopError
+from pyploop.errors import MigrateError, PyploopError, VzExitCode
 from pyploop.freeze.cgroup_freezer import freezer_in
-from pyploop.runtimes import (
-    BAD_CONFIG,
-    CHECKPOINT_VERSION,
-    COPY_FAILED,
-    DUMP_FAILED,
-    EXISTS,
-    NO_CONTAINER,
-    RESTORE_FAILED,
-    USAGE,
-    Copied,
-    Facts,
-    Item,
-    State,
-    volumes,
-)
+from pyploop.runtimes import Copied, Facts, Item, State, volumes
 from pyploop.runtimes.config import HostConfig, within
 from pyploop.runtimes.configured import Configured
 from pyploop.runtimes.oci import bundles, destinations
@@ -69,7 +55,8 @@ class Runc(Configured):
         self._config = host.container(container)
         if not self._config.bundle.startswith("/") or not self._places():
             raise MigrateError(
-                USAGE, f"[container.{container}] needs an absolute bundle, and a disk or a tree"
+                VzExitCode.USAGE,
+                f"[container.{container}] needs an absolute bundle, and a disk or a tree",
             )
         self._left: list[str] = []
         self._watchers: list[leftovers.Watcher] = []
@@ -88,7 +75,7 @@ class Runc(Configured):
         except FileNotFoundError:
             return None
         except (OSError, ValueError) as e:
-            raise MigrateError(NO_CONTAINER, f"cannot read {path}: {e}") from e
+            raise MigrateError(VzExitCode.NO_CONTAINER, f"cannot read {path}: {e}") from e
         return record if isinstance(record, dict) else None
 
     def _freezer(self) -> ContainerCgroup | None:
@@ -144,7 +131,9 @@ class Runc(Configured):
             criu.probe(self._host.criu)
             freezer = self._freezer()
             if freezer is None:
-                raise MigrateError(DUMP_FAILED, f"{self.container} has no freezer cgroup")
+                raise MigrateError(
+                    VzExitCode.DUMP_FAILED, f"{self.container} has no freezer cgroup"
+                )
             facts["memory"] = sum(members.resident(pid) for pid in freezer.pids())
             self._check_memory(facts)
             self._none_stopped(freezer)
@@ -174,7 +163,7 @@ class Runc(Configured):
         own = any(isinstance(n, dict) and n.get("type") == "network" for n in found or ())
         if not own and "network" in self._config.policy.namespaces:
             raise MigrateError(
-                BAD_CONFIG,
+                VzExitCode.BAD_CONFIG,
                 f"{self._config.bundle}/{bundles.CONFIG} has no network namespace: the container "
                 "uses the network of this host, which cannot be moved",
             )
@@ -185,27 +174,29 @@ class Runc(Configured):
     def suspend(self) -> None:
         freezer = self._freezer()
         if freezer is None:
-            raise MigrateError(DUMP_FAILED, f"{self.container} has no freezer cgroup")
+            raise MigrateError(VzExitCode.DUMP_FAILED, f"{self.container} has no freezer cgroup")
         self._none_stopped(freezer)
         # A packet taken in after its socket is dumped would be lost.
         link = self._start_link(self._config.link_down)
         try:
             freezer.freeze()
         finally:
-            self._end_link(link, DUMP_FAILED)
+            self._end_link(link, VzExitCode.DUMP_FAILED)
 
     def _none_stopped(self, freezer: ContainerCgroup) -> None:
         """CRIU waits for ever for a stopped process in a frozen cgroup, and for
         ten seconds for one that is traced."""
         for pid in freezer.pids():
             if why := members.held(pid):
-                raise MigrateError(DUMP_FAILED, f"process {pid} of {self.container} is {why}")
+                raise MigrateError(
+                    VzExitCode.DUMP_FAILED, f"process {pid} of {self.container} is {why}"
+                )
 
     def _start_link(self, argv: tuple[str, ...]) -> Command | None:
         try:
             return Command(argv) if argv else None
         except OSError as e:
-            raise MigrateError(DUMP_FAILED, f"{argv[0]}: {e.strerror}") from e
+            raise MigrateError(VzExitCode.DUMP_FAILED, f"{argv[0]}: {e.strerror}") from e
 
     def _end_link(self, link: Command | None, code: int) -> None:
         if link is None:
@@ -222,7 +213,7 @@ class Runc(Configured):
     def resume(self) -> None:
         # Both, whatever fails: a checkpoint that failed leaves both behind.
         try:
-            self._end_link(self._start_link(self._config.link_up), DUMP_FAILED)
+            self._end_link(self._start_link(self._config.link_up), VzExitCode.DUMP_FAILED)
         finally:
             if freezer := self._freezer():
                 freezer.thaw()
@@ -261,7 +252,9 @@ class Runc(Configured):
         if parent is not None:
             command += ["--parent-path", os.path.relpath(parent, images)]
         command += [*self._config.options, self.container]
-        self._criu(command, work / "dump.log", DUMP_FAILED, "cannot checkpoint", meanwhile)
+        self._criu(
+            command, work / "dump.log", VzExitCode.DUMP_FAILED, "cannot checkpoint", meanwhile
+        )
         return work
 
     def _runc(self) -> list[str]:
@@ -289,7 +282,7 @@ class Runc(Configured):
         if self._record() is not None:
             run(
                 [*self._runc(), "delete", "--force", self.container],
-                DUMP_FAILED,
+                VzExitCode.DUMP_FAILED,
                 self._host.command_timeout,
             )
 
@@ -301,18 +294,24 @@ class Runc(Configured):
             while self.state().running and time.monotonic() < deadline:
                 time.sleep(0.02)
         self.kill()
-        self._end_link(self._start_link(self._config.link_down), DUMP_FAILED)
+        self._end_link(self._start_link(self._config.link_down), VzExitCode.DUMP_FAILED)
 
     def start(self) -> None:
         self._mount_all()
         if not self.state().exists:
             self._run()
-        self._end_link(self._start_link(self._config.link_up), RESTORE_FAILED)
+        self._end_link(self._start_link(self._config.link_up), VzExitCode.RESTORE_FAILED)
 
     def _run(self) -> None:
         command = [*self._runc(), "run", "--detach", "--bundle", self._config.bundle]
         command.append(self.container)
-        run(command, RESTORE_FAILED, self._host.command_timeout, self.keep_fds, silent=True)
+        run(
+            command,
+            VzExitCode.RESTORE_FAILED,
+            self._host.command_timeout,
+            self.keep_fds,
+            silent=True,
+        )
 
     def discard(self, remove: bool, copied: Copied | None) -> None:
         config = Path(self._config.bundle) / bundles.CONFIG
@@ -330,9 +329,9 @@ class Runc(Configured):
 
     def check_target(self, facts: Facts, live: bool) -> None:
         if self._record() is not None:
-            raise MigrateError(EXISTS, f"{self.container} exists")
+            raise MigrateError(VzExitCode.EXISTS, f"{self.container} exists")
         if Path(self._config.bundle, bundles.CONFIG).exists():
-            raise MigrateError(EXISTS, f"{self._config.bundle} holds a {bundles.CONFIG}")
+            raise MigrateError(VzExitCode.EXISTS, f"{self._config.bundle} holds a {bundles.CONFIG}")
         mounts = facts.get("mounts")
         if (
             not isinstance(mounts, list)
@@ -340,7 +339,7 @@ class Runc(Configured):
             or not all(isinstance(m, str) and m.startswith("/") for m in mounts)
         ):
             raise MigrateError(
-                BAD_CONFIG, "the two hosts configure another number of disks or trees"
+                VzExitCode.BAD_CONFIG, "the two hosts configure another number of disks or trees"
             )
         config = self._fitted(facts.get("config"), facts)
         contents.check_external(self._config.external, facts.get("kinds") or ())
@@ -351,7 +350,8 @@ class Runc(Configured):
         ours, theirs = criu.version(self._host.criu), _version(facts.get("criu"))
         if ours < theirs:
             raise MigrateError(
-                CHECKPOINT_VERSION, f"CRIU {ours} here is older than the source's {theirs}"
+                VzExitCode.CHECKPOINT_VERSION,
+                f"CRIU {ours} here is older than the source's {theirs}",
             )
         criu.probe(self._host.criu)
         self._check_memory(facts)
@@ -362,7 +362,8 @@ class Runc(Configured):
         st = os.statvfs(self._host.images_dir)
         if st.f_bavail * st.f_frsize < need:
             raise MigrateError(
-                COPY_FAILED, f"{self._host.images_dir} has no room for {need >> 20} MiB of memory"
+                VzExitCode.COPY_FAILED,
+                f"{self._host.images_dir} has no room for {need >> 20} MiB of memory",
             )
 
     def _fitted(self, config: Any, facts: Facts) -> dict[str, Any]:
@@ -377,7 +378,7 @@ class Runc(Configured):
             theirs = ours
         if len(theirs) != len(ours):
             raise MigrateError(
-                BAD_CONFIG,
+                VzExitCode.BAD_CONFIG,
                 f"the configuration of {self.container} has {len(ours)} external paths here, that "
                 f"of the source {len(theirs)}: they must be the same, in the same order",
             )
@@ -386,7 +387,9 @@ class Runc(Configured):
 
     def destination(self, label: str) -> str:
         if label != "config.json":
-            raise MigrateError(COPY_FAILED, f"no item {label!r} belongs to a runc container")
+            raise MigrateError(
+                VzExitCode.COPY_FAILED, f"no item {label!r} belongs to a runc container"
+            )
         return f"{self._config.bundle}/{bundles.RECEIVED}"
 
     def largest(self, label: str) -> int:
@@ -400,17 +403,18 @@ class Runc(Configured):
         config = self._fitted(received, facts)
         if config != self._fitted(facts.get("config"), facts):
             raise MigrateError(
-                BAD_CONFIG, "config.json has changed since it was checked: migrate it again"
+                VzExitCode.BAD_CONFIG,
+                "config.json has changed since it was checked: migrate it again",
             )
         (Path(self._config.bundle) / bundles.RECEIVED).unlink()
         bundles.write(self._config.bundle, config)
         self._written = config
         # Nothing may answer in its place before the restore.
-        self._end_link(self._start_link(self._config.link_down), BAD_CONFIG)
+        self._end_link(self._start_link(self._config.link_down), VzExitCode.BAD_CONFIG)
 
     def check_images(self, images: Path) -> None:
         if self._written is None:
-            raise MigrateError(BAD_CONFIG, "the dump came before config.json")
+            raise MigrateError(VzExitCode.BAD_CONFIG, "the dump came before config.json")
         policy = self._config.policy
         image_check.check(images, self._written, (*policy.apparmor, *policy.selinux))
 
@@ -429,9 +433,9 @@ class Runc(Configured):
             with beneath.place(path, place) as at:
                 mode = os.lstat(at.name, dir_fd=at.dir_fd).st_mode
         except OSError as e:
-            raise MigrateError(BAD_CONFIG, f"{path} of config.json: {e.strerror}") from e
+            raise MigrateError(VzExitCode.BAD_CONFIG, f"{path} of config.json: {e.strerror}") from e
         if stat.S_ISLNK(mode):
-            raise MigrateError(BAD_CONFIG, f"{path} of config.json is a symbolic link")
+            raise MigrateError(VzExitCode.BAD_CONFIG, f"{path} of config.json is a symbolic link")
 
     def undump(self, images: Path, commit: Callable[[], None]) -> None:
         work = images.parent / "restore-work"
@@ -446,7 +450,7 @@ class Runc(Configured):
             # up after that would answer the peers in its place, with resets.
             up = self._config.link_up
             argv = ("setpriv", "--pdeathsig", "KILL", "--", *up) if up else ()
-            self._end_link(self._start_link(argv), RESTORE_FAILED)
+            self._end_link(self._start_link(argv), VzExitCode.RESTORE_FAILED)
 
         with criu.Hook(images.parent, unlock) as hook:
             bundles.write_criu(self._config.bundle, hook.script)
@@ -462,12 +466,12 @@ class Runc(Configured):
         if isinstance(hook.refusal, PyploopError):
             raise hook.refusal
         why = criu.errors_of(work / "restore.log") or last_words(said)
-        raise MigrateError(RESTORE_FAILED, f"cannot restore {self.container}: {why}")
+        raise MigrateError(VzExitCode.RESTORE_FAILED, f"cannot restore {self.container}: {why}")
 
     def abandon(self) -> None:
         # Down first: nothing of what ends here may reach the peers.
         try:
-            self._end_link(self._start_link(self._config.link_down), RESTORE_FAILED)
+            self._end_link(self._start_link(self._config.link_down), VzExitCode.RESTORE_FAILED)
         finally:
             self.kill()
 
@@ -482,5 +486,7 @@ def _version(value: Any) -> tuple[int, ...]:
 def _size(value: Any) -> int:
     """Bytes, as the source told them.  MigrateError(15) for what is no size."""
     if type(value) is not int and value is not None:
-        raise MigrateError(BAD_CONFIG, f"the source told {str(value)[:40]!r} bytes of memory")
+        raise MigrateError(
+            VzExitCode.BAD_CONFIG, f"the source told {str(value)[:40]!r} bytes of memory"
+        )
     return min(max(value or 0, 0), 1 << 60)

@@ -13,8 +13,7 @@ import re
 from collections.abc import Collection
 from pathlib import Path
 
-from pyploop.errors import MigrateError
-from pyploop.runtimes import BAD_CONFIG
+from pyploop.errors import MigrateError, VzExitCode
 from pyploop.runtimes.policy import Policy
 
 LARGEST = 1 << 17
@@ -68,35 +67,40 @@ def check(path: Path, container: str, policy: Policy, addresses: Collection[str]
         with path.open("rb") as f:
             data = f.read(LARGEST + 1)
     except OSError as e:
-        raise MigrateError(BAD_CONFIG, f"{path}: {e.strerror}") from e
+        raise MigrateError(VzExitCode.BAD_CONFIG, f"{path}: {e.strerror}") from e
     if len(data) > LARGEST:
-        raise MigrateError(BAD_CONFIG, f"{path} has more than {LARGEST} bytes")
+        raise MigrateError(VzExitCode.BAD_CONFIG, f"{path} has more than {LARGEST} bytes")
     for number, line in enumerate(data.decode(errors="surrogateescape").split("\n"), 1):
         found = _LINE.fullmatch(line.strip(" \t"))  # many of them took time squared
         where = f"{name}, line {number}"
         if found is None:
             raise MigrateError(
-                BAD_CONFIG, f"{where}: {line[:80]!r} is no assignment of a plain value"
+                VzExitCode.BAD_CONFIG, f"{where}: {line[:80]!r} is no assignment of a plain value"
             )
         key, value = found[1], found[2]
         if key is None:
             continue
         if key not in PARAMETERS and key not in policy.vz_parameters:
             raise MigrateError(
-                BAD_CONFIG,
+                VzExitCode.BAD_CONFIG,
                 f"{where} sets {key}, which the policy of this host does not allow: to allow it, "
                 f'add "{key}" to vz_parameters in [policy] here',
             )
         if key in seen:  # vzctl takes the first one, a shell the last
-            raise MigrateError(BAD_CONFIG, f"{where} sets {key} once more: write it once")
+            raise MigrateError(
+                VzExitCode.BAD_CONFIG, f"{where} sets {key} once more: write it once"
+            )
         seen.add(key)
         plain = value.strip("\"'")
         elsewhere = _ELSEWHERE_NETIF if key == "NETIF" else _ELSEWHERE
         if (key in _FILE_NAMES and elsewhere.search(value)) or (
             key == "VEID" and plain not in (container, "$VEID", "${VEID}")
         ):
-            raise MigrateError(BAD_CONFIG, f"{where}: {key}={value[:80]} leads elsewhere")
+            raise MigrateError(
+                VzExitCode.BAD_CONFIG, f"{where}: {key}={value[:80]} leads elsewhere"
+            )
         if key == "IP_ADDRESS" and (others := {*plain.split()} - {*addresses}):
             raise MigrateError(
-                BAD_CONFIG, f"{where} has {min(others)[:80]}, which the source did not tell before"
+                VzExitCode.BAD_CONFIG,
+                f"{where} has {min(others)[:80]}, which the source did not tell before",
             )

@@ -17,32 +17,9 @@ from pathlib import Path
 from typing import Any
 
 from pyploop.disks import disk_descriptor
-from pyploop.errors import MigrateError, ParameterError, PyploopError
+from pyploop.errors import MigrateError, ParameterError, PyploopError, VzExitCode
 from pyploop.freeze.vzctl import parse_status
-from pyploop.runtimes import (
-    BAD_CONFIG,
-    CHECKPOINT_VERSION,
-    COPY_FAILED,
-    DUMP_FAILED,
-    EXISTS,
-    IP_IN_USE,
-    LARGEST_FILE,
-    LOCKED,
-    NO_CONTAINER,
-    NO_KERNEL,
-    NO_PLOOP,
-    NO_VZ_CONF,
-    QUOTA,
-    RESTORE_FAILED,
-    Copied,
-    Disk,
-    Facts,
-    Item,
-    State,
-    Tree,
-    copied,
-    volumes,
-)
+from pyploop.runtimes import LARGEST_FILE, Copied, Disk, Facts, Item, State, Tree, copied, volumes
 from pyploop.runtimes.config import CTID, NAME, HostConfig, within
 from pyploop.runtimes.vzctl import conf_check, config_files
 from pyploop.system import beneath, mount_table, sysblock
@@ -59,7 +36,11 @@ MOST_FILES = 1000
 """Of a private area, whose container's files lie inside the disk."""
 LARGEST_TEXT = 1 << 20
 """Bytes of CTID.conf, and of a script."""
-_SPECIAL = {5: NO_KERNEL, 9: LOCKED, **dict.fromkeys(range(60, 67), QUOTA)}
+_SPECIAL = {
+    5: VzExitCode.NO_KERNEL,
+    9: VzExitCode.LOCKED,
+    **dict.fromkeys(range(60, 67), VzExitCode.QUOTA),
+}
 """vzctl's exit codes that have one of vzmigrate's own, whatever failed."""
 
 
@@ -89,14 +70,18 @@ class Vzctl:
             self._private = Path(self._conf.path("VE_PRIVATE"))
             self._root = self._conf.path("VE_ROOT")
         except PyploopError as e:
-            raise MigrateError(NO_VZ_CONF, str(e)) from e
+            raise MigrateError(VzExitCode.NO_VZ_CONF, str(e)) from e
 
     def _resolve(self, name: str) -> str:
         if not NAME.fullmatch(name):
-            raise MigrateError(NO_CONTAINER, f"{name!r} is no container's name")
-        said = self._ask(NO_CONTAINER, self._host.vzlist, "-o", "ctid", "-H", name).strip()
+            raise MigrateError(VzExitCode.NO_CONTAINER, f"{name!r} is no container's name")
+        said = self._ask(
+            VzExitCode.NO_CONTAINER, self._host.vzlist, "-o", "ctid", "-H", name
+        ).strip()
         if not CTID.fullmatch(said):
-            raise MigrateError(NO_CONTAINER, f"no container {name} (vzlist said {said[:40]!r})")
+            raise MigrateError(
+                VzExitCode.NO_CONTAINER, f"no container {name} (vzlist said {said[:40]!r})"
+            )
         return said
 
     def _ask(self, code: int, *argv: str) -> str:
@@ -120,7 +105,7 @@ class Vzctl:
     # ---- what there is
 
     def state(self) -> State:
-        said = self._vzctl(NO_CONTAINER, "status", skiplock=False)
+        said = self._vzctl(VzExitCode.NO_CONTAINER, "status", skiplock=False)
         line = next((x for x in said.splitlines() if x.startswith("CTID")), said)
         status = parse_status(line, self.container)
         # Its own word: a simfs may have the device number of the folder above.
@@ -152,7 +137,8 @@ class Vzctl:
         path = self._private / HDD / disk_descriptor.NAME
         if not path.exists():
             raise MigrateError(
-                NO_PLOOP, f"{path} is not there: only containers on ploop can be migrated"
+                VzExitCode.NO_PLOOP,
+                f"{path} is not there: only containers on ploop can be migrated",
             )
         found = disk_descriptor.read(str(path))
         for file in found.files:
@@ -167,9 +153,9 @@ class Vzctl:
                 mode = os.lstat(at.name, dir_fd=at.dir_fd).st_mode if beneath.exists(at) else 0
         except OSError as e:
             why = f"{file[:80]!r} lies outside the private area, or behind a link ({e.strerror})"
-            raise MigrateError(COPY_FAILED, why) from e
+            raise MigrateError(VzExitCode.COPY_FAILED, why) from e
         if mode and not stat.S_ISREG(mode):
-            raise MigrateError(COPY_FAILED, f"{file[:80]!r} is no regular file")
+            raise MigrateError(VzExitCode.COPY_FAILED, f"{file[:80]!r} is no regular file")
 
     # ---- source
 
@@ -202,7 +188,8 @@ class Vzctl:
         if mounted is None:
             if (state := self.state()).running or state.mounted:
                 raise MigrateError(
-                    BAD_CONFIG, f"nothing is mounted on {self._root}, or something hides it"
+                    VzExitCode.BAD_CONFIG,
+                    f"nothing is mounted on {self._root}, or something hides it",
                 )
             return
         if self._is_simfs():
@@ -225,9 +212,11 @@ class Vzctl:
         """What this kernel writes and reads; None: no vzcptcheck here."""
         if shutil.which(self._host.vzcptcheck) is None:
             return None
-        said = self._ask(CHECKPOINT_VERSION, self._host.vzcptcheck, "version").strip()
+        said = self._ask(VzExitCode.CHECKPOINT_VERSION, self._host.vzcptcheck, "version").strip()
         if not said.isascii() or not said.isdecimal():
-            raise MigrateError(CHECKPOINT_VERSION, f"vzcptcheck version said {said[:40]!r}")
+            raise MigrateError(
+                VzExitCode.CHECKPOINT_VERSION, f"vzcptcheck version said {said[:40]!r}"
+            )
         return int(said)
 
     def _files(self) -> Iterator[Path]:
@@ -241,7 +230,7 @@ class Vzctl:
                 found += [self._private.joinpath(*names, e.name) for e in entries]
                 if len(found) > MOST_FILES:
                     why = f"has more than {MOST_FILES} files: no ploop disk"
-                    raise MigrateError(COPY_FAILED, f"{self._private} {why}")
+                    raise MigrateError(VzExitCode.COPY_FAILED, f"{self._private} {why}")
         yield from (path for path in sorted(found) if path != self._private / self._top)
 
     def _script(self, name: str) -> Path:
@@ -260,11 +249,11 @@ class Vzctl:
         return result
 
     def suspend(self) -> None:
-        self._vzctl(DUMP_FAILED, "chkpnt", "--suspend")
+        self._vzctl(VzExitCode.DUMP_FAILED, "chkpnt", "--suspend")
 
     def resume(self) -> None:
         try:
-            self._vzctl(DUMP_FAILED, "chkpnt", "--resume")
+            self._vzctl(VzExitCode.DUMP_FAILED, "chkpnt", "--resume")
         except MigrateError:
             # vzctl refuses to resume what is not suspended (any more).
             state = self.state()
@@ -275,29 +264,29 @@ class Vzctl:
         return "vzctl has none"
 
     def pre_dump(self, images: Path, parent: Path | None) -> float | None:
-        raise MigrateError(DUMP_FAILED, f"no pre-dump: {self.why_no_pre_dump()}")
+        raise MigrateError(VzExitCode.DUMP_FAILED, f"no pre-dump: {self.why_no_pre_dump()}")
 
     def dump(self, images: Path, parent: Path | None = None) -> None:
-        self._vzctl(DUMP_FAILED, "chkpnt", "--dump", "--dumpfile", str(images / DUMP))
+        self._vzctl(VzExitCode.DUMP_FAILED, "chkpnt", "--dump", "--dumpfile", str(images / DUMP))
 
     def kill(self) -> None:
         state = self.state()
         if state.running:
-            self._vzctl(DUMP_FAILED, "chkpnt", "--kill")
+            self._vzctl(VzExitCode.DUMP_FAILED, "chkpnt", "--kill")
         self._unmount()
 
     def _unmount(self) -> None:
         if self.state().mounted:
-            self._vzctl(DUMP_FAILED, "umount")
+            self._vzctl(VzExitCode.DUMP_FAILED, "umount")
 
     def stop(self) -> None:
         # Its disk is still read, and stays mounted for that.
         if self.state().running:
-            self._vzctl(DUMP_FAILED, "stop", "--skip-umount")
+            self._vzctl(VzExitCode.DUMP_FAILED, "stop", "--skip-umount")
 
     def start(self) -> None:
         if not self.state().running:
-            self._vzctl(RESTORE_FAILED, "start")
+            self._vzctl(VzExitCode.RESTORE_FAILED, "start")
 
     def discard(self, remove: bool, known: Copied | None) -> None:
         for path in known or () if remove else ():
@@ -305,7 +294,7 @@ class Vzctl:
         self._unmount()
         conf = Path(self._host.vz_etc) / "conf" / f"{self.container}.conf"
         if remove and self.state().exists:
-            self._vzctl(DUMP_FAILED, "destroy")
+            self._vzctl(VzExitCode.DUMP_FAILED, "destroy")
         elif not remove and conf.exists():
             conf.rename(conf.with_name(conf.name + ".migrated"))
 
@@ -314,13 +303,13 @@ class Vzctl:
     def check_target(self, facts: Facts, live: bool) -> None:
         self._simfs = facts.get("simfs") is True
         if not self._simfs and shutil.which(self._host.ploop) is None:
-            raise MigrateError(NO_PLOOP, f"no {self._host.ploop} here")
+            raise MigrateError(VzExitCode.NO_PLOOP, f"no {self._host.ploop} here")
         if self.state().exists:
-            raise MigrateError(EXISTS, f"container {self.container} exists")
+            raise MigrateError(VzExitCode.EXISTS, f"container {self.container} exists")
         for path in (self._private, Path(self._root)):
             with contextlib.suppress(FileNotFoundError):
                 if any(not p.name.endswith(volumes.KEPT) for p in path.iterdir()):
-                    raise MigrateError(EXISTS, f"{path} is not empty")
+                    raise MigrateError(VzExitCode.EXISTS, f"{path} is not empty")
         if scripts := facts.get("scripts"):
             self._check_scripts(str(scripts)[:80])
         if not self._simfs:
@@ -333,7 +322,8 @@ class Vzctl:
         theirs, ours = facts.get("checkpoint"), self._checkpoint_version() if live else None
         if ours is not None and isinstance(theirs, int) and ours < theirs:
             raise MigrateError(
-                CHECKPOINT_VERSION, f"checkpoint version {ours} here, {theirs} at the source"
+                VzExitCode.CHECKPOINT_VERSION,
+                f"checkpoint version {ours} here, {theirs} at the source",
             )
 
     def _check_addresses(self, facts: Facts) -> None:
@@ -342,31 +332,34 @@ class Vzctl:
             wanted = {ip for ip in wanted if ":" not in ip}
         if not wanted:
             return
-        said = self._ask(IP_IN_USE, self._host.vzlist, "-a", "-H", "-o", "ip")
+        said = self._ask(VzExitCode.IP_IN_USE, self._host.vzlist, "-a", "-H", "-o", "ip")
         used = wanted & {*map(conf_check.address_of, said.split())}
         if used:
-            raise MigrateError(IP_IN_USE, f"{', '.join(sorted(used))} is in use here")
+            raise MigrateError(VzExitCode.IP_IN_USE, f"{', '.join(sorted(used))} is in use here")
 
     def _links(self, facts: Facts) -> dict[str, str]:
         """Links of the private area of a ploop container, which has one: .ve.layout,
         whose text is no path.  MigrateError(6) for any other."""
         found = {} if self._simfs else facts.get("links") or {}
         if not isinstance(found, dict) or len(found) > MOST_FILES:
-            raise MigrateError(COPY_FAILED, "the source told no table of links")
+            raise MigrateError(VzExitCode.COPY_FAILED, "the source told no table of links")
         for link, text in found.items():
             plain = isinstance(text, str) and not {"/", "\0"} & {*text}
             if not plain or text in ("", ".", ".."):
                 raise MigrateError(
-                    COPY_FAILED, f"{link[:80]!r}: a link to {str(text)[:80]!r} is not made here"
+                    VzExitCode.COPY_FAILED,
+                    f"{link[:80]!r}: a link to {str(text)[:80]!r} is not made here",
                 )
             if f"{self._top}/".startswith(f"{self._inside(link)}/"):
-                raise MigrateError(COPY_FAILED, f"{link[:80]!r} is where the disk comes to")
+                raise MigrateError(
+                    VzExitCode.COPY_FAILED, f"{link[:80]!r} is where the disk comes to"
+                )
         return found
 
     def _check_scripts(self, names: str) -> None:
         if not self._policy.action_scripts:
             raise MigrateError(
-                BAD_CONFIG,
+                VzExitCode.BAD_CONFIG,
                 f"the container has action scripts ({names}), which would run as root here: write "
                 "action_scripts = true in [policy] of this host, or move them away at the source",
             )
@@ -374,7 +367,9 @@ class Vzctl:
     def _inside(self, name: Any) -> str:
         """A path within the private area; MigrateError for any other."""
         if not isinstance(name, str) or {"", ".", ".."} & {*name.split("/")} or "\0" in name:
-            raise MigrateError(COPY_FAILED, f"{str(name)[:80]!r} lies outside the private area")
+            raise MigrateError(
+                VzExitCode.COPY_FAILED, f"{str(name)[:80]!r} lies outside the private area"
+            )
         if within(name, "scripts"):  # by whatever way it comes
             self._check_scripts(name[:80])
         return name
@@ -390,7 +385,7 @@ class Vzctl:
             return f"{self._script(rest)}{NOT_YET}"
         if kind == "private" and not self._is_simfs() and self._inside(rest) != self._top:
             return str(self._private / rest)
-        raise MigrateError(COPY_FAILED, f"no item {label[:80]!r} belongs to a container")
+        raise MigrateError(VzExitCode.COPY_FAILED, f"no item {label[:80]!r} belongs to a container")
 
     def largest(self, label: str) -> int:
         # A lower delta is as large as the disk; what vzctl reads as text is not.
@@ -422,10 +417,10 @@ class Vzctl:
             conf = config_files.load(self.container, Path(self._host.vz_etc))
             same = (conf.path("VE_PRIVATE"), conf.path("VE_ROOT"))
         except ParameterError as e:
-            raise MigrateError(BAD_CONFIG, str(e)) from e
+            raise MigrateError(VzExitCode.BAD_CONFIG, str(e)) from e
         if same != (str(self._private), self._root):
             raise MigrateError(
-                BAD_CONFIG,
+                VzExitCode.BAD_CONFIG,
                 f"{self.container}.conf names {same[0]} and {same[1]}, this host's vz.conf "
                 f"{self._private} and {self._root}",
             )
@@ -433,7 +428,9 @@ class Vzctl:
     def _check_descriptor(self) -> None:
         found = self._descriptor()
         if found.top.path != str(self._private / self._top):
-            raise MigrateError(COPY_FAILED, f"{found.top.path[:80]!r} is not the disk that comes")
+            raise MigrateError(
+                VzExitCode.COPY_FAILED, f"{found.top.path[:80]!r} is not the disk that comes"
+            )
 
     def check_images(self, images: Path) -> None:
         """OpenVZ's are the kernel's own, and nothing outside it can read them."""
@@ -442,7 +439,8 @@ class Vzctl:
         if self._is_simfs() and os.path.lexists(self._private / HDD):
             # vzctl would take it for one on ploop, and open what its descriptor names.
             raise MigrateError(
-                BAD_CONFIG, f"{self._private / HDD} has come, which no container in a directory has"
+                VzExitCode.BAD_CONFIG,
+                f"{self._private / HDD} has come, which no container in a directory has",
             )
         for name in self._scripts:
             path = self._script(name)
@@ -460,11 +458,11 @@ class Vzctl:
     def undump(self, images: Path, commit: Callable[[], None]) -> None:
         file = str(images / DUMP)
         words = ("--undump", "--dumpfile", file, "--skip_arpdetect")
-        self._vzctl(RESTORE_FAILED, "restore", *words, skiplock=False)
+        self._vzctl(VzExitCode.RESTORE_FAILED, "restore", *words, skiplock=False)
         commit()
-        self._vzctl(RESTORE_FAILED, "restore", "--resume", skiplock=False)
+        self._vzctl(VzExitCode.RESTORE_FAILED, "restore", "--resume", skiplock=False)
 
     def abandon(self) -> None:
         if self.state().running:
-            self._vzctl(RESTORE_FAILED, "restore", "--kill")
+            self._vzctl(VzExitCode.RESTORE_FAILED, "restore", "--kill")
         self._unmount()
