@@ -11,7 +11,10 @@ call; one object is for one thread at a time.
     python -m pyploop.libploop --alias DIR     puts a libploop.py into DIR
 """
 
-from __future__ import annotations
+if __name__ == "__main__":
+    from pyploop.system import own_path
+
+    own_path.leave_current_folder()
 
 import argparse
 import contextlib

@@ -1,7 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """`pyploop [-v…] COMMAND …`: the global options, as ploop has them."""
 
-from __future__ import annotations
+if __name__ == "__main__":
+    from pyploop.system import own_path
+
+    own_path.leave_current_folder()
 
 import contextlib
 import importlib
@@ -80,7 +83,7 @@ def signals_raise() -> Iterator[None]:
     signal.signal(signal.SIGPIPE, signal.SIG_IGN)
     dropped = sys.unraisablehook
 
-    def raise_again(args: sys.UnraisableHookArgs) -> None:
+    def raise_again(args: "sys.UnraisableHookArgs") -> None:
         # Raised in a destructor or a weak reference's callback, it would be
         # lost: Python drops what is raised there.
         error = args.exc_value

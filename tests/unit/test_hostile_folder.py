@@ -18,6 +18,7 @@ from pyploop.system import enclosure
 from pyploop.undo import watchdog
 
 MODULES = (
+    "__future__",
     *("argparse", "contextlib", "ctypes", "errno", "fcntl", "hashlib", "importlib", "io", "json"),
     *("random", "re", "rich", "select", "selectors", "shutil", "signal", "socket", "stat"),
     *("subprocess", "tempfile", "threading", "time", "tomllib", "typing", "cffi", "numpy"),
@@ -71,6 +72,14 @@ def test_commands_import_nothing_of_the_current_folder(
             (hostile / f"{name}.py").unlink()
     done = run_in(hostile, *command, *words)
     assert done.returncode == code, done.stderr
+
+
+def test_the_alias_is_made_without_an_import_from_the_current_folder(
+    hostile: Path, tmp_path_factory: pytest.TempPathFactory
+) -> None:
+    words = [sys.executable, "-m", "pyploop.libploop", "--alias"]
+    done = run_in(hostile, *words, str(tmp_path_factory.mktemp("alias")))
+    assert done.returncode == 0, done.stderr
 
 
 def test_the_demo_imports_nothing_of_the_current_folder(hostile: Path) -> None:
