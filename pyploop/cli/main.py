@@ -189,7 +189,11 @@ def _run(args: list[str]) -> int:
         return 0
     level, rest = parse_globals(args)
     if rest and rest[0] in COMMANDS:
-        return _command(rest[0])(rest[1:], level)
+        command = _command(rest[0])
+        from pyploop.system import signals
+
+        with signals.handled_here():
+            return command(rest[1:], level)
     if rest:
         print(f"pyploop: unknown command {rest[0]!r}", file=sys.stderr)
     print(USAGE, file=sys.stderr)

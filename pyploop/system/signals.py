@@ -1,5 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Moments at which a signal's exception (cli/main.py) must not come."""
+"""Moments at which a signal's exception (cli/main.py) must not come.
+
+Handlers are the program's own matter.  `held_back` defers what they do for some
+microseconds, since an exception there would lose a thread or a process.  Only our command
+line, which says so by `handled_here`, has them replaced for good.
+"""
 
 from __future__ import annotations
 
@@ -16,6 +21,20 @@ T = TypeVar("T")
 
 NAMES = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGALRM)
 """SIGALRM: cli/main.py raises a signal again by it."""
+
+_ours = False
+"""The handlers of this process are those of our command line."""
+
+
+@contextlib.contextmanager
+def handled_here() -> Iterator[None]:
+    """The handlers are our command line's: in the body, `only_told` replaces them."""
+    global _ours  # noqa: PLW0603 - handlers are the process's, too
+    before, _ours = _ours, True
+    try:
+        yield
+    finally:
+        _ours = before
 
 
 @contextlib.contextmanager
@@ -47,9 +66,12 @@ def begun(begin: Callable[[], T], end: Callable[[T], object]) -> T:
 
 
 def only_told(report: Reporter, why: str) -> None:
-    """From now on signals end nothing, and the user is told why.  Nobody takes this
-    back but who handled them before, when the process ends: after each earlier
-    moment there would be one at which a signal lies about what became of the work."""
+    """In our command line, signals end nothing from now on, and the log says why.  Only
+    the end of the process takes this back: after each earlier moment there would be one
+    at which a signal lies about what became of the work.  In a program that imports
+    pyploop nothing changes: its handlers are its own."""
+    if not _ours:
+        return
 
     def tell(number: int, _: FrameType | None) -> None:
         with contextlib.suppress(RuntimeError):  # another line is being written
