@@ -70,22 +70,39 @@ def one_line(text: str) -> str:
 
 
 class PyploopError(Exception):
-    """An expected failure; `exit_code` is the process's status."""
+    """An expected failure.  `str(error)` is the whole message, in one line."""
 
     exit_code: int = ExitCode.CREATE
+    """What our command line ends with: an ExitCode, of MigrateError a VzExitCode."""
+    path: str | None = None
+    """The file or device that it is about; None: there is none, or several."""
+    hint: str | None = None
+    """What to do about it, when the message does not say so already."""
+
+    def __init__(self, *args: object, path: str | None = None, hint: str | None = None) -> None:
+        super().__init__(*args)
+        if path is not None:
+            self.path = path
+        if hint is not None:
+            self.hint = hint
 
     def __str__(self) -> str:
         return one_line(super().__str__())
 
     @classmethod
-    def of(cls, what: str, error: OSError) -> PyploopError:
-        """`what: reason`, the reason being the errno's text."""
+    def of(
+        cls, what: str, error: OSError, *, path: str | None = None, hint: str | None = None
+    ) -> PyploopError:
+        """`what: reason`, the reason being the errno's text.  path: that of the OSError,
+        unless it is given."""
         reason = os.strerror(error.errno) if error.errno else str(error)
-        return cls(f"{what}: {reason}")
+        if path is None and isinstance(error.filename, str):
+            path = error.filename
+        return cls(f"{what}: {reason}", path=path, hint=hint)
 
     def saying(self, text: str) -> PyploopError:
         """One of the same kind."""
-        return type(self)(text)
+        return type(self)(text, path=self.path, hint=self.hint)
 
     def add(self, words: str) -> None:
         """More about the state that things are in now."""
@@ -171,13 +188,13 @@ class SyncError(PyploopError):
 
 
 class BusyError(PyploopError):
-    """Somebody else is at the same work."""
+    """Another process does the same work: it holds the lock."""
 
     exit_code = ExitCode.BUSY
 
 
 class CancelledError(PyploopError):
-    """Another thread of this process gave the copy up."""
+    """Another thread of this process cancelled the copy."""
 
     exit_code = ExitCode.CANCELLED
 
@@ -201,14 +218,16 @@ class DescriptorError(PyploopError):
 
 
 class MigrateError(PyploopError):
-    """A migration ended; the code is one of vzmigrate's (docs/reference/exit-codes.md)."""
+    """A migration failed; `exit_code` is a VzExitCode (docs/reference/exit-codes.md)."""
 
-    def __init__(self, exit_code: int, text: str) -> None:
-        super().__init__(text)
+    def __init__(
+        self, exit_code: int, text: str, *, path: str | None = None, hint: str | None = None
+    ) -> None:
+        super().__init__(text, path=path, hint=hint)
         self.exit_code = exit_code
 
     def saying(self, text: str) -> MigrateError:
-        return MigrateError(self.exit_code, text)
+        return MigrateError(self.exit_code, text, path=self.path, hint=self.hint)
 
 
 class Interrupted(BaseException):

@@ -75,15 +75,17 @@ class Sink:
             shared_folder.check_links(path)
             self._dir_fd = os.open(target.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         except OSError as e:
-            raise CreateError.of(f"cannot create {path}: folder {target.parent}", e) from e
+            raise CreateError.of(
+                f"cannot create {path}: folder {target.parent}", e, path=path
+            ) from e
         except OpenError as e:
-            raise CreateError(str(e)) from None
+            raise CreateError(str(e), path=path) from None
         try:
             self.fd = self._create()
         except BaseException as e:  # a signal's, too
             self._clean_up()
             if isinstance(e, OSError):
-                raise CreateError.of(f"cannot create {path}", e) from e
+                raise CreateError.of(f"cannot create {path}", e, path=path) from e
             raise
         self.held = 0
         """The file may hold data below this position."""
@@ -370,5 +372,7 @@ def _check_free(path: str) -> None:
     raise CreateError(
         f"cannot create {path}: File exists (it was not touched)"
         if kind is None
-        else f"cannot create {path}: File exists, and it is {kind}"
+        else f"cannot create {path}: File exists, and it is {kind}",
+        path=path,
+        hint="name a file that does not exist yet, or remove this one",
     )

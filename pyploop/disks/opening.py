@@ -57,14 +57,16 @@ def open_source(
     if stat.S_ISREG(st.st_mode):
         loops = sysblock.loop_device_of(path)
         if len(loops) > 1:
-            raise DeviceError(f"{path} is attached to {', '.join(loops)}: name the device to copy")
+            raise DeviceError(
+                f"{path} is attached to {', '.join(loops)}: name the device to copy", path=path
+            )
         if not loops:
             return _watched(_open_file(path), mounts, to_freeze, unsafe, check)
         _check_whole(path, st.st_size, loops[0])
         path = loops[0]
         st = os.stat(path)
     if not stat.S_ISBLK(st.st_mode):
-        raise DeviceError(f"the source {path} is neither a block device nor a file")
+        raise DeviceError(f"the source {path} is neither a block device nor a file", path=path)
     if Path(path).name.startswith("ploop") and _ploop_sysfs(path).is_dir():
         source = _open_ploop(path)
     else:
@@ -184,7 +186,7 @@ def _open_block(path: str, dev: tuple[int, int], read: ReadPath) -> Source:
             _owned=owned,
         )
         if size == 0:
-            raise DeviceError(f"the source {path} has no size (nothing attached to it?)")
+            raise DeviceError(f"the source {path} has no size (nothing attached to it?)", path=path)
         if where.loop is not None:
             _use_backing(source, where, where.loop, read)
         elif read == "backing":

@@ -126,7 +126,9 @@ class Lookout:
         if self.found.unknown and not self._unsafe:
             raise OpenError(
                 f"{users.refusal(self.found.unknown)} (or copy all the same, by {FLAG}); "
-                "no target was made"
+                "no target was made",
+                path=s.path,
+                hint="end what uses it, or copy all the same with CopyOptions(unsafe_in_use=True)",
             )
 
     def account(self, plan: Plan) -> None:
