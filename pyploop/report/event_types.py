@@ -1,0 +1,231 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The events of a run as types: what `on_event` gets, and what a line of NDJSON holds.
+
+A program imports them as `pyploop.events`.  Sizes are bytes, and times are seconds.
+`events.schema.json` is made from these classes:
+
+    python -m pyploop.report.schema > pyploop/report/events.schema.json
+
+A new event is a class here, a line in docs/events.md, and a new schema.  A plain copy by
+the command line does not import this module.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal
+
+from pyploop.report.results import CopyResult, ReceiveResult, RoundFigures, unchangeable
+
+
+@dataclass(frozen=True, kw_only=True)
+class MemoryRoundFigures:
+    """One round of the container's memory."""
+
+    sent: int
+    """Bytes."""
+    seconds: float
+    """Until the target had it."""
+    window: float
+    """Seconds of writing that it covers; 0 for the first, which has all memory."""
+    frozen: float | None
+    """Seconds that the container stood still, as CRIU says; null: not known."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Event:
+    """Something that happened."""
+
+    EVENT: ClassVar[str]
+    """Its name in the NDJSON."""
+    time: float
+    """Seconds since the start of the run."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sending(Event):
+    """A copy begins."""
+
+    EVENT: ClassVar = "sending"
+    image: str
+    size: int
+    clock: float
+    """CLOCK_MONOTONIC at `time` 0, seconds."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Phase(Event):
+    """What the run does from now on."""
+
+    EVENT: ClassVar = "phase"
+    phase: str
+    """`comparing`, `first pass`, `round N`, `sync`, `frozen`, or `memory N`."""
+    bytes: int | None
+    """To go through; null: not known."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Progress(Event):
+    """How far the phase is; several times a second, and not in the NDJSON."""
+
+    EVENT: ClassVar = "progress"
+    done: int
+    """Bytes of the phase's `bytes`."""
+    dirty: str
+    """What is dirty, in words; empty: not known."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Round(Event, RoundFigures):
+    """A round has ended; number 0 is the first pass."""
+
+    EVENT: ClassVar = "round"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Repair(Event):
+    """Blocks whose writes may have been missed were compared by hash."""
+
+    EVENT: ClassVar = "repair"
+    scope: str
+    """What was compared, in words."""
+    sent: int
+    """Bytes that differed."""
+    frozen: bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class Frozen(Event):
+    """The freeze has ended."""
+
+    EVENT: ClassVar = "frozen"
+    steps: dict[str, float]
+    """Name -> seconds, in order."""
+    remote: dict[str, float]
+    """The same at the target, as the target reports it."""
+    total: float
+    window: float
+    """Seconds from the stop command's start until the target was durable."""
+    sent: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Summary(Event, CopyResult):
+    """A copy is complete."""
+
+    EVENT: ClassVar = "summary"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Received(Event, ReceiveResult):
+    """An image was received, and is durable."""
+
+    EVENT: ClassVar = "received"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reused(Event):
+    """Of a file that the target of a migration had kept, what need not be sent."""
+
+    EVENT: ClassVar = "reused"
+    name: str
+    held: int
+    """Bytes of clusters that had data."""
+    same: int
+    """Bytes of these that are the same here."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Tree(Event):
+    """A pass over a directory has ended."""
+
+    EVENT: ClassVar = "tree"
+    path: str
+    phase: str
+    """`first pass`, `round N`, or `frozen`."""
+    seconds: float
+    files: int
+    """Sent."""
+    compared: int
+    """Compared by contents."""
+    left_out: str
+    """Why the pass was not complete; empty: it was."""
+    everything: bool
+    """All files were compared by contents."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PreDump(Event):
+    """Whether memory can be copied ahead."""
+
+    EVENT: ClassVar = "pre-dump"
+    works: bool
+    why: str
+    """Why not; empty: it works."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MemoryRound(Event, MemoryRoundFigures):
+    """A round of memory has ended."""
+
+    EVENT: ClassVar = "memory round"
+    number: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Moved(Event):
+    """The container runs on the target."""
+
+    EVENT: ClassVar = "moved"
+    steps: dict[str, float]
+    """Name -> seconds of the suspended time; they overlap."""
+    dump_bytes: int
+    memory_rounds: tuple[MemoryRoundFigures, ...]
+    parent: int
+    """Number of the memory round that the dump builds upon; 0: none."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Target(Event):
+    """An event of the migration's target."""
+
+    EVENT: ClassVar = "target"
+    name: str
+    monotonic: float
+    """CLOCK_MONOTONIC of the target, seconds."""
+    fields: dict[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Error(Event):
+    """A failure.  What is raised has the same text, as a rule."""
+
+    EVENT: ClassVar = "error"
+    message: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Message(Event):
+    """A line of the log; not in the NDJSON."""
+
+    EVENT: ClassVar = "message"
+    level: Literal["note", "info", "detail"]
+    text: str
+
+
+IN_JSON: tuple[type[Event], ...] = (
+    *(Sending, Phase, Round, Repair, Frozen, Summary, Received, Reused, Tree, PreDump),
+    *(MemoryRound, Moved, Target, Error),
+)
+"""What `--json` writes; the others are for `on_event` alone."""
+
+_ALL: tuple[type[Event], ...] = (*IN_JSON, Progress)
+_BY_NAME = {kind.EVENT: kind for kind in _ALL}
+
+
+def typed(name: str, at: float, fields: dict[str, Any]) -> Event:
+    """The event `name` at `at` seconds.  TypeError: its fields are not those of its type."""
+    if "memory_rounds" in fields:
+        rounds = [MemoryRoundFigures(**r) for r in fields["memory_rounds"]]
+        fields = {**fields, "memory_rounds": rounds}
+    return _BY_NAME[name](time=at, **unchangeable(fields))
