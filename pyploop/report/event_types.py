@@ -6,7 +6,7 @@ A program imports them as `pyploop.events`.  Sizes are bytes, and times are seco
 
     python -m pyploop.report.schema > pyploop/report/events.schema.json
 
-A new event is a class here, a line in docs/events.md, and a new schema.  A plain copy by
+A new event is a class here, a line in docs/reference/events.md, and a new schema.  A plain copy by
 the command line does not import this module.
 """
 
