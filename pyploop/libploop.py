@@ -18,32 +18,19 @@ if __name__ == "__main__":
 
 import argparse
 import contextlib
-import logging
 import os
+import socket
 import stat
 import sys
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
-from pyploop.diskcopy import replies
-from pyploop.diskcopy.d2_target import PacketOutput
-from pyploop.diskcopy.options import Options
-from pyploop.diskcopy.receiver import receive
-from pyploop.diskcopy.sender import Sender
-from pyploop.diskcopy.target import Output
-from pyploop.diskcopy.target_registry import open_output
-from pyploop.disks import disk_descriptor, opening
-from pyploop.errors import (
-    DeviceError,
-    FormatError,
-    ParameterError,
-    PyploopError,
-)
-from pyploop.report.events import ERROR, INFO, NOTE, Reporter
-from pyploop.system import descriptors
-from pyploop.trackers.registry import choose
+from pyploop.api.copying import Copy, CopyOptions
+from pyploop.api.devices import device_of
+from pyploop.api.receiving import receive
+from pyploop.errors import ParameterError, PyploopError
 
 __all__ = ["ploopcopy", "ploopcopy_receiver", "ploopcopy_thr_receiver"]
 
@@ -63,28 +50,27 @@ class ploopcopy:
         although it may have no handshake."""
         self._state: Literal["new", "running", "over"] = "over"
         self._fd = fd
-        self._undo = contextlib.ExitStack()
-        with _runtime_errors(), contextlib.ExitStack() as undo:
-            report = _reporter()
-            self._out = undo.enter_context(_output(fd, bool(async_), report))
-            source = undo.enter_context(
-                contextlib.closing(opening.open_source(serving_device(ddxml)))
-            )
-            options = Options(stall=STALL)
-            tracker = choose("auto", source)
-            undo.callback(tracker.stop, False)  # it may have been tried out, and not started
-            self._sender = Sender(source, tracker, self._out, options, report)
-            self._undo = undo.pop_all()
+        with _runtime_errors():
+            mode = _mode(fd)
+            self._packets = stat.S_ISSOCK(mode)
+            if not (self._packets or stat.S_ISREG(mode)):
+                raise ParameterError(f"descriptor {fd} is neither a socket nor a file")
+            self._copy = Copy(device_of(ddxml), fd, options=self._options(bool(async_)))
+            self._copy.__enter__()
         self._state = "new"
+
+    def _options(self, knows_async: bool) -> CopyOptions:
+        if not self._packets:
+            return CopyOptions(timeout=STALL)
+        return CopyOptions(timeout=STALL, protocol="packets-async" if knows_async else "packets")
 
     def copy_start(self) -> int:
         """The first pass; returns the bytes sent."""
 
         def work() -> int:
-            self._undo.enter_context(self._sender)
-            self._sender.first_pass()
-            self._sender.sync_target()
-            return self._sender.sent
+            self._copy.first_pass()
+            self._copy.sync_target()
+            return self._copy.sent
 
         self._expect("new")
         self._state = "running"
@@ -97,8 +83,8 @@ class ploopcopy:
         and the last sync, with the disk frozen, finds little to do."""
 
         def work() -> int:
-            sent = self._sender.round().sent
-            self._sender.sync_target()
+            sent = self._copy.round().sent
+            self._copy.sync_target()
             return sent
 
         self._expect("running")
@@ -109,14 +95,14 @@ class ploopcopy:
         the other end; returns the bytes sent."""
 
         def work() -> int:
-            before = self._sender.sent
-            self._sender.freeze_and_finish()
-            return self._sender.sent - before
+            before = self._copy.sent
+            self._copy.freeze_and_finish()
+            return self._copy.sent - before
 
         self._expect("running")
         sent = self._step(work)
         self._state = "over"
-        self._undo.close()
+        self._copy.close()
         return sent
 
     def _expect(self, state: str) -> None:
@@ -136,9 +122,9 @@ class ploopcopy:
 
     def _give_up(self) -> None:
         running, self._state = self._state == "running", "over"
-        self._undo.close()
-        if running and isinstance(self._out, PacketOutput):
-            replies.hang_up(self._fd)
+        self._copy.close()
+        if running and self._packets:
+            _hang_up(self._fd)
 
     def __del__(self) -> None:
         if self._state != "over":
@@ -172,50 +158,26 @@ class ploopcopy_thr_receiver(threading.Thread):
 
 def _receive(fname: str, fd: int) -> None:
     with _runtime_errors():
-        if not stat.S_ISSOCK(descriptors.check_open(fd, "descriptor").st_mode):
+        if not stat.S_ISSOCK(_mode(fd)):
             raise ParameterError(f"descriptor {fd} is not a socket")
         try:
-            receive(fname, fd, None, _reporter(), IDLE, expected=replies.Replies(fd))
+            receive(fname, fd, timeout=IDLE, protocol="packets")
         except BaseException:
-            replies.hang_up(fd)
+            _hang_up(fd)
             raise
 
 
-def serving_device(ddxml: str) -> str:
-    """The device whose top delta the descriptor names: the ploop device, or on
-    a stock kernel the loop device that the delta (raw) is attached to."""
-    top = disk_descriptor.read(ddxml).top
-    found = disk_descriptor.serving_ploop(top.path)
-    if found is not None:
-        return found
-    found = disk_descriptor.serving_loop(ddxml)
-    if found is None:
-        raise DeviceError(f"no device serves {top.path}, the top delta of {ddxml}: is it mounted?")
-    if top.format != "raw":
-        raise FormatError(
-            f"{top.path} is {top.format}, which a loop device ({found}) cannot serve: "
-            "a ploop device is needed"
-        )
-    return found
+def _mode(fd: int) -> int:
+    try:
+        return os.fstat(fd).st_mode
+    except OSError as e:
+        raise ParameterError.of(f"descriptor {fd}", e) from e
 
 
-@contextlib.contextmanager
-def _output(fd: int, knows_async: bool, report: Reporter) -> Iterator[Output]:
-    mode = descriptors.check_open(fd, "descriptor").st_mode
-    if stat.S_ISSOCK(mode):
-        yield PacketOutput(fd, report, answer_timeout=STALL, knows_async=knows_async)
-    elif stat.S_ISREG(mode):
-        with open_output(
-            target=None,
-            out_fd=fd,
-            feedback=None,
-            report=report,
-            sync_wait=0,
-            answer_timeout=STALL,
-        ) as out:
-            yield out
-    else:
-        raise ParameterError(f"descriptor {fd} is neither a socket nor a file")
+def _hang_up(fd: int) -> None:
+    """End the conversation on a socket that is its caller's to close."""
+    with contextlib.suppress(OSError), socket.socket(fileno=os.dup(fd)) as s:
+        s.shutdown(socket.SHUT_RDWR)
 
 
 @contextlib.contextmanager
@@ -227,30 +189,6 @@ def _runtime_errors() -> Iterator[None]:
         raise RuntimeError(str(e)) from e
     except OSError as e:
         raise RuntimeError(f"{e.filename or 'copying'}: {e.strerror}") from e
-
-
-class _Log:
-    """Lines for the logger `pyploop`, where the program's other lines go."""
-
-    def __init__(self) -> None:
-        self._log = logging.getLogger("pyploop")
-
-    def event(self, name: str, at: float, fields: dict[str, Any]) -> None:
-        if name == "sending":
-            self._log.info("Sending %s", fields["image"])
-
-    def line(self, level: int, at: float, text: str) -> None:
-        levels = {ERROR: logging.ERROR, NOTE: logging.WARNING, INFO: logging.INFO}
-        self._log.log(levels.get(level, logging.DEBUG), "%s", text)
-
-    def close(self) -> None:
-        pass
-
-
-def _reporter() -> Reporter:
-    report = Reporter()
-    report.add(_Log())
-    return report
 
 
 ALIAS = """\

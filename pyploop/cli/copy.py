@@ -13,22 +13,10 @@ import os
 import stat
 import sys
 from collections.abc import Iterator
-from dataclasses import replace
 from typing import IO
 
-from pyploop.cli.copy_options import (
-    ANSWER_TIMEOUT,
-    FREEZE_LIMIT,
-    attached,
-    parser,
-)
-from pyploop.diskcopy import separate_target
-from pyploop.diskcopy.freeze_policy import Policy
-from pyploop.diskcopy.options import Options
-from pyploop.diskcopy.receiver import receive
-from pyploop.diskcopy.sender import Sender
-from pyploop.diskcopy.target_registry import open_output
-from pyploop.disks import opening
+from pyploop.api.copying import Copy, CopyOptions
+from pyploop.cli.copy_options import attached, parser
 from pyploop.errors import (
     Interrupted,
     OpenError,
@@ -37,12 +25,10 @@ from pyploop.errors import (
     ReadError,
     TooLargeError,
 )
-from pyploop.freeze.throttle import Throttle
 from pyploop.report import timings
 from pyploop.report.events import JsonRenderer, ProgressRenderer, Reporter, TextRenderer
 from pyploop.report.timeline import Recorder, chrome_trace
 from pyploop.system import descriptors, shared_folder
-from pyploop.trackers.registry import choose
 
 
 def run(args: list[str], level: int) -> int:
@@ -77,10 +63,12 @@ def run(args: list[str], level: int) -> int:
 
 
 def _receive(o: argparse.Namespace, report: Reporter) -> None:
+    from pyploop.api.receiving import receive
+
     descriptors.check_stream(o.inp, "-i")
     if o.feedback is not None:
         descriptors.check_stream(o.feedback, "-f")
-    receive(o.target, o.inp, o.feedback, report, o.timeout)
+    receive(o.target, o.inp, feedback=o.feedback, timeout=o.timeout, reporter=report)
 
 
 def _clear_stderr(o: argparse.Namespace) -> None:
@@ -104,55 +92,40 @@ def _send(o: argparse.Namespace, report: Reporter) -> None:
         if o.feedback is not None:
             descriptors.check_stream(o.feedback, "-f")
         _clear_stderr(o)
-    freeze_limit = o.freeze_limit
-    if freeze_limit is None:
-        freeze_limit = FREEZE_LIMIT if o.max_freeze is None else 2 * o.max_freeze + 1
-    options = Options(
+    rate, group = o.throttle or (None, None)
+    options = CopyOptions(
+        tracker=o.tracker,
+        read=o.read,
+        mounts=o.mounts,
+        unsafe_in_use=o.unsafe,
         stops=o.stops or (),
         resume=o.resume,
         before_thaw=o.before_thaw,
-        stall=o.timeout,
-        rate=o.bwlimit,
-        readers=o.readers,
-        freeze_limit=freeze_limit,
+        max_freeze=o.max_freeze,
+        deadline=o.deadline,
+        on_deadline=o.on_deadline,
+        freeze_limit=o.freeze_limit,
+        throttle_rate=rate,
+        throttle_cgroup=group,
+        bandwidth=o.bwlimit,
         reserve=o.reserve,
-        throttle=None if o.throttle is None else Throttle(o.throttle[0], o.throttle[1], report),
-        policy=Policy(max_freeze=o.max_freeze, deadline=o.deadline, on_deadline=o.on_deadline),
+        cluster=o.cluster,
+        readers=o.readers,
+        timeout=o.timeout,
+        sync_wait=o.sync_wait,
+        protocol=o.compat,
     )
-    with (
-        open_output(
-            target=o.target,
-            out_fd=o.out,
-            feedback=None if local else o.feedback,
-            report=report,
-            sync_wait=o.sync_wait,
-            answer_timeout=o.timeout or ANSWER_TIMEOUT,
-            compat=o.compat,
-        ) as out,
-        contextlib.closing(
-            opening.open_source(
-                o.source,
-                o.read,
-                o.mounts,
-                unsafe=o.unsafe,
-                # Who gave us that output has it open, too: say what is wrong, not who.
-                check=lambda source: separate_target.check_output(source, out.fd),
-            )
-        ) as source,
-    ):
-        tracker = choose(o.tracker, source, o.cluster)
-        if o.compat == "ploop" and tracker.name == "ploop":
-            # The C tool reads the driver's marks until there are none, once.
-            options.policy = replace(options.policy, max_rounds=1, patience=0)
-        sender = Sender(source, tracker, out, options, report)
-        try:
-            sender.run()
-        finally:
-            # Of a copy that failed, too: that is when one wants to see it.
-            if o.trace is not None:
-                _write_trace(o.trace, sender.recorder, report)
-        if o.times:
-            _tell_times(sender, report)
+    target = o.target if local else o.out
+    copy = Copy(o.source, target, options=options, feedback=o.feedback, reporter=report)
+    try:
+        with copy:
+            copy.run()
+    finally:
+        # Of a copy that failed, too: that is when one wants to see it.
+        if o.trace is not None and copy.recorder is not None:
+            _write_trace(o.trace, copy.recorder, report)
+    if o.times and copy.recorder is not None:
+        _show_times(copy.recorder, copy.predicted, report)
 
 
 def _write_trace(path: str, recorder: Recorder, report: Reporter) -> None:
@@ -166,8 +139,8 @@ def _write_trace(path: str, recorder: Recorder, report: Reporter) -> None:
         report.error(f"--trace {e}")
 
 
-def _tell_times(sender: Sender, report: Reporter) -> None:
-    summary, parts = sender.summary, sender.recorder.frozen_parts()
+def _show_times(recorder: Recorder, predicted: float | None, report: Reporter) -> None:
+    parts = recorder.frozen_parts()
     if not parts:
         return
     rows = [(name.capitalize(), seconds) for name, seconds in parts.items()]
@@ -175,9 +148,9 @@ def _tell_times(sender: Sender, report: Reporter) -> None:
         "\n"
     ):
         report.note(line)
-    if summary.predicted is not None:
-        report.note(f"  {'Predicted':>20}: {summary.predicted:6.4f} (until durable)")
-    report.note(summary.largest_part)
+    if predicted is not None:
+        report.note(f"  {'Predicted':>20}: {predicted:6.4f} (until durable)")
+    report.note(recorder.advice())
 
 
 def _check_output(fd: int) -> None:

@@ -3,21 +3,13 @@
 
 from __future__ import annotations
 
+from pyploop.api.copying import CopyOptions
 from pyploop.cli.arguments import Parser, parsed
 from pyploop.cli.stops import StopAction
 from pyploop.diskcopy.framing import COMPATS
-from pyploop.diskcopy.freeze_policy import Policy
 from pyploop.freeze.throttle import parse_throttle
 from pyploop.trackers import TRACKERS
 from pyploop.units import parse_size, parse_time
-
-SYNC_WAIT = 5.0
-"""Seconds given to a peer that cannot answer (the C tool's)."""
-ANSWER_TIMEOUT = 600.0
-"""Seconds for a peer to answer one SYNC: a slow disk's flush, not for ever."""
-FREEZE_LIMIT = 60.0
-STALL = 600.0
-"""Seconds in which the peer neither takes nor gives a byte."""
 
 
 def _descriptor(text: str) -> int:
@@ -116,7 +108,7 @@ def parser() -> Parser:
     add(
         "--sync-wait",
         type=parsed(parse_time, "time"),
-        default=SYNC_WAIT,
+        default=CopyOptions.sync_wait,
         metavar="TIME",
         help="wait for a peer that cannot answer (5)",
     )
@@ -176,14 +168,14 @@ def parser() -> Parser:
     add(
         "--deadline",
         type=parsed(parse_time, "time"),
-        default=Policy.deadline,
+        default=CopyOptions.deadline,
         metavar="TIME",
         help="with --max-freeze: iterate so long at most after the first pass (600)",
     )
     add(
         "--on-deadline",
         choices=("freeze", "abort"),
-        default=Policy.on_deadline,
+        default=CopyOptions.on_deadline,
         help="what to do then (abort)",
     )
     add("-t", "--times", action="store_true", help="print where the frozen time went")
@@ -197,7 +189,7 @@ def parser() -> Parser:
     add(
         "--timeout",
         type=parsed(parse_time, "time"),
-        default=STALL,
+        default=CopyOptions.timeout,
         metavar="TIME",
         help="give a silent peer up after this (600)",
     )

@@ -13,6 +13,7 @@ import os
 import time
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 from pyploop import _core
 from pyploop._core import Fault, Receiver, RecvStats
@@ -48,11 +49,29 @@ WINDOW = 32 * MIB
 class Received:
     """A finished receipt."""
 
+    target: str
     stats: RecvStats
     syncs: int
     native: bool
     """The peer was a pyploop sender and has END acknowledged."""
     dialect: str
+
+    def fields(self) -> dict[str, Any]:
+        """Those of the event `received`."""
+        stats = self.stats
+        return {
+            "target": self.target,
+            "image_size": stats.image_size,
+            "data_bytes": stats.data,
+            "stream_bytes": stats.stream,
+            "frames": stats.frames,
+            "written_bytes": stats.written,
+            "hole_bytes": stats.holes,
+            "huge_bytes": stats.huge,
+            "syncs": self.syncs,
+            "native_peer": self.native,
+            "dialect": self.dialect,
+        }
 
 
 def receive(
@@ -201,27 +220,14 @@ class _Receipt:
         return pump.dialect
 
     def _finished(self, stats: RecvStats, syncs: int) -> Received:
-        native = self.answers.native
         self._report.detail(
             f"Received {self._path}: {format_size(stats.image_size)}, "
             f"{format_size(stats.data)} of data in {stats.frames} frames"
             + (f", {format_size(stats.huge)} made as huge pages" if stats.huge else "")
         )
-        self._report.event(
-            "received",
-            target=self._path,
-            image_size=stats.image_size,
-            data_bytes=stats.data,
-            stream_bytes=stats.stream,
-            frames=stats.frames,
-            written_bytes=stats.written,
-            hole_bytes=stats.holes,
-            huge_bytes=stats.huge,
-            syncs=syncs,
-            native_peer=native,
-            dialect=self.answers.dialect,
-        )
-        return Received(stats, syncs, native, self.answers.dialect)
+        done = Received(self._path, stats, syncs, self.answers.native, self.answers.dialect)
+        self._report.event("received", **done.fields())
+        return done
 
 
 def _times(pump: Receiver, sink: Sink, named: int = 0) -> d1.Times:

@@ -66,6 +66,7 @@ class Sender:
     ) -> None:
         self._source, self._tracker, self._out = source, tracker, out
         self._options, self._report = options, report
+        self._passes = Passes(source, tracker, out, options, report)
         self._undo = contextlib.ExitStack()
         self._may_thaw = False
         self._doubt = ""
@@ -140,7 +141,6 @@ class Sender:
                 source.lookout.account(self._plan)
             self._tracker.start(self._plan)
             self._check_unfrozen()
-            self._passes = Passes(source, self._tracker, self._out, self._options, report)
             if self._hold:
                 self._plan.launch()
             self._passes.greet()

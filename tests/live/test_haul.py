@@ -327,7 +327,7 @@ def test_the_file_system_is_frozen_in_copy_stop(disk: Disk, answer: int) -> None
 WHOLE_COPY = """
 import sys
 from pyploop import libploop
-libploop.serving_device = lambda ddxml: "/dev/ploop0"  # the fake is not in /sys/block's list
+libploop.device_of = lambda ddxml: "/dev/ploop0"  # the fake is not in /sys/block's list
 copy = libploop.ploopcopy(sys.argv[1], int(sys.argv[2]))
 print(copy.copy_start(), copy.copy_next_iteration(), copy.copy_stop())
 """

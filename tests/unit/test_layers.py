@@ -34,8 +34,8 @@ FLOORS = (
     ("migration",),
     ("migration.target",),
     ("migration.source",),
-    ("libploop",),
-    ("cli",),
+    ("api",),
+    ("libploop", "cli"),
 )
 """From the ground up.  A package, or a module of its own, imports only what is below
 its floor, or is in itself.  The longest name that fits counts."""

@@ -1,0 +1,368 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Copying one disk that is in use: `copy`, and `Copy` with its steps."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from types import TracebackType
+from typing import TYPE_CHECKING, Literal, Protocol
+
+from pyploop.api.reporting import make_reporter
+from pyploop.diskcopy import separate_target
+from pyploop.diskcopy.framing import COMPATS, Compat
+from pyploop.diskcopy.freeze_policy import Policy, Round
+from pyploop.diskcopy.options import Options
+from pyploop.diskcopy.sender import Sender
+from pyploop.diskcopy.target import Output
+from pyploop.diskcopy.target_registry import open_output
+from pyploop.disks import opening
+from pyploop.errors import CancelledError, ParameterError
+from pyploop.freeze.stoppers import Spec, parse_spec
+from pyploop.freeze.throttle import Throttle
+from pyploop.report.events import Reporter
+from pyploop.report.timeline import Recorder
+from pyploop.system import descriptors
+from pyploop.trackers.registry import choose
+
+if TYPE_CHECKING:
+    from pyploop.report.event_types import Event
+    from pyploop.report.results import CopyResult
+
+FREEZE_LIMIT = 60.0
+"""Seconds, when nothing else is asked for."""
+ANSWER_TIMEOUT = 600.0
+"""Seconds for a peer to answer one SYNC, when there is no other timeout: a slow disk's
+flush, and not for ever."""
+_FRAMINGS: dict[str, Compat] = {name: name for name in COMPATS}
+"""Of a pipe, or a socket that is not answered by packets."""
+
+
+class HasFileno(Protocol):
+    """A socket, a pipe or a file that is open."""
+
+    def fileno(self) -> int: ...
+
+
+Target = str | os.PathLike[str] | int | HasFileno
+"""The path of a new file; or a descriptor: a pipe or a socket to a receiver, or a file that
+is written in place.  Descriptors stay the caller's, and are not closed."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CopyOptions:
+    """How a disk is copied.  Times are seconds, sizes are bytes."""
+
+    tracker: Literal["auto", "bpf", "ploop", "dm", "scan"] = "auto"
+    """How to learn what was written."""
+    read: Literal["auto", "device", "backing"] = "auto"
+    """How a loop device is read: from the device, or from its backing file."""
+    mounts: Sequence[str] = ()
+    """Mount points to freeze, instead of those found."""
+    unsafe_in_use: bool = False
+    """Copy although something uses the source that the copy cannot take into account.  The
+    copy may be stale; `CopyResult.unsafe` names what it was."""
+    stops: Sequence[str | Spec] = ()
+    """What to stop before the file systems are frozen, in order: `vzctl:CTID`,
+    `cgroup:PATH`, `fs`, `fs:MOUNT`, or `cmd:COMMAND`.  A Stop has a command that undoes
+    its command."""
+    resume: bool = False
+    """Resume what was stopped also after success.  After a failure it always is."""
+    before_thaw: str | None = None
+    """Shell command to run when the target is durable and the source still frozen."""
+    max_freeze: float | None = None
+    """Freeze only when it is expected to last this long at most."""
+    deadline: float = Policy.deadline
+    """With `max_freeze`: go on with rounds so long at most after the first pass."""
+    on_deadline: Literal["freeze", "abort"] = Policy.on_deadline
+    """What to do then."""
+    freeze_limit: float | None = None
+    """Fail, thaw, and resume what was stopped, when the freeze lasts longer.  None: 60,
+    with `max_freeze` twice that and a second.  0: never."""
+    throttle_rate: int | None = None
+    """With `max_freeze`: slow the writer down to so many bytes per second by its cgroup
+    when nothing else makes the freeze fit."""
+    throttle_cgroup: str | None = None
+    """That cgroup; None: the one of `stops`."""
+    bandwidth: int = 0
+    """Bytes per second to the target at most while the source runs; 0: no limit."""
+    reserve: int | None = None
+    """Stop when only so many bytes are left free where the source and the target both
+    grow.  None: the larger of 5% and 1 GiB of what is free at the start, but half of that
+    at most.  0: neither compare nor watch the room."""
+    cluster: int | None = None
+    """Bytes of a cluster of a device-mapper target, for the tracker `dm`."""
+    readers: int | None = None
+    """Reading threads beside the sending one, 0 to 64; None: as many as help."""
+    timeout: float = 600.0
+    """Fail when the peer neither takes nor sends a byte for so long; 0: never."""
+    sync_wait: float = 5.0
+    """Wait so long for a peer that cannot answer."""
+    protocol: Literal["auto", "ploop", "native", "packets", "packets-async"] = "auto"
+    """What to speak into a pipe or socket: the C tool's stream (ploop), ours (native), or
+    what the peer turns out to be (auto); or libploop's packets, which are answered on the
+    same socket.  `packets-async`: the peer takes several without an answer."""
+
+
+def copy(
+    source: str | os.PathLike[str],
+    target: Target,
+    *,
+    options: CopyOptions | None = None,
+    feedback: int | None = None,
+    on_event: Callable[[Event], None] | None = None,
+) -> CopyResult:
+    """Copy a block device or image file that is in use, and freeze it for the last blocks.
+
+    source: a block device, /dev/ploopN, or an image file.  target: see Target.
+    feedback: descriptor on which a receiver behind a pipe answers.  on_event: is called
+    with each event and line of the log (`pyploop.events`), in this thread; what happens
+    during the freeze comes after the thaw.
+
+    When it returns, the target is complete and durable, as far as the peer can say
+    (`CopyResult.acknowledged`), and the source runs.  When it raises, the source runs too,
+    and there is no target unless the message says so.  It raises a PyploopError:
+    DeviceError (no source), OpenError (the source is in use), CreateError (the target
+    exists), ReadError, WriteError, SyncError, LoopError (the source was written to during
+    the freeze, or no freeze fitted), DeviceControlError (tracking or freezing failed),
+    CommandError (one of the caller's commands failed).
+    """
+    with Copy(source, target, options=options, feedback=feedback, on_event=on_event) as copying:
+        copying.run()
+        return copying.result
+
+
+class Copy:
+    """One copy, as a context manager: `run`, or its steps one by one.
+
+        with Copy(a, to_a) as one, Copy(b, to_b) as other:
+            for disk in one, other:
+                disk.first_pass()
+                disk.converge()
+            for disk in one, other:
+                disk.freeze_and_finish()
+
+    Entering it opens the source and the target.  Tracking begins with the first pass.
+    After it, nothing is frozen or tracked, and an incomplete target is gone.  Any thread
+    may call, one at a time; `cancel` may be called by any thread at any time.
+    """
+
+    def __init__(
+        self,
+        source: str | os.PathLike[str],
+        target: Target,
+        *,
+        options: CopyOptions | None = None,
+        feedback: int | None = None,
+        on_event: Callable[[Event], None] | None = None,
+        reporter: Reporter | None = None,
+    ) -> None:
+        """As `copy`.  reporter: for programs that render as our command line does;
+        instead of `on_event` and the logger."""
+        self._source, self._target = os.fspath(source), target
+        self._options = options or CopyOptions()
+        self._feedback = feedback
+        self._report = reporter or make_reporter(on_event)
+        self._undo = contextlib.ExitStack()
+        self._sender: Sender | None = None
+        self._begun = self._cancelled = False
+
+    def __enter__(self) -> Copy:
+        o = self._options
+        options = _internal(o, self._report)
+        with contextlib.ExitStack() as undo:
+            out = undo.enter_context(self._open_target())
+            source = opening.open_source(
+                self._source,
+                o.read,
+                o.mounts,
+                unsafe=o.unsafe_in_use,
+                # Who gave us that output has it open, too: say what is wrong, not who.
+                check=lambda source: separate_target.check_output(source, out.fd),
+            )
+            undo.callback(source.close)
+            tracker = choose(o.tracker, source, o.cluster)
+            undo.callback(tracker.stop, False)  # it may have been tried out, and not started
+            if o.protocol == "ploop" and tracker.name == "ploop":
+                # The C tool reads the driver's marks until there are none, once.
+                options.policy = replace(options.policy, max_rounds=1, patience=0)
+            self._sender = Sender(source, tracker, out, options, self._report)
+            self._undo = undo.pop_all()
+        return self
+
+    @contextlib.contextmanager
+    def _open_target(self) -> Iterator[Output]:
+        o, target = self._options, self._target
+        timeout = o.timeout or ANSWER_TIMEOUT
+        path = fd = None
+        if isinstance(target, (str, os.PathLike)):
+            path = os.fspath(target)
+        else:
+            fd = target if isinstance(target, int) else target.fileno()
+        if fd is not None and self._feedback is not None:
+            descriptors.check_stream(self._feedback, "feedback descriptor")
+        compat = _FRAMINGS.get(o.protocol)
+        if compat is None:
+            if fd is None:
+                raise ParameterError("packets go to a socket, and not to a file")
+            from pyploop.diskcopy.d2_target import PacketOutput
+
+            descriptors.check_open(fd, "descriptor")
+            if not descriptors.is_socket(fd):
+                raise ParameterError(f"descriptor {fd} is not a socket, which packets need")
+            yield PacketOutput(
+                fd,
+                self._report,
+                answer_timeout=timeout,
+                knows_async=o.protocol == "packets-async",
+            )
+            return
+        with open_output(
+            target=path,
+            out_fd=-1 if fd is None else fd,
+            feedback=None if fd is None else self._feedback,
+            report=self._report,
+            sync_wait=o.sync_wait,
+            answer_timeout=timeout,
+            compat=compat,
+        ) as out:
+            yield out
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._undo.__exit__(kind, error, traceback)  # the target may say what it holds
+
+    def close(self) -> None:
+        """As the end of `with`: tracking ends, what is frozen is thawed, and an incomplete
+        target is removed.  May be called again."""
+        self._undo.close()
+
+    def cancel(self) -> None:
+        """From any thread: the step that runs, and each one after it, fails with
+        CancelledError, or with what it was waiting for."""
+        self._cancelled = True
+        if self._sender is not None:
+            self._sender.cancel()
+
+    def run(self) -> None:
+        """The whole copy: `first_pass`, `converge`, `freeze_and_finish`."""
+        self.first_pass()
+        self.converge()
+        self.freeze_and_finish()
+
+    # ---- while the source runs
+
+    def begin(self) -> None:
+        """Begin to track, and learn what the peer can; `first_pass` does it, too."""
+        if self._cancelled:
+            raise CancelledError(f"the copy of {self._source} was cancelled; no target was made")
+        if not self._begun:
+            self._begun = True
+            self._undo.enter_context(self._opened)
+
+    def first_pass(self) -> None:
+        """Send all data of the source."""
+        self.begin()
+        self._opened.first_pass()
+
+    def round(self) -> Round:
+        """Send what was written until now.  Bytes and seconds are in the result."""
+        return self._opened.round()
+
+    def converge(self) -> None:
+        """Rounds until the rest is for the freeze.  LoopError: it does not get small
+        enough before the deadline.  Called again, it makes one round at least."""
+        self._opened.converge()
+
+    def sync_target(self) -> str:
+        """Have the target make durable what it has.  Returns how far that is known
+        (`CopyResult.acknowledged`)."""
+        return self._opened.sync_target()
+
+    def prepare_freeze(self) -> None:
+        """What the freeze need not wait for, and one more round."""
+        self._opened.prepare_freeze()
+
+    # ---- the freeze
+
+    def freeze_and_finish(self) -> None:
+        """`prepare_freeze`, the freeze with the last blocks, the end, and the thaw."""
+        self._opened.freeze_and_finish()
+
+    def frozen(self) -> contextlib.AbstractContextManager[None]:
+        """Stopped and frozen in the body, which runs `last_blocks` and `finish`: for
+        several disks that are to have one moment in common."""
+        return self._opened.frozen()
+
+    def last_blocks(self) -> None:
+        """Frozen: send what is dirty, and prove that nothing is missing."""
+        self._opened.last_blocks()
+
+    def finish(self) -> None:
+        """Frozen: end the image, and wait until the target is durable."""
+        self._opened.finish()
+
+    # ---- what it was
+
+    @property
+    def sent(self) -> int:
+        """Bytes of data so far."""
+        return self._opened.sent
+
+    @property
+    def recorder(self) -> Recorder | None:
+        """What happened when, at both ends; None: the copy was never entered."""
+        return None if self._sender is None else self._sender.recorder
+
+    @property
+    def predicted(self) -> float | None:
+        """Seconds of the freeze until the target is durable, as forecast just before it;
+        None: nothing was to be frozen, or it has not come to that."""
+        return self._opened.summary.predicted
+
+    @property
+    def result(self) -> CopyResult:
+        """After `freeze_and_finish`."""
+        from pyploop.report.results import copy_result
+
+        return copy_result(vars(self._opened.summary))
+
+    @property
+    def _opened(self) -> Sender:
+        if self._sender is None:
+            raise ParameterError("this copy was not entered: with Copy(…) as copying")
+        return self._sender
+
+
+def _internal(o: CopyOptions, report: Reporter) -> Options:
+    """ParameterError for a value that cannot be."""
+    if o.readers is not None and not 0 <= o.readers <= 64:
+        raise ParameterError(f"readers is 0 to 64, and not {o.readers}")
+    limit = o.freeze_limit
+    if limit is None:
+        limit = FREEZE_LIMIT if o.max_freeze is None else 2 * o.max_freeze + 1
+    throttle = None
+    if o.throttle_rate is not None:
+        throttle = Throttle(o.throttle_rate, o.throttle_cgroup, report)
+    try:
+        stops = [parse_spec(s) if isinstance(s, str) else s for s in o.stops]
+    except ValueError as e:
+        raise ParameterError(str(e)) from e
+    return Options(
+        stops=stops,
+        resume=o.resume,
+        before_thaw=o.before_thaw,
+        stall=o.timeout,
+        rate=o.bandwidth,
+        readers=o.readers,
+        freeze_limit=limit,
+        reserve=o.reserve,
+        throttle=throttle,
+        policy=Policy(max_freeze=o.max_freeze, deadline=o.deadline, on_deadline=o.on_deadline),
+    )
