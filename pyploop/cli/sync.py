@@ -6,10 +6,9 @@ from __future__ import annotations
 import os
 import sys
 
-from pyploop._core import fdatasync
+from pyploop.api.syncing import sync
 from pyploop.cli.arguments import Parser
-from pyploop.errors import one_line
-from pyploop.system.worker import run_cancellable
+from pyploop.errors import SyncError, one_line
 
 USAGE_STATUS = 1
 FAILED_STATUS = 2
@@ -43,23 +42,15 @@ def run(args: list[str], level: int) -> int:
     failed = False
     for path in o.files:
         try:
-            _one(path, o.sync, o.datasync, o.dontneed)
-        except OSError as e:
+            sync(
+                [path],
+                flush="all" if o.sync else "data" if o.datasync else "nothing",
+                drop_cache=o.dontneed,
+            )
+        except SyncError as e:
             failed = True
             if level >= -1:
-                why = os.strerror(e.errno or 0)
+                cause = e.__cause__
+                why = os.strerror(cause.errno or 0) if isinstance(cause, OSError) else str(e)
                 print(one_line(f"pyploop sync: {path}: {why}"), file=sys.stderr)
     return FAILED_STATUS if failed else 0
-
-
-def _one(path: str, sync: bool, datasync: bool, dontneed: bool) -> None:
-    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
-    try:
-        if sync:
-            run_cancellable(lambda: os.fsync(fd))
-        if datasync:
-            run_cancellable(lambda: fdatasync(fd))
-        if dontneed:
-            os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
-    finally:
-        os.close(fd)

@@ -16,7 +16,8 @@ from typing import Any
 import pytest
 import support
 
-from pyploop.cli import info as cli_info
+from pyploop.api import inspecting
+from pyploop.cli.info import as_text
 from pyploop.disks.source import Source
 from pyploop.system.sysblock import Mount
 
@@ -280,14 +281,14 @@ def test_ploop_device(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         "/dev/ploop7", "ploop", 3 * MIB, -1, cluster=MIB, image=str(image), image_format="ploop1",
         io_mode="delta", mounts=[Mount("/vz/root/7", "ext4", "/dev/ploop7p1")],
     )  # fmt: skip
-    monkeypatch.setattr(cli_info, "open_source", lambda path: source)
-    report = cli_info._of_device("/dev/ploop7")
+    monkeypatch.setattr(inspecting, "open_source", lambda path: source)
+    report = inspecting._of_device("/dev/ploop7")
     assert (report["format"], report["version"], report["size"]) == ("ploop1", 2, 8 * MIB)
     assert (report["cluster"], report["allocated"], report["in_use"]) == (MIB, 2 * MIB, True)
     assert report["device"]["backing_file"] == str(image)
     assert report["mounts"][0]["point"] == "/vz/root/7"
     assert report["tracker"] == {"name": "ploop", "why": "a ploop device has its own tracking"}
-    assert cli_info.as_text(report)[0].endswith("/dev/ploop7")
+    assert as_text(report)[0].endswith("/dev/ploop7")
 
 
 @pytest.mark.root
