@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 from enum import IntEnum
+from typing import Self
 
 
 class ExitCode(IntEnum):
@@ -92,7 +93,7 @@ class PyploopError(Exception):
     @classmethod
     def of(
         cls, what: str, error: OSError, *, path: str | None = None, hint: str | None = None
-    ) -> PyploopError:
+    ) -> Self:
         """`what: reason`, the reason being the errno's text.  path: that of the OSError,
         unless it is given."""
         reason = os.strerror(error.errno) if error.errno else str(error)

@@ -38,6 +38,9 @@ class _Logger:
         import logging
 
         self._log = logging.getLogger("pyploop")
+        if not self._log.handlers:
+            # Else logging prints warnings for a program that configures nothing.
+            self._log.addHandler(logging.NullHandler())
         self._levels = {ERROR: logging.ERROR, NOTE: logging.WARNING, INFO: logging.INFO}
         self._other = logging.DEBUG
 

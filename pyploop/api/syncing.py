@@ -25,7 +25,8 @@ def sync(
     SyncError at the end: its `path` is the first that failed, and its cause the OSError.
     """
     first: SyncError | None = None
-    for path in map(os.fspath, paths):
+    for name in paths:
+        path = os.fspath(name)
         try:
             _one(path, flush, drop_cache)
         except OSError as e:

@@ -8,20 +8,13 @@ import sys
 from collections.abc import Iterator
 from typing import TextIO
 
+from pyploop.api.migrating import MigrationOptions, migrate, recover
 from pyploop.cli import migrate_options
 from pyploop.cli.migrate_options import MigrateOptions, parser  # noqa: F401 - as each command has one
-from pyploop.diskcopy.freeze_policy import Policy
-from pyploop.diskcopy.options import Options
 from pyploop.errors import Interrupted, MigrateError, OpenError, PyploopError, VzExitCode, one_line
-from pyploop.migration import rsync_options
-from pyploop.migration.source import recover
-from pyploop.migration.source.orchestrator import Result, Wish, migrate
 from pyploop.report import timings
 from pyploop.report.events import JsonRenderer, Reporter, TextRenderer
 from pyploop.report.timeline import chrome_trace
-from pyploop.runtimes import config
-from pyploop.runtimes.config import CTID
-from pyploop.runtimes.registry import make_runtime
 from pyploop.system import shared_folder
 
 
@@ -47,20 +40,12 @@ def run(args: list[str], level: int) -> int:
 
 
 def _run(o: MigrateOptions, report: Reporter) -> int:
-    host = config.load(o.config)
     if o.recover:
-        failed = recover.recover(host, _recovered(host, o), report)
+        failed = recover(o.container, runtime=o.runtime, config_file=o.config, reporter=report)
         for text in failed:
             report.error(f"not undone: {text}")
-        return VzExitCode.DUMP_FAILED if failed else 0
-    wish = _wish(o)
-    runtime = make_runtime(host, o.runtime, o.container)
-    with recover.lock(host, runtime):
-        if failed := recover.recover(host, runtime.container, report, locked=True):
-            raise MigrateError(
-                VzExitCode.LOCKED, f"an earlier migration is not undone: {'; '.join(failed)}"
-            )
-        result = migrate(host, runtime, wish, report)
+        return VzExitCode.DUMP_FAILED if failed else VzExitCode.OK
+    result = migrate(o.host, o.container, options=_options(o), reporter=report)
     if o.trace is not None:
         try:
             with shared_folder.open_log(o.trace) as f:
@@ -75,48 +60,28 @@ def _run(o: MigrateOptions, report: Reporter) -> int:
             print(table, file=sys.stderr if o.json == "-" else sys.stdout, flush=True)
         except OSError as e:
             report.error(f"-t: {e.strerror}; the container has moved")
-    return _told(result)
+    # The container moved; what is left over is not nothing.
+    return VzExitCode.DUMP_FAILED if result.left_over else VzExitCode.OK
 
 
-def _recovered(host: config.HostConfig, o: MigrateOptions) -> str | None:
-    """Whose migrations are to be settled, as the records name it; None: all."""
-    if o.runtime == "vzctl" and o.container and not CTID.fullmatch(o.container):
-        return make_runtime(host, o.runtime, o.container).container
-    return o.container or None
-
-
-def _told(result: Result) -> int:
-    """The container moved; what is left over is not nothing."""
-    return VzExitCode.DUMP_FAILED if result.failed else 0
-
-
-def _wish(o: MigrateOptions) -> Wish:
-    if o.max_freeze is not None and not o.live:
-        raise MigrateError(VzExitCode.USAGE, "--max-freeze goes with --live")
-    if o.suspend_limit is not None and not o.live:
-        raise MigrateError(VzExitCode.USAGE, "--suspend-limit goes with --live")
-    limit = Wish.suspend_limit if o.suspend_limit is None else o.suspend_limit
-    return Wish(
-        host=o.host,
+def _options(o: MigrateOptions) -> MigrationOptions:
+    return MigrationOptions(
         live=o.live,
+        runtime=o.runtime,
+        config=o.config,
+        check_only=o.check_only,
         remove_area=o.remove_area,
         keep_dst=o.keep_dst,
-        check_only=o.check_only,
-        nodeps=o.nodeps,
-        drop_exec=o.drop_exec,
-        pre_dumps=o.pre_dumps,
-        suspend_limit=limit,
+        skip_checks=o.nodeps,
         ssh_options=o.ssh,
-        rsync_options=rsync_options.check_options(o.rsync),
-        copy=Options(
-            stall=o.timeout,
-            rate=o.bwlimit,
-            freeze_limit=limit,  # a disk is frozen while the container is suspended
-            policy=Policy(
-                max_freeze=o.max_freeze,
-                deadline=Policy.deadline if o.deadline is None else o.deadline,
-            ),
-        ),
+        rsync_options=o.rsync,
+        drop_exec=o.drop_exec,
+        memory_rounds=o.pre_dumps,
+        suspend_limit=o.suspend_limit,
+        max_freeze=o.max_freeze,
+        deadline=MigrationOptions.deadline if o.deadline is None else o.deadline,
+        bandwidth=o.bwlimit,
+        timeout=o.timeout,
     )
 
 

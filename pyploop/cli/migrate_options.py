@@ -6,12 +6,16 @@ from __future__ import annotations
 import argparse
 import shlex
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from pyploop.cli.arguments import Parser, parsed
 from pyploop.errors import VzExitCode
 from pyploop.migration.image_chain import LONGEST
 from pyploop.migration.memory_policy import MemoryPolicy
 from pyploop.units import parse_size, parse_time
+
+if TYPE_CHECKING:
+    from pyploop.api.migrating import RuntimeName
 
 RUNTIMES = ("vzctl", "runc", "command")
 NODEPS = ("cpu", "ipv6")
@@ -24,7 +28,7 @@ class MigrateOptions:
 
     host: str
     container: str
-    runtime: str | None
+    runtime: RuntimeName | None
     config: str | None
     live: bool
     check_only: bool

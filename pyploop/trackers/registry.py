@@ -43,6 +43,15 @@ def choose(name: str, source: Source, cluster: int | None = None) -> Tracker:
     return _auto(source, cluster)
 
 
+def choose_marking(source: Source, cluster: int | None = None) -> Tracker:
+    """As `auto`, but one that marks what is written.  DeviceControlError: here, only a
+    comparison of everything could tell."""
+    tracker = _auto(source, cluster)
+    if isinstance(tracker, ScanTracker):
+        raise DeviceControlError(f"{source.path} cannot be tracked: {tracker.why}")
+    return tracker
+
+
 def _auto(source: Source, cluster: int | None) -> Tracker:
     if source.kind == "ploop":
         return PloopTracker(source, "a ploop device has its own tracking")

@@ -1,0 +1,176 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Moving a container to another host: `migrate`, and `recover` after a crash."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+from pyploop.api.reporting import make_reporter
+from pyploop.diskcopy.freeze_policy import Policy
+from pyploop.diskcopy.options import Options
+from pyploop.errors import (
+    MigrateError,
+    VzExitCode,
+)
+from pyploop.migration import rsync_options
+from pyploop.migration.memory_policy import MemoryPolicy
+from pyploop.migration.source import orchestrator
+from pyploop.migration.source import recover as recovery
+from pyploop.migration.source.orchestrator import Result, Wish
+from pyploop.report.events import Reporter
+from pyploop.report.results import CopyResult, copy_result
+from pyploop.report.timeline import Recorder
+from pyploop.report.timings import Moments
+from pyploop.runtimes import config
+from pyploop.runtimes.config import CTID
+from pyploop.runtimes.registry import make_runtime
+
+if TYPE_CHECKING:
+    from pyploop.report.event_types import Event
+
+RuntimeName = Literal["vzctl", "runc", "command"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class MigrationOptions:
+    """How a container is moved.  Times are seconds, sizes are bytes."""
+
+    live: bool = False
+    """Without stopping it."""
+    runtime: RuntimeName | None = None
+    """What runs the container; None: as the configuration says."""
+    config: str | None = None
+    """File that says how containers look on this host; None: /etc/pyploop/migrate.toml."""
+    check_only: bool = False
+    """Check both sides, and change nothing."""
+    remove_area: bool = True
+    """Remove the container from the source afterwards."""
+    keep_dst: bool = False
+    """Keep what was copied when it fails; the next one goes on from it."""
+    skip_checks: Iterable[str] = ()
+    """Checks of compatibility to leave out: `cpu`, `ipv6`."""
+    ssh_options: Iterable[str] = ()
+    """More words for ssh."""
+    rsync_options: Iterable[str] = ()
+    """More words for rsync, which copies a root that is a directory."""
+    drop_exec: bool = False
+    """Processes of `runc exec`, which cannot be moved, end with the move."""
+    memory_rounds: int = MemoryPolicy.max_rounds
+    """Copy memory ahead in so many rounds at most; 0: not at all."""
+    suspend_limit: float | None = None
+    """With `live`: after so long a suspended container goes on here, unless the target may
+    have restored it already.  None: 60.  0: no limit."""
+    max_freeze: float | None = None
+    """With `live`: a disk frozen at most."""
+    deadline: float = Policy.deadline
+    """With `max_freeze`: go on with rounds so long at most."""
+    bandwidth: int = 0
+    """Bytes per second of a disk while the container runs; 0: no limit."""
+    timeout: float = 600.0
+    """Fail when the peer is silent for so long; 1 at least."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MigrationResult:
+    """What a migration was.  Times are seconds."""
+
+    steps: dict[str, float]
+    """Step of the suspended time -> seconds; they overlap.  Empty unless it was live."""
+    disks: tuple[CopyResult, ...]
+    left_over: tuple[str, ...]
+    """What is left to do by hand, on either host; the container has moved all the same."""
+    recorder: Recorder
+    """What happened when, on both hosts."""
+    moments: Moments | None
+    """Of a live migration, as vzmigrate's table has them."""
+
+
+def migrate(
+    host: str,
+    container: str,
+    *,
+    options: MigrationOptions | None = None,
+    on_event: Callable[[Event], None] | None = None,
+    reporter: Reporter | None = None,
+) -> MigrationResult:
+    """Move a container to another host, where `pyploop agent` is started by ssh.
+
+    host: `[user@]host`, as ssh takes it.  container: its ID or name.  on_event, reporter: as
+    for Copy.  When an earlier migration of this container was killed, it is recovered
+    first.
+
+    When it returns, the container runs on the target (with `check_only`: it would).  When it
+    raises, it runs here as before, unless the message says that the target could not be
+    asked.  It raises a MigrateError, whose `exit_code` is a VzExitCode, or another
+    PyploopError when copying failed.
+    """
+    o = options or MigrationOptions()
+    report = reporter or make_reporter(on_event)
+    here = config.load(o.config)
+    request = _request(host, o)
+    runtime = make_runtime(here, o.runtime, container)
+    with recovery.lock(here, runtime):
+        if failed := recovery.recover(here, runtime.container, report, locked=True):
+            raise MigrateError(
+                VzExitCode.LOCKED, f"an earlier migration is not undone: {'; '.join(failed)}"
+            )
+        return _public(orchestrator.migrate(here, runtime, request, report))
+
+
+def recover(
+    container: str | None = None,
+    *,
+    runtime: RuntimeName | None = None,
+    config_file: str | None = None,
+    on_event: Callable[[Event], None] | None = None,
+    reporter: Reporter | None = None,
+) -> tuple[str, ...]:
+    """Undo, or finish, what killed migrations from this host have left: of one container, or
+    all.  Returns what could not be undone, in words.
+
+    MigrateError: one is under way, or the target cannot be asked which host runs the
+    container, which stays suspended.
+    """
+    here = config.load(config_file)
+    if runtime == "vzctl" and container and not CTID.fullmatch(container):
+        container = make_runtime(here, runtime, container).container
+    return tuple(recovery.recover(here, container or None, reporter or make_reporter(on_event)))
+
+
+def _public(result: Result) -> MigrationResult:
+    return MigrationResult(
+        steps=result.steps,
+        disks=tuple(copy_result(vars(d)) for d in result.disks),
+        left_over=tuple(result.failed),
+        recorder=result.recorder,
+        moments=result.moments,
+    )
+
+
+def _request(host: str, o: MigrationOptions) -> Wish:
+    if o.max_freeze is not None and not o.live:
+        raise MigrateError(VzExitCode.USAGE, "--max-freeze goes with --live")
+    if o.suspend_limit is not None and not o.live:
+        raise MigrateError(VzExitCode.USAGE, "--suspend-limit goes with --live")
+    limit = Wish.suspend_limit if o.suspend_limit is None else o.suspend_limit
+    return Wish(
+        host=host,
+        live=o.live,
+        remove_area=o.remove_area,
+        keep_dst=o.keep_dst,
+        check_only=o.check_only,
+        nodeps=frozenset(o.skip_checks),
+        drop_exec=o.drop_exec,
+        pre_dumps=o.memory_rounds,
+        suspend_limit=limit,
+        ssh_options=tuple(o.ssh_options),
+        rsync_options=rsync_options.check_options(tuple(o.rsync_options)),
+        copy=Options(
+            stall=o.timeout,
+            rate=o.bandwidth,
+            freeze_limit=limit,  # a disk is frozen while the container is suspended
+            policy=Policy(max_freeze=o.max_freeze, deadline=o.deadline),
+        ),
+    )
