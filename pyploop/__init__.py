@@ -47,3 +47,84 @@ if TYPE_CHECKING:
     from pyploop.report.results import CopyResult, ReceiveResult
 
 __version__ = "0.2.0.dev0"
+
+__all__ = [
+    "BusyError",
+    "CancelledError",
+    "Changes",
+    "CommandError",
+    "Copy",
+    "CopyOptions",
+    "CopyResult",
+    "CreateError",
+    "DescriptorError",
+    "DeviceControlError",
+    "DeviceError",
+    "DiskInfo",
+    "ExitCode",
+    "Extent",
+    "FormatError",
+    "Frozen",
+    "LoopError",
+    "MigrateError",
+    "MigrationOptions",
+    "MigrationResult",
+    "NotSupportedError",
+    "OpenError",
+    "ParameterError",
+    "ProtocolError",
+    "PyploopError",
+    "ReadError",
+    "ReceiveResult",
+    "Stop",
+    "SyncError",
+    "SysfsError",
+    "TooLargeError",
+    "Tracker",
+    "VzExitCode",
+    "WriteError",
+    "__version__",
+    "copy",
+    "device_of",
+    "events",
+    "frozen",
+    "inspect",
+    "migrate",
+    "receive",
+    "recover",
+    "sync",
+    "track",
+]
+
+_HOMES = {
+    "api.copying": ("Copy", "CopyOptions", "copy"),
+    "api.devices": ("device_of",),
+    "api.freezing": ("Frozen", "frozen"),
+    "api.inspecting": ("DiskInfo", "inspect"),
+    "api.migrating": ("MigrationOptions", "MigrationResult", "migrate", "recover"),
+    "api.receiving": ("receive",),
+    "api.syncing": ("sync",),
+    "api.tracking": ("Changes", "Extent", "Tracker", "track"),
+    "report.results": ("CopyResult", "ReceiveResult"),
+}
+"""Where what is not an error is; `Stop` and `events` have other names there."""
+
+
+def __getattr__(name: str) -> object:
+    from importlib import import_module
+
+    if name == "events":
+        found: object = import_module("pyploop.report.event_types")
+    elif name == "Stop":
+        found = import_module("pyploop.freeze.stoppers").Spec
+    elif name in __all__:
+        home = next((home for home, names in _HOMES.items() if name in names), "errors")
+        found = getattr(import_module(f"pyploop.{home}"), name)
+    else:
+        raise AttributeError(f"module 'pyploop' has no attribute {name!r}")
+    globals()[name] = found
+    return found
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
