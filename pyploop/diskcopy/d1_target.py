@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import contextlib
-import math
 import time
 from collections.abc import Callable
 from functools import partial
@@ -19,6 +18,7 @@ from pyploop.disks.backing import Thing
 from pyploop.disks.image import HEADER_FRAME
 from pyploop.disks.source import Source
 from pyploop.errors import ProtocolError, PyploopError, SyncError, WriteError
+from pyploop.freeze.deadline import Deadline
 from pyploop.report.events import Reporter
 from pyploop.report.timeline import Heard
 from pyploop.system import descriptors
@@ -66,7 +66,7 @@ class StreamOutput:
         self._place: d1.Place | None = None
         self._reader: set[Thing] | None = None
         self.heard: Heard | None = None
-        self.deadline = math.inf
+        self.deadline = Deadline()
         self.before_end: Callable[[], None] = lambda: None
 
     @property
@@ -196,7 +196,7 @@ class StreamOutput:
             return descriptors.read_exactly(
                 fd,
                 size,
-                lambda: min(limit, self.deadline),  # which a cancel moves
+                lambda: min(limit, self.deadline.at),  # which a cancel moves
                 "reading the feedback",
                 self.fd,
             )
@@ -257,7 +257,7 @@ class StreamOutput:
 
     def _check_deadline(self) -> None:
         """A receiver that took END late would keep what is stale by then."""
-        if time.monotonic() > self.deadline > 0:  # 0: cancelled
+        if self.deadline.passed:
             raise WriteError(
                 "the receiver does not take the end of the stream in time (--freeze-limit)"
             )

@@ -9,7 +9,6 @@ receiver takes a file that is there already.
 from __future__ import annotations
 
 import errno
-import math
 import time
 from collections.abc import Callable
 
@@ -20,6 +19,7 @@ from pyploop.diskcopy.target import Packets, explain_write
 from pyploop.disks.backing import Thing
 from pyploop.disks.source import Source
 from pyploop.errors import CancelledError, PyploopError, ReadError, WriteError
+from pyploop.freeze.deadline import Deadline
 from pyploop.report.events import Reporter
 from pyploop.report.timeline import Heard
 from pyploop.system import descriptors
@@ -47,7 +47,7 @@ class PacketOutput:
         self.dialect = "D2"
         self.framing = PLOOP
         self.packets = Packets(unanswered=knows_async, window=WINDOW)
-        self.deadline = math.inf
+        self.deadline = Deadline()
         self.before_end: Callable[[], None] = lambda: None
         self.heard: Heard | None = None
         self._report = report
@@ -73,7 +73,7 @@ class PacketOutput:
             descriptors.read_exactly(
                 self.fd,
                 d2.REPLY.size,
-                lambda: min(limit, self.deadline),  # which a cancel moves
+                lambda: min(limit, self.deadline.at),  # which a cancel moves
                 "waiting for the receiver's first answer",
             )
         )
@@ -121,7 +121,7 @@ class PacketOutput:
             raise explain_write(fault) from fault
 
     def _check_deadline(self, about: str) -> None:
-        if time.monotonic() > self.deadline:
+        if self.deadline.passed:
             raise ReadError(
                 f"no answer to {about} from the receiver in time (it may be dead or stuck)"
             )

@@ -33,7 +33,8 @@ from pyploop.diskcopy.target import Output
 from pyploop.disks.source import Source
 from pyploop.errors import LoopError
 from pyploop.freeze import FileSystems
-from pyploop.freeze.session import Hold, Limits
+from pyploop.freeze.deadline import Limits
+from pyploop.freeze.session import Hold
 from pyploop.report.events import Reporter
 from pyploop.report.timeline import Recorder
 from pyploop.system.worker import run_cancellable

@@ -31,7 +31,8 @@ from pyploop.disks.source import Source
 from pyploop.disks.write_counters import Writes
 from pyploop.errors import DeviceControlError, LoopError, OpenError
 from pyploop.freeze import FileSystems, run_command
-from pyploop.freeze.session import Hold, Limits, newer
+from pyploop.freeze.deadline import Limits
+from pyploop.freeze.session import Hold, newer
 from pyploop.freeze.stoppers import Spec
 from pyploop.report.events import Reporter
 from pyploop.report.slow_steps import Patience
@@ -129,7 +130,7 @@ class Sender:
             self._mounts = FileSystems(source.mounts, report, self._plan)
             undo.callback(self._mounts.close)
             undo.callback(Patience(self.recorder, report, source.path).close)
-            self._hold = Hold(self._specs(), self._mounts, self._plan, report)
+            self._hold = Hold(self._specs(), self._mounts, self._plan, report, self._out.deadline)
             self._writes = Writes(source)
             undo.callback(self._writes.close)
             separate_target.check(source, self._mounts.points, self._out)
@@ -239,7 +240,7 @@ class Sender:
         report.event("phase", phase="frozen", bytes=None)
         before = self._passes.stats.data
         with contextlib.ExitStack() as held:
-            held.callback(self._run_on, self._out.deadline)
+            held.callback(self._run_on)
             held.enter_context(report.held())
             held.enter_context(self._hold.undone())
             held.enter_context(_no_collection())
@@ -253,7 +254,7 @@ class Sender:
             if self._options.before_thaw:
                 with step("before thaw"):
                     what = "the target is complete, but the command before the thaw"
-                    run_command(self._options.before_thaw, what, self._time_left())
+                    run_command(self._options.before_thaw, what, self._out.deadline.left)
             with step("thaw"):
                 self._hold.complete()
                 if self._written():
@@ -278,10 +279,11 @@ class Sender:
             raise LoopError("; ".join([f"{why}; no target was made", *left])) from why
         self._plan.watch()  # what went past the limit is no freeze to begin again
 
-    def _run_on(self, deadline: float) -> None:
+    def _run_on(self) -> None:
         """After the freeze the source runs, and nothing is in a hurry."""
         self.recorder.stage = "running"
-        self._passes.run_on(deadline)
+        self._passes.limit(running=True)
+        self._out.deadline.clear()
 
     def _stop_and_freeze(self) -> None:
         options, step = self._options, self.recorder.step
@@ -291,8 +293,6 @@ class Sender:
         if options.freeze_limit and self._running.stops and not scanned:
             # A scan compares all there is after the stop: as long as it takes.
             limits = Limits.of(options.freeze_limit)
-            self._passes.extend(time.monotonic() + limits.own)
-            self._passes.watch = self._plan.watch
         with step("stop command") if self._specs() else contextlib.nullcontext():
             self._hold.stop(limits)
         if options.throttle is not None:
@@ -341,8 +341,6 @@ class Sender:
             self._hold.commit()
             if self._written():
                 raise self._still_written()
-            if self._hold.last is not None:
-                self._passes.extend(self._hold.last)
         with step("target commit"):
             size = self._source.size
             self._out.before_end = self._hold.before_end
@@ -386,12 +384,6 @@ class Sender:
         s.frames = stats.frames
         report.event("summary", **vars(s))
 
-    def _time_left(self) -> float | None:
-        """Seconds of the freeze that are left to a command."""
-        if self._passes.deadline is None:
-            return None
-        return max(self._passes.deadline - time.monotonic(), 0.0)
-
     def _last_pass(self) -> bool:
         """One pass over what is dirty; true when it was the last."""
         with self.recorder.step("prove"):
@@ -422,7 +414,7 @@ class Sender:
         path = self._source.path
         self._doubt = words(verdict)
         # The watchdog undoes what the tracker needs as well.
-        self._passes.check_time()
+        self._out.deadline.check()
         repair = self._tracker.repair(quiesced=True)
         if repair is None:
             raise DeviceControlError(
@@ -433,10 +425,11 @@ class Sender:
 
     def _compare(self, repair: Repair, why: str) -> None:
         """As long as a freeze may last."""
-        repairs, until = self._running.repairs, self._passes.deadline
+        repairs, left = self._running.repairs, self._out.deadline.left
         if self._may_thaw and self._running.stops:
-            allowed = time.monotonic() + self._running.allowed
-            until = allowed if until is None else min(until, allowed)
+            allowed = self._running.allowed
+            left = allowed if left is None else min(left, allowed)
+        until = None if left is None else time.monotonic() + left
         if repairs.run(repair, frozen=True, until=until) is not None:
             return
         why += f", and comparing {repair.scope} would take {repairs.seconds_left:.1f} s more"

@@ -13,7 +13,6 @@ import mmap
 import os
 import threading
 import time
-from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from pyploop import _core
@@ -28,7 +27,6 @@ from pyploop.disks.source import Source
 from pyploop.errors import (
     CancelledError,
     DeviceControlError,
-    LoopError,
     PyploopError,
     ReadError,
     WriteError,
@@ -63,10 +61,6 @@ class Passes:
         self._gone = threading.Event()
         self.window_start = time.monotonic()
         """When the marks that are now set began to be collected."""
-        self.deadline: float | None = None
-        """time.monotonic() at which a pass fails: the freeze's."""
-        self.watch: Callable[[], None] = lambda: None
-        """Called now and then during a pass; what it raises ends the pass."""
         self._shared: list[Watched] = []
         self.pump: Pump
 
@@ -123,23 +117,9 @@ class Passes:
     def cancel(self) -> None:
         """From any thread: what runs, and all that would, fails at once."""
         self._gone.set()
-        self._out.deadline = 0.0
+        self._out.deadline.cancel()
         with contextlib.suppress(AttributeError):  # not begun yet
             self.pump.cancel()
-
-    def extend(self, deadline: float) -> None:
-        """Passes, and waiting for the peer's answers, end then."""
-        self.deadline = deadline
-        if self._out.deadline:  # 0: cancelled
-            self._out.deadline = deadline
-
-    def run_on(self, deadline: float) -> None:
-        """After a freeze: no limit of it applies any more.  deadline: what the
-        output had before."""
-        self.limit(running=True)
-        self.deadline, self.watch = None, lambda: None
-        if self._out.deadline:  # 0: cancelled
-            self._out.deadline = deadline
 
     def _make_pump(self, cluster: int) -> Pump:
         source, options = self._source, self._options
@@ -212,17 +192,8 @@ class Passes:
         except Fault as fault:
             raise self._explain(fault) from fault
 
-    def check_time(self) -> None:
-        """LoopError when the freeze has lasted as long as it may."""
-        if self.deadline is not None and time.monotonic() > self.deadline:
-            raise LoopError(
-                f"frozen until the limit of {self._options.freeze_limit:g} s (--freeze-limit) was "
-                "near; thawed, no target was made"
-            )
-        self.watch()
-
     def _tick(self) -> None:
-        self.check_time()
+        self._out.deadline.check()
         for file_system in self._shared:
             file_system.check()
         pending = self._tracker.pending()

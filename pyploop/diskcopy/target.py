@@ -18,6 +18,7 @@ from pyploop.diskcopy.framing import Framing
 from pyploop.disks.backing import Thing
 from pyploop.disks.source import Source
 from pyploop.errors import ProtocolError, PyploopError, ReadError, SyncError, WriteError
+from pyploop.freeze.deadline import Deadline
 from pyploop.report.timeline import Heard
 from pyploop.units import format_size
 from pyploop.wire import d2
@@ -45,8 +46,8 @@ class Output(Protocol):
     """Of a stream of packets; known after `hello`."""
     header_size: int
     """Bytes that `header` takes."""
-    deadline: float
-    """time.monotonic() at which waiting for an answer ends, whatever else."""
+    deadline: Deadline
+    """The copy's: when waiting for an answer ends, whatever else."""
     before_end: Callable[[], None]
     """Called with nothing but END's write, or the target's name, after it; what
     it raises ends the copy without a target."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
-import math
 import os
 import stat
 from collections.abc import Callable, Iterator
@@ -22,6 +21,7 @@ from pyploop.disks.backing import Thing
 from pyploop.disks.image import HEADER_FRAME
 from pyploop.disks.source import Source
 from pyploop.errors import ParameterError, PyploopError, SyncError, WriteError
+from pyploop.freeze.deadline import Deadline
 from pyploop.report.events import Reporter
 from pyploop.report.timeline import Heard
 from pyploop.system import descriptors
@@ -48,7 +48,7 @@ class FileOutput:
             target.path if isinstance(target, Sink) else f"the output (descriptor {target})"
         )
         self._report = report or Reporter()
-        self.deadline = math.inf
+        self.deadline = Deadline()
         self.before_end: Callable[[], None] = lambda: None
         self._below = backing.of_file(self.fd)
         self.holds = ""

@@ -2,7 +2,7 @@
 """Everything that is held for the last blocks: stopped in the order given, the
 file systems frozen last, undone in reverse.
 
-How long: `Limits`.  This process gives up first, the watchdog a little later;
+How long: `Deadline`.  This process gives up first, the watchdog a little later;
 once the end of the stream may be sent, the watchdog waits until the hard limit
 for the peer's acknowledgement.
 """
@@ -11,11 +11,10 @@ from __future__ import annotations
 
 import contextlib
 import os
-import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
 
 from pyploop.errors import DeviceControlError, LoopError, OpenError, PyploopError
+from pyploop.freeze.deadline import Deadline, Limits
 from pyploop.freeze.filesystems import FileSystems
 from pyploop.freeze.stoppers import CommandStopper, Spec, Stopper, build
 from pyploop.report.events import Reporter
@@ -24,27 +23,6 @@ from pyploop.undo.ledger import Plan
 
 STOP_ASSUMED = 0.01
 """Seconds of one stop command."""
-
-
-@dataclass(frozen=True)
-class Limits:
-    """Seconds from the first stop on.  own: this process gives up; watchdog:
-    it undoes, unless END is out; last: this process waits no longer for the
-    peer's answer to END; hard: the watchdog undoes in any case."""
-
-    own: float
-    watchdog: float
-    last: float
-    hard: float
-
-    @classmethod
-    def of(cls, hard: float) -> Limits:
-        return cls(
-            own=hard - min(1.0, hard / 4),
-            watchdog=hard - min(0.5, hard / 8),
-            last=hard - min(0.2, hard / 16),
-            hard=hard,
-        )
 
 
 def newer(why: str) -> LoopError:
@@ -56,14 +34,18 @@ class Hold:
     """What is held for one copy."""
 
     def __init__(
-        self, specs: Sequence[Spec], mounts: FileSystems, plan: Plan, report: Reporter
+        self,
+        specs: Sequence[Spec],
+        mounts: FileSystems,
+        plan: Plan,
+        report: Reporter,
+        deadline: Deadline,
     ) -> None:
+        """deadline: begins with the first stop."""
+        self._deadline = deadline
         self._mounts, self._plan, self._report = mounts, plan, report
         self._stoppers = build(list(specs), mounts, report)
         self._begun: list[Stopper] = []
-        self.last: float | None = None
-        """time.monotonic() until which the answer to END is waited for."""
-        self._end: float | None = None
 
     def __bool__(self) -> bool:
         """There is something to stop or freeze."""
@@ -99,18 +81,16 @@ class Hold:
             self._plan.drop_journal(f"{where} lies on {point}, which will be frozen")
 
     def stop(self, limits: Limits | None) -> None:
-        """Stop in order; the clock of the limits starts."""
+        """Stop in order; the deadline begins."""
         self._let_go()
-        start = time.monotonic()
+        if limits is not None:
+            self._deadline.begin(limits, self._plan.watch)
+            self._plan.start()
         if self:
-            if limits is not None:
-                self._plan.start()
-                self.last, self._end = start + limits.last, start + limits.hard
             self._plan.limit(None if limits is None else limits.watchdog)
         for stopper in self._stoppers:
-            left = None if limits is None else max(start + limits.own - time.monotonic(), 0.0)
             self._begun.append(stopper)
-            stopper.stop(left)
+            stopper.stop(self._deadline.left)
             self._plan.watch()
 
     def _let_go(self) -> None:
@@ -140,8 +120,8 @@ class Hold:
         """END may be sent: nothing has been undone, and nothing will be before
         the hard limit."""
         self.check()
-        left = None if self._end is None else max(self._end - time.monotonic(), 0.0)
-        self._plan.still_held(left)
+        self._plan.still_held(self._deadline.left_to_watchdog)
+        self._deadline.commit()
 
     def before_end(self) -> None:
         """The last look, with nothing but END's write after it: this process

@@ -29,7 +29,8 @@ from support_live import Copied, comparison, copy, file_system, partition, spars
 
 from pyploop.errors import BusyError
 from pyploop.freeze import FileSystems, filesystems
-from pyploop.freeze.session import Hold, Limits
+from pyploop.freeze.deadline import Deadline, Limits
+from pyploop.freeze.session import Hold
 from pyploop.freeze.stoppers import Spec
 from pyploop.report.events import Reporter
 from pyploop.system.sysblock import Mount
@@ -190,7 +191,7 @@ def test_after_an_undo_the_file_system_that_is_mounted_again_is_frozen_again(
     with contextlib.closing(Plan("a test", Reporter())) as plan:
         systems = FileSystems([Mount(str(m), "ext4", device)], Reporter(), plan)
         command = Spec("cmd", f"umount {m}", f"mount {device} {m}")
-        hold = Hold([command], systems, plan, Reporter())
+        hold = Hold([command], systems, plan, Reporter(), Deadline())
         try:
             for _ in range(2):
                 hold.prepare()

@@ -7,7 +7,7 @@ import pytest
 
 from pyploop.cli.copy_options import parser
 from pyploop.errors import CommandError
-from pyploop.freeze.session import Limits
+from pyploop.freeze.deadline import Limits
 from pyploop.freeze.stoppers import Spec, parse_spec
 from pyploop.freeze.vzctl import Status, explain, parse_status
 

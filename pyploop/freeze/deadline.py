@@ -1,0 +1,107 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How long a freeze may last: one limit, and who gives up when.
+
+`Limits` are the moments of one freeze, in seconds from the first stop on.
+`Deadline` is what everything asks that waits in the freeze: the pump's passes,
+the target's answers, a repair, a command of the user's.  Each copy has one.
+
+No I/O, and no clock but the one that is given.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from pyploop.errors import LoopError
+
+
+@dataclass(frozen=True)
+class Limits:
+    """Seconds from the first stop on.  own: this process gives up; watchdog:
+    it undoes, unless END is out; last: this process waits no longer for the
+    peer's answer to END; hard: the watchdog undoes in any case."""
+
+    own: float
+    watchdog: float
+    last: float
+    hard: float
+
+    @classmethod
+    def of(cls, hard: float) -> Limits:
+        return cls(
+            own=hard - min(1.0, hard / 4),
+            watchdog=hard - min(0.5, hard / 8),
+            last=hard - min(0.2, hard / 16),
+            hard=hard,
+        )
+
+
+class Deadline:
+    """The moment at which this process gives up the freeze of one copy.
+
+    There is none until `begin`, nor after `clear`.  `cancel` is for good, and may
+    be called from any thread; everything else is for the copy's own thread.
+    """
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._limits: Limits | None = None
+        self._start = 0.0
+        self._at = math.inf
+        self._watch: Callable[[], None] = lambda: None
+        self._cancelled = False
+
+    def begin(self, limits: Limits, watch: Callable[[], None]) -> None:
+        """The freeze begins now.  watch: raises when the watchdog has thawed."""
+        self._limits, self._watch = limits, watch
+        self._start = self._clock()
+        self._at = self._start + limits.own
+
+    def commit(self) -> None:
+        """END may be sent: from now on it is waited for the answer, until `last`."""
+        if self._limits is not None:
+            self._at = self._start + self._limits.last
+
+    def clear(self) -> None:
+        """The freeze is over: no limit of it applies any more."""
+        self._limits, self._at = None, math.inf
+        self._watch = lambda: None
+
+    def cancel(self) -> None:
+        """The copy is cancelled: nothing is waited for any more."""
+        self._cancelled = True
+
+    @property
+    def at(self) -> float:
+        """When waiting ends, on the clock; inf: never, 0.0: the copy is cancelled."""
+        return 0.0 if self._cancelled else self._at
+
+    @property
+    def passed(self) -> bool:
+        """The limit has passed.  A cancelled copy ends by what was cancelled."""
+        return not self._cancelled and self._clock() > self._at
+
+    @property
+    def left(self) -> float | None:
+        """Seconds until this process gives up, 0 at least; None: there is no limit."""
+        return None if self._limits is None else max(self._at - self._clock(), 0.0)
+
+    @property
+    def left_to_watchdog(self) -> float | None:
+        """Seconds until the watchdog undoes in any case; None: there is no limit."""
+        if self._limits is None:
+            return None
+        return max(self._start + self._limits.hard - self._clock(), 0.0)
+
+    def check(self) -> None:
+        """LoopError when the freeze has lasted as long as it may, and what `watch`
+        raises."""
+        if self._limits is not None and self._clock() > self._at:
+            raise LoopError(
+                f"frozen until the limit of {self._limits.hard:g} s (--freeze-limit) was near; "
+                "thawed, no target was made"
+            )
+        self._watch()
