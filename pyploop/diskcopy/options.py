@@ -35,6 +35,12 @@ class Options:
     throttle: Throttle | None = None
     """Slows the writer down, when nothing else helps."""
 
+    @property
+    def stop_specs(self) -> list[Spec]:
+        """All stops in order, the stop command last."""
+        command = self.stop_command
+        return [*self.stops, *([Spec("cmd", command)] if command else [])]
+
 
 @dataclass
 class Summary:

@@ -14,6 +14,7 @@ from typing import Literal, Protocol
 from pyploop._core import Extents, Hook
 from pyploop.disks.source import Source
 from pyploop.undo.ledger import Plan
+from pyploop.units import format_size
 
 TRACKERS = ("auto", "bpf", "ploop", "dm", "scan")
 
@@ -38,6 +39,11 @@ class Verdict:
     why: str = ""
     needs_repair: bool = False
     """No later look can tell: only a comparison (`Tracker.repair`) does."""
+
+    def __str__(self) -> str:
+        if self.state == "lossy":
+            return f"lossy, at least {format_size(self.missed)} missed"
+        return self.state + (f" ({self.why})" if self.why else "")
 
 
 @dataclass(frozen=True)

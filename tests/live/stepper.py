@@ -20,8 +20,9 @@ from pathlib import Path
 from typing import Any
 
 from pyploop.cli.main import main
+from pyploop.diskcopy.approach import Approach
 from pyploop.diskcopy.d1_target import StreamOutput
-from pyploop.diskcopy.precopy import Running
+from pyploop.diskcopy.precopy import PreCopy
 from pyploop.diskcopy.sender import Sender
 from pyploop.diskcopy.source_pump import Passes
 from pyploop.freeze.cgroup import CgroupStopper
@@ -33,12 +34,12 @@ AFTER = 1
 STEPS: dict[str, tuple[type, str, int, str]] = {
     # name: (class, method, before or AFTER it, since which other step)
     "greeting": (Passes, "greet", 0, ""),
-    "first pass begins": (Running, "first_pass", 0, ""),
-    "first pass sent": (Running, "first_pass", AFTER, ""),
-    "round": (Running, "round", 0, ""),
+    "first pass begins": (PreCopy, "first_pass", 0, ""),
+    "first pass sent": (PreCopy, "first_pass", AFTER, ""),
+    "round": (PreCopy, "round", 0, ""),
     "source synced": (FileSystems, "sync", AFTER, ""),
     "watchdog ready": (Hold, "prepare", AFTER, ""),
-    "target synced": (Running, "sync_target", AFTER, "watchdog ready"),
+    "target synced": (Approach, "sync_target", AFTER, "watchdog ready"),
     "warm-up": (FileSystems, "freeze", AFTER, "watchdog ready"),
     "stop begins": (Hold, "stop", 0, ""),
     "cgroup frozen": (CgroupStopper, "stop", AFTER, ""),
@@ -90,10 +91,10 @@ def stand_still(folder: Path) -> None:
         time.sleep(0.002)
 
 
-def throttle(running: Running) -> None:
+def throttle(precopy: PreCopy) -> None:
     """The policy's last means from the beginning, so that every step has it."""
-    if running._options.throttle is not None:
-        running._options.throttle.apply()
+    if (throttle := precopy._context.options.throttle) is not None:
+        throttle.apply()
 
 
 def remember(folder: Path) -> None:
@@ -104,7 +105,7 @@ def remember(folder: Path) -> None:
 def run() -> int:
     step, folder = sys.argv[1], Path(sys.argv[2])
     wrap(FileSystems, "freeze", AFTER, lambda _: remember(folder))
-    wrap(Running, "converge", 0, throttle)
+    wrap(PreCopy, "converge", 0, throttle)
     for name, (owner, method, moment, _) in STEPS.items():
         stand = functools.partial(stand_still, folder) if name == step else None
         wrap(owner, method, moment, functools.partial(reach, name, stand))

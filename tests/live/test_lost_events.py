@@ -24,8 +24,8 @@ from support_live import random_file, same, work_dir
 
 from pyploop._core import Bitmap, BpfTracking, Counters, Extents, Hook, Snapshot
 from pyploop.diskcopy import repairs
+from pyploop.diskcopy.freeze_stage import FreezeStage
 from pyploop.diskcopy.options import Options, Summary
-from pyploop.diskcopy.precopy import Running
 from pyploop.diskcopy.repairs import Repairs
 from pyploop.diskcopy.sender import Sender
 from pyploop.diskcopy.target_file import Sink
@@ -391,7 +391,7 @@ def losing_in_freezes(lab: Lab, loss: Loss, freezes: int) -> Callable[[str], Non
 @pytest.fixture
 def no_time(monkeypatch: pytest.MonkeyPatch) -> None:
     """The freeze leaves no time to a repair that is not done at once."""
-    monkeypatch.setattr(Running, "allowed", 0.0)
+    monkeypatch.setattr(FreezeStage, "allowed", 0.0)
 
 
 def test_a_long_repair_is_done_after_a_thaw_and_the_freeze_begun_again(

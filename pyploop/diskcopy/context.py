@@ -1,0 +1,66 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What all stages of one copy work with."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from pyploop.diskcopy.hot_blocks import HotBlocks
+from pyploop.diskcopy.options import Options, Summary
+from pyploop.diskcopy.repairs import Repairs
+from pyploop.diskcopy.source_pump import Passes
+from pyploop.diskcopy.target import Output
+from pyploop.disks.source import Source
+from pyploop.disks.write_counters import Writes
+from pyploop.freeze import FileSystems
+from pyploop.freeze.deadline import Deadline
+from pyploop.freeze.session import Hold
+from pyploop.report.events import Reporter
+from pyploop.report.timeline import Recorder
+from pyploop.trackers import Repair, Tracker, whole
+from pyploop.undo.ledger import Plan
+
+
+@dataclass(frozen=True)
+class Context:
+    """The parts of one copy, made by the sender and closed by it."""
+
+    source: Source
+    tracker: Tracker
+    out: Output
+    options: Options
+    report: Reporter
+    plan: Plan
+    mounts: FileSystems
+    hold: Hold
+    passes: Passes
+    writes: Writes
+    """Whether the source was written, by the kernel's accounting."""
+    hot: HotBlocks
+    repairs: Repairs
+    summary: Summary
+    recorder: Recorder
+
+    @property
+    def deadline(self) -> Deadline:
+        """Of the freeze: the one that the output waits by, too."""
+        return self.out.deadline
+
+    @property
+    def stops(self) -> bool:
+        """Something will be frozen or stopped."""
+        return bool(self.hold)
+
+    def write_back(self) -> None:
+        """What is dirty in page caches becomes writes, which trackers see."""
+        self.mounts.sync()
+        self.source.write_back()
+
+    def beside(self, frozen: bool = False) -> list[str]:
+        """What was written where no tracker sees it, in words."""
+        lookout = self.source.lookout
+        return [] if lookout is None else lookout.beside(frozen)
+
+    def compare_all(self, beside: list[str]) -> Repair:
+        """The whole source is to be compared, for what was written `beside` the queue."""
+        return Repair(whole(self.source), f"the whole source ({'; '.join(beside)})")

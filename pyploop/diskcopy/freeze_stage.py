@@ -1,0 +1,312 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The freeze of one copy: stop, sync, freeze, prove, last blocks, durable, thaw.
+
+Nothing is delivered that the tracker could not prove complete: what it may have
+missed is compared by hash and sent again, or the copy fails.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import time
+from collections.abc import Iterator
+
+from pyploop.diskcopy.context import Context
+from pyploop.diskcopy.repairs import FreezeGivenUp
+from pyploop.disks.image import clear_in_use
+from pyploop.errors import DeviceControlError, LoopError
+from pyploop.freeze import run_command
+from pyploop.freeze.deadline import Limits
+from pyploop.freeze.session import newer
+from pyploop.system.worker import run_cancellable
+from pyploop.trackers import Repair, Verdict
+from pyploop.units import format_size
+
+FINAL_PASSES = 3
+"""Passes with dirty blocks inside the freeze before it is called a loop."""
+UNSTOPPED_PASSES = 20
+"""The same when nothing stops the writer."""
+REPAIR_SLACK = 1.0
+"""Seconds of a repair inside the freeze, beside twice what was forecast, when no
+--max-freeze is given."""
+
+
+class FreezeStage:
+    """From the stop command to the thaw."""
+
+    def __init__(self, context: Context) -> None:
+        self._context = context
+        self._may_thaw = False
+        self._doubt = ""
+        """What the last pass had to compare for."""
+        self._stamp: tuple[int, ...] = ()
+        """What `Writes` told at the beginning of the last pass."""
+
+    @property
+    def allowed(self) -> float:
+        """Seconds that one repair may take inside the freeze."""
+        c = self._context
+        if c.options.policy.max_freeze is not None:
+            return c.options.policy.max_freeze
+        return 2 * (c.summary.predicted or 0.0) + REPAIR_SLACK
+
+    @contextlib.contextmanager
+    def frozen(self) -> Iterator[None]:
+        """Stopped and frozen while the body runs `last_blocks` and `finish`."""
+        c = self._context
+        report, step = c.report, c.recorder.step
+        report.event("phase", phase="frozen", bytes=None)
+        before = c.passes.stats.data
+        with contextlib.ExitStack() as held:
+            held.callback(self._run_on)
+            held.enter_context(report.held())
+            held.enter_context(c.hold.undone())
+            held.enter_context(_no_collection())
+            c.recorder.stage = "frozen"
+            self._stop_and_freeze()
+            try:
+                yield
+            except FreezeGivenUp as e:
+                self._undo_to_go_on(e)
+                raise
+            if c.options.before_thaw:
+                with step("before thaw"):
+                    what = "the target is complete, but the command before the thaw"
+                    run_command(c.options.before_thaw, what, c.deadline.left)
+            with step("thaw"):
+                c.hold.complete()
+                if self._written():
+                    raise newer("was written during the last steps")
+                c.hold.release(c.options.resume)
+            c.recorder.stage = "running"
+            self._stop_watching()
+            self._tell(c.passes.stats.data - before)
+
+    def _stop_watching(self) -> None:
+        """Ending a watch (fanotify, inotify) waits for a grace period of the kernel,
+        8 ms each unless it is expedited, and a caller who has stopped the source waits
+        for our end."""
+        c = self._context
+        c.tracker.stop(False)
+        if c.source.lookout is not None:
+            c.source.lookout.close()
+        c.mounts.cool_down()
+
+    def _undo_to_go_on(self, why: FreezeGivenUp) -> None:
+        """Fails when something is left as it is: the source does not run then."""
+        c = self._context
+        if left := c.hold.undo():
+            raise LoopError("; ".join([f"{why}; no target was made", *left])) from why
+        c.plan.watch()  # what went past the limit is no freeze to begin again
+
+    def _run_on(self) -> None:
+        """After the freeze the source runs, and nothing is in a hurry."""
+        c = self._context
+        c.recorder.stage = "running"
+        c.passes.limit(running=True)
+        c.deadline.clear()
+
+    def _stop_and_freeze(self) -> None:
+        c = self._context
+        options, step = c.options, c.recorder.step
+        c.passes.limit(running=False)
+        scanned = c.tracker.name == "scan" and not c.mounts
+        limits = None
+        if options.freeze_limit and c.stops and not scanned:
+            # A scan compares all there is after the stop: as long as it takes.
+            limits = Limits.of(options.freeze_limit)
+        with step("stop command") if c.options.stop_specs else contextlib.nullcontext():
+            c.hold.stop(limits)
+        if options.throttle is not None:
+            options.throttle.remove()
+            c.hold.watch()
+        with step("source sync"):
+            run_cancellable(c.write_back)
+            c.hold.watch()
+        with step("freeze"):
+            c.mounts.freeze()
+            # What the freeze itself wrote to a loop device on top of the source; and
+            # what somebody wrote through a device since the sync.
+            c.source.write_back()
+            c.hold.watch()
+
+    def last_blocks(self, may_thaw: bool = False) -> None:
+        """Send what is dirty until nothing is, and no event is missing.
+
+        may_thaw: a long repair raises FreezeGivenUp, after which all is undone,
+        and `freeze_and_finish` goes on; else it has until the freeze limit."""
+        c = self._context
+        self._may_thaw = may_thaw
+        limit = FINAL_PASSES if c.stops else UNSTOPPED_PASSES
+        for _ in range(limit):
+            self._stamp = c.writes.begin()
+            if self._last_pass():
+                break
+        else:
+            raise self._still_written()
+        with c.recorder.step("prove"):
+            c.source.check_same()
+            c.hold.check()
+            if self._written():
+                raise self._still_written()
+
+    def finish(self) -> None:
+        """The end of the image; returns when the target is durable, as far as
+        that can be known (`summary.acknowledged`)."""
+        c = self._context
+        pump, step = c.passes.pump, c.recorder.step
+        with step("last blocks"):
+            start = c.passes.first_bytes(c.out.header_size)
+            if c.tracker.stop_before_end:
+                c.tracker.stop(True)
+            if c.source.image_format == "ploop1":
+                c.out.header(pump, clear_in_use(start))
+        with step("prove"):
+            c.hold.commit()
+            if self._written():
+                raise self._still_written()
+        with step("target commit"):
+            size = c.source.size
+            c.out.before_end = c.hold.before_end
+            c.summary.acknowledged = c.out.finish(pump, size, start[:4])
+        if c.summary.acknowledged == "acknowledged":
+            c.recorder.remote(c.out.heard)
+
+    def _tell(self, sent: int) -> None:
+        """The summary's figures, and the events about them."""
+        c = self._context
+        s, report, stats = c.summary, c.report, c.passes.stats
+        c.passes.tell_notes()
+        s.frozen = c.recorder.seconds("frozen")
+        s.frozen_remote = c.recorder.seconds("frozen", "target")
+        s.frozen_total = sum(s.frozen.values())
+        s.frozen_window = c.recorder.window("target commit")
+        if s.predicted is not None and s.frozen_window:
+            s.prediction_ratio = s.frozen_window / s.predicted
+        s.frozen_bytes = sent
+        s.largest_part = c.recorder.advice()
+        s.clock_offset, s.clock_error = c.recorder.clock.offset, c.recorder.clock.error
+        if c.out.heard is not None:
+            s.target_dirty = c.out.heard.times.dirty
+        report.event(
+            "frozen",
+            steps=s.frozen,
+            remote=s.frozen_remote,
+            total=s.frozen_total,
+            window=s.frozen_window,
+            sent=sent,
+        )
+        report.info(
+            f"Frozen for {s.frozen_total:.3f} s ({format_size(sent)} sent): "
+            + ", ".join(f"{k} {v:.3f}" for k, v in c.recorder.frozen_parts().items())
+        )
+        if s.predicted is not None:
+            report.info(
+                f"Predicted: {s.predicted:.3f} s until the target is durable; "
+                f"it was {s.frozen_window:.3f} s"
+            )
+        s.data_bytes, s.wire_bytes, s.read_bytes = stats.data, stats.wire, stats.read
+        s.frames = stats.frames
+        report.event("summary", **vars(s))
+
+    def _last_pass(self) -> bool:
+        """One pass over what is dirty; true when it was the last."""
+        c = self._context
+        with c.recorder.step("prove"):
+            verdict = c.tracker.check(quiesced=True)
+        if verdict.state == "busy":
+            raise self._still_written()
+        beside = c.beside(frozen=True)
+        self._doubt = ""
+        with c.recorder.step("last blocks"):
+            sent = c.passes.send(c.hot.all(c.tracker.take()))
+        if beside:
+            with c.recorder.step("repair"):
+                self._compare(c.compare_all(beside), "; ".join(beside))
+            return False
+        if verdict.state in ("complete", "unknown"):
+            c.summary.completeness = verdict.state
+            # A stopped scan has compared everything: once is enough.
+            stopped = c.stops and c.tracker.name == "scan" and not self._unseen()
+            # Unstopped, it sees nothing of what is written behind it.
+            behind = c.tracker.name == "scan" and c.writes.stamp() != self._stamp
+            return stopped or (sent == 0 and not behind)
+        with c.recorder.step("repair"):
+            self._repair(verdict)
+        return False  # prove again, from the new base
+
+    def _repair(self, verdict: Verdict) -> None:
+        """Compare what the tracker may have missed."""
+        c = self._context
+        path = c.source.path
+        self._doubt = str(verdict)
+        # The watchdog undoes what the tracker needs as well.
+        c.deadline.check()
+        repair = c.tracker.repair(quiesced=True)
+        if repair is None:
+            raise DeviceControlError(
+                f"tracking of {path} lost events ({verdict}) and cannot "
+                "tell which; no target was made"
+            )
+        self._compare(repair, f"tracking of {path} could not be proven ({verdict})")
+
+    def _compare(self, repair: Repair, why: str) -> None:
+        """As long as a freeze may last."""
+        c = self._context
+        repairs, left = c.repairs, c.deadline.left
+        if self._may_thaw and c.stops:
+            allowed = self.allowed
+            left = allowed if left is None else min(left, allowed)
+        until = None if left is None else time.monotonic() + left
+        if repairs.run(repair, frozen=True, until=until) is not None:
+            return
+        why += f", and comparing {repair.scope} would take {repairs.seconds_left:.1f} s more"
+        if self._may_thaw:
+            raise FreezeGivenUp(f"{why}, too long for a freeze (--max-freeze)")
+        raise LoopError(
+            f"{why}, which the freeze limit does not allow (--freeze-limit); no target was made. "
+            "A stop that can be undone (--undo, --freeze cgroup:PATH) lets the source run meanwhile"
+        )
+
+    def _still_written(self) -> LoopError:
+        c = self._context
+        if self._doubt:
+            return LoopError(
+                f"tracking of {c.source.path} could not be proven ({self._doubt}), again and "
+                "again; no target was made"
+            )
+        who = "and nothing stops its writer (-F)"
+        if c.stops:
+            who = "although it should be stopped"
+        return LoopError(f"{c.source.path} is still being written {who}; no target was made")
+
+    def _unseen(self) -> bool:
+        lookout = self._context.source.lookout
+        return lookout is not None and lookout.may_be_written_unseen
+
+    def _written(self) -> bool:
+        """The source was written since the last pass began, although something
+        should have stopped that.  So is what somebody else thawed and froze
+        again: a freeze writes back what came in between."""
+        c = self._context
+        if not c.stops:
+            return False
+        # What waits in a page cache becomes a write now, or never.
+        if c.mounts.unfreezable:
+            run_cancellable(c.write_back)
+        else:
+            c.source.write_back()
+        return c.writes.stamp() != self._stamp
+
+
+@contextlib.contextmanager
+def _no_collection() -> Iterator[None]:
+    """Python's garbage can wait until after the freeze."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
