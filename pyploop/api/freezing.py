@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING
 
 from pyploop.api.reporting import make_reporter
 from pyploop.errors import DeviceControlError, LoopError, OpenError, ParameterError
+from pyploop.freeze.deadline import Deadline, Limits
 from pyploop.freeze.filesystems import FileSystems
-from pyploop.freeze.session import Hold, Limits
+from pyploop.freeze.session import Hold
 from pyploop.report.events import Reporter
 from pyploop.system import mount_table, sysblock
 from pyploop.system.sysblock import Mount
@@ -68,7 +69,7 @@ def frozen(
         # It would say what a copy does about one that cannot be frozen.
         systems = FileSystems(_mounts_of(name), Reporter(), plan)
         undo.callback(systems.close)
-        session = Hold((), systems, plan, report)
+        session = Hold((), systems, plan, report, Deadline())
         systems.try_out()
         if systems.unfreezable:
             raise DeviceControlError(

@@ -9,8 +9,9 @@ import os
 
 from pyploop.diskcopy import target_name  # noqa: F401 - registers `part`
 from pyploop.errors import DeviceControlError
-from pyploop.freeze.mounted import in_use, open_at
+from pyploop.freeze.mounted import open_at
 from pyploop.system import kernel, sysblock
+from pyploop.system.claims import is_claimed
 from pyploop.undo import journal, watchdog
 from pyploop.undo.journal import Entry
 
@@ -38,7 +39,7 @@ def thaw(entry: Entry) -> None:
         finally:
             os.close(fd)
     major, _, minor = entry["dev"].partition(":")
-    if major != "0" and not in_use((int(major), int(minor)), wait=0.0):
+    if major != "0" and not is_claimed((int(major), int(minor)), unknown=True):
         return  # a frozen file system keeps its device in use, mounted or not
     raise DeviceControlError(
         f"{entry['mount']} is not mounted there any more, nor elsewhere: mount device "

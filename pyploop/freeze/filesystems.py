@@ -17,9 +17,10 @@ from pyploop.errors import (
     OpenError,
     ParameterError,
 )
-from pyploop.freeze.mounted import FREEZABLE, Mounted, node
+from pyploop.freeze.mounted import FREEZABLE, Mounted
 from pyploop.report.events import Reporter
 from pyploop.system import kernel, sysblock
+from pyploop.system.claims import node
 from pyploop.system.sysblock import CAP_SYS_ADMIN, Mount
 from pyploop.undo.ledger import Held, Plan
 

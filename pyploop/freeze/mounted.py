@@ -8,11 +8,11 @@ import contextlib
 import errno
 import os
 import stat
-import time
 from pathlib import Path
 
 from pyploop.errors import LoopError, OpenError
 from pyploop.system import sysblock
+from pyploop.system.claims import is_claimed
 from pyploop.system.sysblock import Mount
 from pyploop.undo.journal import Entry
 from pyploop.undo.ledger import Held
@@ -101,7 +101,7 @@ class Mounted:
         for point in sysblock.mount_points(dev):
             if self._reopen(point):
                 return
-        if device is not None and not in_use(device):
+        if device is not None and not _is_claimed(device, UNMOUNT_DEADLINE):
             self.gone = True
             return
         if device is not None and self.dev[0] == 0:
@@ -137,7 +137,7 @@ class Mounted:
     def check_gone(self) -> None:
         """LoopError when it is in use again."""
         device = self.device
-        if device is not None and in_use(device, wait=0.0):
+        if device is not None and _is_claimed(device, 0.0):
             raise LoopError(
                 f"the file system of {self.point}, unmounted by what stops the source, was mounted "
                 "again during the last blocks"
@@ -180,29 +180,6 @@ def _number(path: str) -> tuple[int, int] | None:
     return None
 
 
-def in_use(device: tuple[int, int], wait: float = UNMOUNT_DEADLINE) -> bool:
-    """Somebody has claimed the block device: as a mounted file system does, for
-    one.  wait: seconds for that to end."""
-    deadline = time.monotonic() + wait
-    while True:
-        try:
-            os.close(os.open(node(device), os.O_RDONLY | os.O_EXCL | os.O_CLOEXEC))
-        except OSError as e:
-            if e.errno != errno.EBUSY:
-                # Gone, or out of reach: nothing can be mounted from it here.
-                return e.errno not in (errno.ENOENT, errno.ENXIO, errno.ENODEV)
-            if time.monotonic() >= deadline:
-                return True
-            time.sleep(0.005)
-        else:
-            return False
-
-
-def node(device: tuple[int, int]) -> str:
-    """Its name in /dev, as the kernel gives it."""
-    with contextlib.suppress(OSError):
-        text = Path(f"/sys/dev/block/{device[0]}:{device[1]}/uevent").read_text()
-        for line in text.splitlines():
-            if line.startswith("DEVNAME="):
-                return f"/dev/{line.removeprefix('DEVNAME=')}"
-    return f"/dev/block/{device[0]}:{device[1]}"
+def _is_claimed(device: tuple[int, int], wait: float) -> bool:
+    """As a mounted file system claims its device."""
+    return is_claimed(device, wait=wait, unknown=True)

@@ -19,6 +19,7 @@ from pathlib import Path
 
 from pyploop.errors import DeviceControlError, DeviceError, LoopError, OpenError, SysfsError
 from pyploop.system import kernel, sysblock
+from pyploop.system.claims import is_claimed
 from pyploop.system.sysblock import Mount
 from pyploop.undo.ledger import Plan
 from pyploop.usage import users
@@ -208,7 +209,11 @@ class Lookout:
 
     def _claims(self) -> list[Dev]:
         members = [] if self._where is None else self._where.members
-        return [m.device.dev for m in members if users.is_claimed(self._path_of(m), m.device)]
+        return [
+            m.device.dev
+            for m in members
+            if is_claimed(m.device.dev, self._path_of(m), unknown=False)
+        ]
 
     def _attached(self) -> list[User]:
         """Loop devices on a plain file: what is mounted there is not frozen."""

@@ -9,7 +9,6 @@ claims it, so a claim that nothing here explains is a user, too.
 
 from __future__ import annotations
 
-import errno
 import os
 import stat
 import time
@@ -19,6 +18,7 @@ from pathlib import Path
 from typing import Literal
 
 from pyploop.system import kernel, sysblock
+from pyploop.system.claims import is_claimed
 from pyploop.system.sysblock import BlockDevice, Mount
 from pyploop.usage.related_devices import Dev, Member, Reach, partitions
 
@@ -210,13 +210,15 @@ class _Finder:
         if device.dev in self._explained or device.disk_dev in self._explained or _held(device):
             return False
         path = self._path if member is self._reach.members[0] else member.path
-        if not is_claimed(path, device):
+        if not is_claimed(device.dev, path, unknown=False):
             return False
         if device.is_partition:
             return not _held(sysblock.find(device.disk_dev))
         # A partition's claim shows on its disk; those that are members are asked
         # themselves, and the others share no byte with the source.
-        return not any(is_claimed(f"/dev/{part.name}", part) for part in partitions(device))
+        return not any(
+            is_claimed(part.dev, f"/dev/{part.name}", unknown=False) for part in partitions(device)
+        )
 
     def _name_claim(self, member: Member) -> None:
         name = member.device.name
@@ -254,16 +256,6 @@ def _covered(mount: Mount) -> set[Dev]:
         if entry.dev in found:
             found |= sysblock.devices_of(entry)
     return found
-
-
-def is_claimed(path: str, device: BlockDevice) -> bool:
-    """Somebody has the block device for himself: a file system, swap space, a
-    driver on top of it.  False also when nothing can be known."""
-    try:
-        os.close(sysblock.open_device(path, device.dev, os.O_EXCL | os.O_NONBLOCK))
-    except OSError as e:
-        return e.errno == errno.EBUSY
-    return False
 
 
 def _held(device: BlockDevice) -> bool:
