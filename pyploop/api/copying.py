@@ -185,7 +185,7 @@ class Copy:
             undo.callback(source.close)
             tracker = choose(o.tracker, source, o.cluster)
             undo.callback(tracker.stop, False)  # it may have been tried out, and not started
-            if o.protocol == "ploop" and tracker.name == "ploop":
+            if o.protocol == "ploop" and tracker.drains_like_ploop:
                 # The C tool reads the driver's marks until there are none, once.
                 options.policy = replace(options.policy, max_rounds=1, patience=0)
             self._sender = Sender(source, tracker, out, options, self._report)

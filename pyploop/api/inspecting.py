@@ -279,7 +279,7 @@ def _of_device(path: str) -> Report:
     report = _empty(path, "device")
     source = _put_device(report, path)
     report.update(format=source.image_format, size=source.size)
-    if source.kind == "ploop":
+    if source.is_image:
         report["cluster"] = source.cluster
         found = image.inspect(source.image, source_format(source), OpenError)
         _put_image(report, found)
@@ -376,7 +376,7 @@ def _device(source: Source) -> Report:
 
 
 def _backing_file(source: Source, block: BlockDevice | None) -> str | None:
-    if source.kind == "ploop":
+    if source.is_image:
         return source.image
     if block is None or not block.disk.startswith("loop"):
         return None

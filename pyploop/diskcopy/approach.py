@@ -70,7 +70,7 @@ class Approach:
         to be too long, not ended when the limit passes."""
         c = self._context
         limit = c.options.freeze_limit
-        if c.tracker.name != "scan" or not c.mounts or not limit:
+        if not c.tracker.compares_everything or not c.mounts or not limit:
             return
         if f.total > Limits.of(limit).own:
             c.mounts.cool_down()

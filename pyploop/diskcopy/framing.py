@@ -44,7 +44,7 @@ class Framing:
         """Bytes of the largest frame; a multiple of `unit`."""
         if self.as_ploop:
             return max(min(source.cluster, MAX_CLUSTER) // unit, 1) * unit
-        if source.kind == "ploop":
+        if source.is_image:
             return min(max(source.cluster, MIB), MAX_CLUSTER)
         # In pieces that stay in the core's cache; the peer then writes in such
         # pieces too, which needs no large folios.

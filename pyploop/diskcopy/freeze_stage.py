@@ -111,7 +111,7 @@ class FreezeStage:
         c = self._context
         options, step = c.options, c.recorder.step
         c.passes.limit(running=False)
-        scanned = c.tracker.name == "scan" and not c.mounts
+        scanned = c.tracker.compares_everything and not c.mounts
         limits = None
         if options.freeze_limit and c.stops and not scanned:
             # A scan compares all there is after the stop: as long as it takes.
@@ -228,9 +228,9 @@ class FreezeStage:
         if verdict.state in ("complete", "unknown"):
             c.summary.completeness = verdict.state
             # A stopped scan has compared everything: once is enough.
-            stopped = c.stops and c.tracker.name == "scan" and not self._unseen()
+            stopped = c.stops and c.tracker.compares_everything and not self._unseen()
             # Unstopped, it sees nothing of what is written behind it.
-            behind = c.tracker.name == "scan" and c.writes.stamp() != self._stamp
+            behind = c.tracker.compares_everything and c.writes.stamp() != self._stamp
             return stopped or (sent == 0 and not behind)
         with c.recorder.step("repair"):
             self._repair(verdict)

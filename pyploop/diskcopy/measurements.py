@@ -49,7 +49,7 @@ class Measurements:
         large = [(n, s) for n, s in self._target_times if n >= MEANINGFUL][-4:]
         quick = [s for _, s in self._target_times[-4:]]
         fixed = Costs.fixed
-        if c.tracker.name == "scan" and self.rounds:
+        if c.tracker.compares_everything and self.rounds:
             fixed = self.rounds[-1].seconds  # it reads everything, whatever was dirtied
         freeze = COLD_FREEZE if c.out.framing.exact else Costs.freeze
         costs = Costs(

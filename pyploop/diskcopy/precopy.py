@@ -82,7 +82,7 @@ class PreCopy:
             c.passes.window_start = start
         with c.recorder.step("first pass"):
             flags = _core.PASS_LAST | (_core.PASS_HOOK if self._hooked else 0)
-            if c.tracker.name != "scan" and c.out.end_is_answered:
+            if not c.tracker.compares_everything and c.out.end_is_answered:
                 # What changes under way is marked; a scan would have to know
                 # what exactly was sent.  And a page that nobody has read by the
                 # end would show what is written after the thaw.

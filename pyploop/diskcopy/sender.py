@@ -111,7 +111,7 @@ class Sender:
         report.info(f"Source: {source.path}, {format_size(source.size)}, read by {source.io_mode}")
         report.info(f"Tracker: {self._tracker.name} ({self._tracker.why})")
         self._tell_users()
-        if source.kind == "ploop" and not source.mounts:
+        if source.must_be_mounted and not source.mounts:
             raise OpenError(f"{source.path} has no mount point, so it cannot be frozen")
         with contextlib.ExitStack() as undo:
             self._context = context = self._open(undo)

@@ -69,6 +69,18 @@ class Source:
         self._owned.close()
 
     @property
+    def is_image(self) -> bool:
+        """What is copied is the image file `image` below a device, in its clusters:
+        the top delta of a ploop device, whose driver tracks the bytes of that file."""
+        return self.kind == "ploop"
+
+    @property
+    def must_be_mounted(self) -> bool:
+        """It can be copied only while a file system on it can be frozen.  Of a ploop
+        device nothing else stops all writes to its image."""
+        return self.kind == "ploop"
+
+    @property
     def queue(self) -> BlockDevice | None:
         """The block device, and the part of it, that all writes to the source pass:
         the source's own, or that on which it lies."""

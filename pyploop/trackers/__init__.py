@@ -84,6 +84,12 @@ class Tracker(Protocol):
     """The pump must keep hashes of what it sent."""
     stop_before_end: bool
     """`stop` may refuse, when blocks are unread: so it comes before END."""
+    compares_everything: bool
+    """It sees no writes.  Each `take` hands out the whole source, to be compared by
+    hash: so it takes as long as reading all of it, also inside the freeze."""
+    drains_like_ploop: bool
+    """Each `take` goes on until nothing is dirty, as the only round of the C tool
+    does."""
 
     def start(self, plan: Plan | None = None) -> None:
         """Begin to track, before the first block is read.  plan: for what

@@ -68,6 +68,8 @@ class BpfTracker:
     name = "bpf"
     needs_hashes = True
     stop_before_end = False
+    compares_everything = False
+    drains_like_ploop = False
 
     def __init__(self, source: Source, why: str = "asked for") -> None:
         if source.queue is None:

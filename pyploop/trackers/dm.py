@@ -50,6 +50,8 @@ class DmTracker:
     name = "dm"
     needs_hashes = False
     stop_before_end = True
+    compares_everything = False
+    drains_like_ploop = False
 
     def __init__(self, source: Source, why: str = "asked for", run: Run = dmsetup) -> None:
         self.why = why

@@ -27,6 +27,8 @@ class PloopTracker:
     name = "ploop"
     needs_hashes = False
     stop_before_end = True
+    compares_everything = False
+    drains_like_ploop = True
 
     def __init__(self, source: Source, why: str = "asked for") -> None:
         if source.kind != "ploop":

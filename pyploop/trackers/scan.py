@@ -31,6 +31,8 @@ class ScanTracker:
     name = "scan"
     needs_hashes = True
     stop_before_end = False
+    compares_everything = True
+    drains_like_ploop = False
 
     def __init__(self, source: Source, why: str = "asked for") -> None:
         self._source = source

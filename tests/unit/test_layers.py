@@ -162,6 +162,20 @@ def test_only_one_module_knows_the_cffi_module() -> None:
     assert [name for name in GRAPH if "_kernel" in ours(name)] == ["system.kernel"]
 
 
+def test_only_their_own_packages_know_trackers_and_sources_by_name() -> None:
+    asks = []
+    for path in PACKAGE.rglob("*.py"):
+        if path.relative_to(PACKAGE).parts[0] in ("trackers", "disks"):
+            continue
+        for node in ast.walk(ast.parse(path.read_text())):
+            if not (isinstance(node, ast.Compare) and isinstance(node.left, ast.Attribute)):
+                continue
+            words = {c.value for c in node.comparators if isinstance(c, ast.Constant)}
+            if node.left.attr in ("name", "kind") and words & {"bpf", "ploop", "dm", "scan"}:
+                asks.append(f"{name_of(path)}:{node.lineno}")
+    assert asks == []
+
+
 @pytest.mark.parametrize("name", PURE)
 def test_what_decides_or_formats_does_no_io(name: str) -> None:
     assert GRAPH[name] & IO == set()

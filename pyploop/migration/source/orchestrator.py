@@ -124,7 +124,7 @@ def migrate(host: HostConfig, runtime: Runtime, wish: Wish, report: Reporter) ->
     disks = runtime.disks(source=True)
     with opened(disks) as sources, connect(host, wish, report) as remote:
         copied = runtime.copied(disks)
-        facts["images"] = [s.size if s.kind != "ploop" else 0 for s in sources]
+        facts["images"] = [0 if s.is_image else s.size for s in sources]
         sizes = [_allocated(s.sparse_fd if s.sparse_fd is not None else s.fd) for s in sources]
         checked = remote.call(
             "check",
