@@ -37,7 +37,7 @@ class Approach:
             self._precopy.look_around(last=True)
         if not c.stops:
             return
-        c.hold.prepare()
+        c.session.prepare()
         for attempt in itertools.count(1):
             how = self.sync_target()
             # What was dirtied meanwhile must not wait for the freeze.

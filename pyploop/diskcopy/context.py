@@ -14,7 +14,7 @@ from pyploop.disks.source import Source
 from pyploop.disks.write_counters import Writes
 from pyploop.freeze import FileSystems
 from pyploop.freeze.deadline import Deadline
-from pyploop.freeze.session import Hold
+from pyploop.freeze.session import FreezeSession
 from pyploop.report.events import Reporter
 from pyploop.report.timeline import Recorder
 from pyploop.trackers import Repair, Tracker, whole
@@ -32,7 +32,7 @@ class Context:
     report: Reporter
     plan: Plan
     mounts: FileSystems
-    hold: Hold
+    session: FreezeSession
     passes: Passes
     writes: Writes
     """Whether the source was written, by the kernel's accounting."""
@@ -49,7 +49,7 @@ class Context:
     @property
     def stops(self) -> bool:
         """Something will be frozen or stopped."""
-        return bool(self.hold)
+        return bool(self.session)
 
     def write_back(self) -> None:
         """What is dirty in page caches becomes writes, which trackers see."""

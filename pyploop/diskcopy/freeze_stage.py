@@ -58,11 +58,11 @@ class FreezeStage:
         report, step = c.report, c.recorder.step
         report.event("phase", phase="frozen", bytes=None)
         before = c.passes.stats.data
-        with contextlib.ExitStack() as held:
-            held.callback(self._run_on)
-            held.enter_context(report.held())
-            held.enter_context(c.hold.undone())
-            held.enter_context(_no_collection())
+        with contextlib.ExitStack() as freeze:
+            freeze.callback(self._run_on)
+            freeze.enter_context(report.held())
+            freeze.enter_context(c.session.undo_on_failure())
+            freeze.enter_context(_no_collection())
             c.recorder.stage = "frozen"
             self._stop_and_freeze()
             try:
@@ -75,10 +75,10 @@ class FreezeStage:
                     what = "the target is complete, but the command before the thaw"
                     run_command(c.options.before_thaw, what, c.deadline.left)
             with step("thaw"):
-                c.hold.complete()
+                c.session.complete()
                 if self._written():
                     raise newer("was written during the last steps")
-                c.hold.release(c.options.resume)
+                c.session.release(c.options.resume)
             c.recorder.stage = "running"
             self._stop_watching()
             self._tell(c.passes.stats.data - before)
@@ -96,7 +96,7 @@ class FreezeStage:
     def _undo_to_go_on(self, why: FreezeGivenUp) -> None:
         """Fails when something is left as it is: the source does not run then."""
         c = self._context
-        if left := c.hold.undo():
+        if left := c.session.undo():
             raise LoopError("; ".join([f"{why}; no target was made", *left])) from why
         c.plan.watch()  # what went past the limit is no freeze to begin again
 
@@ -117,19 +117,19 @@ class FreezeStage:
             # A scan compares all there is after the stop: as long as it takes.
             limits = Limits.of(options.freeze_limit)
         with step("stop command") if c.options.stop_specs else contextlib.nullcontext():
-            c.hold.stop(limits)
+            c.session.stop(limits)
         if options.throttle is not None:
             options.throttle.remove()
-            c.hold.watch()
+            c.session.watch()
         with step("source sync"):
             run_cancellable(c.write_back)
-            c.hold.watch()
+            c.session.watch()
         with step("freeze"):
             c.mounts.freeze()
             # What the freeze itself wrote to a loop device on top of the source; and
             # what somebody wrote through a device since the sync.
             c.source.write_back()
-            c.hold.watch()
+            c.session.watch()
 
     def last_blocks(self, may_thaw: bool = False) -> None:
         """Send what is dirty until nothing is, and no event is missing.
@@ -147,7 +147,7 @@ class FreezeStage:
             raise self._still_written()
         with c.recorder.step("prove"):
             c.source.check_same()
-            c.hold.check()
+            c.session.check()
             if self._written():
                 raise self._still_written()
 
@@ -163,12 +163,12 @@ class FreezeStage:
             if c.source.image_format == "ploop1":
                 c.out.header(pump, clear_in_use(start))
         with step("prove"):
-            c.hold.commit()
+            c.session.commit()
             if self._written():
                 raise self._still_written()
         with step("target commit"):
             size = c.source.size
-            c.out.before_end = c.hold.before_end
+            c.out.before_end = c.session.before_end
             c.summary.acknowledged = c.out.finish(pump, size, start[:4])
         if c.summary.acknowledged == "acknowledged":
             c.recorder.remote(c.out.heard)

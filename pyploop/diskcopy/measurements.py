@@ -53,7 +53,7 @@ class Measurements:
             fixed = self.rounds[-1].seconds  # it reads everything, whatever was dirtied
         freeze = COLD_FREEZE if c.out.framing.exact else Costs.freeze
         costs = Costs(
-            stop=c.hold.expected,
+            stop=c.session.expected,
             freeze=0.0 if not c.mounts else self.freeze_time or freeze,
             target=min(quick) if quick else Costs.target,
             target_rate=sum(n for n, _ in large) / sum(s for _, s in large) if large else 0.0,

@@ -33,7 +33,7 @@ from pyploop.disks.source import Source
 from pyploop.disks.write_counters import Writes
 from pyploop.errors import DeviceControlError, OpenError
 from pyploop.freeze import FileSystems
-from pyploop.freeze.session import Hold
+from pyploop.freeze.session import FreezeSession
 from pyploop.report.events import Reporter
 from pyploop.report.slow_steps import Patience
 from pyploop.report.timeline import Recorder
@@ -90,7 +90,7 @@ class Sender:
             self.prepare_freeze()
             try:
                 with self.frozen():
-                    self.last_blocks(may_thaw=self._context.hold.can_undo)
+                    self.last_blocks(may_thaw=self._context.session.can_undo)
                     self.finish()
                 return
             except FreezeGivenUp as e:
@@ -133,7 +133,7 @@ class Sender:
         mounts = FileSystems(source.mounts, report, plan)
         undo.callback(mounts.close)
         undo.callback(Patience(recorder, report, source.path).close)
-        hold = Hold(options.stop_specs, mounts, plan, report, out.deadline)
+        session = FreezeSession(options.stop_specs, mounts, plan, report, out.deadline)
         writes = Writes(source)
         undo.callback(writes.close)
         passes = self._passes
@@ -145,7 +145,7 @@ class Sender:
             report,
             plan=plan,
             mounts=mounts,
-            hold=hold,
+            session=session,
             passes=passes,
             writes=writes,
             hot=HotBlocks(source.size),
@@ -170,7 +170,7 @@ class Sender:
     def _greet(self) -> None:
         """Find out about the peer; the target may be touched after that."""
         c = self._context
-        if c.hold:
+        if c.session:
             c.plan.launch()
         c.passes.greet()
         separate_target.check(c.source, c.mounts.points, c.out)  # as the peer has told

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Everything that is held for the last blocks: stopped in the order given, the
-file systems frozen last, undone in reverse.
+"""The freeze of one copy: its stops in the order given, its file systems last.
+Everything is undone in reverse order.
 
 How long: `Deadline`.  This process gives up first, the watchdog a little later;
 once the end of the stream may be sent, the watchdog waits until the hard limit
@@ -30,8 +30,8 @@ def newer(why: str) -> LoopError:
     return LoopError(f"the target is complete, but the source {why}: it is the newer one")
 
 
-class Hold:
-    """What is held for one copy."""
+class FreezeSession:
+    """What is stopped and frozen for one copy."""
 
     def __init__(
         self,
@@ -102,16 +102,16 @@ class Hold:
             self._plan.settle()
 
     def watch(self) -> None:
-        """What has been held since `stop` has not been undone, as far as is
-        known without a question: what Plan.watch raises."""
+        """Raises what Plan.watch raises: the watchdog has thawed, or died.  It is not
+        asked, so this costs nothing."""
         self._plan.watch()
 
     def check(self) -> None:
         """Everything is still stopped and frozen, as far as can be seen."""
         self._plan.watch()
-        self._check_held()
+        self._check_stopped()
 
-    def _check_held(self) -> None:
+    def _check_stopped(self) -> None:
         for stopper in self._begun:
             stopper.check()
         self._mounts.check_frozen()
@@ -129,19 +129,19 @@ class Hold:
         self._plan.in_time()
 
     def complete(self) -> None:
-        """The target is complete: the limit ends.  LoopError when the source
-        has not been held until now."""
+        """The target is complete: the limit ends.  LoopError when the source may
+        have run before now."""
         self._plan.take_over()
         try:
             self._plan.watch()
         except LoopError:
             raise newer("has been running again since the limit passed") from None
         except DeviceControlError:
-            # Nobody would undo for us any more; whether it has held until here
-            # is looked at below.
+            # No watchdog is left to undo.  Whether all is still stopped and frozen
+            # is checked below.
             self._report.info("The thaw watchdog died during the last steps")
         try:
-            self._check_held()
+            self._check_stopped()
         except LoopError as e:
             raise newer(f"may have been running again ({e})") from None
 
@@ -179,9 +179,9 @@ class Hold:
         return []
 
     @contextlib.contextmanager
-    def undone(self) -> Iterator[None]:
-        """The body holds; all is undone after it, unless it was released.
-        What is left is added to the failure's message."""
+    def undo_on_failure(self) -> Iterator[None]:
+        """When the body fails, all is undone.  What could not be undone is added to
+        the failure's message."""
         try:
             yield
         except BaseException as e:

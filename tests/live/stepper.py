@@ -27,7 +27,7 @@ from pyploop.diskcopy.sender import Sender
 from pyploop.diskcopy.source_pump import Passes
 from pyploop.freeze.cgroup import CgroupStopper
 from pyploop.freeze.filesystems import FileSystems
-from pyploop.freeze.session import Hold
+from pyploop.freeze.session import FreezeSession
 from pyploop.trackers.bpf import BpfTracker
 
 AFTER = 1
@@ -38,22 +38,22 @@ STEPS: dict[str, tuple[type, str, int, str]] = {
     "first pass sent": (PreCopy, "first_pass", AFTER, ""),
     "round": (PreCopy, "round", 0, ""),
     "source synced": (FileSystems, "sync", AFTER, ""),
-    "watchdog ready": (Hold, "prepare", AFTER, ""),
+    "watchdog ready": (FreezeSession, "prepare", AFTER, ""),
     "target synced": (Approach, "sync_target", AFTER, "watchdog ready"),
     "warm-up": (FileSystems, "freeze", AFTER, "watchdog ready"),
-    "stop begins": (Hold, "stop", 0, ""),
+    "stop begins": (FreezeSession, "stop", 0, ""),
     "cgroup frozen": (CgroupStopper, "stop", AFTER, ""),
     "stopped source synced": (FileSystems, "sync", AFTER, "cgroup frozen"),
     "freeze begins": (FileSystems, "freeze", 0, "cgroup frozen"),
     "frozen": (FileSystems, "freeze", AFTER, "cgroup frozen"),
     "proving": (BpfTracker, "check", 0, "frozen"),
     "last blocks sent": (Sender, "last_blocks", AFTER, ""),
-    "END may go": (Hold, "commit", AFTER, ""),
+    "END may go": (FreezeSession, "commit", AFTER, ""),
     "END begins": (StreamOutput, "finish", 0, "END may go"),
     "END sent": (StreamOutput, "_answer", 0, "END may go"),
     "acknowledged": (Sender, "finish", AFTER, ""),
     "thawed": (FileSystems, "thaw", AFTER, "acknowledged"),
-    "released": (Hold, "release", AFTER, ""),
+    "released": (FreezeSession, "release", AFTER, ""),
 }
 SINCE = {"": 0}
 """Steps that have been reached."""

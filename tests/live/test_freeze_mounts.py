@@ -30,7 +30,7 @@ from support_live import Copied, comparison, copy, file_system, partition, spars
 from pyploop.errors import BusyError
 from pyploop.freeze import FileSystems, filesystems
 from pyploop.freeze.deadline import Deadline, Limits
-from pyploop.freeze.session import Hold
+from pyploop.freeze.session import FreezeSession
 from pyploop.freeze.stoppers import Spec
 from pyploop.report.events import Reporter
 from pyploop.system.sysblock import Mount
@@ -191,16 +191,16 @@ def test_after_an_undo_the_file_system_that_is_mounted_again_is_frozen_again(
     with contextlib.closing(Plan("a test", Reporter())) as plan:
         systems = FileSystems([Mount(str(m), "ext4", device)], Reporter(), plan)
         command = Spec("cmd", f"umount {m}", f"mount {device} {m}")
-        hold = Hold([command], systems, plan, Reporter(), Deadline())
+        session = FreezeSession([command], systems, plan, Reporter(), Deadline())
         try:
             for _ in range(2):
-                hold.prepare()
-                hold.stop(Limits.of(60))
+                session.prepare()
+                session.stop(Limits.of(60))
                 systems.sync()
                 systems.freeze()
-                hold.check()
+                session.check()
                 assert not os.path.ismount(m)
-                assert hold.undo() == [] and os.path.ismount(m)
+                assert session.undo() == [] and os.path.ismount(m)
             systems.freeze()
             assert is_frozen(m)
         finally:
