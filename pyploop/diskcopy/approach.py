@@ -53,7 +53,7 @@ class Approach:
                 break
             c.mounts.cool_down()
             measurements.freeze_time = None  # the next rehearsal may find another
-            c.passes.pause(RETRY)
+            c.source_pump.pause(RETRY)
         f = self._forecast()
         self._check_scan(f)
         c.summary.predicted = f.total
@@ -63,7 +63,7 @@ class Approach:
     @property
     def _unsynced(self) -> int:
         """Bytes sent since the target's last sync."""
-        return self._context.passes.stats.data - self._sent_at_sync
+        return self._context.source_pump.stats.data - self._sent_at_sync
 
     def _check_scan(self, f: Forecast) -> None:
         """A scan compares everything inside the freeze: refused when that is known
@@ -84,7 +84,7 @@ class Approach:
         that can be known: the answer says how (`Output.sync`)."""
         c, measurements = self._context, self._measurements
         c.report.event("phase", phase="sync", bytes=None)
-        sent, unsynced = c.passes.stats.data, self._unsynced
+        sent, unsynced = c.source_pump.stats.data, self._unsynced
         start = time.monotonic()
         with c.recorder.step("target sync"):
             how = self._ask_to_sync(waiting=not measurements.target_was_synced)
@@ -104,7 +104,7 @@ class Approach:
 
     def _ask_to_sync(self, waiting: bool) -> str:
         c = self._context
-        how = c.out.sync(c.passes.pump, waiting=waiting, start=c.passes.first_bytes(4))
+        how = c.out.sync(c.source_pump.pump, waiting=waiting, start=c.source_pump.first_bytes(4))
         c.recorder.remote(c.out.heard)
         return how
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pyploop.diskcopy.hot_blocks import HotBlocks
 from pyploop.diskcopy.options import Options, Summary
 from pyploop.diskcopy.repairs import Repairs
-from pyploop.diskcopy.source_pump import Passes
+from pyploop.diskcopy.source_pump import SourcePump
 from pyploop.diskcopy.target import Output
 from pyploop.disks.source import Source
 from pyploop.disks.write_counters import Writes
@@ -33,7 +33,7 @@ class Context:
     plan: Plan
     mounts: FileSystems
     session: FreezeSession
-    passes: Passes
+    source_pump: SourcePump
     writes: Writes
     """Whether the source was written, by the kernel's accounting."""
     hot: HotBlocks

@@ -57,7 +57,7 @@ class FreezeStage:
         c = self._context
         report, step = c.report, c.recorder.step
         report.event("phase", phase="frozen", bytes=None)
-        before = c.passes.stats.data
+        before = c.source_pump.stats.data
         with contextlib.ExitStack() as freeze:
             freeze.callback(self._run_on)
             freeze.enter_context(report.held())
@@ -81,7 +81,7 @@ class FreezeStage:
                 c.session.release(c.options.resume)
             c.recorder.stage = "running"
             self._stop_watching()
-            self._tell(c.passes.stats.data - before)
+            self._tell(c.source_pump.stats.data - before)
 
     def _stop_watching(self) -> None:
         """Ending a watch (fanotify, inotify) waits for a grace period of the kernel,
@@ -104,13 +104,13 @@ class FreezeStage:
         """After the freeze the source runs, and nothing is in a hurry."""
         c = self._context
         c.recorder.stage = "running"
-        c.passes.limit(running=True)
+        c.source_pump.limit(running=True)
         c.deadline.clear()
 
     def _stop_and_freeze(self) -> None:
         c = self._context
         options, step = c.options, c.recorder.step
-        c.passes.limit(running=False)
+        c.source_pump.limit(running=False)
         scanned = c.tracker.compares_everything and not c.mounts
         limits = None
         if options.freeze_limit and c.stops and not scanned:
@@ -155,9 +155,9 @@ class FreezeStage:
         """The end of the image; returns when the target is durable, as far as
         that can be known (`summary.acknowledged`)."""
         c = self._context
-        pump, step = c.passes.pump, c.recorder.step
+        pump, step = c.source_pump.pump, c.recorder.step
         with step("last blocks"):
-            start = c.passes.first_bytes(c.out.header_size)
+            start = c.source_pump.first_bytes(c.out.header_size)
             if c.tracker.stop_before_end:
                 c.tracker.stop(True)
             if c.source.image_format == "ploop1":
@@ -176,8 +176,8 @@ class FreezeStage:
     def _tell(self, sent: int) -> None:
         """The summary's figures, and the events about them."""
         c = self._context
-        s, report, stats = c.summary, c.report, c.passes.stats
-        c.passes.tell_notes()
+        s, report, stats = c.summary, c.report, c.source_pump.stats
+        c.source_pump.tell_notes()
         s.frozen = c.recorder.seconds("frozen")
         s.frozen_remote = c.recorder.seconds("frozen", "target")
         s.frozen_total = sum(s.frozen.values())
@@ -220,7 +220,7 @@ class FreezeStage:
         beside = c.beside(frozen=True)
         self._doubt = ""
         with c.recorder.step("last blocks"):
-            sent = c.passes.send(c.hot.all(c.tracker.take()))
+            sent = c.source_pump.send(c.hot.all(c.tracker.take()))
         if beside:
             with c.recorder.step("repair"):
                 self._compare(c.compare_all(beside), "; ".join(beside))

@@ -53,11 +53,11 @@ class PreCopy:
         """Leave out of the first pass what the target has kept and is the same.
         What is written from now on is marked, and goes in a round."""
         c = self._context
-        c.passes.window_start = time.monotonic()
+        c.source_pump.window_start = time.monotonic()
         c.report.event("phase", phase="comparing", bytes=None)
         self._hooked = c.tracker.mark_all()
         with c.recorder.step("compare"):
-            self._same, found = c.passes.compare(digests)
+            self._same, found = c.source_pump.compare(digests)
         c.summary.reused_bytes = found.same
         return found
 
@@ -65,7 +65,7 @@ class PreCopy:
         """All data of the source, and what may not be zero at the target; without
         what it has kept."""
         c, measurements = self._context, self._measurements
-        data, holes = c.passes.parts()
+        data, holes = c.source_pump.parts()
         if self._same is not None:
             data = _without(data, self._same)
         size = c.source.size
@@ -79,7 +79,7 @@ class PreCopy:
         c.report.event("phase", phase="first pass", bytes=extents.bytes)
         start = time.monotonic()
         if self._same is None:
-            c.passes.window_start = start
+            c.source_pump.window_start = start
         with c.recorder.step("first pass"):
             flags = _core.PASS_LAST | (_core.PASS_HOOK if self._hooked else 0)
             if not c.tracker.compares_everything and c.out.end_is_answered:
@@ -87,10 +87,10 @@ class PreCopy:
                 # what exactly was sent.  And a page that nobody has read by the
                 # end would show what is written after the thaw.
                 flags |= _core.PASS_LIVE
-            sent = c.passes.send([Batch(extents)], flags)
+            sent = c.source_pump.send([Batch(extents)], flags)
             if holes:
                 # The target may hold something there (Output.prepare).
-                sent += c.passes.send([Batch(Extents.of(holes), holes=True)])
+                sent += c.source_pump.send([Batch(Extents.of(holes), holes=True)])
         measurements.first_end = time.monotonic()
         seconds = measurements.first_end - start
         c.summary.first_pass = seconds
@@ -116,7 +116,7 @@ class PreCopy:
         beside = c.beside()
         after = c.tracker.pending()
         batches = c.tracker.take()
-        window_start, c.passes.window_start = c.passes.window_start, time.monotonic()
+        window_start, c.source_pump.window_start = c.source_pump.window_start, time.monotonic()
         dirty = None
         if not any(b.changed for b in batches):
             dirty = sum(b.extents.bytes for b in batches)
@@ -125,7 +125,7 @@ class PreCopy:
         total = sum(b.extents.bytes for b in batches)
         c.report.event("phase", phase=f"round {number}", bytes=total)
         send_start = time.monotonic()
-        sent = c.passes.send(batches)
+        sent = c.source_pump.send(batches)
         end = time.monotonic()
         c.recorder.add(f"round {number}", send_start, end)
         verdict = c.tracker.check(quiesced=False)
@@ -226,7 +226,7 @@ class PreCopy:
             if decision.throttle and c.options.throttle is not None:
                 c.options.throttle.apply()
             if pause := RETRY if decision.freeze else decision.pause:
-                c.passes.pause(pause)
+                c.source_pump.pause(pause)
             paused = bool(decision.pause)
             self.round(last, paused)
         c.report.info(

@@ -13,7 +13,7 @@ from collections.abc import Iterator
 
 from pyploop._core import Extents
 from pyploop.diskcopy.options import Summary
-from pyploop.diskcopy.source_pump import Passes
+from pyploop.diskcopy.source_pump import SourcePump
 from pyploop.errors import LoopError
 from pyploop.report.events import Reporter
 from pyploop.trackers import Batch, Repair
@@ -33,10 +33,10 @@ class Repairs:
     """Of one copy."""
 
     def __init__(
-        self, passes: Passes, report: Reporter, summary: Summary, *, limited: bool = False
+        self, source_pump: SourcePump, report: Reporter, summary: Summary, *, limited: bool = False
     ) -> None:
         """limited: while running, --bwlimit decides the rate."""
-        self._passes, self._report, self._summary = passes, report, summary
+        self._source_pump, self._report, self._summary = source_pump, report, summary
         self._limited = limited
         self.rate = 0.0
         """Bytes per second that were read and compared last; 0: not known."""
@@ -64,7 +64,7 @@ class Repairs:
             if until is not None and self.rate and time.monotonic() + rest / self.rate > until:
                 self.left = Repair(parts[n:], repair.scope)
                 break
-            sent += self._passes.send([part])
+            sent += self._source_pump.send([part])
             rest -= costs[n]
             compared += costs[n]
             if compared >= MEANINGFUL and (frozen or not self._limited):

@@ -27,7 +27,7 @@ from pyploop.diskcopy.measurements import Measurements
 from pyploop.diskcopy.options import Options, Summary
 from pyploop.diskcopy.precopy import PreCopy
 from pyploop.diskcopy.repairs import FreezeGivenUp, Repairs
-from pyploop.diskcopy.source_pump import Passes
+from pyploop.diskcopy.source_pump import SourcePump
 from pyploop.diskcopy.target import Output
 from pyploop.disks.source import Source
 from pyploop.disks.write_counters import Writes
@@ -62,7 +62,7 @@ class Sender:
     ) -> None:
         self._source, self._tracker, self._out = source, tracker, out
         self._options, self._report = options, report
-        self._passes = Passes(source, tracker, out, options, report)
+        self._source_pump = SourcePump(source, tracker, out, options, report)
         self._undo = contextlib.ExitStack()
         self.recorder = Recorder()
         self.summary = Summary(
@@ -136,7 +136,7 @@ class Sender:
         session = FreezeSession(options.stop_specs, mounts, plan, report, out.deadline)
         writes = Writes(source)
         undo.callback(writes.close)
-        passes = self._passes
+        source_pump = self._source_pump
         return Context(
             source,
             tracker,
@@ -146,10 +146,10 @@ class Sender:
             plan=plan,
             mounts=mounts,
             session=session,
-            passes=passes,
+            source_pump=source_pump,
             writes=writes,
             hot=HotBlocks(source.size),
-            repairs=Repairs(passes, report, self.summary, limited=bool(options.rate)),
+            repairs=Repairs(source_pump, report, self.summary, limited=bool(options.rate)),
             summary=self.summary,
             recorder=recorder,
         )
@@ -172,10 +172,10 @@ class Sender:
         c = self._context
         if c.session:
             c.plan.launch()
-        c.passes.greet()
+        c.source_pump.greet()
         separate_target.check(c.source, c.mounts.points, c.out)  # as the peer has told
-        c.passes.watch_room()
-        c.passes.begin()
+        c.source_pump.watch_room()
+        c.source_pump.begin()
         self.summary.dialect = c.out.dialect
         c.report.info(f"Dialect: {c.out.dialect}")
         c.recorder.remote(c.out.heard)
@@ -203,7 +203,7 @@ class Sender:
 
     def cancel(self) -> None:
         """From any thread: the step that runs, and each one after it, fails."""
-        self._passes.cancel()
+        self._source_pump.cancel()
 
     # ---- running
 
@@ -228,7 +228,7 @@ class Sender:
     @property
     def sent(self) -> int:
         """Bytes of payload so far."""
-        return self._context.passes.stats.data
+        return self._context.source_pump.stats.data
 
     def sync_target(self) -> str:
         """What was sent is durable at the target when this returns, as far as

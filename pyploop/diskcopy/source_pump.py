@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Passes over parts of the source: what the sender has its pump do.
+"""The source pump: passes over parts of the source, from its disk to the output.
 
 Invariant: clear, then read (the tracker hands out and clears, the pump reads
 after that).
@@ -46,8 +46,8 @@ HASH_MEMORY = 16 * MIB
 """Bytes of hashes above which a hash covers more than a block (at most 64 KiB)."""
 
 
-class Passes:
-    """The pump from one source to one output, and what stops it."""
+class SourcePump:
+    """The native pump (`pump`) from one source to one output, and what stops it."""
 
     def __init__(
         self, source: Source, tracker: Tracker, out: Output, options: Options, report: Reporter

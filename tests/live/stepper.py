@@ -24,7 +24,7 @@ from pyploop.diskcopy.approach import Approach
 from pyploop.diskcopy.d1_target import StreamOutput
 from pyploop.diskcopy.precopy import PreCopy
 from pyploop.diskcopy.sender import Sender
-from pyploop.diskcopy.source_pump import Passes
+from pyploop.diskcopy.source_pump import SourcePump
 from pyploop.freeze.cgroup import CgroupStopper
 from pyploop.freeze.filesystems import FileSystems
 from pyploop.freeze.session import FreezeSession
@@ -33,7 +33,7 @@ from pyploop.trackers.bpf import BpfTracker
 AFTER = 1
 STEPS: dict[str, tuple[type, str, int, str]] = {
     # name: (class, method, before or AFTER it, since which other step)
-    "greeting": (Passes, "greet", 0, ""),
+    "greeting": (SourcePump, "greet", 0, ""),
     "first pass begins": (PreCopy, "first_pass", 0, ""),
     "first pass sent": (PreCopy, "first_pass", AFTER, ""),
     "round": (PreCopy, "round", 0, ""),

@@ -17,7 +17,7 @@ from support_live import copy, file_system, random_file, sparse_file, work_dir
 
 from pyploop.diskcopy.options import Options
 from pyploop.diskcopy.sender import Sender
-from pyploop.diskcopy.source_pump import Passes
+from pyploop.diskcopy.source_pump import SourcePump
 from pyploop.diskcopy.target_file import Sink
 from pyploop.diskcopy.target_registry import FileOutput
 from pyploop.disks.opening import open_source
@@ -45,16 +45,16 @@ def scan(source: str, target: Path, options: Options) -> None:
 
 def behind_it(monkeypatch: pytest.MonkeyPatch, write: Callable[[], None], times: int) -> None:
     """So often, write to what a scan has just read and found unchanged."""
-    send, left = Passes.send, [times]
+    send, left = SourcePump.send, [times]
 
-    def send_and_write(self: Passes, batches: list[Batch], flags: int = 0) -> int:
+    def send_and_write(self: SourcePump, batches: list[Batch], flags: int = 0) -> int:
         sent = send(self, batches, flags)
         if any(b.changed for b in batches) and not sent and left[0]:
             left[0] -= 1
             write()
         return sent
 
-    monkeypatch.setattr(Passes, "send", send_and_write)
+    monkeypatch.setattr(SourcePump, "send", send_and_write)
 
 
 def through(path: str | Path) -> Callable[[], None]:
@@ -142,14 +142,14 @@ def test_a_write_through_a_mapping_that_no_time_tells_of_is_scanned_again(
     with tempfile.TemporaryDirectory(prefix="pyploop-", dir="/dev/shm") as memory:
         image, target = random_file(Path(memory) / "image", 2 * MIB), folder / "target"
         with by_mapping(image) as write:
-            send = Passes.send
+            send = SourcePump.send
 
-            def write_and_send(self: Passes, batches: list[Batch], flags: int = 0) -> int:
+            def write_and_send(self: SourcePump, batches: list[Batch], flags: int = 0) -> int:
                 if any(b.changed for b in batches):
                     write()
                 return send(self, batches, flags)
 
-            monkeypatch.setattr(Passes, "send", write_and_send)
+            monkeypatch.setattr(SourcePump, "send", write_and_send)
             with pytest.raises(LoopError, match="although it should be stopped"):
                 scan(str(image), target, Options(stops=[Spec("cmd", "true")]))
         assert not target.exists()

@@ -18,7 +18,7 @@ DATA = [(4096, 8192), (MIB, 20 * MIB), (30 * MIB, 31 * MIB)]
 HOLES = [(40 * MIB, 80 * MIB)]
 
 
-class Passes:
+class MadePump:
     """Compares at `rate` bytes per second of a clock of its own; all differs."""
 
     def __init__(self, rate: float) -> None:
@@ -36,15 +36,15 @@ class Passes:
 
 
 @pytest.fixture
-def passes(monkeypatch: pytest.MonkeyPatch) -> Passes:
-    made = Passes(10.0 * MIB)
+def pump(monkeypatch: pytest.MonkeyPatch) -> MadePump:
+    made = MadePump(10.0 * MIB)
     monkeypatch.setattr("pyploop.diskcopy.repairs.time.monotonic", lambda: made.now)
     return made
 
 
-def made(passes: Passes, limited: bool = False) -> Repairs:
+def made(pump: MadePump, limited: bool = False) -> Repairs:
     summary = Summary("/dev/made", 80 * MIB, "bpf", "", "", "")
-    return Repairs(cast(Any, passes), Reporter(), summary, limited=limited)
+    return Repairs(cast(Any, pump), Reporter(), summary, limited=limited)
 
 
 def everything() -> Repair:
@@ -62,39 +62,39 @@ def joined(extents: list[tuple[int, int]]) -> list[tuple[int, int]]:
     return found
 
 
-def test_a_repair_that_fits_is_done_in_slices(passes: Passes) -> None:
-    r = made(passes)
-    assert r.run(everything(), frozen=True, until=passes.now + 60) == 20 * MIB + 4096
-    assert joined(passes.extents(holes=False)) == DATA
-    assert passes.extents(holes=True) == HOLES, "a hole that is cut would lose a chunk"
-    assert all(b.extents.bytes <= SLICE for b in passes.sent if not b.holes)
+def test_a_repair_that_fits_is_done_in_slices(pump: MadePump) -> None:
+    r = made(pump)
+    assert r.run(everything(), frozen=True, until=pump.now + 60) == 20 * MIB + 4096
+    assert joined(pump.extents(holes=False)) == DATA
+    assert pump.extents(holes=True) == HOLES, "a hole that is cut would lose a chunk"
+    assert all(b.extents.bytes <= SLICE for b in pump.sent if not b.holes)
     assert r.left is None and r.rate == pytest.approx(10 * MIB)
 
 
-def test_a_repair_that_turns_out_too_long_leaves_the_rest_for_later(passes: Passes) -> None:
-    r = made(passes)
-    before = passes.now
+def test_a_repair_that_turns_out_too_long_leaves_the_rest_for_later(pump: MadePump) -> None:
+    r = made(pump)
+    before = pump.now
     assert r.run(everything(), frozen=True, until=before + 1.5) is None
-    assert passes.now - before == pytest.approx(SLICE / (10 * MIB)), "one slice told the rate"
+    assert pump.now - before == pytest.approx(SLICE / (10 * MIB)), "one slice told the rate"
     assert r.seconds_left == pytest.approx((20 * MIB + 4096 - SLICE) / (10 * MIB))
     r.run_left()
     assert r.left is None
-    assert joined(passes.extents(holes=False)) == DATA
-    assert passes.extents(holes=True) == HOLES
+    assert joined(pump.extents(holes=False)) == DATA
+    assert pump.extents(holes=True) == HOLES
 
 
-def test_a_repair_that_is_known_to_be_too_long_is_not_begun(passes: Passes) -> None:
-    r = made(passes)
+def test_a_repair_that_is_known_to_be_too_long_is_not_begun(pump: MadePump) -> None:
+    r = made(pump)
     r.run(everything(), frozen=False)
-    passes.sent.clear()
-    assert r.run(everything(), frozen=True, until=passes.now + 1) is None
-    assert not passes.sent
+    pump.sent.clear()
+    assert r.run(everything(), frozen=True, until=pump.now + 1) is None
+    assert not pump.sent
     assert r.left is not None and r.seconds_left == pytest.approx(2, rel=0.01)
 
 
-def test_a_rate_under_bwlimit_says_nothing_about_the_freeze(passes: Passes) -> None:
-    r = made(passes, limited=True)
-    passes.rate = 1000.0
+def test_a_rate_under_bwlimit_says_nothing_about_the_freeze(pump: MadePump) -> None:
+    r = made(pump, limited=True)
+    pump.rate = 1000.0
     r.run(everything(), frozen=False)
-    passes.rate = 100.0 * MIB
-    assert r.run(everything(), frozen=True, until=passes.now + 1) == 20 * MIB + 4096
+    pump.rate = 100.0 * MIB
+    assert r.run(everything(), frozen=True, until=pump.now + 1) == 20 * MIB + 4096
