@@ -20,7 +20,7 @@ from pyploop.freeze import run_command
 from pyploop.freeze.deadline import Limits
 from pyploop.freeze.session import newer
 from pyploop.system.worker import run_cancellable
-from pyploop.trackers import Repair, Verdict
+from pyploop.trackers import Completeness, Repair
 from pyploop.units import format_size
 
 FINAL_PASSES = 3
@@ -214,8 +214,8 @@ class FreezeStage:
         """One pass over what is dirty; true when it was the last."""
         c = self._context
         with c.recorder.step("prove"):
-            verdict = c.tracker.check(quiesced=True)
-        if verdict.state == "busy":
+            completeness = c.tracker.check(quiesced=True)
+        if completeness.state == "busy":
             raise self._still_written()
         beside = c.beside(frozen=True)
         self._doubt = ""
@@ -225,31 +225,31 @@ class FreezeStage:
             with c.recorder.step("repair"):
                 self._compare(c.compare_all(beside), "; ".join(beside))
             return False
-        if verdict.state in ("complete", "unknown"):
-            c.summary.completeness = verdict.state
+        if completeness.state in ("complete", "unknown"):
+            c.summary.completeness = completeness.state
             # A stopped scan has compared everything: once is enough.
             stopped = c.stops and c.tracker.compares_everything and not self._unseen()
             # Unstopped, it sees nothing of what is written behind it.
             behind = c.tracker.compares_everything and c.writes.stamp() != self._stamp
             return stopped or (sent == 0 and not behind)
         with c.recorder.step("repair"):
-            self._repair(verdict)
+            self._repair(completeness)
         return False  # prove again, from the new base
 
-    def _repair(self, verdict: Verdict) -> None:
+    def _repair(self, completeness: Completeness) -> None:
         """Compare what the tracker may have missed."""
         c = self._context
         path = c.source.path
-        self._doubt = str(verdict)
+        self._doubt = str(completeness)
         # The watchdog undoes what the tracker needs as well.
         c.deadline.check()
         repair = c.tracker.repair(quiesced=True)
         if repair is None:
             raise DeviceControlError(
-                f"tracking of {path} lost events ({verdict}) and cannot "
+                f"tracking of {path} lost events ({completeness}) and cannot "
                 "tell which; no target was made"
             )
-        self._compare(repair, f"tracking of {path} could not be proven ({verdict})")
+        self._compare(repair, f"tracking of {path} could not be proven ({completeness})")
 
     def _compare(self, repair: Repair, why: str) -> None:
         """As long as a freeze may last."""

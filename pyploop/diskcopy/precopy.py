@@ -18,7 +18,7 @@ from pyploop.diskcopy.freeze_policy import Decision, Round, decide, forecast
 from pyploop.diskcopy.measurements import Measurements
 from pyploop.errors import LoopError
 from pyploop.system.worker import run_cancellable
-from pyploop.trackers import Batch, Verdict
+from pyploop.trackers import Batch, Completeness
 from pyploop.units import MIB, format_size
 
 if TYPE_CHECKING:
@@ -128,8 +128,8 @@ class PreCopy:
         sent = c.source_pump.send(batches)
         end = time.monotonic()
         c.recorder.add(f"round {number}", send_start, end)
-        verdict = c.tracker.check(quiesced=False)
-        repaired = self._repair(verdict)
+        completeness = c.tracker.check(quiesced=False)
+        repaired = self._repair(completeness)
         if beside:
             repaired += c.repairs.run(c.compare_all(beside), frozen=False) or 0
         result = Round(
@@ -143,10 +143,10 @@ class PreCopy:
             paused=paused,
         )
         measurements.rounds.append(result)
-        self._tell(result, verdict, repaired)
+        self._tell(result, completeness, repaired)
         return result
 
-    def _tell(self, r: Round, verdict: Verdict, repaired: int | None) -> None:
+    def _tell(self, r: Round, completeness: Completeness, repaired: int | None) -> None:
         c, measurements = self._context, self._measurements
         fields = {
             "number": len(measurements.rounds),
@@ -159,8 +159,8 @@ class PreCopy:
             "dirty_rate": r.dirty_rate,
             "left": r.left,
             "forecast": forecast(measurements.measured()).total,
-            "verdict": verdict.state,
-            "missed": verdict.missed,
+            "verdict": completeness.state,
+            "missed": completeness.missed,
             "repaired": repaired,
         }
         c.summary.rounds.append(fields)
@@ -169,14 +169,14 @@ class PreCopy:
             f"Round {fields['number']}: {format_size(r.sent)} in {r.seconds:.3f} s, "
             f"dirtied at {format_size(r.dirty_rate)}/s"
             + (f", {format_size(r.left)} hot left for last" if r.left else "")
-            + ("" if verdict.state == "unknown" else f", tracking {verdict}")
+            + ("" if completeness.state == "unknown" else f", tracking {completeness}")
         )
 
-    def _repair(self, verdict: Verdict) -> int:
+    def _repair(self, completeness: Completeness) -> int:
         """After a round: compare what may have been missed, if there is a moment
         to count from; returns the bytes that differed."""
         c = self._context
-        if verdict.state != "lossy" and not verdict.needs_repair:
+        if completeness.state != "lossy" and not completeness.needs_repair:
             self._unproven = 0
             return 0
         repair = c.tracker.repair(quiesced=False)

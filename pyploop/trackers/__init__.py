@@ -18,11 +18,11 @@ from pyploop.units import format_size
 
 TRACKERS = ("auto", "bpf", "ploop", "dm", "scan")
 
-Completeness = Literal["complete", "undecided", "lossy", "busy", "unknown"]
+State = Literal["complete", "undecided", "lossy", "busy", "unknown"]
 
 
 @dataclass(frozen=True)
-class Verdict:
+class Completeness:
     """What a tracker can prove about its own completeness.
 
     complete: the kernel's counters agree with the events, nothing was missed.
@@ -33,7 +33,7 @@ class Verdict:
     unknown: this tracker has nothing to compare with.
     """
 
-    state: Completeness
+    state: State
     missed: int = 0
     at_most: int = 0
     why: str = ""
@@ -109,11 +109,11 @@ class Tracker(Protocol):
     def take(self) -> list[Batch]:
         """Hand out and clear what is dirty."""
 
-    def check(self, quiesced: bool) -> Verdict:
+    def check(self, quiesced: bool) -> Completeness:
         """Prove completeness so far; `quiesced`: nothing is being written."""
 
     def repair(self, quiesced: bool) -> Repair | None:
-        """After a verdict that is not `complete`: what to compare, or None
+        """After a check that is not `complete`: what to compare, or None
         when nothing can be done about it."""
 
     def stop(self, ok: bool) -> None:

@@ -30,7 +30,7 @@ from pyploop.disks.source import Source
 from pyploop.errors import DeviceControlError
 from pyploop.report.events import Reporter
 from pyploop.system.sysblock import BlockDevice, is_bio_based
-from pyploop.trackers import Batch, Repair, Verdict, whole
+from pyploop.trackers import Batch, Completeness, Repair, whole
 from pyploop.undo.ledger import Plan
 from pyploop.units import SECTOR
 from pyploop.usage.io_accounting import (
@@ -260,27 +260,27 @@ class BpfTracker:
         block = self._block
         return writes_in_flight(block) if block.is_partition else self._writes_in_flight()
 
-    def check(self, quiesced: bool) -> Verdict:
+    def check(self, quiesced: bool) -> Completeness:
         if self._accounting.interrupted():
             self._suspect = "the accounting of the disk (queue/iostats) was switched meanwhile"
         if quiesced and not wait_quiet(self._own_writes_in_flight, QUIET_DEADLINE):
-            return Verdict("busy", 0, self._size, "writes stay in flight")
+            return Completeness("busy", 0, self._size, "writes stay in flight")
         # Frozen time is dear, but a failed proof is dearer.
         shot = self._caught_up(2000 if quiesced else 200)
         self._checked = shot.after if quiesced and shot.stable else None
         if self._base is None:
             self._suspect = self._suspect or "the device was never still enough to count"
         if self._suspect:
-            return Verdict("undecided", 0, self._size, self._suspect, needs_repair=True)
+            return Completeness("undecided", 0, self._size, self._suspect, needs_repair=True)
         assert self._base is not None
         if self._mode == _core.BPF_QUEUE:
             return self._check_queued(shot, quiesced)
         low = (self._done_gap(shot, late=True) - self._base.done_gap) * SECTOR
         high = (self._done_gap(shot, late=False) - self._base.done_gap) * SECTOR
         if low > 0:
-            return Verdict("lossy", low, high)
+            return Completeness("lossy", low, high)
         if not shot.stable:
-            return Verdict("undecided", 0, max(high, 0), "writes during the check")
+            return Completeness("undecided", 0, max(high, 0), "writes during the check")
         return self._check_still(shot, quiesced)
 
     def _caught_up(self, tries: int) -> Snapshot:
@@ -299,20 +299,20 @@ class BpfTracker:
             self._suspect = self._suspect or "the kernel accounted less than was seen"
         return shot
 
-    def _check_still(self, shot: Snapshot, quiesced: bool) -> Verdict:
+    def _check_still(self, shot: Snapshot, quiesced: bool) -> Completeness:
         """The events balance; see whether more follows from this moment."""
         assert self._base is not None
         still = self._writes_in_flight() == 0 and self._same(shot, self._snapshot(20))
         if quiesced and not still and not self._balanced_again():
-            return Verdict("undecided", 0, self._size, "writes elsewhere on the disk")
+            return Completeness("undecided", 0, self._size, "writes elsewhere on the disk")
         if self._owes_proof:
             # An earlier loss was repaired among the submitted blocks only,
             # which is right if no submission was missed either.
             if not still:
-                return Verdict("undecided", 0, 0, "repaired; proof needs a still moment")
+                return Completeness("undecided", 0, 0, "repaired; proof needs a still moment")
             if self._queued_gap(shot) != self._base.queued_gap:
                 self._base.queued_gap = None
-                return Verdict("lossy", SECTOR, self._size, "submissions were missed too")
+                return Completeness("lossy", SECTOR, self._size, "submissions were missed too")
             self._owes_proof = False
         if still:
             gap = self._queued_gap(shot)
@@ -325,7 +325,7 @@ class BpfTracker:
             if gap == self._base.queued_gap:
                 self._queued.zero()
             self._t.take_queued(self._queued)
-        return Verdict("complete")
+        return Completeness("complete")
 
     def _balanced_again(self) -> bool:
         """Another partition stays busy.  A request of its own between event
@@ -338,16 +338,16 @@ class BpfTracker:
                 return False
         return True
 
-    def _check_queued(self, shot: Snapshot, quiesced: bool) -> Verdict:
+    def _check_queued(self, shot: Snapshot, quiesced: bool) -> Completeness:
         assert self._base is not None
         if self._base.queued_gap is None:
-            return Verdict("undecided", 0, self._size, "writes were in flight at the start")
+            return Completeness("undecided", 0, self._size, "writes were in flight at the start")
         gap = (self._queued_gap(shot) - self._base.queued_gap) * SECTOR
         if shot.stable and gap == 0:
-            return Verdict("complete")
+            return Completeness("complete")
         if quiesced and gap > 0:
-            return Verdict("lossy", gap, gap)
-        return Verdict("undecided", 0, abs(gap), "writes in flight")
+            return Completeness("lossy", gap, gap)
+        return Completeness("undecided", 0, abs(gap), "writes in flight")
 
     def repair(self, quiesced: bool) -> Repair | None:
         shot = self._snapshot()

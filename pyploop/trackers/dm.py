@@ -19,7 +19,7 @@ from pyploop._core import Bitmap, Hook
 from pyploop.disks.source import Source
 from pyploop.errors import DeviceControlError
 from pyploop.system.sysblock import attribute
-from pyploop.trackers import Batch, Repair, Verdict
+from pyploop.trackers import Batch, Completeness, Repair
 from pyploop.undo.ledger import Plan
 
 Run = Callable[[list[str]], str]
@@ -94,8 +94,8 @@ class DmTracker:
             dirty.set(start, start + (1 << self._shift))
         return [Batch(dirty.extents())]
 
-    def check(self, quiesced: bool) -> Verdict:
-        return Verdict("unknown", why="the target marks clusters itself, synchronously")
+    def check(self, quiesced: bool) -> Completeness:
+        return Completeness("unknown", why="the target marks clusters itself, synchronously")
 
     def repair(self, quiesced: bool) -> Repair | None:
         return None

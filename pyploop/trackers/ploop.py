@@ -13,7 +13,7 @@ import errno
 from pyploop._core import Extents, Hook, PloopTracking
 from pyploop.disks.source import Source
 from pyploop.errors import DeviceControlError
-from pyploop.trackers import Batch, Repair, Verdict
+from pyploop.trackers import Batch, Completeness, Repair
 from pyploop.undo.ledger import Plan
 
 MAX_LAPS = 10
@@ -102,13 +102,13 @@ class PloopTracker:
             if start < end:
                 return start, end
 
-    def check(self, quiesced: bool) -> Verdict:
+    def check(self, quiesced: bool) -> Completeness:
         if quiesced:
             try:
                 self._tracking.sync()
             except OSError as e:
                 raise DeviceControlError.of(f"PLOOP_IOC_SYNC failed on {self._path}", e) from e
-        return Verdict("unknown", why="the driver marks blocks itself, synchronously")
+        return Completeness("unknown", why="the driver marks blocks itself, synchronously")
 
     def repair(self, quiesced: bool) -> Repair | None:
         return None

@@ -15,7 +15,7 @@ import contextlib
 from pyploop._core import Hook
 from pyploop.disks.source import Source
 from pyploop.errors import DeviceControlError
-from pyploop.trackers import Batch, Repair, Verdict, whole
+from pyploop.trackers import Batch, Completeness, Repair, whole
 from pyploop.undo.ledger import Plan
 from pyploop.usage.io_accounting import (
     QUIET_DEADLINE,
@@ -56,12 +56,12 @@ class ScanTracker:
     def take(self) -> list[Batch]:
         return whole(self._source)
 
-    def check(self, quiesced: bool) -> Verdict:
+    def check(self, quiesced: bool) -> Completeness:
         block = self._source.queue
         # What was submitted before the stop may land behind the scan's back.
         if quiesced and block and not wait_quiet(lambda: writes_in_flight(block), QUIET_DEADLINE):
-            return Verdict("busy", why="writes stay in flight")
-        return Verdict("unknown", why="scan compares contents, it has no events to count")
+            return Completeness("busy", why="writes stay in flight")
+        return Completeness("unknown", why="scan compares contents, it has no events to count")
 
     def repair(self, quiesced: bool) -> Repair | None:
         return None

@@ -156,8 +156,8 @@ def test_one_lost_event_is_lossy_and_says_how_much(kernel: Kernel) -> None:
     t = started(kernel)
     kernel.write(3)
     kernel.write(4, lost=True)
-    verdict = t.check(quiesced=True)
-    assert (verdict.state, verdict.missed) == ("lossy", BLOCK)
+    completeness = t.check(quiesced=True)
+    assert (completeness.state, completeness.missed) == ("lossy", BLOCK)
 
 
 def test_a_loss_is_found_among_the_submitted_blocks(kernel: Kernel) -> None:
@@ -196,8 +196,8 @@ def test_an_owed_proof_fails_when_submissions_were_missed(kernel: Kernel) -> Non
     kernel.write(100, lost=True, lost_submission=True)
     assert t.check(quiesced=False).state == "lossy"
     assert 100 not in compared(t.repair(quiesced=False))  # not seen submitted
-    verdict = t.check(quiesced=True)
-    assert verdict.state == "lossy"
+    completeness = t.check(quiesced=True)
+    assert completeness.state == "lossy"
     assert compared(t.repair(quiesced=True)) == EVERYTHING
     assert t.check(quiesced=True).state == "complete"
 
@@ -246,8 +246,8 @@ def test_older_marks_are_forgotten_once_the_sums_agree(kernel: Kernel) -> None:
 def test_writes_that_stay_in_flight_are_busy_and_can_be_compared(kernel: Kernel) -> None:
     t = started(kernel)
     kernel.submit(5)
-    verdict = t.check(quiesced=True)
-    assert (verdict.state, verdict.at_most) == ("busy", SIZE)
+    completeness = t.check(quiesced=True)
+    assert (completeness.state, completeness.at_most) == ("busy", SIZE)
     assert 5 in compared(t.repair(quiesced=True))
 
 
@@ -262,8 +262,8 @@ def test_accounting_that_goes_back_is_repaired_while_running(kernel: Kernel) -> 
     t = started(kernel)
     kernel.write(3)
     kernel.stat -= 1000
-    verdict = t.check(quiesced=False)
-    assert (verdict.state, verdict.needs_repair) == ("undecided", True)
+    completeness = t.check(quiesced=False)
+    assert (completeness.state, completeness.needs_repair) == ("undecided", True)
     assert compared(t.repair(quiesced=False)) == EVERYTHING
     kernel.write(4)
     assert t.check(quiesced=True).state == "complete"
@@ -321,8 +321,8 @@ def test_a_device_that_was_never_still_compares_everything(kernel: Kernel) -> No
     t = started(kernel)
     kernel.restless = False
     kernel.write(5, lost=True)
-    verdict = t.check(quiesced=True)
-    assert (verdict.state, verdict.at_most) == ("undecided", SIZE)
+    completeness = t.check(quiesced=True)
+    assert (completeness.state, completeness.at_most) == ("undecided", SIZE)
     assert compared(t.repair(quiesced=True)) == EVERYTHING
     assert t.check(quiesced=True).state == "complete"
 
@@ -415,10 +415,10 @@ def test_no_random_history_ends_complete_with_a_block_missing(kernel: Kernel, se
         kernel.complete(block, rng.random() < 0.2)
         owed.add(block)
     for _ in range(3):
-        verdict = t.check(quiesced=True)
+        completeness = t.check(quiesced=True)
         got = blocks(t.take())
         settle(got)
-        if verdict.state != "complete":
+        if completeness.state != "complete":
             settle(compared(t.repair(quiesced=True)))
         elif not got:
             break
