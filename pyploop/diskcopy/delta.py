@@ -25,7 +25,7 @@ from pyploop.errors import ReadError
 class Reused:
     """What need not be sent of one file, or disk."""
 
-    held: int
+    kept: int
     """Bytes of data that the target had kept; whole clusters."""
     same: int
     """Bytes of these that are as they are at the source."""
@@ -37,7 +37,7 @@ def compare_disk(
     """What of the source the target holds already; `known` learns what it holds.
     Tracking is on.  check: raises to end this."""
     same = Bitmap(source.size)
-    held = 0
+    kept = 0
     with _Blocks(source) as blocks:
 
         def read(pos: int, length: int) -> memoryview:
@@ -45,13 +45,13 @@ def compare_disk(
             return blocks.read(pos, length)
 
         for pos, data, equal in equal_parts(digests.runs(source.size), source.size, read):
-            held += len(data)
+            kept += len(data)
             if equal:
                 known.note(pos, data)
                 same.set(pos, pos + len(data))
             else:
                 known.assume_data(pos, pos + len(data))
-    return same, Reused(held, same.bytes)
+    return same, Reused(kept, same.bytes)
 
 
 class _Blocks:

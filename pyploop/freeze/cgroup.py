@@ -56,7 +56,7 @@ class CgroupStopper:
         self._path, self._report = path, report
         self._plan: Plan | None = None
         self._freezer: Freezer | None = None
-        self._foreseen: Held | None = None
+        self._undo_step: Held | None = None
         self._stopped = False
 
     @property
@@ -76,7 +76,7 @@ class CgroupStopper:
             self._report.note(f"{freezer.folder} holds no process: freezing it stops nothing")
         plan.start()
         # Journaled now, to cost nothing later: thawing what is not frozen is harmless.
-        self._foreseen = plan.foresee(
+        self._undo_step = plan.foresee(
             {
                 "kind": "write",
                 "path": str(freezer.knob),
@@ -89,15 +89,15 @@ class CgroupStopper:
 
     def stop(self, timeout: float | None) -> None:
         freezer, plan = self.freezer, self._plan
-        assert plan is not None and self._foreseen is not None
+        assert plan is not None and self._undo_step is not None
         seconds = FREEZE_DEADLINE if timeout is None else min(timeout, FREEZE_DEADLINE)
         try:
             if freezer.asked():
                 self._report.info(f"{freezer.folder} is frozen already, and will be left so")
-                plan.done(self._foreseen)
-                self._foreseen = None
+                plan.done(self._undo_step)
+                self._undo_step = None
             else:
-                plan.add(self._foreseen)
+                plan.add(self._undo_step)
                 freezer.knob.write_text(freezer.freeze_word)
             self._stopped = True
             if freezer.wait(time.monotonic() + seconds):
@@ -127,14 +127,14 @@ class CgroupStopper:
 
     def leave(self) -> None:
         self._stopped = False
-        if self._foreseen is not None and self._plan is not None:
-            self._plan.done(self._foreseen)
+        if self._undo_step is not None and self._plan is not None:
+            self._plan.done(self._undo_step)
 
     def undo(self) -> None:
-        if self._foreseen is not None and self._plan is not None:
+        if self._undo_step is not None and self._plan is not None:
             self._stopped = False
-            if not self._plan.undo(self._foreseen):
-                self._plan.done(self._foreseen)
+            if not self._plan.undo(self._undo_step):
+                self._plan.done(self._undo_step)
 
     def by_hand(self) -> str | None:
         return None  # Plan.undo's own message says it

@@ -110,7 +110,7 @@ class FileSystems:
         """Close what is not frozen: it may be unmounted then.  What needs it
         opens it again, where it is mounted by then."""
         for m in self._all:
-            if m.held is None and not m.by_others:
+            if m.thaw_step is None and not m.by_others:
                 m.close()
 
     def _there(self, only: Mount | None = None) -> list[Mounted]:
@@ -149,17 +149,17 @@ class FileSystems:
                 )
 
     def _try(self, m: Mounted) -> None:
-        held = self._plan.add(m.entry, m.fd)
+        step = self._plan.add(m.entry, m.fd)
         try:
             kernel.fifreeze(m.fd, m.point)
         except OSError as e:
-            self._plan.done(held)
+            self._plan.done(step)
             if e.errno == errno.EOPNOTSUPP:
                 self._cannot_freeze(m)
             elif e.errno != errno.EBUSY:
                 raise DeviceControlError.of(f"cannot freeze {m.point}", e) from e
         else:
-            self._plan.undo(held)
+            self._plan.undo(step)
 
     def _cannot_freeze(self, m: Mounted) -> None:
         m.can_freeze = False
@@ -183,8 +183,8 @@ class FileSystems:
         self._lock()
         self._plan.start()
         for m in self._all:
-            if m.foreseen is None:
-                m.foreseen = self._plan.foresee(m.entry, m.fd)
+            if m.prepared is None:
+                m.prepared = self._plan.foresee(m.entry, m.fd)
 
     def _lock(self) -> None:
         """Two copies of one file system must not rely on each other's freeze.
@@ -230,19 +230,19 @@ class FileSystems:
             with contextlib.suppress(OSError):
                 Path(RCU_EXPEDITED).write_text("1")
         for m in self._there(only):
-            if m.held is None and not m.by_others and m.can_freeze:
+            if m.thaw_step is None and not m.by_others and m.can_freeze:
                 self._freeze(m)
         # The watchdog may have thawed while the kernel was still freezing.
         self._plan.watch()
 
     def _freeze(self, m: Mounted) -> None:
         # Held first: a signal right after the freeze must find it.
-        m.held = self._plan.add(self._entry_of(m))
+        m.thaw_step = self._plan.add(self._entry_of(m))
         try:
             kernel.fifreeze(m.fd, m.point)
         except OSError as e:
-            self._plan.release(m.held)
-            m.held = None
+            self._plan.release(m.thaw_step)
+            m.thaw_step = None
             if e.errno == errno.EOPNOTSUPP:
                 self._cannot_freeze(m)
             elif e.errno == errno.EBUSY:
@@ -252,13 +252,13 @@ class FileSystems:
 
     def _entry_of(self, m: Mounted) -> Held:
         """Its journaled entry, with the descriptor that it has now."""
-        assert m.foreseen is not None
-        if any(m.foreseen.entry[k] != m.entry[k] for k in ("dev", "fsid")):
+        assert m.prepared is not None
+        if any(m.prepared.entry[k] != m.entry[k] for k in ("dev", "fsid")):
             # It has another number by now, or is another one, made by the stop command.
-            self._plan.done(m.foreseen)
-            m.foreseen = self._plan.foresee(m.entry, m.fd)
-        m.foreseen = m.foreseen.by(m.fd)
-        return m.foreseen
+            self._plan.done(m.prepared)
+            m.prepared = self._plan.foresee(m.entry, m.fd)
+        m.prepared = m.prepared.by(m.fd)
+        return m.prepared
 
     def check_frozen(self) -> None:
         """LoopError when one is frozen no more, whoever froze it.  A frozen
@@ -266,19 +266,19 @@ class FileSystems:
         for m in self._all:
             if m.gone:
                 m.check_gone()
-            elif m.held is not None:
+            elif m.thaw_step is not None:
                 if not self._is_frozen(m):
                     raise LoopError(f"{m.point} was thawed by somebody else during the last blocks")
             elif m.by_others:
                 # Should it freeze, and this process die right then.
-                held = self._plan.add(self._entry_of(m))
+                step = self._plan.add(self._entry_of(m))
                 frozen = self._is_frozen(m)
                 if not frozen:
-                    self._plan.undo(held, keep_note=True)
+                    self._plan.undo(step, keep_note=True)
                     raise LoopError(
                         f"{m.point}, frozen by somebody else, was thawed during the last blocks"
                     )
-                self._plan.release(held)
+                self._plan.release(step)
 
     @staticmethod
     def _is_frozen(m: Mounted) -> bool:
@@ -322,9 +322,9 @@ class FileSystems:
 
     def cool_down(self) -> None:
         """The opposite of `warm_up`; `thaw` does it, too."""
-        held, self._expedited = self._expedited, None
-        if held is not None:
-            self._plan.undo(held)
+        step, self._expedited = self._expedited, None
+        if step is not None:
+            self._plan.undo(step)
 
     # ---- the thaw
 
@@ -339,9 +339,9 @@ class FileSystems:
                     self.cool_down()
                 self._unlock()
             for m in self._all:
-                if only in (None, m.mount) and m.foreseen is not None:
-                    self._plan.done(m.foreseen)
-                    m.foreseen = None
+                if only in (None, m.mount) and m.prepared is not None:
+                    self._plan.done(m.prepared)
+                    m.prepared = None
 
     def _thaw_ours(self, only: Mount | None = None) -> None:
         failed: list[str] = []
@@ -349,14 +349,14 @@ class FileSystems:
             if only not in (None, m.mount):
                 continue
             m.by_others = m.gone = False  # `freeze` looks again
-            if m.held is None:
+            if m.thaw_step is None:
                 continue
             try:
-                self._plan.undo(m.held, keep_note=True)
+                self._plan.undo(m.thaw_step, keep_note=True)
             except DeviceControlError as e:
                 failed.append(str(e))
-                m.foreseen = None  # stays in the journal
-            m.held = None
+                m.prepared = None  # stays in the journal
+            m.thaw_step = None
         if failed:
             raise DeviceControlError("; ".join(failed))
 

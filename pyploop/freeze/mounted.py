@@ -40,10 +40,10 @@ class Mounted:
         """It is not mounted any more, and nobody uses its device."""
         self.by_others = False
         """Somebody else has frozen it."""
-        self.foreseen: Held | None = None
-        """Its entry, once it is in the journal."""
-        self.held: Held | None = None
-        """The same entry, while it is frozen by us."""
+        self.prepared: Held | None = None
+        """Its undo step, once the journal has it."""
+        self.thaw_step: Held | None = None
+        """The same step, while this process has frozen it."""
 
     @property
     def point(self) -> str:

@@ -86,7 +86,7 @@ class CommandStopper:
         self._command, self._undo = spec.argument, spec.undo
         self.can_undo = spec.undo is not None
         self._plan: Plan | None = None
-        self._held: Held | None = None
+        self._undo_step: Held | None = None
         self._ran = False
 
     def prepare(self, plan: Plan) -> None:
@@ -95,7 +95,7 @@ class CommandStopper:
     def stop(self, timeout: float | None) -> None:
         assert self._plan is not None, "prepared"
         if self._undo is not None:
-            self._held = self._plan.add(
+            self._undo_step = self._plan.add(
                 {
                     "kind": "run",
                     "argv": ["/bin/sh", "-c", self._undo],
@@ -111,12 +111,12 @@ class CommandStopper:
 
     def leave(self) -> None:
         self._ran = False
-        if self._held is not None and self._plan is not None:
-            self._plan.done(self._held)
+        if self._undo_step is not None and self._plan is not None:
+            self._plan.done(self._undo_step)
 
     def undo(self) -> None:
-        if self._held is not None and self._plan is not None:
-            self._plan.undo(self._held)
+        if self._undo_step is not None and self._plan is not None:
+            self._plan.undo(self._undo_step)
             self._ran = False
 
     def by_hand(self) -> str | None:

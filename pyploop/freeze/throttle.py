@@ -108,7 +108,7 @@ class Throttle:
         self._rate, self._group, self._report = rate, group, report
         self._knob: Knob | None = None
         self._plan: Plan | None = None
-        self._held: Held | None = None
+        self._undo_step: Held | None = None
         self._applied = False
 
     def prepare(self, plan: Plan, disk: tuple[int, int] | None, specs: Sequence[Spec]) -> None:
@@ -132,7 +132,7 @@ class Throttle:
             if old is not None and old <= self._rate:
                 self._report.info(f"{knob.folder} is limited to {format_size(old)}/s already")
                 return
-            self._held = self._plan.add(
+            self._undo_step = self._plan.add(
                 {
                     "kind": "write",
                     "path": str(knob.path),
@@ -150,6 +150,6 @@ class Throttle:
     def remove(self) -> None:
         """Put back what was there before `apply`."""
         self._applied = False
-        held, self._held = self._held, None
-        if held is not None and self._plan is not None:
-            self._plan.undo(held)
+        step, self._undo_step = self._undo_step, None
+        if step is not None and self._plan is not None:
+            self._plan.undo(step)

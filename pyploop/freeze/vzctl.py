@@ -96,7 +96,7 @@ class VzctlStopper:
         self._ctid, self._report = ctid, report
         self._options = [] if comma else ["--skiplock"]
         self._plan: Plan | None = None
-        self._held: Held | None = None
+        self._undo_step: Held | None = None
         self._left_so = False
         self._freezer: Freezer | None = None
         """The container's, if it is one that tells of a suspension."""
@@ -133,7 +133,7 @@ class VzctlStopper:
             self._see_suspended()
             return
         resume = self._resume_argv()
-        self._held = self._plan.add(
+        self._undo_step = self._plan.add(
             {
                 "kind": "run",
                 "argv": resume,
@@ -146,8 +146,8 @@ class VzctlStopper:
         code = self._chkpnt("--suspend", seconds)
         if code in _NOTHING_DONE:
             # Above all for a lock: who holds it may have suspended it.
-            self._plan.done(self._held)
-            self._held = None
+            self._plan.done(self._undo_step)
+            self._undo_step = None
         if code:
             raise explain(f"cannot suspend container {self._ctid}", code)
         self._see_suspended()
@@ -162,24 +162,24 @@ class VzctlStopper:
             raise LoopError(f"container {self._ctid} was resumed during the last blocks")
 
     def leave(self) -> None:
-        if self._held is not None and self._plan is not None:
-            self._plan.done(self._held)
-            self._held = None
+        if self._undo_step is not None and self._plan is not None:
+            self._plan.done(self._undo_step)
+            self._undo_step = None
 
     def undo(self) -> None:
-        held, plan = self._held, self._plan
-        if held is None or plan is None:
+        step, plan = self._undo_step, self._plan
+        if step is None or plan is None:
             return
-        self._held = None
+        self._undo_step = None
         try:
-            plan.undo(held)
+            plan.undo(step)
         except CommandError:
             # vzctl refuses to resume what is not suspended: a failed suspend
             # has put it back by itself.
             status = self.status()
             if not status.running or status.suspended:
                 raise
-            plan.done(held)
+            plan.done(step)
 
     def by_hand(self) -> str | None:
         return None  # Plan.undo's own message says it

@@ -38,8 +38,8 @@ class PloopTracker:
         self._size = source.size
         self._tracking = PloopTracking(source.control_fd)
         self._active = False
-        self._held: tuple[int, int] | None = None
-        """Handed out by the driver, and left to the next `take`."""
+        self._deferred: tuple[int, int] | None = None
+        """Taken from the driver, and deferred to the next `take`."""
 
     def start(self, plan: Plan | None = None) -> None:
         try:
@@ -77,7 +77,7 @@ class PloopTracker:
                 lap = []
                 n = len(batches)
                 if n > MAX_LAPS or (n > 1 and total > self._size):
-                    self._held = extent
+                    self._deferred = extent
                     break
             lap.append(extent)
             total += end - start
@@ -87,8 +87,8 @@ class PloopTracker:
 
     def _next(self) -> tuple[int, int] | None:
         """The next dirty extent within the image, which is clear from now on."""
-        if self._held is not None:
-            extent, self._held = self._held, None
+        if self._deferred is not None:
+            extent, self._deferred = self._deferred, None
             return extent
         while True:
             try:
@@ -122,7 +122,7 @@ class PloopTracker:
                 self._tracking.abort()
             return
         try:
-            if self._held is not None:  # so says the driver of unread blocks, too
+            if self._deferred is not None:  # so says the driver of unread blocks, too
                 raise OSError(errno.EBUSY, "dirty blocks are left")
             self._tracking.stop()
         except OSError as e:

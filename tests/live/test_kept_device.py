@@ -97,4 +97,4 @@ def test_a_device_that_is_written_all_the_while_arrives_as_it_is(tmp_path: Path)
             copied = go_on(Path(loop), held, lambda: time.sleep(0.05), f"done{turn}", stop)
         assert copied.target == image.read_bytes()
         assert copied.summary.tracker == "bpf"
-        assert 0 < copied.found.same < copied.found.held
+        assert 0 < copied.found.same < copied.found.kept

@@ -32,9 +32,9 @@ class Kept:
 
     def tell(self, report: Reporter, name: str, found: Reused) -> None:
         """What came of it."""
-        report.event("reused", name=name, held=found.held, same=found.same)
+        report.event("reused", name=name, held=found.kept, same=found.same)
         report.info(
-            f"{self._host} had kept {format_size(found.held)} of {name}; {format_size(found.same)} "
+            f"{self._host} had kept {format_size(found.kept)} of {name}; {format_size(found.same)} "
             "of these are the same, and are not sent"
         )
 
