@@ -269,23 +269,23 @@ def _decide_bound(m: Measured, policy: Policy, limit: float) -> Decision:
     """--max-freeze: a contract."""
     f = forecast(m)
     fits = f.total <= limit
-    told = f"{_ms(f.total)} expected, {_ms(limit)} allowed"
+    figures = f"{_ms(f.total)} expected, {_ms(limit)} allowed"
     if fits and not (in_burst(m.rounds) and f.variable > policy.small):
-        return Decision("freeze", told, f)
+        return Decision("freeze", figures, f)
     if m.elapsed >= policy.deadline:
-        why = f"no moment fitted within {policy.deadline:g} s ({told})"
+        why = f"no moment fitted within {policy.deadline:g} s ({figures})"
         return Decision(policy.on_deadline, why, f)
     if fits:
         return Decision("round", "a burst is under way", f, pause=_pause(m))
     before = [forecast(m.until(n)).total for n in range(max(1, len(m.rounds) - 2), len(m.rounds))]
     if not before or f.total < policy.shrink * min(before):
-        return Decision("round", f"still shrinking ({told})", f)
+        return Decision("round", f"still shrinking ({figures})", f)
     stuck = m.rounds[-policy.throttle_after :]
     throttle = len(stuck) == policy.throttle_after and all(
         forecast(m.until(n)).total > limit
         for n in range(len(m.rounds) - policy.throttle_after + 1, len(m.rounds) + 1)
     )
-    return Decision("round", f"does not fit ({told})", f, pause=_pause(m), throttle=throttle)
+    return Decision("round", f"does not fit ({figures})", f, pause=_pause(m), throttle=throttle)
 
 
 def _decide_free(m: Measured, policy: Policy) -> Decision:

@@ -81,7 +81,7 @@ class FreezeStage:
                 c.session.release(c.options.resume)
             c.recorder.stage = "running"
             self._stop_watching()
-            self._tell(c.source_pump.stats.data - before)
+            self._report_end(c.source_pump.stats.data - before)
 
     def _stop_watching(self) -> None:
         """Ending a watch (fanotify, inotify) waits for a grace period of the kernel,
@@ -173,11 +173,11 @@ class FreezeStage:
         if c.summary.acknowledged == "acknowledged":
             c.recorder.remote(c.out.heard)
 
-    def _tell(self, sent: int) -> None:
+    def _report_end(self, sent: int) -> None:
         """The summary's figures, and the events about them."""
         c = self._context
         s, report, stats = c.summary, c.report, c.source_pump.stats
-        c.source_pump.tell_notes()
+        c.source_pump.log_notes()
         s.frozen = c.recorder.seconds("frozen")
         s.frozen_remote = c.recorder.seconds("frozen", "target")
         s.frozen_total = sum(s.frozen.values())

@@ -143,10 +143,10 @@ class PreCopy:
             paused=paused,
         )
         measurements.rounds.append(result)
-        self._tell(result, completeness, repaired)
+        self._report_round(result, completeness, repaired)
         return result
 
-    def _tell(self, r: Round, completeness: Completeness, repaired: int | None) -> None:
+    def _report_round(self, r: Round, completeness: Completeness, repaired: int | None) -> None:
         c, measurements = self._context, self._measurements
         fields = {
             "number": len(measurements.rounds),

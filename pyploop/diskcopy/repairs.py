@@ -70,7 +70,7 @@ class Repairs:
             if compared >= MEANINGFUL and (frozen or not self._limited):
                 self.rate = compared / max(time.monotonic() - begin, 1e-6)
         if compared or self.left is None:
-            self._tell(repair.scope, compared, sent, frozen)
+            self._report_repair(repair.scope, compared, sent, frozen)
         return sent if self.left is None else None
 
     def run_left(self) -> None:
@@ -78,7 +78,7 @@ class Repairs:
         if self.left is not None:
             self.run(self.left, frozen=False)
 
-    def _tell(self, scope: str, compared: int, sent: int, frozen: bool) -> None:
+    def _report_repair(self, scope: str, compared: int, sent: int, frozen: bool) -> None:
         self._summary.repairs += 1
         self._summary.repaired_bytes += sent
         part = f", {format_size(compared)} of it inside the freeze" if self.left else ""

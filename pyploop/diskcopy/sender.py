@@ -110,7 +110,7 @@ class Sender:
         report.event("sending", image=source.image, size=source.size, clock=report.start)
         report.info(f"Source: {source.path}, {format_size(source.size)}, read by {source.io_mode}")
         report.info(f"Tracker: {self._tracker.name} ({self._tracker.why})")
-        self._tell_users()
+        self._report_users()
         if source.must_be_mounted and not source.mounts:
             raise OpenError(f"{source.path} has no mount point, so it cannot be frozen")
         with contextlib.ExitStack() as undo:
@@ -180,7 +180,7 @@ class Sender:
         c.report.info(f"Dialect: {c.out.dialect}")
         c.recorder.remote(c.out.heard)
 
-    def _tell_users(self) -> None:
+    def _report_users(self) -> None:
         """Whom the copy finds at work on the source."""
         if self._source.lookout is None:
             return

@@ -161,14 +161,14 @@ class SourcePump:
         """(data, holes) of the source, as the first pass treats them."""
         framing = self._out.framing
         data, holes = framing.parts(self._source)
-        self.tell_notes()
+        self.log_notes()
         if framing.as_ploop and framing.holes_left_out and self._known is not None:
             # A block of zeroes that is no hole is sent, as the C tool does.
             for start, end in data:
                 self._known.assume_data(start, end)
         return data, holes
 
-    def tell_notes(self) -> None:
+    def log_notes(self) -> None:
         """What the user should know about the source, each once."""
         for note in self._source.notes[self._notes :]:
             self._report.note(note)

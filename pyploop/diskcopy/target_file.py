@@ -310,7 +310,7 @@ class Sink:
             os.close(self.fd)
         self._clean_up()
         if self._complete and error is not None and not self._owner_undoes:
-            self._tell_kept(error)
+            self._report_kept(error)
 
     def _clean_up(self) -> None:
         if self._part is not None:
@@ -318,7 +318,7 @@ class Sink:
         self._forget_part()
         os.close(self._dir_fd)
 
-    def _tell_kept(self, error: BaseException) -> None:
+    def _report_kept(self, error: BaseException) -> None:
         words = f"{self._complete} is complete and was kept"
         if isinstance(error, PyploopError):
             error.add(words)
