@@ -15,7 +15,7 @@ from pyploop.api.reporting import make_reporter
 from pyploop.errors import DeviceControlError, LoopError, OpenError, ParameterError
 from pyploop.freeze.deadline import Deadline, Limits
 from pyploop.freeze.filesystems import FileSystems
-from pyploop.freeze.session import Hold
+from pyploop.freeze.session import FreezeSession
 from pyploop.report.events import Reporter
 from pyploop.system import mount_table, sysblock
 from pyploop.system.sysblock import Mount
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 class Frozen:
     """File systems that are frozen now."""
 
-    def __init__(self, mounts: list[str], session: Hold) -> None:
+    def __init__(self, mounts: list[str], session: FreezeSession) -> None:
         self.mounts = tuple(mounts)
         """Their mount points."""
         self._session = session
@@ -69,7 +69,7 @@ def frozen(
         # It would say what a copy does about one that cannot be frozen.
         systems = FileSystems(_mounts_of(name), Reporter(), plan)
         undo.callback(systems.close)
-        session = Hold((), systems, plan, report, Deadline())
+        session = FreezeSession((), systems, plan, report, Deadline())
         systems.try_out()
         if systems.unfreezable:
             raise DeviceControlError(
@@ -79,7 +79,7 @@ def frozen(
             )
         session.prepare()
         systems.sync()  # so that the freeze is short
-        with report.held(), session.undone():
+        with report.held(), session.undo_on_failure():
             start = time.monotonic()
             session.stop(limits)
             systems.freeze()

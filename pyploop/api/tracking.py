@@ -14,7 +14,7 @@ from pyploop.disks.opening import open_source
 from pyploop.errors import ParameterError
 from pyploop.freeze.filesystems import FileSystems
 from pyploop.system.worker import run_cancellable
-from pyploop.trackers import Batch, Completeness, whole
+from pyploop.trackers import Batch, State, whole
 from pyploop.trackers.registry import choose_marking
 from pyploop.undo.ledger import Plan
 
@@ -38,7 +38,7 @@ class Changes:
     extents: tuple[Extent, ...]
     """Ascending and disjoint.  They may hold more than was written (blocks of 4 KiB or
     larger), and with `complete` never less."""
-    completeness: Completeness
+    completeness: State
     """`complete`: it is proven that no write until now is missing, in this call or an earlier
     one.  `unknown`: the device tracks by itself and has nothing to compare with.
     `undecided`: writes were going on, a later call can tell.  `lossy`: some were missed, and
@@ -149,20 +149,20 @@ class Tracker:
         run_cancellable(source.write_back)
         beside = [] if lookout is None else lookout.beside()
         batches = marks.take()
-        verdict = marks.check(quiesced)
-        why = verdict.why
-        if verdict.state == "lossy" or verdict.needs_repair:
+        found = marks.check(quiesced)
+        why = found.why
+        if found.state == "lossy" or found.needs_repair:
             repair = marks.repair(quiesced)
             if repair is not None:
                 # What was missed lies in these blocks, and counting starts anew.
                 batches += repair.batches
-                verdict = marks.check(quiesced)
+                found = marks.check(quiesced)
                 why = f"events were missed, so it holds {repair.scope} too"
         if beside:
             batches += whole(source)
             why = f"{'; '.join(beside)}: written past what is tracked, so it holds the whole device"
         return Changes(
-            extents=_merged(batches), completeness=verdict.state, missed=verdict.missed, why=why
+            extents=_merged(batches), completeness=found.state, missed=found.missed, why=why
         )
 
     @property

@@ -75,7 +75,7 @@ class Approach:
         if f.total > Limits.of(limit).own:
             c.mounts.cool_down()
             raise LoopError(
-                f"a scan of {c.source.path} would keep it frozen for about {f.total:.0f} s, "
+                f"a scan of {c.source.path} would keep it frozen for about {f.total:.0f} s, and "
                 f"--freeze-limit allows {limit:g} s; nothing was frozen, no target was made"
             )
 

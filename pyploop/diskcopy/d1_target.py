@@ -87,13 +87,13 @@ class StreamOutput:
         unknown = NATIVE if self._compat == "native" else PERHAPS_PLOOP
         if self._answers is None:
             self._report.info(
-                "No way back from the peer (no -f, not a socket): nothing it does is acknowledged"
+                "The peer has no way to answer (no -f, not a socket): nothing is acknowledged"
             )
             return unknown
         answer = self._greet(self._answers)
         if answer is None:
             self._answers = None
-            self._report.info("The peer does not answer: nothing it does is acknowledged")
+            self._report.info("The peer does not answer: nothing is acknowledged")
             return unknown
         if answer == d1.HELLO_REPLY:
             self._ask_for_times(self._answers)
@@ -164,7 +164,7 @@ class StreamOutput:
         try:
             self._place = d1.Place.unpack(partial(self._read, fd))
         except ValueError as e:
-            raise ProtocolError(f"the receiver tells of {e}") from e
+            raise ProtocolError(f"the receiver describes its target wrongly: {e}") from e
 
     def things(self) -> set[Thing] | None:
         here = backing.boot()
@@ -178,7 +178,7 @@ class StreamOutput:
         if self._place is not None:
             frame = d1.sync(d1.REFUSED, error.exit_code)
             with contextlib.suppress(WriteError):
-                descriptors.write_all(self.fd, frame, "cannot tell the receiver")
+                descriptors.write_all(self.fd, frame, "cannot refuse the receiver")
 
     def prepare(self, known: Known | None) -> None:
         # A receiver before 1.11 writes HELLO's bytes at 0: block 0 goes anyway.
@@ -226,7 +226,7 @@ class StreamOutput:
             return "unknown"
         self._report.info(
             f"Waiting {self._sync_wait:g} s for a peer that cannot say when it has synced "
-            "(--sync-wait; -f makes this needless)"
+            "(--sync-wait; with -f it could)"
         )
         time.sleep(self._sync_wait)
         return "waited"
@@ -259,7 +259,7 @@ class StreamOutput:
         """A receiver that took END late would keep what is stale by then."""
         if self.deadline.passed:
             raise WriteError(
-                "the receiver does not take the end of the stream in time (--freeze-limit)"
+                "the receiver did not read the end of the stream in time (--freeze-limit)"
             )
 
 

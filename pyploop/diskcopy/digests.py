@@ -81,9 +81,9 @@ def send(fd: int, size: int, out: socket.socket) -> None:
                 out.sendall(RUN.pack(pos, len(found)) + b"".join(found))
         out.sendall(RUN.pack(size, 0))
     except TimeoutError as e:
-        raise WriteError("the source takes no digests (--timeout)") from e
+        raise WriteError("the source does not read the digests (--timeout)") from e
     except OSError as e:
-        raise WriteError.of("cannot tell the source what was kept", e) from e
+        raise WriteError.of("cannot send the digests of what was kept", e) from e
 
 
 def _digests(fd: int, pos: int, length: int, unit: int) -> Iterator[bytes]:
@@ -116,7 +116,7 @@ class Reader:
                 return
             last = pos + (count - 1) * unit
             if pos % unit or pos < floor or count > LONGEST_RUN or last >= size:
-                raise ProtocolError(f"{count} digests at {pos} are none that may come")
+                raise ProtocolError(f"{count} digests at {pos} are out of order or out of range")
             floor = last + unit
             raw = self._exactly(count * SIZE)
             yield pos, [raw[i : i + SIZE] for i in range(0, len(raw), SIZE)]
@@ -128,11 +128,13 @@ class Reader:
             try:
                 n = self._patience.recv_into(view[got:])
             except TimeoutError as e:
-                raise ReadError("the target tells no digests (--timeout)") from e
+                raise ReadError("the target sends no digests (--timeout)") from e
             except OSError as e:
-                raise ReadError.of("cannot read what the target has kept", e) from e
+                raise ReadError.of("cannot read the digests of what the target has kept", e) from e
             if not n:
-                raise ReadError("what the target has kept ended early (did it fail?)")
+                raise ReadError(
+                    "the digests of what the target has kept ended early (did it fail?)"
+                )
             got += n
         self.received += size
         return bytes(data)

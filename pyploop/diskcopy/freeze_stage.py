@@ -77,7 +77,7 @@ class FreezeStage:
             with step("thaw"):
                 c.session.complete()
                 if self._written():
-                    raise newer("was written during the last steps")
+                    raise newer("was written to during the last steps")
                 c.session.release(c.options.resume)
             c.recorder.stage = "running"
             self._stop_watching()
@@ -246,10 +246,10 @@ class FreezeStage:
         repair = c.tracker.repair(quiesced=True)
         if repair is None:
             raise DeviceControlError(
-                f"tracking of {path} lost events ({completeness}) and cannot "
-                "tell which; no target was made"
+                f"tracking of {path} lost events ({completeness}), and the tracker cannot say "
+                "for which blocks; no target was made"
             )
-        self._compare(repair, f"tracking of {path} could not be proven ({completeness})")
+        self._compare(repair, f"tracking of {path} could not be proven complete ({completeness})")
 
     def _compare(self, repair: Repair, why: str) -> None:
         """As long as a freeze may last."""
@@ -265,21 +265,21 @@ class FreezeStage:
         if self._may_thaw:
             raise FreezeGivenUp(f"{why}, too long for a freeze (--max-freeze)")
         raise LoopError(
-            f"{why}, which the freeze limit does not allow (--freeze-limit); no target was made. "
-            "A stop that can be undone (--undo, --freeze cgroup:PATH) lets the source run meanwhile"
+            f"{why}, longer than the freeze may last (--freeze-limit); no target was made. After "
+            "a stop that can be undone (--undo, --freeze cgroup:PATH) the source runs meanwhile"
         )
 
     def _still_written(self) -> LoopError:
         c = self._context
         if self._doubt:
             return LoopError(
-                f"tracking of {c.source.path} could not be proven ({self._doubt}), again and "
-                "again; no target was made"
+                f"tracking of {c.source.path} could not be proven complete ({self._doubt}), in "
+                "none of several passes; no target was made"
             )
         who = "and nothing stops its writer (-F)"
         if c.stops:
             who = "although it should be stopped"
-        return LoopError(f"{c.source.path} is still being written {who}; no target was made")
+        return LoopError(f"{c.source.path} is still being written to {who}; no target was made")
 
     def _unseen(self) -> bool:
         lookout = self._context.source.lookout

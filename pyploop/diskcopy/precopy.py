@@ -195,7 +195,7 @@ class PreCopy:
         c.source.check_size()
         lookout = c.source.lookout
         for user in lookout.changed(last) if lookout is not None else []:
-            c.report.note(f"New since the last look: {user}")
+            c.report.note(f"The source has a new user: {user}")
         known = {m.device() for m in c.source.mounts}
         for mount in lookout.found.mounts if lookout is not None else []:
             if mount.device() not in known:

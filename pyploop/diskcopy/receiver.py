@@ -253,7 +253,7 @@ def explain(fault: Fault, path: str, dialect: int) -> PyploopError:
     if code == errno.EFBIG:
         return TooLargeError(
             f"position {fault.pos} with size {fault.size} is past the size that the source "
-            f"told before, at {where}{left}"
+            f"announced, at {where}{left}"
         )
     if code == errno.ERANGE:
         return WriteError(
@@ -274,7 +274,9 @@ def explain(fault: Fault, path: str, dialect: int) -> PyploopError:
     if code == errno.ENODATA:
         return ReadError(f"the stream ended without END at {where} (did the sender fail?){left}")
     if code == errno.ETIMEDOUT:
-        return ReadError(f"the sender fell silent, or nearly so (--timeout), at {where}{left}")
+        return ReadError(
+            f"the sender sends nothing, or next to nothing (--timeout), at {where}{left}"
+        )
     return ReadError.of(f"cannot read the stream at {where}{left}", fault)
 
 

@@ -83,7 +83,7 @@ class Repairs:
         self._summary.repaired_bytes += sent
         part = f", {format_size(compared)} of it inside the freeze" if self.left else ""
         self._report.note(
-            f"Tracking was not proven: compared {scope} by hash{part}, "
+            f"Tracking was not proven complete: compared {scope} by hash{part}, "
             f"sent {format_size(sent)} that differed"
         )
         self._report.event("repair", scope=scope, sent=sent, frozen=frozen)

@@ -152,10 +152,10 @@ def _refusal(code: int) -> PyploopError:
     """Why the sender does not begin, by the code that it ends with."""
     if code == WriteError.exit_code:
         return WriteError(
-            "the sender does not begin: there is not room enough (see its own message)"
+            "the sender refused to begin: the target has too little room (see its own message)"
         )
     return ParameterError(
-        "the sender does not begin: the target lies on what it copies (see its message)"
+        "the sender refused to begin: the target lies on its source (see its own message)"
     )
 
 

@@ -98,10 +98,12 @@ class Sender:
                 self.summary.freezes_given_up += 1
                 if number == FREEZES:
                     raise FreezeGivenUp(
-                        f"{e}; it was so in {FREEZES} freezes, the source was thawed and no "
+                        f"{e}; this happened in {FREEZES} freezes: the source was thawed, and no "
                         "target was made"
                     ) from e
-                self._report.note(f"Thawed, and on with freeze {number + 1} of {FREEZES}: {e}")
+                self._report.note(
+                    f"The source was thawed, and freeze {number + 1} of {FREEZES} follows: {e}"
+                )
             self._context.repairs.run_left()
 
     def __enter__(self) -> Sender:
@@ -112,7 +114,10 @@ class Sender:
         report.info(f"Tracker: {self._tracker.name} ({self._tracker.why})")
         self._report_users()
         if source.must_be_mounted and not source.mounts:
-            raise OpenError(f"{source.path} has no mount point, so it cannot be frozen")
+            raise OpenError(
+                f"{source.path} has no mount point, so it cannot be frozen: mount it, or name its "
+                "mount point (--mount)"
+            )
         with contextlib.ExitStack() as undo:
             self._context = context = self._open(undo)
             self._precopy = PreCopy(context, measurements := Measurements(context))
@@ -194,8 +199,8 @@ class Sender:
         """What is mounted and cannot be frozen needs somebody who sees writes."""
         if (points := self._context.mounts.unfreezable) and not self._context.writes.knows:
             raise DeviceControlError(
-                f"{', '.join(points)} cannot be frozen, and nothing here tells whether it is "
-                "written to (queue/iostats is off): unmount it, or mount -o remount,ro"
+                f"{', '.join(points)} cannot be frozen, and nothing shows whether it is written "
+                "to (queue/iostats is off): unmount it, or mount -o remount,ro"
             )
 
     def __exit__(self, *exc: object) -> None:

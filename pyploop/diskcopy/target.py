@@ -103,7 +103,7 @@ def explain_write(fault: Fault) -> PyploopError:
         )
     if fault.errno == errno.ETIMEDOUT:
         return WriteError(
-            f"the receiver takes nothing, or next to nothing (--timeout), after "
+            f"the receiver reads nothing, or next to nothing (--timeout), after "
             f"{format_size(fault.stream)}"
         )
     return WriteError.of(f"cannot write the stream after {format_size(fault.stream)}", fault)
@@ -115,7 +115,7 @@ def _explain_reply(fault: Fault) -> PyploopError:
         kind = SyncError if fault.reply == SyncError.exit_code else WriteError
         return kind(f"the receiver failed: {d2.meaning(fault.reply)} (at {where})")
     if fault.errno == errno.EPROTO:
-        return ProtocolError(f"the receiver answered more than it was asked ({where})")
+        return ProtocolError(f"the receiver sent more answers than there were requests ({where})")
     if fault.errno == errno.ETIMEDOUT:
         return ReadError(f"the receiver does not answer {where} (it may be dead or stuck)")
     return ReadError.of(f"cannot read the receiver's answer to {where}", fault)

@@ -127,8 +127,8 @@ class Sink:
         self._note_part(self._part)
         fd = self._new_part(self._part)
         self._report.info(
-            f"The target is {self._beside(self._part)} until it is complete (no files without a "
-            f"name here), and then {target_name.IN_WORDS[self._ways[0]]}"
+            f"The target is {self._beside(self._part)} until it is complete (no O_TMPFILE here); "
+            f"then it is {target_name.IN_WORDS[self._ways[0]]}"
         )
         return fd
 
@@ -160,7 +160,7 @@ class Sink:
             self._journal = Journal.create(f"copy to {self.path}")
             self._journal.add({"kind": "part", "path": path, "what": f"remove {path}"})
         except (OpenError, PyploopError) as e:
-            self._report.info(f"{e}; `pyploop thaw` will know nothing of the unfinished target")
+            self._report.info(f"{e}; `pyploop thaw` will not find the unfinished target")
 
     def _forget_part(self) -> None:
         if self._journal is not None:
@@ -278,7 +278,7 @@ class Sink:
         if not self._owner_undoes:
             self._complete = self._other_name()
         if not (self._complete or self._owner_undoes):
-            failed += "; it is lost, since no folder of its file system takes it"
+            failed += "; it is lost, since no folder of its file system takes a name for it"
         raise CreateError.of(failed, why) from why
 
     def _other_name(self) -> str:

@@ -62,7 +62,7 @@ class FileOutput:
             has = os.fstat(self.fd).st_blocks * SECTOR
             target_room.check(source, None if left is None else left + has, where)
         for words in found.unknown:
-            self._report.info(f"Where {words} stores its data is not known")
+            self._report.info(f"It is not known where {words} stores its data")
         return 0
 
     def things(self) -> set[Thing] | None:
@@ -143,7 +143,7 @@ def open_output(
             yield in_place
         except PyploopError as e:
             if in_place.holds:
-                e.add(f"the file of descriptor {out_fd} holds {in_place.holds}")
+                e.add(f"the file of descriptor {out_fd} contains {in_place.holds}")
             raise
         return
     size = descriptors.enlarge_pipe(out_fd)

@@ -126,7 +126,7 @@ def check(source: Source, room: int | None, where: str) -> None:
     if room is not None and (data := data_of(source, room)) > room:
         raise WriteError(
             f"{source.path} has {format_size(data)} of data, and {where} has room for "
-            f"{format_size(room)}; nothing was copied (--reserve 0 tries nevertheless)"
+            f"{format_size(room)}; nothing was copied (--reserve 0 copies anyway)"
         )
 
 

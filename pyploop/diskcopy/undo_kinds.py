@@ -42,8 +42,8 @@ def thaw(entry: Entry) -> None:
     if major != "0" and not is_claimed((int(major), int(minor)), unknown=True):
         return  # a frozen file system keeps its device in use, mounted or not
     raise DeviceControlError(
-        f"{entry['mount']} is not mounted there any more, nor elsewhere: mount device "
-        f"{entry['dev']} again and run this again (a frozen file system stays so, mounted or not)"
+        f"{entry['mount']} is not mounted any more, there or elsewhere, and may still be frozen: "
+        f"mount device {entry['dev']} again, and run this again"
     )
 
 

@@ -70,10 +70,10 @@ class CgroupStopper:
         processes = freezer.processes()
         if os.getpid() in processes:
             raise ParameterError(
-                f"{freezer.folder} holds this process too, which would freeze itself"
+                f"{freezer.folder} contains this process, which would freeze itself"
             )
         if not processes:
-            self._report.note(f"{freezer.folder} holds no process: freezing it stops nothing")
+            self._report.note(f"{freezer.folder} contains no process: freezing it stops nothing")
         plan.start()
         # Journaled now, to cost nothing later: thawing what is not frozen is harmless.
         self._undo_step = plan.foresee(
@@ -93,7 +93,9 @@ class CgroupStopper:
         seconds = FREEZE_DEADLINE if timeout is None else min(timeout, FREEZE_DEADLINE)
         try:
             if freezer.asked():
-                self._report.info(f"{freezer.folder} is frozen already, and will be left so")
+                self._report.info(
+                    f"{freezer.folder} is already frozen, and stays so after the copy"
+                )
                 plan.done(self._undo_step)
                 self._undo_step = None
             else:

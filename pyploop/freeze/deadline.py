@@ -101,7 +101,7 @@ class Deadline:
         raises."""
         if self._limits is not None and self._clock() > self._at:
             raise LoopError(
-                f"frozen until the limit of {self._limits.hard:g} s (--freeze-limit) was near; "
-                "thawed, no target was made"
+                f"the source was frozen for almost {self._limits.hard:g} s (--freeze-limit); "
+                "it was thawed, and no target was made"
             )
         self._watch()

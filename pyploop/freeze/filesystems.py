@@ -84,7 +84,9 @@ class FileSystems:
             if m.dev == dev:
                 return m.mount
         if not os.path.ismount(folder):
-            raise ParameterError(f"{folder} is no mount point, nor on a file system of the source")
+            raise ParameterError(
+                f"{folder} is neither a mount point nor on a file system of the source"
+            )
         return self._add(Mount(folder, "?", folder, dev))
 
     @property
@@ -144,7 +146,7 @@ class FileSystems:
                 self._try(m)
             if m.can_freeze and not sysblock.has_capability(CAP_SYS_ADMIN):
                 raise DeviceControlError(
-                    f"cannot freeze {m.point}: that takes the capability CAP_SYS_ADMIN (run as "
+                    f"cannot freeze {m.point}: that needs the capability CAP_SYS_ADMIN (run as "
                     "root); nothing was copied"
                 )
 
@@ -204,7 +206,7 @@ class FileSystems:
                 except BlockingIOError:
                     if time.monotonic() > deadline:
                         raise BusyError(
-                            f"another copy keeps {m.point} frozen, or is about to"
+                            f"another copy has frozen {m.point}, or is about to freeze it"
                         ) from None
                     time.sleep(0.02)
                 except OSError:
@@ -219,7 +221,7 @@ class FileSystems:
         self._freeze_all(only)
         for m in self._all:
             if m.by_others and m not in before:
-                self._report.info(f"{m.point} is frozen already, and will be left so")
+                self._report.info(f"{m.point} is already frozen, and stays so after the copy")
 
     def _freeze_all(self, only: Mount | None = None) -> None:
         if not self._all:
@@ -268,7 +270,9 @@ class FileSystems:
                 m.check_gone()
             elif m.thaw_step is not None:
                 if not self._is_frozen(m):
-                    raise LoopError(f"{m.point} was thawed by somebody else during the last blocks")
+                    raise LoopError(
+                        f"{m.point} was thawed by another process during the last blocks"
+                    )
             elif m.by_others:
                 # Should it freeze, and this process die right then.
                 step = self._plan.add(self._entry_of(m))
@@ -276,7 +280,7 @@ class FileSystems:
                 if not frozen:
                     self._plan.undo(step, keep_note=True)
                     raise LoopError(
-                        f"{m.point}, frozen by somebody else, was thawed during the last blocks"
+                        f"{m.point}, frozen by another process, was thawed during the last blocks"
                     )
                 self._plan.release(step)
 
@@ -317,7 +321,7 @@ class FileSystems:
         to write, has the freeze itself to warm up."""
         if self._all and self._expedited is None:
             with contextlib.suppress(OSError):
-                what = "let RCU grace periods take their time again"
+                what = "stop expediting RCU grace periods"
                 self._expedited = self._plan.set_file(RCU_EXPEDITED, "1", what)
 
     def cool_down(self) -> None:

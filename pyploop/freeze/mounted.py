@@ -113,8 +113,8 @@ class Mounted:
             if found and self._reopen(f"/proc/{found[0]}/root{found[1].point}"):
                 return
         raise LoopError(
-            f"the file system of {self.point} was unmounted by what stops the source, and is "
-            "still in use (umount -l), or it is out of reach: hidden under another mount, say"
+            f"the stop command unmounted the file system of {self.point}, and it is still in use "
+            "(umount -l?) or hidden under another mount: it cannot be frozen"
         )
 
     def _reopen(self, point: str) -> bool:
@@ -139,7 +139,7 @@ class Mounted:
         device = self.device
         if device is not None and _is_claimed(device, 0.0):
             raise LoopError(
-                f"the file system of {self.point}, unmounted by what stops the source, was mounted "
+                f"the stop command unmounted the file system of {self.point}, and it was mounted "
                 "again during the last blocks"
             )
 
@@ -149,8 +149,8 @@ def _open(mount: Mount) -> int:
         fd = open_at(mount.point)
     except NotADirectoryError:
         raise OpenError(
-            f"of {mount.source} only {mount.point} is mounted, which is neither a folder nor a "
-            "file: name a folder on that file system with --mount (/proc/PID/cwd, say)"
+            f"the only mount of {mount.source} is {mount.point}, which is neither a folder nor a "
+            "file: name a folder on that file system with --mount (for example /proc/PID/cwd)"
         ) from None
     except OSError as e:
         raise OpenError.of(f"cannot open the mount point {mount.point}", e) from e

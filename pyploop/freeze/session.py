@@ -26,8 +26,10 @@ STOP_ASSUMED = 0.01
 
 
 def newer(why: str) -> LoopError:
-    """The failure after which there is a target that is not to be used."""
-    return LoopError(f"the target is complete, but the source {why}: it is the newer one")
+    """The failure after which there is a target that must not be used."""
+    return LoopError(
+        f"the target is complete, but the source {why}: use the source, it may be newer"
+    )
 
 
 class FreezeSession:
@@ -135,7 +137,7 @@ class FreezeSession:
         try:
             self._plan.watch()
         except LoopError:
-            raise newer("has been running again since the limit passed") from None
+            raise newer("was thawed, since the limit had passed (--freeze-limit)") from None
         except DeviceControlError:
             # No watchdog is left to undo.  Whether all is still stopped and frozen
             # is checked below.

@@ -46,7 +46,7 @@ def parse_spec(text: str) -> Spec:
     if kind == "cmd" and argument:
         return Spec(kind, argument, name="the command of --freeze")
     raise ValueError(
-        f"{text!r} is no stop spec: vzctl:CTID, cgroup:PATH, fs, fs:MOUNT or cmd:COMMAND"
+        f"{text!r} is not a stop spec (vzctl:CTID, cgroup:PATH, fs, fs:MOUNT or cmd:COMMAND)"
     )
 
 
@@ -123,8 +123,8 @@ class CommandStopper:
         if not self._ran:
             return None
         if self._undo is not None:
-            return f"not undone is {self.name} {self._command!r}: {self._undo}"
-        return f"left as it is: what {self.name} {self._command!r} did (no --undo was given)"
+            return f"{self.name} {self._command!r} was not undone; run this by hand: {self._undo}"
+        return f"what {self.name} {self._command!r} did was not undone (no --undo was given)"
 
 
 class FsStopper:

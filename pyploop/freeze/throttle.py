@@ -61,7 +61,7 @@ def parse_throttle(text: str) -> tuple[int, str | None]:
     rate, _, group = text.partition(":")
     size = parse_size(rate)
     if not size:
-        raise ValueError(f"{text!r}: a writer at 0 bytes per second never ends a write")
+        raise ValueError(f"{text!r}: at 0 bytes per second a writer would never finish a write")
     return size, group or None
 
 
@@ -130,7 +130,7 @@ class Throttle:
         try:
             old = knob.read()
             if old is not None and old <= self._rate:
-                self._report.info(f"{knob.folder} is limited to {format_size(old)}/s already")
+                self._report.info(f"{knob.folder} is already limited to {format_size(old)}/s")
                 return
             self._undo_step = self._plan.add(
                 {

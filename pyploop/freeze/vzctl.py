@@ -76,7 +76,7 @@ def parse_status(text: str, ctid: str) -> Status:
     )
     if not good:
         raise CommandError(
-            f"vzctl status {ctid} answered {text.strip()[:80]!r}, which is no container's status"
+            f"vzctl status {ctid} answered {text.strip()[:80]!r}, which is no status of a container"
         )
     return Status(
         words[2] == "exist", words[4] == "running", len(words) == 6, words[3] == "mounted"
@@ -113,7 +113,7 @@ class VzctlStopper:
         argv = ["vzctl", "status", self._ctid]
         code, text = command.answer(argv, " ".join(argv), STATUS_DEADLINE)
         if code:
-            raise explain(f"cannot ask for container {self._ctid}", code)
+            raise explain(f"cannot get the status of container {self._ctid}", code)
         return parse_status(text, self._ctid)
 
     def prepare(self, plan: Plan) -> None:
@@ -129,7 +129,9 @@ class VzctlStopper:
     def stop(self, timeout: float | None) -> None:
         assert self._plan is not None, "prepared"
         if self._left_so:
-            self._report.info(f"Container {self._ctid} is suspended already, and will be left so")
+            self._report.info(
+                f"Container {self._ctid} is already suspended, and stays so after the copy"
+            )
             self._see_suspended()
             return
         resume = self._resume_argv()

@@ -35,7 +35,7 @@ def choose(name: str, source: Source, cluster: int | None = None) -> Tracker:
         return PloopTracker(source)
     if name == "dm":
         if cluster is None:
-            raise ParameterError("--tracker dm needs --cluster: the target does not tell its own")
+            raise ParameterError("--tracker dm needs --cluster: the target does not report its own")
         source.cluster = cluster
         return dm.DmTracker(source)
     if name == "scan":

@@ -116,7 +116,7 @@ def test_end_is_not_written_late_into_a_pipe_that_was_full(bench: Bench) -> None
         ours = fill_pipe_of(made.receiver.pid)
         (made.folder / "go").touch()
         assert made.sender.wait(20) == 7, made.words("it gives up")
-        assert "does not take the end of the stream in time" in made.words("")
+        assert "did not read the end of the stream in time" in made.words("")
         left = os.read(ours, 1 << 20)
         os.close(ours)
         assert set(left) == {0}, "no END behind what was there"

@@ -195,7 +195,7 @@ def test_a_cgroup_that_holds_the_copy_itself_is_refused(bench: Bench) -> None:
     done = subprocess.run(
         ["/bin/sh", "-c", script], env=pyploop_env(), capture_output=True, text=True, check=False
     )
-    assert (done.returncode, "holds this process too" in done.stderr) == (38, True), done.stderr
+    assert (done.returncode, "contains this process" in done.stderr) == (38, True), done.stderr
     bench.as_found()
 
 
@@ -282,7 +282,7 @@ def test_a_stop_command_that_nothing_undoes_is_named_after_a_failure(v1: Bench) 
     got = copy(v1.device, v1.target, "-F", ": stopped", "--freeze", "cmd:false", via="local")
     assert got.code == 12, got.errors
     assert (
-        "left as it is: what the stop command ': stopped' did (no --undo was given)" in got.errors
+        "what the stop command ': stopped' did was not undone (no --undo was given)" in got.errors
     )
     v1.as_found()
 
@@ -350,7 +350,7 @@ def test_vzctl_suspends_and_leaves_the_rest_to_the_orchestrator(vz: Bench) -> No
         ("suspend 31", 12, "the container is not running"),
         ("suspend hang", 12, "vzctl --skiplock chkpnt 101 --suspend did not end within"),
         ("suspend garbage", 12, "vzctl exited with 255"),
-        ("status garbage", 12, "which is no container's status"),
+        ("status garbage", 12, "which is no status of a container"),
     ],
 )
 def test_each_failure_of_vzctl_is_a_clear_error_and_a_running_container(
@@ -383,7 +383,7 @@ def test_a_stop_spec_that_cannot_work_ends_the_copy_before_anything_is_stopped(
         ("vzctl:-x", 38, "expected vzctl:CTID"),
         ("vzctl:101,what", 38, "expected vzctl:CTID"),
         ("cgroup:pyploop-none", 4, "no cgroup"),
-        ("fs:/proc/self", 38, "no mount point"),
+        ("fs:/proc/self", 38, "neither a mount point"),
         ("fs:/nowhere", 4, "/nowhere"),
         ("what:x", 38, "no stop spec"),
     ):

@@ -442,7 +442,7 @@ def test_a_repair_that_the_freeze_limit_does_not_allow_ends_the_copy(
         return begin(self, *args, **how)
 
     monkeypatch.setattr(Repairs, "run", slowly)
-    with pytest.raises(LoopError, match=r"the freeze limit does not allow .*--undo") as failed:
+    with pytest.raises(LoopError, match=r"longer than the freeze may last .*--undo") as failed:
         lab.copy(loss, losing_in_freezes(lab, loss, 1))
     assert failed.value.exit_code == 14
     assert not lab.target.exists()
@@ -528,7 +528,7 @@ def test_accounting_that_is_switched_off_all_the_time_ends_the_copy_with_its_rea
         if phase == "round 1":
             switch.write_text("0")
 
-    with pytest.raises(LoopError, match=r"could not be proven .*accounting") as failed:
+    with pytest.raises(LoopError, match=r"could not be proven complete .*accounting") as failed:
         lab.copy(Loss(), act)
     assert failed.value.exit_code == 14
     assert not lab.target.exists()
