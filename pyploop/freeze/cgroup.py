@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Stops a copy's source by its cgroup's freezer.
 
-A frozen task stands at the border of the kernel, so it holds no lock of a file
-system; a task that waits for a frozen file system cannot be frozen by v2 any
-more (nor by v1 before Linux 6.1): it stays in state D.  Hence: cgroups first,
-then file systems.
+A frozen task has stopped at the border of the kernel, so it holds no lock of a
+file system.  A task that waits for a frozen file system is in state D, and
+cannot be frozen by v2 any more (nor by v1 before Linux 6.1).  Hence: cgroups
+first, then file systems.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from pyploop.system.sysblock import cgroup_mounts, text_of
 from pyploop.undo.ledger import Held, Plan
 
 FREEZE_DEADLINE = 10.0
-"""Seconds for a cgroup to be really frozen."""
+"""Seconds until all tasks of a cgroup must have stopped."""
 
 
 def find(path: str) -> Freezer:
-    """The freezer of a cgroup, given by its folder or relative to its
-    hierarchy.  OpenError: there is none; ParameterError: two."""
+    """The freezer of a cgroup.  path: its folder, or its name in its hierarchy.
+    OpenError: there is none.  ParameterError: two cgroups have this name."""
     if (here := Path(path)).is_absolute() and (found := freezer_in(here)):
         return found
     candidates: dict[int, Freezer] = {}
@@ -33,9 +33,9 @@ def find(path: str) -> Freezer:
         if controllers is None or "freezer" in controllers:
             folder = Path(root) / path.lstrip("/")
             if ".." not in Path(path).parts and (found := freezer_in(folder)):
-                # By its number: one hierarchy may be mounted twice.
+                # By inode number: one hierarchy may be mounted twice.
                 candidates.setdefault(found.knob.stat().st_ino, found)
-    # Managers make the same cgroup in each hierarchy; processes tell which.
+    # systemd and others make the same cgroup in each hierarchy: take the one with processes.
     populated = [c for c in candidates.values() if c.processes()] or list(candidates.values())
     if not populated:
         raise OpenError(f"no cgroup {path} with a freezer (the root of a hierarchy has none)")
@@ -46,8 +46,7 @@ def find(path: str) -> Freezer:
 
 
 class CgroupStopper:
-    """Freezes one cgroup with all below it; one that somebody else has frozen
-    is left so."""
+    """Freezes one cgroup and all below it.  One that is already frozen stays so."""
 
     can_undo = True
 
@@ -75,7 +74,7 @@ class CgroupStopper:
         if not processes:
             self._report.note(f"{freezer.folder} contains no process: freezing it stops nothing")
         plan.start()
-        # Journaled now, to cost nothing later: thawing what is not frozen is harmless.
+        # Journaled now, which costs no frozen time.  To thaw what is not frozen is harmless.
         self._undo_step = plan.foresee(
             {
                 "kind": "write",
@@ -111,7 +110,7 @@ class CgroupStopper:
         )
 
     def _who(self) -> str:
-        """Who does not stand still: a task in an uninterruptible wait."""
+        """The first process that cannot be frozen: it is in an uninterruptible wait."""
         for pid in self.freezer.processes():
             try:
                 text = text_of(Path(f"/proc/{pid}/stat"))
@@ -139,4 +138,4 @@ class CgroupStopper:
                 self._plan.done(self._undo_step)
 
     def by_hand(self) -> str | None:
-        return None  # Plan.undo's own message says it
+        return None  # the message of Plan.undo says how

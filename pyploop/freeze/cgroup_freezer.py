@@ -14,8 +14,8 @@ from pathlib import Path
 from pyploop.system.tree_walk import walk
 
 LONGEST_POLL = 0.001
-"""Seconds between two looks at a v1 freezer, which has no notification: a read
-makes it look again."""
+"""Seconds between two reads of a v1 freezer's state.  It sends no notification, and
+a read makes it check its tasks again."""
 
 
 @dataclass(frozen=True)
@@ -38,19 +38,18 @@ class Freezer:
         return "0" if self.v2 else "THAWED"
 
     def asked(self) -> bool:
-        """Somebody has asked for this very cgroup to be frozen; what its
-        parents are does not count."""
+        """This cgroup itself is to be frozen, whatever its parents are."""
         knob = self.knob if self.v2 else self.folder / "freezer.self_freezing"
         return knob.read_text().strip() == "1"
 
     def frozen(self) -> bool:
-        """Every task in it, and in the cgroups below it, stands still."""
+        """Every task in it, and in the cgroups below it, has stopped."""
         if self.v2:
             return "frozen 1" in (self.folder / "cgroup.events").read_text().splitlines()
         return self.knob.read_text().strip() == "FROZEN"
 
     def wait(self, deadline: float) -> bool:
-        """Until it is frozen, or the deadline (time.monotonic()) has passed."""
+        """Wait until it is frozen.  False: the deadline (time.monotonic()) has passed."""
         if self.v2:
             return self._wait_for_event(deadline)
         pause = LONGEST_POLL / 8
@@ -75,7 +74,7 @@ class Freezer:
                 poll.poll(min(left, 0.1) * 1000)
 
     def processes(self) -> list[int]:
-        """Of this cgroup and those below it."""
+        """The PIDs in this cgroup and those below it, sorted."""
         found: list[int] = []
         with contextlib.suppress(FileNotFoundError):
             for _, folder, _ in walk(str(self.folder)):
@@ -88,7 +87,7 @@ class Freezer:
 
 
 def freezer_in(folder: Path) -> Freezer | None:
-    """Of the cgroup that is this folder; None: it has no freezer."""
+    """The freezer of the cgroup with this folder; None: it has none."""
     for v2 in (False, True):
         freezer = Freezer(folder, v2)
         if freezer.knob.exists():

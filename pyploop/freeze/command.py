@@ -1,6 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Commands run around the freeze: stdin /dev/null, stdout our stderr (ours may
-be the stream), a session of their own, and an end within a deadline."""
+"""Run the user's commands around the freeze.
+
+Their stdin is /dev/null, and their stdout is our stderr, since ours may be the
+stream of the copy.  They get a session of their own and are ended at a deadline.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +32,8 @@ def run_command(command: str, what: str, timeout: float | None = None) -> None:
 
 
 def exit_code(argv: Sequence[str], what: str, timeout: float | None) -> int:
-    """Run it; CommandError when it does not end in time, or by a signal."""
+    """Run it and return its exit code.  CommandError: it did not end within `timeout`
+    seconds, or was killed by a signal."""
     code = _wait(_start(argv, what, 2 if _stderr_open() else subprocess.DEVNULL), what, timeout)
     if code < 0:
         raise CommandError(f"{what} was killed by signal {-code}")
@@ -37,7 +41,7 @@ def exit_code(argv: Sequence[str], what: str, timeout: float | None) -> int:
 
 
 def answer(argv: Sequence[str], what: str, timeout: float) -> tuple[int, str]:
-    """Run it; (exit code, the beginning of its stdout)."""
+    """Run it; returns (exit code, the beginning of its stdout).  CommandError as above."""
     process = _start(argv, what, subprocess.PIPE)
     try:
         out, _ = process.communicate(timeout=timeout)
@@ -77,7 +81,7 @@ def _wait(process: subprocess.Popen[bytes], what: str, timeout: float | None) ->
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
-    """End a command and what it started."""
+    """End a command and the processes of its session."""
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGTERM)
     try:

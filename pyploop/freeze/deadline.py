@@ -1,11 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How long a freeze may last: one limit, and who gives up when.
+"""How long a freeze may last.
 
-`Limits` are the moments of one freeze, in seconds from the first stop on.
-`Deadline` is what everything asks that waits in the freeze: the pump's passes,
-the target's answers, a repair, a command of the user's.  Each copy has one.
-
-No I/O, and no clock but the one that is given.
+`Limits` are the moments of one freeze at which this process or the watchdog
+gives up.  `Deadline` counts them down.  Everything that waits inside the freeze
+asks it: the pump's passes, the target's answers, repairs, the user's commands.
+Each copy has one.  No I/O, and no clock but the given one.
 """
 
 from __future__ import annotations
@@ -20,9 +19,12 @@ from pyploop.errors import LoopError
 
 @dataclass(frozen=True)
 class Limits:
-    """Seconds from the first stop on.  own: this process gives up; watchdog:
-    it undoes, unless END is out; last: this process waits no longer for the
-    peer's answer to END; hard: the watchdog undoes in any case."""
+    """Seconds from the first stop on.
+
+    own: this process gives up.  watchdog: the watchdog undoes, unless END may have
+    been sent.  last: this process stops waiting for the peer's answer to END.
+    hard: the watchdog undoes in any case (--freeze-limit).
+    """
 
     own: float
     watchdog: float
@@ -42,8 +44,8 @@ class Limits:
 class Deadline:
     """The moment at which this process gives up the freeze of one copy.
 
-    There is none until `begin`, nor after `clear`.  `cancel` is for good, and may
-    be called from any thread; everything else is for the copy's own thread.
+    There is none before `begin` and after `clear`.  `cancel` is final, and may be
+    called from any thread.  The other methods are for the copy's own thread.
     """
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
@@ -61,7 +63,7 @@ class Deadline:
         self._at = self._start + limits.own
 
     def commit(self) -> None:
-        """END may be sent: from now on it is waited for the answer, until `last`."""
+        """END may be sent: from now on the limit is that of its answer, `last`."""
         if self._limits is not None:
             self._at = self._start + self._limits.last
 
@@ -76,17 +78,17 @@ class Deadline:
 
     @property
     def at(self) -> float:
-        """When waiting ends, on the clock; inf: never, 0.0: the copy is cancelled."""
+        """The time on the clock when waiting ends; inf: never, 0.0: cancelled."""
         return 0.0 if self._cancelled else self._at
 
     @property
     def passed(self) -> bool:
-        """The limit has passed.  A cancelled copy ends by what was cancelled."""
+        """The limit has passed; false for a cancelled copy, whose steps fail anyway."""
         return not self._cancelled and self._clock() > self._at
 
     @property
     def left(self) -> float | None:
-        """Seconds until this process gives up, 0 at least; None: there is no limit."""
+        """Seconds until this process gives up, at least 0; None: there is no limit."""
         return None if self._limits is None else max(self._at - self._clock(), 0.0)
 
     @property
@@ -97,8 +99,7 @@ class Deadline:
         return max(self._start + self._limits.hard - self._clock(), 0.0)
 
     def check(self) -> None:
-        """LoopError when the freeze has lasted as long as it may, and what `watch`
-        raises."""
+        """Raises LoopError when the limit has passed, and whatever `watch` raises."""
         if self._limits is not None and self._clock() > self._at:
             raise LoopError(
                 f"the source was frozen for almost {self._limits.hard:g} s (--freeze-limit); "

@@ -30,10 +30,10 @@ RCU_EXPEDITED = "/sys/kernel/rcu_expedited"
 
 
 class FileSystems:
-    """The mounted file systems of the source, open, in freezing order."""
+    """The mounted file systems of the source, open, in the order of the freeze."""
 
     def __init__(self, mounts: list[Mount], report: Reporter, plan: Plan | None = None) -> None:
-        """plan: what else must be undone is in it; None: nothing else."""
+        """plan: the undo steps of the copy; None: the file systems get their own."""
         self._report = report
         self._stack = contextlib.ExitStack()
         self._all: list[Mounted] = []
@@ -50,7 +50,7 @@ class FileSystems:
             raise
 
     def _add(self, mount: Mount) -> Mount:
-        """One more, unless it is there already under another name."""
+        """Add one, unless it is already there by another mount point."""
         made = Mounted(mount)
         self._stack.callback(made.close)
         for m in self._all:
@@ -60,9 +60,9 @@ class FileSystems:
         return mount
 
     def adopt(self, mount: Mount) -> None:
-        """A file system of the source that was mounted since."""
+        """Add a file system of the source that was mounted during the copy."""
         self._add(mount)
-        self._unlock()  # `guard` locks all, this one too
+        self._unlock()  # so that `guard` locks this one, too
         self.try_out()
 
     def _unlock(self) -> None:
@@ -73,8 +73,8 @@ class FileSystems:
         return len(self._all)
 
     def include(self, folder: str) -> Mount:
-        """The file system that this folder is on, taken in when it was not one
-        of ours.  ParameterError: it is no mount point of a disk."""
+        """The file system that this folder is on; added when it was not known yet.
+        ParameterError: then the folder must be its mount point."""
         try:
             st = os.stat(folder)
         except OSError as e:
@@ -95,7 +95,7 @@ class FileSystems:
         return [m.point for m in self._all]
 
     def holding(self, st_dev: int) -> str | None:
-        """The mount point of the file system with this st_dev, or None."""
+        """The mount point of the file system with this st_dev; None: it is not here."""
         for m in self._all:
             if m.dev == (os.major(st_dev), os.minor(st_dev)):
                 return m.point
@@ -109,15 +109,15 @@ class FileSystems:
             self._stack.close()
 
     def let_go(self) -> None:
-        """Close what is not frozen: it may be unmounted then.  What needs it
-        opens it again, where it is mounted by then."""
+        """Close those that are not frozen, so that they can be unmounted.  They are
+        opened again when needed, wherever they are mounted then."""
         for m in self._all:
             if m.thaw_step is None and not m.by_others:
                 m.close()
 
     def _there(self, only: Mount | None = None) -> list[Mounted]:
-        """Those that are mounted (or this one), open.  Who unmounts instead of
-        freezing has nothing left that could write."""
+        """Those that are mounted (or only this one), open.  An unmounted one needs no
+        freeze: nothing writes to it."""
         chosen = [m for m in self._all if only in (None, m.mount)]
         for m in chosen:
             if m.fd < 0 and not m.gone:
@@ -127,8 +127,7 @@ class FileSystems:
         return [m for m in chosen if not m.gone]
 
     def sync(self, only: Mount | None = None) -> None:
-        """Write back what is dirty (in this one), while running or after the stop
-        command."""
+        """Write back the dirty pages of all (or of this one); also while running."""
         for m in self._there(only):
             try:
                 kernel.syncfs(m.fd, m.point)
@@ -138,9 +137,9 @@ class FileSystems:
     # ---- before the freeze
 
     def try_out(self) -> None:
-        """Before the first byte: find those that cannot be frozen, such as an
-        EFI partition's.  They are synced, and what is written to them meanwhile
-        fails the copy."""
+        """Before the first byte: find those that cannot be frozen, such as that of an
+        EFI partition.  They are only synced, and a write to one during the last
+        blocks fails the copy."""
         for m in self._all:
             if m.fstype not in FREEZABLE:
                 self._try(m)
@@ -173,13 +172,13 @@ class FileSystems:
 
     @property
     def unfreezable(self) -> list[str]:
-        """Mount points of those that cannot be frozen."""
+        """The mount points of those that cannot be frozen."""
         return [m.point for m in self._all if not m.can_freeze]
 
     def guard(self) -> None:
-        """Lock the file systems against the freeze of another copy, and have
-        the watchdog and the journal ready; before the stop command, so that
-        neither costs frozen time."""
+        """Lock the file systems against the freeze of another copy, and start the
+        watchdog and the journal.  Before the stop command: so it costs no frozen
+        time."""
         if not self._all:
             return
         self._lock()
@@ -189,10 +188,9 @@ class FileSystems:
                 m.prepared = self._plan.foresee(m.entry, m.fd)
 
     def _lock(self) -> None:
-        """Two copies of one file system must not rely on each other's freeze.
-        The lock is on the device's node: one on the mount point would be in the way
-        of who unmounts, and what everybody can open, as the device's file in sysfs,
-        everybody can lock."""
+        """Two copies of one file system must not rely on each other's freeze.  The lock
+        is on the device's node: an open mount point could not be unmounted, and every
+        user can lock the device's file in sysfs."""
         if self._locks:
             return
         deadline = time.monotonic() + LOCK_DEADLINE
@@ -215,8 +213,8 @@ class FileSystems:
     # ---- the freeze
 
     def freeze(self, only: Mount | None = None) -> None:
-        """Freeze each that is not yet (or this one); one that somebody else
-        has frozen (the stop command) is left as it is, also at the end."""
+        """Freeze all that are not frozen yet (or only this one).  One that another
+        process has frozen (the stop command) stays frozen at the end."""
         before = [m for m in self._all if m.by_others]
         self._freeze_all(only)
         for m in self._all:
@@ -228,7 +226,7 @@ class FileSystems:
             return
         self.guard()
         if self._expedited is not None:
-            # Another copy may have ended meanwhile, and put back what it found.
+            # Another copy may have ended meanwhile, and restored the old value.
             with contextlib.suppress(OSError):
                 Path(RCU_EXPEDITED).write_text("1")
         for m in self._there(only):
@@ -238,7 +236,7 @@ class FileSystems:
         self._plan.watch()
 
     def _freeze(self, m: Mounted) -> None:
-        # Held first: a signal right after the freeze must find it.
+        # The undo step first: a signal right after the freeze must find it.
         m.thaw_step = self._plan.add(self._entry_of(m))
         try:
             kernel.fifreeze(m.fd, m.point)
@@ -253,18 +251,18 @@ class FileSystems:
                 raise DeviceControlError.of(f"cannot freeze {m.point}", e) from e
 
     def _entry_of(self, m: Mounted) -> Held:
-        """Its journaled entry, with the descriptor that it has now."""
+        """Its undo step in the journal, with its present descriptor."""
         assert m.prepared is not None
         if any(m.prepared.entry[k] != m.entry[k] for k in ("dev", "fsid")):
-            # It has another number by now, or is another one, made by the stop command.
+            # The stop command has mounted it again with another number, or another one.
             self._plan.done(m.prepared)
             m.prepared = self._plan.foresee(m.entry, m.fd)
         m.prepared = m.prepared.by(m.fd)
         return m.prepared
 
     def check_frozen(self) -> None:
-        """LoopError when one is frozen no more, whoever froze it.  A frozen
-        file system answers FIFREEZE with EBUSY, in microseconds."""
+        """LoopError when one is not frozen any more.  A frozen file system answers
+        FIFREEZE with EBUSY, in microseconds."""
         for m in self._all:
             if m.gone:
                 m.check_gone()
@@ -274,7 +272,7 @@ class FileSystems:
                         f"{m.point} was thawed by another process during the last blocks"
                     )
             elif m.by_others:
-                # Should it freeze, and this process die right then.
+                # FIFREEZE may freeze it, and this process may die right after that.
                 step = self._plan.add(self._entry_of(m))
                 frozen = self._is_frozen(m)
                 if not frozen:
@@ -286,7 +284,7 @@ class FileSystems:
 
     @staticmethod
     def _is_frozen(m: Mounted) -> bool:
-        """False: it was not, and is now."""
+        """False: it was not frozen, and is now."""
         try:
             kernel.fifreeze(m.fd, m.point)
         except OSError as e:
@@ -298,15 +296,14 @@ class FileSystems:
     # ---- short freezes
 
     def warm_up(self) -> float:
-        """Freeze and thaw twice, while running.  What a freeze costs is waiting
-        for RCU grace periods (20 to 50 ms); they are short while the kernel is
-        told to expedite them, and for some milliseconds after a freeze.  The
-        page cache is flushed by it, too.
+        """Freeze and thaw twice, while running.  Most of a freeze is waiting for RCU
+        grace periods (20 to 50 ms).  They are short while the kernel expedites them,
+        and for some milliseconds after a freeze.  It also flushes the page cache.
 
-        Returns the seconds of a freeze that is warm.
+        Returns the seconds of the second freeze.
         """
         seconds = 0.0
-        self.guard()  # the watchdog may have died since
+        self.guard()  # the watchdog may have died meanwhile
         self._expedite()
         with self._report.held():
             for _ in range(2):
@@ -317,15 +314,15 @@ class FileSystems:
         return seconds
 
     def _expedite(self) -> None:
-        """Until the thaw.  A kernel without the file, or one that is not ours
-        to write, has the freeze itself to warm up."""
+        """Have RCU grace periods expedited until the thaw.  Where the file cannot be
+        written, only the freezes of `warm_up` shorten them."""
         if self._all and self._expedited is None:
             with contextlib.suppress(OSError):
                 what = "stop expediting RCU grace periods"
                 self._expedited = self._plan.set_file(RCU_EXPEDITED, "1", what)
 
     def cool_down(self) -> None:
-        """The opposite of `warm_up`; `thaw` does it, too."""
+        """Stop expediting RCU grace periods; `thaw` does so, too."""
         step, self._expedited = self._expedited, None
         if step is not None:
             self._plan.undo(step)
@@ -333,8 +330,8 @@ class FileSystems:
     # ---- the thaw
 
     def thaw(self, only: Mount | None = None, *, warm: bool = False) -> None:
-        """Thaw what `freeze` froze (or this one), in reverse order, and let
-        others freeze.  warm: RCU stays expedited, until `cool_down`."""
+        """Thaw what `freeze` froze (or this one), in reverse order, and unlock it.
+        warm: RCU stays expedited until `cool_down`."""
         try:
             self._thaw_ours(only)
         finally:
@@ -359,7 +356,7 @@ class FileSystems:
                 self._plan.undo(m.thaw_step, keep_note=True)
             except DeviceControlError as e:
                 failed.append(str(e))
-                m.prepared = None  # stays in the journal
+                m.prepared = None  # it stays in the journal
             m.thaw_step = None
         if failed:
             raise DeviceControlError("; ".join(failed))

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One mounted file system of the source: opened, let go, and found again by its
-device, wherever it is mounted then."""
+"""One mounted file system of the source: opened, closed so that it can be unmounted,
+and found again by its device, wherever it is mounted then."""
 
 from __future__ import annotations
 
@@ -18,8 +18,9 @@ from pyploop.undo.journal import Entry
 from pyploop.undo.ledger import Held
 
 FREEZABLE = ("bcachefs", "btrfs", "ext2", "ext3", "ext4", "f2fs", "jfs", "nilfs2", "xfs")
-"""File systems that are known to freeze.  Any other is tried out before the copy."""
+"""File systems known to support a freeze.  Any other is tried before the copy."""
 HALF = 0xFFFFFFFF
+"""The half of a btrfs's f_fsid that all its subvolumes share."""
 UNMOUNT_DEADLINE = 1.0
 """Seconds that a device may still be in use after its file system was unmounted."""
 
@@ -37,9 +38,9 @@ class Mounted:
         self.fsid = os.fstatvfs(self.fd).f_fsid
         self.can_freeze = True
         self.gone = False
-        """It is not mounted any more, and nobody uses its device."""
+        """It is not mounted any more, and its device is not in use."""
         self.by_others = False
-        """Somebody else has frozen it."""
+        """Another process has frozen it."""
         self.prepared: Held | None = None
         """Its undo step, once the journal has it."""
         self.thaw_step: Held | None = None
@@ -64,15 +65,15 @@ class Mounted:
 
     @property
     def device(self) -> tuple[int, int] | None:
-        """The block device that it is on; None: not known."""
+        """The block device that it is on (major, minor); None: not known."""
         if self.dev[0]:
             return self.dev
-        # btrfs has a number of its own, of no device.
+        # The number of a btrfs is not that of a device.
         return _number(self.mount.source)
 
     @property
     def fstype(self) -> str:
-        """As mountinfo has it; '' when it cannot be told."""
+        """As in mountinfo; '' when it is not known."""
         if self.mount.fstype != "?":
             return self.mount.fstype
         found = sysblock.mounted_as(self.dev)
@@ -89,8 +90,8 @@ class Mounted:
             self.fd = -1
 
     def find_again(self) -> None:
-        """Open again what was let go, or find it gone.  LoopError when it can
-        be found no more and yet is in use; OpenError: no way to it."""
+        """Open it again after `close`, or set `gone`.  LoopError: it cannot be found,
+        and is still in use."""
         if self.fd >= 0:
             return
         self.gone = False
@@ -118,7 +119,7 @@ class Mounted:
         )
 
     def _reopen(self, point: str) -> bool:
-        """Open it there, if it is what is mounted there now."""
+        """Open it there, if it is mounted there now."""
         try:
             fd = open_at(point)
         except OSError:
@@ -164,8 +165,8 @@ def _open(mount: Mount) -> int:
 
 
 def open_at(point: str) -> int:
-    """Any descriptor does, but opening what is no folder and no file may do
-    something: start a device, wake who waits at a pipe."""
+    """A descriptor of the file system at `point`.  Only a folder or a file is opened:
+    to open anything else may start a device, or wake the reader of a pipe."""
     mode = os.stat(point).st_mode
     if not (stat.S_ISDIR(mode) or stat.S_ISREG(mode)):
         raise OSError(errno.ENOTDIR, "neither a folder nor a file", point)

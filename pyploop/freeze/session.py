@@ -22,7 +22,7 @@ from pyploop.undo.journal import folder
 from pyploop.undo.ledger import Plan
 
 STOP_ASSUMED = 0.01
-"""Seconds of one stop command."""
+"""Seconds of one stop command, since it cannot be tried out."""
 
 
 def newer(why: str) -> LoopError:
@@ -55,18 +55,17 @@ class FreezeSession:
 
     @property
     def can_undo(self) -> bool:
-        """Everything that is stopped can be let go again, and stopped later."""
+        """All that is stopped can be resumed, and stopped again later."""
         return all(stopper.can_undo for stopper in self._stoppers)
 
     @property
     def expected(self) -> float:
-        """Seconds that stopping will take, as far as one can know: nobody can
-        try it out."""
+        """Seconds that stopping is expected to take."""
         return STOP_ASSUMED * len(self._stoppers)
 
     def prepare(self) -> None:
-        """While all runs: locks, the watchdog, the journal, and whether each
-        can be stopped at all."""
+        """While all runs: take the locks, start the watchdog and the journal, and check
+        that each can be stopped."""
         if self._mounts:
             self._check_journal()
             self._mounts.guard()
@@ -78,7 +77,7 @@ class FreezeSession:
             where = folder()
             point = self._mounts.holding(os.stat(where if where.exists() else where.parent).st_dev)
         except (OpenError, OSError):
-            return  # Plan.start tells why there is none
+            return  # Plan.start reports why there is no journal
         if point is not None:
             self._plan.drop_journal(f"{where} lies on {point}, which will be frozen")
 
@@ -96,8 +95,8 @@ class FreezeSession:
             self._plan.watch()
 
     def _let_go(self) -> None:
-        """A command may unmount: no descriptor of the mount points, the
-        watchdog's among them, stays open."""
+        """A command may unmount: so no descriptor of a mount point stays open, neither
+        here nor in the watchdog."""
         if self._mounts and any(isinstance(s, CommandStopper) for s in self._stoppers):
             self._mounts.let_go()
             self._plan.start()
@@ -109,7 +108,7 @@ class FreezeSession:
         self._plan.watch()
 
     def check(self) -> None:
-        """Everything is still stopped and frozen, as far as can be seen."""
+        """LoopError when something is not stopped or frozen any more."""
         self._plan.watch()
         self._check_stopped()
 
@@ -119,15 +118,15 @@ class FreezeSession:
         self._mounts.check_frozen()
 
     def commit(self) -> None:
-        """END may be sent: nothing has been undone, and nothing will be before
-        the hard limit."""
+        """END may be sent: nothing has been undone, and the watchdog undoes nothing
+        before the hard limit."""
         self.check()
         self._plan.still_held(self._deadline.left_to_watchdog)
         self._deadline.commit()
 
     def before_end(self) -> None:
-        """The last look, with nothing but END's write after it: this process
-        may have been asleep since `commit`."""
+        """The last check, right before END is written: this process may have been
+        asleep since `commit`."""
         self._plan.in_time()
 
     def complete(self) -> None:
@@ -148,8 +147,8 @@ class FreezeSession:
             raise newer(f"may have been running again ({e})") from None
 
     def release(self, resume: bool) -> None:
-        """After `complete`: thaw; resume what was stopped, or leave it to the
-        caller.  RCU grace periods stay expedited, until the file systems cool down."""
+        """After `complete`: thaw.  resume: resume what was stopped, too; else that is
+        left to the caller.  RCU stays expedited until `FileSystems.cool_down`."""
         self._mounts.thaw(warm=True)
         while self._begun:
             stopper = self._begun[-1]
@@ -161,8 +160,8 @@ class FreezeSession:
         self._plan.unlimit()
 
     def undo(self) -> list[str]:
-        """After a failure: undo all, in reverse.  Never raises; returns what
-        is left, in words."""
+        """After a failure: undo all, in reverse.  Never raises; returns a sentence for
+        each step that could not be undone."""
         self._plan.take_over()
         left = self._attempt(self._mounts.thaw)
         while self._begun:

@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Stop specs: what keeps a container from writing while the last blocks go.
+"""Stop specs: what keeps a container from writing during the last blocks.
 
     cmd:COMMAND                 a shell command of the user's (-F too)
     cgroup:PATH                 the cgroup freezer, v1 or v2
     vzctl:CTID                  vzctl chkpnt CTID --suspend
-    fs[:MOUNT]                  the source's file systems, here in the order
+    fs[:MOUNT]                  the source's file systems, at this place of the order
 
-Whoever stops uses a Stopper: `prepare` while everything runs, `stop`, then
-either `leave` (it worked; what is stopped stays so) or `undo`.
+A Stopper is used once: `prepare` while everything runs, `stop`, then either
+`leave` (success; it stays stopped) or `undo`.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ from pyploop.undo.ledger import UNDO_TIMEOUT, Held, Plan
 
 @dataclass(frozen=True)
 class Spec:
-    """A stop spec as given.  argument: what follows the colon; undo: the
-    command that undoes a `cmd`; name: how messages call it."""
+    """A stop spec as given.  argument: the text after the colon.  undo: the command
+    that undoes a `cmd`.  name: its name in messages."""
 
     kind: str
     argument: str
@@ -37,7 +37,7 @@ class Spec:
 
 
 def parse_spec(text: str) -> Spec:
-    """ValueError for what is no spec."""
+    """ValueError when it is not a stop spec."""
     kind, colon, argument = text.partition(":")
     if kind == "fs" and (argument or not colon):
         return Spec(kind, argument, name=text)
@@ -58,28 +58,29 @@ class Stopper(Protocol):
     """What `stop` did can be undone."""
 
     def prepare(self, plan: Plan) -> None:
-        """While all runs: find out whether it can be stopped.  Stops nothing."""
+        """While everything runs: check that it can be stopped.  Stops nothing.
+        PyploopError."""
 
     def stop(self, timeout: float | None) -> None:
-        """Stop it within `timeout` seconds (None: as long as it takes); the way
-        back is in the plan before anything happens.  PyploopError."""
+        """Stop it within `timeout` seconds (None: no limit).  The undo step is in the
+        plan before anything happens.  PyploopError."""
 
     def check(self) -> None:
         """LoopError when it is not stopped any more."""
 
     def leave(self) -> None:
-        """What is stopped stays so, and is the caller's to resume."""
+        """It stays stopped, and the caller resumes it."""
 
     def undo(self) -> None:
         """Resume what `stop` stopped, or began to.  PyploopError."""
 
     def by_hand(self) -> str | None:
-        """After a failed or impossible undo: what is left, and how to resume
-        it; None: nothing is."""
+        """After a failed or impossible undo: what was not undone, and how to do it by
+        hand; None: nothing."""
 
 
 class CommandStopper:
-    """A command of the user's, undone by another one if there is one."""
+    """A command of the user, undone by another one (--undo) if there is one."""
 
     def __init__(self, spec: Spec) -> None:
         self.name = spec.name
@@ -107,7 +108,7 @@ class CommandStopper:
         self._ran = True
 
     def check(self) -> None:
-        """Nothing is known of what the command did."""
+        """What the command did is not known."""
 
     def leave(self) -> None:
         self._ran = False
@@ -137,7 +138,7 @@ class FsStopper:
         self._mounts, self._only = mounts, only
 
     def prepare(self, plan: Plan) -> None:
-        """FileSystems.guard does that for all."""
+        """Nothing: FileSystems.guard prepares all of them."""
 
     def stop(self, timeout: float | None) -> None:
         self._mounts.sync(self._only)
@@ -153,7 +154,7 @@ class FsStopper:
         self._mounts.thaw(self._only)
 
     def by_hand(self) -> str | None:
-        return None  # FileSystems.thaw's own message says it
+        return None  # the message of FileSystems.thaw says how
 
 
 def build(specs: list[Spec], mounts: FileSystems, report: Reporter) -> list[Stopper]:

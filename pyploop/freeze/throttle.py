@@ -2,12 +2,12 @@
 """Slow the writer down by its cgroup, when nothing else makes a freeze fit:
 blkio.throttle.write_bps_device (v1) or io.max (v2), for the source's disk.
 
-v1 counts what a task submits itself: direct and synchronous writes, and what
-its own fsync writes back; what the kernel writes back later belongs to nobody.
-v2 counts all of it where the file system takes part (ext4, xfs, btrfs).
+v1 counts what a task submits itself: direct and synchronous writes, and what its
+own fsync writes back.  It does not count what the kernel writes back later.  v2
+counts all of it on file systems that support it (ext4, xfs, btrfs).
 
-What was there before is in the plan before anything is written, and is put
-back before the last sync of the freeze, which would wait for the limit too.
+The undo step is in the plan before a limit is written.  The old limit is restored
+before the last sync of the freeze, which the limit would slow down, too.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from pyploop.units import format_size, parse_size
 
 @dataclass(frozen=True)
 class Knob:
-    """The write limit of one cgroup for one disk ('7:0'), bytes per second."""
+    """The write limit of one cgroup for one disk ('7:0'), in bytes per second."""
 
     folder: Path
     v2: bool
@@ -39,13 +39,13 @@ class Knob:
         return self.folder / ("io.max" if self.v2 else "blkio.throttle.write_bps_device")
 
     def value(self, rate: int | None) -> str:
-        """What is written for this limit; None: no limit."""
+        """The text that sets this limit; None: no limit."""
         if self.v2:
             return f"{self.disk} wbps={'max' if rate is None else rate}"
         return f"{self.disk} {rate or 0}"
 
     def read(self) -> int | None:
-        """The limit now; None: there is none."""
+        """The present limit; None: there is none."""
         for line in self.path.read_text().splitlines():
             words = line.split()
             if words[:1] != [self.disk]:
@@ -66,12 +66,12 @@ def parse_throttle(text: str) -> tuple[int, str | None]:
 
 
 def find(group: str, disk: str) -> Knob:
-    """The knob of a cgroup, given by its folder or relative to its hierarchy."""
+    """The knob of a cgroup.  group: its folder, or its name in its hierarchy."""
     folders = [(Path(group), v2) for v2 in (False, True)] if group.startswith("/") else []
     for root, controllers in cgroup_mounts():
         if (controllers is None or "blkio" in controllers) and ".." not in Path(group).parts:
             folder = Path(root) / group.lstrip("/")
-            if folder != Path(root):  # of the root: the whole machine
+            if folder != Path(root):  # the root is the whole machine
                 folders.append((folder, controllers is None))
     for folder, v2 in folders:
         knob = Knob(folder, v2, disk)
@@ -122,7 +122,7 @@ class Throttle:
         self._plan = plan
 
     def apply(self) -> None:
-        """Slow the writer down; a second call changes nothing."""
+        """Slow the writer down.  A second call changes nothing."""
         if self._applied:
             return
         assert self._knob is not None and self._plan is not None, "prepared"
@@ -148,7 +148,7 @@ class Throttle:
         self._report.note(f"Throttled {knob.folder} to {format_size(self._rate)}/s of writes")
 
     def remove(self) -> None:
-        """Put back what was there before `apply`."""
+        """Restore the limit that was there before `apply`."""
         self._applied = False
         step, self._undo_step = self._undo_step, None
         if step is not None and self._plan is not None:

@@ -2,9 +2,9 @@
 """Suspend and resume an OpenVZ container with vzctl, by its documented
 contract: options, exit codes, and the line that `status` prints.
 
-vzctl is called with --skiplock, as vzmigrate calls it: whoever starts us holds
-the container's lock.  `vzctl:CTID,lock` leaves it off, for use by hand: vzctl
-then refuses while somebody else works on the container.
+vzctl is called with --skiplock, as vzmigrate calls it: the program that starts
+us has the container's lock.  `vzctl:CTID,lock` leaves --skiplock off, for use by
+hand: then vzctl refuses while another program works on the container.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ _CODES = {
     41: "the container's file system is mounted",
 }
 _NOTHING_DONE = (5, 9, 20, 21, 31, 32, 40, 41)
-"""Codes of a `chkpnt --suspend` that has not begun."""
+"""Exit codes after which `chkpnt --suspend` has changed nothing."""
 
 
 def explain(what: str, code: int) -> PyploopError:
@@ -84,7 +84,7 @@ def parse_status(text: str, ctid: str) -> Status:
 
 
 class VzctlStopper:
-    """One container; one that is suspended already is left so."""
+    """Suspends one container.  One that is already suspended stays so."""
 
     can_undo = True
 
@@ -99,14 +99,14 @@ class VzctlStopper:
         self._undo_step: Held | None = None
         self._left_so = False
         self._freezer: Freezer | None = None
-        """The container's, if it is one that tells of a suspension."""
+        """Of the container's cgroup, if it shows a suspension."""
 
     def _chkpnt(self, step: str, timeout: float) -> int:
         argv = ["vzctl", *self._options, "chkpnt", self._ctid, step]
         return command.exit_code(argv, " ".join(argv), timeout)
 
     def _resume_argv(self) -> list[str]:
-        # Never stopped by a lock: whoever holds it may be waiting for us.
+        # Without the lock: the program that has it may be waiting for us.
         return ["vzctl", "--skiplock", "chkpnt", self._ctid, "--resume"]
 
     def status(self) -> Status:
@@ -147,7 +147,7 @@ class VzctlStopper:
         seconds = SUSPEND_DEADLINE if timeout is None else min(timeout, SUSPEND_DEADLINE)
         code = self._chkpnt("--suspend", seconds)
         if code in _NOTHING_DONE:
-            # Above all for a lock: who holds it may have suspended it.
+            # Above all when it is locked: the lock's owner may have suspended it.
             self._plan.done(self._undo_step)
             self._undo_step = None
         if code:
@@ -156,10 +156,10 @@ class VzctlStopper:
 
     def _see_suspended(self) -> None:
         if self._freezer is not None and not self._freezer.frozen():
-            self._freezer = None  # it is suspended by other means
+            self._freezer = None  # its cgroup does not show a suspension
 
     def check(self) -> None:
-        """Asking vzctl would cost frozen time; its cgroup tells for nothing."""
+        """By its cgroup, since vzctl would cost frozen time."""
         if self._freezer is not None and not self._freezer.frozen():
             raise LoopError(f"container {self._ctid} was resumed during the last blocks")
 
@@ -176,8 +176,8 @@ class VzctlStopper:
         try:
             plan.undo(step)
         except CommandError:
-            # vzctl refuses to resume what is not suspended: a failed suspend
-            # has put it back by itself.
+            # A failed suspend has resumed it already, and vzctl refuses to resume what
+            # is not suspended.
             status = self.status()
             if not status.running or status.suspended:
                 raise
