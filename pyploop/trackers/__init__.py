@@ -1,9 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Dirty-block trackers behind one small protocol.
+"""Dirty-block trackers behind one small protocol: which blocks were written.
 
-Invariant: clear, then read.  `take` clears the marks it hands out, and the
-caller reads the blocks after that; a write that completes later sets its mark
+    bpf    BPF programs on the kernel's block layer, for every block device
+    ploop  the ploop driver's own tracking (OpenVZ 6 and 7)
+    dm     messages to a device-mapper target with tracking (OpenVZ 9)
+    scan   no tracking: reads everything and compares hashes
+
+Invariant: clear, then read.  `take` clears the marks that it returns, and the
+caller reads the blocks after that.  A write that completes later sets its mark
 again.  In the first pass the pump's hook does the same for each range.
+
+May import `disks`, `usage` and what is below them.  A new tracker is a class with
+the attributes and methods of `Tracker`, a name in TRACKERS, and a line in
+`registry.choose`.  No other room asks for a tracker's name: what a caller must
+know is a capability, an attribute of the protocol.
 """
 
 from __future__ import annotations
@@ -23,14 +33,14 @@ State = Literal["complete", "undecided", "lossy", "busy", "unknown"]
 
 @dataclass(frozen=True)
 class Completeness:
-    """What a tracker can prove about its own completeness.
+    """What a tracker can prove about the completeness of its marks.
 
-    complete: the kernel's counters agree with the events, nothing was missed.
-    lossy: events were missed, at least `missed` bytes of them.
-    undecided: writes were going on during the check; between `missed` and
-    `at_most` bytes may be missing.
+    complete: the kernel's counters agree with the events; nothing was missed.
+    lossy: the events of at least `missed` bytes were missed.
+    undecided: there were writes during the check; between `missed` and `at_most`
+    bytes may be missing.
     busy: writes stay in flight although nothing should write any more.
-    unknown: this tracker has nothing to compare with.
+    unknown: this tracker has no counters to compare with.
     """
 
     state: State
@@ -38,7 +48,7 @@ class Completeness:
     at_most: int = 0
     why: str = ""
     needs_repair: bool = False
-    """No later look can tell: only a comparison (`Tracker.repair`) does."""
+    """No later check can prove it, only a comparison (`Tracker.repair`)."""
 
     def __str__(self) -> str:
         if self.state == "lossy":
@@ -48,8 +58,8 @@ class Completeness:
 
 @dataclass(frozen=True)
 class Batch:
-    """Blocks to send.  changed: send only what differs from what was sent
-    last; holes: the extents are holes of the source."""
+    """Blocks to send.  changed: only those that differ from what was sent last.
+    holes: the extents are holes of the source."""
 
     extents: Extents
     changed: bool = False
@@ -58,15 +68,15 @@ class Batch:
 
 @dataclass(frozen=True)
 class Repair:
-    """Blocks that may have been missed, to be compared by hash and sent when
-    they differ.  `scope` says in words what they are."""
+    """Blocks that may have been missed: to be compared by hash, and sent when they
+    differ.  scope: what they are, for messages."""
 
     batches: list[Batch] = field(default_factory=list)
     scope: str = ""
 
 
 def whole(source: Source) -> list[Batch]:
-    """The whole source, to be compared."""
+    """The whole source as batches to be compared."""
     data, holes = source.holes()
     batches = [Batch(Extents.of(data), changed=True)]
     if holes:
@@ -79,11 +89,11 @@ class Tracker(Protocol):
 
     name: str
     why: str
-    """Why this one was taken, for the log."""
+    """Why this tracker was chosen, for the log."""
     needs_hashes: bool
-    """The pump must keep hashes of what it sent."""
+    """The pump must keep the hashes of what it sent."""
     stop_before_end: bool
-    """`stop` may refuse, when blocks are unread: so it comes before END."""
+    """`stop` fails when dirty blocks are unread: so it is called before END."""
     compares_everything: bool
     """It sees no writes.  Each `take` hands out the whole source, to be compared by
     hash: so it takes as long as reading all of it, also inside the freeze."""
@@ -92,30 +102,31 @@ class Tracker(Protocol):
     does."""
 
     def start(self, plan: Plan | None = None) -> None:
-        """Begin to track, before the first block is read.  plan: for what
-        must be undone also after SIGKILL; None: its own."""
+        """Begin to track, before the first block is read.  plan: of the copy, for
+        undo steps that outlive a SIGKILL; None: the tracker's own.
+        DeviceControlError."""
 
     def hook(self) -> Hook | None:
-        """What the pump calls before each read of the first pass."""
+        """What the pump calls before each read of the first pass; None: nothing."""
 
     def mark_all(self) -> bool:
         """Before a first pass that leaves blocks out: from now on a write to any
-        block is marked, also where that pass has not been.  Returns whether its
-        hook is of use then."""
+        block is marked, even where that pass has not been yet.  Returns whether the
+        hook is still needed."""
 
     def pending(self) -> int | None:
-        """Bytes that are dirty now, without taking them; None: not known."""
+        """Bytes that are dirty now; clears nothing.  None: not known."""
 
     def take(self) -> list[Batch]:
-        """Hand out and clear what is dirty."""
+        """Return what is dirty, and clear it.  DeviceControlError."""
 
     def check(self, quiesced: bool) -> Completeness:
-        """Prove completeness so far; `quiesced`: nothing is being written."""
+        """Prove completeness so far.  quiesced: nothing should be writing."""
 
     def repair(self, quiesced: bool) -> Repair | None:
-        """After a check that is not `complete`: what to compare, or None
-        when nothing can be done about it."""
+        """After a check that is not `complete`: what to compare; None: the tracker
+        does not know."""
 
     def stop(self, ok: bool) -> None:
-        """End tracking; `ok`: everything was handed out.  Never raises when
-        ok is false."""
+        """End tracking.  ok: everything was taken; DeviceControlError when blocks are
+        left.  Never raises when ok is false."""

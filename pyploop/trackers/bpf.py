@@ -1,20 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
 """Tracking in the kernel by BPF programs, for every block device.
 
-Two kinds of marks (csrc/bpf.h): `done`, set when a write has completed, is what
-is sent.  `queued`, set when it is submitted, is the safety net: on some
-machines completion events get lost (docs/internals/tracking.md), so the sectors that the
-programs saw are compared with the kernel's own accounting in
-/sys/block/X/stat.  When they agree nothing was missed.  When they do not, the
-missed blocks are among those queued since the last proof, if the queued
-sectors agree; else they can be anywhere, and everything is compared by hash.
+There are two kinds of marks (csrc/bpf.h).  `done` is set when a write has
+completed: these blocks are sent.  `queued` is set when a write is submitted: that
+is the safety net, since on some machines completion events get lost
+(docs/internals/tracking.md).  So the sectors that the programs saw are compared with the
+kernel's own accounting in /sys/block/X/stat.  When they agree, nothing was missed.
+Otherwise, if the queued sectors agree, the missed blocks are among those queued
+since the last proof.  Else they can be anywhere, and everything is compared by
+hash.
 
 Invariants:
-1. A proof counts from an exact base only: a moment at which counters and
+1. A proof counts only from an exact base: a moment at which counters and
    accounting stood still.
-2. Queued marks are forgotten only at a moment at which completion is proven
-   and nothing is in flight; those read out at that moment are kept until the
-   next one.
+2. Queued marks are dropped only at a moment at which completion is proven and
+   nothing is in flight.  Those read at that moment are kept until the next one.
 """
 
 from __future__ import annotations
@@ -41,15 +41,15 @@ from pyploop.usage.io_accounting import (
 )
 
 BASE_DEADLINE = 0.25
-"""Seconds to look for an exact base before the first pass."""
+"""Seconds to wait for an exact base before the first pass."""
 LAGS = 10
-"""Looks, 2 ms apart, until sums that lag behind the events are taken for lost:
-a request is counted by the events first."""
+"""Snapshots, 2 ms apart, until a kernel sum that lags behind the events counts as
+wrong: the events count a request first."""
 MAX_BITMAP = 64 << 20
 """Bytes of one bitmap; a larger device gets a coarser granule."""
 
-# Bio-based drivers whose bios complete unchanged; others (dm, md) may have
-# advanced or remapped them by then, so only their submission can be trusted.
+# Bio-based drivers whose bios complete unchanged.  Others (dm, md) may have advanced
+# or remapped them by then, so only their submission can be trusted.
 _PLAIN_BIO = ("zram", "ram", "pmem", "btt")
 
 
@@ -98,15 +98,15 @@ class BpfTracker:
         self._own_plan: Plan | None = None
         self._accounting = Accounting(disk)
         self._suspect = ""
-        """Why nothing since the base is proven, until a repair."""
+        """Why nothing can be proven since the base, until a repair."""
         self._base: _Base | None = None
         self._owes_proof = False
         self._checked: Counters | None = None
-        """Counters of a check with all quiesced, until the take after it."""
+        """Counters of a quiesced check, until the next take."""
         self._taken: Counters | None = None
-        """The same, of the last take after such a check."""
+        """The same counters, at the last take after such a check."""
         self._queued = Bitmap(self._size, self._queued_shift)
-        """Queued since the proof before the last (invariant 2)."""
+        """Queued since the last proof but one (invariant 2)."""
         self._carry: Bitmap | None = None
 
     # ---- life
@@ -123,8 +123,8 @@ class BpfTracker:
         self._find_base()
 
     def try_out(self) -> None:
-        """Load and attach, ahead of `start`: DeviceControlError when the kernel
-        refuses.  Then `start` has less to do; `stop` ends it, too."""
+        """Load and attach before `start`, which has less to do then.  `stop` ends it,
+        too.  DeviceControlError when the kernel refuses."""
         try:
             self._open()
         except DeviceControlError:
@@ -193,16 +193,16 @@ class BpfTracker:
 
     def take(self) -> list[Batch]:
         if self._mode != _core.BPF_QUEUE:
-            # A mark is set before its event is counted: no new count, no new
-            # mark.  Saves a look at the whole bitmap inside the freeze.
+            # A mark is set before its event is counted, so without a new count there
+            # is no new mark.  That saves a scan of the bitmap inside the freeze.
             checked, self._checked = self._checked, None
             if checked is not None and checked == self._taken:
                 return []
             self._taken = checked
             return [Batch(self._t.take_extents())]
         dirty = Bitmap(self._size, self._shift)
-        # A submitted write may land after the read, so it is sent again until
-        # a moment with nothing in flight has passed.
+        # A submitted write may reach the disk after the read, so it is sent again
+        # until nothing was in flight at some moment.
         fresh = Bitmap(self._size, self._shift)
         quiet = self._writes_in_flight() == 0
         self._t.take_queued(fresh)
@@ -217,7 +217,7 @@ class BpfTracker:
         return [Batch(dirty.extents())]
 
     def _t_queued_unchanged(self, taken: Bitmap) -> bool:
-        """Nothing was submitted since `taken` was read out."""
+        """Nothing was submitted since `taken` was read."""
         late = Bitmap(self._size, self._queued_shift)
         self._t.take_queued(late)
         if late.count == 0:
@@ -251,21 +251,23 @@ class BpfTracker:
         )
 
     def _writes_in_flight(self) -> int:
-        """On the whole disk, which is what the counters count."""
+        """Of the whole disk, which the counters count."""
         path = Path("/sys/block") / self._block.disk / "inflight"
         return int(path.read_text().split()[1])
 
     def _own_writes_in_flight(self) -> int:
-        """On the source alone: another partition may stay busy."""
+        """Of the source alone: another partition may stay busy."""
         block = self._block
         return writes_in_flight(block) if block.is_partition else self._writes_in_flight()
 
     def check(self, quiesced: bool) -> Completeness:
         if self._accounting.interrupted():
-            self._suspect = "the accounting of the disk (queue/iostats) was switched meanwhile"
+            self._suspect = (
+                "the accounting of the disk (queue/iostats) was switched off or on meanwhile"
+            )
         if quiesced and not wait_quiet(self._own_writes_in_flight, QUIET_DEADLINE):
             return Completeness("busy", 0, self._size, "writes stay in flight")
-        # Frozen time is dear, but a failed proof is dearer.
+        # Frozen time is expensive, but a failed proof costs more of it.
         shot = self._caught_up(2000 if quiesced else 200)
         self._checked = shot.after if quiesced and shot.stable else None
         if self._base is None:
@@ -284,8 +286,8 @@ class BpfTracker:
         return self._check_still(shot, quiesced)
 
     def _caught_up(self, tries: int) -> Snapshot:
-        """A snapshot; when the kernel stays behind what was seen, what is proven
-        against it is not."""
+        """A snapshot.  When the kernel's sum stays below that of the events, nothing
+        can be proven with it."""
         base = self._base
         for left in reversed(range(LAGS)):
             shot = self._snapshot(tries)
@@ -300,14 +302,14 @@ class BpfTracker:
         return shot
 
     def _check_still(self, shot: Snapshot, quiesced: bool) -> Completeness:
-        """The events balance; see whether more follows from this moment."""
+        """The sums agree; what else this moment proves."""
         assert self._base is not None
         still = self._writes_in_flight() == 0 and self._same(shot, self._snapshot(20))
         if quiesced and not still and not self._balanced_again():
             return Completeness("undecided", 0, self._size, "writes elsewhere on the disk")
         if self._owes_proof:
-            # An earlier loss was repaired among the submitted blocks only,
-            # which is right if no submission was missed either.
+            # An earlier loss was repaired among the submitted blocks only.  That is
+            # right if no submission was missed either.
             if not still:
                 return Completeness("undecided", 0, 0, "repaired; proof needs a still moment")
             if self._queued_gap(shot) != self._base.queued_gap:
@@ -318,18 +320,18 @@ class BpfTracker:
             gap = self._queued_gap(shot)
             if self._base.queued_gap is None:
                 self._base.queued_gap = gap
-            # What this exchange returns was submitted before or just after
-            # the moment; either way it is kept until the next proof.  What
-            # was submitted and not accounted yet (in a scheduler, say) may be
-            # among the older marks: those stay until the sums agree.
+            # What this take returns was submitted before or just after the moment.
+            # It is kept until the next proof.  What was submitted and is not accounted
+            # yet (in a scheduler) may be among the older marks, which stay until the
+            # sums agree.
             if gap == self._base.queued_gap:
                 self._queued.zero()
             self._t.take_queued(self._queued)
         return Completeness("complete")
 
     def _balanced_again(self) -> bool:
-        """Another partition stays busy.  A request of its own between event
-        and accounting could balance a loss, but not at three moments apart."""
+        """While another partition stays busy: a request between its event and its
+        accounting could hide a loss once, but not at three separate moments."""
         assert self._base is not None
         for _ in range(2):
             time.sleep(0.001)
@@ -355,19 +357,19 @@ class BpfTracker:
             still = self._is_still(shot)
             if not quiesced and not (still and self._suspect):
                 return None
-            # Counting starts anew here, as below; else no proof ever follows.
+            # Counting starts anew here, as below; else no proof could follow.
             self._base = _Base(self._done_gap(shot), self._queued_gap(shot) if still else None)
             return self._compare_all()
         if not quiesced and not shot.stable:
-            return None  # no exact moment to count from: left to the freeze
+            return None  # there is no exact base: left to the freeze
         queued_gap = self._base.queued_gap if self._base else None
         if quiesced and queued_gap is not None and self._queued_gap(shot) != queued_gap:
             queued_gap = None
         if self._suspect:
-            # The sums of submissions are against the same accounting.
+            # The sums of submissions use the same accounting.
             queued_gap = None
-        # Whatever was missed had completed before this moment, so the
-        # comparison that follows finds it, and counting starts anew.
+        # What was missed had completed before this moment.  So the comparison that
+        # follows finds it, and counting starts anew.
         self._base = _Base(self._done_gap(shot), queued_gap)
         if queued_gap is None:
             self._owes_proof = False

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """OpenVZ 9's tracking: messages to a device-mapper target (ploop or qcow2).
 
-`tracking_start`, `tracking_get_next` (answers the next dirty cluster, which it
-clears, or nothing), `tracking_clear N`, `tracking_stop`.  The messages go
-through dmsetup(8), the supported way to talk to device-mapper; `run` can be
-replaced, and the tests do so, since no stock kernel has the target.
+The messages are `tracking_start`, `tracking_get_next` (answers the next dirty
+cluster and clears it, or answers nothing), `tracking_clear N`, `tracking_stop`.
+They go through dmsetup(8), the supported way to talk to device-mapper.  Tests
+replace `run`, since no stock kernel has the target.
 """
 
 from __future__ import annotations

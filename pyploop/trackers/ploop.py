@@ -17,8 +17,8 @@ from pyploop.trackers import Batch, Completeness, Repair
 from pyploop.undo.ledger import Plan
 
 MAX_LAPS = 10
-"""Times that one `take` goes on when the driver goes back to an earlier
-position: a device that is dirtied faster than it is read has no end."""
+"""Times that one `take` goes on when the driver returns to an earlier position: it
+would not end on a device that is dirtied faster than it is read."""
 
 
 class PloopTracker:
@@ -52,8 +52,8 @@ class PloopTracker:
         return self._tracking.hook()
 
     def mark_all(self) -> bool:
-        # The driver marks only what lies before the position; and going back to an
-        # earlier one would make it forget what it has marked after that.
+        # The driver marks only what lies before the position.  Setting an earlier one
+        # later would drop the marks after it.
         try:
             self._tracking.set_position(self._size)
         except OSError as e:
@@ -64,9 +64,9 @@ class PloopTracker:
         return None
 
     def take(self) -> list[Batch]:
-        """The extents as the driver gives them, a batch for each time that it
-        goes back to an earlier position; until it has none, or as long as the C
-        tool goes on."""
+        """The extents as the driver returns them, with a new batch each time that it
+        returns to an earlier position.  Until it has none, or as long as the C tool
+        goes on."""
         batches: list[Batch] = []
         lap: list[tuple[int, int]] = []
         total = 0
@@ -86,7 +86,7 @@ class PloopTracker:
         return batches
 
     def _next(self) -> tuple[int, int] | None:
-        """The next dirty extent within the image, which is clear from now on."""
+        """The next dirty extent within the image, which the driver has cleared."""
         if self._deferred is not None:
             extent, self._deferred = self._deferred, None
             return extent
@@ -122,7 +122,7 @@ class PloopTracker:
                 self._tracking.abort()
             return
         try:
-            if self._deferred is not None:  # so says the driver of unread blocks, too
+            if self._deferred is not None:  # as the driver answers for unread blocks
                 raise OSError(errno.EBUSY, "dirty blocks are left")
             self._tracking.stop()
         except OSError as e:

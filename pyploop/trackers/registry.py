@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which tracker a copy uses.  `auto` says which it took and why; a tracker
-that was asked for by name and cannot work is an error, never a fallback."""
+"""Which tracker a copy uses.  `auto` says which one it chose and why.  A tracker that
+was named and cannot work is an error: there is no silent fallback."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from pyploop.usage.io_accounting import Accounting
 
 
 def choose(name: str, source: Source, cluster: int | None = None) -> Tracker:
-    """The tracker called `name`, made for the source, not started; `stop` ends
-    what `auto` has tried out.
+    """The tracker called `name` for the source, not started.  `stop` ends it, also when
+    it was only tried (`auto`).  ParameterError, DeviceControlError.
 
-    cluster: bytes of a cluster of a device-mapper target, which nothing else
-    tells; a wrong one would lose data, so there is no default.
+    cluster: bytes of a cluster of a device-mapper target.  It cannot be found out,
+    and a wrong one would lose data, so there is no default.
     """
     if cluster is not None and name not in ("auto", "dm"):
         raise ParameterError(f"--cluster is for --tracker dm, not {name}")
@@ -61,7 +61,7 @@ def _auto(source: Source, cluster: int | None) -> Tracker:
         return dm.DmTracker(source, "the device-mapper target has its own tracking")
     reason = bpf_problem(source)
     if not reason:
-        # Capabilities, seccomp, lockdown, memory: only a trial tells.
+        # Capabilities, seccomp, lockdown, memory: only a trial shows.
         tracker = bpf.BpfTracker(source, "a block device, and the kernel has BPF with BTF")
         try:
             tracker.try_out()
@@ -72,7 +72,7 @@ def _auto(source: Source, cluster: int | None) -> Tracker:
 
 
 def bpf_problem(source: Source) -> str:
-    """Why BPF cannot track this source; empty when only trying can tell."""
+    """Why BPF cannot track this source; empty: only a trial shows whether it can."""
     queue = source.queue
     if queue is None:
         return "a plain file"

@@ -2,10 +2,10 @@
 """No tracking at all: read everything again and compare hashes with what was
 sent last.  For files, and for users without privileges.
 
-Authoritative only once writing has stopped: a round sees each block at a
-moment of its own.  The last pass, after the freeze or the stop command, is the
-one that counts; nothing here can prove that nobody writes any more.  What can
-show that somebody does is `pyploop.disks.write_counters`.
+It is right only once writing has stopped, since a round sees each block at a
+different moment.  So the last pass counts, after the freeze or the stop command.
+Nothing here can prove that writing has stopped; `pyploop.disks.write_counters` can
+show that it has not.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class ScanTracker:
 
     def start(self, plan: Plan | None = None) -> None:
         if self._accounting is not None and plan is not None:
-            with contextlib.suppress(DeviceControlError):  # one witness less
+            with contextlib.suppress(DeviceControlError):  # only a check that is missing then
                 self._accounting.start(plan)
 
     def hook(self) -> Hook | None:
@@ -58,7 +58,7 @@ class ScanTracker:
 
     def check(self, quiesced: bool) -> Completeness:
         block = self._source.queue
-        # What was submitted before the stop may land behind the scan's back.
+        # A write submitted before the stop may reach the disk after the scan has read.
         if quiesced and block and not wait_quiet(lambda: writes_in_flight(block), QUIET_DEADLINE):
             return Completeness("busy", why="writes stay in flight")
         return Completeness("unknown", why="scan compares contents, it has no events to count")
