@@ -29,9 +29,9 @@ class Approach:
         self._sent_at_sync = 0
 
     def prepare_freeze(self) -> None:
-        """The target durable so far, the watchdog ready, one more round, and a
-        freeze that fits what was asked for; nothing when there is nothing to
-        freeze or stop."""
+        """Sync the target, start the watchdog, rehearse the freeze, and do rounds until
+        a freeze fits what was asked for.  Does nothing when there is nothing to freeze
+        or stop.  LoopError: no freeze fitted."""
         c, measurements = self._context, self._measurements
         if not c.stops:
             self._precopy.look_around(last=True)
@@ -52,7 +52,7 @@ class Approach:
             if self._fits():
                 break
             c.mounts.cool_down()
-            measurements.freeze_time = None  # the next rehearsal may find another
+            measurements.freeze_time = None  # the next rehearsal measures it anew
             c.source_pump.pause(RETRY)
         f = self._forecast()
         self._check_scan(f)
@@ -66,8 +66,8 @@ class Approach:
         return self._context.source_pump.stats.data - self._sent_at_sync
 
     def _check_scan(self, f: Forecast) -> None:
-        """A scan compares everything inside the freeze: refused when that is known
-        to be too long, not ended when the limit passes."""
+        """A scan compares everything inside the freeze.  When that is known to be too
+        long it is refused here, before the source is frozen in vain."""
         c = self._context
         limit = c.options.freeze_limit
         if not c.tracker.compares_everything or not c.mounts or not limit:
@@ -80,8 +80,8 @@ class Approach:
             )
 
     def sync_target(self) -> str:
-        """What was sent is durable at the target when this returns, as far as
-        that can be known: the answer says how (`Output.sync`)."""
+        """Make what was sent durable at the target.  Returns how that is known
+        (`Output.sync`)."""
         c, measurements = self._context, self._measurements
         c.report.event("phase", phase="sync", bytes=None)
         sent, unsynced = c.source_pump.stats.data, self._unsynced
@@ -96,7 +96,7 @@ class Approach:
         self._sent_at_sync = sent
         c.report.info(f"Target synced before the freeze ({how}, {seconds:.3f} s)")
         if c.out.heard is not None:
-            # With nothing in between: what a round trip costs, and for the clocks.
+            # Nothing was sent since: this measures the round trip, and the clocks.
             start = time.monotonic()
             self._ask_to_sync(waiting=False)
             measurements.add_target_sync(0, time.monotonic() - start)
@@ -112,7 +112,7 @@ class Approach:
         return forecast(self._measurements.measured(), self._context.tracker.pending())
 
     def _fits(self) -> bool:
-        """The last look before the stop command."""
+        """The last decision before the stop command."""
         policy, f = self._context.options.policy, self._forecast()
         if policy.max_freeze is None or f.total <= policy.max_freeze:
             return True

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What all stages of one copy work with."""
+"""The objects that all stages of one copy share."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from pyploop.undo.ledger import Plan
 
 @dataclass(frozen=True)
 class Context:
-    """The parts of one copy, made by the sender and closed by it."""
+    """The parts of one copy.  The sender makes and closes them."""
 
     source: Source
     tracker: Tracker
@@ -43,7 +43,7 @@ class Context:
 
     @property
     def deadline(self) -> Deadline:
-        """Of the freeze: the one that the output waits by, too."""
+        """Of the freeze; the output has the same one."""
         return self.out.deadline
 
     @property
@@ -57,10 +57,10 @@ class Context:
         self.source.write_back()
 
     def beside(self, frozen: bool = False) -> list[str]:
-        """What was written where no tracker sees it, in words."""
+        """The writes that no tracker sees, described for messages."""
         lookout = self.source.lookout
         return [] if lookout is None else lookout.beside(frozen)
 
     def compare_all(self, beside: list[str]) -> Repair:
-        """The whole source is to be compared, for what was written `beside` the queue."""
+        """Compare the whole source, because of the writes that `beside` describes."""
         return Repair(whole(self.source), f"the whole source ({'; '.join(beside)})")

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The freeze of one copy: stop, sync, freeze, prove, last blocks, durable, thaw.
 
-Nothing is delivered that the tracker could not prove complete: what it may have
-missed is compared by hash and sent again, or the copy fails.
+Invariant: nothing is delivered that the tracker could not prove complete.  What it
+may have missed is compared by hash and sent again, or the copy fails.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ from pyploop.trackers import Completeness, Repair
 from pyploop.units import format_size
 
 FINAL_PASSES = 3
-"""Passes with dirty blocks inside the freeze before it is called a loop."""
+"""Passes inside the freeze that may find dirty blocks, until the copy fails."""
 UNSTOPPED_PASSES = 20
-"""The same when nothing stops the writer."""
+"""The same when nothing is stopped or frozen."""
 REPAIR_SLACK = 1.0
-"""Seconds of a repair inside the freeze, beside twice what was forecast, when no
---max-freeze is given."""
+"""Without --max-freeze: seconds that a repair may take inside the freeze, on top of
+twice the forecast."""
 
 
 class FreezeStage:
@@ -39,9 +39,9 @@ class FreezeStage:
         self._context = context
         self._may_thaw = False
         self._doubt = ""
-        """What the last pass had to compare for."""
+        """Why the last pass had to compare."""
         self._stamp: tuple[int, ...] = ()
-        """What `Writes` told at the beginning of the last pass."""
+        """`Writes.begin` at the beginning of the last pass."""
 
     @property
     def allowed(self) -> float:
@@ -84,9 +84,9 @@ class FreezeStage:
             self._report_end(c.source_pump.stats.data - before)
 
     def _stop_watching(self) -> None:
-        """Ending a watch (fanotify, inotify) waits for a grace period of the kernel,
-        8 ms each unless it is expedited, and a caller who has stopped the source waits
-        for our end."""
+        """While RCU is still expedited: the end of a watch (fanotify, inotify) waits for
+        a grace period, else 8 ms each, and a caller that has stopped the source waits
+        for this process to end."""
         c = self._context
         c.tracker.stop(False)
         if c.source.lookout is not None:
@@ -94,14 +94,15 @@ class FreezeStage:
         c.mounts.cool_down()
 
     def _undo_to_go_on(self, why: FreezeGivenUp) -> None:
-        """Fails when something is left as it is: the source does not run then."""
+        """Thaw, for another freeze later.  LoopError when something could not be undone, so
+        the source does not run."""
         c = self._context
         if left := c.session.undo():
             raise LoopError("; ".join([f"{why}; no target was made", *left])) from why
-        c.plan.watch()  # what went past the limit is no freeze to begin again
+        c.plan.watch()  # no further freeze after one that went past its limit
 
     def _run_on(self) -> None:
-        """After the freeze the source runs, and nothing is in a hurry."""
+        """After the freeze the source runs: the limit ends, and --bwlimit holds again."""
         c = self._context
         c.recorder.stage = "running"
         c.source_pump.limit(running=True)
@@ -114,7 +115,7 @@ class FreezeStage:
         scanned = c.tracker.compares_everything and not c.mounts
         limits = None
         if options.freeze_limit and c.stops and not scanned:
-            # A scan compares all there is after the stop: as long as it takes.
+            # After a stop without file systems a scan may take as long as it needs.
             limits = Limits.of(options.freeze_limit)
         with step("stop command") if c.options.stop_specs else contextlib.nullcontext():
             c.session.stop(limits)
@@ -126,16 +127,13 @@ class FreezeStage:
             c.session.watch()
         with step("freeze"):
             c.mounts.freeze()
-            # What the freeze itself wrote to a loop device on top of the source; and
-            # what somebody wrote through a device since the sync.
+            # What the freeze wrote to a loop device on top of the source, and what was
+            # written through a device since the sync.
             c.source.write_back()
             c.session.watch()
 
     def last_blocks(self, may_thaw: bool = False) -> None:
-        """Send what is dirty until nothing is, and no event is missing.
-
-        may_thaw: a long repair raises FreezeGivenUp, after which all is undone,
-        and `freeze_and_finish` goes on; else it has until the freeze limit."""
+        """As `Sender.last_blocks`."""
         c = self._context
         self._may_thaw = may_thaw
         limit = FINAL_PASSES if c.stops else UNSTOPPED_PASSES
@@ -152,8 +150,7 @@ class FreezeStage:
                 raise self._still_written()
 
     def finish(self) -> None:
-        """The end of the image; returns when the target is durable, as far as
-        that can be known (`summary.acknowledged`)."""
+        """As `Sender.finish`."""
         c = self._context
         pump, step = c.source_pump.pump, c.recorder.step
         with step("last blocks"):
@@ -174,7 +171,7 @@ class FreezeStage:
             c.recorder.remote(c.out.heard)
 
     def _report_end(self, sent: int) -> None:
-        """The summary's figures, and the events about them."""
+        """Fill the summary, and report it."""
         c = self._context
         s, report, stats = c.summary, c.report, c.source_pump.stats
         c.source_pump.log_notes()
@@ -211,7 +208,7 @@ class FreezeStage:
         report.event("summary", **vars(s))
 
     def _last_pass(self) -> bool:
-        """One pass over what is dirty; true when it was the last."""
+        """One pass over what is dirty; true when no other is needed."""
         c = self._context
         with c.recorder.step("prove"):
             completeness = c.tracker.check(quiesced=True)
@@ -227,21 +224,21 @@ class FreezeStage:
             return False
         if completeness.state in ("complete", "unknown"):
             c.summary.completeness = completeness.state
-            # A stopped scan has compared everything: once is enough.
+            # After a stop, a scan has compared everything: one pass is enough.
             stopped = c.stops and c.tracker.compares_everything and not self._unseen()
-            # Unstopped, it sees nothing of what is written behind it.
+            # Without a stop, it does not see what is written behind it.
             behind = c.tracker.compares_everything and c.writes.stamp() != self._stamp
             return stopped or (sent == 0 and not behind)
         with c.recorder.step("repair"):
             self._repair(completeness)
-        return False  # prove again, from the new base
+        return False  # prove it again, from the new base
 
     def _repair(self, completeness: Completeness) -> None:
         """Compare what the tracker may have missed."""
         c = self._context
         path = c.source.path
         self._doubt = str(completeness)
-        # The watchdog undoes what the tracker needs as well.
+        # When the watchdog thaws, it also takes back what the tracker needs.
         c.deadline.check()
         repair = c.tracker.repair(quiesced=True)
         if repair is None:
@@ -252,7 +249,7 @@ class FreezeStage:
         self._compare(repair, f"tracking of {path} could not be proven complete ({completeness})")
 
     def _compare(self, repair: Repair, why: str) -> None:
-        """As long as a freeze may last."""
+        """Compare, as long as the freeze may last."""
         c = self._context
         repairs, left = c.repairs, c.deadline.left
         if self._may_thaw and c.stops:
@@ -286,13 +283,13 @@ class FreezeStage:
         return lookout is not None and lookout.may_be_written_unseen
 
     def _written(self) -> bool:
-        """The source was written since the last pass began, although something
-        should have stopped that.  So is what somebody else thawed and froze
-        again: a freeze writes back what came in between."""
+        """The source was written to since the last pass began, although it is stopped.
+        That also finds a thaw and another freeze by another process: a freeze writes
+        back what came in between."""
         c = self._context
         if not c.stops:
             return False
-        # What waits in a page cache becomes a write now, or never.
+        # So that what is dirty in a page cache counts as a write.
         if c.mounts.unfreezable:
             run_cancellable(c.write_back)
         else:
@@ -302,7 +299,7 @@ class FreezeStage:
 
 @contextlib.contextmanager
 def _no_collection() -> Iterator[None]:
-    """Python's garbage can wait until after the freeze."""
+    """No garbage collection inside the freeze."""
     enabled = gc.isenabled()
     gc.disable()
     try:

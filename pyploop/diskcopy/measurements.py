@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What one copy has measured so far: what the policy of the freeze decides on."""
+"""What one copy has measured so far.  The freeze policy decides on it."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pyploop.diskcopy.freeze_policy import MEANINGFUL, Costs, Measured, Round
 from pyploop.units import MIB
 
 TARGET_WINDOW = 32 * MIB
-"""Bytes that a target of ours leaves unwritten while it receives, about."""
+"""Bytes that a pyploop receiver leaves dirty while it receives, about (its WINDOW)."""
 COLD_FREEZE = 0.03
 """Seconds of a FIFREEZE that was not rehearsed: RCU grace periods."""
 
@@ -22,7 +22,7 @@ class Measurements:
         self._context = context
         self.first = Round(0, 0, 0)
         self.first_end = time.monotonic()
-        """From then on the time counts that the user allows (--deadline)."""
+        """time.monotonic() from which on --deadline counts."""
         self.rounds: list[Round] = []
         self.freeze_time: float | None = None
         """Seconds of a FIFREEZE; None: not rehearsed."""
@@ -39,8 +39,8 @@ class Measurements:
         return bool(self._target_times)
 
     def add_target_sync(self, sent: int, seconds: float) -> None:
-        """The target synced what it had left of `sent` bytes: it writes back as it
-        receives, so more than TARGET_WINDOW is not left."""
+        """The target made `sent` bytes durable in so many seconds.  It writes back
+        while it receives, so at most TARGET_WINDOW of them were left."""
         self._target_times.append((min(sent, TARGET_WINDOW), seconds))
 
     def measured(self) -> Measured:
@@ -50,7 +50,7 @@ class Measurements:
         quick = [s for _, s in self._target_times[-4:]]
         fixed = Costs.fixed
         if c.tracker.compares_everything and self.rounds:
-            fixed = self.rounds[-1].seconds  # it reads everything, whatever was dirtied
+            fixed = self.rounds[-1].seconds  # it always reads everything
         freeze = COLD_FREEZE if c.out.framing.exact else Costs.freeze
         costs = Costs(
             stop=c.session.expected,

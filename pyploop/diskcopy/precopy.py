@@ -26,32 +26,32 @@ if TYPE_CHECKING:
     from pyploop.diskcopy.digests import Reader
 
 WORTH_SIFTING = 4 * MIB
-"""Dirty bytes from which on hot blocks are left for last: looking for them costs
-more than sending them, of a large source with little dirty."""
+"""Dirty bytes from which on hot blocks are left for last.  With fewer, of a large
+source, looking for them costs more than sending them."""
 REPAIR_TRIES = 20
-"""Rounds that go on, since the tracker wants a comparison and finds no moment to
-count from."""
+"""More rounds to try when the tracker needs a comparison and has no exact base."""
 RETRY = 0.2
-"""Seconds between two approaches that ended in vain: each stalls the writer."""
+"""Seconds to the next attempt after one that did not lead to a freeze: each stalls
+the writer."""
 
 
 class PreCopy:
-    """The part of one copy before its freeze is near."""
+    """The part of one copy while its source runs."""
 
     def __init__(self, context: Context, measurements: Measurements) -> None:
         self._context, self._measurements = context, measurements
         self._same: Bitmap | None = None
-        """What the target has kept as it is here."""
+        """What the target has kept and is the same here."""
         self._hooked = True
-        """The tracker is told how far the first pass is."""
+        """The tracker's hook is called during the first pass."""
         self._unproven = 0
-        """Rounds in a row after which a repair was wanted, and not possible."""
+        """Rounds in a row that needed a repair which was not possible."""
 
-    # ---- passes
+    # ---- the first pass, and rounds
 
     def reuse(self, digests: Reader) -> Reused:
-        """Leave out of the first pass what the target has kept and is the same.
-        What is written from now on is marked, and goes in a round."""
+        """Compare what the target has kept, and leave out of the first pass what is the
+        same.  What is written from now on is marked, and sent in a round."""
         c = self._context
         c.source_pump.window_start = time.monotonic()
         c.report.event("phase", phase="comparing", bytes=None)
@@ -62,8 +62,8 @@ class PreCopy:
         return found
 
     def first_pass(self) -> Round:
-        """All data of the source, and what may not be zero at the target; without
-        what it has kept."""
+        """Send all data of the source, except what the target has kept, and the holes
+        that may not be zero at the target."""
         c, measurements = self._context, self._measurements
         data, holes = c.source_pump.parts()
         if self._same is not None:
@@ -72,8 +72,8 @@ class PreCopy:
         # The last block carries the exact size, so it goes in any case.
         if not data or data[-1][1] < size:
             data.append((max(size - 1, data[-1][1] if data else 0), size))
-            # So it is no hole any more: what was written there since then
-            # must not be followed by zeroes, its mark is gone.
+            # So it is not a hole any more.  The hook has cleared its mark, so zeroes
+            # must not overwrite what was written there meanwhile.
             holes = [(a, min(b, size - 1)) for a, b in holes if a < size - 1]
         extents = Extents.of(data if size else [])
         c.report.event("phase", phase="first pass", bytes=extents.bytes)
@@ -83,13 +83,13 @@ class PreCopy:
         with c.recorder.step("first pass"):
             flags = _core.PASS_LAST | (_core.PASS_HOOK if self._hooked else 0)
             if not c.tracker.compares_everything and c.out.end_is_answered:
-                # What changes under way is marked; a scan would have to know
-                # what exactly was sent.  And a page that nobody has read by the
-                # end would show what is written after the thaw.
+                # A change while it is sent is marked.  A scan would have to know
+                # exactly what was sent.  And a page that was not read from the pipe
+                # before the end would show what is written after the thaw.
                 flags |= _core.PASS_LIVE
             sent = c.source_pump.send([Batch(extents)], flags)
             if holes:
-                # The target may hold something there (Output.prepare).
+                # The target may have data there (Output.prepare).
                 sent += c.source_pump.send([Batch(Extents.of(holes), holes=True)])
         measurements.first_end = time.monotonic()
         seconds = measurements.first_end - start
@@ -103,8 +103,8 @@ class PreCopy:
         return measurements.first
 
     def round(self, last: bool = False, paused: bool = False) -> Round:
-        """What was dirtied until now, the file systems' page cache included;
-        hot blocks too when it may be the last."""
+        """Send what was dirtied until now, the page cache of the file systems included.
+        last: this may be the last round, so hot blocks are sent, too."""
         c, measurements = self._context, self._measurements
         number = len(measurements.rounds) + 1
         c.source.check_device()
@@ -173,8 +173,8 @@ class PreCopy:
         )
 
     def _repair(self, completeness: Completeness) -> int:
-        """After a round: compare what may have been missed, if there is a moment
-        to count from; returns the bytes that differed."""
+        """After a round: compare what may have been missed, if the tracker has an exact
+        base.  Returns the bytes that differed."""
         c = self._context
         if completeness.state != "lossy" and not completeness.needs_repair:
             self._unproven = 0
@@ -189,8 +189,8 @@ class PreCopy:
     # ---- who else uses the source
 
     def look_around(self, last: bool) -> None:
-        """Between rounds: what has grown, or is used by somebody new, is named now and
-        not inside the freeze.  A file system that was mounted since is frozen, too."""
+        """Between rounds: report now, and not inside the freeze, a source that has grown
+        or has a new user.  A file system that was mounted meanwhile is frozen, too."""
         c = self._context
         c.source.check_size()
         lookout = c.source.lookout
@@ -208,18 +208,18 @@ class PreCopy:
         return decide(self._measurements.measured(), self._context.options.policy)
 
     def converge(self) -> None:
-        """Rounds until the policy says that the rest is for the freeze; called
-        again, at least one."""
+        """Rounds until the policy leaves the rest to the freeze.  At least one when
+        called again."""
         if self._measurements.rounds:
             self.round()
         else:
-            # What came in between is none of the time that the user allows.
+            # What the caller did in between does not count for --deadline.
             self._measurements.first_end = time.monotonic()
         self.iterate(last=False)
 
     def iterate(self, last: bool) -> None:
-        """Rounds until the policy says freeze; LoopError when it says abort.
-        last: the freeze may follow, so hot blocks go, too."""
+        """Rounds until the policy says freeze.  LoopError: it says abort.
+        last: the freeze may follow, so hot blocks are sent, too."""
         c = self._context
         paused = False
         while (decision := self._decide()).action == "round" or self._must_repair(decision):
@@ -235,7 +235,7 @@ class PreCopy:
         self.give_up(decision)
 
     def _must_repair(self, decision: Decision) -> bool:
-        """Inside the freeze it would cost frozen time."""
+        """A needed repair would cost frozen time, so try a few more rounds."""
         return decision.freeze and 0 < self._unproven < REPAIR_TRIES
 
     def give_up(self, decision: Decision) -> None:

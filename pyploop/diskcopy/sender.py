@@ -46,15 +46,15 @@ if TYPE_CHECKING:
     from pyploop.diskcopy.digests import Reader
 
 FREEZES = 3
-"""Freezes that are begun, when one had to be given up for a long repair."""
+"""Freezes to try, when one is given up because of a long repair."""
 
 
 class Sender:
     """Copies one source to one output, once: `run`, or its steps one by one.
 
-    A context manager: tracking is on inside it, and nothing is frozen or
-    tracked after it.  The steps are for those who freeze several disks
-    together; each may be run in a thread of its own.
+    A context manager: tracking is on inside it, and nothing is frozen or tracked
+    after it.  The steps are for callers that freeze several disks together; each
+    step may run in a thread of its own.
     """
 
     def __init__(
@@ -83,9 +83,9 @@ class Sender:
         return self.summary
 
     def freeze_and_finish(self) -> None:
-        """The approach, the freeze, the end.  When too much would have to be
-        compared inside the freeze, all is undone, that is compared while the
-        source runs, and the next approach begins."""
+        """The approach, the freeze, the end.  When a repair would take too long inside
+        the freeze, the source is thawed, the repair is done while it runs, and the
+        next approach begins."""
         for number in range(1, FREEZES + 1):
             self.prepare_freeze()
             try:
@@ -107,7 +107,7 @@ class Sender:
             self._context.repairs.run_left()
 
     def __enter__(self) -> Sender:
-        """Tracking begins, and the peer is found out about."""
+        """Begin to track, and greet the peer."""
         source, report = self._source, self._report
         report.event("sending", image=source.image, size=source.size, clock=report.start)
         report.info(f"Source: {source.path}, {format_size(source.size)}, read by {source.io_mode}")
@@ -129,7 +129,7 @@ class Sender:
         return self
 
     def _open(self, undo: contextlib.ExitStack) -> Context:
-        """The parts of the copy; nothing is tracked, and the peer is not asked yet."""
+        """Make the parts of the copy.  Nothing is tracked yet, and the peer is not asked."""
         source, tracker, out, options = self._source, self._tracker, self._out, self._options
         report, recorder = self._report, self.recorder
         plan = Plan(f"copy of {source.path}", report)
@@ -160,7 +160,7 @@ class Sender:
         )
 
     def _track(self) -> None:
-        """All that may refuse the copy before the peer is asked; then tracking begins."""
+        """Make the checks that need no peer, and begin to track."""
         c = self._context
         separate_target.check(c.source, c.mounts.points, c.out)
         c.mounts.try_out()
@@ -173,12 +173,12 @@ class Sender:
         self._check_unfrozen()
 
     def _greet(self) -> None:
-        """Find out about the peer; the target may be touched after that."""
+        """Greet the peer, and check the target.  It is touched only after that."""
         c = self._context
         if c.session:
             c.plan.launch()
         c.source_pump.greet()
-        separate_target.check(c.source, c.mounts.points, c.out)  # as the peer has told
+        separate_target.check(c.source, c.mounts.points, c.out)  # as the peer says
         c.source_pump.watch_room()
         c.source_pump.begin()
         self.summary.dialect = c.out.dialect
@@ -186,7 +186,7 @@ class Sender:
         c.recorder.remote(c.out.heard)
 
     def _report_users(self) -> None:
-        """Whom the copy finds at work on the source."""
+        """Report the users of the source."""
         if self._source.lookout is None:
             return
         for text in self._source.lookout.warnings():
@@ -196,7 +196,7 @@ class Sender:
             self._report.error(f"UNSAFE (--unsafe-in-use): {text}; the copy may be stale")
 
     def _check_unfrozen(self) -> None:
-        """What is mounted and cannot be frozen needs somebody who sees writes."""
+        """A file system that cannot be frozen needs an accounting that shows writes."""
         if (points := self._context.mounts.unfreezable) and not self._context.writes.knows:
             raise DeviceControlError(
                 f"{', '.join(points)} cannot be frozen, and nothing shows whether it is written "
@@ -213,21 +213,21 @@ class Sender:
     # ---- running
 
     def reuse(self, digests: Reader) -> Reused:
-        """Before the first pass: go on from what the target has kept of this
-        source, as its digests tell."""
+        """Before the first pass: go on from what the target has kept of this source.
+        digests: of what it has kept."""
         return self._precopy.reuse(digests)
 
     def first_pass(self) -> Round:
-        """All data of the source, and what may not be zero at the target."""
+        """Send all data of the source, and holes that may not be zero at the target."""
         return self._precopy.first_pass()
 
     def round(self) -> Round:
-        """What was dirtied until now, the file systems' page cache included."""
+        """Send what was dirtied until now, the file systems' page cache included."""
         return self._precopy.round(last=True)
 
     def converge(self) -> None:
-        """Rounds until the policy says that the rest is for the freeze; called
-        again, at least one."""
+        """Rounds until the policy leaves the rest to the freeze.  At least one when
+        called again."""
         self._precopy.converge()
 
     @property
@@ -236,14 +236,14 @@ class Sender:
         return self._context.source_pump.stats.data
 
     def sync_target(self) -> str:
-        """What was sent is durable at the target when this returns, as far as
-        that can be known: the answer says how (`Output.sync`)."""
+        """Make what was sent durable at the target.  Returns how that is known
+        (`Output.sync`)."""
         return self._approach.sync_target()
 
     def prepare_freeze(self) -> None:
-        """The target durable so far, the watchdog ready, and one more round;
-        nothing when there is nothing to freeze or stop.  May be called again, when
-        something else took its time meanwhile."""
+        """Sync the target, start the watchdog, and do one more round.  Does nothing when
+        there is nothing to freeze or stop.  May be called again, when something else
+        took long meanwhile."""
         self._approach.prepare_freeze()
 
     # ---- frozen
@@ -253,13 +253,13 @@ class Sender:
         return self._freeze.frozen()
 
     def last_blocks(self, may_thaw: bool = False) -> None:
-        """Send what is dirty until nothing is, and no event is missing.
+        """Send what is dirty until nothing is dirty and no event is missing.
 
-        may_thaw: a long repair raises FreezeGivenUp, after which all is undone,
-        and `freeze_and_finish` goes on; else it has until the freeze limit."""
+        may_thaw: a long repair raises FreezeGivenUp, which thaws; the caller may try
+        again.  Else a repair has until the freeze limit."""
         self._freeze.last_blocks(may_thaw)
 
     def finish(self) -> None:
-        """The end of the image; returns when the target is durable, as far as
-        that can be known (`summary.acknowledged`)."""
+        """Send the end of the image.  Returns when the target is durable, as far as that
+        can be known (`summary.acknowledged`)."""
         self._freeze.finish()
