@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A copy into a D1 stream, with the answers of a peer that has any."""
+"""A target behind a D1 stream.  Its peer may answer, or not."""
 
 from __future__ import annotations
 
@@ -27,8 +27,8 @@ from pyploop.units import BLOCK
 from pyploop.wire import d1
 
 HELLO_WAIT = 2.0
-"""Seconds to wait for an answer on a socket that may have no receiver behind
-it that answers."""
+"""Seconds to wait for the first answer on a socket, whose receiver may never
+answer."""
 
 
 class StreamOutput:
@@ -49,8 +49,8 @@ class StreamOutput:
         answer_timeout: float,
         compat: Compat = "auto",
     ) -> None:
-        """fd: never blocks in write.  two_way: `fd` is a socket that may answer
-        even without a feedback descriptor.  Times in seconds."""
+        """fd: non-blocking.  feedback: where answers are read.  two_way: `fd` is a
+        socket, so answers may come there without `feedback`.  Times in seconds."""
         self.fd = fd
         self.dialect = "D1"
         self.framing = NATIVE
@@ -81,7 +81,7 @@ class StreamOutput:
 
     def _find_framing(self) -> Framing:
         if self._compat == "ploop":
-            # On a socket alone the C tool never looks for an answer.
+            # The C tool reads no answers on the socket itself.
             self._answers = self._feedback
             return EXACT
         unknown = NATIVE if self._compat == "native" else PERHAPS_PLOOP
@@ -105,7 +105,7 @@ class StreamOutput:
         return NATIVE if self._compat == "native" else PLOOP
 
     def _greet(self, answers: int) -> bytes | None:
-        """Say HELLO; the answer, None when a socket that promises none has none."""
+        """Send HELLO and return its answer; None: a socket without feedback has none."""
         closed = "the receiver closed the stream before anything was sent (see its own message)"
         if descriptors.is_closed(self.fd):
             raise WriteError(closed)
@@ -118,7 +118,7 @@ class StreamOutput:
         return self._read(answers)
 
     def _ask_for_times(self, answers: int) -> None:
-        """A peer of version 1 takes it for a SYNC."""
+        """HELLO_2.  A peer of version 1 takes it as a SYNC."""
         self._asked = time.monotonic()
         descriptors.write_all(self.fd, d1.sync(d1.HELLO_2), "cannot ask the receiver")
         answer = self._read(answers)
@@ -136,7 +136,7 @@ class StreamOutput:
         return written
 
     def _ask_for_place(self, source: Source, compare_room: bool) -> int:
-        """A peer of version 2 takes it for a SYNC."""
+        """PLACE.  A peer of version 2 takes it as a SYNC."""
         assert self._answers is not None
         question = d1.sync(d1.PLACE, source.size)
         self._asked = time.monotonic()
@@ -181,7 +181,7 @@ class StreamOutput:
                 descriptors.write_all(self.fd, frame, "cannot refuse the receiver")
 
     def prepare(self, known: Known | None) -> None:
-        # A receiver before 1.11 writes HELLO's bytes at 0: block 0 goes anyway.
+        # A receiver before 1.11 writes HELLO's bytes at 0: so block 0 is always sent.
         if known is not None and self._greeted:
             known.assume_data(0, BLOCK)
 
@@ -203,7 +203,7 @@ class StreamOutput:
         except ProtocolError as e:
             if self._feedback is not None:
                 raise
-            # The stream itself: to write more would end the same.
+            # It is the stream itself: a write would fail, too.
             raise WriteError("the receiver closed the stream (see its own message)") from e
 
     def _answer(self, fd: int, about: str) -> None:
@@ -216,7 +216,7 @@ class StreamOutput:
 
     def sync(self, pump: Pump, waiting: bool, start: bytes) -> str:
         if self.framing.exact and not waiting:
-            return "unknown"  # the C tool has no SYNC after its last block
+            return "unknown"  # the C tool sends no SYNC after its last block
         self._asked = time.monotonic()
         self._write(pump, d1.sync(start))
         if self._answers is not None:
@@ -236,7 +236,7 @@ class StreamOutput:
 
     def finish(self, pump: Pump, size: int, start: bytes) -> str:
         if self.framing is PYPLOOP and self._answers is not None:
-            # One round trip: the answer to END says all that SYNC's would.
+            # One round trip: the answer to END includes what that to SYNC would say.
             self._asked = time.monotonic()
             self._end(pump)
             self._answer(self._answers, "END")
@@ -256,7 +256,7 @@ class StreamOutput:
             raise explain_write(fault) from fault
 
     def _check_deadline(self) -> None:
-        """A receiver that took END late would keep what is stale by then."""
+        """A receiver that reads END too late would keep an image that is stale by then."""
         if self.deadline.passed:
             raise WriteError(
                 "the receiver did not read the end of the stream in time (--freeze-limit)"

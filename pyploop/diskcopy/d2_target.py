@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where a copy goes in D2 and D3: packets into a socket, each answered there.
+"""A target behind a D2 or D3 stream: packets into a socket, each answered there.
 
-Every answer is looked at.  The features of D3 are what the handshake agrees on
-(wire/d3.py); only a pyploop peer is spared the zeroes, since the C library's
-receiver takes a file that is there already.
+Every answer is checked.  The handshake agrees on the features of D3 (wire/d3.py).
+Zeroes are left out for a pyploop peer only, since the receiver of the C library may
+write into a file that has data already.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from pyploop.system.worker import run_cancellable
 from pyploop.wire import d2, d3
 
 WINDOW = 4096
-"""Packets that may be unanswered: 16 MiB in flight even if each has 4 KiB."""
+"""Packets that may be unanswered: 16 MiB in flight if each has 4 KiB."""
 
 
 class PacketOutput:
@@ -40,7 +40,7 @@ class PacketOutput:
     def __init__(
         self, fd: int, report: Reporter, *, answer_timeout: float, knows_async: bool = False
     ) -> None:
-        """knows_async: the peer takes DATA_ASYNC even if it has no handshake.
+        """knows_async: the peer understands DATA_ASYNC even without a handshake.
         answer_timeout: seconds for one answer."""
         descriptors.no_delay(fd)
         self.fd = fd
@@ -54,7 +54,7 @@ class PacketOutput:
         self._timeout = answer_timeout
 
     def announce(self, source: Source, *, compare_room: bool) -> int:
-        return 0  # D2 and D3 have no way to say it
+        return 0  # D2 and D3 have no message for it
 
     def things(self) -> set[Thing] | None:
         return None
@@ -63,7 +63,7 @@ class PacketOutput:
         pass
 
     def hello(self) -> int:
-        """D3's handshake; to an older receiver it is a SYNC."""
+        """D3's handshake, which is a SYNC to an older receiver."""
         offered = d3.offer()
         greeting = d2.sync(features=offered)
         closed = "the receiver closed the stream before anything was sent (see its own message)"
@@ -92,7 +92,7 @@ class PacketOutput:
         return len(greeting)
 
     def prepare(self, known: Known | None) -> None:
-        pass  # zeroes are left to the framing
+        pass  # the framing decides on zeroes
 
     def sync(self, pump: Pump, waiting: bool, start: bytes) -> str:
         self._ask(pump, d2.sync(digest=self.packets.digests), "SYNC")
@@ -107,7 +107,7 @@ class PacketOutput:
         return "acknowledged"
 
     def _ask(self, pump: Pump, packet: bytes, about: str) -> None:
-        """Send a control packet; returns when it and all before it succeeded."""
+        """Send a control packet.  Returns when it and all before it have succeeded."""
         timeout_ms = min(int(self._timeout * 1000), 2**31 - 1)
         try:
             run_cancellable(

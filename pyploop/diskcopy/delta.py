@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What of a source the target holds already, so that only the rest is sent.
+"""What the target has kept of a source, so that only the rest is sent.
 
-What the target's digests show to be the same is left out of the first pass.
-That is as safe as sending it: tracking is on before the first block is read
-here, so what is written from then on is sent in a round, and whatever else the
-target's file holds is overwritten, with zeroes where the source has none.
+What the target's digests show to be the same is left out of the first pass.  That is
+as safe as sending it.  Tracking is on before the first block is read here, so what is
+written from then on is sent in a round.  All other data of the target's file are
+overwritten, with zeroes where the source has none.
 """
 
 from __future__ import annotations
@@ -23,19 +23,19 @@ from pyploop.errors import ReadError
 
 @dataclass(frozen=True)
 class Reused:
-    """What need not be sent of one file, or disk."""
+    """What need not be sent of one file or disk."""
 
     kept: int
     """Bytes of data that the target had kept; whole clusters."""
     same: int
-    """Bytes of these that are as they are at the source."""
+    """Bytes of these that are the same at the source."""
 
 
 def compare_disk(
     source: Source, known: Known, digests: Reader, check: Callable[[], None]
 ) -> tuple[Bitmap, Reused]:
-    """What of the source the target holds already; `known` learns what it holds.
-    Tracking is on.  check: raises to end this."""
+    """(what the target has and is the same here, the figures).  `known` learns what data
+    the target has.  Tracking must be on.  check: called now and then; may raise."""
     same = Bitmap(source.size)
     kept = 0
     with _Blocks(source) as blocks:
@@ -55,14 +55,14 @@ def compare_disk(
 
 
 class _Blocks:
-    """Reads of a source that may want them aligned."""
+    """Reads of a source that may need alignment."""
 
     def __init__(self, source: Source) -> None:
         self._source = source
         self._page = mmap.mmap(-1, small_reads.room(source, PIECE))
 
     def read(self, pos: int, length: int) -> memoryview:
-        """Valid until the next one."""
+        """The data at `pos`, valid until the next call.  ReadError."""
         found = small_reads.read(self._source, memoryview(self._page), pos, length)
         if len(found) < length:
             raise ReadError(f"{self._source.path} ends before byte {pos + length}")

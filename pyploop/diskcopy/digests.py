@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a file holds, told by digests, to one who sends only what differs.
+"""Digests of what a file contains, for a sender that sends only what differs.
 
-Runs `position u64, count u32`, little endian, each followed by `count` digests
-of a cluster each (the last one of a file is shorter), in ascending order; what
-lies in no run is zeroes.  A count of 0 ends the file.
+Runs `position u64, count u32`, little endian, in ascending order.  Each is followed
+by `count` digests of one cluster each; the last cluster of a file may be shorter.
+What lies in no run is zeroes.  A count of 0 ends the file.
 
-The digest stands for the data, so it is one that nobody can find two data for:
-a container's user may have written both.
+A digest stands for its data.  So it is a cryptographic one: a container's user may
+have written both, and must not be able to find two blocks with one digest.
 """
 
 from __future__ import annotations
@@ -25,19 +25,19 @@ from pyploop.system.peer_patience import Patience
 from pyploop.units import KIB, MIB
 
 CLUSTERS = (16 * KIB, 64 * KIB)
-"""The smallest and the largest.  Of a small write all of its cluster is sent again,
-but each costs a digest."""
+"""Bytes of the smallest and the largest cluster.  A small write sends its whole cluster
+again, but each cluster costs a digest."""
 MANY = 1 << 21
-"""Clusters of a file above which they are larger; where the pump's hashes cover more,
-too, so that a cluster is never less than one of these (source_pump.py)."""
+"""A file with more clusters gets larger ones.  The hashes of the pump grow there, too,
+so that a cluster is never smaller than what one of them covers (source_pump.py)."""
 SIZE = 32
 """Bytes of a digest: BLAKE2b-256."""
 UNKNOWN = bytes(SIZE)
-"""In place of a digest: this could not be read, and equals nothing."""
+"""In place of a digest: the cluster could not be read.  It equals no digest."""
 RUN = struct.Struct("<QI")
 LONGEST_RUN = 4096
 PIECE = MIB
-"""Bytes that are read, and told of, at a time."""
+"""Bytes that are read and compared at a time."""
 
 
 def digest(data: bytes | memoryview) -> bytes:
@@ -53,8 +53,8 @@ def cluster(size: int) -> int:
 
 
 def data_extents(fd: int, size: int) -> Iterator[tuple[int, int]]:
-    """Where the file has data below `size`, widened to whole clusters, none of
-    them twice."""
+    """Where the file has data below `size`, as (start, end), widened to whole clusters
+    that do not overlap."""
     pos, unit = 0, cluster(size)
     for first, last in file_extents.data_extents(fd, 0, size):
         if last <= pos:
@@ -65,12 +65,12 @@ def data_extents(fd: int, size: int) -> Iterator[tuple[int, int]]:
 
 
 def send(fd: int, size: int, out: socket.socket) -> None:
-    """Tell what the file holds, which is `size` bytes long.
+    """Send the digests of the file `fd`, which has `size` bytes.  WriteError.
 
-    It is read from the disk: a page whose writeback has failed looks written,
-    but only as long as it is in memory.
+    It is read from the disk, not from the page cache, which would hide that a
+    writeback has failed.
     """
-    with contextlib.suppress(OSError):  # then the disk has other data, and we see them
+    with contextlib.suppress(OSError):  # then the digests show what the disk has
         fdatasync(fd)
     os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
     unit = cluster(size)
@@ -97,8 +97,8 @@ def _digests(fd: int, pos: int, length: int, unit: int) -> Iterator[bytes]:
 
 
 class Reader:
-    """The digests of one file after the other out of a channel's descriptor,
-    which it closes."""
+    """Reads the digests of one file after the other from a channel's descriptor, and
+    closes it."""
 
     def __init__(self, fd: int, stall: float) -> None:
         """stall: seconds without progress until the peer is given up; 0: never."""
@@ -108,7 +108,8 @@ class Reader:
         """Bytes so far."""
 
     def runs(self, size: int) -> Iterator[tuple[int, list[bytes]]]:
-        """(position, digests) of the next file, of which `size` bytes are wanted."""
+        """(position, digests) of the next file, which has `size` bytes here.  ProtocolError,
+        ReadError."""
         floor, unit = 0, cluster(size)
         while True:
             pos, count = RUN.unpack(self._exactly(RUN.size))
@@ -140,7 +141,7 @@ class Reader:
         return bytes(data)
 
     def cancel(self) -> None:
-        """From any thread: who waits for a digest fails."""
+        """From any thread: a read of digests fails."""
         with contextlib.suppress(OSError):
             self._sock.shutdown(socket.SHUT_RDWR)
 
@@ -153,8 +154,8 @@ def equal_parts(
     size: int,
     read: Callable[[int, int], memoryview],
 ) -> Iterator[tuple[int, memoryview, bool]]:
-    """(position, data here, whether they are the same there) for all that the
-    peer's file may hold; joined as far as they are alike and at most PIECE.
+    """(position, data here, whether the peer has the same) for all data that the peer's
+    file may have.  Neighbours with the same answer are joined, up to PIECE bytes.
     read: the data at (position, length), valid until the next call."""
     unit = cluster(size)
     step = PIECE // unit

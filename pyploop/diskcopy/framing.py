@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Whose frames a peer gets: ours, or those of the C tool.  No I/O.
+"""How blocks are cut into frames: our way, or that of the C tool.  No I/O.
 
-A C receiver takes any D1 stream, so this is no matter of being understood.  It
-is what `ploop copy` is known to send, zeroes and all, to a program of which
-nothing else is known (docs/internals/protocol.md has the reasons).
+A C receiver understands any D1 stream.  But an unknown program gets what `ploop copy`
+is known to send, zeroes included (docs/internals/protocol.md has the reasons).
 """
 
 from __future__ import annotations
@@ -20,7 +19,7 @@ Compat = Literal["auto", "ploop", "native"]
 COMPATS: tuple[Compat, ...] = ("auto", "ploop", "native")
 
 PIECE = 256 * 1024
-"""Bytes of one read, and frame, from a page cache."""
+"""Bytes of one read and one frame from a page cache."""
 MAX_CLUSTER = 64 * MIB
 
 Extent = tuple[int, int]
@@ -31,14 +30,14 @@ class Framing:
     """How the blocks of a copy are cut into frames, and which are sent."""
 
     name: str
-    """In words, for the log and the summary."""
+    """For the log and the summary."""
     as_ploop: bool
-    """In clusters, and dirty extents as they are, zero or not."""
+    """Frames are clusters, and dirty extents are sent as they are, zero or not."""
     holes_left_out: bool
-    """What is a hole in the source, or has become zero where the target is
-    known to hold zeroes, is not sent."""
+    """Not sent: holes of the source, and what has become zero where the target is known
+    to have zeroes."""
     exact: bool = False
-    """No frame at all that the C tool would not send: no HELLO, one SYNC."""
+    """Only frames that the C tool would send: no HELLO, one SYNC."""
 
     def cluster(self, source: Source, unit: int) -> int:
         """Bytes of the largest frame; a multiple of `unit`."""
@@ -46,8 +45,8 @@ class Framing:
             return max(min(source.cluster, MAX_CLUSTER) // unit, 1) * unit
         if source.is_image:
             return min(max(source.cluster, MIB), MAX_CLUSTER)
-        # In pieces that stay in the core's cache; the peer then writes in such
-        # pieces too, which needs no large folios.
+        # Pieces that stay in the core's cache.  The peer then writes such pieces, too,
+        # which needs no large folios.
         return PIECE if source.align == 1 else MIB
 
     def parts(self, source: Source) -> tuple[list[Extent], list[Extent]]:
@@ -57,12 +56,12 @@ class Framing:
         return source.holes()
 
     def needs_hashes(self, tracker_needs: bool) -> bool:
-        """Whether the pump must know what the target holds.  Knowing, it widens
-        extents to whole blocks, which the C tool does not."""
+        """Whether the pump must know what data the target has.  Then it widens extents to
+        whole blocks, which the C tool does not."""
         return tracker_needs or not self.exact
 
     def flags(self, batch: Batch) -> int:
-        """Of the pass over this batch, beside what the caller wants."""
+        """The flags of the pass over this batch."""
         bits = _core.PASS_CHANGED if batch.changed else 0
         bits |= _core.PASS_HOLES if batch.holes else 0
         if self.holes_left_out or batch.holes:

@@ -1,10 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""When to go on, to freeze, or to give up: pure functions of what was
-measured.  No I/O, no clock of its own (docs/internals/rounds.md has the formulae).
+"""When to do another round, to freeze, or to give up: pure functions of what was
+measured.  No I/O, no clock (docs/internals/rounds.md has the formulae).
 
-`forecast` says how long a freeze would last that began now; `decide` compares
-that with what the user allows, or, when nothing was asked for, with what
-further rounds can still save.
+`forecast` says how long a freeze would last that began now.  `decide` compares that
+with --max-freeze or, without it, with what further rounds could still save.
 """
 
 from __future__ import annotations
@@ -16,35 +15,35 @@ from typing import Literal
 from pyploop.units import MIB
 
 SMOOTH = 0.02
-"""Seconds of writing that a dirty rate is taken over, at least."""
+"""Seconds of writing that a dirty rate is averaged over, at least."""
 MEANINGFUL = MIB
-"""Bytes from which on a round tells a throughput."""
+"""A round of fewer bytes does not measure a throughput."""
 PAUSE = 0.3
-"""Seconds between two rounds at most."""
+"""Seconds of the longest pause between two rounds."""
 BURST = 4.0
-"""Between the highest and the lowest dirty rate of a load that comes in bursts."""
+"""Ratio of the highest to the lowest dirty rate of a load that comes in bursts."""
 HISTORY = 16
-"""Rounds that are looked back on for bursts."""
+"""Rounds that are searched for bursts."""
 
 
 @dataclass(frozen=True)
 class Round:
-    """One finished round: `sent` bytes in `seconds`, whose marks were taken
-    over `window` seconds of writing."""
+    """One finished round: `sent` bytes in `seconds`.  Its marks were collected in
+    `window` seconds of writing."""
 
     sent: int
     seconds: float
     window: float
     dirty: int | None = None
-    """Bytes that were marked; None: what was sent."""
+    """Bytes that were marked; None: as many as were sent."""
     sync: float = 0.0
     """Seconds of the source's own write-back, at the beginning."""
     flushed: int = 0
-    """Bytes that it wrote, as far as the tracker saw."""
+    """Bytes that the write-back wrote, as far as the tracker saw."""
     left: int = 0
     """Bytes of hot blocks that were left for last."""
     paused: bool = False
-    """Nothing was done for a while before it."""
+    """There was a pause before it."""
 
     @property
     def rate(self) -> float:
@@ -60,15 +59,15 @@ class Round:
 
 @dataclass(frozen=True)
 class Costs:
-    """What a freeze costs whatever is left, in seconds: assumed until it is
-    measured."""
+    """Seconds of a freeze that do not depend on what is left to send.  The defaults
+    apply until they are measured."""
 
     stop: float = 0.0
     """The stop command."""
     freeze: float = 0.002
-    """FIFREEZE after the rehearsal, which measures it."""
+    """FIFREEZE; the rehearsal measures it."""
     target: float = 0.005
-    """One round trip with the peer's flush of nothing."""
+    """One round trip, in which the peer has nothing to sync."""
     target_rate: float = 0.0
     """Bytes per second that the peer makes durable; 0: as fast as they come."""
     fixed: float = 0.003
@@ -88,7 +87,7 @@ class Forecast:
     target: float
     left: int
     floor: float
-    """Of the total, what does not depend on what is left."""
+    """The part of the total that does not depend on what is left."""
 
     @property
     def total(self) -> float:
@@ -96,7 +95,7 @@ class Forecast:
 
     @property
     def variable(self) -> float:
-        """What further rounds could save at most."""
+        """Seconds that further rounds could save at most."""
         return max(self.total - self.floor, 0.0)
 
 
@@ -107,20 +106,20 @@ OnDeadline = Literal["freeze", "abort"]
 class Policy:
     """What the user allows; times in seconds.
 
-    max_freeze: the freeze begins only when its forecast fits; None: when
-    further rounds save nothing.  deadline: from the end of the first pass on,
-    with max_freeze; what happens then says on_deadline.
+    max_freeze: the freeze begins only when its forecast fits; None: it begins when
+    further rounds save nothing.  deadline: with max_freeze, seconds from the end of
+    the first pass on, after which on_deadline says what happens.
     """
 
     max_freeze: float | None = None
     deadline: float = 600.0
     on_deadline: OnDeadline = "abort"
     small: float = 0.005
-    """Not worth another round."""
+    """Seconds that are not worth another round."""
     large: float = 0.03
-    """Worth waiting for a quieter moment."""
+    """Seconds that are worth waiting for a quieter moment."""
     shrink: float = 0.8
-    """Without max_freeze, a round must save more than this leaves."""
+    """Without max_freeze, a round that leaves more than this part saves too little."""
     max_rounds: int = 10
     """Without max_freeze, after the first pass (the C tool's limit)."""
     max_volume: float = 2.0
@@ -128,7 +127,7 @@ class Policy:
     patience: float = 2.0
     """Without max_freeze, seconds to wait for a quieter moment."""
     throttle_after: int = 5
-    """Rounds that do not fit before the writer is slowed down, if it may be."""
+    """Rounds that do not fit until the writer is slowed down (--throttle)."""
 
 
 Action = Literal["round", "freeze", "abort"]
@@ -136,7 +135,7 @@ Action = Literal["round", "freeze", "abort"]
 
 @dataclass(frozen=True)
 class Decision:
-    """pause: seconds until the next round; throttle: slow the writer down."""
+    """pause: seconds before the next round.  throttle: slow the writer down."""
 
     action: Action
     why: str
@@ -151,8 +150,8 @@ class Decision:
 
 @dataclass(frozen=True)
 class Measured:
-    """All that a decision rests on.  elapsed: seconds since the first pass
-    ended; size: bytes of the source."""
+    """What a decision is based on.  elapsed: seconds since the first pass ended.
+    size: bytes of the source."""
 
     first: Round
     rounds: Sequence[Round]
@@ -161,13 +160,13 @@ class Measured:
     size: int = 0
 
     def until(self, n: int) -> Measured:
-        """The same after `n` rounds, to see what has become of the forecast."""
+        """The same after the first `n` rounds, to see how the forecast has changed."""
         return Measured(self.first, self.rounds[:n], self.costs, self.elapsed, self.size)
 
 
 def dirty_rate(rounds: Sequence[Round]) -> float:
-    """Bytes per second to expect: of the last rounds that make up SMOOTH
-    seconds, and more when it has been growing."""
+    """Bytes per second to expect: the rate of the last SMOOTH seconds, extrapolated when
+    it has been growing."""
     now, rest = _recent(rounds)
     before, rest = _recent(rest)
     earlier, _ = _recent(rest)
@@ -177,7 +176,7 @@ def dirty_rate(rounds: Sequence[Round]) -> float:
 
 
 def _recent(rounds: Sequence[Round]) -> tuple[float, Sequence[Round]]:
-    """The rate of the last rounds, and the rounds before those."""
+    """(the rate of the last SMOOTH seconds, the rounds before those)."""
     window, dirty, n = 0.0, 0.0, len(rounds)
     while n and window < SMOOTH:
         n -= 1
@@ -187,7 +186,7 @@ def _recent(rounds: Sequence[Round]) -> tuple[float, Sequence[Round]]:
 
 
 def _throughput(parts: Sequence[tuple[int, float]], otherwise: float) -> float:
-    """Bytes per second of the last parts that are large enough to tell."""
+    """Bytes per second of the last parts that are large enough to measure it."""
     large = [p for p in parts if p[0] >= MEANINGFUL and p[1] > 0][-4:]
     if not large:
         return max(otherwise, 1.0)
@@ -195,17 +194,16 @@ def _throughput(parts: Sequence[tuple[int, float]], otherwise: float) -> float:
 
 
 def forecast(m: Measured, pending: int | None = None) -> Forecast:
-    """A freeze that begins now, after the last round (there must be one).
+    """How long a freeze would last that begins now, after at least one round.
 
-    pending: bytes that are marked now, when the tracker can tell.
+    pending: bytes that are marked now; None: not known.
     """
     costs, last = m.costs, m.rounds[-1]
     rate = dirty_rate(m.rounds)
     wire = _throughput([(r.sent, r.seconds) for r in (m.first, *m.rounds)], m.first.rate)
     disk = _throughput([(r.flushed, r.sync) for r in m.rounds], wire)
-    # What stays in the page cache until the sync inside the freeze: dirtied
-    # since the last sync looked there.  What is to be sent: that, and what was
-    # written since the last marks were taken.
+    # The sync inside the freeze writes what was dirtied in the page cache since the
+    # last sync.  To be sent: that, and what was written since the last take.
     late = rate * (last.seconds + costs.prelude + costs.stop + last.left / wire)
     cached = late + rate * last.sync
     left = cached if pending is None else max(cached, pending + rate * costs.stop)
@@ -225,9 +223,9 @@ def forecast(m: Measured, pending: int | None = None) -> Forecast:
 
 
 def in_burst(rounds: Sequence[Round]) -> bool:
-    """The load comes in bursts, and now is one.
+    """The load comes in bursts, and this is one.
 
-    Only rounds of like length are compared: a long one sees a block that is
+    Only rounds of similar length are compared: a long round counts a block that is
     written again and again only once.
     """
     now, rest = _recent(rounds)
@@ -242,22 +240,22 @@ def in_burst(rounds: Sequence[Round]) -> bool:
 
 
 def _varies(rounds: Sequence[Round]) -> bool:
-    """The load was not the same all along."""
+    """The load has changed during the rounds."""
     rates = [r.dirty_rate for r in rounds[-HISTORY:]]
     return max(rates) > 2 * min(rates)
 
 
 def _pause(m: Measured) -> float:
-    """Rounds that do not help must not take the disk from the container: it has
-    as long for itself as a round took, within bounds, since a quiet moment may
-    come.  After a pause comes a round without one: only that shows how short a
-    round can be."""
+    """Rounds that do not help must not take the disk from the container.  So it has the
+    disk for as long as a round took, within bounds, while waiting for a quiet moment.
+    After a pause comes a round without one, since only that shows how short a round
+    can be."""
     last = m.rounds[-1]
     return 0.0 if last.paused else min(max(last.sync + last.seconds, SMOOTH), PAUSE)
 
 
 def decide(m: Measured, policy: Policy) -> Decision:
-    """After the rounds so far (the first pass apart)."""
+    """What to do after the rounds so far (the first pass does not count)."""
     if not m.rounds:
         return Decision("round", "no round yet")
     if policy.max_freeze is None:
@@ -266,7 +264,7 @@ def decide(m: Measured, policy: Policy) -> Decision:
 
 
 def _decide_bound(m: Measured, policy: Policy, limit: float) -> Decision:
-    """--max-freeze: a contract."""
+    """With --max-freeze: the freeze must fit."""
     f = forecast(m)
     fits = f.total <= limit
     figures = f"{_ms(f.total)} expected, {_ms(limit)} allowed"
@@ -289,7 +287,7 @@ def _decide_bound(m: Measured, policy: Policy, limit: float) -> Decision:
 
 
 def _decide_free(m: Measured, policy: Policy) -> Decision:
-    """No limit was given: as short as a bounded number of rounds makes it."""
+    """Without --max-freeze: as short as a bounded number of rounds makes it."""
     n, f = len(m.rounds), forecast(m)
     if f.variable <= policy.small:
         return Decision("freeze", "the rest is small", f)
@@ -301,7 +299,7 @@ def _decide_free(m: Measured, policy: Policy) -> Decision:
     paused = [k for k, r in enumerate(m.rounds) if r.paused]
     if shrinks and n < policy.max_rounds + 2 * len(paused):
         return Decision("round", "the rest is still shrinking", f)
-    # A burst may end; but how long it lasts, nobody knows.
+    # A burst may end, but it is not known when.
     waited = sum(r.window for r in m.rounds[paused[0] :]) if paused else 0.0
     changes = len(paused) < 3 or _varies(m.rounds)
     if waited < policy.patience and f.variable > policy.large and changes:

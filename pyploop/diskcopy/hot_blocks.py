@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Blocks that are rewritten in every round: left for last.
 
-A block that was dirty in the last two rounds, and is in this one, will be in
-the next one as well: sending it now is in vain.  Once a round finds it clean
-it is sent; and the last round before the freeze sends everything.
+A block that was dirty in the last two rounds and is dirty in this one will probably
+be dirty in the next one, too: to send it now is in vain.  It is sent once a round
+finds it clean.  The last round before the freeze sends everything.
 
-Invariant: what was taken from the tracker and not handed on is in `_left`.
+Invariant: what was taken from the tracker and not returned is in `_left`.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from pyploop._core import Bitmap
 from pyploop.trackers import Batch
 
 ROUNDS = 2
-"""Rounds in a row that make a block hot, beside the present one."""
+"""Earlier rounds in a row that make a block hot, if it is dirty again."""
 
 
 class HotBlocks:
@@ -23,17 +23,17 @@ class HotBlocks:
     def __init__(self, size: int) -> None:
         self._size = size
         self._before: list[Bitmap] = []
-        """Dirty in the last rounds, latest last."""
+        """What was dirty in the last rounds, the latest last."""
         self._left: Bitmap | None = None
 
     @property
     def left(self) -> int:
-        """Bytes that are left for last at present."""
+        """Bytes that are left for last now."""
         return 0 if self._left is None else self._left.bytes
 
     def sift(self, batches: list[Batch]) -> list[Batch]:
-        """What to send of a round's batches.  Those of a comparison pass: the
-        pump itself skips what has not changed."""
+        """What to send of a round's batches.  All of a comparison's, since the pump
+        itself skips what has not changed."""
         if any(b.changed or b.holes for b in batches):
             return batches
         dirty = self._union(batches)
@@ -52,7 +52,7 @@ class HotBlocks:
         return [Batch(now.extents())]
 
     def all(self, batches: list[Batch]) -> list[Batch]:
-        """The batches, and what was left; hot is from now on what is hot again."""
+        """The batches, and what was left.  No block counts as hot after that."""
         left, self._left = self._left, None
         self._before = []
         if left is None or not left.count:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a copy is asked for, and what it was."""
+"""The options of a copy, and its summary."""
 
 from __future__ import annotations
 
@@ -14,26 +14,26 @@ from pyploop.freeze.throttle import Throttle
 
 @dataclass
 class Options:
-    """What the user may choose; times in seconds, sizes in bytes."""
+    """What the user may choose.  Times in seconds, sizes in bytes."""
 
     stop_command: str | None = None
-    """What stops the writer; more by `stops`, in order, before it."""
+    """The shell command that stops the writer (-F); it runs after `stops`."""
     stops: Sequence[Spec] = ()
     resume: bool = False
-    """Resume what was stopped also after success."""
+    """After success, too, resume what was stopped."""
     before_thaw: str | None = None
     policy: Policy = field(default_factory=Policy)
     stall: float = 0.0
     rate: int = 0
     readers: int | None = None
     freeze_limit: float = 60.0
-    """From the stop command on the copy fails and everything is undone before
-    so many seconds have passed; 0: never."""
+    """Seconds from the stop command on before which the copy fails and everything is
+    undone; 0: no limit."""
     reserve: int | None = None
-    """Bytes that are left on a file system where the source and the target both grow;
-    None: as target_room.py has it.  0: room is neither compared nor watched."""
+    """Bytes to leave free on a file system where both source and target grow.  None: the
+    default (target_room.py).  0: room is neither checked nor watched."""
     throttle: Throttle | None = None
-    """Slows the writer down, when nothing else helps."""
+    """Slows the writer down when no freeze fits otherwise."""
 
     @property
     def stop_specs(self) -> list[Spec]:
@@ -44,7 +44,7 @@ class Options:
 
 @dataclass
 class Summary:
-    """What a finished copy was.  Sizes in bytes, times in seconds."""
+    """What one copy did.  Sizes in bytes, times in seconds."""
 
     source: str
     size: int
@@ -57,12 +57,12 @@ class Summary:
     read_bytes: int = 0
     frames: int = 0
     reused_bytes: int = 0
-    """Not sent in the first pass, since the target had kept them."""
+    """Not sent in the first pass, since the target had kept the same."""
     first_pass: float = 0.0
     rounds: list[dict[str, Any]] = field(default_factory=list)
     frozen: dict[str, float] = field(default_factory=dict)
     frozen_remote: dict[str, float] = field(default_factory=dict)
-    """What the target did meanwhile, as it says."""
+    """Seconds of the target's steps meanwhile, as it reports them."""
     frozen_total: float = 0.0
     frozen_window: float = 0.0
     """From the stop command's start until the target was durable."""
@@ -74,18 +74,18 @@ class Summary:
     target_unsynced: int | None = None
     """Bytes sent before the stop command and after the target's last sync."""
     target_dirty: int | None = None
-    """Bytes that the target had still to sync at the end, as it says."""
+    """Bytes that the target still had to sync at the end, as it reports."""
     clock_offset: float | None = None
-    """The target's monotonic clock minus ours, and how far off that may be."""
+    """The target's monotonic clock minus ours, and the error of that."""
     clock_error: float | None = None
     largest_part: str = ""
     """Which part of the frozen time was the largest, and what would shorten it."""
     frozen_bytes: int = 0
     freezes_given_up: int = 0
-    """Freezes that ended with a thaw and a repair, before the last one."""
+    """Freezes before the last one, which ended with a thaw for a long repair."""
     completeness: str = "unknown"
     repaired_bytes: int = 0
     repairs: int = 0
     acknowledged: str = "unknown"
     unsafe: list[str] = field(default_factory=list)
-    """Users of the source that were disregarded, as the user wanted."""
+    """Users of the source that --unsafe-in-use disregarded."""

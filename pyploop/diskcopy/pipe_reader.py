@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Who reads a pipe on this machine, and where it writes: for a receiver that has no
-way to say so itself (`pyploop copy -s DEVICE | pyploop copy -d FILE`, or a C one)."""
+"""Find the process that reads a pipe on this machine, and where it writes: for a
+receiver that cannot say so (`pyploop copy -s DEVICE | pyploop copy -d FILE`, or ploop)."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from pyploop.disks.backing import Thing
 
 
 def below_target(pipe: int) -> set[Thing] | None:
-    """What lies below the target of the receivers that read this pipe; None: it is no
-    pipe, or there are none."""
+    """What lies below the target of the receivers that read this pipe; None: it is not a
+    pipe, or has none."""
     st = os.fstat(pipe)
     if not stat.S_ISFIFO(st.st_mode):
         return None
     found: set[Thing] = set()
     for process in Path("/proc").glob("[0-9]*"):
-        with contextlib.suppress(OSError):  # it is gone, or another user's
+        with contextlib.suppress(OSError):  # it has ended, or is another user's
             target = _target((process / "cmdline").read_bytes())
             if target and int(process.name) != os.getpid() and _has(process, st):
                 folder = os.path.join(os.fsencode(process / "cwd"), os.path.dirname(target))
@@ -30,7 +30,7 @@ def below_target(pipe: int) -> set[Thing] | None:
 
 
 def _target(cmdline: bytes) -> bytes:
-    """FILE of `ploop copy -d FILE`, in whichever words; empty: it is none."""
+    """FILE of the command line `ploop copy -d FILE`; empty: it is another command."""
     words = cmdline.split(b"\0")
     if b"copy" not in words:
         return b""

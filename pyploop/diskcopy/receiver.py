@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The receiving end: stream -> file, with answers in the dialect of the stream.
 
-Invariants: the answer to a SYNC comes after fdatasync; the answer to END comes
-after the file is durable under its final name; a failure before that leaves
-nothing there, and one after it the file.
+Invariants: a SYNC is answered after fdatasync.  END is answered after the file is
+durable under its final name.  A failure before that leaves no file, and one after it
+leaves the file.
 """
 
 from __future__ import annotations
@@ -40,20 +40,20 @@ SLOTS = 16
 SLOT_SIZE = 256 * 1024
 """Bytes of one write at most: stays in the cache, needs no large folios."""
 MAX_FRAME = 64 * MIB
-"""The largest frame taken, bytes: the largest cluster ploop can have."""
+"""Bytes of the largest frame that is accepted: the largest cluster of ploop."""
 WINDOW = 32 * MIB
-"""Dirty bytes of the target that are left to later writeback at most."""
+"""Bytes of the target that may be dirty, and left to later writeback."""
 
 
 @dataclass(frozen=True)
 class Received:
-    """A finished receipt."""
+    """A finished copy, as the receiver saw it."""
 
     target: str
     stats: RecvStats
     syncs: int
     native: bool
-    """The peer was a pyploop sender and has END acknowledged."""
+    """The peer is a pyploop sender, and END was acknowledged."""
     dialect: str
 
     def fields(self) -> dict[str, Any]:
@@ -88,11 +88,11 @@ def receive(
 ) -> Received:
     """Receive one image into a new file `path`, in the dialect of its marker.
 
-    in_fd: pipe or socket, read until END and not further.  feedback_fd: where
-    each SYNC of D1 is answered, or None.  stall: seconds without a byte after
-    which the peer is given up, 0: never.  expected: who is told of a failure
-    before the first marker.  sink: what becomes `path`, if not a new file.
-    owner_undoes: of that (Sink).  largest: bytes of the image at most, 0: any.
+    in_fd: pipe or socket, read until END and not further.  feedback_fd: where each
+    SYNC of D1 is answered, or None.  stall: seconds without a byte until the peer is
+    given up; 0: never.  expected: where a failure before the first marker is answered.
+    sink: the file that becomes `path`; None: a new one.  owner_undoes: see Sink.
+    largest: bytes of the image at most; 0: any.  PyploopError.
     """
     receipt = _Receipt(
         path,
@@ -107,13 +107,13 @@ def receive(
     try:
         return receipt.run(stall)
     except PyploopError as e:
-        # An unfinished target is gone by now, also when the peer hears of it.
+        # An unfinished target is removed before the peer gets the answer.
         receipt.answers.failed(receipt.event, e)
         raise
 
 
 class _Target:
-    """What a pyploop sender asks about before the first byte."""
+    """The target, as a pyploop sender asks about it before the first byte."""
 
     def __init__(self, sink: Sink) -> None:
         self._sink = sink
@@ -137,7 +137,7 @@ class _Target:
 
 
 class _Receipt:
-    """One receipt; `event` and `answers` outlive its failure."""
+    """Receives one image.  `event` and `answers` are needed after a failure, too."""
 
     def __init__(
         self,
@@ -156,7 +156,7 @@ class _Receipt:
         self._report = report
         self.answers: Answers = expected or NoAnswers()
         self.event = 0
-        """The SYNC or END that is being served, or 0."""
+        """The SYNC or END that is not answered yet, or 0."""
 
     def run(self, stall: float) -> Received:
         path, report = self._path, self._report
@@ -211,7 +211,7 @@ class _Receipt:
             self._report.detail(f"Synced {self._path}: {format_size(pump.stats.data)} so far")
 
     def _choose(self, pump: Receiver, sink: Sink, before: int) -> int:
-        """The way back, once the marker has told the dialect."""
+        """Choose how to answer, once the marker has shown the dialect."""
         if pump.dialect != before:
             if pump.dialect == _core.DIALECT_D1:
                 self.answers = Feedback(pump, self._in_fd, self._feedback, _Target(sink))
@@ -236,7 +236,7 @@ def _times(pump: Receiver, sink: Sink, named: int = 0) -> d1.Times:
 
 
 def explain(fault: Fault, path: str, dialect: int) -> PyploopError:
-    """The receiving pump's fault as an error that a person can act on."""
+    """The error that says why the receiving pump failed.  path: the target."""
     where = f"frame {fault.frame}, byte {fault.stream} of the stream"
     left = f"; {path} was not created"
     code = fault.errno

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Comparisons by hash of what a tracker may have missed.
 
-While the source runs they may take their time.  Inside a freeze they are done
-in slices, and given up as soon as what is left would take longer than allowed:
-the rest is kept, for the time after the thaw.
+While the source runs they may take long.  Inside a freeze they are done in slices,
+and given up as soon as the rest would take longer than allowed.  The rest is then
+compared after the thaw.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from pyploop.trackers import Batch, Repair
 from pyploop.units import MIB, format_size
 
 SLICE = 8 * MIB
-"""Bytes that are compared between two looks at the time: some 10 ms."""
+"""Bytes that are compared between two looks at the clock: about 10 ms."""
 MEANINGFUL = MIB
-"""Bytes from which on a comparison tells a rate."""
+"""A comparison of fewer bytes does not measure a rate."""
 
 
 class FreezeGivenUp(LoopError):
@@ -30,30 +30,30 @@ class FreezeGivenUp(LoopError):
 
 
 class Repairs:
-    """Of one copy."""
+    """The repairs of one copy."""
 
     def __init__(
         self, source_pump: SourcePump, report: Reporter, summary: Summary, *, limited: bool = False
     ) -> None:
-        """limited: while running, --bwlimit decides the rate."""
+        """limited: --bwlimit limits the rate while the source runs."""
         self._source_pump, self._report, self._summary = source_pump, report, summary
         self._limited = limited
         self.rate = 0.0
-        """Bytes per second that were read and compared last; 0: not known."""
+        """Bytes per second of the last comparison; 0: not known."""
         self.left: Repair | None = None
-        """What was given up."""
+        """The rest of a repair that was given up."""
 
     @property
     def seconds_left(self) -> float:
-        """What the comparison that was given up would still take."""
+        """Seconds that the rest of a repair would take."""
         left = 0 if self.left is None else sum(_cost(b) for b in self.left.batches)
         return left / self.rate if self.rate else 0.0
 
     def run(self, repair: Repair, *, frozen: bool, until: float | None = None) -> int | None:
-        """Compare, and send what differs; returns the bytes sent.
+        """Compare, and send what differs.  Returns the bytes sent.
 
-        until: time.monotonic() by which it must be done; None returned: it would
-        not be, and what was not compared is in `left`."""
+        until: time.monotonic() at which it must be done.  Returns None when it would
+        take longer; the rest is in `left` then."""
         parts = list(repair.batches)
         if until is not None:
             parts = [s for b in repair.batches for s in ([b] if b.holes else _slices(b))]
@@ -74,7 +74,7 @@ class Repairs:
         return sent if self.left is None else None
 
     def run_left(self) -> None:
-        """What was given up inside the freeze, now that the source runs."""
+        """After the thaw: the rest of a repair that was given up inside the freeze."""
         if self.left is not None:
             self.run(self.left, frozen=False)
 
@@ -90,7 +90,7 @@ class Repairs:
 
 
 def _cost(batch: Batch) -> int:
-    """Bytes to be read."""
+    """The bytes that it reads."""
     return 0 if batch.holes else batch.extents.bytes
 
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a receiver answers, and where: D1's feedback, D2's replies."""
+"""What a receiver answers, and where: the feedback of D1, the replies of D2."""
 
 from __future__ import annotations
 
@@ -17,28 +17,28 @@ CANNOT = "cannot answer the sender"
 
 
 class Answers(Protocol):
-    """One dialect's way back to the sender.  `event` is the SYNC or END that
-    an answer is about (RECV_SYNC, RECV_END; 0: neither)."""
+    """How one dialect answers the sender.  event: what is answered (RECV_SYNC, RECV_END;
+    0: neither)."""
 
     dialect: str
     native: bool
     """The peer is a pyploop sender."""
 
     def greeted(self, pos: int, payload: bytes) -> bool:
-        """A SYNC came: true when it was a greeting, which is answered now."""
+        """A SYNC came.  True: it was a greeting, which this has answered."""
 
     def done(self, event: int, times: d1.Times) -> None:
-        """It is durable.  WriteError when the peer cannot be told."""
+        """Answer that it is durable.  WriteError: the answer cannot be sent."""
 
     def failed(self, event: int, error: PyploopError) -> None:
-        """The copy failed.  Never raises: that is not the error to tell."""
+        """Answer that the copy failed.  Never raises, so that the failure is reported."""
 
 
 class Asked(Protocol):
     """The target, as a pyploop sender asks about it before the first byte."""
 
     def expect(self, size: int) -> None:
-        """WriteError when it cannot have so many bytes."""
+        """WriteError when the target cannot have so many bytes."""
 
     def place(self) -> d1.Place:
         """Where it lies."""
@@ -61,8 +61,8 @@ class NoAnswers:
 
 
 class Feedback:
-    """D1: eight bytes for each SYNC on the feedback descriptor; for a pyploop
-    sender END too, and without a descriptor back on the stream's own socket."""
+    """D1: eight bytes for each SYNC on the feedback descriptor.  A pyploop sender gets
+    an answer to END, too, and without a descriptor on the socket of the stream."""
 
     def __init__(self, pump: Receiver, in_fd: int, feedback: int | None, target: Asked) -> None:
         self.dialect = "D1"
@@ -93,7 +93,7 @@ class Feedback:
         except WriteError:
             if not self._guessed:
                 raise
-            return True  # it has sent all and gone, and waits for nothing
+            return True  # it has sent everything and ended, and reads no answer
         self.native = True
         return True
 
@@ -121,13 +121,14 @@ class Feedback:
         return True
 
     def _record(self, times: d1.Times) -> bytes:
-        """What follows an answer to a peer that wants to know."""
+        """The times after an answer, for a peer that asked for them."""
         if not self._timed:
             return b""
         return times._replace(answered=time.monotonic_ns()).pack()
 
     def _channel_for(self, event: int) -> int | None:
-        """Only a pyploop sender reads answers to END, or on its own socket."""
+        """Where to answer; None: the peer does not read it.  Only a pyploop sender reads
+        answers to END, or on the socket of the stream."""
         known = self.native or (event == RECV_SYNC and not self._guessed)
         return self._channel if known else None
 
@@ -149,7 +150,7 @@ class Feedback:
 
 
 def _refusal(code: int) -> PyploopError:
-    """Why the sender does not begin, by the code that it ends with."""
+    """Why the sender refused to begin, by its exit code."""
     if code == WriteError.exit_code:
         return WriteError(
             "the sender refused to begin: the target has too little room (see its own message)"
@@ -160,10 +161,10 @@ def _refusal(code: int) -> PyploopError:
 
 
 class Replies:
-    """D2 and D3: an int32 on the same socket.  Those to DATA are the pump's."""
+    """D2 and D3: an int32 on the same socket.  The pump answers DATA."""
 
     def __init__(self, fd: int, pump: Receiver | None = None) -> None:
-        """pump: None before the first packet: then it can only fail."""
+        """pump: None before the first packet, when only a failure can be answered."""
         self.dialect = "D2"
         self.native = False
         self._fd, self._pump = fd, pump
@@ -202,6 +203,6 @@ class Replies:
 
 
 def hang_up(fd: int) -> None:
-    """End the conversation on a socket that is somebody else's to close."""
+    """Shut down a socket that the caller will close."""
     with contextlib.suppress(OSError), socket.fromfd(fd, socket.AF_UNIX, socket.SOCK_STREAM) as s:
         s.shutdown(socket.SHUT_RDWR)

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A target that lies on its own source, or is a part of it, is refused before the
-first byte."""
+"""Before the first byte: refuse a target that lies on its own source, or is a part of
+it."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from pyploop.errors import ParameterError
 
 
 def check(source: Source, points: Iterable[str], out: Output) -> None:
-    """ParameterError when something of the source lies below the target, as far as
-    that is known yet (a peer of ours is told), or the target below the source.
-    points: mount points to be frozen."""
+    """ParameterError when the target lies on the source, or the source on the target, as
+    far as that is known yet.  A pyploop peer gets the reason.  points: mount points that
+    will be frozen."""
     check_output(source, out.fd)
     both = (out.things() or set()) & apart_from(source, points)
     if not both:

@@ -43,7 +43,7 @@ if TYPE_CHECKING:
 MEMORY = 16 * MIB
 """Bytes of read buffers, whatever the source's size."""
 HASH_MEMORY = 16 * MIB
-"""Bytes of hashes above which a hash covers more than a block (at most 64 KiB)."""
+"""Bytes of all hashes, above which one covers more than a block (at most 64 KiB)."""
 
 
 class SourcePump:
@@ -56,23 +56,23 @@ class SourcePump:
         self._options, self._report = options, report
         self._known: Known | None = None
         self._notes = 0
-        """Of the source's, so many are in the log."""
+        """So many of the source's notes are logged."""
         self._greeting = 0
         self._gone = threading.Event()
         self.window_start = time.monotonic()
-        """When the marks that are now set began to be collected."""
+        """time.monotonic() since which the present marks are collected."""
         self._shared: list[Watched] = []
         self.pump: Pump
 
     def greet(self) -> None:
-        """Find out about the peer, which decides what it gets; before all else."""
+        """Before all else: greet the peer, which decides on the framing."""
         self._greeting = self._out.hello()
         compare = self._options.reserve != 0
         self._greeting += self._out.announce(self._source, compare_room=compare)
 
     def begin(self) -> None:
-        """After `greet`, when nothing is in the way of the copy: the target is touched
-        from now on."""
+        """After `greet`, when all checks are done.  The target may be touched from now
+        on."""
         framing = self._out.framing
         unit = BLOCK
         if framing.needs_hashes(self._tracker.needs_hashes):
@@ -84,8 +84,8 @@ class SourcePump:
             self.pump.cancel()
 
     def watch_room(self) -> None:
-        """From now on a pass fails before the target has filled what the source
-        needs to grow.  WriteError when the copy does not fit there at all."""
+        """From now on a pass fails before the target fills a file system on which the
+        source grows.  WriteError when the copy does not fit there."""
         things, reserve = self._out.things(), self._options.reserve
         if things is None or reserve == 0:
             return
@@ -102,11 +102,11 @@ class SourcePump:
             )
 
     def pause(self, seconds: float) -> None:
-        """Do nothing for a while; a cancel ends it."""
+        """Wait so long, or until a cancel."""
         self._gone.wait(seconds)
 
     def limit(self, running: bool) -> None:
-        """--bwlimit is for the time in which the source runs."""
+        """--bwlimit applies only while the source runs."""
         self.pump.limit(self._options.rate if running else 0)
 
     @property
@@ -115,7 +115,7 @@ class SourcePump:
         return stats._replace(wire=stats.wire + self._greeting)
 
     def cancel(self) -> None:
-        """From any thread: what runs, and all that would, fails at once."""
+        """From any thread: the present pass, and each one after it, fails at once."""
         self._gone.set()
         self._out.deadline.cancel()
         with contextlib.suppress(AttributeError):  # not begun yet
@@ -151,7 +151,7 @@ class SourcePump:
         )
 
     def send(self, batches: list[Batch], flags: int = 0) -> int:
-        """Send the batches; returns the bytes of payload that this took."""
+        """Send the batches.  Returns the bytes of payload sent."""
         before = self.pump.stats.data
         for batch in batches:
             self._run_pass(batch.extents, flags | self._out.framing.flags(batch))
@@ -163,19 +163,19 @@ class SourcePump:
         data, holes = framing.parts(self._source)
         self.log_notes()
         if framing.as_ploop and framing.holes_left_out and self._known is not None:
-            # A block of zeroes that is no hole is sent, as the C tool does.
+            # A block of zeroes that is not a hole is sent, as the C tool does.
             for start, end in data:
                 self._known.assume_data(start, end)
         return data, holes
 
     def log_notes(self) -> None:
-        """What the user should know about the source, each once."""
+        """Log what the user should know about the source, each note once."""
         for note in self._source.notes[self._notes :]:
             self._report.note(note)
         self._notes = len(self._source.notes)
 
     def compare(self, digests: Reader) -> tuple[Bitmap, Reused]:
-        """What of the source the target has kept as it is here; tracking is on."""
+        """What the target has kept and is the same here.  Tracking must be on."""
         from pyploop.diskcopy import delta  # what it needs takes time to load, and few use it
 
         assert self._known is not None  # our own frames always need it

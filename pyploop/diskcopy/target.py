@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the sender asks of the place where a copy goes.
 
-A stream to a peer and a file here make the same promises: `sync` returns when
-all that was sent is durable at the other end, as far as that can be known, and
-says how it knows; `finish` likewise for the finished image under its final name.
+A stream to a peer and a local file make the same promises.  `sync` returns when
+all that was sent is durable at the target, as far as that can be known, and says
+how it knows.  `finish` does the same for the complete image under its final name.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ from pyploop.wire import d2
 
 @dataclass(frozen=True)
 class Packets:
-    """How the data packets of D2 go: without answers, with digests, and how
-    many may be unanswered."""
+    """How D2's data packets are sent.  unanswered: as DATA_ASYNC.  digests: with an MD5.
+    window: packets that may be unanswered."""
 
     unanswered: bool = False
     digests: bool = False
@@ -49,51 +49,50 @@ class Output(Protocol):
     deadline: Deadline
     """The copy's: when waiting for an answer ends, whatever else."""
     before_end: Callable[[], None]
-    """Called with nothing but END's write, or the target's name, after it; what
-    it raises ends the copy without a target."""
+    """Called right before END is written, or the target gets its name.  When it raises,
+    the copy ends without a target."""
     heard: Heard | None
-    """What came with the last answer, when the peer tells such things."""
+    """The times that came with the last answer; None: the peer sends none."""
 
     @property
     def end_is_answered(self) -> bool:
-        """All that was sent has left our hands when `finish` returns; known
+        """When `finish` returns, all that was sent has been read by the peer.  Known
         after `hello`."""
 
     def announce(self, source: Source, *, compare_room: bool) -> int:
-        """After `hello`: WriteError when the target cannot have the source's size, or,
-        if it is to be compared, has no room for its data.  Returns the bytes that
-        this wrote."""
+        """After `hello`: WriteError when the target cannot have the source's size, or has
+        no room for its data (compare_room).  Returns the bytes written."""
 
     def things(self) -> set[Thing] | None:
-        """What lies below the target, known after `announce`; None: not known, or
-        not of this machine."""
+        """What lies below the target.  Known after `announce`; None: not known, or on
+        another machine."""
 
     def refuse(self, error: PyploopError) -> None:
-        """Nothing was sent, and nothing will be: the peer may say why."""
+        """Nothing was sent, and nothing will be.  Let the peer say why, if it can."""
 
     def hello(self) -> int:
-        """Before all else: find out what the peer can do, and so the framing.
-        Returns the bytes that this wrote."""
+        """Before all else: learn what the peer can do, and choose the framing.
+        Returns the bytes written."""
 
     def prepare(self, known: Known | None) -> None:
-        """After `hello`, before the first block: what the target may hold."""
+        """After `hello`, before the first block: tell `known` what data the target may have."""
 
     def sync(self, pump: Pump, waiting: bool, start: bytes) -> str:
-        """'acknowledged', 'local', 'waited' or 'unknown'.  waiting: the SYNC
-        before the freeze, for which a peer that cannot answer gets the agreed
-        time.  start: the image's first four bytes, which receivers before 1.11
-        write at position 0."""
+        """Returns how it is known to be durable: 'acknowledged', 'local', 'waited'
+        (--sync-wait) or 'unknown'.  waiting: wait that long for a peer that cannot
+        answer.  start: the image's first four bytes, since receivers before 1.11 write
+        a SYNC's payload at position 0."""
 
     def header(self, pump: Pump, data: bytes) -> None:
         """Write `data` at position 0, last of all blocks."""
 
     def finish(self, pump: Pump, size: int, start: bytes) -> str:
-        """No block follows: all is durable when this returns, as far as it can
-        be known.  Answers, and takes `start`, as `sync`."""
+        """After the last block: returns when the image is complete and durable, as far
+        as that can be known.  `start` and the result are as those of `sync`."""
 
 
 def explain_write(fault: Fault) -> PyploopError:
-    """The sending pump's failure to write, as an error to act on."""
+    """The error that says why the sending pump could not write."""
     if fault.stage == "reply" and fault.errno != errno.EPIPE:
         return _explain_reply(fault)
     if fault.errno == errno.EPIPE:

@@ -2,12 +2,12 @@
 """The target file.
 
 Invariants: its final name appears only when its contents are complete and
-durable, and never replaces a file that is there.  What is complete and durable
-is not removed any more, whatever fails after that.
+durable, and never replaces an existing file.  What is complete and durable is not
+removed, whatever fails after that.
 
-Until it is complete it has no name at all (O_TMPFILE), so nothing is left behind
-however the process ends; where the file system cannot do that it is a part in
-the same folder (target_name.py).
+Until it is complete it has no name (O_TMPFILE), so nothing is left behind however
+the process ends.  Where the file system cannot do that, it is a part in the same
+folder (target_name.py).
 """
 
 from __future__ import annotations
@@ -54,8 +54,8 @@ class Sink:
     def __init__(
         self, path: str, report: Reporter | None = None, *, owner_undoes: bool = False
     ) -> None:
-        """owner_undoes: what becomes of the file after a failure is somebody else's
-        matter (a migration's), even when it is complete."""
+        """owner_undoes: after a failure the caller (a migration) decides about the file,
+        even when it is complete."""
         self.path = path
         self._owner_undoes = owner_undoes
         if not path or path.endswith("/"):
@@ -67,7 +67,7 @@ class Sink:
         self._ways = target_name.WAYS
         self._journal: Journal | None = None
         self._complete = ""
-        """Where the complete file is, once it is."""
+        """The path of the complete file; empty until it is complete."""
         self.synced_ns = 0
         """time.monotonic_ns() of the last sync's end."""
         _check_free(path)
@@ -82,7 +82,7 @@ class Sink:
             raise CreateError(str(e), path=path) from None
         try:
             self.fd = self._create()
-        except BaseException as e:  # a signal's, too
+        except BaseException as e:  # also that of a signal
             self._clean_up()
             if isinstance(e, OSError):
                 raise CreateError.of(f"cannot create {path}", e, path=path) from e
@@ -93,7 +93,7 @@ class Sink:
     # ---- before the first byte
 
     def _create(self) -> int:
-        # The folder by descriptor: it stays the same one if it is renamed.
+        # By its descriptor, the folder stays the same one if it is renamed.
         folder = f"/proc/self/fd/{self._dir_fd}"
         with contextlib.suppress(OSError):
             self._try_link(folder)
@@ -105,8 +105,8 @@ class Sink:
         return os.open(folder, os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC, MODE)
 
     def _try_link(self, folder: str) -> None:
-        """Whether a file without a name can get one here: some file systems have
-        the first half only, and it would be known when all is copied."""
+        """OSError when a file without a name cannot get one here: some file systems
+        cannot link it, and that would show only when all is copied."""
         fd = self._nameless(folder)
         try:
             part = target_name.part_of(self._dir_fd, self._name)
@@ -143,7 +143,7 @@ class Sink:
         return fd
 
     def _try_naming(self) -> tuple[target_name.Way, ...]:
-        """The way that its name will take, tried with an empty file."""
+        """Find out with an empty file how it will get its name."""
         old, new = (target_name.part_of(self._dir_fd, self._name) for _ in range(2))
         fd = self._new_part(old)
         try:
@@ -168,7 +168,7 @@ class Sink:
             self._journal = None
 
     def _beside(self, name: str) -> str:
-        """The path of a name in the folder, also of one that was renamed meanwhile."""
+        """The path of a name in the folder, even if that was renamed meanwhile."""
         return os.path.join(os.readlink(f"/proc/self/fd/{self._dir_fd}"), name)
 
     def _unlink(self, name: str) -> None:
@@ -177,7 +177,7 @@ class Sink:
 
     @property
     def temporary(self) -> str | None:
-        """The name of the unfinished file, None when it has none."""
+        """The name of the unfinished file; None: it has none."""
         return self._part
 
     # ---- contents
@@ -201,18 +201,18 @@ class Sink:
     # ---- the end
 
     def commit(self, before_name: Callable[[], None] = lambda: None) -> None:
-        """Durable contents, then the name, then a durable name.  before_name:
-        called right before the name; what it raises leaves none.
+        """Make the contents durable, then name the file, then make the name durable.
+        before_name: called right before the name; when it raises, there is no file.
 
-        The sync of the folder carries what fdatasync leaves out (the times),
-        in the same journal commit: with fsync there would be two.
+        The sync of the folder also writes what fdatasync leaves out (the times), in
+        the same journal commit.  With fsync there would be two.
         """
         self.sync()
         before_name()
         try:
             self._give_name()
         except OSError as e:
-            if not self._is_named():  # a network's file system may lose an answer
+            if not self._is_named():  # a network file system may lose an answer
                 self._keep_aside(e)
         self._complete = self._beside(self._name)
         self._sync_folder()
@@ -252,8 +252,9 @@ class Sink:
         self._report.note(f"The file system of {self.path} cannot sync a folder, {how}")
 
     def _look_where(self) -> None:
-        """Its folder may have been moved, hidden or unmounted meanwhile.  By the folder,
-        since FUSE may show one file by two numbers."""
+        """CreateError when no path leads to the file: its folder may have been moved,
+        hidden or unmounted.  The folder is compared, since FUSE may show one file with
+        two inode numbers."""
         if self._is_folder(os.path.dirname(self.path) or "."):
             return
         found = self._complete
@@ -273,7 +274,7 @@ class Sink:
             return False
 
     def _keep_aside(self, why: OSError) -> NoReturn:
-        """The name cannot be had, but what is complete is not dropped."""
+        """It cannot get its name: keep what is complete by another one."""
         failed = f"the copy is complete and durable, but cannot be named {self.path}"
         if not self._owner_undoes:
             self._complete = self._other_name()
@@ -282,8 +283,8 @@ class Sink:
         raise CreateError.of(failed, why) from why
 
     def _other_name(self) -> str:
-        """A name beside the one that was wanted; of a file without a name also in
-        a folder above, for its own may be gone or closed."""
+        """Name it otherwise in the same folder; a file without a name also in a folder
+        above, since its own may be removed or read-only.  Returns its path."""
         name = target_name.complete_of(self._dir_fd, self._name)
         if self._part is not None:
             try:
@@ -306,7 +307,7 @@ class Sink:
         return self
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        with contextlib.suppress(OSError):  # its data were synced, or are dropped
+        with contextlib.suppress(OSError):  # its data were synced, or are not wanted
             os.close(self.fd)
         self._clean_up()
         if self._complete and error is not None and not self._owner_undoes:
@@ -351,7 +352,7 @@ def _with_those_above(folder: int) -> Iterator[int]:
 
 
 def make_durable(fd: int, path: str) -> None:
-    """The data of an open file.  One that cannot be synced is, with its file system."""
+    """Sync the data of an open file; where it cannot be synced, its file system."""
     try:
         fdatasync(fd)
     except OSError as e:
@@ -361,7 +362,7 @@ def make_durable(fd: int, path: str) -> None:
 
 
 def _check_free(path: str) -> None:
-    """CreateError when there is something of this name."""
+    """CreateError when the name exists."""
     try:
         mode = os.lstat(path).st_mode
     except FileNotFoundError:

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How a finished file gets its name, and unfinished ones that need a name before.
+"""How a complete file gets its name, and the names of unfinished files.
 
-A file system may have no file without a name (O_TMPFILE).  Then the unfinished
-file is a *part*, `.NAME.BOOT-RANDOM.part`, which its writer keeps locked: a part
-that can be locked has no writer any more, and is removed by the next copy to the
-same name, or by `pyploop thaw`.
+A file system may not support files without a name (O_TMPFILE).  Then the unfinished
+file is a *part*, `.NAME.BOOT-RANDOM.part`, which its writer keeps locked.  A part
+that can be locked has no writer any more.  The next copy to the same name removes
+it, or `pyploop thaw` does.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from pyploop.system import kernel
 from pyploop.undo.journal import Entry, boot_id, register
 
 UNSUPPORTED = (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP)
-"""What a file system answers that does not have an operation."""
+"""The errors of a file system that does not support an operation."""
 OLD = 86400.0
-"""Seconds after which an unlocked part of another boot is nobody's.  It may be of
-another machine, whose locks are not seen here; but that would have written since."""
+"""Seconds after its last write until an unlocked part of another boot is removed.  It
+may belong to another machine, whose locks are not seen here."""
 COMPLETE = 0o400
-"""Mode of a complete file that had to stay a part: nobody removes it."""
+"""Mode of a complete file that had to stay a part: it is never removed."""
 _PART = re.compile(r"\.(?P<stem>.+)\.(?P<boot>[0-9a-f]{8})-[0-9a-f]{8}\.part", re.DOTALL)
 _EXTRA = len("..01234567-01234567.part")
 
@@ -46,7 +46,7 @@ def by_link(dir_fd: int, old: str, new: str) -> None:
 
 
 def by_rename(dir_fd: int, old: str, new: str) -> None:
-    """Not one step: a file that is made between the two would be replaced."""
+    """In two steps: a file that is created between them would be replaced."""
     try:
         os.stat(new, dir_fd=dir_fd, follow_symlinks=False)
     except FileNotFoundError:
@@ -56,7 +56,7 @@ def by_rename(dir_fd: int, old: str, new: str) -> None:
 
 
 WAYS: tuple[Way, ...] = (by_rename_noreplace, by_link, by_rename)
-"""From a name to another that must be free; the first that the file system has is used."""
+"""Ways from a name to a free one.  The first one that the file system supports is used."""
 IN_WORDS: dict[Way, str] = {
     by_rename_noreplace: "renamed without replacing anything",
     by_link: "linked to its name",
@@ -68,8 +68,8 @@ def give_name(dir_fd: int, old: str, new: str, ways: tuple[Way, ...] = WAYS) -> 
     """Rename within a folder, without replacing anything; OSError EEXIST when
     `new` is there.  Returns the ways that are left, the one that worked first.
 
-    The old name may be there still: to remove it is the caller's, once the file is
-    closed, since FUSE and NFS would give an open one another name instead.
+    The old name may still be there.  The caller removes it once the file is closed,
+    since FUSE and NFS would only rename an open one.
     """
     while True:
         try:
@@ -87,7 +87,7 @@ def give_name(dir_fd: int, old: str, new: str, ways: tuple[Way, ...] = WAYS) -> 
 
 
 def part_of(dir_fd: int, name: str) -> str:
-    """A new name for the unfinished `name`, which the file system takes."""
+    """A new name for the unfinished `name`, short enough for the file system."""
     return f".{_stem(dir_fd, name)}.{boot_id()[:8]}-{os.urandom(4).hex()}.part"
 
 
@@ -97,14 +97,14 @@ def complete_of(dir_fd: int, name: str) -> str:
 
 
 def _stem(dir_fd: int, name: str) -> str:
-    """As much of the name as leaves room for the rest: bytes, not characters."""
+    """The beginning of the name that leaves room for the rest, in bytes."""
     limit = os.fpathconf(dir_fd, "PC_NAME_MAX")
     return os.fsdecode(os.fsencode(name)[: (limit if limit > 2 * _EXTRA else 255) - _EXTRA])
 
 
 def lock_part(fd: int) -> None:
-    """As long as `fd` is open the part is not left behind.  OSError ESTALE: another
-    process found it unlocked, and removes it.  Without locks nobody removes it."""
+    """Lock the part as long as `fd` is open.  OSError ESTALE: another process found it
+    unlocked, and removes it.  Where there are no locks, it is never removed."""
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         taken = os.fstat(fd).st_nlink == 0
@@ -117,7 +117,7 @@ def lock_part(fd: int) -> None:
 
 
 def left_behind(dir_fd: int, name: str) -> list[str]:
-    """Parts of `name` in this folder that no writer has any more; removed."""
+    """Remove the parts of `name` in this folder that have no writer; returns them."""
     stem = _stem(dir_fd, name)
     with os.scandir(dir_fd) as entries:
         found = [e.name for e in entries if (m := _PART.fullmatch(e.name)) and m["stem"] == stem]
@@ -125,7 +125,7 @@ def left_behind(dir_fd: int, name: str) -> list[str]:
 
 
 def remove_part(dir_fd: int, part: str) -> bool:
-    """Remove it, if it is a part of this user's, unfinished, and without a writer."""
+    """Remove it, if it is an unfinished part of this user without a writer."""
     match = _PART.fullmatch(part)
     if match is None:
         return False
@@ -150,7 +150,7 @@ def remove_part(dir_fd: int, part: str) -> bool:
 
 
 def undo_part(entry: Entry) -> None:
-    """Kind `part` of the journal: the part at `path`, if it is still there."""
+    """Kind `part` of the journal: remove the part at `path`, if it is still there."""
     folder, part = os.path.split(entry["path"])
     with contextlib.suppress(FileNotFoundError):
         fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)

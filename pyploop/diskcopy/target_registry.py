@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The output that a command line names: a stream to a peer, or a file here."""
+"""The output that a command line names: a stream to a peer, or a local file."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from pyploop.units import SECTOR, format_size
 
 
 class FileOutput:
-    """In place into a file here: a Sink of ours, or a descriptor that the user
+    """A local file, written in place: a new one (Sink), or a descriptor that the user
     redirected (`copy -s DEVICE > IMAGE`)."""
 
     sink = _core.SINK_FILE
@@ -52,7 +52,7 @@ class FileOutput:
         self.before_end: Callable[[], None] = lambda: None
         self._below = backing.of_file(self.fd)
         self.holds = ""
-        """What the file holds of the copy, in words."""
+        """How much of the copy the file has, for messages."""
 
     def announce(self, source: Source, *, compare_room: bool) -> int:
         found = self._below
@@ -123,8 +123,8 @@ def open_output(
     answer_timeout: float,
     compat: Compat = "auto",
 ) -> Iterator[Output]:
-    """The output that `-d`, `-o` and `-f` name.  ParameterError for one that
-    cannot take an image."""
+    """The output that `-d`, `-o` and `-f` name.  ParameterError when it cannot take an
+    image.  Times in seconds."""
     if target is not None:
         with Sink(target, report) as sink:
             yield FileOutput(sink, report)

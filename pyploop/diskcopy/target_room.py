@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Room for a copy: compared before the first byte, and watched while it grows on a
-file system that its source needs, too.
+"""Room for a copy: checked before the first byte, and watched while the copy grows on
+a file system that its source needs, too.
 
-A sparse source that is in use grows.  When the copy has filled the file system
-below it, its users get I/O errors: so the copy ends before that.
+A sparse source in use grows.  If the copy filled the file system below it, its users
+would get I/O errors: so the copy fails before that.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from pyploop.units import GIB, SECTOR, format_size
 
 PART = 0.05
 LEAST = GIB
-"""The default reserve: this part of what is free, or so many bytes if that is more,
-but never more than half of what is free."""
+"""The default reserve is this part of the free bytes, and at least LEAST bytes, but at
+most half of the free bytes."""
 WITHOUT_HOLES = ("vfat", "msdos", "exfat")
 
 
@@ -34,8 +34,8 @@ def default_reserve(free: int) -> int:
 
 
 def free_bytes(path: str, *, of_all: bool = False) -> int | None:
-    """What this process may still write there; None: it cannot be told.  of_all: what
-    everybody may, without what ext4 keeps for root."""
+    """Bytes that this process may still write there; None: not known.  of_all: that every
+    process may, without what ext4 reserves for root."""
     try:
         st = os.statvfs(path)
     except OSError:
@@ -58,15 +58,15 @@ def _is_tmpfs(path: str) -> bool:
 
 
 def _memory() -> int:
-    """Bytes of memory and swap that are left, for a file system in memory."""
+    """Free bytes of memory and swap, for a file system in memory."""
     lines = Path("/proc/meminfo").read_text().splitlines()
     values = {name: int(rest.split()[0]) for name, rest in (line.split(":") for line in lines)}
     return (values["MemAvailable"] + values["SwapFree"]) << 10
 
 
 def data_of(source: Source, enough: int | None = None) -> int:
-    """Bytes that a copy of the source takes now, as far as its file knows; 0: it
-    does not.  enough: up to so many it need not be exact, but not less."""
+    """Bytes that a copy of the source takes now, by the holes of its file; 0: not known.
+    enough: a result up to this need not be exact, but is not too small."""
     fd = source.fd if source.sparse_fd is None else source.sparse_fd
     st = os.fstat(fd)
     if not stat.S_ISREG(st.st_mode):
@@ -78,8 +78,8 @@ def data_of(source: Source, enough: int | None = None) -> int:
 
 
 def of_target(target: Below) -> tuple[int | None, str]:
-    """Bytes that the target may still get, and what has no more: of the file systems
-    below it the one that is full first.  None: it cannot be told."""
+    """Bytes that the target may still grow, and the file system that limits it: of those
+    below it, the one that is full first.  None: not known."""
     room: int | None = None
     where = ""
     for fs in target.file_systems:
@@ -92,8 +92,8 @@ def of_target(target: Below) -> tuple[int | None, str]:
 
 
 def check_size(fd: int, size: int, fstype: str, path: str) -> None:
-    """WriteError when the file system, or a limit of this process, lets no file have
-    so many bytes: tried, since it would be known only after all else."""
+    """WriteError when the file system, or a limit of this process, does not allow a file
+    of `size` bytes.  It is tried now, since it would show only at the end."""
     try:
         if fstype in WITHOUT_HOLES:
             _check_position(fd, size)
@@ -111,7 +111,7 @@ def check_size(fd: int, size: int, fstype: str, path: str) -> None:
 
 
 def _check_position(fd: int, size: int) -> None:
-    """By a position that it would not take: to set the size would write zeroes."""
+    """By a seek to that position: to set the size would write zeroes here."""
     probe = os.open(f"/proc/self/fd/{fd}", os.O_RDONLY | os.O_CLOEXEC)
     try:
         os.lseek(probe, size, os.SEEK_SET)
@@ -149,9 +149,8 @@ class Watched:
 
 
 def shared(source: Source, things: set[Thing], reserve: int | None, has: int = 0) -> list[Watched]:
-    """File systems below the source that lie below the target, too: to be watched.
-    WriteError when the copy does not fit beside the reserve.  has: bytes that the
-    target has already."""
+    """The file systems below both source and target, to be watched.  WriteError when the
+    copy does not fit beside the reserve.  has: bytes that the target has already."""
     found = []
     for fs in backing.of_source(source).file_systems:
         if (*fs.number, 0) not in things:

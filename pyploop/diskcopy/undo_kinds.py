@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How the entries of a copy's journal are undone without the copy's own
-descriptors; importing this registers them (docs/internals/freeze.md)."""
+"""How `pyploop thaw` undoes the entries of a copy's journal, without the copy's own
+descriptors.  To import this registers them (docs/internals/freeze.md)."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from pyploop.undo.journal import Entry
 
 
 def thaw(entry: Entry) -> None:
-    """Kind `thaw`: the file system with the device number `dev`, at `mount` or
-    wherever else it is mounted.  Not frozen is fine."""
+    """Kind `thaw`: thaw the file system with the device number `dev`, at `mount` or
+    wherever it is mounted.  Does nothing when it is not frozen."""
     places = [entry["mount"], *sysblock.mount_points(entry["dev"])]
     for place in places:
         try:
@@ -27,7 +27,7 @@ def thaw(entry: Entry) -> None:
             continue
         try:
             dev = os.fstat(fd).st_dev
-            # Another file system may have got the device's number since then.
+            # Another file system may have this device number by now.
             same = entry.get("fsid") in (None, os.fstatvfs(fd).f_fsid)
             if same and f"{os.major(dev)}:{os.minor(dev)}" == entry["dev"]:
                 kernel.fithaw(fd, place)
@@ -40,7 +40,7 @@ def thaw(entry: Entry) -> None:
             os.close(fd)
     major, _, minor = entry["dev"].partition(":")
     if major != "0" and not is_claimed((int(major), int(minor)), unknown=True):
-        return  # a frozen file system keeps its device in use, mounted or not
+        return  # a frozen file system claims its device, mounted or not
     raise DeviceControlError(
         f"{entry['mount']} is not mounted any more, there or elsewhere, and may still be frozen: "
         f"mount device {entry['dev']} again, and run this again"
