@@ -66,7 +66,7 @@ class StreamOutput:
         self._place: d1.Place | None = None
         self._reader: set[Thing] | None = None
         self.heard: Heard | None = None
-        self.deadline = Deadline()
+        self.deadline = Deadline(time.monotonic)
         self.before_end: Callable[[], None] = lambda: None
 
     @property

@@ -47,7 +47,7 @@ class PacketOutput:
         self.dialect = "D2"
         self.framing = PLOOP
         self.packets = Packets(unanswered=knows_async, window=WINDOW)
-        self.deadline = Deadline()
+        self.deadline = Deadline(time.monotonic)
         self.before_end: Callable[[], None] = lambda: None
         self.heard: Heard | None = None
         self._report = report

@@ -7,6 +7,7 @@ import contextlib
 import fcntl
 import os
 import stat
+import time
 from collections.abc import Callable, Iterator
 
 from pyploop import _core
@@ -48,7 +49,7 @@ class FileOutput:
             target.path if isinstance(target, Sink) else f"the output (descriptor {target})"
         )
         self._report = report or Reporter()
-        self.deadline = Deadline()
+        self.deadline = Deadline(time.monotonic)
         self.before_end: Callable[[], None] = lambda: None
         self._below = backing.of_file(self.fd)
         self.holds = ""

@@ -10,7 +10,6 @@ Each copy has one.  No I/O, and no clock but the given one.
 from __future__ import annotations
 
 import math
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -48,7 +47,8 @@ class Deadline:
     called from any thread.  The other methods are for the copy's own thread.
     """
 
-    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, clock: Callable[[], float]) -> None:
+        """clock: seconds, as time.monotonic has them."""
         self._clock = clock
         self._limits: Limits | None = None
         self._start = 0.0

@@ -10,6 +10,7 @@ import os
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -191,7 +192,7 @@ def test_after_an_undo_the_file_system_that_is_mounted_again_is_frozen_again(
     with contextlib.closing(Plan("a test", Reporter())) as plan:
         systems = FileSystems([Mount(str(m), "ext4", device)], Reporter(), plan)
         command = Spec("cmd", f"umount {m}", f"mount {device} {m}")
-        session = FreezeSession([command], systems, plan, Reporter(), Deadline())
+        session = FreezeSession([command], systems, plan, Reporter(), Deadline(time.monotonic))
         try:
             for _ in range(2):
                 session.prepare()

@@ -47,6 +47,7 @@ PURE = (
     "wire.messages",
     "wire.protobuf",
     "wire.criu",
+    "freeze.deadline",
     "runtimes.policy",
     "diskcopy.freeze_policy",
     "migration.memory_policy",
