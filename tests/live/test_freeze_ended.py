@@ -49,9 +49,7 @@ def point(folder: Path) -> Iterator[tuple[str, Path]]:
 
 
 @pytest.mark.parametrize("what", ["file system", "cgroup"])
-def test_what_is_thawed_by_somebody_else_before_end_leaves_no_target(
-    bench: Bench, what: str
-) -> None:
+def test_what_another_process_thaws_before_end_leaves_no_target(bench: Bench, what: str) -> None:
     with stopped_at(bench, "last blocks sent", "--freeze-limit", "20") as made:
         wait_until(made.at_step, made.words("arrives"))
         if what == "cgroup":
@@ -240,7 +238,7 @@ def test_a_writer_that_was_stopped_by_a_signal_and_goes_on_fails_the_copy(folder
             writer.wait()
 
 
-def test_a_freeze_of_somebody_else_that_holds_is_said_once(
+def test_a_lasting_freeze_of_another_process_is_logged_once(
     folder: Path, point: tuple[str, Path]
 ) -> None:
     device, m = point

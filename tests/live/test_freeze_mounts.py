@@ -408,7 +408,7 @@ def test_every_mount_point_that_is_named_is_frozen(folder: Path) -> None:
         assert not any(is_frozen(p) for p in points)
 
 
-def test_who_may_not_freeze_is_told_before_the_first_byte(
+def test_a_user_who_may_not_freeze_gets_an_error_before_the_first_byte(
     folder: Path, disk: tuple[str, Path]
 ) -> None:
     needs("setpriv")

@@ -218,7 +218,7 @@ def writes_wait(disk: Disk, probes: list[subprocess.Popen[bytes]]) -> bool:
     return probes[-1].poll() is None
 
 
-def test_a_killed_receiver_is_told_within_five_seconds(
+def test_a_killed_receiver_is_reported_within_five_seconds(
     stack: contextlib.ExitStack, disks: list[Disk], alias: str
 ) -> None:
     for disk in disks:
@@ -259,7 +259,7 @@ def test_a_receiver_killed_while_the_source_is_frozen_thaws_it(
         gone(disks)
 
 
-def test_a_killed_sender_is_told_within_five_seconds(
+def test_a_killed_sender_is_reported_within_five_seconds(
     stack: contextlib.ExitStack, disks: list[Disk], alias: str
 ) -> None:
     for disk in disks:
@@ -273,7 +273,7 @@ def test_a_killed_sender_is_told_within_five_seconds(
         gone(disks)
 
 
-def test_a_sender_killed_while_frozen_is_thawed_and_told(
+def test_a_sender_killed_while_frozen_is_thawed_and_reported(
     stack: contextlib.ExitStack, disks: list[Disk], alias: str, folder: Path
 ) -> None:
     for disk in disks:

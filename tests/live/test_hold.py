@@ -159,7 +159,7 @@ def test_after_a_failure_the_container_runs(bench: Bench, how: str) -> None:
     bench.as_found()
 
 
-def test_what_somebody_else_has_frozen_is_left_so(bench: Bench) -> None:
+def test_what_another_process_has_frozen_stays_frozen(bench: Bench) -> None:
     freeze(bench.group)
     got = copy(bench.device, bench.target, *bench.spec, "--resume")
     succeeded(got)
@@ -287,7 +287,7 @@ def test_a_stop_command_that_nothing_undoes_is_named_after_a_failure(v1: Bench) 
     v1.as_found()
 
 
-def test_an_undo_that_fails_is_told_and_can_be_tried_again_by_hand(v1: Bench) -> None:
+def test_an_undo_that_fails_is_reported_and_can_be_tried_again_by_hand(v1: Bench) -> None:
     ok = v1.folder / "ok"
     undo = f"test -e {ok}"
     options = ["-F", "true", "--undo", undo, "--before-thaw", "false", "--sync-wait", "0"]

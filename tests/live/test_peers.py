@@ -123,7 +123,7 @@ def check_target(truth: Path, target: Path, fmt: str) -> None:
 @pytest.mark.parametrize("fmt", ["raw", "ploop1"])
 @pytest.mark.parametrize("sender", ["C", "ours"])
 @pytest.mark.parametrize("receiver", ["C", "ours"])
-def test_scripted_writes_arrive_whoever_sends_and_receives(
+def test_scripted_writes_arrive_between_all_senders_and_receivers(
     folder: Path, library: Path, via: str, fmt: str, sender: str, receiver: str
 ) -> None:
     size = 12 * MIB
@@ -182,7 +182,7 @@ def peer_copy(
 @ways
 @pytest.mark.parametrize("fmt", ["raw", "ploop1"])
 @pytest.mark.parametrize(("sender", "receiver"), [("C", "ours"), ("ours", "C"), ("ours", "ours")])
-def test_a_live_ploop_device_arrives_whoever_sends_and_receives(
+def test_a_live_ploop_device_arrives_between_all_senders_and_receivers(
     folder: Path, library: Path, via: str, fmt: str, sender: str, receiver: str
 ) -> None:
     base = CLUSTER if fmt == "ploop1" else 0

@@ -135,7 +135,7 @@ def test_a_write_through_a_mapping_after_a_stop_ends_the_copy(
     assert not target.exists()
 
 
-def test_a_write_through_a_mapping_that_no_time_tells_of_is_scanned_again(
+def test_a_write_through_a_mapping_that_changes_no_time_is_scanned_again(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """On tmpfs: what a scan after the stop finds may be half of what was written."""

@@ -102,7 +102,7 @@ def test_a_receiver_that_cannot_have_the_size_ends_the_copy_with_7(source: Sourc
         out.announce(source, compare_room=True)
 
 
-def test_a_receiver_without_room_is_told_that_nothing_comes(source: Source) -> None:
+def test_a_receiver_without_room_learns_that_nothing_follows(source: Source) -> None:
     with peer(PLACE_REPLY + TIMES + place(BOOT, 9_999)) as (out, read):
         with pytest.raises(WriteError, match=r"the receiver has room for 9\.8 KiB"):
             out.announce(source, compare_room=True)
@@ -172,7 +172,7 @@ def ended(child: subprocess.Popen[str]) -> tuple[int, str]:
     return child.returncode, err
 
 
-def test_a_receiver_tells_where_its_target_lies(tmp_path: Path) -> None:
+def test_a_receiver_reports_where_its_target_lies(tmp_path: Path) -> None:
     with receiver(tmp_path / "image") as (child, to, back):
         os.write(to, question(5 << 30))
         assert exactly(back, 64)[:8] == PLACE_REPLY

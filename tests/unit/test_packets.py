@@ -222,7 +222,7 @@ def test_a_file_that_is_there_is_neither_deleted_nor_written(tmp_path: Path, off
     assert target.read_bytes() == b"precious"
 
 
-def test_a_full_target_is_told_at_the_packet_that_did_not_fit(tmp_path: Path) -> None:
+def test_a_full_target_is_reported_at_the_packet_that_did_not_fit(tmp_path: Path) -> None:
     support.needs("root")
     blocks = [(k * MIB, os.urandom(MIB)) for k in range(12)]
     with support.tmpfs(tmp_path / "small", 4 * MIB) as folder, pair() as (peer, ours):
@@ -291,7 +291,7 @@ def test_sender_speaks_as_its_peer_does(source: Path, answer: int, dialect: str)
     assert [len(p.data) for p in model.packets].count(0) == 1 and model.packets[-1].data == b""
 
 
-def test_sender_uses_async_when_told_that_the_peer_knows_it(source: Path) -> None:
+def test_sender_uses_async_when_its_caller_says_that_the_peer_knows_it(source: Path) -> None:
     with pair() as (peer, ours):
         model = Receiver(peer, SLIP)
         model.answer = OLD  # no handshake; but it takes type 2

@@ -99,7 +99,7 @@ def test_a_copy_gets_its_name_on_any_file_system(
     assert list(folder().glob("*.json")) == []
 
 
-def test_a_name_that_somebody_took_meanwhile_is_not_replaced_and_the_copy_is_kept(
+def test_a_name_that_was_taken_meanwhile_is_not_replaced_and_the_copy_is_kept(
     tmp_path: Path, any_fs: str
 ) -> None:
     with pytest.raises(CreateError) as e, Sink(str(tmp_path / "image")) as sink:
@@ -198,7 +198,7 @@ def test_a_file_that_cannot_be_synced_alone_is_with_its_file_system(
     assert names(tmp_path / "t") == []
 
 
-def test_a_folder_that_was_renamed_meanwhile_is_told_by_its_new_name(tmp_path: Path) -> None:
+def test_a_folder_that_was_renamed_meanwhile_is_reported_by_its_new_name(tmp_path: Path) -> None:
     (tmp_path / "t").mkdir()
     with pytest.raises(Interrupted) as e, Sink(str(tmp_path / "t/image")) as sink:
         (tmp_path / "t").rename(tmp_path / "u")
