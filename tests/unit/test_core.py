@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import threading
 from pathlib import Path
 
@@ -12,10 +13,11 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support import Frame, d1_end, d1_frame, d1_header, d1_parse, d1_replay, d1_sync
+from support import ROOT, Frame, d1_end, d1_frame, d1_header, d1_parse, d1_replay, d1_sync
 
-from pyploop import _core
+from pyploop import _core, units
 from pyploop._core import Bitmap, Extents, Fault, Known, Pump, Receiver
+from pyploop.wire import d1, d2
 
 SIZE = 300_001
 ranges = st.lists(
@@ -250,3 +252,23 @@ def test_read_at_the_size_limit_is_refused_before_memory_is_taken(tmp_path: Path
     with pytest.raises(Fault) as e:
         received(d1_header((1 << 20) + 1, 0), tmp_path / "image")
     assert e.value.errno == errno.EMSGSIZE
+
+
+def test_numbers_that_python_writes_down_too_are_those_of_the_headers() -> None:
+    """The modules of the wire format know nothing of C (docs/design.md)."""
+    text = "".join((ROOT / "csrc" / name).read_text() for name in ("base.h", "wire.h"))
+    define = re.findall(r"#define PL_(\w+) (0x\w+?|\d+)u\s", text)
+    c = {name: int(value, 0) for name, value in define}
+    c |= {name: int(value) for name, value in re.findall(r"PL_(PACKET_\w+) = (\d+)", text)}
+    assert c == {
+        "BLOCK": units.BLOCK,
+        "D1_MARK": d1.MARK,
+        "D1_HEADER": d1.HEADER.size,
+        "SYNC_SIZE": d1.SYNC_SIZE,
+        "D2_MARK": d2.MARK,
+        "D2_HEADER": d2.HEADER.size,
+        "DIGEST": d2.DIGEST_SIZE,
+        "PACKET_DATA": d2.DATA,
+        "PACKET_CMD": d2.CMD,
+        "PACKET_DATA_ASYNC": d2.DATA_ASYNC,
+    }
