@@ -69,7 +69,7 @@ def frozen(
         # It would say what a copy does about one that cannot be frozen.
         systems = FileSystems(_mounts_of(name), Reporter(), plan)
         undo.callback(systems.close)
-        session = FreezeSession((), systems, plan, report, Deadline())
+        session = FreezeSession((), systems, plan, report, Deadline(time.monotonic))
         systems.try_out()
         if systems.unfreezable:
             raise DeviceControlError(
