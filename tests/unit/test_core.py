@@ -255,7 +255,7 @@ def test_read_at_the_size_limit_is_refused_before_memory_is_taken(tmp_path: Path
 
 
 def test_numbers_that_python_writes_down_too_are_those_of_the_headers() -> None:
-    """The modules of the wire format know nothing of C (docs/design.md)."""
+    """The modules of the wire format know nothing of C (docs/internals/design.md)."""
     text = "".join((ROOT / "csrc" / name).read_text() for name in ("base.h", "wire.h"))
     define = re.findall(r"#define PL_(\w+) (0x\w+?|\d+)u\s", text)
     c = {name: int(value, 0) for name, value in define}
