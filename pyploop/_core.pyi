@@ -2,7 +2,7 @@
 """Types of the native core; _core.pyx has the docstrings, csrc/pl.h the rules."""
 
 from collections.abc import Iterable, Iterator
-from typing import NamedTuple, final
+from typing import NamedTuple, Self, final
 
 from typing_extensions import Buffer
 
@@ -53,7 +53,7 @@ class Extents:
 
 @final
 class Bitmap:
-    def __init__(self, size: int, shift: int = 12) -> None: ...
+    def __new__(cls, size: int, shift: int = 12) -> Self: ...
     def __buffer__(self, flags: int, /) -> memoryview: ...
     @property
     def size(self) -> int: ...
@@ -74,7 +74,7 @@ class Bitmap:
 
 @final
 class Known:
-    def __init__(self, size: int, shift: int = 12) -> None: ...
+    def __new__(cls, size: int, shift: int = 12) -> Self: ...
     @property
     def chunk(self) -> int: ...
     def assume_data(self, start: int, end: int) -> None: ...
@@ -95,8 +95,8 @@ class PumpStats(NamedTuple):
 
 @final
 class Pump:
-    def __init__(
-        self,
+    def __new__(
+        cls,
         *,
         src_fd: int,
         src_base: int,
@@ -117,7 +117,7 @@ class Pump:
         tail: int = 0,
         tail_fd: int = -1,
         tail_pos: int = 0,
-    ) -> None: ...
+    ) -> Self: ...
     def run(self, extents: Extents, flags: int = 0) -> None: ...
     def write(self, data: bytes) -> None: ...
     def ask(self, data: bytes, timeout_ms: int = 0) -> None: ...
@@ -143,8 +143,8 @@ class Arrival(NamedTuple):
 
 @final
 class Receiver:
-    def __init__(
-        self,
+    def __new__(
+        cls,
         *,
         in_fd: int,
         out_fd: int,
@@ -157,7 +157,7 @@ class Receiver:
         held: int = 0,
         largest: int = 0,
         reply_fd: int = -1,
-    ) -> None: ...
+    ) -> Self: ...
     arrival: Arrival
     def synced(self) -> None: ...
     def run(self) -> tuple[int, int, bytes]: ...
@@ -170,7 +170,7 @@ class Receiver:
 
 @final
 class PloopTracking:
-    def __init__(self, fd: int) -> None: ...
+    def __new__(cls, fd: int) -> Self: ...
     def start(self, size: int) -> None: ...
     def set_position(self, end: int) -> None: ...
     def hook(self) -> Hook: ...
@@ -197,8 +197,8 @@ class Snapshot(NamedTuple):
 
 @final
 class BpfTracking:
-    def __init__(
-        self,
+    def __new__(
+        cls,
         *,
         major: int,
         minor: int,
@@ -207,7 +207,7 @@ class BpfTracking:
         done_shift: int,
         queued_shift: int,
         source: int,
-    ) -> None: ...
+    ) -> Self: ...
     def close(self) -> None: ...
     def take_done(self, into: Bitmap) -> None: ...
     def take_extents(self) -> Extents: ...
