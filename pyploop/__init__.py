@@ -110,20 +110,22 @@ _HOMES = {
 """Where what is not an error is; `Stop` and `events` have other names there."""
 
 
-def __getattr__(name: str) -> object:
-    from importlib import import_module
+if not TYPE_CHECKING:  # a type checker would take any name to be there
 
-    if name == "events":
-        found: object = import_module("pyploop.report.event_types")
-    elif name == "Stop":
-        found = import_module("pyploop.freeze.stoppers").Spec
-    elif name in __all__:
-        home = next((home for home, names in _HOMES.items() if name in names), "errors")
-        found = getattr(import_module(f"pyploop.{home}"), name)
-    else:
-        raise AttributeError(f"module 'pyploop' has no attribute {name!r}")
-    globals()[name] = found
-    return found
+    def __getattr__(name: str) -> object:
+        from importlib import import_module
+
+        if name == "events":
+            found: object = import_module("pyploop.report.event_types")
+        elif name == "Stop":
+            found = import_module("pyploop.freeze.stoppers").Spec
+        elif name in __all__:
+            home = next((home for home, names in _HOMES.items() if name in names), "errors")
+            found = getattr(import_module(f"pyploop.{home}"), name)
+        else:
+            raise AttributeError(f"module 'pyploop' has no attribute {name!r}")
+        globals()[name] = found
+        return found
 
 
 def __dir__() -> list[str]:
