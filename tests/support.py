@@ -63,6 +63,7 @@ _PACKAGES = {
     "numpy": "python3-numpy",
     "hypothesis": "python3-hypothesis",
     "rich": "python3-rich",
+    "jsonschema": "python3-jsonschema",
 }
 """Program or Python module -> the Debian package that has it."""
 
