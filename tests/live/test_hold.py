@@ -379,13 +379,13 @@ def test_a_stop_spec_that_cannot_work_ends_the_copy_before_anything_is_stopped(
 ) -> None:
     for spec, code, words in (
         ("vzctl:7", 12, "container 7 is not running"),
-        ("vzctl:", 38, "no stop spec"),
+        ("vzctl:", 38, "not a stop spec"),
         ("vzctl:-x", 38, "expected vzctl:CTID"),
         ("vzctl:101,what", 38, "expected vzctl:CTID"),
         ("cgroup:pyploop-none", 4, "no cgroup"),
         ("fs:/proc/self", 38, "neither a mount point"),
         ("fs:/nowhere", 4, "/nowhere"),
-        ("what:x", 38, "no stop spec"),
+        ("what:x", 38, "not a stop spec"),
     ):
         got = copy(vz.device, vz.target, "--freeze", spec, via="local")
         assert (got.code, words in got.errors) == (code, True), got.errors

@@ -22,7 +22,7 @@ import pyploop
 from pyploop import events
 
 MIB = 1 << 20
-MODULES_OF_A_COPY = 85
+MODULES_OF_A_COPY = 95
 """Of pyploop, when `pyploop copy` copies a file.  Each costs up to a millisecond."""
 MODULES_OF_PYTHON = 130
 """The same, of all others: 124 with Python 3.11."""
@@ -105,7 +105,8 @@ assert main(["-v-2", "copy", "-s", sys.argv[1], "-d", sys.argv[2]]) == 0
 print(*sorted(sys.modules))
 """
     # Without `site`, which loads what an environment has for itself.
-    path = os.pathsep.join([pyploop_env()["PYTHONPATH"], sysconfig.get_path("platlib")])
+    home = str(Path(pyploop.__file__).parents[1])
+    path = os.pathsep.join([home, sysconfig.get_path("platlib")])
     done = subprocess.run(
         [sys.executable, "-S", "-c", code, disk, tmp_path / "copy"],
         capture_output=True,

@@ -33,7 +33,7 @@ def test_the_schema_is_one() -> None:
 
 
 def test_every_event_stands_in_the_document() -> None:
-    page = (support.ROOT / "docs/events.md").read_text()
+    page = (support.ROOT / "docs/reference/events.md").read_text()
     for kind in event_types.IN_JSON:
         assert f"| `{kind.EVENT}` |" in page, kind
 

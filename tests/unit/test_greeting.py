@@ -199,9 +199,7 @@ def test_a_size_that_no_file_can_have_is_refused(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize(
-    ("code", "words"), [(38, "lies on what it copies"), (7, "not room enough")]
-)
+@pytest.mark.parametrize(("code", "words"), [(38, "lies on its source"), (7, "too little room")])
 def test_a_sender_that_does_not_begin_ends_the_receiver_with_its_code(
     tmp_path: Path, code: int, words: str
 ) -> None:

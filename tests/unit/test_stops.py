@@ -76,7 +76,7 @@ def test_a_spec_is_a_kind_and_an_argument(text: str, kind: str, argument: str) -
 
 @pytest.mark.parametrize("text", ["", "fs:", "cgroup", "cmd:", "vz:1", "FS"])
 def test_what_is_no_spec_is_refused(text: str) -> None:
-    with pytest.raises(ValueError, match="no stop spec"):
+    with pytest.raises(ValueError, match="not a stop spec"):
         parse_spec(text)
 
 
