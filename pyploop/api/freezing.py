@@ -18,7 +18,7 @@ from pyploop.freeze.filesystems import FileSystems
 from pyploop.freeze.session import FreezeSession
 from pyploop.report.events import Reporter
 from pyploop.system import mount_table, sysblock
-from pyploop.system.sysblock import Mount
+from pyploop.system.mount_table import Mount
 from pyploop.undo.ledger import Plan
 
 if TYPE_CHECKING:
@@ -104,7 +104,7 @@ def _mounts_of(path: str) -> list[Mount]:
         raise OpenError.of(f"cannot open {path}", e, path=path) from e
     if stat.S_ISBLK(st.st_mode):
         device = sysblock.find((os.major(st.st_rdev), os.minor(st.st_rdev)))
-        found = sysblock.mounts_of(sysblock.stacked_on(device), Path("/proc/self/mountinfo"))
+        found = mount_table.mounts_of(sysblock.stacked_on(device), Path("/proc/self/mountinfo"))
         if not found:
             raise OpenError(
                 f"nothing is mounted from {path}: there is nothing to freeze", path=path

@@ -16,7 +16,7 @@ from pyploop.disks.image import Image
 from pyploop.disks.opening import open_source
 from pyploop.disks.source import Source
 from pyploop.errors import DeviceError, OpenError, PyploopError, SysfsError
-from pyploop.system import sysblock
+from pyploop.system import mount_table, sysblock
 from pyploop.system.sysblock import BlockDevice
 from pyploop.trackers.registry import choose
 from pyploop.usage.users import Found, refusal
@@ -358,7 +358,7 @@ def _unopened(path: str) -> Source:
     if not stat.S_ISBLK(st.st_mode):
         raise DeviceError(f"cannot open the source {path}: {os.strerror(errno.EACCES)}")
     block = sysblock.find((os.major(st.st_rdev), os.minor(st.st_rdev)))
-    mounts = sysblock.mounts_of(sysblock.stacked_on(block), Path("/proc/self/mountinfo"))
+    mounts = mount_table.mounts_of(sysblock.stacked_on(block), Path("/proc/self/mountinfo"))
     return Source(path, "block", block.size, -1, block=block, mounts=mounts)
 
 

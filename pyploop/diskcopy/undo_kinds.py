@@ -10,7 +10,7 @@ import os
 from pyploop.diskcopy import target_name  # noqa: F401 - registers `part`
 from pyploop.errors import DeviceControlError
 from pyploop.freeze.mounted import open_at
-from pyploop.system import kernel, sysblock
+from pyploop.system import kernel, mount_table
 from pyploop.system.claims import is_claimed
 from pyploop.undo import journal, watchdog
 from pyploop.undo.journal import Entry
@@ -19,7 +19,7 @@ from pyploop.undo.journal import Entry
 def thaw(entry: Entry) -> None:
     """Kind `thaw`: thaw the file system with the device number `dev`, at `mount` or
     wherever it is mounted.  Does nothing when it is not frozen."""
-    places = [entry["mount"], *sysblock.mount_points(entry["dev"])]
+    places = [entry["mount"], *mount_table.mount_points(entry["dev"])]
     for place in places:
         try:
             fd = open_at(place)

@@ -10,6 +10,7 @@ source needs to grow.  Both are found by going down from either side.
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import re
 import stat
@@ -18,7 +19,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from pyploop.disks.source import Source
-from pyploop.system import kernel, sysblock
+from pyploop.errors import SysfsError
+from pyploop.system import kernel, mount_table, sysblock
+from pyploop.system.mount_table import Entry
+from pyploop.system.sysblock import BlockDevice, dev_numbers
 from pyploop.units import SECTOR
 
 Number = tuple[int, int]
@@ -105,7 +109,7 @@ def _shown(fd: int) -> set[Thing]:
     """An open file, and the one that it shows: of an overlay's the one in the upper
     layer, of a bindfs' the one in its folder."""
     st, walk = os.fstat(fd), _Walk()
-    found = {(*_of_dev(st.st_dev), st.st_ino)}
+    found = {(*dev_numbers(st.st_dev), st.st_ino)}
     if stat.S_ISREG(st.st_mode) and (mount := walk.mount_of(fd)) is not None:
         within = os.path.relpath(os.readlink(f"/proc/self/fd/{fd}"), mount.point)
         for store in _stores(mount):
@@ -123,48 +127,6 @@ def _opened(path: str) -> Iterator[int]:
         os.close(fd)
 
 
-@dataclass(frozen=True)
-class _Mounted:
-    number: Number
-    point: str
-    fstype: str
-    source: str
-    options: dict[str, str]
-
-
-def _mounts() -> dict[int, _Mounted]:
-    """By mount id."""
-    found = {}
-    for line in os.fsdecode(Path("/proc/self/mountinfo").read_bytes()).split("\n"):
-        left, _, right = line.partition(" - ")
-        fields, rest = left.split(" "), right.split(" ")
-        if len(fields) < 5 or len(rest) < 3:
-            continue
-        options = (o.partition("=") for o in _split_options(sysblock.unescape(rest[2])))
-        found[int(fields[0])] = _Mounted(
-            _number(fields[2]),
-            sysblock.unescape(fields[4]),
-            rest[0],
-            sysblock.unescape(rest[1]),
-            {name: value for name, _, value in options},
-        )
-    return found
-
-
-def _split_options(text: str) -> list[str]:
-    r"""At commas, of which overlay writes those in names as `\,`."""
-    return [re.sub(r"\\(.)", r"\1", part) for part in re.split(r"(?<!\\),", text)]
-
-
-def _number(text: str) -> Number:
-    major, _, minor = text.strip().partition(":")
-    return int(major), int(minor)
-
-
-def _of_dev(dev: int) -> Number:
-    return os.major(dev), os.minor(dev)
-
-
 class _Walk:
     """One way down; each thing is visited once."""
 
@@ -172,39 +134,36 @@ class _Walk:
         """to_files: not below the file systems of the files that are met first."""
         self.found = Below()
         self._further = not to_files
-        self._mounts = _mounts()
+        self._mounts = {entry.number: entry for entry in mount_table.read()}
         self._devices: set[Number] = set()
 
-    def mount_of(self, fd: int) -> _Mounted | None:
+    def mount_of(self, fd: int) -> Entry | None:
         """By the mount's id: st_dev is not the file system's on btrfs."""
-        for line in Path(f"/proc/self/fdinfo/{fd}").read_text().splitlines():
-            name, _, value = line.partition(":")
-            if name == "mnt_id":
-                return self._mounts.get(int(value))
-        return None
+        number = mount_table.number_of_file(fd)
+        return None if number is None else self._mounts.get(number)
 
     def number_of(self, fd: int) -> Number:
         """Of the file system that the file is on."""
         mount = self.mount_of(fd)
-        return _of_dev(os.fstat(fd).st_dev) if mount is None else mount.number
+        return dev_numbers(os.fstat(fd).st_dev) if mount is None else mount.dev
 
     def file(self, fd: int, path: str, growth: int | None) -> None:
         """An open file (or folder) at this path."""
         st = os.fstat(fd)
         mount = self.mount_of(fd)
-        number = _of_dev(st.st_dev)
+        number = dev_numbers(st.st_dev)
         self.found.things |= {(*number, 0), (*number, st.st_ino)}
         if self._further:
             self._file_system(mount, number, path, growth)
 
     def _file_system(
-        self, mount: _Mounted | None, number: Number, path: str, growth: int | None
+        self, mount: Entry | None, number: Number, path: str, growth: int | None
     ) -> None:
         """number: of a file system whose mount is not seen here."""
         if mount is None:
             fs = FileSystem(number, "", path, path, growth)
         else:
-            fs = FileSystem(mount.number, mount.fstype, mount.point, path, growth)
+            fs = FileSystem(mount.dev, mount.fstype, mount.point, path, growth)
         if fs.number in (known.number for known in self.found.file_systems):
             return
         self.found.things.add((*fs.number, 0))
@@ -212,7 +171,7 @@ class _Walk:
         if mount is None:
             self.device(fs.number, fs.growth)
         elif mount.fstype == "btrfs":
-            for member in _btrfs_devices(mount.source):
+            for member in sorted(mount.devices()):
                 self.device(member, fs.growth)
         elif _exists(fs.number):
             self.device(fs.number, fs.growth)
@@ -226,20 +185,20 @@ class _Walk:
         with contextlib.suppress(OSError), _opened(path) as fd:
             st = os.fstat(fd)
             if stat.S_ISBLK(st.st_mode):
-                self.device(_of_dev(st.st_rdev), growth)
+                self.device(dev_numbers(st.st_rdev), growth)
             else:
                 self.file(fd, path, growth)
             return True
         return False
 
-    def _by_figures(self, fs: FileSystem, mount: _Mounted) -> None:
+    def _by_figures(self, fs: FileSystem, mount: Entry) -> None:
         """One that only shows another has the same size and the same room, to the
         byte: an overlay, FUSE, or a network's file system of this machine."""
         for other in self._mounts.values():
-            if _exists(other.number) or other.fstype == "btrfs":
+            if _exists(other.dev) or other.fstype == "btrfs":
                 with contextlib.suppress(OSError):
                     if _same_figures(fs.path, other.point):
-                        self._file_system(other, other.number, other.point, fs.growth)
+                        self._file_system(other, other.dev, other.point, fs.growth)
                         return
         self.found.unknown.append(f"{mount.point} ({mount.fstype} of {mount.source})")
 
@@ -249,52 +208,57 @@ class _Walk:
             return
         self._devices.add(number)
         self.found.things.add((*number, 0))
-        node = Path(os.path.realpath(_sysfs(number)))
-        if (node / "partition").exists():
-            self.device(_number((node.parent / "dev").read_text()), growth)
-        for slave in sorted((node / "slaves").glob("*")):
-            self.device(_number((slave / "dev").read_text()), growth)
-        if (node / "loop/backing_file").exists():
-            self._loop(node, growth)
-
-    def _loop(self, node: Path, growth: int | None) -> None:
-        device = "/dev/" + node.name.replace("!", "/")
         try:
-            fd = os.open(device, os.O_RDONLY | os.O_CLOEXEC)
+            device = sysblock.find(number)
+            lower = [slave.dev for slave in sysblock.related(device, "slaves")]
+            if device.is_partition:
+                lower.insert(0, device.disk_dev)
+            is_loop = (sysblock.node(number) / "loop/backing_file").exists()
+            name = sysblock.backing_file(device.name) if is_loop else ""
+        except SysfsError as e:  # removed meanwhile
+            raise OSError(errno.ENODEV, str(e)) from e
+        for dev in lower:
+            self.device(dev, growth)
+        if is_loop:
+            self._loop(device, name, growth)
+
+    def _loop(self, device: BlockDevice, name: str, growth: int | None) -> None:
+        """A loop device, and the name of its backing file."""
+        try:
+            fd = os.open(device.path, os.O_RDONLY | os.O_CLOEXEC)
             try:
-                status = kernel.loop_status(fd, device)
+                status = kernel.loop_status(fd, device.path)
             finally:
                 os.close(fd)
             number, inode = status.device, status.inode
         except OSError:  # nothing attached any more, or it is not ours to open
             number, inode = None, 0
-        name = os.fsdecode((node / "loop/backing_file").read_bytes()[:-1])
         with contextlib.suppress(OSError), _opened(name) as fd:
             st = os.fstat(fd)
-            if number in (None, _of_dev(st.st_dev)) and inode in (0, st.st_ino):
+            if number in (None, dev_numbers(st.st_dev)) and inode in (0, st.st_ino):
                 if stat.S_ISBLK(st.st_mode):
-                    self.device(_of_dev(st.st_rdev), growth)
+                    self.device(dev_numbers(st.st_rdev), growth)
                 else:
                     hole = max(st.st_size - st.st_blocks * SECTOR, 0)
                     self.file(fd, name, hole if growth is None else min(hole, growth))
                 return
         if number is None:
-            self.found.unknown.append(f"{device} (of {name})")
+            self.found.unknown.append(f"{device.path} (of {name})")
             return
         # Deleted, hidden, or a name of another mount namespace.
         self.found.things |= {(*number, 0), (*number, inode)}
         if not self._further:
             return
         for mount in self._mounts.values():
-            if mount.number == number:
+            if mount.dev == number:
                 self._file_system(mount, number, mount.point, growth)
                 return
         self.device(number, growth)
 
 
-def _stores(mount: _Mounted) -> list[str]:
+def _stores(mount: Entry) -> list[str]:
     if mount.fstype == "overlay":
-        return [mount.options.get("upperdir", "")]
+        return [mount.upper_folder() or ""]
     if not NAMES_ITS_STORE.fullmatch(mount.fstype):
         return []
     parts = [mount.source] if os.path.exists(mount.source) else mount.source.split(":")
@@ -313,25 +277,8 @@ def _same_figures(path: str, other: str) -> bool:
     return False
 
 
-def _sysfs(number: Number) -> str:
-    return f"/sys/dev/block/{number[0]}:{number[1]}"
-
-
 def _exists(number: Number) -> bool:
-    return os.path.exists(_sysfs(number))
-
-
-def _btrfs_devices(source: str) -> list[Number]:
-    """All of the file system that this device belongs to."""
-    try:
-        number = _of_dev(os.stat(source).st_rdev)
-    except OSError:
-        return []
-    name = os.path.basename(os.path.realpath(_sysfs(number)))
-    for folder in Path("/sys/fs/btrfs").glob("*/devices"):
-        if (folder / name).exists():
-            return [_number((d / "dev").read_text()) for d in folder.iterdir()]
-    return [number]
+    return sysblock.node(number).exists()
 
 
 def boot() -> bytes:
@@ -346,9 +293,10 @@ def boot() -> bytes:
 def in_words(things: Iterable[Thing]) -> str:
     """Where that is, for a person: a mount point, else a device, else a file."""
     numbers = sorted({(major, minor) for major, minor, inode in things if not inode})
-    for mount in _mounts().values():
-        if mount.number in numbers:
+    for mount in mount_table.read():
+        if mount.dev in numbers:
             return mount.point
     if not numbers:
         return "a file"
-    return "/dev/" + os.path.basename(os.path.realpath(_sysfs(numbers[0]))).replace("!", "/")
+    name = os.path.basename(os.path.realpath(sysblock.node(numbers[0])))
+    return "/dev/" + name.replace("!", "/")

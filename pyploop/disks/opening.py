@@ -22,8 +22,9 @@ from pyploop.errors import (
     OpenError,
     ParameterError,
 )
-from pyploop.system import kernel, sysblock
-from pyploop.system.sysblock import Loop, Mount
+from pyploop.system import kernel, mount_table, sysblock
+from pyploop.system.mount_table import Mount
+from pyploop.system.sysblock import Loop
 from pyploop.units import BLOCK, SECTOR
 from pyploop.usage.monitor import Lookout, Subject
 from pyploop.usage.related_devices import Reach, below_overlay, reach
@@ -342,7 +343,7 @@ def _find_mounts(source: Source, mounts: Sequence[str]) -> None:
         source.mounts = [Mount(mount, "?", source.path) for mount in mounts]
     elif source.block is not None:
         devices = sysblock.stacked_on(source.block)
-        found = sysblock.mounts_of(devices, Path("/proc/self/mountinfo"))
+        found = mount_table.mounts_of(devices)
         # The driver's partitions may be numbered apart from what sysfs tells.
         source.mounts = [replace(m, dev=None) for m in found]
 
@@ -363,7 +364,7 @@ def _check_mount(source: Source, mount: str) -> None:
     process, point = "self", os.path.realpath(mount)
     if m := re.match(r"/proc/(\d+)/root(/.*)?$", mount):
         process, point = m[1], m[2] or "/"
-    for known in sysblock.mounts_of(devices, Path(f"/proc/{process}/mountinfo")):
+    for known in mount_table.mounts_of(devices, Path(f"/proc/{process}/mountinfo")):
         if known.point == point:
             return
     raise OpenError(f"{mount} is not on a file system of {source.path}")

@@ -18,7 +18,8 @@ from pyploop.disks.tail import Tail
 from pyploop.errors import DeviceControlError, ReadError
 from pyploop.system import kernel
 from pyploop.system.file_extents import data_extents
-from pyploop.system.sysblock import BlockDevice, Mount
+from pyploop.system.mount_table import Mount
+from pyploop.system.sysblock import BlockDevice
 from pyploop.units import MIB, SECTOR
 from pyploop.usage.monitor import Lookout
 from pyploop.usage.related_devices import Reach

@@ -16,7 +16,8 @@ from pathlib import Path
 from pyploop.errors import CommandError, LoopError, OpenError, ParameterError
 from pyploop.freeze.cgroup_freezer import Freezer, freezer_in
 from pyploop.report.events import Reporter
-from pyploop.system.sysblock import cgroup_mounts, text_of
+from pyploop.system.mount_table import cgroup_mounts
+from pyploop.system.sysblock import text_of
 from pyploop.undo.ledger import Held, Plan
 
 FREEZE_DEADLINE = 10.0

@@ -21,7 +21,8 @@ from pyploop.freeze.mounted import FREEZABLE, Mounted
 from pyploop.report.events import Reporter
 from pyploop.system import kernel, sysblock
 from pyploop.system.claims import node
-from pyploop.system.sysblock import CAP_SYS_ADMIN, Mount
+from pyploop.system.mount_table import Mount
+from pyploop.system.sysblock import CAP_SYS_ADMIN
 from pyploop.undo.ledger import Held, Plan
 
 LOCK_DEADLINE = 120.0

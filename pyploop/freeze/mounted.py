@@ -8,12 +8,11 @@ import contextlib
 import errno
 import os
 import stat
-from pathlib import Path
 
 from pyploop.errors import LoopError, OpenError
-from pyploop.system import sysblock
+from pyploop.system import mount_table, sysblock
 from pyploop.system.claims import is_claimed
-from pyploop.system.sysblock import Mount
+from pyploop.system.mount_table import Mount
 from pyploop.undo.journal import Entry
 from pyploop.undo.ledger import Held
 
@@ -76,13 +75,13 @@ class Mounted:
         """As in mountinfo; '' when it is not known."""
         if self.mount.fstype != "?":
             return self.mount.fstype
-        found = sysblock.mounted_as(self.dev)
-        return found[0] if found else ""
+        found = mount_table.of_device(self.dev)
+        return found.fstype if found else ""
 
     def read_only(self) -> bool:
         """The file system, not only this mount of it."""
-        found = sysblock.mounted_as(self.dev)
-        return found is not None and "ro" in found[1]
+        found = mount_table.of_device(self.dev)
+        return found is not None and found.read_only
 
     def close(self) -> None:
         if self.fd >= 0:
@@ -99,18 +98,18 @@ class Mounted:
             return
         device = self.device
         dev = f"{self.dev[0]}:{self.dev[1]}"
-        for point in sysblock.mount_points(dev):
+        for point in mount_table.mount_points(dev):
             if self._reopen(point):
                 return
         if device is not None and not _is_claimed(device, UNMOUNT_DEADLINE):
             self.gone = True
             return
         if device is not None and self.dev[0] == 0:
-            for mount in sysblock.mounts_of([sysblock.find(device)], Path("/proc/self/mountinfo")):
+            for mount in mount_table.mounts_of([sysblock.find(device)]):
                 if self._reopen(mount.point):
                     return
         if device is not None:
-            found = sysblock.mounted_elsewhere([sysblock.find(device)])
+            found = mount_table.mounted_elsewhere([sysblock.find(device)])
             if found and self._reopen(f"/proc/{found[0]}/root{found[1].point}"):
                 return
         raise LoopError(

@@ -21,7 +21,7 @@ from pyploop.freeze.command import run_command
 from pyploop.freeze.filesystems import FileSystems
 from pyploop.freeze.vzctl import VzctlStopper
 from pyploop.report.events import Reporter
-from pyploop.system.sysblock import Mount
+from pyploop.system.mount_table import Mount
 from pyploop.undo.ledger import UNDO_TIMEOUT, Held, Plan
 
 

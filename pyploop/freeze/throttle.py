@@ -21,7 +21,8 @@ from pyploop.errors import DeviceControlError, OpenError, ParameterError
 from pyploop.freeze import cgroup
 from pyploop.freeze.stoppers import Spec
 from pyploop.report.events import Reporter
-from pyploop.system.sysblock import cgroup_mounts, text_of
+from pyploop.system.mount_table import cgroup_mounts
+from pyploop.system.sysblock import text_of
 from pyploop.undo.ledger import Held, Plan
 from pyploop.units import format_size, parse_size
 

@@ -13,10 +13,9 @@ import os
 import stat
 import time
 from collections.abc import Iterator
-from pathlib import Path
 
 from pyploop.errors import MigrateError, VzExitCode
-from pyploop.system import kernel, sysblock
+from pyploop.system import kernel, mount_table
 from pyploop.system.tree_walk import FLAGS, walk
 
 _CLOCK_REALTIME_COARSE = 5
@@ -119,15 +118,5 @@ def _clock_offset() -> int:
 
 def file_system(path: str) -> str:
     """The type of the file system that holds it, as /proc names it."""
-    real = os.path.realpath(path)
-    best, kind = "", "?"
-    for line in os.fsdecode(Path("/proc/self/mountinfo").read_bytes()).split("\n"):
-        left, _, right = line.partition(" - ")
-        fields = left.split(" ")
-        if len(fields) < 5:
-            continue
-        point = sysblock.unescape(fields[4])
-        inside = real == point or real.startswith(point.rstrip("/") + "/")
-        if inside and len(point) >= len(best):
-            best, kind = point, right.split(" ")[0]
-    return kind
+    entry = mount_table.holding_by_name(os.path.realpath(path))
+    return "?" if entry is None else entry.fstype

@@ -16,7 +16,7 @@ from pyploop.errors import DeviceControlError, MigrateError, PyploopError, VzExi
 from pyploop.runtimes import Runtime, config, volumes
 from pyploop.runtimes.config import HostConfig
 from pyploop.runtimes.registry import make_runtime
-from pyploop.system import beneath, kernel, private_folder, removal, sysblock
+from pyploop.system import beneath, kernel, mount_table, private_folder, removal
 from pyploop.undo import journal
 from pyploop.undo.journal import Entry, Journal
 
@@ -42,7 +42,7 @@ def _remove_tree(entry: Entry) -> None:
     path = str(entry["path"])
     if not private_folder.is_ours(Path(path)):
         return  # somebody else had taken the name: it was never made
-    for point in sysblock.mount_points_below(path):
+    for point in mount_table.mount_points_below(path):
         kernel.umount(point, lazy=True)
     removal.remove_tree(path)
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from pyploop.errors import MigrateError, VzExitCode
 from pyploop.runtimes import Tree, volumes
-from pyploop.system import removal, sysblock
+from pyploop.system import mount_table, removal
 
 
 def check_free(tree: Tree, size: int) -> None:
@@ -34,6 +34,6 @@ def remove_contents(path: str) -> None:
     """Empty a directory; nothing if it is not there.  OSError (EBUSY) when
     something is mounted in it: that is not the container's.  Others name what
     could not be removed."""
-    if below := sysblock.mount_points_below(os.path.realpath(path)):
+    if below := mount_table.mount_points_below(os.path.realpath(path)):
         raise OSError(errno.EBUSY, "something is mounted there", below[-1])
     removal.remove_contents(path)

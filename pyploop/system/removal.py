@@ -12,6 +12,8 @@ import errno
 import os
 from dataclasses import dataclass, field
 
+from pyploop.system.mount_table import number_of_file
+
 MOST_TOLD = 5
 """Failures that are told one by one."""
 _FLAGS = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
@@ -58,7 +60,7 @@ def remove_contents(path: str) -> None:
     failures = _Failures()
     try:
         st = os.fstat(fd)
-        mount = _mount_of(fd)
+        mount = number_of_file(fd)
         levels = [_Level("", st.st_ino)]
         _enter(fd, levels, failures)
         while True:
@@ -111,7 +113,7 @@ def _drop(fd: int, name: str, levels: list[_Level], failures: _Failures, folder:
             failures.add(levels, name, e)
 
 
-def _down(fd: int, name: str, mount: str, levels: list[_Level], failures: _Failures) -> int:
+def _down(fd: int, name: str, mount: int | None, levels: list[_Level], failures: _Failures) -> int:
     try:
         below = os.open(name, _FLAGS, dir_fd=fd)
     except FileNotFoundError:
@@ -120,7 +122,7 @@ def _down(fd: int, name: str, mount: str, levels: list[_Level], failures: _Failu
         failures.add(levels, name, e)
         return fd
     try:
-        if _mount_of(below) != mount:
+        if number_of_file(below) != mount:
             raise OSError(errno.EBUSY, "something is mounted there")
         levels.append(_Level(name, os.fstat(below).st_ino))
     except OSError as e:
@@ -142,10 +144,3 @@ def _up(fd: int, levels: list[_Level]) -> int:
         raise OSError(errno.EAGAIN, "somebody moves its folders while it is removed")
     os.close(fd)
     return above
-
-
-def _mount_of(fd: int) -> str:
-    """Which mount the folder lies on: one of the same file system (a bind mount)
-    has the same device number."""
-    with open(f"/proc/self/fdinfo/{fd}") as f:
-        return next((line for line in f if line.startswith("mnt_id")), "")

@@ -15,12 +15,11 @@ import os
 import select
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 from pyploop.errors import DeviceControlError, DeviceError, LoopError, OpenError, SysfsError
-from pyploop.system import kernel, sysblock
+from pyploop.system import kernel, mount_table, sysblock
 from pyploop.system.claims import is_claimed
-from pyploop.system.sysblock import Mount
+from pyploop.system.mount_table import Mount
 from pyploop.undo.ledger import Plan
 from pyploop.usage import users
 from pyploop.usage.related_devices import Dev, Member, Reach, reach
@@ -205,7 +204,7 @@ class Lookout:
 
     def _mounts(self) -> list[Mount]:
         members = [] if self._where is None else [m.device for m in self._where.members]
-        return sysblock.mounts_of(members, Path("/proc/self/mountinfo"))
+        return mount_table.mounts_of(members)
 
     def _claims(self) -> list[Dev]:
         members = [] if self._where is None else self._where.members
@@ -229,7 +228,7 @@ class Lookout:
         for name in users.swaps():
             with contextlib.suppress(OSError):
                 st = os.stat(name)
-                if ((os.major(st.st_dev), os.minor(st.st_dev)), st.st_ino) in self._subject.files:
+                if sysblock.file_id(st) in self._subject.files:
                     what = "is swap space in use, which nothing stops"
                     found.append(User(name, what, "unknown", f"swapoff {name}"))
         return found

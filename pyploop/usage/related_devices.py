@@ -9,12 +9,11 @@ block device.  Ranges are kept, so that a neighbour that shares no byte is left 
 
 from __future__ import annotations
 
+import contextlib
 import os
-from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
-from pyploop.system import sysblock
+from pyploop.system import mount_table, sysblock
 from pyploop.system.sysblock import BlockDevice, Loop
 
 Dev = tuple[int, int]
@@ -32,7 +31,7 @@ class Member:
 
     @property
     def path(self) -> str:
-        return "/dev/" + self.device.name.replace("!", "/")
+        return self.device.path
 
 
 @dataclass(frozen=True)
@@ -86,7 +85,7 @@ class _Walk:
         bottom = chain[-1]
         if loop is not None:
             self._beside(loop, bottom)
-        for slave in _related(bottom.device, "slaves"):
+        for slave in sysblock.related(bottom.device, "slaves"):
             self._below(slave, bottom.height - 1)
         # A partition has counters of its own, so it is told apart from its disk.
         at = next((s for s in reversed(chain[-2:]) if s.device.is_partition), bottom)
@@ -119,7 +118,7 @@ class _Walk:
             return
         self._members[device.dev] = Member(device, tracked, span.height)
         if not device.is_partition:
-            for part in partitions(device):
+            for part in sysblock.partitions(device):
                 if shared := _overlap(span, part.start, part, span.height):
                     self._up(shared, tracked)
         for loop in self._loops:
@@ -127,7 +126,7 @@ class _Walk:
                 shared := _overlap(span, loop.offset, loop.device, span.height + 1)
             ):
                 self._up(shared, tracked)
-        for holder in _related(device, "holders"):
+        for holder in sysblock.related(device, "holders"):
             # Which of its bytes lie here, only its driver knows.
             self._up(_Span(holder, 0, holder.size, span.height + 1), tracked)
 
@@ -150,7 +149,7 @@ class _Walk:
         self._members[device.dev] = Member(device, False, height)
         if device.is_partition:
             self._below(sysblock.find(device.disk_dev), height)
-        for slave in _related(device, "slaves"):
+        for slave in sysblock.related(device, "slaves"):
             self._below(slave, height - 1)
 
 
@@ -158,21 +157,6 @@ def _overlap(span: _Span, at: int, device: BlockDevice, height: int) -> _Span | 
     """What of the device, which begins at `at` in the span's, lies in the span."""
     start, end = max(span.start - at, 0), min(span.end - at, device.size)
     return _Span(device, start, end, height) if start < end else None
-
-
-def partitions(disk: BlockDevice) -> Iterator[BlockDevice]:
-    """The partitions of a whole disk."""
-    node = Path("/sys/block") / disk.name
-    for part in sorted(node.glob("*/partition")):
-        yield sysblock.find(sysblock.parse_dev(sysblock.attribute(part.parent / "dev")))
-
-
-def _related(device: BlockDevice, kind: str) -> Iterator[BlockDevice]:
-    """The `holders` or the `slaves` of a device."""
-    folder = Path(f"/sys/dev/block/{device.dev[0]}:{device.dev[1]}") / kind
-    if folder.is_dir():
-        for other in sorted(folder.iterdir()):
-            yield sysblock.find(sysblock.parse_dev(sysblock.attribute(other / "dev")))
 
 
 @dataclass(frozen=True)
@@ -187,16 +171,10 @@ class _Overlay:
 def _overlays() -> dict[Dev, _Overlay]:
     """The overlays that are mounted, by their device numbers."""
     found = {}
-    for entry in sysblock.entries(Path("/proc/self/mountinfo")):
-        for option in entry.options if entry.fstype == "overlay" else []:
-            name, _, folder = option.partition("=")
-            upper = sysblock.unescape(folder)
-            try:
-                st = os.stat(upper) if name == "upperdir" else None
-            except OSError:
-                continue
-            if st is not None:
-                dev = os.major(st.st_dev), os.minor(st.st_dev)
+    for entry in mount_table.read():
+        if upper := entry.upper_folder():
+            with contextlib.suppress(OSError):
+                dev = sysblock.dev_numbers(os.stat(upper).st_dev)
                 found[entry.dev] = _Overlay(entry.point, upper, dev)
     return found
 
@@ -220,5 +198,4 @@ def below_overlay(loop: Loop) -> str:
         st = os.stat(path)
     except OSError:
         return ""
-    here = (os.major(st.st_dev), os.minor(st.st_dev)), st.st_ino
-    return path if here == _real(loop, overlays) else ""
+    return path if sysblock.file_id(st) == _real(loop, overlays) else ""

@@ -14,12 +14,12 @@ import contextlib
 import os
 from collections.abc import Sequence
 
-from pyploop.system import kernel, sysblock
+from pyploop.system import kernel, mount_table
 from pyploop.system.kernel import Access
-from pyploop.system.sysblock import BlockDevice
+from pyploop.system.sysblock import BlockDevice, node, partitions
 from pyploop.undo.ledger import Plan
 from pyploop.usage.io_accounting import Accounting
-from pyploop.usage.related_devices import Dev, Member, Reach, partitions
+from pyploop.usage.related_devices import Dev, Member, Reach
 from pyploop.usage.users import describe
 
 STILL_TRIES = 20
@@ -61,7 +61,7 @@ class Witness:
 
     def _watch_file_system(self, dev: Dev) -> None:
         """All of it, for one file that cannot be opened here."""
-        for point in sysblock.mount_points(f"{dev[0]}:{dev[1]}"):
+        for point in mount_table.mount_points(f"{dev[0]}:{dev[1]}"):
             try:
                 fd = os.open(point, os.O_RDONLY | os.O_CLOEXEC)
             except OSError:
@@ -157,8 +157,7 @@ class _Counters:
 
     @staticmethod
     def _open(device: BlockDevice, undo: contextlib.ExitStack) -> int:
-        path = f"/sys/dev/block/{device.dev[0]}:{device.dev[1]}/stat"
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        fd = os.open(node(device.dev) / "stat", os.O_RDONLY | os.O_CLOEXEC)
         undo.callback(os.close, fd)
         return fd
 

@@ -9,6 +9,7 @@ claims it, so a claim that nothing here explains is a user, too.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import stat
 import time
@@ -17,10 +18,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
-from pyploop.system import kernel, sysblock
+from pyploop.system import kernel, mount_table, sysblock
 from pyploop.system.claims import is_claimed
-from pyploop.system.sysblock import BlockDevice, Mount
-from pyploop.usage.related_devices import Dev, Member, Reach, partitions
+from pyploop.system.mount_table import Mount
+from pyploop.system.sysblock import BlockDevice, partitions
+from pyploop.usage.related_devices import Dev, Member, Reach
 
 CLAIM_TRIES = 6
 CLAIM_PAUSE = 0.02
@@ -104,8 +106,7 @@ class _Finder:
         self._users.append(User(device, what, "unknown", advice, passing))
 
     def _mounted_here(self) -> list[Mount]:
-        mountinfo = Path("/proc/self/mountinfo")
-        found = sysblock.mounts_of(self._reach.tracked, mountinfo)
+        found = mount_table.mounts_of(self._reach.tracked)
         given = {dev for mount in self._given for dev in _covered(mount)}
         for mount in found:
             self._explained |= _covered(mount)
@@ -115,10 +116,10 @@ class _Finder:
                 what += ", and is not frozen: --mount names another"
             self._users.append(User(mount.source, what, "frozen" if covered else "unfrozen"))
         for device in self._reach.untracked:
-            for entry in sysblock.entries(mountinfo):
-                if device.dev in sysblock.devices_of(entry) - self._explained:
+            for entry in mount_table.read():
+                if device.dev in entry.devices() - self._explained:
                     self._explained.add(device.dev)
-                    if "ro" not in entry.options:  # else only looked at
+                    if not entry.read_only:  # else only looked at
                         self._beside(device, f"is mounted at {entry.point} ({entry.fstype})")
         return list(self._given) or found
 
@@ -130,8 +131,8 @@ class _Finder:
             if loop.below is not None or loop.file[0] not in covered:
                 continue
             devices = {d.dev for d in (loop.device, *partitions(loop.device))} - self._explained
-            for entry in sysblock.entries(Path("/proc/self/mountinfo")):
-                if entry.dev in devices and "ro" not in entry.options:
+            for entry in mount_table.read():
+                if entry.dev in devices and not entry.read_only:
                     devices.remove(entry.dev)
                     self._users.append(
                         User(
@@ -150,7 +151,7 @@ class _Finder:
     def _mounted_elsewhere(self) -> None:
         members = {m.device.dev: m for m in self._reach.members}
         while rest := [m.device for m in members.values() if m.device.dev not in self._explained]:
-            elsewhere = sysblock.mounted_elsewhere(rest)
+            elsewhere = mount_table.mounted_elsewhere(rest)
             if elsewhere is None:
                 return
             pid, there = elsewhere
@@ -177,25 +178,21 @@ class _Finder:
             except OSError:
                 continue
             if stat.S_ISBLK(st.st_mode):
-                dev = os.major(st.st_rdev), os.minor(st.st_rdev)
+                dev = sysblock.dev_numbers(st.st_rdev)
                 if dev in members:
                     self._explained.add(dev)
                     self._add(
                         name, "is swap space in use, which no freeze stops", f"swapoff {name}"
                     )
-            elif (os.major(st.st_dev), os.minor(st.st_dev)) in members or self._on_btrfs(name):
+            elif sysblock.dev_numbers(st.st_dev) in members or self._on_btrfs(name):
                 what = f"is swap space in use on {self._path}, which no freeze stops"
                 self._add(name, what, f"swapoff {name}")
 
     def _on_btrfs(self, name: str) -> bool:
         """The file lies on a btrfs of the source: its device number is nobody's."""
         members = {m.device.dev for m in self._reach.members}
-        best: tuple[int, bool] = (0, False)
-        for entry in sysblock.entries(Path("/proc/self/mountinfo")):
-            if name.startswith(entry.point.rstrip("/") + "/") and len(entry.point) >= best[0]:
-                ours = entry.fstype == "btrfs" and bool(sysblock.devices_of(entry) & members)
-                best = len(entry.point), ours
-        return best[1]
+        entry = mount_table.holding_by_name(name)
+        return entry is not None and entry.fstype == "btrfs" and bool(entry.devices() & members)
 
     # ---- claims
 
@@ -244,23 +241,20 @@ class _Finder:
 def _covered(mount: Mount) -> set[Dev]:
     """The devices that a freeze of this mount covers."""
     found = set()
-    try:
-        st = os.stat(mount.point)
-        found.add((os.major(st.st_dev), os.minor(st.st_dev)))
-    except OSError:
-        pass
+    with contextlib.suppress(OSError):
+        found.add(sysblock.dev_numbers(os.stat(mount.point).st_dev))
     dev = mount.device()
     if dev is not None:
         found |= sysblock.btrfs_devices(dev)
-    for entry in sysblock.entries(Path("/proc/self/mountinfo")):
+    for entry in mount_table.read():
         if entry.dev in found:
-            found |= sysblock.devices_of(entry)
+            found |= entry.devices()
     return found
 
 
 def _held(device: BlockDevice) -> bool:
     """A driver that sysfs names has it: its devices are members, too."""
-    return bool(sysblock.names(f"/sys/dev/block/{device.dev[0]}:{device.dev[1]}/holders"))
+    return bool(sysblock.names(str(sysblock.node(device.dev) / "holders")))
 
 
 def _live_file_system(name: str) -> str:
@@ -281,7 +275,7 @@ def descriptor_on(dev: Dev) -> str:
                 st = os.stat(path)
             except OSError:
                 continue
-            on_it = (os.major(st.st_dev), os.minor(st.st_dev)) == dev
+            on_it = sysblock.dev_numbers(st.st_dev) == dev
             if on_it and (stat.S_ISDIR(st.st_mode) or stat.S_ISREG(st.st_mode)):
                 return path
     return ""
@@ -293,7 +287,7 @@ def swaps() -> list[str]:
         lines = sysblock.text_of(Path("/proc/swaps")).split("\n")[1:]
     except OSError:
         return []
-    return [sysblock.unescape(line.split(" ")[0].split("\t")[0]) for line in lines if line]
+    return [mount_table.unescape(line.split(" ")[0].split("\t")[0]) for line in lines if line]
 
 
 # ---- processes
@@ -339,7 +333,7 @@ def writers(
 def _is_open_for_writing(fd: str, files: Sequence[tuple[Dev, int]]) -> bool:
     try:
         st = os.stat(fd)
-        if ((os.major(st.st_dev), os.minor(st.st_dev)), st.st_ino) not in files:
+        if sysblock.file_id(st) not in files:
             return False
         return bool(os.lstat(fd).st_mode & stat.S_IWUSR)  # the descriptor's own mode
     except OSError:

@@ -34,7 +34,7 @@ from pyploop.freeze.deadline import Deadline, Limits
 from pyploop.freeze.session import FreezeSession
 from pyploop.freeze.stoppers import Spec
 from pyploop.report.events import Reporter
-from pyploop.system.sysblock import Mount
+from pyploop.system.mount_table import Mount
 from pyploop.undo.ledger import Plan
 
 pytestmark = pytest.mark.root

@@ -18,7 +18,7 @@ from support_live import file_system, sparse_file, work_dir
 from pyploop.errors import LoopError
 from pyploop.freeze import FileSystems
 from pyploop.report.events import Reporter
-from pyploop.system.sysblock import Mount
+from pyploop.system.mount_table import Mount
 
 pytestmark = pytest.mark.root
 SIZE = 32 * MIB

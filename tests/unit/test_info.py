@@ -19,7 +19,7 @@ import support
 from pyploop.api import inspecting
 from pyploop.cli.info import as_text
 from pyploop.disks.source import Source
-from pyploop.system.sysblock import Mount
+from pyploop.system.mount_table import Mount
 
 MIB = 1 << 20
 KEYS = {

@@ -43,8 +43,9 @@ from pyploop.errors import (
 )
 from pyploop.freeze import FileSystems
 from pyploop.report.events import ERROR, JsonRenderer, Reporter, TextRenderer
-from pyploop.system import descriptors, kernel, sysblock
-from pyploop.system.sysblock import BlockDevice, Mount
+from pyploop.system import descriptors, kernel, mount_table
+from pyploop.system.mount_table import Mount
+from pyploop.system.sysblock import BlockDevice
 from pyploop.system.worker import run_cancellable, wait_for
 from pyploop.trackers.dm import DmTracker, has_tracking
 from pyploop.trackers.scan import ScanTracker
@@ -196,14 +197,14 @@ def test_a_mount_is_found_whatever_its_name(tmp_path: Path, escaped: str, name: 
 nonsense
 """
     (tmp_path / "mountinfo").write_bytes(text.encode())
-    found = sysblock.mounts_of([device], tmp_path / "mountinfo")
+    found = mount_table.mounts_of([device], tmp_path / "mountinfo")
     assert [(os.fsencode(m.point), m.fstype) for m in found] == [(name.encode(), "ext4")]
 
 
 def test_a_mount_point_that_is_not_utf8_is_found(tmp_path: Path) -> None:
     device = BlockDevice("sda", (8, 0), "sda", (8, 0), 0, 0)
     (tmp_path / "m").write_bytes(b"1 1 8:0 / /x\xff rw - xfs /dev/sda rw\n")
-    assert os.fsencode(sysblock.mounts_of([device], tmp_path / "m")[0].point) == b"/x\xff"
+    assert os.fsencode(mount_table.mounts_of([device], tmp_path / "m")[0].point) == b"/x\xff"
 
 
 @pytest.mark.root

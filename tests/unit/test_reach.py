@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 
 from pyploop.errors import SysfsError
-from pyploop.system import sysblock
-from pyploop.system.sysblock import BlockDevice, Entry, Loop
+from pyploop.system import mount_table, sysblock
+from pyploop.system.mount_table import Entry
+from pyploop.system.sysblock import BlockDevice, Loop
 from pyploop.usage import related_devices, users
 
 MIB = 1 << 20
@@ -26,9 +27,9 @@ class Pile:
         self.related: dict[tuple[str, str], list[str]] = {}
         patch.setattr(sysblock, "find", self.find)
         patch.setattr(sysblock, "loops", lambda: self.loops)
-        patch.setattr(sysblock, "entries", lambda path: [])
-        patch.setattr(related_devices, "partitions", self.partitions)
-        patch.setattr(related_devices, "_related", self.relatives)
+        patch.setattr(mount_table, "read", list)
+        patch.setattr(sysblock, "partitions", self.partitions)
+        patch.setattr(sysblock, "related", self.relatives)
 
     def find(self, dev: tuple[int, int]) -> BlockDevice:
         for device in self.devices.values():
@@ -143,9 +144,11 @@ def test_the_queue_is_where_all_ways_meet(pile: Pile) -> None:
 
 def test_an_xfs_is_on_its_log_device_too(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sysblock, "device_number", {"/dev/log": (8, 9)}.get)
-    options = ["rw", "attr2", "logdev=/dev/log", "noquota"]
-    assert sysblock.devices_of(Entry((8, 1), "/m", "xfs", "/dev/sda1", options)) == {(8, 1), (8, 9)}
-    assert sysblock.devices_of(Entry((8, 1), "/m", "ext4", "/dev/sda1", options)) == {(8, 1)}
+    options = "rw,attr2,logdev=/dev/log,noquota"
+    xfs = Entry(30, (8, 1), "/", "/m", "xfs", "/dev/sda1", options)
+    ext4 = Entry(30, (8, 1), "/", "/m", "ext4", "/dev/sda1", options)
+    assert xfs.devices() == {(8, 1), (8, 9)}
+    assert ext4.devices() == {(8, 1)}
 
 
 def test_swap_space_is_listed_by_names_of_any_kind(monkeypatch: pytest.MonkeyPatch) -> None:
