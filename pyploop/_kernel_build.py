@@ -53,7 +53,6 @@ ffi.cdef(
     int pk_loop_free(int control_fd);
     int pk_loop_attach(int loop_fd, int file_fd, const char *name);
     int pk_loop_detach(int loop_fd);
-    int pk_flush_buffers(int fd);
     int pk_pidfd_getfd(int pidfd, int fd);
     int pk_tcp_repair(int fd, int on);
     static const unsigned int FAN_MARK_FILESYSTEM;
@@ -202,8 +201,6 @@ ffi.set_source(
         struct { uint64_t flags, mode, resolve; } how = { flags, mode, resolve };
         return result((int)syscall(SYS_openat2, dirfd, path, &how, sizeof how));
     }
-    static int pk_flush_buffers(int fd)
-    { return result(ioctl(fd, BLKFLSBUF, 0)); }
     """,
     define_macros=[("_GNU_SOURCE", "1")],
 )

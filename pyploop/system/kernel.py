@@ -194,11 +194,6 @@ def detach_loop(fd: int, path: str) -> None:
     _check(_lib.pk_loop_detach(fd), path)
 
 
-def flush_buffers(fd: int, path: str) -> None:
-    """Write back and drop a block device's page cache."""
-    _check(_lib.pk_flush_buffers(fd), path)
-
-
 def take_descriptor(pidfd: int, fd: int) -> int:
     """A duplicate, here, of another process's descriptor."""
     return _check(_lib.pk_pidfd_getfd(pidfd, fd))

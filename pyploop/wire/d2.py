@@ -16,7 +16,6 @@ HEADER = struct.Struct("<IIIIQ")
 REPLY = struct.Struct("<i")
 """0, or the code of a failure."""
 MARK = 0x4CC0AC3E
-DIGEST_SIZE = 16
 
 DATA, CMD, DATA_ASYNC = 0, 1, 2
 TYPES = {0: "DATA", 1: "CMD", 2: "DATA_ASYNC", 3: "DATA_DEVICE", 4: "DATA_CBT"}
