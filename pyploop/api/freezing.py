@@ -19,7 +19,7 @@ from pyploop.freeze.session import FreezeSession
 from pyploop.report.events import Reporter
 from pyploop.system import mount_table, sysblock
 from pyploop.system.mount_table import Mount
-from pyploop.undo.ledger import Plan
+from pyploop.undo.ledger import UndoLedger
 
 if TYPE_CHECKING:
     from pyploop.report.event_types import Event
@@ -62,7 +62,7 @@ def frozen(
         raise ParameterError(f"the limit of a freeze is {limit:g} seconds: it must be more than 0")
     name = os.fspath(path)
     report = make_reporter(on_event)
-    plan = Plan(f"freeze of {name}", report)
+    plan = UndoLedger(f"freeze of {name}", report)
     limits = Limits.of(limit)
     with contextlib.ExitStack() as undo:
         undo.callback(plan.close)

@@ -16,7 +16,7 @@ from pyploop.freeze.filesystems import FileSystems
 from pyploop.system.worker import run_cancellable
 from pyploop.trackers import Batch, State, whole
 from pyploop.trackers.registry import choose_marking
-from pyploop.undo.ledger import Plan
+from pyploop.undo.ledger import UndoLedger
 
 if TYPE_CHECKING:
     from pyploop.disks.source import Source
@@ -100,7 +100,7 @@ class Tracker:
             undo.callback(source.close)
             marks = choose_marking(source, self._cluster)
             undo.callback(marks.stop, False)
-            plan = Plan(f"tracking of {self._path}", self._report)
+            plan = UndoLedger(f"tracking of {self._path}", self._report)
             undo.callback(plan.close)
             systems = FileSystems(source.mounts, self._report, plan)
             undo.callback(systems.close)

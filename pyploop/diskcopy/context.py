@@ -18,7 +18,7 @@ from pyploop.freeze.session import FreezeSession
 from pyploop.report.events import Reporter
 from pyploop.report.timeline import Recorder
 from pyploop.trackers import Repair, Tracker, whole
-from pyploop.undo.ledger import Plan
+from pyploop.undo.ledger import UndoLedger
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class Context:
     out: Output
     options: Options
     report: Reporter
-    plan: Plan
+    plan: UndoLedger
     mounts: FileSystems
     session: FreezeSession
     source_pump: SourcePump

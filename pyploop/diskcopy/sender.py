@@ -38,7 +38,7 @@ from pyploop.report.events import Reporter
 from pyploop.report.slow_steps import Patience
 from pyploop.report.timeline import Recorder
 from pyploop.trackers import Tracker
-from pyploop.undo.ledger import Plan
+from pyploop.undo.ledger import UndoLedger
 from pyploop.units import format_size
 
 if TYPE_CHECKING:
@@ -132,7 +132,7 @@ class Sender:
         """Make the parts of the copy.  Nothing is tracked yet, and the peer is not asked."""
         source, tracker, out, options = self._source, self._tracker, self._out, self._options
         report, recorder = self._report, self.recorder
-        plan = Plan(f"copy of {source.path}", report)
+        plan = UndoLedger(f"copy of {source.path}", report)
         undo.callback(plan.close)
         undo.callback(tracker.stop, False)
         mounts = FileSystems(source.mounts, report, plan)

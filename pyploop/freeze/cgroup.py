@@ -18,7 +18,7 @@ from pyploop.freeze.cgroup_freezer import Freezer, freezer_in
 from pyploop.report.events import Reporter
 from pyploop.system.mount_table import cgroup_mounts
 from pyploop.system.sysblock import text_of
-from pyploop.undo.ledger import Held, Plan
+from pyploop.undo.ledger import UndoLedger, UndoStep
 
 FREEZE_DEADLINE = 10.0
 """Seconds until all tasks of a cgroup must have stopped."""
@@ -54,9 +54,9 @@ class CgroupStopper:
     def __init__(self, path: str, report: Reporter) -> None:
         self.name = f"cgroup:{path}"
         self._path, self._report = path, report
-        self._plan: Plan | None = None
+        self._plan: UndoLedger | None = None
         self._freezer: Freezer | None = None
-        self._undo_step: Held | None = None
+        self._undo_step: UndoStep | None = None
         self._stopped = False
 
     @property
@@ -64,7 +64,7 @@ class CgroupStopper:
         assert self._freezer is not None, "prepared"
         return self._freezer
 
-    def prepare(self, plan: Plan) -> None:
+    def prepare(self, plan: UndoLedger) -> None:
         self._plan = plan
         freezer = self._freezer = find(self._path)
         processes = freezer.processes()
@@ -76,7 +76,7 @@ class CgroupStopper:
             self._report.note(f"{freezer.folder} contains no process: freezing it stops nothing")
         plan.start()
         # Journaled now, which costs no frozen time.  To thaw what is not frozen is harmless.
-        self._undo_step = plan.foresee(
+        self._undo_step = plan.prepare(
             {
                 "kind": "write",
                 "path": str(freezer.knob),
@@ -139,4 +139,4 @@ class CgroupStopper:
                 self._plan.done(self._undo_step)
 
     def by_hand(self) -> str | None:
-        return None  # the message of Plan.undo says how
+        return None  # the message of UndoLedger.undo says how

@@ -23,7 +23,7 @@ from pyploop.system import kernel, sysblock
 from pyploop.system.claims import node
 from pyploop.system.mount_table import Mount
 from pyploop.system.sysblock import CAP_SYS_ADMIN
-from pyploop.undo.ledger import Held, Plan
+from pyploop.undo.ledger import UndoLedger, UndoStep
 
 LOCK_DEADLINE = 120.0
 """Seconds to wait for another copy's freeze of the same file system."""
@@ -33,15 +33,17 @@ RCU_EXPEDITED = "/sys/kernel/rcu_expedited"
 class FileSystems:
     """The mounted file systems of the source, open, in the order of the freeze."""
 
-    def __init__(self, mounts: list[Mount], report: Reporter, plan: Plan | None = None) -> None:
+    def __init__(
+        self, mounts: list[Mount], report: Reporter, plan: UndoLedger | None = None
+    ) -> None:
         """plan: the undo steps of the copy; None: the file systems get their own."""
         self._report = report
         self._stack = contextlib.ExitStack()
         self._all: list[Mounted] = []
-        self._plan = plan or Plan("frozen file systems", report)
+        self._plan = plan or UndoLedger("frozen file systems", report)
         if plan is None:
             self._stack.callback(self._plan.close)
-        self._expedited: Held | None = None
+        self._expedited: UndoStep | None = None
         self._locks: list[int] = []
         try:
             for mount in mounts:
@@ -186,7 +188,7 @@ class FileSystems:
         self._plan.start()
         for m in self._all:
             if m.prepared is None:
-                m.prepared = self._plan.foresee(m.entry, m.fd)
+                m.prepared = self._plan.prepare(m.entry, m.fd)
 
     def _lock(self) -> None:
         """Two copies of one file system must not rely on each other's freeze.  The lock
@@ -251,13 +253,13 @@ class FileSystems:
             else:
                 raise DeviceControlError.of(f"cannot freeze {m.point}", e) from e
 
-    def _entry_of(self, m: Mounted) -> Held:
+    def _entry_of(self, m: Mounted) -> UndoStep:
         """Its undo step in the journal, with its present descriptor."""
         assert m.prepared is not None
         if any(m.prepared.entry[k] != m.entry[k] for k in ("dev", "fsid")):
             # The stop command has mounted it again with another number, or another one.
             self._plan.done(m.prepared)
-            m.prepared = self._plan.foresee(m.entry, m.fd)
+            m.prepared = self._plan.prepare(m.entry, m.fd)
         m.prepared = m.prepared.by(m.fd)
         return m.prepared
 
@@ -277,7 +279,7 @@ class FileSystems:
                 step = self._plan.add(self._entry_of(m))
                 frozen = self._is_frozen(m)
                 if not frozen:
-                    self._plan.undo(step, keep_note=True)
+                    self._plan.undo(step, keep_prepared=True)
                     raise LoopError(
                         f"{m.point}, frozen by another process, was thawed during the last blocks"
                     )
@@ -354,7 +356,7 @@ class FileSystems:
             if m.thaw_step is None:
                 continue
             try:
-                self._plan.undo(m.thaw_step, keep_note=True)
+                self._plan.undo(m.thaw_step, keep_prepared=True)
             except DeviceControlError as e:
                 failed.append(str(e))
                 m.prepared = None  # it stays in the journal

@@ -14,7 +14,7 @@ from pyploop.system import mount_table, sysblock
 from pyploop.system.claims import is_claimed
 from pyploop.system.mount_table import Mount
 from pyploop.undo.journal import Entry
-from pyploop.undo.ledger import Held
+from pyploop.undo.ledger import UndoStep
 
 FREEZABLE = ("bcachefs", "btrfs", "ext2", "ext3", "ext4", "f2fs", "jfs", "nilfs2", "xfs")
 """File systems known to support a freeze.  Any other is tried before the copy."""
@@ -40,9 +40,9 @@ class Mounted:
         """It is not mounted any more, and its device is not in use."""
         self.by_others = False
         """Another process has frozen it."""
-        self.prepared: Held | None = None
+        self.prepared: UndoStep | None = None
         """Its undo step, once the journal has it."""
-        self.thaw_step: Held | None = None
+        self.thaw_step: UndoStep | None = None
         """The same step, while this process has frozen it."""
 
     @property

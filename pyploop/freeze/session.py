@@ -19,7 +19,7 @@ from pyploop.freeze.filesystems import FileSystems
 from pyploop.freeze.stoppers import CommandStopper, Spec, Stopper, build
 from pyploop.report.events import Reporter
 from pyploop.undo.journal import folder
-from pyploop.undo.ledger import Plan
+from pyploop.undo.ledger import UndoLedger
 
 STOP_ASSUMED = 0.01
 """Seconds of one stop command, since it cannot be tried out."""
@@ -39,7 +39,7 @@ class FreezeSession:
         self,
         specs: Sequence[Spec],
         mounts: FileSystems,
-        plan: Plan,
+        plan: UndoLedger,
         report: Reporter,
         deadline: Deadline,
     ) -> None:
@@ -77,7 +77,7 @@ class FreezeSession:
             where = folder()
             point = self._mounts.holding(os.stat(where if where.exists() else where.parent).st_dev)
         except (OpenError, OSError):
-            return  # Plan.start reports why there is no journal
+            return  # UndoLedger.start reports why there is no journal
         if point is not None:
             self._plan.drop_journal(f"{where} lies on {point}, which will be frozen")
 
@@ -103,7 +103,7 @@ class FreezeSession:
             self._plan.settle()
 
     def watch(self) -> None:
-        """Raises what Plan.watch raises: the watchdog has thawed, or died.  It is not
+        """Raises what UndoLedger.watch raises: the watchdog has thawed, or died.  It is not
         asked, so this costs nothing."""
         self._plan.watch()
 
@@ -121,7 +121,7 @@ class FreezeSession:
         """END may be sent: nothing has been undone, and the watchdog undoes nothing
         before the hard limit."""
         self.check()
-        self._plan.still_held(self._deadline.left_to_watchdog)
+        self._plan.renew(self._deadline.left_to_watchdog)
         self._deadline.commit()
 
     def before_end(self) -> None:

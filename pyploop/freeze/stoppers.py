@@ -22,7 +22,7 @@ from pyploop.freeze.filesystems import FileSystems
 from pyploop.freeze.vzctl import VzctlStopper
 from pyploop.report.events import Reporter
 from pyploop.system.mount_table import Mount
-from pyploop.undo.ledger import UNDO_TIMEOUT, Held, Plan
+from pyploop.undo.ledger import UNDO_TIMEOUT, UndoLedger, UndoStep
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ class Stopper(Protocol):
     can_undo: bool
     """What `stop` did can be undone."""
 
-    def prepare(self, plan: Plan) -> None:
+    def prepare(self, plan: UndoLedger) -> None:
         """While everything runs: check that it can be stopped.  Stops nothing.
         PyploopError."""
 
@@ -86,11 +86,11 @@ class CommandStopper:
         self.name = spec.name
         self._command, self._undo = spec.argument, spec.undo
         self.can_undo = spec.undo is not None
-        self._plan: Plan | None = None
-        self._undo_step: Held | None = None
+        self._plan: UndoLedger | None = None
+        self._undo_step: UndoStep | None = None
         self._ran = False
 
-    def prepare(self, plan: Plan) -> None:
+    def prepare(self, plan: UndoLedger) -> None:
         self._plan = plan
 
     def stop(self, timeout: float | None) -> None:
@@ -137,7 +137,7 @@ class FsStopper:
         self.name = "fs" if only is None else f"fs:{only.point}"
         self._mounts, self._only = mounts, only
 
-    def prepare(self, plan: Plan) -> None:
+    def prepare(self, plan: UndoLedger) -> None:
         """Nothing: FileSystems.guard prepares all of them."""
 
     def stop(self, timeout: float | None) -> None:

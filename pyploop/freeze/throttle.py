@@ -23,7 +23,7 @@ from pyploop.freeze.stoppers import Spec
 from pyploop.report.events import Reporter
 from pyploop.system.mount_table import cgroup_mounts
 from pyploop.system.sysblock import text_of
-from pyploop.undo.ledger import Held, Plan
+from pyploop.undo.ledger import UndoLedger, UndoStep
 from pyploop.units import format_size, parse_size
 
 
@@ -108,11 +108,13 @@ class Throttle:
     def __init__(self, rate: int, group: str | None, report: Reporter) -> None:
         self._rate, self._group, self._report = rate, group, report
         self._knob: Knob | None = None
-        self._plan: Plan | None = None
-        self._undo_step: Held | None = None
+        self._plan: UndoLedger | None = None
+        self._undo_step: UndoStep | None = None
         self._applied = False
 
-    def prepare(self, plan: Plan, disk: tuple[int, int] | None, specs: Sequence[Spec]) -> None:
+    def prepare(
+        self, plan: UndoLedger, disk: tuple[int, int] | None, specs: Sequence[Spec]
+    ) -> None:
         """Find the cgroup; disk: of the source (major, minor)."""
         if disk is None:
             raise ParameterError(

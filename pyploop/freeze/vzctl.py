@@ -23,7 +23,7 @@ from pyploop.errors import (
 from pyploop.freeze import cgroup, command
 from pyploop.freeze.cgroup_freezer import Freezer
 from pyploop.report.events import Reporter
-from pyploop.undo.ledger import UNDO_TIMEOUT, Held, Plan
+from pyploop.undo.ledger import UNDO_TIMEOUT, UndoLedger, UndoStep
 
 SUSPEND_DEADLINE = 60.0
 """Seconds of `chkpnt --suspend`."""
@@ -95,8 +95,8 @@ class VzctlStopper:
         self.name = f"vzctl:{ctid}"
         self._ctid, self._report = ctid, report
         self._options = [] if comma else ["--skiplock"]
-        self._plan: Plan | None = None
-        self._undo_step: Held | None = None
+        self._plan: UndoLedger | None = None
+        self._undo_step: UndoStep | None = None
         self._left_so = False
         self._freezer: Freezer | None = None
         """Of the container's cgroup, if it shows a suspension."""
@@ -116,7 +116,7 @@ class VzctlStopper:
             raise explain(f"cannot get the status of container {self._ctid}", code)
         return parse_status(text, self._ctid)
 
-    def prepare(self, plan: Plan) -> None:
+    def prepare(self, plan: UndoLedger) -> None:
         self._plan = plan
         status = self.status()
         if not (status.exists and status.running):
@@ -184,4 +184,4 @@ class VzctlStopper:
             plan.done(step)
 
     def by_hand(self) -> str | None:
-        return None  # Plan.undo's own message says it
+        return None  # UndoLedger.undo's own message says it

@@ -23,7 +23,7 @@ from typing import Literal, Protocol
 
 from pyploop._core import Extents, Hook
 from pyploop.disks.source import Source
-from pyploop.undo.ledger import Plan
+from pyploop.undo.ledger import UndoLedger
 from pyploop.units import format_size
 
 TRACKERS = ("auto", "bpf", "ploop", "dm", "scan")
@@ -101,7 +101,7 @@ class Tracker(Protocol):
     """Each `take` goes on until nothing is dirty, as the only round of the C tool
     does."""
 
-    def start(self, plan: Plan | None = None) -> None:
+    def start(self, plan: UndoLedger | None = None) -> None:
         """Begin to track, before the first block is read.  plan: of the copy, for
         undo steps that outlive a SIGKILL; None: the tracker's own.
         DeviceControlError."""

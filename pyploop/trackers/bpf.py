@@ -31,7 +31,7 @@ from pyploop.errors import DeviceControlError
 from pyploop.report.events import Reporter
 from pyploop.system.sysblock import BlockDevice, is_bio_based
 from pyploop.trackers import Batch, Completeness, Repair, whole
-from pyploop.undo.ledger import Plan
+from pyploop.undo.ledger import UndoLedger
 from pyploop.units import SECTOR
 from pyploop.usage.io_accounting import (
     QUIET_DEADLINE,
@@ -95,7 +95,7 @@ class BpfTracker:
         self._count_discards = not disk.startswith("zram")
         self._tracking: BpfTracking | None = None
         self._stat_fd = -1
-        self._own_plan: Plan | None = None
+        self._own_plan: UndoLedger | None = None
         self._accounting = Accounting(disk)
         self._suspect = ""
         """Why nothing can be proven since the base, until a repair."""
@@ -111,9 +111,9 @@ class BpfTracker:
 
     # ---- life
 
-    def start(self, plan: Plan | None = None) -> None:
+    def start(self, plan: UndoLedger | None = None) -> None:
         if plan is None:
-            plan = self._own_plan = Plan(f"tracking of {self._source.path}", Reporter())
+            plan = self._own_plan = UndoLedger(f"tracking of {self._source.path}", Reporter())
         try:
             self._accounting.start(plan)
             self._open()

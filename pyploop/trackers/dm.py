@@ -20,7 +20,7 @@ from pyploop.disks.source import Source
 from pyploop.errors import DeviceControlError
 from pyploop.system.sysblock import attribute
 from pyploop.trackers import Batch, Completeness, Repair
-from pyploop.undo.ledger import Plan
+from pyploop.undo.ledger import UndoLedger
 
 Run = Callable[[list[str]], str]
 TIMEOUT = 30.0
@@ -66,7 +66,7 @@ class DmTracker:
     def _message(self, *words: str) -> str:
         return self._run(["message", self._device, "0", *words])
 
-    def start(self, plan: Plan | None = None) -> None:
+    def start(self, plan: UndoLedger | None = None) -> None:
         self._message("tracking_start")
         self._active = True
 

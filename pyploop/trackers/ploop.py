@@ -14,7 +14,7 @@ from pyploop._core import Extents, Hook, PloopTracking
 from pyploop.disks.source import Source
 from pyploop.errors import DeviceControlError
 from pyploop.trackers import Batch, Completeness, Repair
-from pyploop.undo.ledger import Plan
+from pyploop.undo.ledger import UndoLedger
 
 MAX_LAPS = 10
 """Times that one `take` goes on when the driver returns to an earlier position: it
@@ -41,7 +41,7 @@ class PloopTracker:
         self._deferred: tuple[int, int] | None = None
         """Taken from the driver, and deferred to the next `take`."""
 
-    def start(self, plan: Plan | None = None) -> None:
+    def start(self, plan: UndoLedger | None = None) -> None:
         try:
             self._tracking.start(self._size)
         except OSError as e:

@@ -16,7 +16,7 @@ from pyploop._core import Hook
 from pyploop.disks.source import Source
 from pyploop.errors import DeviceControlError
 from pyploop.trackers import Batch, Completeness, Repair, whole
-from pyploop.undo.ledger import Plan
+from pyploop.undo.ledger import UndoLedger
 from pyploop.usage.io_accounting import (
     QUIET_DEADLINE,
     Accounting,
@@ -39,7 +39,7 @@ class ScanTracker:
         self.why = why
         self._accounting = None if source.queue is None else Accounting(source.queue.disk)
 
-    def start(self, plan: Plan | None = None) -> None:
+    def start(self, plan: UndoLedger | None = None) -> None:
         if self._accounting is not None and plan is not None:
             with contextlib.suppress(DeviceControlError):  # only a check that is missing then
                 self._accounting.start(plan)

@@ -338,10 +338,10 @@ def _unreadable(where: Path) -> Iterator[None]:
 def replaying(where: Path | None = None) -> Iterator[None]:
     """Keep other replays out meanwhile.  BusyError when one is under way."""
     where = where or folder()
-    with contextlib.ExitStack() as held:
+    with contextlib.ExitStack() as stack:
         try:
-            fd = held.enter_context(private_folder.opened(where))
-            held.enter_context(private_folder.alone(fd, wait=False))
+            fd = stack.enter_context(private_folder.opened(where))
+            stack.enter_context(private_folder.alone(fd, wait=False))
         except FileNotFoundError:
             pass  # no journals either
         except BlockingIOError:

@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What must be undone, held in three places: here, in a watchdog process, and
-in a journal for `pyploop thaw`.
+"""The steps that must be undone.  Each is kept in three places: in this process, in a
+watchdog process, and in a journal for `pyploop thaw`.
 
-Invariant: an entry is with the watchdog before its act begins, and leaves it
-only when it is undone or somebody else's.  So whoever dies, one is left who
-undoes: this process after an exception or a signal, the watchdog when this
-process is killed or hangs past the limit, a person when both are gone.
+Invariant: the watchdog knows a step before the step begins.  It drops the step only when
+that is undone, or when another process has taken it over.  So one of these always remains
+to undo it: this process after an exception or a signal; the watchdog when this process is
+killed or takes longer than the limit; a person with `pyploop thaw` when both are gone.
 
-Used by one thread.
+For one thread only.
 """
 
 from __future__ import annotations
@@ -42,14 +42,14 @@ from pyploop.undo.journal import Entry, Journal, describe
 START_DEADLINE = 10.0
 """Seconds for the watchdog to start."""
 ANSWER_DEADLINE = 5.0
-"""Seconds for it to answer: it only ever waits for us."""
+"""Seconds for it to answer.  It does nothing but wait for this process."""
 UNDO_TIMEOUT = 30.0
-"""Seconds of a command that undoes."""
+"""Seconds for a command that undoes a step."""
 
 
 @dataclass(frozen=True, eq=False)
-class Held:
-    """One entry of a plan; `fd`: what a `thaw` needs."""
+class UndoStep:
+    """One step of a ledger.  `fd`: the open file system, for an entry of kind `thaw`."""
 
     entry: Entry
     fd: int = -1
@@ -58,20 +58,20 @@ class Held:
     def number(self) -> int:
         return int(self.entry["id"])
 
-    def by(self, fd: int) -> Held:
-        """The same entry, undone by another descriptor."""
+    def by(self, fd: int) -> UndoStep:
+        """The same step, undone by another descriptor."""
         return self if fd == self.fd else replace(self, fd=fd)
 
 
-class Plan:
-    """The undo steps of one copy, oldest first.  Nothing is started, and no
-    file made, before there is something to hold."""
+class UndoLedger:
+    """The undo steps of one copy, oldest first.  No process is started and no file made
+    before the first step."""
 
     def __init__(self, what: str, report: Reporter) -> None:
         """`what`: for a person, in the journal."""
         self._what, self._report = what, report
         self._numbers = itertools.count(1)
-        self._held: list[Held] = []
+        self._steps: list[UndoStep] = []
         self._journal: Journal | None = None
         self._want_journal = True
         self._process: subprocess.Popen[bytes] | None = None
@@ -87,8 +87,8 @@ class Plan:
     # ---- the watchdog
 
     def launch(self) -> None:
-        """Begin to start a watchdog, for a `start` that comes later: nobody
-        waits for a process meanwhile."""
+        """Begin to start a watchdog.  A later `start` waits for it; other work can be done
+        in between."""
         if self._line is not None:
             return
         if self._journal is None and self._want_journal:
@@ -99,9 +99,9 @@ class Plan:
         self._spawn()
 
     def start(self) -> None:
-        """Have a living watchdog, and a journal; both before anything is held,
-        so that neither costs frozen time.  What `watch` raises when the one
-        there was may have undone something."""
+        """Have a living watchdog, and a journal.  Call it before the first step, so that
+        neither adds to the downtime.  Raises as `watch` does when an earlier watchdog may
+        have undone something."""
         if self._ready and self._ended is None:
             self._listen()
         if self._ready and self._ended is not None:
@@ -112,13 +112,14 @@ class Plan:
             return
         self.launch()
         self._await_ready()
-        for held in self._held:
-            self._tell_add(held)
+        for step in self._steps:
+            self._send_step(step)
         if self._until is not None:
-            self._tell(op="limit", seconds=max(self._until - time.monotonic(), 0.0))
+            self._send(op="limit", seconds=max(self._until - time.monotonic(), 0.0))
 
     def drop_journal(self, why: str) -> None:
-        """Go on without a journal: it cannot be written, or that would wait for a thaw."""
+        """Go on without a journal: it cannot be written, or lies on a file system that will
+        be frozen."""
         self._report.info(f"No undo journal: {why}")
         self._want_journal = False
         if self._journal is not None:
@@ -126,8 +127,8 @@ class Plan:
             self._journal = None
 
     def _write(self, change: Callable[[Journal], object]) -> None:
-        """In the journal, if there is one.  A folder that takes no more (it is full, or
-        read-only now) costs the journal, and not the copy."""
+        """Change the journal, if there is one.  When it cannot be written (a full or
+        read-only folder), the copy goes on without it."""
         if self._journal is not None:
             try:
                 change(self._journal)
@@ -172,8 +173,8 @@ class Plan:
         except OSError:  # TimeoutError among them
             return b""
 
-    def _tell(self, fd: int = -1, **message: Any) -> None:
-        """A message; a watchdog that cannot take it counts as dead."""
+    def _send(self, fd: int = -1, **message: Any) -> None:
+        """Send a message.  A watchdog that cannot take it counts as dead."""
         if self._line is None or not self._ready or self._ended is not None:
             return
         data = json.dumps(message).encode()
@@ -182,11 +183,11 @@ class Plan:
         except OSError:
             self._ended = "dead"
 
-    def _tell_add(self, held: Held) -> None:
-        self._tell(held.fd, op="add", id=held.number, entry=held.entry)
+    def _send_step(self, step: UndoStep) -> None:
+        self._send(step.fd, op="add", id=step.number, entry=step.entry)
 
     def _listen(self) -> None:
-        """Has it said something of itself?"""
+        """Read what the watchdog has sent unasked."""
         assert self._line is not None
         while self._ended is None and select.select([self._line], [], [], 0)[0]:
             self._ended = "undone" if self._receive() == watchdog.UNDONE else "dead"
@@ -212,127 +213,132 @@ class Plan:
         self._listen()
         if self._ended == "undone":
             raise LoopError(
-                f"held for more than {self._limit:g} s: the watchdog undid it; no target was made"
+                f"frozen for more than {self._limit:g} s (--freeze-limit): the watchdog undid it; "
+                "no target was made"
             )
         if self._ended == "dead" and self._until is not None and time.monotonic() >= self._until:
-            # It may have begun to undo, and not have come to say so.
+            # It may have begun to undo, and died before it could report that.
             raise LoopError(
-                f"held for more than {self._limit:g} s, and the watchdog does not answer: it may "
-                "have undone everything; no target was made"
+                f"frozen for more than {self._limit:g} s (--freeze-limit), and the watchdog does "
+                "not answer: it may have thawed the source; no target was made"
             )
         if self._ended == "dead":
-            raise DeviceControlError("the thaw watchdog has died; undone, no target was made")
+            raise DeviceControlError(
+                "the thaw watchdog has died: the source was thawed; no target was made"
+            )
 
     def limit(self, seconds: float | None) -> None:
-        """The freeze begins.  The watchdog undoes everything so many seconds
-        from now; None: when this process ends only."""
+        """The freeze begins.  The watchdog undoes everything this many seconds from now;
+        None: only when this process ends."""
         self._limit = seconds or 0.0
         self._until = None if seconds is None else time.monotonic() + seconds
         self._final = True
-        self._tell(op="limit", seconds=seconds)
+        self._send(op="limit", seconds=seconds)
 
     def unlimit(self) -> None:
-        """The freeze has ended and all of it is undone: another may begin."""
+        """The freeze has ended and all of it is undone.  Another may begin."""
         self._until, self._final = None, False
-        self._tell(op="limit", seconds=None)
+        self._send(op="limit", seconds=None)
 
     def in_time(self) -> None:
-        """What `watch` raises, and LoopError when the limit has passed here:
-        the watchdog is undoing by now.  No question, so it costs nothing."""
+        """Raises as `watch` does, and LoopError when the limit has passed by this process's
+        clock.  The watchdog is not asked, so this takes no time."""
         self.watch()
         if self._until is not None and time.monotonic() >= self._until:
             raise LoopError(
-                f"held for more than {self._limit:g} s, so it is being undone; no target was made"
+                f"frozen for more than {self._limit:g} s (--freeze-limit): the watchdog is "
+                "thawing the source; no target was made"
             )
 
-    def still_held(self, seconds: float | None) -> None:
-        """Ask whether nothing has been undone, and set a new limit at once:
-        what `watch` raises when the answer is not yes."""
+    def renew(self, seconds: float | None) -> None:
+        """Ask the watchdog whether all steps still stand, and set a new limit (seconds from
+        now; None: no limit) in the same message.  Raises as `watch` does when they do not."""
         if not self._ready:
             return
         self._ask(seconds)
         self.watch()
 
     def settle(self) -> None:
-        """Returns when the watchdog has done all that it was told so far, such
-        as to close a descriptor.  What `watch` raises."""
+        """Wait until the watchdog has handled all earlier messages, and so has closed the
+        descriptors of finished steps.  Raises as `watch` does."""
         if self._ready:
             left = None if self._until is None else max(self._until - time.monotonic(), 0.0)
-            self.still_held(left)
+            self.renew(left)
 
     def _ask(self, seconds: float | None) -> bool:
         until = None if seconds is None else time.monotonic() + seconds
-        self._tell(op="ask", seconds=seconds)
+        self._send(op="ask", seconds=seconds)
         if self._ended is None:
             answer = self._receive()
-            if answer != watchdog.HELD:
+            if answer != watchdog.ARMED:
                 self._ended = "undone" if answer == watchdog.UNDONE else "dead"
         if self._ended is None:
             self._until = until
         return self._ended is None
 
-    # ---- entries
+    # ---- steps
 
-    def foresee(self, entry: Entry, fd: int = -1) -> Held:
-        """Write an entry to the journal ahead of its time, so that `add` costs
-        no file in the freeze: for what is harmless to undo when not done."""
-        held = Held({**entry, "id": next(self._numbers)}, fd)
-        if len(json.dumps(held.entry)) > watchdog.LONGEST // 2:
-            raise ParameterError(f"{describe(entry)[:60]!r}…: too long to be held")
-        self._write(lambda journal: journal.add(held.entry))
-        return held
+    def prepare(self, entry: Entry, fd: int = -1) -> UndoStep:
+        """Write a step to the journal early, so that `add` writes no file in the freeze.
+        Only for a step that is harmless to undo when it was not done."""
+        step = UndoStep({**entry, "id": next(self._numbers)}, fd)
+        if len(json.dumps(step.entry)) > watchdog.LONGEST // 2:
+            raise ParameterError(f"{describe(entry)[:60]!r}…: too long for an undo step")
+        self._write(lambda journal: journal.add(step.entry))
+        return step
 
-    def add(self, what: Entry | Held, fd: int = -1) -> Held:
-        """Before the act; what `watch` raises when that must not begin."""
+    def add(self, what: Entry | UndoStep, fd: int = -1) -> UndoStep:
+        """Call it before the step begins.  Raises as `watch` does: then it must not begin."""
         if not self._ready:
             self.start()
         self.watch()
-        held = what if isinstance(what, Held) else self.foresee(what, fd)
-        self._held.append(held)
-        self._tell_add(held)
-        return held
+        step = what if isinstance(what, UndoStep) else self.prepare(what, fd)
+        self._steps.append(step)
+        self._send_step(step)
+        return step
 
-    def release(self, held: Held) -> None:
-        """Its act did not take place, or is undone; it is still foreseen."""
-        if held in self._held:
-            self._held.remove(held)
-            self._tell(op="done", id=held.number)
+    def release(self, step: UndoStep) -> None:
+        """The step did not take place, or is undone.  It stays prepared."""
+        if step in self._steps:
+            self._steps.remove(step)
+            self._send(op="done", id=step.number)
 
-    def done(self, held: Held) -> None:
-        """It is undone, or somebody else's from now on."""
-        self.release(held)
+    def done(self, step: UndoStep) -> None:
+        """The step is undone, or another process has taken it over."""
+        self.release(step)
         if self._ended != "undone":
-            self._forget(held.entry)
+            self._forget(step.entry)
 
     def take_over(self) -> None:
-        """Undoing begins here: the limit ends.  Never raises."""
+        """This process undoes the steps itself from now on, so the limit is lifted.  Never
+        raises."""
         if self._ready and self._ended is None:
             self._ask(None)
 
-    def undo(self, held: Held, *, keep_note: bool = False) -> bool:
-        """Undo one now; false: its act has not begun.  What fails stays in the
-        journal: DeviceControlError, for a command CommandError.  keep_note: so
-        does what succeeds, still foreseen."""
-        if held not in self._held:
+    def undo(self, step: UndoStep, *, keep_prepared: bool = False) -> bool:
+        """Undo one step now; false: it has not begun.  DeviceControlError, or CommandError
+        for a command, when that fails; the step then stays in the journal.  keep_prepared:
+        it stays there when it succeeds, too."""
+        if step not in self._steps:
             return False
-        entry = held.entry
+        entry = step.entry
         try:
             if entry["kind"] == "thaw":
-                _thaw(held)
+                _thaw(step)
             elif entry["kind"] == "write":
                 watchdog.write_value(entry)
             elif self._ended != "undone":
                 watchdog.run(entry)
         except OSError as e:
-            self.release(held)
+            self.release(step)
             entry["error"] = e.strerror or str(e)
             self._write(lambda journal: journal.save())
             kind = CommandError if entry["kind"] == "run" else DeviceControlError
             raise kind(f"cannot {describe(entry)}: {e.strerror or e}{self._by_hand(entry)}") from e
-        if keep_note:
-            self.release(held)
+        if keep_prepared:
+            self.release(step)
         else:
-            self.done(held)
+            self.done(step)
         return True
 
     def _by_hand(self, entry: Entry) -> str:
@@ -340,31 +346,31 @@ class Plan:
         ways += [f"pyploop thaw {self._journal.id}"] if self._journal is not None else []
         return f" (by hand: {', or '.join(ways)})" if ways else ""
 
-    def set_file(self, path: str, value: str, what: str) -> Held | None:
-        """Write `value` to a kernel's file until `undo`; None: it has it
-        already.  OSError as of the file."""
+    def set_file(self, path: str, value: str, what: str) -> UndoStep | None:
+        """Write `value` to a file of /proc or /sys until `undo`; None: it has this value
+        already.  OSError when the file cannot be read or written."""
         file = Path(path)
         old = file.read_text().strip()
         if old == value:
             return None
-        held = self.add(
+        step = self.add(
             {"kind": "write", "path": path, "value": old, "only_if": value, "what": what}
         )
         try:
             file.write_text(value)
         except OSError:
-            self.done(held)
+            self.done(step)
             raise
-        return held
+        return step
 
     def close(self) -> None:
-        """Undo what is left, end the watchdog, remove the journal.  Says what
-        could not be undone; never raises."""
-        if self._held:
+        """Undo what is left, end the watchdog, remove the journal.  Reports what could not
+        be undone; never raises."""
+        if self._steps:
             self.take_over()
-        for held in reversed(list(self._held)):
+        for step in reversed(list(self._steps)):
             try:
-                self.undo(held)
+                self.undo(step)
             except (DeviceControlError, CommandError) as e:
                 self._report.error(str(e))
         self._end_watchdog()
@@ -372,20 +378,21 @@ class Plan:
             undone_elsewhere = self._ended == "undone"
             if undone_elsewhere and self._journal.path.exists():
                 self._report.error(
-                    f"not everything could be undone: pyploop thaw --list, {self._journal.id}"
+                    "not everything could be undone: see journal "
+                    f"{self._journal.id} in `pyploop thaw --list`"
                 )
             elif not undone_elsewhere:
                 for entry in self._journal.entries:
-                    if "error" not in entry:  # foreseen, and never begun
+                    if "error" not in entry:  # prepared, and never begun
                         self._forget(entry)
                 if self._journal is not None:
                     self._journal.close()
             self._journal = None
 
 
-def _thaw(held: Held) -> None:
+def _thaw(step: UndoStep) -> None:
     try:
-        kernel.fithaw(held.fd, held.entry["mount"])
+        kernel.fithaw(step.fd, step.entry["mount"])
     except OSError as e:
         if e.errno != errno.EINVAL:  # thawed already
             raise

@@ -1,23 +1,23 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The process that undoes when its parent cannot: its whole main program.
+"""The watchdog process: it undoes the parent's steps when the parent cannot.
 
-Started as a script of its own (python -I -S), in a session of its own, so that
-neither SIGKILL of the sender nor a signal to its process group reaches it.
-Only the standard library.
+It is started by its path (python -I -S), in a session of its own.  So neither SIGKILL of
+the sender nor a signal to the sender's process group reaches it.  It imports only the
+standard library.
 
 argv: FITHAW's number, the descriptor of a packet socket to the parent, the
 parent's journal file ('' for none).  Messages of the parent, one JSON object
 per packet:
 
-    {"op": "add", "id": N, "entry": {…}}   N is about to be done; a descriptor
-                                           comes along with a `thaw`
+    {"op": "add", "id": N, "entry": {…}}   step N is about to begin; a `thaw` comes
+                                           with a descriptor
     {"op": "done", "id": N}                N is undone, or stays as it is
     {"op": "limit", "seconds": S}          undo everything S seconds from now
-    {"op": "ask", "seconds": S}            answer `held` and set a new limit, or
+    {"op": "ask", "seconds": S}            answer `armed` and set a new limit, or
                                            `undone` (S null: no limit)
 
-Entries (docs/internals/freeze.md) are undone in reverse when the socket ends, and when
-the limit passes; then the parent is told `undone`.
+Entries (docs/internals/freeze.md) are undone in reverse order when the socket ends, and when the
+limit passes.  In the second case `undone` is sent to the parent.
 """
 
 import contextlib
@@ -33,12 +33,12 @@ import sys
 import time
 from typing import Any
 
-READY, HELD, UNDONE = b"ready", b"held", b"undone"
+READY, ARMED, UNDONE = b"ready", b"armed", b"undone"
 LONGEST = 1 << 17
 """Bytes of one message at most."""
 LATE = 0.5
-"""Seconds that remain to what is added after the limit has passed: the parent
-was asleep, and does not know yet."""
+"""Seconds until a step is undone that was added after the limit had passed: the parent
+was asleep, and does not know of the limit yet."""
 RETRY = 0.05
 """Seconds between two thaws of a file system that was still being frozen."""
 
@@ -46,8 +46,8 @@ Entry = dict[str, Any]
 
 
 def write_value(entry: Entry) -> None:
-    """Kind `write`: `value` into the file `path`; what has gone, or is another
-    file now (`inode`), or holds something else than `only_if`, is left."""
+    """Kind `write`: write `value` into the file `path`.  The file is left alone when it
+    has gone, has another inode than `inode`, or has other contents than `only_if`."""
     try:
         fd = os.open(entry["path"], os.O_RDWR | os.O_CLOEXEC)
     except OSError as e:
@@ -69,8 +69,8 @@ def write_value(entry: Entry) -> None:
 
 
 def run(entry: Entry) -> None:
-    """Kind `run`: `argv`, for `timeout` seconds at most.  Its stdout is our
-    stderr: in a sender stdout may be the stream."""
+    """Kind `run`: run `argv`, for `timeout` seconds at most.  Its stdout goes to our
+    stderr, since in a sender stdout may be the stream."""
     # In a session of its own, so that what it started ends with it.
     process = subprocess.Popen(
         entry["argv"], stdin=subprocess.DEVNULL, stdout=2, start_new_session=True
@@ -85,30 +85,29 @@ def run(entry: Entry) -> None:
         raise OSError(errno.ECHILD, f"exit code {code}")
 
 
-class Plan:
+class Steps:
     """What must be undone, oldest first."""
 
     def __init__(self, fithaw: int, journal: str) -> None:
         self._fithaw, self._journal = fithaw, journal
-        self._held: dict[int, tuple[Entry, int]] = {}
+        self._steps: dict[int, tuple[Entry, int]] = {}
 
     def add(self, number: int, entry: Entry, fd: int) -> None:
-        self._held[number] = entry, fd
+        self._steps[number] = entry, fd
 
     def done(self, number: int) -> None:
-        _, fd = self._held.pop(number, ({}, -1))
+        _, fd = self._steps.pop(number, ({}, -1))
         if fd >= 0:
             os.close(fd)
 
     def undo(self, last: bool = False) -> bool:
-        """Undo in reverse; last: the parent has gone.  True when something has
-        to be tried again: a thaw that found nothing frozen, because the freeze
-        is still under way."""
+        """Undo in reverse order; last: the parent has gone.  True when a thaw must be tried
+        again: it found nothing frozen, because the freeze is still under way."""
         again = False
         undone: list[int] = []
         failed: dict[int, str] = {}
-        for number in reversed(list(self._held)):
-            entry, fd = self._held[number]
+        for number in reversed(list(self._steps)):
+            entry, fd = self._steps[number]
             try:
                 if entry["kind"] == "thaw":
                     fcntl.ioctl(fd, self._fithaw, 0)
@@ -129,7 +128,7 @@ class Plan:
         return again
 
     def _note(self, undone: list[int], failed: dict[int, str], last: bool) -> None:
-        """Leave in the journal what could not be undone, with the reason."""
+        """Keep in the journal what could not be undone, with the reason."""
         if not self._journal:
             return
         with open(os.open(self._journal, os.O_RDONLY | os.O_NOFOLLOW)) as f:
@@ -138,7 +137,7 @@ class Plan:
         for entry in left:
             if entry.get("id") in failed:
                 entry["error"] = failed[entry["id"]]
-        if last:  # the rest was foreseen, and never begun
+        if last:  # the rest was prepared, and never begun
             left = [e for e in left if "error" in e]
         if not left:
             os.unlink(self._journal)
@@ -152,38 +151,38 @@ class Plan:
         os.replace(new, self._journal)
 
 
-def serve(line: socket.socket, plan: Plan) -> None:
-    """Until the socket ends."""
+def serve(line: socket.socket, steps: Steps) -> None:
+    """Handle the parent's messages until the socket ends."""
     deadline: float | None = None
     fired = False
     while True:
         wait = None if deadline is None else max(deadline - time.monotonic(), 0.0)
         if not select.select([line], [], [], wait)[0]:
-            again = plan.undo()
+            again = steps.undo()
             deadline = time.monotonic() + RETRY if again else None
             if not fired:
                 fired = True
-                with contextlib.suppress(BlockingIOError):  # it asks, later
+                with contextlib.suppress(BlockingIOError):  # it will ask later
                     line.send(UNDONE, socket.MSG_DONTWAIT)
             continue
         try:
             data, fds, _, _ = socket.recv_fds(line, LONGEST, 1)
         except ConnectionResetError:
-            continue  # it left something unread; what it sent before comes next
+            continue  # it ended with an answer unread; its own messages come next
         if not data:
             return
         message = json.loads(data)
         if message["op"] == "add":
-            plan.add(message["id"], message["entry"], fds[0] if fds else -1)
+            steps.add(message["id"], message["entry"], fds[0] if fds else -1)
             if fired:
                 deadline = time.monotonic() + LATE
         elif message["op"] == "done":
-            plan.done(message["id"])
+            steps.done(message["id"])
         elif not fired:
             seconds = message["seconds"]
             deadline = None if seconds is None else time.monotonic() + seconds
         if message["op"] == "ask":
-            line.send(UNDONE if fired else HELD)
+            line.send(UNDONE if fired else ARMED)
 
 
 def main() -> None:
@@ -191,13 +190,13 @@ def main() -> None:
         # Not SIG_IGN: the commands it runs would inherit that.
         signal.signal(getattr(signal, name), lambda *_: None)
     line = socket.socket(fileno=int(sys.argv[2]))
-    plan = Plan(int(sys.argv[1]), sys.argv[3])
+    steps = Steps(int(sys.argv[1]), sys.argv[3])
     with contextlib.suppress(OSError):
         line.send(READY)
-        serve(line, plan)
-    plan.undo(last=True)
+        serve(line, steps)
+    steps.undo(last=True)
 
 
 if __name__ == "__main__":
     main()
-    os._exit(0)  # its parent waits, and has a container stopped
+    os._exit(0)  # fast: its parent waits for it, and has a container stopped

@@ -19,7 +19,7 @@ from pathlib import Path
 from pyploop.errors import DeviceControlError
 from pyploop.system import kernel
 from pyploop.system.sysblock import BlockDevice
-from pyploop.undo.ledger import Held, Plan
+from pyploop.undo.ledger import UndoLedger, UndoStep
 
 QUIET_DEADLINE = 5.0
 """Seconds to wait for writes in flight after the freeze."""
@@ -53,8 +53,8 @@ class Accounting:
     def __init__(self, disk: str) -> None:
         self._disk = disk
         self._path = f"/sys/block/{disk}/queue/iostats"
-        self._plan: Plan | None = None
-        self._held: Held | None = None
+        self._ledger: UndoLedger | None = None
+        self._step: UndoStep | None = None
         self._watch = self._switch = -1
 
     def problem(self) -> str:
@@ -66,9 +66,9 @@ class Accounting:
             return ""
         return f"the accounting of {self._disk} is off, and {self._path} cannot be written"
 
-    def start(self, plan: Plan) -> None:
+    def start(self, ledger: UndoLedger) -> None:
         """Switch it on until `stop`.  DeviceControlError when that is refused."""
-        self._plan = plan
+        self._ledger = ledger
         with contextlib.suppress(OSError):  # no inotify left: the value tells most
             self._watch = kernel.watch_writes(self._path)
         with contextlib.suppress(OSError):  # none: it accounts always
@@ -79,7 +79,7 @@ class Accounting:
     def interrupted(self) -> bool:
         """It was off at some time since the last call; it is on again when this
         returns."""
-        if self._plan is None:
+        if self._ledger is None:
             return False
         touched = self._was_touched()
         return self._switch_on() or touched
@@ -95,15 +95,15 @@ class Accounting:
 
     def _switch_on(self) -> bool:
         """True when it was off."""
-        assert self._plan is not None
+        assert self._ledger is not None
         if self._switch < 0:
             return False
         try:
             if os.pread(self._switch, 8, 0).strip() != b"0":
                 return False
-            if self._held is None:
+            if self._step is None:
                 what = f"switch the accounting of {self._disk} off again"
-                self._held = self._plan.set_file(self._path, "1", what)
+                self._step = self._ledger.set_file(self._path, "1", what)
             else:
                 Path(self._path).write_text("1")
         except OSError as e:
@@ -121,8 +121,8 @@ class Accounting:
             if fd >= 0:
                 os.close(fd)
         self._watch = self._switch = -1
-        held, plan = self._held, self._plan
-        self._held = self._plan = None
-        if held is not None and plan is not None:
+        step, ledger = self._step, self._ledger
+        self._step = self._ledger = None
+        if step is not None and ledger is not None:
             with contextlib.suppress(DeviceControlError):
-                plan.undo(held)
+                ledger.undo(step)

@@ -20,7 +20,7 @@ from pyploop.errors import DeviceControlError, DeviceError, LoopError, OpenError
 from pyploop.system import kernel, mount_table, sysblock
 from pyploop.system.claims import is_claimed
 from pyploop.system.mount_table import Mount
-from pyploop.undo.ledger import Plan
+from pyploop.undo.ledger import UndoLedger
 from pyploop.usage import users
 from pyploop.usage.related_devices import Dev, Member, Reach, reach
 from pyploop.usage.untracked_writes import Witness
@@ -131,10 +131,10 @@ class Lookout:
                 hint="end what uses it, or copy all the same with CopyOptions(unsafe_in_use=True)",
             )
 
-    def account(self, plan: Plan) -> None:
-        """Have on, while the plan is there, what tells of writes past the queue."""
+    def account(self, ledger: UndoLedger) -> None:
+        """Have on, while the ledger is there, what tells of writes past the queue."""
         if self._witness is not None:
-            self._witness.account(plan)
+            self._witness.account(ledger)
 
     # ---- page caches
 

@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from pyploop.system import kernel, mount_table
 from pyploop.system.kernel import Access
 from pyploop.system.sysblock import BlockDevice, node, partitions
-from pyploop.undo.ledger import Plan
+from pyploop.undo.ledger import UndoLedger
 from pyploop.usage.io_accounting import Accounting
 from pyploop.usage.related_devices import Dev, Member, Reach
 from pyploop.usage.users import describe
@@ -42,7 +42,7 @@ class Witness:
         """Why writes to the file cannot be seen; empty: they are."""
         self.openers: set[int] = set()
         """The processes that have opened the file since this was last emptied."""
-        self._plan: Plan | None = None
+        self._ledger: UndoLedger | None = None
         self._beside: dict[Dev, _Counters] = {}
         self._new: list[str] = []
         self._files = files
@@ -83,16 +83,16 @@ class Witness:
                 with contextlib.suppress(OSError):  # detached meanwhile
                     counters = self._owned.enter_context(_Counters(member, where))
                     self._beside[member.device.dev] = counters
-                    if self._plan is not None:
-                        counters.account(self._plan)
+                    if self._ledger is not None:
+                        counters.account(self._ledger)
                     self._new += [] if at_start else [f"{member.path} was attached"]
 
-    def account(self, plan: Plan) -> None:
+    def account(self, ledger: UndoLedger) -> None:
         """Have the accounting of these loop devices on, until `close` or the end of
-        the plan."""
-        self._plan = plan
+        the ledger."""
+        self._ledger = ledger
         for counters in self._beside.values():
-            counters.account(plan)
+            counters.account(ledger)
 
     def look(self) -> list[str]:
         """What was written past the queue since the last look, in words."""
@@ -152,8 +152,8 @@ class _Counters:
             undo.callback(self._accounting.stop)
             self._owned = undo.pop_all()
 
-    def account(self, plan: Plan) -> None:
-        self._accounting.start(plan)
+    def account(self, ledger: UndoLedger) -> None:
+        self._accounting.start(ledger)
 
     @staticmethod
     def _open(device: BlockDevice, undo: contextlib.ExitStack) -> int:

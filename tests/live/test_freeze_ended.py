@@ -175,7 +175,7 @@ def test_a_stopped_source_without_a_file_system_that_is_written_fails_the_copy(
 def test_what_stays_in_the_page_cache_of_a_stopped_device_fails_the_copy(folder: Path) -> None:
     with loop_device(sparse_file(folder / "image", SIZE)) as device:
         write = f"dd if=/dev/urandom of={device} bs=4k count=1 conv=notrunc 2>/dev/null"
-        # Held open: the last close of a device would write it back.
+        # Kept open: the last close of a device would write it back.
         with open(device, "rb"):
             got = copy(device, folder / "t", "-F", "true", "--before-thaw", write)
     assert (got.code, "was written to during the last steps" in got.errors) == (14, True), (

@@ -35,7 +35,7 @@ from pyploop.freeze.session import FreezeSession
 from pyploop.freeze.stoppers import Spec
 from pyploop.report.events import Reporter
 from pyploop.system.mount_table import Mount
-from pyploop.undo.ledger import Plan
+from pyploop.undo.ledger import UndoLedger
 
 pytestmark = pytest.mark.root
 SIZE = 32 * MIB
@@ -189,7 +189,7 @@ def test_after_an_undo_the_file_system_that_is_mounted_again_is_frozen_again(
 ) -> None:
     """As for a second approach, after a first that took too long."""
     device, m = disk
-    with contextlib.closing(Plan("a test", Reporter())) as plan:
+    with contextlib.closing(UndoLedger("a test", Reporter())) as plan:
         systems = FileSystems([Mount(str(m), "ext4", device)], Reporter(), plan)
         command = Spec("cmd", f"umount {m}", f"mount {device} {m}")
         session = FreezeSession([command], systems, plan, Reporter(), Deadline(time.monotonic))

@@ -35,7 +35,7 @@ from pyploop.errors import DeviceControlError, LoopError
 from pyploop.freeze import stoppers
 from pyploop.report.events import Reporter
 from pyploop.trackers import bpf
-from pyploop.undo.ledger import Plan
+from pyploop.undo.ledger import UndoLedger
 
 pytestmark = pytest.mark.root
 
@@ -545,7 +545,7 @@ def test_accounting_that_cannot_be_switched_on_again_ends_the_copy(
     def act(phase: str) -> None:
         if phase == "round 1":
             switch.write_text("0")
-            monkeypatch.setattr(Plan, "set_file", refuse)
+            monkeypatch.setattr(UndoLedger, "set_file", refuse)
 
     with pytest.raises(DeviceControlError, match=r"accounting .*Read-only"):
         lab.copy(Loss(), act)

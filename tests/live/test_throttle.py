@@ -21,7 +21,7 @@ from pyploop.freeze.stoppers import parse_spec
 from pyploop.freeze.throttle import Knob, Throttle, find, find_of, parse_throttle
 from pyploop.report.events import Reporter
 from pyploop.undo.journal import ENVIRONMENT
-from pyploop.undo.ledger import Plan
+from pyploop.undo.ledger import UndoLedger
 
 BLKIO = Path("/sys/fs/cgroup/blkio")
 SIZE = 48 * MIB
@@ -37,9 +37,9 @@ def group() -> Iterator[Path]:
 
 
 @pytest.fixture
-def plan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Plan]:
+def plan(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[UndoLedger]:
     monkeypatch.setenv(ENVIRONMENT, str(tmp_path / "run"))
-    made = Plan("a test", Reporter())
+    made = UndoLedger("a test", Reporter())
     try:
         yield made
     finally:
@@ -65,7 +65,7 @@ def limits(group: Path) -> str:
 @pytest.mark.root
 @pytest.mark.parametrize("before", [None, 9 * MIB, 4096])
 def test_a_limit_is_set_and_what_was_there_is_put_back(
-    group: Path, plan: Plan, disk: str, before: int | None
+    group: Path, plan: UndoLedger, disk: str, before: int | None
 ) -> None:
     major, minor = number(disk)
     if before is not None:
@@ -83,7 +83,9 @@ def test_a_limit_is_set_and_what_was_there_is_put_back(
 
 
 @pytest.mark.root
-def test_synchronous_writes_are_slowed_down_to_the_rate(group: Path, plan: Plan, disk: str) -> None:
+def test_synchronous_writes_are_slowed_down_to_the_rate(
+    group: Path, plan: UndoLedger, disk: str
+) -> None:
     throttle = Throttle(2 * MIB, str(group), Reporter())
     throttle.prepare(plan, number(disk), [])
     throttle.apply()
@@ -173,7 +175,7 @@ def test_the_cgroup_is_that_of_the_container_unless_one_is_named(bench: Bench, g
         with pytest.raises(OpenError, match="no cgroup"):
             find(bad, "7:0")
     with pytest.raises(ParameterError, match="plain file"):
-        Throttle(1, str(group), Reporter()).prepare(Plan("x", Reporter()), None, [])
+        Throttle(1, str(group), Reporter()).prepare(UndoLedger("x", Reporter()), None, [])
 
 
 @pytest.mark.parametrize(

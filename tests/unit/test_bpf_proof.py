@@ -18,7 +18,7 @@ from pyploop._core import Bitmap, Counters, Extents, Snapshot
 from pyploop.disks.source import Source
 from pyploop.system.sysblock import BlockDevice
 from pyploop.trackers import Batch, Repair, bpf
-from pyploop.undo.ledger import Plan
+from pyploop.undo.ledger import UndoLedger
 
 SIZE = 1 << 20
 BLOCK = 4096
@@ -102,7 +102,7 @@ class Made(bpf.BpfTracker):
         super().__init__(Source("/dev/made", "block", SIZE, -1, block=dev))
         self.kernel = kernel
 
-    def start(self, plan: Plan | None = None) -> None:
+    def start(self, plan: UndoLedger | None = None) -> None:
         self._tracking = cast(Any, self.kernel)
         self._find_base()
 

@@ -267,7 +267,6 @@ def test_numbers_that_python_writes_down_too_are_those_of_the_headers() -> None:
         "SYNC_SIZE": d1.SYNC_SIZE,
         "D2_MARK": d2.MARK,
         "D2_HEADER": d2.HEADER.size,
-        "DIGEST": d2.DIGEST_SIZE,
         "PACKET_DATA": d2.DATA,
         "PACKET_CMD": d2.CMD,
         "PACKET_DATA_ASYNC": d2.DATA_ASYNC,

@@ -20,14 +20,14 @@ from support import pyploop_cmd, pyploop_env, tmpfs, wait_until
 from pyploop.errors import CommandError, DeviceControlError, LoopError
 from pyploop.report.events import Reporter, TextRenderer
 from pyploop.undo import journal, watchdog
-from pyploop.undo.ledger import Plan
+from pyploop.undo.ledger import UndoLedger
 
 HOLDER = """
 import sys, time
 from pathlib import Path
 from pyploop.report.events import Reporter
-from pyploop.undo.ledger import Plan
-plan = Plan("a test", Reporter())
+from pyploop.undo.ledger import UndoLedger
+ledger = UndoLedger("a test", Reporter())
 for line in sys.stdin:
     exec(line)
     print("done", flush=True)
@@ -43,7 +43,7 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 class Holder:
-    """Another process with a plan."""
+    """Another process with a ledger."""
 
     def __init__(self) -> None:
         self.process = subprocess.Popen(
@@ -63,8 +63,8 @@ class Holder:
     def hold(self, place: Path, name: str) -> Path:
         """Two files say `held`, until they are undone in reverse."""
         log = place / name
-        self.do(f"plan.add(dict(kind='run', argv=['sh', '-c', 'echo 1 >>{log}'], timeout=9))")
-        self.do(f"plan.add(dict(kind='run', argv=['sh', '-c', 'echo 2 >>{log}'], timeout=9))")
+        self.do(f"ledger.add(dict(kind='run', argv=['sh', '-c', 'echo 1 >>{log}'], timeout=9))")
+        self.do(f"ledger.add(dict(kind='run', argv=['sh', '-c', 'echo 2 >>{log}'], timeout=9))")
         return log
 
     def watchdogs(self) -> list[int]:
@@ -133,7 +133,7 @@ def test_a_holder_that_hangs_past_the_limit_is_undone_and_learns_it(
     place: Path, holder: Holder
 ) -> None:
     log = holder.hold(place, "log")
-    holder.do("plan.limit(0.3)")
+    holder.do("ledger.limit(0.3)")
     holder.process.send_signal(signal.SIGSTOP)
     wait_until(lambda: text(log) == "2\n1\n", "everything is undone")
     wait_until(lambda: not journal.records(), "the journal has gone")
@@ -142,63 +142,63 @@ def test_a_holder_that_hangs_past_the_limit_is_undone_and_learns_it(
     code = "\\n".join(
         [
             "from pyploop.errors import LoopError",
-            "try: plan.still_held(9)",
+            "try: ledger.renew(9)",
             f"except LoopError: Path('{late}').write_text('learnt')",
         ]
     )
     holder.do(f"exec('''{code}''')")
     assert text(late) == "learnt"
-    holder.do("plan.close()")
+    holder.do("ledger.close()")
     assert text(log) == "2\n1\n", "not undone a second time"
 
 
 def test_what_is_added_after_the_limit_does_not_stay(place: Path) -> None:
-    path, plan = setting(place), Plan("a test", Reporter())
+    path, ledger = setting(place), UndoLedger("a test", Reporter())
     try:
-        plan.add({"kind": "write", "path": str(place / "gone"), "value": "x"})
-        plan.limit(0)
-        assert plan._line is not None
+        ledger.add({"kind": "write", "path": str(place / "gone"), "value": "x"})
+        ledger.limit(0)
+        assert ledger._line is not None
         wait_until(lambda: not journal.records(), "the limit has passed")
         # As one who was asleep between looking and acting.
-        plan._tell(op="add", id=9, entry={"kind": "write", "path": str(path), "value": "new"})
+        ledger._send(op="add", id=9, entry={"kind": "write", "path": str(path), "value": "new"})
         wait_until(lambda: path.read_text() == "new", "undone")
         with pytest.raises(LoopError, match="the watchdog undid it"):
-            plan.watch()
+            ledger.watch()
     finally:
-        plan.close()
+        ledger.close()
 
 
-def test_a_yes_to_still_held_moves_the_limit(place: Path) -> None:
-    path, plan = setting(place), Plan("a test", Reporter())
+def test_a_yes_to_renew_moves_the_limit(place: Path) -> None:
+    path, ledger = setting(place), UndoLedger("a test", Reporter())
     try:
-        held = plan.set_file(str(path), "new", "put it back")
+        held = ledger.set_file(str(path), "new", "put it back")
         assert held is not None
-        plan.limit(0.2)
-        plan.still_held(60)
+        ledger.limit(0.2)
+        ledger.renew(60)
         start = time.monotonic()
         while time.monotonic() < start + 0.4:
-            plan.watch()
+            ledger.watch()
         assert path.read_text() == "new"
-        plan.undo(held)
+        ledger.undo(held)
         assert path.read_text() == "old"
     finally:
-        plan.close()
+        ledger.close()
     assert journal.records() == []
 
 
 def test_a_dead_watchdog_is_noticed_and_what_is_held_is_undone_here(place: Path) -> None:
-    path, plan = setting(place), Plan("a test", Reporter())
+    path, ledger = setting(place), UndoLedger("a test", Reporter())
     try:
-        plan.set_file(str(path), "new", "put it back")
-        assert plan._process is not None
-        plan._process.kill()
-        plan._process.wait()
+        ledger.set_file(str(path), "new", "put it back")
+        assert ledger._process is not None
+        ledger._process.kill()
+        ledger._process.wait()
         with pytest.raises(DeviceControlError, match="has died"):
-            plan.still_held(60)
+            ledger.renew(60)
         with pytest.raises(DeviceControlError, match="has died"):
-            plan.add({"kind": "write", "path": "/x", "value": ""})
+            ledger.add({"kind": "write", "path": "/x", "value": ""})
     finally:
-        plan.close()
+        ledger.close()
     assert (path.read_text(), journal.records()) == ("old", [])
 
 
@@ -209,30 +209,30 @@ def test_a_watchdog_that_died_before_the_freeze_is_replaced_by_one_that_knows_al
     (first,) = holder.watchdogs()
     os.kill(first, signal.SIGKILL)
     wait_until(lambda: first not in holder.watchdogs() or zombie(first), "it is dead")
-    holder.do("plan.start()")
+    holder.do("ledger.start()")
     assert [p for p in holder.watchdogs() if p != first]
     holder.process.kill()
     wait_until(lambda: text(log) == "2\n1\n", "everything is undone")
 
 
 def test_what_the_watchdog_has_undone_is_never_forgotten_by_a_new_one(place: Path) -> None:
-    path, plan = setting(place), Plan("a test", Reporter())
+    path, ledger = setting(place), UndoLedger("a test", Reporter())
     try:
-        plan.set_file(str(path), "new", "put it back")
-        plan.limit(0)
+        ledger.set_file(str(path), "new", "put it back")
+        ledger.limit(0)
         wait_until(lambda: path.read_text() == "old", "the limit has passed")
         with pytest.raises(LoopError, match="the watchdog undid it"):
-            plan.still_held(60)
+            ledger.renew(60)
         for _ in range(2):
             with pytest.raises(LoopError, match="the watchdog undid it"):
-                plan.start()
+                ledger.start()
         with pytest.raises(LoopError, match="the watchdog undid it"):
-            plan.add({"kind": "write", "path": str(path), "value": "old"})
-        plan.unlimit()
+            ledger.add({"kind": "write", "path": str(path), "value": "old"})
+        ledger.unlimit()
         with pytest.raises(LoopError, match="the watchdog undid it"):
-            plan.in_time()
+            ledger.in_time()
     finally:
-        plan.close()
+        ledger.close()
     assert (path.read_text(), journal.records()) == ("old", [])
 
 
@@ -241,83 +241,83 @@ def test_a_watchdog_that_dies_in_the_freeze_is_not_replaced(
     place: Path, seconds: float | None
 ) -> None:
     """It may have undone something just before: nobody can tell."""
-    path, plan = setting(place), Plan("a test", Reporter())
+    path, ledger = setting(place), UndoLedger("a test", Reporter())
     try:
-        plan.set_file(str(path), "new", "put it back")
-        plan.limit(seconds)
-        kill_watchdog(plan)
+        ledger.set_file(str(path), "new", "put it back")
+        ledger.limit(seconds)
+        kill_watchdog(ledger)
         with pytest.raises(DeviceControlError, match="has died"):
-            plan.start()
+            ledger.start()
         assert path.read_text() == "new"
     finally:
-        plan.close()
+        ledger.close()
     assert path.read_text() == "old"
 
 
 def test_a_watchdog_that_is_dead_when_the_limit_has_passed_may_have_undone(place: Path) -> None:
-    path, plan = setting(place), Plan("a test", Reporter())
+    path, ledger = setting(place), UndoLedger("a test", Reporter())
     try:
-        plan.set_file(str(path), "new", "put it back")
-        plan.limit(0.3)
-        kill_watchdog(plan)
+        ledger.set_file(str(path), "new", "put it back")
+        ledger.limit(0.3)
+        kill_watchdog(ledger)
         until = time.monotonic() + 0.3
         wait_until(lambda: time.monotonic() > until, "the limit passes")
-        plan.take_over()
-        with pytest.raises(LoopError, match="may have undone everything"):
-            plan.watch()
+        ledger.take_over()
+        with pytest.raises(LoopError, match="may have thawed the source"):
+            ledger.watch()
         assert path.read_text() == "new"
     finally:
-        plan.close()
+        ledger.close()
     assert path.read_text() == "old", "undone here"
 
 
 def test_a_limit_that_has_passed_is_known_without_an_answer(place: Path) -> None:
     """The watchdog is still busy: it undoes before it says so."""
-    plan = Plan("a test", Reporter())
+    ledger = UndoLedger("a test", Reporter())
     try:
-        plan.add({"kind": "run", "argv": ["sleep", "1"], "timeout": 9})
-        plan.limit(0.1)
-        plan.in_time()
+        ledger.add({"kind": "run", "argv": ["sleep", "1"], "timeout": 9})
+        ledger.limit(0.1)
+        ledger.in_time()
         until = time.monotonic() + 0.1
         wait_until(lambda: time.monotonic() > until, "the limit passes")
-        with pytest.raises(LoopError, match="held for more than"):
-            plan.in_time()
+        with pytest.raises(LoopError, match="frozen for more than"):
+            ledger.in_time()
     finally:
-        plan.close()
+        ledger.close()
 
 
 def test_a_watchdog_that_starts_after_the_limit_was_set_knows_it(place: Path) -> None:
-    path, plan = setting(place), Plan("a test", Reporter())
+    path, ledger = setting(place), UndoLedger("a test", Reporter())
     try:
-        plan.limit(0.5)
-        plan.set_file(str(path), "new", "put it back")
+        ledger.limit(0.5)
+        ledger.set_file(str(path), "new", "put it back")
         assert path.read_text() == "new"
         wait_until(lambda: path.read_text() == "old", "undone at the limit")
     finally:
-        plan.close()
+        ledger.close()
 
 
 def test_after_a_freeze_that_was_undone_here_another_may_begin(place: Path) -> None:
-    path, plan = setting(place), Plan("a test", Reporter())
+    path, ledger = setting(place), UndoLedger("a test", Reporter())
     try:
         for _ in range(2):
-            held = plan.set_file(str(path), "new", "put it back")
+            held = ledger.set_file(str(path), "new", "put it back")
             assert held is not None
-            plan.limit(60)
-            plan.still_held(60)
-            assert plan.undo(held)
-            plan.unlimit()
-        kill_watchdog(plan)
-        plan.start()  # between two freezes it is replaced
-        plan.watch()
+            ledger.limit(60)
+            ledger.renew(60)
+            assert ledger.undo(held)
+            ledger.unlimit()
+        kill_watchdog(ledger)
+        ledger.start()  # between two freezes it is replaced
+        ledger.watch()
     finally:
-        plan.close()
+        ledger.close()
 
 
-def kill_watchdog(plan: Plan) -> None:
-    assert plan._process is not None
-    plan._process.kill()
-    plan._process.wait()
+def kill_watchdog(ledger: UndoLedger) -> None:
+    assert ledger._process is not None
+    ledger._process.kill()
+    ledger._process.wait()
 
 
 def zombie(pid: int) -> bool:
@@ -348,8 +348,8 @@ def test_when_both_are_killed_pyploop_thaw_undoes(place: Path, holder: Holder) -
 def test_what_the_watchdog_could_not_undo_is_listed_with_its_reason(
     place: Path, holder: Holder
 ) -> None:
-    holder.do("plan.add(dict(kind='run', argv=['false'], timeout=9, what='resume it'))")
-    holder.do("plan.add(dict(kind='run', argv=['sleep', '60'], timeout=0.1, what='hangs'))")
+    holder.do("ledger.add(dict(kind='run', argv=['false'], timeout=9, what='resume it'))")
+    holder.do("ledger.add(dict(kind='run', argv=['sleep', '60'], timeout=0.1, what='hangs'))")
     log = holder.hold(place, "log")
     holder.process.kill()
     wait_until(lambda: text(log) == "2\n1\n", "the rest is undone")
@@ -365,7 +365,7 @@ def test_what_the_watchdog_could_not_undo_is_listed_with_its_reason(
 
 def test_what_can_never_be_undone_is_forgotten_by_name(place: Path, holder: Holder) -> None:
     name = str(holder.process.pid)
-    holder.do("plan.add(dict(kind='run', argv=['false'], timeout=9, what='resume it'))")
+    holder.do("ledger.add(dict(kind='run', argv=['false'], timeout=9, what='resume it'))")
     assert thaw("--forget", name) == (
         17,
         f"pyploop thaw: {name} belongs to process {name}, which undoes it itself\n",
@@ -408,24 +408,24 @@ def thaw(*args: str) -> tuple[int, str]:
 def test_a_holder_killed_while_its_watchdog_starts_leaves_no_journal(
     place: Path, holder: Holder
 ) -> None:
-    holder.do("plan.launch()")
+    holder.do("ledger.launch()")
     assert len(journal.records()) == 1
     holder.process.kill()
     wait_until(lambda: not journal.records(), "the journal has gone")
 
 
-def test_what_was_foreseen_and_never_begun_leaves_no_journal(place: Path, holder: Holder) -> None:
+def test_what_was_prepared_and_never_begun_leaves_no_journal(place: Path, holder: Holder) -> None:
     log = place / "log"
     foreseen = f"dict(kind='run', argv=['sh', '-c', 'echo 1 >>{log}'], timeout=9)"
-    holder.do("plan.start()")
-    holder.do(f"plan.foresee({foreseen})")
+    holder.do("ledger.start()")
+    holder.do(f"ledger.prepare({foreseen})")
     assert [len(r.entries) for r in journal.records()] == [1]
     holder.process.kill()
     wait_until(lambda: not journal.records(), "the journal has gone")
-    plan = Plan("a test", Reporter())
-    plan.start()
-    plan.foresee({"kind": "run", "argv": ["touch", str(log)], "timeout": 9})
-    plan.close()
+    ledger = UndoLedger("a test", Reporter())
+    ledger.start()
+    ledger.prepare({"kind": "run", "argv": ["touch", str(log)], "timeout": 9})
+    ledger.close()
     assert (journal.records(), log.exists()) == ([], False)
 
 
@@ -454,9 +454,9 @@ def test_a_value_is_put_back_unless_it_is_another_now(
 
 
 def test_a_command_that_cannot_undo_is_an_error_that_says_how_by_hand(place: Path) -> None:
-    plan = Plan("a test", Reporter())
+    ledger = UndoLedger("a test", Reporter())
     try:
-        held = plan.add(
+        held = ledger.add(
             {
                 "kind": "run",
                 "argv": ["sh", "-c", "exit 3"],
@@ -466,11 +466,11 @@ def test_a_command_that_cannot_undo_is_an_error_that_says_how_by_hand(place: Pat
             }
         )
         with pytest.raises(CommandError, match="cannot resume it: exit code 3") as e:
-            plan.undo(held)
+            ledger.undo(held)
         assert f"by hand: do it, or pyploop thaw {os.getpid()}" in str(e.value)
-        assert not plan.undo(held), "once"
+        assert not ledger.undo(held), "once"
     finally:
-        plan.close()
+        ledger.close()
     (left,) = journal.records()
     assert [journal.describe(x) for x in left.entries] == ["resume it"]
 
@@ -479,12 +479,12 @@ def test_without_a_journal_the_watchdog_still_undoes(
     place: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv(journal.ENVIRONMENT, "/proc/nowhere")
-    path, plan = setting(place), Plan("a test", Reporter())
-    plan.set_file(str(path), "new", "put it back")
-    assert plan._line is not None
-    plan._line.close()  # as when this process dies
+    path, ledger = setting(place), UndoLedger("a test", Reporter())
+    ledger.set_file(str(path), "new", "put it back")
+    assert ledger._line is not None
+    ledger._line.close()  # as when this process dies
     wait_until(lambda: path.read_text() == "old", "undone")
-    plan.close()
+    ledger.close()
 
 
 @pytest.mark.root
@@ -505,12 +505,12 @@ def test_a_folder_that_takes_no_more_costs_the_journal_only(place: Path, full: s
                     (run / "full.too").write_bytes(b"x" * 4096)
 
         fill("at the start")
-        plan = Plan("a test", report)
-        plan.start()
+        ledger = UndoLedger("a test", report)
+        ledger.start()
         fill("later")
-        plan.add(undo)
+        ledger.add(undo)
         fill("at the end")
-        plan.close()
+        ledger.close()
         assert [p.name for p in run.iterdir() if "json" in p.name] == []
     assert log.read_text() == "undone\n"
     assert said.getvalue().count("`pyploop thaw` will know nothing of this copy") == 1
