@@ -106,20 +106,20 @@ def _watched(
 
 
 def _subject(source: Source) -> Subject:
-    if source.where is None:
+    if source.related is None:
         st = os.fstat(source.fd)
         file = (os.major(st.st_dev), os.minor(st.st_dev)), st.st_ino
         return Subject(source.path, None, [file], source.path, [source.fd])
-    loop = source.where.loop
+    loop = source.related.loop
     if loop is None:
-        return Subject(source.path, source.where)
+        return Subject(source.path, source.related)
     files = [loop.file]
     fds = [] if source.sparse_fd is None else [source.sparse_fd]
     if lower := below_overlay(loop):
         fds.append(_open(lower, os.O_RDONLY, source._owned, "the backing file"))
         st = os.fstat(fds[-1])
         files.append(((os.major(st.st_dev), os.minor(st.st_dev)), st.st_ino))
-    return Subject(source.path, source.where, files, loop.name, fds)
+    return Subject(source.path, source.related, files, loop.name, fds)
 
 
 def _check_whole(path: str, size: int, loop: str) -> None:
@@ -172,7 +172,7 @@ def _open_block(path: str, dev: tuple[int, int], read: ReadPath) -> Source:
         fd = _open(path, os.O_RDONLY | os.O_DIRECT, owned, "the source")
         size = kernel.device_size(fd, path)
         block = sysblock.find(dev)
-        where = reach(block)
+        related = reach(block)
         source = Source(
             path,
             "block",
@@ -181,20 +181,20 @@ def _open_block(path: str, dev: tuple[int, int], read: ReadPath) -> Source:
             align=kernel.logical_block_size(fd, path),
             io_mode="device, O_DIRECT",
             block=block,
-            where=where,
+            related=related,
             image=path,
             control_fd=fd,
             _owned=owned,
         )
         if size == 0:
             raise DeviceError(f"the source {path} has no size (nothing attached to it?)", path=path)
-        if where.loop is not None:
-            _use_backing(source, where, where.loop, read)
+        if related.loop is not None:
+            _use_backing(source, related, related.loop, read)
         elif read == "backing":
             raise ParameterError(f"{path} is not on a loop device: it has no backing file to read")
-        if source.fd == fd and where.queue.dev != block.dev:
-            _use_lower(source, where)
-        _identify(source, where)
+        if source.fd == fd and related.queue.dev != block.dev:
+            _use_lower(source, related)
+        _identify(source, related)
         if source.fd == fd and size % source.align:
             at = size - size % source.align
             source.tail = find_tail(path, at, size, source.sparse_fd, source.sparse_base)
@@ -206,9 +206,9 @@ def _open_block(path: str, dev: tuple[int, int], read: ReadPath) -> Source:
     return source
 
 
-def _identify(source: Source, where: Reach) -> None:
+def _identify(source: Source, related: Reach) -> None:
     """Before the first read.  OSError: nothing is attached to a loop device any more."""
-    for disk in where.below:
+    for disk in related.below:
         fd = -1
         if disk.name.startswith("loop"):
             path = f"/dev/{disk.name}"
@@ -222,20 +222,20 @@ def _identify(source: Source, where: Reach) -> None:
         source.identities.append(identity)
 
 
-def _use_lower(source: Source, where: Reach) -> None:
+def _use_lower(source: Source, related: Reach) -> None:
     """Read the block device on which the source lies.  A loop device between them
     reads through that one's page cache, which knows nothing of a write by another way."""
-    path = f"/dev/{where.queue.name}"
+    path = f"/dev/{related.queue.name}"
     fd = _open(path, os.O_RDONLY | os.O_DIRECT, source._owned, f"what {source.path} lies on,")
     align = kernel.logical_block_size(fd, path)
-    if where.base % align or source.size % align:
+    if related.base % align or source.size % align:
         source.io_mode += f" ({path}, on which it lies, not used: {align}-byte sectors)"
         return
-    source.fd, source.base, source.align = fd, where.base, align
+    source.fd, source.base, source.align = fd, related.base, align
     source.io_mode = f"{path}, on which it lies, O_DIRECT"
 
 
-def _use_backing(source: Source, where: Reach, loop: Loop, read: ReadPath) -> None:
+def _use_backing(source: Source, related: Reach, loop: Loop, read: ReadPath) -> None:
     """Find the loop device's backing file; take the holes from it, and read it
     unless `device` was asked for."""
     disk = loop.path
@@ -275,7 +275,7 @@ def _use_backing(source: Source, where: Reach, loop: Loop, read: ReadPath) -> No
         source.io_mode += f" (backing file not used: {why})"
         return
     source._owned.callback(os.close, fd)
-    base = status.offset + where.queue.start
+    base = status.offset + related.queue.start
     source.sparse_fd, source.sparse_base = fd, base
     if read == "device":
         return
@@ -354,9 +354,9 @@ def _check_mount(source: Source, mount: str) -> None:
         st = os.stat(mount)
     except OSError as e:
         raise OpenError.of(f"cannot open the mount point {mount}", e) from e
-    if source.where is None:
+    if source.related is None:
         return
-    devices = source.where.tracked
+    devices = source.related.tracked
     if (os.major(st.st_dev), os.minor(st.st_dev)) in {d.dev for d in devices}:
         return
     # btrfs has a device number of its own, and so has XFS when the source is its

@@ -55,7 +55,7 @@ class Source:
     image_format: str = "raw"
     control_fd: int = -1
     """The open device that takes ioctls, when `fd` is another file."""
-    where: Reach | None = None
+    related: Reach | None = None
     """The devices that share bytes with a block device; None: not one."""
     lookout: Lookout | None = None
     """Who uses it; None: a ploop device, whose driver tracks all writes."""
@@ -85,7 +85,7 @@ class Source:
     def queue(self) -> BlockDevice | None:
         """The block device, and the part of it, that all writes to the source pass:
         the source's own, or that on which it lies."""
-        return self.block if self.where is None else self.where.queue
+        return self.block if self.related is None else self.related.queue
 
     def check_size(self) -> None:
         """ReadError when the size is not what it was when it was opened."""

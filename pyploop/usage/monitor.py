@@ -67,7 +67,7 @@ class Subject:
     """What is copied."""
 
     path: str
-    where: Reach | None
+    related: Reach | None
     """None: a plain file."""
     files: Sequence[tuple[Dev, int]] = ()
     """Device and inode of the file in which its bytes are, if they are in one; two
@@ -85,7 +85,7 @@ class Lookout:
         """given: what the user says is to be frozen.  unsafe: he says that the
         copy is to be made whatever is found."""
         self._subject, self._given, self._unsafe = subject, given, unsafe
-        self._where = subject.where
+        self._related = subject.related
         self._caches: dict[Dev, tuple[Member, int]] = {}
         self._owned = contextlib.ExitStack()
         self._witness: Witness | None = None
@@ -114,13 +114,13 @@ class Lookout:
                 fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
                 self._owned.callback(os.close, fd)
                 self._moved.register(fd, select.POLLPRI)
-        if s.where is not None:
+        if s.related is not None:
             self._witness = Witness(s.fds, s.files, s.name)
             self._owned.callback(self._witness.close)
             self._open_caches()
             # What is dirty there now is no write of the time of the copy.
             self._write_back([c for c in self._caches.values() if not c[0].tracked])
-            self._witness.count(s.where, at_start=True)
+            self._witness.count(s.related, at_start=True)
         # After the watch has begun, so that nobody comes in between.
         self.look()
         if self.found.unknown and not self._unsafe:
@@ -139,10 +139,10 @@ class Lookout:
     # ---- page caches
 
     def _open_caches(self) -> None:
-        assert self._where is not None
-        for member in self._where.members:
+        assert self._related is not None
+        for member in self._related.members:
             # What a mapped device lies on is its driver's alone, and may not even answer.
-            mapped = not member.tracked and self._where.loop is None
+            mapped = not member.tracked and self._related.loop is None
             if mapped or member.device.dev in self._caches:
                 continue
             path = self._path_of(member)
@@ -163,8 +163,8 @@ class Lookout:
             self._caches[member.device.dev] = member, fd
 
     def _path_of(self, member: Member) -> str:
-        assert self._where is not None
-        return self._subject.path if member is self._where.members[0] else member.path
+        assert self._related is not None
+        return self._subject.path if member is self._related.members[0] else member.path
 
     def write_back(self) -> None:
         """Write back what was written through the page cache of any device that
@@ -175,7 +175,7 @@ class Lookout:
     @property
     def _may_be_mapped(self) -> bool:
         """It is a plain file, and somebody has it open for writing, or mapped."""
-        return self._where is None and any(u.state == "compared" for u in self.found.users)
+        return self._related is None and any(u.state == "compared" for u in self.found.users)
 
     @property
     def may_be_written_unseen(self) -> bool:
@@ -195,19 +195,19 @@ class Lookout:
     # ---- who is there
 
     def _find(self) -> Found:
-        if self._where is None:
+        if self._related is None:
             return Found([], [*self._attached(), *self._swaps(), *self._writers("compared")])
         self._mounted = self._mounts()
         self._claimed = self._claims()
-        found = users.find(self._subject.path, self._where, self._given)
+        found = users.find(self._subject.path, self._related, self._given)
         return Found(found.mounts, [*found.users, *self._swaps(), *self._writers("unknown")])
 
     def _mounts(self) -> list[Mount]:
-        members = [] if self._where is None else [m.device for m in self._where.members]
+        members = [] if self._related is None else [m.device for m in self._related.members]
         return mount_table.mounts_of(members)
 
     def _claims(self) -> list[Dev]:
-        members = [] if self._where is None else self._where.members
+        members = [] if self._related is None else self._related.members
         return [
             m.device.dev
             for m in members
@@ -276,11 +276,11 @@ class Lookout:
         return [u for u in self.found.users if u not in known.users]
 
     def _renew(self) -> None:
-        if self._where is not None:
-            self._where = reach(self._where.members[0].device)
+        if self._related is not None:
+            self._related = reach(self._related.members[0].device)
             if self._witness is not None:
                 self._open_caches()
-                self._witness.count(self._where, at_start=False)
+                self._witness.count(self._related, at_start=False)
         self.found = self._find()
 
     def beside(self, frozen: bool = False) -> list[str]:
@@ -317,7 +317,7 @@ class Lookout:
 
     def _mounted_since(self) -> list[str]:
         """What was mounted since the last look, in words; LoopError for swap space."""
-        if self._where is None or _read("/proc/swaps") != self._sight.swaps:
+        if self._related is None or _read("/proc/swaps") != self._sight.swaps:
             self.changed(last=True)
         known = {m.device() for m in self._mounted}
         new = [m for m in self._mounts() if m.device() not in known]

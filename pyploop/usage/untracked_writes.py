@@ -73,15 +73,15 @@ class Witness:
             return
         self.why_not = "it cannot be opened here"
 
-    def count(self, where: Reach, at_start: bool) -> None:
+    def count(self, related: Reach, at_start: bool) -> None:
         """Count the writes to the other loop devices on the file from now on.  What
         one that is new has written before, nobody knows."""
         # The slaves of a mapped device are moved by its own writes.
-        for member in where.members if where.loop is not None else []:
+        for member in related.members if related.loop is not None else []:
             new = not member.tracked and member.device.dev not in self._beside
             if new and not member.device.is_partition:
                 with contextlib.suppress(OSError):  # detached meanwhile
-                    counters = self._owned.enter_context(_Counters(member, where))
+                    counters = self._owned.enter_context(_Counters(member, related))
                     self._beside[member.device.dev] = counters
                     if self._ledger is not None:
                         counters.account(self._ledger)
@@ -139,9 +139,9 @@ def _is_kernel_thread(pid: int) -> bool:
 class _Counters:
     """Sectors written to one loop device, where it shares bytes with the source."""
 
-    def __init__(self, member: Member, where: Reach) -> None:
+    def __init__(self, member: Member, related: Reach) -> None:
         self.device, self.path = member.device, member.path
-        ours = {m.device.dev for m in where.members}
+        ours = {m.device.dev for m in related.members}
         with contextlib.ExitStack() as undo:
             self._whole = self._open(self.device, undo)
             # What shares no byte with the source is taken off.
