@@ -323,7 +323,7 @@ def _put_device(report: Report, path: str) -> Source:
 
 
 def _users(source: Source) -> list[Report]:
-    found = [] if source.lookout is None else source.lookout.found.users
+    found = [] if source.monitor is None else source.monitor.found.users
     return [
         {"device": u.device, "what": u.what, "state": u.state, "advice": u.advice or None}
         for u in found
@@ -336,7 +336,7 @@ def _open(report: Report, path: str) -> Source:
     except OpenError as e:
         # Used in a way that a copy cannot be right with: the rest is still true.
         source = open_source(path, to_freeze=False)
-        found = Found() if source.lookout is None else source.lookout.look()
+        found = Found() if source.monitor is None else source.monitor.look()
         source.mounts = found.mounts
         report["notes"] += [refusal([u]) for u in found.unknown] or [str(e)]
         return source

@@ -104,8 +104,8 @@ class Tracker:
             undo.callback(plan.close)
             systems = FileSystems(source.mounts, self._report, plan)
             undo.callback(systems.close)
-            if source.lookout is not None:
-                source.lookout.account(plan)
+            if source.monitor is not None:
+                source.monitor.account(plan)
             marks.start(plan)
             marks.mark_all()
             self._report.info(f"Tracker: {marks.name} ({marks.why})")
@@ -141,13 +141,13 @@ class Tracker:
         source, marks, systems = self._opened
         source.check_device()
         source.check_size()
-        lookout = source.lookout
-        if lookout is not None:
-            lookout.changed(last=quiesced)
+        monitor = source.monitor
+        if monitor is not None:
+            monitor.changed(last=quiesced)
         if not quiesced:
             run_cancellable(systems.sync)
         run_cancellable(source.write_back)
-        beside = [] if lookout is None else lookout.beside()
+        beside = [] if monitor is None else monitor.untracked_writes()
         batches = marks.take()
         found = marks.check(quiesced)
         why = found.why

@@ -58,8 +58,8 @@ class Context:
 
     def beside(self, frozen: bool = False) -> list[str]:
         """The writes that no tracker sees, described for messages."""
-        lookout = self.source.lookout
-        return [] if lookout is None else lookout.beside(frozen)
+        monitor = self.source.monitor
+        return [] if monitor is None else monitor.untracked_writes(frozen)
 
     def compare_all(self, beside: list[str]) -> Repair:
         """Compare the whole source, because of the writes that `beside` describes."""

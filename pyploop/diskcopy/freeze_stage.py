@@ -89,8 +89,8 @@ class FreezeStage:
         for this process to end."""
         c = self._context
         c.tracker.stop(False)
-        if c.source.lookout is not None:
-            c.source.lookout.close()
+        if c.source.monitor is not None:
+            c.source.monitor.close()
         c.mounts.cool_down()
 
     def _undo_to_go_on(self, why: FreezeGivenUp) -> None:
@@ -279,8 +279,8 @@ class FreezeStage:
         return LoopError(f"{c.source.path} is still being written to {who}; no target was made")
 
     def _unseen(self) -> bool:
-        lookout = self._context.source.lookout
-        return lookout is not None and lookout.may_be_written_unseen
+        monitor = self._context.source.monitor
+        return monitor is not None and monitor.may_be_written_unseen
 
     def _written(self) -> bool:
         """The source was written to since the last pass began, although it is stopped.

@@ -193,11 +193,11 @@ class PreCopy:
         or has a new user.  A file system that was mounted meanwhile is frozen, too."""
         c = self._context
         c.source.check_size()
-        lookout = c.source.lookout
-        for user in lookout.changed(last) if lookout is not None else []:
+        monitor = c.source.monitor
+        for user in monitor.changed(last) if monitor is not None else []:
             c.report.note(f"The source has a new user: {user}")
         known = {m.device() for m in c.source.mounts}
-        for mount in lookout.found.mounts if lookout is not None else []:
+        for mount in monitor.found.mounts if monitor is not None else []:
             if mount.device() not in known:
                 c.mounts.adopt(mount)
                 c.source.mounts.append(mount)

@@ -167,8 +167,8 @@ class Sender:
         if c.options.throttle is not None:
             disk = None if c.source.block is None else c.source.block.disk_dev
             c.options.throttle.prepare(c.plan, disk, c.options.stop_specs)
-        if c.source.lookout is not None:
-            c.source.lookout.account(c.plan)
+        if c.source.monitor is not None:
+            c.source.monitor.account(c.plan)
         c.tracker.start(c.plan)
         self._check_unfrozen()
 
@@ -187,11 +187,11 @@ class Sender:
 
     def _report_users(self) -> None:
         """Report the users of the source."""
-        if self._source.lookout is None:
+        if self._source.monitor is None:
             return
-        for text in self._source.lookout.warnings():
+        for text in self._source.monitor.warnings():
             self._report.note(text)
-        self.summary.unsafe = self._source.lookout.unsafe
+        self.summary.unsafe = self._source.monitor.unsafe
         for text in self.summary.unsafe:
             self._report.error(f"UNSAFE (--unsafe-in-use): {text}; the copy may be stale")
 

@@ -26,7 +26,7 @@ from pyploop.system import kernel, mount_table, sysblock
 from pyploop.system.mount_table import Mount
 from pyploop.system.sysblock import Loop
 from pyploop.units import BLOCK, SECTOR
-from pyploop.usage.monitor import Lookout, Subject
+from pyploop.usage.monitor import Monitor, Subject
 from pyploop.usage.related_devices import Reach, below_overlay, reach
 
 ReadPath = Literal["auto", "device", "backing"]
@@ -94,11 +94,11 @@ def _watched(
             source.mounts = [Mount(mount, "?", source.path) for mount in mounts]
             for mount in mounts:
                 _check_mount(source, mount)
-        source.lookout = Lookout(_subject(source), source.mounts, unsafe)
+        source.monitor = Monitor(_subject(source), source.mounts, unsafe)
         if to_freeze:
-            source._owned.callback(source.lookout.close)
-            source.lookout.begin()
-            source.mounts = source.mounts or source.lookout.found.mounts
+            source._owned.callback(source.monitor.close)
+            source.monitor.begin()
+            source.mounts = source.mounts or source.monitor.found.mounts
     except BaseException:
         source.close()
         raise

@@ -21,7 +21,7 @@ from pyploop.system.file_extents import data_extents
 from pyploop.system.mount_table import Mount
 from pyploop.system.sysblock import BlockDevice
 from pyploop.units import MIB, SECTOR
-from pyploop.usage.monitor import Lookout
+from pyploop.usage.monitor import Monitor
 from pyploop.usage.related_devices import Reach
 
 Kind = Literal["block", "file", "ploop"]
@@ -57,7 +57,7 @@ class Source:
     """The open device that takes ioctls, when `fd` is another file."""
     related: Reach | None = None
     """The devices that share bytes with a block device; None: not one."""
-    lookout: Lookout | None = None
+    monitor: Monitor | None = None
     """Who uses it; None: a ploop device, whose driver tracks all writes."""
     notes: list[str] = field(default_factory=list)
     """What its copy should say; grows."""
@@ -104,8 +104,8 @@ class Source:
         last look: nothing of that was tracked."""
         self.check_device()
         self.check_size()
-        if self.lookout is not None:
-            self.lookout.check_end()
+        if self.monitor is not None:
+            self.monitor.check_end()
 
     def check_device(self) -> None:
         """Fails when the device, or one on which it lies, shows something else than
@@ -116,8 +116,8 @@ class Source:
     def write_back(self) -> None:
         """Write back what was written through a device's own page cache, or into a
         plain file."""
-        if self.lookout is not None:
-            self.lookout.write_back()
+        if self.monitor is not None:
+            self.monitor.write_back()
         self.write_back_file()
 
     def write_back_file(self) -> None:

@@ -78,7 +78,7 @@ class Subject:
     """The same, open, when it can be had."""
 
 
-class Lookout:
+class Monitor:
     """The users of one open source."""
 
     def __init__(self, subject: Subject, given: Sequence[Mount] = (), unsafe: bool = False) -> None:
@@ -283,7 +283,7 @@ class Lookout:
                 self._witness.count(self._related, at_start=False)
         self.found = self._find()
 
-    def beside(self, frozen: bool = False) -> list[str]:
+    def untracked_writes(self, frozen: bool = False) -> list[str]:
         """What was written past the queue since the last look, in words: blocks
         that can be anywhere.  Inside the freeze a user whom the copy is to
         disregard would go on for ever."""
@@ -293,11 +293,11 @@ class Lookout:
 
     def check_end(self) -> None:
         """Inside the freeze: LoopError unless the users are those that were known, and
-        nothing was written past the queue since the last `beside`.  Nothing is
+        nothing was written past the queue since the last `untracked_writes`.  Nothing is
         searched unless something has happened, and then only there."""
         if self._unsafe:
             return
-        found = self.beside()
+        found = self.untracked_writes()
         if self._moved.poll(0):
             found += self._mounted_since()
         if set(self._claims()) - set(self._claimed):  # or in another mount namespace
@@ -308,7 +308,7 @@ class Lookout:
                     found.append(f"{users.describe(pid)} has {self._subject.name} {how}")
             else:  # it may have left the file to another, or to a loop device
                 self.changed(last=True)
-                found += self.beside()
+                found += self.untracked_writes()
         if found:
             raise LoopError(
                 f"{'; '.join(found)}: this came while the last blocks of {self._subject.path} "

@@ -259,6 +259,7 @@ def test_numbers_that_python_writes_down_too_are_those_of_the_headers() -> None:
     text = "".join((ROOT / "csrc" / name).read_text() for name in ("base.h", "wire.h"))
     define = re.findall(r"#define PL_(\w+) (0x\w+?|\d+)u\s", text)
     c = {name: int(value, 0) for name, value in define}
+    del c["DIGEST"]  # of MD5, which hashlib knows
     c |= {name: int(value) for name, value in re.findall(r"PL_(PACKET_\w+) = (\d+)", text)}
     assert c == {
         "BLOCK": units.BLOCK,
