@@ -23,7 +23,7 @@ from pyploop.system.mount_table import Mount
 from pyploop.undo.ledger import UndoLedger
 from pyploop.usage import users
 from pyploop.usage.related_devices import Dev, Member, Reach, reach
-from pyploop.usage.untracked_writes import Witness
+from pyploop.usage.untracked_writes import UntrackedWrites
 from pyploop.usage.users import Found, User
 
 FLAG = "--unsafe-in-use"
@@ -88,7 +88,7 @@ class Monitor:
         self._related = subject.related
         self._caches: dict[Dev, tuple[Member, int]] = {}
         self._owned = contextlib.ExitStack()
-        self._witness: Witness | None = None
+        self._untracked: UntrackedWrites | None = None
         self._claimed: list[Dev] = []
         self._mounted: list[Mount] = []
         self._moved = select.poll()
@@ -115,12 +115,12 @@ class Monitor:
                 self._owned.callback(os.close, fd)
                 self._moved.register(fd, select.POLLPRI)
         if s.related is not None:
-            self._witness = Witness(s.fds, s.files, s.name)
-            self._owned.callback(self._witness.close)
+            self._untracked = UntrackedWrites(s.fds, s.files, s.name)
+            self._owned.callback(self._untracked.close)
             self._open_caches()
             # What is dirty there now is no write of the time of the copy.
             self._write_back([c for c in self._caches.values() if not c[0].tracked])
-            self._witness.count(s.related, at_start=True)
+            self._untracked.count(s.related, at_start=True)
         # After the watch has begun, so that nobody comes in between.
         self.look()
         if self.found.unknown and not self._unsafe:
@@ -133,8 +133,8 @@ class Monitor:
 
     def account(self, ledger: UndoLedger) -> None:
         """Have on, while the ledger is there, what tells of writes past the queue."""
-        if self._witness is not None:
-            self._witness.account(ledger)
+        if self._untracked is not None:
+            self._untracked.account(ledger)
 
     # ---- page caches
 
@@ -250,7 +250,7 @@ class Monitor:
         when somebody cannot.  last: the freeze comes next."""
         self._moved.poll(0)
         sight = _Sight.now()
-        openers = self._witness.openers if self._witness is not None else set()
+        openers = self._untracked.openers if self._untracked is not None else set()
         quiet = sight == self._sight and not openers
         if quiet and last:
             waiting = any(u.passing for u in self.found.unknown)
@@ -278,18 +278,18 @@ class Monitor:
     def _renew(self) -> None:
         if self._related is not None:
             self._related = reach(self._related.members[0].device)
-            if self._witness is not None:
+            if self._untracked is not None:
                 self._open_caches()
-                self._witness.count(self._related, at_start=False)
+                self._untracked.count(self._related, at_start=False)
         self.found = self._find()
 
     def untracked_writes(self, frozen: bool = False) -> list[str]:
         """What was written past the queue since the last look, in words: blocks
         that can be anywhere.  Inside the freeze a user whom the copy is to
         disregard would go on for ever."""
-        if self._witness is None or (frozen and self._unsafe):
+        if self._untracked is None or (frozen and self._unsafe):
             return []
-        return self._witness.look()
+        return self._untracked.look()
 
     def check_end(self) -> None:
         """Inside the freeze: LoopError unless the users are those that were known, and
@@ -302,7 +302,7 @@ class Monitor:
             found += self._mounted_since()
         if set(self._claims()) - set(self._claimed):  # or in another mount namespace
             self.changed(last=True)
-        if self._witness is not None and (openers := self._witness.openers):
+        if self._untracked is not None and (openers := self._untracked.openers):
             if all(os.path.exists(f"/proc/{pid}") for pid in openers):
                 for pid, how in users.writers(self._subject.files, openers):
                     found.append(f"{users.describe(pid)} has {self._subject.name} {how}")
@@ -333,11 +333,11 @@ class Monitor:
             for u in self.found.users
             if u.state == "compared"
         ]
-        if self._witness is not None and self._witness.why_not:
-            name, why = self._subject.name, self._witness.why_not
+        if self._untracked is not None and self._untracked.why_not:
+            name, why = self._subject.name, self._untracked.why_not
             said.append(f"Writes to {name} beside its loop device cannot be seen: {why}")
         sees_all = sysblock.has_capability(sysblock.CAP_SYS_PTRACE)
-        if self._witness is not None and self._subject.files and not sees_all:
+        if self._untracked is not None and self._subject.files and not sees_all:
             said.append(
                 f"Not all processes that had {self._subject.name} open for writing before the copy "
                 "can be seen: that takes the capability CAP_SYS_PTRACE"

@@ -28,7 +28,7 @@ PF_KTHREAD = 0x00200000
 """Of linux/sched.h: in the flags of /proc/PID/stat."""
 
 
-class Witness:
+class UntrackedWrites:
     """Watches from when it is made until it is closed."""
 
     def __init__(self, fds: Sequence[int], files: Sequence[tuple[Dev, int]], name: str) -> None:
@@ -43,7 +43,7 @@ class Witness:
         self.openers: set[int] = set()
         """The processes that have opened the file since this was last emptied."""
         self._ledger: UndoLedger | None = None
-        self._beside: dict[Dev, _Counters] = {}
+        self._loops: dict[Dev, _Counters] = {}
         self._new: list[str] = []
         self._files = files
         for fd in fds:
@@ -78,11 +78,11 @@ class Witness:
         one that is new has written before, nobody knows."""
         # The slaves of a mapped device are moved by its own writes.
         for member in related.members if related.loop is not None else []:
-            new = not member.tracked and member.device.dev not in self._beside
+            new = not member.tracked and member.device.dev not in self._loops
             if new and not member.device.is_partition:
                 with contextlib.suppress(OSError):  # detached meanwhile
                     counters = self._owned.enter_context(_Counters(member, related))
-                    self._beside[member.device.dev] = counters
+                    self._loops[member.device.dev] = counters
                     if self._ledger is not None:
                         counters.account(self._ledger)
                     self._new += [] if at_start else [f"{member.path} was attached"]
@@ -91,7 +91,7 @@ class Witness:
         """Have the accounting of these loop devices on, until `close` or the end of
         the ledger."""
         self._ledger = ledger
-        for counters in self._beside.values():
+        for counters in self._loops.values():
             counters.account(ledger)
 
     def look(self) -> list[str]:
@@ -106,7 +106,7 @@ class Witness:
             if access.wrote:
                 who = describe(access.pid) if access.pid else "a process"
                 found.append(f"{who} could write {self._name}, beside its loop device")
-        found += [f"{c.path} was written" for c in self._beside.values() if c.moved()]
+        found += [f"{c.path} was written" for c in self._loops.values() if c.moved()]
         return list(dict.fromkeys(found))
 
     def close(self) -> None:
