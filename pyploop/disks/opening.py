@@ -27,7 +27,7 @@ from pyploop.system.mount_table import Mount
 from pyploop.system.sysblock import Loop
 from pyploop.units import BLOCK, SECTOR
 from pyploop.usage.monitor import Monitor, Subject
-from pyploop.usage.related_devices import Reach, below_overlay, reach
+from pyploop.usage.related_devices import RelatedDevices, below_overlay, find_related
 
 ReadPath = Literal["auto", "device", "backing"]
 
@@ -172,7 +172,7 @@ def _open_block(path: str, dev: tuple[int, int], read: ReadPath) -> Source:
         fd = _open(path, os.O_RDONLY | os.O_DIRECT, owned, "the source")
         size = kernel.device_size(fd, path)
         block = sysblock.find(dev)
-        related = reach(block)
+        related = find_related(block)
         source = Source(
             path,
             "block",
@@ -206,7 +206,7 @@ def _open_block(path: str, dev: tuple[int, int], read: ReadPath) -> Source:
     return source
 
 
-def _identify(source: Source, related: Reach) -> None:
+def _identify(source: Source, related: RelatedDevices) -> None:
     """Before the first read.  OSError: nothing is attached to a loop device any more."""
     for disk in related.below:
         fd = -1
@@ -222,7 +222,7 @@ def _identify(source: Source, related: Reach) -> None:
         source.identities.append(identity)
 
 
-def _use_lower(source: Source, related: Reach) -> None:
+def _use_lower(source: Source, related: RelatedDevices) -> None:
     """Read the block device on which the source lies.  A loop device between them
     reads through that one's page cache, which knows nothing of a write by another way."""
     path = f"/dev/{related.queue.name}"
@@ -235,7 +235,7 @@ def _use_lower(source: Source, related: Reach) -> None:
     source.io_mode = f"{path}, on which it lies, O_DIRECT"
 
 
-def _use_backing(source: Source, related: Reach, loop: Loop, read: ReadPath) -> None:
+def _use_backing(source: Source, related: RelatedDevices, loop: Loop, read: ReadPath) -> None:
     """Find the loop device's backing file; take the holes from it, and read it
     unless `device` was asked for."""
     disk = loop.path

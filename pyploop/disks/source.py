@@ -22,7 +22,7 @@ from pyploop.system.mount_table import Mount
 from pyploop.system.sysblock import BlockDevice
 from pyploop.units import MIB, SECTOR
 from pyploop.usage.monitor import Monitor
-from pyploop.usage.related_devices import Reach
+from pyploop.usage.related_devices import RelatedDevices
 
 Kind = Literal["block", "file", "ploop"]
 
@@ -55,7 +55,7 @@ class Source:
     image_format: str = "raw"
     control_fd: int = -1
     """The open device that takes ioctls, when `fd` is another file."""
-    related: Reach | None = None
+    related: RelatedDevices | None = None
     """The devices that share bytes with a block device; None: not one."""
     monitor: Monitor | None = None
     """Who uses it; None: a ploop device, whose driver tracks all writes."""

@@ -22,7 +22,7 @@ from pyploop.system.claims import is_claimed
 from pyploop.system.mount_table import Mount
 from pyploop.undo.ledger import UndoLedger
 from pyploop.usage import users
-from pyploop.usage.related_devices import Dev, Member, Reach, reach
+from pyploop.usage.related_devices import Dev, Member, RelatedDevices, find_related
 from pyploop.usage.untracked_writes import UntrackedWrites
 from pyploop.usage.users import Found, User
 
@@ -67,7 +67,7 @@ class Subject:
     """What is copied."""
 
     path: str
-    related: Reach | None
+    related: RelatedDevices | None
     """None: a plain file."""
     files: Sequence[tuple[Dev, int]] = ()
     """Device and inode of the file in which its bytes are, if they are in one; two
@@ -277,7 +277,7 @@ class Monitor:
 
     def _renew(self) -> None:
         if self._related is not None:
-            self._related = reach(self._related.members[0].device)
+            self._related = find_related(self._related.members[0].device)
             if self._untracked is not None:
                 self._open_caches()
                 self._untracked.count(self._related, at_start=False)

@@ -35,7 +35,7 @@ class Member:
 
 
 @dataclass(frozen=True)
-class Reach:
+class RelatedDevices:
     """All of them, the source first."""
 
     members: list[Member]
@@ -58,7 +58,7 @@ class Reach:
         return [m.device for m in self.members if not m.tracked]
 
 
-def reach(source: BlockDevice) -> Reach:
+def find_related(source: BlockDevice) -> RelatedDevices:
     """SysfsError when a device vanishes meanwhile."""
     return _Walk(sysblock.loops()).all(source)
 
@@ -78,7 +78,7 @@ class _Walk:
         self._loops = loops
         self._members: dict[Dev, Member] = {}
 
-    def all(self, source: BlockDevice) -> Reach:
+    def all(self, source: BlockDevice) -> RelatedDevices:
         chain, loop = self._down(source)
         for span in chain:
             self._up(span, tracked=True)
@@ -92,7 +92,7 @@ class _Walk:
         d = at.device
         queue = BlockDevice(d.name, d.dev, d.disk, d.disk_dev, d.start + at.start, source.size)
         below = [span.device for span in chain if not span.device.is_partition]
-        return Reach(list(self._members.values()), queue, at.start, loop, below)
+        return RelatedDevices(list(self._members.values()), queue, at.start, loop, below)
 
     def _down(self, source: BlockDevice) -> tuple[list[_Span], Loop | None]:
         """The source, what it lies on, and so on; and the loop device that is the

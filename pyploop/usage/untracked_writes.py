@@ -19,7 +19,7 @@ from pyploop.system.kernel import Access
 from pyploop.system.sysblock import BlockDevice, node, partitions
 from pyploop.undo.ledger import UndoLedger
 from pyploop.usage.io_accounting import Accounting
-from pyploop.usage.related_devices import Dev, Member, Reach
+from pyploop.usage.related_devices import Dev, Member, RelatedDevices
 from pyploop.usage.users import describe
 
 STILL_TRIES = 20
@@ -73,7 +73,7 @@ class UntrackedWrites:
             return
         self.why_not = "it cannot be opened here"
 
-    def count(self, related: Reach, at_start: bool) -> None:
+    def count(self, related: RelatedDevices, at_start: bool) -> None:
         """Count the writes to the other loop devices on the file from now on.  What
         one that is new has written before, nobody knows."""
         # The slaves of a mapped device are moved by its own writes.
@@ -139,7 +139,7 @@ def _is_kernel_thread(pid: int) -> bool:
 class _Counters:
     """Sectors written to one loop device, where it shares bytes with the source."""
 
-    def __init__(self, member: Member, related: Reach) -> None:
+    def __init__(self, member: Member, related: RelatedDevices) -> None:
         self.device, self.path = member.device, member.path
         ours = {m.device.dev for m in related.members}
         with contextlib.ExitStack() as undo:

@@ -22,7 +22,7 @@ from pyploop.system import kernel, mount_table, sysblock
 from pyploop.system.claims import is_claimed
 from pyploop.system.mount_table import Mount
 from pyploop.system.sysblock import BlockDevice, partitions
-from pyploop.usage.related_devices import Dev, Member, Reach
+from pyploop.usage.related_devices import Dev, Member, RelatedDevices
 
 CLAIM_TRIES = 6
 CLAIM_PAUSE = 0.02
@@ -71,11 +71,11 @@ def refusal(users: Iterable[User]) -> str:
     return "; ".join(f"{u}: {u.advice}" for u in users)
 
 
-def find(path: str, reach: Reach, given: Sequence[Mount] = ()) -> Found:
+def find(path: str, find_related: RelatedDevices, given: Sequence[Mount] = ()) -> Found:
     """All users of the source `path`.  given: what the user says is to be frozen,
     instead of what is found here."""
     for _ in range(CLAIM_TRIES):
-        finder = _Finder(path, reach, given)
+        finder = _Finder(path, find_related, given)
         found = finder.all()
         if not finder.puzzled:
             break
@@ -84,8 +84,8 @@ def find(path: str, reach: Reach, given: Sequence[Mount] = ()) -> Found:
 
 
 class _Finder:
-    def __init__(self, path: str, reach: Reach, given: Sequence[Mount]) -> None:
-        self._path, self._reach, self._given = path, reach, given
+    def __init__(self, path: str, find_related: RelatedDevices, given: Sequence[Mount]) -> None:
+        self._path, self._related, self._given = path, find_related, given
         self._users: list[User] = []
         self._explained: set[Dev] = set()
         """Devices whose claim is known."""
@@ -106,7 +106,7 @@ class _Finder:
         self._users.append(User(device, what, "unknown", advice, passing))
 
     def _mounted_here(self) -> list[Mount]:
-        found = mount_table.mounts_of(self._reach.tracked)
+        found = mount_table.mounts_of(self._related.tracked)
         given = {dev for mount in self._given for dev in _covered(mount)}
         for mount in found:
             self._explained |= _covered(mount)
@@ -115,7 +115,7 @@ class _Finder:
             if not covered:
                 what += ", and is not frozen: --mount names another"
             self._users.append(User(mount.source, what, "frozen" if covered else "unfrozen"))
-        for device in self._reach.untracked:
+        for device in self._related.untracked:
             for entry in mount_table.read():
                 if device.dev in entry.devices() - self._explained:
                     self._explained.add(device.dev)
@@ -149,7 +149,7 @@ class _Finder:
         self._add(name, why, f"copy {name} instead, or unmount it")
 
     def _mounted_elsewhere(self) -> None:
-        members = {m.device.dev: m for m in self._reach.members}
+        members = {m.device.dev: m for m in self._related.members}
         while rest := [m.device for m in members.values() if m.device.dev not in self._explained]:
             elsewhere = mount_table.mounted_elsewhere(rest)
             if elsewhere is None:
@@ -171,7 +171,7 @@ class _Finder:
                 self._add(there.source, what, f"use --mount /proc/{pid}/root{there.point}")
 
     def _swaps(self) -> None:
-        members = {m.device.dev for m in self._reach.members}
+        members = {m.device.dev for m in self._related.members}
         for name in swaps():
             try:
                 st = os.stat(name)
@@ -190,14 +190,14 @@ class _Finder:
 
     def _on_btrfs(self, name: str) -> bool:
         """The file lies on a btrfs of the source: its device number is nobody's."""
-        members = {m.device.dev for m in self._reach.members}
+        members = {m.device.dev for m in self._related.members}
         entry = mount_table.holding_by_name(name)
         return entry is not None and entry.fstype == "btrfs" and bool(entry.devices() & members)
 
     # ---- claims
 
     def _claims(self) -> None:
-        for member in self._reach.members:
+        for member in self._related.members:
             if self._is_claimed_by_unknown(member):
                 self.puzzled = True
                 self._name_claim(member)
@@ -206,7 +206,7 @@ class _Finder:
         device = member.device
         if device.dev in self._explained or device.disk_dev in self._explained or _held(device):
             return False
-        path = self._path if member is self._reach.members[0] else member.path
+        path = self._path if member is self._related.members[0] else member.path
         if not is_claimed(device.dev, path, unknown=False):
             return False
         if device.is_partition:

@@ -65,7 +65,7 @@ class Pile:
 
     def of(self, name: str) -> tuple[list[str], list[str]]:
         """(tracked, untracked) members, in alphabetical order."""
-        found = related_devices.reach(self.devices[name])
+        found = related_devices.find_related(self.devices[name])
         return (
             sorted(d.name for d in found.tracked),
             sorted(d.name for d in found.untracked),
@@ -133,7 +133,7 @@ def test_the_queue_is_where_all_ways_meet(pile: Pile) -> None:
     pile.loop("loop0", 80, below="sda1", offset=5)
     pile.part("loop0", "loop0p1", 1, 70)
     pile.loop("loop1", 60, below="loop0p1", offset=2)
-    found = related_devices.reach(pile.devices["loop1"])
+    found = related_devices.find_related(pile.devices["loop1"])
     assert (found.queue.disk, found.queue.name) == ("sda", "sda1")
     assert found.queue.start == (10 + 5 + 1 + 2) * MIB and found.queue.size == 60 * MIB
     assert found.base == 8 * MIB and found.loop is None
