@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The kernel's accounting of a disk (queue/iostats), against which completeness
-is proven.  It must be on all the time: what is written while it is off is not
-counted, and an event that is lost meanwhile is never noticed.
+"""The kernel's accounting of a disk (queue/iostats).  The proof of completeness compares
+the tracker's events with it.
 
-Anybody may switch it off: an administrator, tuned, another copy that restores
-what it found.  So its value is read before each proof, and a watch tells of
-writes to the switch in between (inotify sees those made in this mount of sysfs).
+It must stay on during the whole copy.  Writes are not counted while it is off, and a
+tracker's event that is lost in that time is never noticed.  An administrator, tuned or
+another copy can switch it off.  So its value is read before each proof, and inotify
+reports writes to the switch in between (only those through this mount of sysfs).
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from pyploop.system.sysblock import BlockDevice
 from pyploop.undo.ledger import UndoLedger, UndoStep
 
 QUIET_DEADLINE = 5.0
-"""Seconds to wait for writes in flight after the freeze."""
+"""Seconds to wait for the writes in flight after the freeze."""
 EVENTS = 4096
-"""Bytes of inotify events that are read at once."""
+"""Bytes of inotify events to read at once."""
 
 
 def _folder(block: BlockDevice) -> Path:
@@ -33,12 +33,12 @@ def _folder(block: BlockDevice) -> Path:
 
 
 def writes_in_flight(block: BlockDevice) -> int:
-    """On the device alone: another partition may stay busy."""
+    """Writes in flight on this device; other partitions of its disk do not count."""
     return int((_folder(block) / "inflight").read_text().split()[1])
 
 
 def wait_quiet(in_flight: Callable[[], int], seconds: float) -> bool:
-    """No write is in flight any more; false: still after so many seconds."""
+    """Wait until no write is in flight; false when some still are after `seconds`."""
     deadline = time.monotonic() + seconds
     while in_flight():
         if time.monotonic() >= deadline:
@@ -48,7 +48,7 @@ def wait_quiet(in_flight: Callable[[], int], seconds: float) -> bool:
 
 
 class Accounting:
-    """Of one disk ('loop0')."""
+    """The accounting of one disk ('loop0')."""
 
     def __init__(self, disk: str) -> None:
         self._disk = disk
@@ -58,7 +58,7 @@ class Accounting:
         self._watch = self._switch = -1
 
     def problem(self) -> str:
-        """Why it cannot be on; empty: it is, or can be switched on."""
+        """Why it cannot be switched on; empty when it is on or can be."""
         try:
             if Path(self._path).read_text().strip() != "0" or os.access(self._path, os.W_OK):
                 return ""
@@ -69,15 +69,15 @@ class Accounting:
     def start(self, ledger: UndoLedger) -> None:
         """Switch it on until `stop`.  DeviceControlError when that is refused."""
         self._ledger = ledger
-        with contextlib.suppress(OSError):  # no inotify left: the value tells most
+        with contextlib.suppress(OSError):  # no inotify left: reading the value still finds most
             self._watch = kernel.watch_writes(self._path)
-        with contextlib.suppress(OSError):  # none: it accounts always
-            # Kept open: it is read inside the freeze, where opening would show.
+        with contextlib.suppress(OSError):  # no such switch: the accounting is always on
+            # Kept open: it is read inside the freeze, where opening it takes too long.
             self._switch = os.open(self._path, os.O_RDONLY | os.O_CLOEXEC)
         self._switch_on()
 
     def interrupted(self) -> bool:
-        """It was off at some time since the last call; it is on again when this
+        """True when it was off at some time since the last call.  It is on again when this
         returns."""
         if self._ledger is None:
             return False
@@ -94,7 +94,7 @@ class Accounting:
         return touched
 
     def _switch_on(self) -> bool:
-        """True when it was off."""
+        """Switch it on; true when it was off."""
         assert self._ledger is not None
         if self._switch < 0:
             return False
@@ -108,11 +108,11 @@ class Accounting:
                 Path(self._path).write_text("1")
         except OSError as e:
             raise DeviceControlError.of(
-                f"cannot switch on the accounting of {self._disk}, against which tracking is "
-                f"proven ({self._path})",
+                f"cannot switch on the accounting of {self._disk} ({self._path}), without which "
+                "nothing proves that all writes were tracked",
                 e,
             ) from e
-        self._was_touched()  # that was us
+        self._was_touched()  # ignore our own write
         return True
 
     def stop(self) -> None:

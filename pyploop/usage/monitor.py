@@ -1,10 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Who uses a source, from before the first block until the last.
+"""Watches the users of a source during a copy.
 
-At the start everything is looked for, and a copy that cannot be right does not
-begin.  Between rounds only what can have changed is looked at: mounts, swap space,
-loop devices, partitions.  Inside the freeze nothing is searched unless one of
-these has changed.
+At the start everything is searched, and a copy that cannot be right does not begin.
+Between rounds only what can have changed is looked at: mounts, swap space, loop devices,
+partitions.  Inside the freeze nothing is searched unless one of these has changed.
 """
 
 from __future__ import annotations
@@ -30,12 +29,12 @@ FLAG = "--unsafe-in-use"
 
 
 _LOOP_FILES = ("loop/backing_file", "loop/offset", "size")
-"""What tells which part of which file a loop device shows."""
+"""Attributes that show which part of which file a loop device has."""
 
 
 @dataclass(frozen=True)
-class _Sight:
-    """What tells at a glance that there may be other users."""
+class _Snapshot:
+    """Cheap to read, and different when there may be new users."""
 
     mounts: bytes = b""
     swaps: bytes = b""
@@ -43,13 +42,14 @@ class _Sight:
     loops: tuple[bytes, ...] = ()
 
     @classmethod
-    def now(cls) -> _Sight:
+    def now(cls) -> _Snapshot:
         names = sysblock.loop_names()
         return cls(
             _read("/proc/self/mountinfo"),
             _read("/proc/swaps"),
             (*sysblock.names("/sys/class/block"), *names),
-            # What shared no byte with the source may, once it is moved or grows.
+            # A loop device that shares no byte with the source can do so after it was moved
+            # or has grown.
             tuple(_read(f"/sys/block/{n}/{f}") for n in names for f in _LOOP_FILES),
         )
 
@@ -70,20 +70,20 @@ class Subject:
     related: RelatedDevices | None
     """None: a plain file."""
     files: Sequence[tuple[Dev, int]] = ()
-    """Device and inode of the file in which its bytes are, if they are in one; two
-    of them when it is written through an overlay."""
+    """Device number and inode of the file that has its bytes, if a file does.  An overlay's
+    file has two of each."""
     name: str = ""
-    """That file's."""
+    """The name of that file."""
     fds: Sequence[int] = ()
-    """The same, open, when it can be had."""
+    """The same file, open, when it can be opened."""
 
 
 class Monitor:
     """The users of one open source."""
 
     def __init__(self, subject: Subject, given: Sequence[Mount] = (), unsafe: bool = False) -> None:
-        """given: what the user says is to be frozen.  unsafe: he says that the
-        copy is to be made whatever is found."""
+        """given: the mounts that the user wants frozen.  unsafe: the user wants the copy made
+        whatever is found."""
         self._subject, self._given, self._unsafe = subject, given, unsafe
         self._related = subject.related
         self._caches: dict[Dev, tuple[Member, int]] = {}
@@ -92,8 +92,8 @@ class Monitor:
         self._claimed: list[Dev] = []
         self._mounted: list[Mount] = []
         self._moved = select.poll()
-        """Ready once after a change of what is mounted, or of the swap space."""
-        self._sight = _Sight()
+        """Ready once after each change of the mounts or the swap space."""
+        self._snapshot = _Snapshot()
         self.found = Found()
 
     def close(self) -> None:
@@ -101,13 +101,13 @@ class Monitor:
 
     def look(self) -> Found:
         """Search; changes nothing and keeps nothing open."""
-        self._sight = _Sight.now()
+        self._snapshot = _Snapshot.now()
         self.found = self._find()
         return self.found
 
     def begin(self) -> None:
-        """Search, and watch from now on.  OpenError when somebody uses the source
-        in a way that no copy can be right with."""
+        """Search, and watch from now on.  OpenError when a user of the source makes a right
+        copy impossible."""
         s = self._subject
         for path in ("/proc/self/mountinfo", "/proc/swaps"):
             with contextlib.suppress(OSError):
@@ -118,21 +118,22 @@ class Monitor:
             self._untracked = UntrackedWrites(s.fds, s.files, s.name)
             self._owned.callback(self._untracked.close)
             self._open_caches()
-            # What is dirty there now is no write of the time of the copy.
+            # Writes from before the copy must not count as writes during it.
             self._write_back([c for c in self._caches.values() if not c[0].tracked])
             self._untracked.count(s.related, at_start=True)
-        # After the watch has begun, so that nobody comes in between.
+        # The watch has begun before, so that no user is missed in between.
         self.look()
         if self.found.unknown and not self._unsafe:
             raise OpenError(
-                f"{users.refusal(self.found.unknown)} (or copy all the same, by {FLAG}); "
+                f"{users.refusal(self.found.unknown)} (or copy in spite of that with {FLAG}); "
                 "no target was made",
                 path=s.path,
-                hint="end what uses it, or copy all the same with CopyOptions(unsafe_in_use=True)",
+                hint="end what uses it, or copy in spite of that with CopyOptions(unsafe_in_use=True)",
             )
 
     def account(self, ledger: UndoLedger) -> None:
-        """Have on, while the ledger is there, what tells of writes past the queue."""
+        """Switch on the accounting that shows writes past the queue, until the ledger is
+        closed."""
         if self._untracked is not None:
             self._untracked.account(ledger)
 
@@ -141,7 +142,7 @@ class Monitor:
     def _open_caches(self) -> None:
         assert self._related is not None
         for member in self._related.members:
-            # What a mapped device lies on is its driver's alone, and may not even answer.
+            # The devices below a mapped one are used by its driver only, and may not answer.
             mapped = not member.tracked and self._related.loop is None
             if mapped or member.device.dev in self._caches:
                 continue
@@ -157,7 +158,7 @@ class Monitor:
                 if self._unsafe:
                     continue
                 raise OpenError(
-                    f"{what}, to see who uses it: {e.strerror} (copy all the same, by {FLAG})"
+                    f"{what}, to see who uses it: {e.strerror} (copy in spite of that with {FLAG})"
                 ) from e
             self._owned.callback(os.close, fd)
             self._caches[member.device.dev] = member, fd
@@ -167,19 +168,19 @@ class Monitor:
         return self._subject.path if member is self._related.members[0] else member.path
 
     def write_back(self) -> None:
-        """Write back what was written through the page cache of any device that
-        shares bytes with the source, the uppermost first; until then neither a
-        tracker nor a read of ours knows of it."""
+        """Write back the page caches of all devices that share bytes with the source, the
+        uppermost first.  Neither a tracker nor our own reads see a write before that."""
         self._write_back(sorted(self._caches.values(), key=lambda c: -c[0].height))
 
     @property
     def _may_be_mapped(self) -> bool:
-        """It is a plain file, and somebody has it open for writing, or mapped."""
+        """It is a plain file that a process has open for writing, or mapped."""
         return self._related is None and any(u.state == "compared" for u in self.found.users)
 
     @property
     def may_be_written_unseen(self) -> bool:
-        """A mapped file on tmpfs is never written back, so it gets no new time."""
+        """True for a mapped file on tmpfs: it is never written back, so its times do not
+        change."""
         s = self._subject
         return self._may_be_mapped and any(kernel.is_tmpfs(fd, s.name) for fd in s.fds)
 
@@ -192,7 +193,7 @@ class Monitor:
                 what = f"cannot write back the page cache of {member.path}"
                 raise DeviceControlError.of(what, e) from e
 
-    # ---- who is there
+    # ---- search
 
     def _find(self) -> Found:
         if self._related is None:
@@ -215,7 +216,7 @@ class Monitor:
         ]
 
     def _attached(self) -> list[User]:
-        """Loop devices on a plain file: what is mounted there is not frozen."""
+        """Loop devices on a plain file.  What is mounted from them is not frozen."""
         return [
             User(loop.path, f"shows {self._subject.name}", "unknown", f"copy {loop.path} instead")
             for loop in sysblock.loops()
@@ -223,7 +224,8 @@ class Monitor:
         ]
 
     def _swaps(self) -> list[User]:
-        """The file itself; the kernel writes it below any file system."""
+        """The source file used as swap space: the kernel writes to it below the file
+        system."""
         found = []
         for name in users.swaps():
             with contextlib.suppress(OSError):
@@ -239,19 +241,19 @@ class Monitor:
         for pid, how in users.writers(s.files) if s.files else []:
             shown = "" if state == "compared" else f", which {s.path} shows,"
             what = f"has {s.name}{shown} {how} for writing"
-            found.append(User(users.describe(pid), what, state, "end it", passing=True))
+            found.append(User(users.describe(pid), what, state, "end that process", passing=True))
         return found
 
-    # ---- later
+    # ---- during the copy
 
     def changed(self, last: bool = False) -> list[User]:
-        """Who has come since the last look and can be lived with: a file system that
-        is to be frozen with the others, a process that may end in time.  LoopError
-        when somebody cannot.  last: the freeze comes next."""
+        """The new users since the last call with which a copy can go on: a file system that
+        can be frozen with the others, a process that may end in time.  LoopError for any
+        other.  last: the freeze comes next."""
         self._moved.poll(0)
-        sight = _Sight.now()
+        snapshot = _Snapshot.now()
         openers = self._untracked.openers if self._untracked is not None else set()
-        quiet = sight == self._sight and not openers
+        quiet = snapshot == self._snapshot and not openers
         if quiet and last:
             waiting = any(u.passing for u in self.found.unknown)
             quiet = not waiting and self._claims() == self._claimed
@@ -260,12 +262,12 @@ class Monitor:
         known = self.found
         try:
             self._renew()
-        except SysfsError as e:  # a device has vanished: seen in full next time
+        except SysfsError as e:  # a device was removed: the next call sees all of it
             if not last:
                 return []
-            raise LoopError(f"{e}: the users of {self._subject.path} cannot be known") from e
+            raise LoopError(f"{e}: cannot find out who uses {self._subject.path}") from e
         openers.clear()
-        self._sight = sight
+        self._snapshot = snapshot
         if not self._unsafe:
             bad = [u for u in self.found.unknown if last or not u.passing]
             if bad:
@@ -284,17 +286,15 @@ class Monitor:
         self.found = self._find()
 
     def untracked_writes(self, frozen: bool = False) -> list[str]:
-        """What was written past the queue since the last look, in words: blocks
-        that can be anywhere.  Inside the freeze a user whom the copy is to
-        disregard would go on for ever."""
+        """Writes past the queue since the last call, as texts; the blocks are not known.
+        Inside the freeze there are none when `unsafe` is set: the copy would never end."""
         if self._untracked is None or (frozen and self._unsafe):
             return []
         return self._untracked.look()
 
     def check_end(self) -> None:
-        """Inside the freeze: LoopError unless the users are those that were known, and
-        nothing was written past the queue since the last `untracked_writes`.  Nothing is
-        searched unless something has happened, and then only there."""
+        """Inside the freeze: LoopError when there is a new user, or a write past the queue
+        since the last `untracked_writes`.  It searches only where something has changed."""
         if self._unsafe:
             return
         found = self.untracked_writes()
@@ -306,18 +306,18 @@ class Monitor:
             if all(os.path.exists(f"/proc/{pid}") for pid in openers):
                 for pid, how in users.writers(self._subject.files, openers):
                     found.append(f"{users.describe(pid)} has {self._subject.name} {how}")
-            else:  # it may have left the file to another, or to a loop device
+            else:  # it may have passed the file on, or attached it
                 self.changed(last=True)
                 found += self.untracked_writes()
         if found:
             raise LoopError(
-                f"{'; '.join(found)}: this came while the last blocks of {self._subject.path} "
-                "were sent; no target was made"
+                f"{'; '.join(found)}: this happened while the last blocks of "
+                f"{self._subject.path} were sent; no target was made"
             )
 
     def _mounted_since(self) -> list[str]:
-        """What was mounted since the last look, in words; LoopError for swap space."""
-        if self._related is None or _read("/proc/swaps") != self._sight.swaps:
+        """New mounts since the last search, as texts; LoopError for swap space."""
+        if self._related is None or _read("/proc/swaps") != self._snapshot.swaps:
             self.changed(last=True)
         known = {m.device() for m in self._mounted}
         new = [m for m in self._mounts() if m.device() not in known]
@@ -326,25 +326,25 @@ class Monitor:
     # ---- for the log
 
     def warnings(self) -> list[str]:
-        """What must be said, a line each."""
-        said = [f"Not frozen: {u}" for u in self.found.users if u.state == "unfrozen"]
-        said += [
-            f"{u}: what it writes is found by comparing; stop it with -F"
+        """Warnings for the user, one line each."""
+        lines = [f"Not frozen: {u}" for u in self.found.users if u.state == "unfrozen"]
+        lines += [
+            f"{u}: its writes are found by comparing all blocks; stop it with -F"
             for u in self.found.users
             if u.state == "compared"
         ]
         if self._untracked is not None and self._untracked.why_not:
             name, why = self._subject.name, self._untracked.why_not
-            said.append(f"Writes to {name} beside its loop device cannot be seen: {why}")
+            lines.append(f"Writes to {name} that bypass its loop device cannot be seen: {why}")
         sees_all = sysblock.has_capability(sysblock.CAP_SYS_PTRACE)
         if self._untracked is not None and self._subject.files and not sees_all:
-            said.append(
-                f"Not all processes that had {self._subject.name} open for writing before the copy "
-                "can be seen: that takes the capability CAP_SYS_PTRACE"
+            lines.append(
+                f"Some processes that have {self._subject.name} open for writing may not be seen: "
+                "that needs the capability CAP_SYS_PTRACE"
             )
-        return said
+        return lines
 
     @property
     def unsafe(self) -> list[str]:
-        """Whom the user wants to be disregarded."""
+        """The users that are ignored because of `--unsafe-in-use`, as texts."""
         return [str(u) for u in self.found.unknown] if self._unsafe else []

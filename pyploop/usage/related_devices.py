@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which block devices share bytes with a source, by whatever way.
+"""The block devices that share bytes with a source.
 
-First down from the source: a partition lies on its disk, a loop device on its
-backing file or on another block device, a mapped device on its slaves.  Then up
-from each of these: partitions, holders, and loop devices on the same inode or
-block device.  Ranges are kept, so that a neighbour that shares no byte is left out.
+The search goes down first: from a partition to its disk, from a loop device to its
+backing file or block device, from a mapped device to its slaves.  Then it goes up from
+each of these: to partitions, holders, and loop devices on the same inode or block device.
+It keeps byte ranges, so a neighbour that shares no byte with the source is left out.
+(`disks.backing` goes down only, and further: through file systems.)
 """
 
 from __future__ import annotations
@@ -25,9 +26,9 @@ class Member:
 
     device: BlockDevice
     tracked: bool
-    """What is written to it passes the source's queue, where a tracker sees it."""
+    """Its writes pass the source's request queue, where a tracker sees them."""
     height: int
-    """Page caches between it and the source; below the source it is negative."""
+    """The number of page caches between it and the source; negative below the source."""
 
     @property
     def path(self) -> str:
@@ -36,18 +37,19 @@ class Member:
 
 @dataclass(frozen=True)
 class RelatedDevices:
-    """All of them, the source first."""
+    """The devices that share bytes with a source."""
 
     members: list[Member]
+    """The source is the first."""
     queue: BlockDevice
-    """Where the ways to the bytes meet: the lowest device, and the part of it that
-    is the source.  Of a source that lies on no other device, itself."""
+    """The lowest device, which all tracked writes pass, and the part of it that is the
+    source.  It is the source itself when that lies on no other device."""
     base: int
     """The source's first byte in `queue`'s device."""
     loop: Loop | None
-    """The loop device that shows the file in which the bytes are; None: no file."""
+    """The loop device on the file that has the bytes; None when no file has them."""
     below: list[BlockDevice]
-    """The source and what it lies on, down to `queue`'s device; disks, no partitions."""
+    """The source and the devices below it, down to `queue`'s; disks only, no partitions."""
 
     @property
     def tracked(self) -> list[BlockDevice]:
@@ -59,13 +61,13 @@ class RelatedDevices:
 
 
 def find_related(source: BlockDevice) -> RelatedDevices:
-    """SysfsError when a device vanishes meanwhile."""
+    """Search now.  SysfsError when a device is removed meanwhile."""
     return _Walk(sysblock.loops()).all(source)
 
 
 @dataclass(frozen=True)
 class _Span:
-    """The bytes of a device that are the source's, or may be."""
+    """The bytes of a device that belong to the source, or may belong to it."""
 
     device: BlockDevice
     start: int
@@ -87,7 +89,7 @@ class _Walk:
             self._beside(loop, bottom)
         for slave in sysblock.related(bottom.device, "slaves"):
             self._below(slave, bottom.height - 1)
-        # A partition has counters of its own, so it is told apart from its disk.
+        # A partition has counters of its own, so it is preferred to its disk.
         at = next((s for s in reversed(chain[-2:]) if s.device.is_partition), bottom)
         d = at.device
         queue = BlockDevice(d.name, d.dev, d.disk, d.disk_dev, d.start + at.start, source.size)
@@ -95,8 +97,8 @@ class _Walk:
         return RelatedDevices(list(self._members.values()), queue, at.start, loop, below)
 
     def _down(self, source: BlockDevice) -> tuple[list[_Span], Loop | None]:
-        """The source, what it lies on, and so on; and the loop device that is the
-        last of them when it shows a file."""
+        """The source and the devices below it.  And the last of them, when it is a loop device
+        on a file."""
         by_device = {loop.device.dev: loop for loop in self._loops}
         span = _Span(source, 0, source.size, 0)
         chain = [span]
@@ -127,11 +129,11 @@ class _Walk:
             ):
                 self._up(shared, tracked)
         for holder in sysblock.related(device, "holders"):
-            # Which of its bytes lie here, only its driver knows.
+            # Only its driver knows which of its bytes lie here, so all of them count.
             self._up(_Span(holder, 0, holder.size, span.height + 1), tracked)
 
     def _beside(self, shown: Loop, span: _Span) -> None:
-        """The other loop devices on the file that `shown` shows."""
+        """The other loop devices on the backing file of `shown`."""
         start, end = shown.offset + span.start, shown.offset + span.end
         in_file = _Span(shown.device, start, end, span.height)
         overlays = _overlays()
@@ -143,7 +145,7 @@ class _Walk:
                     self._up(shared, tracked=False)
 
     def _below(self, device: BlockDevice, height: int) -> None:
-        """What a mapped device lies on; its driver has claimed it."""
+        """A device below a mapped one, whose driver has claimed it."""
         if device.dev in self._members:
             return
         self._members[device.dev] = Member(device, False, height)
@@ -154,7 +156,7 @@ class _Walk:
 
 
 def _overlap(span: _Span, at: int, device: BlockDevice, height: int) -> _Span | None:
-    """What of the device, which begins at `at` in the span's, lies in the span."""
+    """The part of the device inside the span; the device begins at `at` of the span's."""
     start, end = max(span.start - at, 0), min(span.end - at, device.size)
     return _Span(device, start, end, height) if start < end else None
 
@@ -163,13 +165,13 @@ def _overlap(span: _Span, at: int, device: BlockDevice, height: int) -> _Span | 
 class _Overlay:
     point: str
     upper: str
-    """The folder to which it writes."""
+    """The folder that it writes to."""
     dev: Dev
-    """That folder's device number."""
+    """The device number of that folder."""
 
 
 def _overlays() -> dict[Dev, _Overlay]:
-    """The overlays that are mounted, by their device numbers."""
+    """The mounted overlays, by their device numbers."""
     found = {}
     for entry in mount_table.read():
         if upper := entry.upper_folder():
@@ -180,15 +182,15 @@ def _overlays() -> dict[Dev, _Overlay]:
 
 
 def _real(loop: Loop, overlays: dict[Dev, _Overlay]) -> tuple[Dev, int]:
-    """An overlay shows a written file by a device number of its own, and by the
-    inode number that it has below."""
+    """Device number and inode of the backing file below an overlay.  The overlay shows the
+    same inode number with a device number of its own."""
     dev, inode = loop.file
     return (overlays[dev].dev if dev in overlays else dev), inode
 
 
 def below_overlay(loop: Loop) -> str:
-    """Where the backing file is written when it was opened in an overlay; empty: it
-    was not, or it cannot be found."""
+    """The path below the overlay of a backing file that was opened in one; empty when it was
+    not, or cannot be found."""
     overlays = _overlays()
     over = overlays.get(loop.file[0])
     if over is None or not loop.name.startswith(over.point.rstrip("/") + "/"):

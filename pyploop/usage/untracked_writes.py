@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What reaches the source's bytes without passing its queue, where no tracker sees
-it: writes to the backing file of a loop device, and to other loop devices on it.
+"""Writes to the source's bytes that do not pass its request queue, so that no tracker sees
+them: to the backing file of a loop device, and to other loop devices on that file.
 
-Of the file the kernel tells who opened and wrote it (fanotify); the loop driver's
-own writes are not told.  Not told either is what a process writes by io_submit or
-through a mapping; but it had to open the file, so from then on until it is closed
-that process counts as one that writes.  Of a loop device, its accounting tells.
+fanotify reports which processes open and write the file, but not the loop driver's own
+writes.  It does not report writes by io_submit or through a mapping either.  But for
+these the process must open the file, so it counts as a writer until it has closed it.
+Writes to another loop device show in the accounting of that device.
 """
 
 from __future__ import annotations
@@ -23,23 +23,23 @@ from pyploop.usage.related_devices import Dev, Member, RelatedDevices
 from pyploop.usage.users import describe
 
 STILL_TRIES = 20
-"""Looks at counters that a neighbour of the source keeps moving."""
+"""How often the counters are read while writes to a neighbour change them."""
 PF_KTHREAD = 0x00200000
 """Of linux/sched.h: in the flags of /proc/PID/stat."""
 
 
 class UntrackedWrites:
-    """Watches from when it is made until it is closed."""
+    """Watches from its creation until `close`."""
 
     def __init__(self, fds: Sequence[int], files: Sequence[tuple[Dev, int]], name: str) -> None:
-        """fds: the backing file, open, by each of the inodes that it has; none when
-        it is not to be had: it was deleted, and may have another name, or this
-        name is one of another mount namespace.  files, name: that file's."""
+        """fds: the open backing file, once for each inode that it has.  It is empty when the
+        file cannot be opened: it was deleted, or lies in another mount namespace.
+        files: device number and inode of the same file.  name: its path."""
         self._owned = contextlib.ExitStack()
         self._name = name
         self._fds: list[int] = []
         self.why_not = ""
-        """Why writes to the file cannot be seen; empty: they are."""
+        """Why writes to the file cannot be seen; empty when they can."""
         self.openers: set[int] = set()
         """The processes that have opened the file since this was last emptied."""
         self._ledger: UndoLedger | None = None
@@ -60,7 +60,7 @@ class UntrackedWrites:
             self.why_not = e.strerror or str(e)
 
     def _watch_file_system(self, dev: Dev) -> None:
-        """All of it, for one file that cannot be opened here."""
+        """Watch the whole file system of a file that cannot be opened here."""
         for point in mount_table.mount_points(f"{dev[0]}:{dev[1]}"):
             try:
                 fd = os.open(point, os.O_RDONLY | os.O_CLOEXEC)
@@ -74,9 +74,9 @@ class UntrackedWrites:
         self.why_not = "it cannot be opened here"
 
     def count(self, related: RelatedDevices, at_start: bool) -> None:
-        """Count the writes to the other loop devices on the file from now on.  What
-        one that is new has written before, nobody knows."""
-        # The slaves of a mapped device are moved by its own writes.
+        """Count the writes to the other loop devices on the file from now on.  Earlier writes
+        to a new one are not known, so its attaching is reported."""
+        # Writes to a mapped device change the counters of its slaves, so these are left out.
         for member in related.members if related.loop is not None else []:
             new = not member.tracked and member.device.dev not in self._loops
             if new and not member.device.is_partition:
@@ -88,14 +88,14 @@ class UntrackedWrites:
                     self._new += [] if at_start else [f"{member.path} was attached"]
 
     def account(self, ledger: UndoLedger) -> None:
-        """Have the accounting of these loop devices on, until `close` or the end of
-        the ledger."""
+        """Keep the accounting of these loop devices on until `close`, or until the ledger is
+        closed."""
         self._ledger = ledger
         for counters in self._loops.values():
             counters.account(ledger)
 
     def look(self) -> list[str]:
-        """What was written past the queue since the last look, in words."""
+        """Writes past the queue since the last call, as texts."""
         found, self._new = self._new, []
         for access in [a for fd in self._fds for a in kernel.read_accesses(fd, self._name)]:
             if access.pid == os.getpid() or _is_by_loop_driver(access):
@@ -105,7 +105,7 @@ class UntrackedWrites:
             self.openers |= {access.pid} if access.opened else set()
             if access.wrote:
                 who = describe(access.pid) if access.pid else "a process"
-                found.append(f"{who} could write {self._name}, beside its loop device")
+                found.append(f"{who} could write {self._name}, bypassing its loop device")
         found += [f"{c.path} was written" for c in self._loops.values() if c.moved()]
         return list(dict.fromkeys(found))
 
@@ -122,8 +122,8 @@ def _read(path: str) -> bytes:
 
 
 def _is_by_loop_driver(access: Access) -> bool:
-    """Older kernels tell of what it writes.  It does not close the file; a kernel
-    thread may do so for a process that closed it while io_submit was writing."""
+    """Older kernels report the loop driver's writes, too.  The driver does not close the
+    file.  A kernel thread may close it for a process that has closed it during io_submit."""
     if not access.wrote or access.closed:
         return False
     name = _read(f"/proc/{access.pid}/comm")
@@ -131,20 +131,20 @@ def _is_by_loop_driver(access: Access) -> bool:
 
 
 def _is_kernel_thread(pid: int) -> bool:
-    """No process that has ended: that has no command line either."""
+    """By its flags.  An empty command line would also be that of an ended process."""
     fields = _read(f"/proc/{pid}/stat").rpartition(b")")[2].split()
     return len(fields) > 6 and bool(int(fields[6]) & PF_KTHREAD)
 
 
 class _Counters:
-    """Sectors written to one loop device, where it shares bytes with the source."""
+    """Sectors written to one loop device that shares bytes with the source."""
 
     def __init__(self, member: Member, related: RelatedDevices) -> None:
         self.device, self.path = member.device, member.path
         ours = {m.device.dev for m in related.members}
         with contextlib.ExitStack() as undo:
             self._whole = self._open(self.device, undo)
-            # What shares no byte with the source is taken off.
+            # Writes to partitions that share no byte with the source are subtracted.
             others = [p for p in partitions(self.device) if p.dev not in ours]
             self._others = [self._open(p, undo) for p in others]
             self._seen = self._count()
@@ -168,7 +168,7 @@ class _Counters:
         self._owned.close()
 
     def _count(self) -> int | None:
-        """None: the neighbours did not stand still."""
+        """Sectors; None when writes to the neighbours kept changing the count."""
         rest = _sectors(self._others)
         for _ in range(STILL_TRIES):
             whole, before, rest = _sectors([self._whole]), rest, _sectors(self._others)
@@ -177,7 +177,7 @@ class _Counters:
         return None
 
     def moved(self) -> bool:
-        """Something was written; or may have been, while it was not counted."""
+        """True when something was written, or may have been while nothing was counted."""
         interrupted = self._accounting.interrupted()
         try:
             now = self._count()
@@ -188,7 +188,7 @@ class _Counters:
 
 
 def _sectors(fds: Sequence[int]) -> int:
-    """Written and discarded (fields 7 and 14 of `stat`)."""
+    """Sectors written and discarded: fields 7 and 14 of `stat` (Documentation/block/stat)."""
     total = 0
     for fd in fds:
         fields = os.pread(fd, 512, 0).split()

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Who uses the bytes of a source: file systems, swap space, drivers, processes.
+"""The users of a source: file systems, swap space, drivers, processes.
 
-A file system whose writes pass the source's queue is frozen with it.  Any other
-user is named, and no copy begins: what it writes would be missing, or would be in
-no state that means anything.  The kernel knows of each user of a block device that
-claims it, so a claim that nothing here explains is a user, too.
+A file system whose writes pass the source's request queue is frozen with it.  For any
+other user no copy begins, and the message names it: its writes would be missing from the
+copy, or would be there in part.  A user of a block device claims it in the kernel.  So a
+claim that no known user explains is reported as an unknown user.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ from pyploop.usage.related_devices import Dev, Member, RelatedDevices
 
 CLAIM_TRIES = 6
 CLAIM_PAUSE = 0.02
-"""Seconds between two looks when a claim is not explained: mkfs, blkid and another
-copy that looks as we do hold one for an instant."""
+"""Seconds before an unexplained claim is looked at again: mkfs, blkid and the search of
+another copy claim a device for an instant."""
 
 
 State = Literal["frozen", "unfrozen", "compared", "unknown"]
@@ -35,19 +35,19 @@ State = Literal["frozen", "unfrozen", "compared", "unknown"]
 
 @dataclass(frozen=True)
 class User:
-    """One who uses the source."""
+    """A user of the source."""
 
     device: str
     what: str
     """A predicate: `is mounted at /m (ext4)`."""
     state: State
-    """frozen: it will be, with the source.  unfrozen: `--mount` names another.
-    compared: what it writes is found by comparing.  unknown: the copy cannot be
-    right while it is there."""
+    """frozen: it is frozen with the source.  unfrozen: it is not, as `--mount` names another.
+    compared: its writes are found by comparing all blocks.  unknown: no copy is right while
+    it is there."""
     advice: str = ""
     """What to do about an unknown one."""
     passing: bool = False
-    """It may be gone before the copy ends: a process, a claim for a moment."""
+    """It may end before the copy does: a process, a short claim."""
 
     def __str__(self) -> str:
         return f"{self.device} {self.what}"
@@ -55,7 +55,7 @@ class User:
 
 @dataclass(frozen=True)
 class Found:
-    """What `find` found."""
+    """The result of `find`."""
 
     mounts: list[Mount] = field(default_factory=list)
     """To be frozen."""
@@ -72,14 +72,14 @@ def refusal(users: Iterable[User]) -> str:
 
 
 def find(path: str, find_related: RelatedDevices, given: Sequence[Mount] = ()) -> Found:
-    """All users of the source `path`.  given: what the user says is to be frozen,
-    instead of what is found here."""
+    """All users of the source `path`.  given: the mounts that the person wants frozen,
+    instead of those that are found."""
     for _ in range(CLAIM_TRIES):
         finder = _Finder(path, find_related, given)
         found = finder.all()
-        if not finder.puzzled:
+        if not finder.unexplained:
             break
-        time.sleep(CLAIM_PAUSE)  # or it is a mount that was made meanwhile: look again
+        time.sleep(CLAIM_PAUSE)  # it may be a new mount: look again
     return found
 
 
@@ -88,9 +88,9 @@ class _Finder:
         self._path, self._related, self._given = path, find_related, given
         self._users: list[User] = []
         self._explained: set[Dev] = set()
-        """Devices whose claim is known."""
-        self.puzzled = False
-        """A claim is not."""
+        """Devices whose claim belongs to a known user."""
+        self.unexplained = False
+        """There is another claim."""
 
     def all(self) -> Found:
         for mount in self._given:
@@ -119,13 +119,13 @@ class _Finder:
             for entry in mount_table.read():
                 if device.dev in entry.devices() - self._explained:
                     self._explained.add(device.dev)
-                    if not entry.read_only:  # else only looked at
-                        self._beside(device, f"is mounted at {entry.point} ({entry.fstype})")
+                    if not entry.read_only:  # else it is only read
+                        self._untracked(device, f"is mounted at {entry.point} ({entry.fstype})")
         return list(self._given) or found
 
     def _inside(self, mounts: Sequence[Mount]) -> None:
-        """File systems on files of those that will be frozen: what they have not
-        written back to their file yet is not in the copy."""
+        """File systems on files inside those that will be frozen.  Data that they have not
+        written back to their file is not in the copy."""
         covered = {dev for mount in mounts for dev in _covered(mount)}
         for loop in sysblock.loops() if covered else []:
             if loop.below is not None or loop.file[0] not in covered:
@@ -143,9 +143,9 @@ class _Finder:
                         )
                     )
 
-    def _beside(self, device: BlockDevice, what: str) -> None:
+    def _untracked(self, device: BlockDevice, what: str) -> None:
         name = f"/dev/{device.name}"
-        why = f"{what}, and what it writes to the bytes of {self._path} does not pass that device"
+        why = f"{what}, and its writes to the bytes of {self._path} do not pass that device"
         self._add(name, why, f"copy {name} instead, or unmount it")
 
     def _mounted_elsewhere(self) -> None:
@@ -162,7 +162,7 @@ class _Finder:
             self._explained.add(member.device.dev)
             what = f"is mounted in another mount namespace (process {pid}, {there.point})"
             if not member.tracked:
-                self._beside(member.device, what)
+                self._untracked(member.device, what)
             elif self._given:
                 what += ", and is not frozen: --mount names another"
                 self._users.append(User(there.source, what, "unfrozen"))
@@ -189,7 +189,7 @@ class _Finder:
                 self._add(name, what, f"swapoff {name}")
 
     def _on_btrfs(self, name: str) -> bool:
-        """The file lies on a btrfs of the source: its device number is nobody's."""
+        """The file lies on a btrfs of the source, which has a device number of its own."""
         members = {m.device.dev for m in self._related.members}
         entry = mount_table.holding_by_name(name)
         return entry is not None and entry.fstype == "btrfs" and bool(entry.devices() & members)
@@ -198,21 +198,25 @@ class _Finder:
 
     def _claims(self) -> None:
         for member in self._related.members:
-            if self._is_claimed_by_unknown(member):
-                self.puzzled = True
+            if self._is_unexplained(member):
+                self.unexplained = True
                 self._name_claim(member)
 
-    def _is_claimed_by_unknown(self, member: Member) -> bool:
+    def _is_unexplained(self, member: Member) -> bool:
         device = member.device
-        if device.dev in self._explained or device.disk_dev in self._explained or _held(device):
+        if (
+            device.dev in self._explained
+            or device.disk_dev in self._explained
+            or _has_holders(device)
+        ):
             return False
         path = self._path if member is self._related.members[0] else member.path
         if not is_claimed(device.dev, path, unknown=False):
             return False
         if device.is_partition:
-            return not _held(sysblock.find(device.disk_dev))
-        # A partition's claim shows on its disk; those that are members are asked
-        # themselves, and the others share no byte with the source.
+            return not _has_holders(sysblock.find(device.disk_dev))
+        # A claim of a partition shows on its disk.  Partitions that are members are checked
+        # themselves; the others share no byte with the source.
         return not any(
             is_claimed(part.dev, f"/dev/{part.name}", unknown=False) for part in partitions(device)
         )
@@ -222,19 +226,17 @@ class _Finder:
         fstype = _live_file_system(name)
         if fstype:
             where = descriptor_on(member.device.dev)
-            what = (
-                f"holds a live {fstype} file system that is mounted nowhere in sight (umount -l?)"
-            )
-            advice = "end what uses it"
+            what = f"has a live {fstype} file system whose mount point cannot be found (umount -l?)"
+            advice = "end the process that uses it"
             if where:
                 pid = where.split("/")[2]
-                advice += f" (process {pid} does), or freeze it by --mount {where}"
+                advice += f" (process {pid}), or freeze it with --mount {where}"
         elif os.path.isdir(f"/proc/fs/jbd2/{name}"):
             what = "is the external journal of a mounted ext4 file system"
-            advice = "unmount that"
+            advice = "unmount that file system"
         else:
-            what = "is claimed by something that /proc and /sys do not name"
-            advice = "find and end it"
+            what = "is claimed by a user that /proc and /sys do not show"
+            advice = "find that user and end it"
         self._add(member.path, what, advice, passing=True)
 
 
@@ -252,13 +254,13 @@ def _covered(mount: Mount) -> set[Dev]:
     return found
 
 
-def _held(device: BlockDevice) -> bool:
-    """A driver that sysfs names has it: its devices are members, too."""
+def _has_holders(device: BlockDevice) -> bool:
+    """A driver that sysfs shows has claimed it.  The devices of that driver are members, too."""
     return bool(sysblock.names(str(sysblock.node(device.dev) / "holders")))
 
 
 def _live_file_system(name: str) -> str:
-    """The type of the file system that sysfs knows of this device, or nothing."""
+    """The type of the file system that sysfs shows for this device; empty when none."""
     for folder in Path("/sys/fs").glob(f"*/{name}"):
         return folder.parent.name
     for folder in Path("/sys/fs/btrfs").glob(f"*/devices/{name}"):
@@ -267,8 +269,8 @@ def _live_file_system(name: str) -> str:
 
 
 def descriptor_on(dev: Dev) -> str:
-    """What leads to a file system that may be mounted nowhere: a process's folder or
-    open file there, as a path below /proc; empty: no process is found."""
+    """A path below /proc to a folder or open file on this file system, which may have no
+    mount point.  Empty when no process has one."""
     for pid in sysblock.processes():
         for path in (f"/proc/{pid}/cwd", f"/proc/{pid}/root", *_descriptors(pid)):
             try:
@@ -282,7 +284,7 @@ def descriptor_on(dev: Dev) -> str:
 
 
 def swaps() -> list[str]:
-    """The files and devices that are swap space in use."""
+    """The files and devices that are used as swap space."""
     try:
         lines = sysblock.text_of(Path("/proc/swaps")).split("\n")[1:]
     except OSError:
@@ -294,17 +296,17 @@ def swaps() -> list[str]:
 
 
 def _descriptors(pid: int) -> Iterator[str]:
-    """Of its other threads, too, that do not share them with the first one: by
-    unshare(2), or because that one has ended before them."""
+    """Its open files, as paths below /proc.  Threads that do not share a descriptor table
+    with the first one (unshare(2), or the first has ended) have files of their own."""
     folders = [f"/proc/{pid}/fd"]
     folders += [f"{t}/fd" for t in _threads(pid) if not kernel.share_files(pid, _number(t))]
     for folder in folders:
-        for name in sysblock.names(folder):  # none when it has ended, or is not ours to look at
+        for name in sysblock.names(folder):  # none when it has ended, or we may not look
             yield f"{folder}/{name}"
 
 
 def _threads(pid: int) -> list[str]:
-    """The folders of all but the first."""
+    """The folders of its threads, without the first."""
     folder = f"/proc/{pid}/task"
     return [f"{folder}/{tid}" for tid in sysblock.names(folder) if tid != str(pid)]
 
@@ -316,8 +318,8 @@ def _number(thread: str) -> int:
 def writers(
     files: Sequence[tuple[Dev, int]], pids: Iterable[int] | None = None
 ) -> list[tuple[int, str]]:
-    """(PID, how) of other processes (of these) that can write one of the files
-    (device, inode): that have it open, or mapped."""
+    """(PID, "open" or "mapped") of the other processes that can write one of the files
+    (device number, inode).  pids: look only at these."""
     inodes = {inode for _, inode in files}
     found = []
     for pid in sysblock.processes() if pids is None else pids:
@@ -341,9 +343,9 @@ def _is_open_for_writing(fd: str, files: Sequence[tuple[Dev, int]]) -> bool:
 
 
 def _maps_for_writing(pid: int, inodes: Collection[int]) -> bool:
-    """By the inode number: on btrfs and overlays the device's is another there."""
+    """Compares inode numbers only: on btrfs and overlays `maps` has other device numbers."""
     text = _read(f"/proc/{pid}/maps")
-    if not text:  # the memory of all threads is the same, but one that has ended shows none
+    if not text:  # threads share their memory, but one that has ended shows none
         text = next(filter(None, (_read(f"{t}/maps") for t in _threads(pid))), b"")
     for inode in inodes:
         for line in text.split(b"\n") if b" %d " % inode in text else []:
