@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Files below a folder whose contents somebody else may have made: no name and no
-symbolic link in it leads out of it.
+"""Files below a folder whose contents another user may have made.  No name and no symbolic
+link in it leads out of it.
 
-A path is opened once, as a descriptor of the folder above its last part; what is
-done then is done by that descriptor and the last part.  So it does not matter what
-takes a folder's place meanwhile.
+A path is opened once, as a descriptor of the folder above its last part.  All later calls
+use that descriptor and the last part.  So it does not matter when a folder on the way is
+replaced meanwhile.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ _FOLDER = os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC
 
 
 class Place(NamedTuple):
-    """Where a file is, or comes to."""
+    """The place of a file that is there or will be made."""
 
     dir_fd: int
-    """Of the folder above; only for the *at() calls."""
+    """The folder above, opened with O_PATH: only for the *at() calls."""
     name: str
     path: str
-    """For people."""
+    """The whole path, for messages."""
 
 
 def parts_of(root: str, path: str) -> list[str]:
@@ -42,9 +42,9 @@ def parts_of(root: str, path: str) -> list[str]:
 
 @contextlib.contextmanager
 def place(path: str, root: str = "") -> Iterator[Place]:
-    """root: an absolute folder above the path whose contents are not trusted.  It
-    is opened by its name, so everything above it must be.  Without one, the folder
-    above the path is trusted.  OSError: ELOOP for a symbolic link below the root,
+    """root: an absolute folder above the path whose contents are not trusted.  The root
+    itself is opened by its name, so everything above it must be trusted.  Without a root,
+    the folder above the path is trusted.  OSError: ELOOP for a symbolic link below the root,
     EXDEV for a path that leads out of it, ENOENT, ENOTDIR."""
     above, name = os.path.split(path)
     parts = parts_of(root, path) if root else parts_of("/", f"/{name}")
@@ -91,7 +91,7 @@ def _is_link(name: str, dir_fd: int) -> bool:
 
 
 def exists(at: Place) -> bool:
-    """Something has this name, be it a link that leads nowhere."""
+    """Something has this name; a dangling link counts, too."""
     try:
         os.lstat(at.name, dir_fd=at.dir_fd)
     except FileNotFoundError:

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Commands of a runtime: words, no shell, a deadline, their last words in the error."""
+"""Commands of a runtime: run without a shell, with a deadline.  An error shows the last
+lines of their output."""
 
 from __future__ import annotations
 
@@ -11,12 +12,12 @@ from pyploop.errors import MigrateError
 from pyploop.system import signals
 
 BEGUN = 120.0
-"""Seconds for a command to end at whose start a signal came."""
+"""Seconds for a command to end when a signal came while it was being started."""
 
 
 class Command:
-    """A started command, in a session of its own: a ^C at the terminal reaches
-    only us, and an undumped memory image is worse than a late answer."""
+    """A started command, in a session of its own.  So ^C at the terminal reaches only this
+    process: an interrupted dump would be worse than a late answer."""
 
     def __init__(
         self,
@@ -27,12 +28,12 @@ class Command:
         env: Mapping[str, str] | None = None,
         groups: Sequence[int] | None = None,
     ) -> None:
-        """silent: its output goes to /dev/null, for a container inherits it and
-        could not be checkpointed with a file of this host.  groups: its supplementary
-        ones, None: ours.  OSError when it cannot be run."""
+        """silent: its output goes to /dev/null.  A container inherits the output, and could
+        not be checkpointed with a file of this host open.  groups: its supplementary groups;
+        None: ours.  OSError when it cannot be run."""
         self.argv = list(argv)
-        # Not in a folder: one that is full would keep the command, which may be the
-        # one that lets the container go on, from being run.
+        # Not a file in a folder: a full one would keep the command from being run, and it
+        # may be the one that resumes the container.
         self._output = os.fdopen(os.memfd_create("pyploop-output"), "w+b")
         try:
             self._process = signals.begun(
@@ -53,14 +54,14 @@ class Command:
             raise
 
     def wait(self, timeout: float) -> tuple[int, str]:
-        """(exit status, what it said); TimeoutError, and killed, if it is late."""
+        """(exit status, its output).  TimeoutError when it takes longer; then it is killed."""
         try:
             try:
                 status = self._process.wait(timeout)
             except subprocess.TimeoutExpired:
                 raise
             except BaseException:
-                # A signal's.  What undoes the command must not overtake it.
+                # Raised by a signal.  The command must end before another one undoes it.
                 self._process.wait(timeout)
                 raise
         except subprocess.TimeoutExpired:
@@ -76,7 +77,7 @@ class Command:
 
 
 def _outlast(process: subprocess.Popen[bytes]) -> None:
-    """What undoes a command must not overtake it."""
+    """Wait for the command, so that it ends before another one undoes it."""
     try:
         process.wait(BEGUN)
     except subprocess.TimeoutExpired:
@@ -94,8 +95,9 @@ def run(
     env: Mapping[str, str] | None = None,
     meanwhile: Callable[[], None] | None = None,
 ) -> str:
-    """What it printed; MigrateError(code) unless it exits with 0.  meanwhile: done
-    while it runs; when that raises, the command has ended all the same."""
+    """Run a command; returns its output.  MigrateError(code) unless it exits with 0.
+    meanwhile: called while the command runs.  When it raises, the exception goes on after
+    the command has ended."""
     failure: BaseException | None = None
     try:
         command = Command(argv, keep_fds, silent=silent, env=env)
@@ -104,16 +106,16 @@ def run(
                 meanwhile()
             except BaseException as e:
                 failure = e
-        status, said = command.wait(timeout)
+        status, output = command.wait(timeout)
     except OSError as e:  # TimeoutError is one
         raise MigrateError(code, f"{' '.join(argv)}: {e.strerror or e}") from e
     if failure is not None:
         raise failure
     if status:
-        raise MigrateError(code, f"{' '.join(argv)} ended with {status}: {last_words(said)}")
-    return said
+        raise MigrateError(code, f"{' '.join(argv)} ended with {status}: {last_words(output)}")
+    return output
 
 
 def last_words(text: str) -> str:
-    """The last lines of some output, as one."""
+    """The last three lines of some output, as one."""
     return "; ".join(line.strip() for line in text.strip().splitlines()[-3:]) or "(silent)"

@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What this host's CPU can do."""
+"""The features of this host's CPU."""
 
 from __future__ import annotations
 
 
 def flags() -> list[str]:
-    """What this CPU can, as the kernel names it."""
+    """The features of the CPU, as /proc/cpuinfo names them; sorted."""
     with open("/proc/cpuinfo", errors="replace") as f:
         for line in f:
             if line.startswith(("flags", "Features")):

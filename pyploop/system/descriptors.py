@@ -53,9 +53,9 @@ def check_stream(fd: int, option: str) -> None:
 
 
 def no_delay(fd: int) -> None:
-    """Have small messages on a TCP socket leave at once.  Otherwise a SYNC behind
-    a block, and each answer behind another, waits for an acknowledgement that
-    the other end delays: 40 ms, and while frozen.  Not TCP: nothing."""
+    """Send small messages on a TCP socket at once (TCP_NODELAY).  Otherwise a SYNC after a
+    block, or an answer after another, waits up to 40 ms in the freeze: for an
+    acknowledgement that the other end delays.  Does nothing for other descriptors."""
     if not is_socket(fd):
         return
     with socket.socket(fileno=os.dup(fd)) as s, contextlib.suppress(OSError):
@@ -112,9 +112,9 @@ def readable(fd: int, seconds: float) -> bool:
 
 
 def is_closed(fd: int) -> bool:
-    """Nobody reads this pipe or socket any more."""
+    """This pipe or socket has no reader any more."""
     poll = select.poll()
-    poll.register(fd, 0)  # errors and hang-ups are always told
+    poll.register(fd, 0)  # errors and hang-ups are always reported
     return bool(poll.poll(0))
 
 
@@ -124,10 +124,10 @@ def read_exactly(
     """`size` bytes from a pipe or socket before `deadline` (time.monotonic();
     asked again at each wait).
 
-    ProtocolError when the peer closes first, ReadError when it is too late.
-    stream: what the same peer reads; when it closes that, WriteError, since a
-    feedback pipe may be held open by others.  Short waits, so that a signal's
-    exception is raised soon.
+    ProtocolError when the peer closes first, ReadError after the deadline.
+    stream: the descriptor that the same peer reads.  WriteError when the peer closes that:
+    another process may keep the feedback pipe open.  The waits are short, so that a
+    signal's exception is raised soon.
     """
     got = b""
     while len(got) < size:
@@ -162,7 +162,7 @@ def write_all(fd: int, data: bytes, what: str, timeout: float = ANSWER_TIMEOUT) 
     try:
         while data:
             if not poll.poll(timeout * 1000):
-                raise WriteError(f"{what}: it does not read what it is answered")
+                raise WriteError(f"{what}: the peer does not read its answer")
             if is_socket(fd):
                 with socket.socket(fileno=os.dup(fd)) as s:
                     n = s.send(data, socket.MSG_NOSIGNAL)

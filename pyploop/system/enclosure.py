@@ -4,10 +4,9 @@
 
     enclosure.py TREE PATH… -- PROGRAM NAME ARGUMENTS…    NAME: its argv[0]
 
-rsync opens files by their paths.  A container that swaps a folder for a link
-between two looks at it would have it read, as root, what the link names on the
-host; here the link names nothing.  Run by its path, without the package, so
-that it starts quickly.
+rsync opens files by their paths.  A container can replace a folder with a link while
+rsync runs.  As root, rsync would then read what the link names on the host; in this root
+it names nothing.  This file is run by its path, without the package, so it starts quickly.
 """
 
 from __future__ import annotations
@@ -22,8 +21,8 @@ _CLONE_NEWNS = 0x20000
 _MS_RDONLY, _MS_NOSUID, _MS_NODEV, _MS_NOEXEC = 1, 2, 4, 8
 _MS_REMOUNT, _MS_BIND, _MS_REC, _MS_PRIVATE = 32, 4096, 16384, 1 << 18
 ROOT = "/dev"
-"""In our own mount namespace the new root lies over this: nothing that is needed
-comes from there, and it is everywhere."""
+"""The new root is mounted here, in a mount namespace of our own.  Every host has this
+folder, and nothing in it is needed."""
 TREE = "/tree"
 _libc = ctypes.CDLL(None, use_errno=True)
 
@@ -41,14 +40,14 @@ def _mount(source: str, target: str, kind: str | None, flags: int, data: str | N
 
 
 def _bind(fd: int, path: str, flags: int) -> None:
-    """What the descriptor is of, read-only, at a path below the current folder."""
+    """Bind-mount an open file or folder read-only, at a path below the current folder."""
     _mount(f"/proc/self/fd/{fd}", path, None, _MS_BIND | (flags & _MS_REC), None)
     remount = _MS_REMOUNT | _MS_BIND | _MS_RDONLY | _MS_NOSUID | _MS_NODEV
     _mount("none", path, None, remount | (flags & _MS_NOEXEC), None)
 
 
 def _show(path: str, fd: int) -> None:
-    """The same path in the new root: a link as it is, else what is there."""
+    """Bind-mount an open file or folder at the same path in the new root."""
     here = path.lstrip("/")
     os.makedirs(os.path.dirname(here) or ".", exist_ok=True)
     if os.path.lexists(here):
@@ -61,7 +60,7 @@ def _show(path: str, fd: int) -> None:
 
 
 def enclose(tree: str, paths: list[str]) -> None:
-    """Leave this process in the new root.  OSError."""
+    """Move this process into the new root.  OSError."""
     _check(_libc.unshare(_CLONE_NEWNS), "unshare")
     _mount("none", "/", None, _MS_REC | _MS_PRIVATE, None)
     # All is opened before the new root may hide it.
@@ -93,7 +92,7 @@ def main() -> None:
     program = words[split + 1]
     try:
         os.execv(program, words[split + 2 :])
-    except OSError as e:  # of its interpreter, too
+    except OSError as e:  # also when its interpreter is missing
         raise OSError(e.errno, e.strerror, f"run {program}") from e
 
 

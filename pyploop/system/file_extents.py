@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where a file has data, as its file system says (SEEK_DATA, SEEK_HOLE).
+"""The parts of a file that have data, as its file system reports them (SEEK_DATA, SEEK_HOLE).
 
-A file system may not know, fail, or answer nonsense: a position that does not
-advance, goes back, or is empty.  From there on everything is data, which is
-always right.  (That something is a hole although it has data nobody can know.)
+A file system may not know them, fail, or give a position that does not advance.  From
+there on everything counts as data, which is always right.  (A file system that reports
+data as a hole cannot be found out.)
 """
 
 from __future__ import annotations
@@ -14,16 +14,16 @@ from collections.abc import Callable, Iterator
 
 from pyploop.units import SECTOR
 
-Say = Callable[[str], None]
+Report = Callable[[str], None]
 
 
 def data_extents(
-    fd: int, start: int, end: int, say: Say = lambda _: None
+    fd: int, start: int, end: int, report: Report = lambda _: None
 ) -> Iterator[tuple[int, int]]:
     """Parts of the file with data from `start` to `end`: ascending, disjoint,
     none empty.
 
-    say: gets the reason, in words, when the rest is taken for data."""
+    report: called with the reason when the rest of the file counts as data."""
     pos = start
     while pos < end:
         try:
@@ -36,14 +36,14 @@ def data_extents(
             return
         try:
             hole = os.lseek(fd, data, os.SEEK_HOLE)
-        except OSError:  # ENXIO, too: there is data, so it is no end
+        except OSError:  # ENXIO, too: there is data, so this is not the end
             break
-        # Blocks have holes between them, bytes do not: that would have no end.
+        # Holes begin at blocks.  One at any other byte could repeat without an end.
         if data < pos or hole <= data or (hole < end and hole % SECTOR):
             break
         yield data, min(hole, end)
         pos = hole
     else:
         return
-    say(f"its file system does not tell the holes from byte {pos} on: all of that is read as data")
+    report(f"its file system does not show the holes from byte {pos} on: all of it is read")
     yield pos, end

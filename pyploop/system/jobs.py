@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Work in threads whose failures are not lost, and which no signal leaves behind."""
+"""Work in threads.  No failure is lost, and no signal leaves a thread behind."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ from pyploop.system import signals
 T = TypeVar("T")
 
 INTERRUPT = signal.SIGUSR1
-"""Ends a wait in the kernel, in a program that has a handler for it."""
+"""Interrupts a wait in the kernel, in a program that has a handler for this signal."""
 TICK = 0.1
-"""Seconds that a thread which signals may interrupt sleeps at a time."""
+"""Seconds that a thread sleeps at a time when signals may interrupt it."""
 
 
 class Latch:
-    """What threading.Event is, for a thread in which a signal may raise at any moment.
+    """A threading.Event for a thread in which a signal may raise an exception at any time.
 
-    An exception as Event.wait begins leaves its lock taken for ever.  This has none
-    that Python code holds: a flag, and a queue, safe by its own promise, that wakes
-    who sleeps.  Of what an exception takes out of that, or a signal that came just
-    before the sleep, each costs TICK at most.
+    An exception at the start of Event.wait leaves its lock taken for ever.  This class has
+    no lock in Python code: it has a flag, and a SimpleQueue (which is reentrant) to wake the
+    waiting threads.  An exception can lose a wake-up, and a signal can come just before a
+    wait; each costs TICK at most.
     """
 
     def __init__(self) -> None:
@@ -44,7 +44,7 @@ class Latch:
         self._wakes.put(None)
 
     def wait(self, timeout: float | None = None) -> bool:
-        """Whether it was set within so many seconds (None: it is waited for)."""
+        """Wait until it is set; false when that takes more than `timeout` seconds."""
         deadline = math.inf if timeout is None else time.monotonic() + timeout
         while not self._set:
             left = deadline - time.monotonic()
@@ -52,21 +52,20 @@ class Latch:
                 return False
             with contextlib.suppress(queue.Empty):
                 self._wakes.get(timeout=min(TICK, left))
-                self._wakes.put(None)  # the next one's
+                self._wakes.put(None)  # wake the next thread
         return True
 
 
 class Job(Generic[T]):
     """One piece of work.
 
-    Where a signal's exception may come, the job is put down first, where what ends
-    it finds it, and started then: an exception out of `start` does not tell whether
-    the thread runs.
+    Where a signal may raise, store the job first, where the clean-up finds it, and start
+    it then: after an exception from `start` it is not known whether the thread runs.
     """
 
     def __init__(self, work: Callable[[], T], dropped: Callable[[], None] = lambda: None) -> None:
-        """dropped: what is done instead when the work never begins, for what it was
-        to have closed."""
+        """dropped: called instead when the work never begins, to close what the work would
+        have closed."""
         self._work, self._dropped = work, dropped
         self._result: list[T] = []
         self._gate = threading.Lock()
@@ -96,7 +95,7 @@ class Job(Generic[T]):
         self.over.set()
 
     def join(self, timeout: float | None = None) -> T:
-        """Its result, or its failure is raised.  TimeoutError when it is late."""
+        """Wait for its result, or raise its failure.  TimeoutError after `timeout` seconds."""
         if not self.over.wait(timeout):
             raise TimeoutError(f"not done within {timeout:g} s")
         if self._begun:
@@ -106,8 +105,8 @@ class Job(Generic[T]):
         return self._result[0]
 
     def end(self, timeout: float | None = None) -> None:
-        """It is over when this returns: waited for if it has begun, that long at
-        most, and else it never begins."""
+        """End the job.  If it has begun, wait for it, `timeout` seconds at most.  If not, it
+        never begins."""
         with self._gate:
             if not self._begun and not self.over.is_set():
                 self.failure = CancelledError("not begun")
@@ -116,8 +115,8 @@ class Job(Generic[T]):
         self.over.wait(timeout)
 
     def interrupt(self, timeout: float) -> None:
-        """Over when this returns, or late: what it waits for in the kernel (a mount can
-        take hours, as its image says) is interrupted, again and again."""
+        """Interrupt the job's waits in the kernel until it is over, for `timeout` seconds at
+        most.  (The mount of a hostile image can take hours.)"""
         deadline = time.monotonic() + timeout
         while not self.over.wait(TICK) and time.monotonic() < deadline:
             if callable(signal.getsignal(INTERRUPT)) and self._thread.ident is not None:
@@ -126,8 +125,8 @@ class Job(Generic[T]):
 
 
 def end_all(jobs: Sequence[Job[T]], cancel: Callable[[], None] | None = None) -> None:
-    """Cancelled, and over when this returns or raises: a signal may come meanwhile,
-    but only once."""
+    """Cancel the jobs and wait until they are over.  One signal may raise meanwhile; they are
+    over then, too."""
     try:
         _end_all(jobs, cancel)
     except BaseException:
@@ -143,8 +142,9 @@ def _end_all(jobs: Sequence[Job[T]], cancel: Callable[[], None] | None) -> None:
 
 
 def in_parallel(works: Sequence[Callable[[], T]], cancel: Callable[[], None]) -> list[T]:
-    """The results in order.  After a failure, or an exception here (a signal's),
-    the others are cancelled and waited for, and the first failure goes on."""
+    """Run all of it at once; returns the results in order.  After a failure, or a signal's
+    exception here, the other jobs are cancelled and waited for.  Then the first failure is
+    raised."""
     jobs = [Job(work) for work in works]
     try:
         for job in jobs:

@@ -58,8 +58,8 @@ def device_size(fd: int, path: str) -> int:
 
 
 def generation(fd: int, path: str) -> int:
-    """Of an inode: another one when the inode's number is used again.  0 on a file
-    system that has none (tmpfs, overlay), or never uses a number again."""
+    """The generation of an inode, which changes when its number is used again.  0 on a file
+    system that has no generations (tmpfs, overlay), or never uses a number again."""
     value = _ffi.new("int *")
     try:
         _check(_lib.pk_ioctl_int(fd, _lib.FS_IOC_GETVERSION, value), path)
@@ -77,8 +77,8 @@ def logical_block_size(fd: int, path: str) -> int:
 
 
 class LoopStatus(NamedTuple):
-    """What LOOP_GET_STATUS64 tells: the backing file's device (major, minor)
-    and inode, and the part of it that the loop device shows, in bytes."""
+    """The result of LOOP_GET_STATUS64: device (major, minor) and inode of the backing file,
+    and the part of it that the loop device shows, in bytes."""
 
     device: tuple[int, int]
     inode: int
@@ -86,7 +86,7 @@ class LoopStatus(NamedTuple):
     sizelimit: int
     direct_io: bool
     rdevice: tuple[int, int] | None = None
-    """The block device that the backing file is; None: it is none."""
+    """The device number of the backing file when that is a block device."""
 
 
 def loop_status(fd: int, path: str) -> LoopStatus:
@@ -109,8 +109,7 @@ def _decode_dev(dev: int) -> tuple[int, int]:
 
 
 def watch_writes(path: str) -> int:
-    """A descriptor (inotify, non-blocking) that has events once somebody has
-    written to the file."""
+    """A descriptor (inotify, non-blocking) that has events after each write to the file."""
     return _check(_lib.pk_watch_writes(os.fsencode(path)), path)
 
 
@@ -151,8 +150,8 @@ def mount(source: str, point: str, fstype: str, flags: int, data: str) -> None:
 
 
 def remount(point: str, flags: int) -> None:
-    """Change what holds for this mount (nosuid, nodev, ro and so on), and nothing
-    of its file system; takes microseconds."""
+    """Change the flags of this mount (nosuid, nodev, ro and so on), and nothing of its file
+    system; takes microseconds."""
     flags |= _lib.MS_REMOUNT | _lib.MS_BIND
     _check(_lib.pk_mount(_ffi.NULL, os.fsencode(point), _ffi.NULL, flags, _ffi.NULL), point)
 
@@ -183,7 +182,7 @@ def attach_loop(file_fd: int, name: str) -> tuple[str, int]:
             if ret == 0:
                 return path, fd
             os.close(fd)
-            if ret != -errno.EBUSY:  # else somebody else was faster
+            if ret != -errno.EBUSY:  # else another process was faster
                 _check(ret, path)
     finally:
         os.close(control)
@@ -200,44 +199,44 @@ def take_descriptor(pidfd: int, fd: int) -> int:
 
 
 def tcp_repair(fd: int) -> None:
-    """From here on the connection is closed without a packet.  EPERM: it
-    listens; ENOPROTOOPT, EOPNOTSUPP: it is no TCP socket."""
+    """Close this connection without a packet from now on (TCP_REPAIR).  EPERM: the socket
+    listens; ENOPROTOOPT, EOPNOTSUPP: it is not a TCP socket."""
     _check(_lib.pk_tcp_repair(fd, 1))
 
 
 class Access(NamedTuple):
-    """Somebody else's use of a watched file."""
+    """Another process's use of a watched file."""
 
     opened: bool
     wrote: bool
-    """It was written, or closed by one who could write."""
+    """It was written, or a descriptor that could write was closed."""
     closed: bool
-    """The latter."""
+    """A descriptor that could write was closed."""
     pid: int
     file: tuple[tuple[int, int], int] | None
     """Its device number and inode; None: not known."""
 
 
 def watch_file(fd: int, path: str, *, whole: bool = False) -> int:
-    """A descriptor that tells who opens and writes the file `fd`, by fanotify;
-    whole: any file of its file system.
-    Writes of the loop driver are not told (from Linux 6.x on), nor are those by
-    io_submit or through a mapping: their files are closed after writing.
-    EPERM: this takes CAP_SYS_ADMIN."""
+    """A descriptor (fanotify) with an event for each process that opens or writes the file
+    `fd`; whole: any file of its file system.
+    There are no events for writes of the loop driver (from Linux 6.x on), by io_submit or
+    through a mapping.  Their files are closed after writing, which is an event.
+    EPERM: this needs CAP_SYS_ADMIN."""
     mask = _lib.FAN_OPEN | _lib.FAN_MODIFY | _lib.FAN_CLOSE_WRITE
     return _check(_lib.pk_watch(fd, _lib.FAN_MARK_FILESYSTEM if whole else 0, mask), path)
 
 
 def read_accesses(fd: int, path: str) -> list[Access]:
-    """What happened since the last call; never waits.  When the kernel lost some,
-    there is one that may be anything, of PID 0."""
+    """The events since the last call; never waits.  When the kernel lost events, one of PID 0
+    stands for all of them: it may be anything."""
     found: list[Access] = []
     events = _ffi.new("struct pk_access[64]")
     while True:
         n = _lib.pk_read_accesses(fd, events, 64)
         if n == -errno.EAGAIN:
             return found
-        if n < 0:  # the event's file could not be opened for us: it is lost
+        if n < 0:  # the kernel could not open the event's file: the event is lost
             found.append(Access(True, True, True, 0, None))
             return found
         for e in events[0:n]:
@@ -251,11 +250,11 @@ def read_accesses(fd: int, path: str) -> list[Access]:
 
 
 def share_files(one: int, other: int) -> bool:
-    """Two threads have the same table of descriptors; true also when that cannot be
-    known: it hardly ever is otherwise."""
+    """Two threads share their table of descriptors.  True also when that is not known, as
+    threads hardly ever have tables of their own."""
     return int(_lib.pk_kcmp_files(one, other)) <= 0
 
 
 def io_priority(tid: int) -> int:
-    """Of a thread, as ioprio_get(2) has it; 0: it never set one."""
+    """The I/O priority of a thread, as ioprio_get(2) has it; 0: it never set one."""
     return _check(_lib.pk_io_priority(tid))

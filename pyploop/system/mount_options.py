@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Mount options as fstab has them, for mount(2), which knows fewer of them.
+"""Mount options as in fstab, translated for mount(2), which knows fewer of them.
 
-What is for mount(8) and for others that read fstab goes no further; which words
-these are is libmount's knowledge (util-linux, libmount/src/optmap.c).
+Options for mount(8) and other readers of fstab are dropped.  The list of these is from
+libmount (util-linux, libmount/src/optmap.c).
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ _DROPPED_PREFIXES = ("x-", "X-")
 _REFUSED: dict[str, str] = {
     name: why
     for names, why in (
-        ("remount move", "it is no option of a new mount"),
+        ("remount move", "it is not an option of a new mount"),
         ("bind rbind", "a disk is mounted from its image, not from a folder"),
         ("offset sizelimit", "an image is attached as a whole"),
         ("uhelper helper", "no helper of mount(8) is called"),
@@ -86,19 +86,19 @@ _REFUSED: dict[str, str] = {
 
 
 class MountWords(NamedTuple):
-    """For mount(2)."""
+    """The flags and the data of mount(2)."""
 
     flags: int
     data: str
 
 
 def split(options: str) -> list[str]:
-    """At the commas that stand in no double quotes: context="a,b" is one option."""
+    """Split at commas, but not inside double quotes: context="a,b" is one option."""
     return [word for word in re.findall(r'(?:[^,"]|"[^"]*"?)+', options) if word]
 
 
 def parse(options: str) -> MountWords:
-    """Later ones win, as with mount(8).  ParameterError names one that cannot be
+    """Later options win, as with mount(8).  ParameterError names an option that cannot be
     honoured."""
     flags: dict[str, bool] = {}
     data = []

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How long a peer may keep a reader waiting, as csrc/patience.h has it for copies: the
-sum of the waits for each PROGRESS bytes counts, so that one who drips is given up."""
+"""How long a peer may keep a reader waiting.  The waits for each PROGRESS bytes are added
+up, so a peer that sends single bytes is given up, too.  csrc/patience.h does the same."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ PROGRESS = 64 * KIB
 
 
 class Patience:
-    """Of one socket, which gets a timeout with each call."""
+    """The waits for one socket.  Each call sets the socket's timeout."""
 
     def __init__(self, sock: socket.socket, stall: float) -> None:
-        """stall: seconds; 0: for ever."""
+        """stall: seconds to wait for PROGRESS bytes; 0: for ever."""
         self._sock, self._stall = sock, stall
         self._waited = 0.0
         self._moved = 0
 
     def recv_into(self, view: memoryview) -> int:
-        """As socket.recv_into; TimeoutError when nothing, or next to nothing, came."""
+        """Like socket.recv_into; TimeoutError when too little has come for `stall` seconds."""
         left = self._stall - self._waited
         if self._stall and left <= 0:
             raise TimeoutError

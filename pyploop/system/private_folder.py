@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Folders whose contents decide what root does: locks, journals, records, dumps.
 
-Whoever else can write to such a folder, or can put another one in its place,
-decides that too.  So each use opens the folder anew and checks what was opened,
-and its files are reached by that descriptor alone.
+A user who can write to such a folder, or replace it, decides that, too.  So each use
+opens the folder anew and checks the opened folder.  Its files are reached only through
+that descriptor.
 
-    with ownfolder.opened(Path("/run/pyploop"), make=True) as folder:
-        ownfolder.replace(folder, "7.json", data)
+    with private_folder.opened(Path("/run/pyploop"), make=True) as folder:
+        private_folder.replace(folder, "7.json", data)
 """
 
 from __future__ import annotations
@@ -23,21 +23,21 @@ from pathlib import Path
 from pyploop.errors import OpenError
 
 MOST_LINKS = 40
-"""Symbolic links on the way to one file, as the kernel counts them."""
+"""Symbolic links on the way to one file: the kernel's own limit."""
 LARGEST = 64 << 20
-"""Bytes of one file here: a journal has an entry for each step."""
+"""Bytes of one file here.  A journal has an entry for each step."""
 GUARD = ".pyploop.guard"
-"""Locked instead of a folder that others can look into, as vzctl's; removed then."""
+"""This file is locked instead of a folder that others can read, such as vzctl's.  It is
+removed after use."""
 _FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 _FILE = os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
 
 
 def check_way(path: Path) -> None:
-    """OpenError unless only root and this user can change what the path leads
-    to: each folder above, and each symbolic link on the way.  What is at its end
-    is not looked at, and may be missing."""
+    """OpenError unless only root and this user can change each folder above, and each
+    symbolic link on the way.  The end of the path is not checked, and may be missing."""
     here, links = "/", 0
-    # Not made shorter by its words: behind a link, `..` is somewhere else.
+    # Not normalised: after a link, `..` leads to another folder.
     whole = path if path.is_absolute() else Path(os.getcwd(), path)
     todo = [*reversed(whole.parts[1:])]
     while todo:
@@ -73,9 +73,9 @@ def _check_above(folder: str, path: Path) -> None:
 
 @contextlib.contextmanager
 def opened(path: Path, *, make: bool = False, private: bool = False) -> Iterator[int]:
-    """The folder's descriptor.  OpenError unless it is a folder of this user
-    that nobody else can write to, or (private) look into.  make: it is made
-    (0700) when it is missing, with those above it; else FileNotFoundError."""
+    """The folder's descriptor.  OpenError unless it is a folder of this user that no other
+    can write to, or (private) read.  make: make it (0700) with those above it when it is
+    missing; else FileNotFoundError."""
     check_way(path)
     if make and not os.path.lexists(path):
         _make(path)
@@ -90,8 +90,8 @@ def opened(path: Path, *, make: bool = False, private: bool = False) -> Iterator
 
 @contextlib.contextmanager
 def reopened(path: Path) -> Iterator[int]:
-    """`opened` for a folder that was checked before, with the way to it: only
-    whether it is still ours, which takes microseconds."""
+    """`opened` for a folder that was checked before, with the way to it.  Checks only that
+    it is still ours, which takes microseconds."""
     fd = _open(path)
     try:
         _check(fd, path, 0o022)
@@ -105,7 +105,7 @@ def _open(path: Path) -> int:
         return os.open(path, _FOLDER)
     except OSError as e:
         if e.errno in (errno.ELOOP, errno.ENOTDIR):
-            why = "it is a file or a symbolic link; not used"
+            why = "it is a file or a symbolic link, and is not used"
             raise OpenError(f"{path} is not a folder of our own: {why}") from None
         raise
 
@@ -137,8 +137,8 @@ def _check(fd: int, path: Path, forbidden: int) -> None:
 
 
 def make_new(path: Path) -> None:
-    """A new folder (0700) for what nobody else may see or change, below one that
-    may be everybody's (/dev/shm).  FileExistsError when the name is taken."""
+    """Make a folder (0700) that no other user can read or change.  The one above may be
+    shared with others (/dev/shm).  FileExistsError when the name is taken."""
     check_way(path)
     _make(path.parent)
     check_way(path)
@@ -148,7 +148,7 @@ def make_new(path: Path) -> None:
 
 
 def is_ours(path: Path) -> bool:
-    """A folder that this user owns, and no link to one; or nothing."""
+    """True for a folder (not a link) that this user owns, and for a path that is free."""
     try:
         st = os.lstat(path)
     except FileNotFoundError:
@@ -157,9 +157,9 @@ def is_ours(path: Path) -> bool:
 
 
 def read_trusted(path: str) -> tuple[str, bytes]:
-    """(the path without links, the contents) of a file whose words are obeyed, as
-    a configuration's are.  OpenError unless only root and this user can change it,
-    or put another one in its place; OSError."""
+    """(the path without links, the contents) of a file that decides what root does, such as
+    a configuration.  OpenError unless only root and this user can change or replace it;
+    OSError."""
     check_way(Path(path))
     real = os.path.realpath(path)
     with open(os.open(real, os.O_RDONLY | _FILE), "rb") as f:
@@ -176,8 +176,8 @@ def read_trusted(path: str) -> tuple[str, bytes]:
 
 @contextlib.contextmanager
 def scratch() -> Iterator[Path]:
-    """A folder for the time of the body, below TMPDIR.  OpenError when others
-    could put their own in its place."""
+    """A folder below TMPDIR that is removed after the body.  OpenError when others could
+    replace it."""
     check_way(Path(tempfile.gettempdir()) / "x")
     with tempfile.TemporaryDirectory(prefix="pyploop-") as name:
         yield Path(name)
@@ -188,9 +188,9 @@ def scratch() -> Iterator[Path]:
 
 @contextlib.contextmanager
 def alone(folder: int, *, wait: bool = True) -> Iterator[None]:
-    """Others who do the same with this folder wait.  wait: for them; else
-    BlockingIOError.  Who can open something, if only to read it, can lock it for ever:
-    where others can look into the folder, a file of ours in it is locked."""
+    """Hold a lock on this folder.  wait: wait for other processes that hold it; else
+    BlockingIOError.  A user who can open a folder, if only to read it, can lock it for
+    ever.  So where others can read the folder, a private file in it is locked instead."""
     how = fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB)
     if not os.fstat(folder).st_mode & 0o044:
         fcntl.flock(folder, how)
@@ -204,7 +204,7 @@ def alone(folder: int, *, wait: bool = True) -> Iterator[None]:
         try:
             fcntl.flock(fd, how)
             if not os.fstat(fd).st_nlink:
-                continue  # who had it before has removed it
+                continue  # its last owner has removed it
             try:
                 yield
             finally:
@@ -231,7 +231,8 @@ def open_file(folder: int, name: str, flags: int = os.O_RDONLY) -> int:
     st = os.fstat(fd)
     if not stat.S_ISREG(st.st_mode) or st.st_uid != os.geteuid():
         os.close(fd)
-        why = f"belongs to user {st.st_uid}" if stat.S_ISREG(st.st_mode) else "is no regular file"
+        regular = stat.S_ISREG(st.st_mode)
+        why = f"belongs to user {st.st_uid}" if regular else "is not a regular file"
         raise OpenError(f"{name} {why}: not used")
     return fd
 
@@ -249,8 +250,7 @@ def read_path(path: Path) -> bytes:
 
 
 def replace(folder: int, name: str, data: bytes, *, durable: bool = False) -> None:
-    """Put a new file in the name's place, at once: a reader sees the old one or
-    the new one."""
+    """Replace the file in one step: a reader sees the old contents or the new ones."""
     new = f"{name}.new"
     with contextlib.suppress(FileNotFoundError):  # left by a crash
         os.unlink(new, dir_fd=folder)

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Remove folders that somebody else has filled: a container, a source.
+"""Remove folders that a container or a source has filled.
 
-Nothing here recurses, and no path is built: a container may nest folders as
-deeply as it likes, in names that no path can hold.  Links are not followed, other
-file systems not entered, and what cannot be removed does not keep the rest.
+A container can nest folders so deeply that no path is long enough.  So nothing here
+recurses or builds paths.  Links are not followed and other file systems not entered.
+When something cannot be removed, the rest still is.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from dataclasses import dataclass, field
 
 from pyploop.system.mount_table import number_of_file
 
-MOST_TOLD = 5
-"""Failures that are told one by one."""
+MOST_SHOWN = 5
+"""Failures that the message shows one by one."""
 _FLAGS = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 
 
@@ -32,27 +32,29 @@ class _Level:
 
 class _Failures:
     def __init__(self) -> None:
-        self._told: list[str] = []
+        self._shown: list[str] = []
         self._first = 0
         self.number = 0
 
     def add(self, levels: list[_Level], name: str, error: OSError) -> None:
         self.number += 1
         self._first = self._first or error.errno or errno.EIO
-        if len(self._told) < MOST_TOLD:
+        if len(self._shown) < MOST_SHOWN:
             path = "/".join([level.name for level in levels[1:]] + [name])
             shown = path if len(path) <= 200 else f"{path[:100]}...{path[-90:]}"
-            self._told.append(f"{shown}: {error.strerror}")
+            self._shown.append(f"{shown}: {error.strerror}")
 
     def check(self, path: str) -> None:
         if self.number:
-            more = f" (and {self.number - len(self._told)} more)" if self.number > MOST_TOLD else ""
-            raise OSError(self._first, f"not removed: {'; '.join(self._told)}{more}", path)
+            more = (
+                f" (and {self.number - len(self._shown)} more)" if self.number > MOST_SHOWN else ""
+            )
+            raise OSError(self._first, f"not removed: {'; '.join(self._shown)}{more}", path)
 
 
 def remove_contents(path: str) -> None:
-    """Empty a folder; nothing when there is none.  OSError names what could not be
-    removed: the rest has gone.  It holds two descriptors, however deep it is."""
+    """Empty a folder, if it is there.  OSError names what could not be removed; the rest is
+    gone.  Two descriptors are open at most, however deep the folder is."""
     try:
         fd = os.open(path, _FLAGS)
     except FileNotFoundError:
@@ -78,7 +80,7 @@ def remove_contents(path: str) -> None:
 
 
 def remove_tree(path: str) -> None:
-    """The folder too; as `remove_contents`."""
+    """`remove_contents`, and remove the folder itself."""
     remove_contents(path)
     try:
         os.rmdir(path)
@@ -141,6 +143,6 @@ def _up(fd: int, levels: list[_Level]) -> int:
     above = os.open("..", _FLAGS, dir_fd=fd)
     if os.fstat(above).st_ino != levels[-1].inode:
         os.close(above)
-        raise OSError(errno.EAGAIN, "somebody moves its folders while it is removed")
+        raise OSError(errno.EAGAIN, "its folders are being moved while they are removed")
     os.close(fd)
     return above

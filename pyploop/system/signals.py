@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Moments at which a signal's exception (cli/main.py) must not come.
+"""Code that the exception of a signal (cli/main.py) must not interrupt.
 
-Handlers are the program's own matter.  `held_back` defers what they do for some
-microseconds, since an exception there would lose a thread or a process.  Only our command
-line, which says so by `handled_here`, has them replaced for good.
+Handlers belong to the program.  `held_back` defers what they do for some microseconds,
+since an exception there would lose a thread or a process.  Only our command line, which
+says so by `handled_here`, has them replaced for good.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from pyploop.report.events import Reporter
 T = TypeVar("T")
 
 NAMES = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGALRM)
-"""SIGALRM: cli/main.py raises a signal again by it."""
+"""SIGALRM: with it cli/main.py raises a signal a second time."""
 
 _ours = False
 """The handlers of this process are those of our command line."""
@@ -39,7 +39,7 @@ def handled_here() -> Iterator[None]:
 
 @contextlib.contextmanager
 def held_back() -> Iterator[None]:
-    """Signals take effect at its end: for acts that must be known to have been done."""
+    """Delay signals until the end of the body, so that its result is always known."""
     came: list[int] = []
     old = _handle(lambda number, _: came.append(number))
     try:
@@ -52,8 +52,8 @@ def held_back() -> Iterator[None]:
 
 
 def begun(begin: Callable[[], T], end: Callable[[T], object]) -> T:
-    """What `begin` made.  A signal that came meanwhile does not lose it: `end` gets it
-    first.  (Popen returns when the command runs: it would have been left behind.)"""
+    """Return what `begin` made.  When a signal came meanwhile, call `end` with it before the
+    signal's exception goes on.  (Else a command that Popen has started would stay behind.)"""
     made: list[T] = []
     try:
         with held_back():
@@ -66,24 +66,24 @@ def begun(begin: Callable[[], T], end: Callable[[T], object]) -> T:
 
 
 def only_told(report: Reporter, why: str) -> None:
-    """In our command line, signals end nothing from now on, and the log says why.  Only
-    the end of the process takes this back: after each earlier moment there would be one
-    at which a signal lies about what became of the work.  In a program that imports
-    pyploop nothing changes: its handlers are its own."""
+    """In our command line: from now on a signal only reports why it is ignored.  The handlers
+    come back only when the process ends: earlier, a signal could give the wrong outcome of the
+    work.  In a program that imports pyploop nothing changes: its handlers are its own."""
     if not _ours:
         return
 
-    def tell(number: int, _: FrameType | None) -> None:
+    def log(number: int, _: FrameType | None) -> None:
         with contextlib.suppress(RuntimeError):  # another line is being written
             report.note(f"Signal {number} {why}")
 
-    _handle(tell)
+    _handle(log)
 
 
 def _handle(
     handler: Callable[[int, FrameType | None], object],
 ) -> dict[signal.Signals, signal._HANDLER]:
-    """In the main thread, where signals' exceptions come; returns the old handlers."""
+    """Set the handler in the main thread, the only one that signals interrupt; returns the
+    old handlers."""
     if threading.current_thread() is not threading.main_thread():
         return {}
     ignored = (signal.SIG_IGN, None)

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The end of what a program prints, however much that is: a pipe, a thread that
-reads it, and the last bytes in memory.  A file would take what a peer likes to say."""
+"""The last output of a program, however much it prints: a pipe, a thread that reads it, and
+the last bytes in memory.  A file could grow without limit when a peer prints."""
 
 from __future__ import annotations
 
@@ -12,13 +12,14 @@ from pyploop.units import KIB
 
 KEPT = 64 * KIB
 LAST = 0.5
-"""Seconds for the last words of a program that has ended."""
+"""Seconds to wait for the last output of a program that has ended."""
 DRAINED = 30.0
-"""Seconds for all that it said, if others hold its output open."""
+"""Seconds to wait for all output, when other processes keep it open."""
 
 
 class LastWords:
-    """`fd` is for the program; `started` when it has it, `close` on every path."""
+    """`fd` is for the program.  Call `started` when the program has it, and `close` on every
+    path."""
 
     def __init__(self) -> None:
         self._r, self.fd = os.pipe2(os.O_CLOEXEC)
@@ -27,7 +28,7 @@ class LastWords:
         self._thread = threading.Thread(target=self._run, daemon=True)
 
     def started(self) -> None:
-        """Only the program has the other end from now on."""
+        """Close our copy of the program's end, and begin to read."""
         self._close_ours()
         with signals.held_back():
             self._thread.start()
@@ -48,15 +49,15 @@ class LastWords:
             self.took(data)
 
     def took(self, data: bytes) -> None:
-        """All of it, as it comes; in the thread."""
+        """Called in the thread with all output, as it comes."""
 
     def wait(self) -> None:
-        """The program has ended: all that it said is read, when this returns."""
+        """Call it when the program has ended: it reads all of the output."""
         if self._thread.is_alive():
             self._thread.join(DRAINED)
 
     def text(self, ended: bool = False) -> str:
-        """ended: the program has, so what it said last is waited for."""
+        """The last output.  ended: the program has ended, so wait for the rest of it."""
         if ended and self._thread.is_alive():
             self._thread.join(LAST)
         return self._last.decode(errors="replace")

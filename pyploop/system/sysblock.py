@@ -51,7 +51,7 @@ class BlockDevice:
 
 
 def text_of(path: Path) -> str:
-    """A file of /proc or /sys.  Names in it are bytes, of any encoding or none."""
+    """The contents of a file in /proc or /sys.  Names in it may be any bytes, not only UTF-8."""
     return os.fsdecode(path.read_bytes())
 
 
@@ -69,7 +69,7 @@ def number(path: Path) -> int:
     try:
         return int(text)
     except ValueError:
-        raise SysfsError(f"{path} holds {text[:40]!r}, not a number") from None
+        raise SysfsError(f"{path} contains {text[:40]!r}, not a number") from None
 
 
 def parse_dev(text: str) -> tuple[int, int]:
@@ -145,7 +145,7 @@ def stacked_on(dev: BlockDevice) -> list[BlockDevice]:
 
 
 def device_number(path: str) -> tuple[int, int] | None:
-    """Of the block device with this name; None when there is none here."""
+    """The device number of this block device; None when there is no such device here."""
     try:
         st = os.stat(path)
     except OSError:
@@ -154,9 +154,9 @@ def device_number(path: str) -> tuple[int, int] | None:
 
 
 def open_device(path: str, dev: tuple[int, int], flags: int = 0) -> int:
-    """Open the block device with this number, read-only; `path` is its usual name.
-    A /dev of one's own (chroot, container) may not have it, or call another device
-    so: then a node is made, and removed at once."""
+    """Open the block device with this number, read-only; `path` is its usual name.  In a
+    chroot or container that name may be missing or belong to another device.  Then a node
+    is made, and removed at once."""
     flags |= os.O_RDONLY | os.O_CLOEXEC
     if device_number(path) == dev:
         return os.open(path, flags)
@@ -172,7 +172,7 @@ def open_device(path: str, dev: tuple[int, int], flags: int = 0) -> int:
             continue
         finally:
             os.unlink(made)
-    raise OSError(errno.ENOENT, "there is no device node of it, and none can be made", path)
+    raise OSError(errno.ENOENT, "there is no device node for it, and none can be made", path)
 
 
 def btrfs_devices(dev: tuple[int, int]) -> set[tuple[int, int]]:
@@ -190,7 +190,7 @@ def btrfs_devices(dev: tuple[int, int]) -> set[tuple[int, int]]:
 
 
 def has_capability(number: int) -> bool:
-    """This process has it; true also when that cannot be known."""
+    """This process has the capability; true also when that cannot be found out."""
     try:
         status = text_of(Path("/proc/self/status"))
     except OSError:
@@ -200,8 +200,7 @@ def has_capability(number: int) -> bool:
 
 
 def names(folder: str) -> list[str]:
-    """What is in a folder of /proc or /sys; nothing where that is not mounted, or
-    not to be read."""
+    """The names in a folder of /proc or /sys; none when it is missing or cannot be read."""
     try:
         return sorted(os.listdir(folder))
     except OSError:
@@ -224,7 +223,7 @@ class Loop:
     """The block device that the backing file is; None: a regular file."""
     offset: int
     name: str
-    """Of the backing file, as its opener saw it; ` (deleted)` after it."""
+    """The path of the backing file when it was attached; ends in ` (deleted)` if it was."""
 
     @property
     def path(self) -> str:
@@ -241,8 +240,8 @@ def loop_names() -> list[str]:
 
 
 def loops() -> list[Loop]:
-    """All attached loop devices.  The kernel is asked for the file's inode: a name
-    may be another file's by now, or of another mount namespace."""
+    """All attached loop devices.  The inode of the file comes from the kernel: its name may
+    belong to another file by now, or to another mount namespace."""
     found = []
     for name in loop_names():
         try:
@@ -253,7 +252,7 @@ def loops() -> list[Loop]:
 
 
 def backing_file(disk: str) -> str:
-    """Of a loop device; SysfsError when nothing is attached."""
+    """The path of a loop device's backing file; SysfsError when nothing is attached."""
     path = Path("/sys/block") / disk / "loop/backing_file"
     try:
         return text_of(path).removesuffix("\n")
@@ -273,7 +272,7 @@ def _loop(name: str) -> Loop:
         finally:
             os.close(fd)
         return Loop(device, (status.device, status.inode), status.rdevice, offset, backing)
-    except OSError:  # not for this user, or no such node here: go by the name
+    except OSError:  # this user may not open it, or has no node for it: use the name
         st = os.stat(backing)
         return Loop(device, file_id(st), device_number(backing), offset, backing)
 

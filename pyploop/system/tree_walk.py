@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Go through folders while somebody else, a container say, changes them.
+"""Go through folders while another program, such as a container, changes them.
 
-Each folder is opened from the one above, which is open: a folder that is replaced
-by a link meanwhile leads nowhere else.  Nothing recurses, two descriptors are in
-use, and no path is built, so that names may be longer than a path can be.
+Each folder is opened from the open one above it, so a folder that becomes a link meanwhile
+is not followed.  Nothing recurses, two descriptors are open at most, and no path is built,
+so names may be longer than a path can be.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ def _entries(fd: int) -> list[Entry]:
 
 
 def _open(name: str, fd: int) -> int:
-    """-1: it is not there any more, or is no folder."""
+    """Its descriptor; -1 when it is gone, or is not a folder."""
     try:
         return os.open(name, FLAGS, dir_fd=fd)
     except OSError as e:
@@ -84,8 +84,7 @@ def _open(name: str, fd: int) -> int:
 
 
 def _down(fd: int, levels: list[_Level]) -> int:
-    """Into the next folder below; -1: there is none any more by this name, or it
-    is another file system's."""
+    """Into the next folder below; -1 when it is gone, or is on another file system."""
     name = levels[-1].below.pop()
     below = _open(name, fd)
     if below >= 0:
@@ -98,8 +97,8 @@ def _down(fd: int, levels: list[_Level]) -> int:
 
 
 def _up(first: int, fd: int, levels: list[_Level]) -> int:
-    """To the folder above, or where it has moved from there, to the nearest one
-    that is still in its place."""
+    """To the folder above.  If the current one was moved: to the nearest folder that is
+    still in its place."""
     levels.pop()
     if len(levels) == 1:
         return first
@@ -112,7 +111,7 @@ def _up(first: int, fd: int, levels: list[_Level]) -> int:
 
 
 def _again(first: int, levels: list[_Level]) -> int:
-    """By the names from the top on.  What has moved is dropped from the levels."""
+    """Open by name from the top on.  Folders that were moved are dropped from the levels."""
     fd = first
     for number, level in enumerate(levels[1:], 1):
         below = _open(level.name, fd)

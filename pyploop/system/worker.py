@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Run something that blocks in C without keeping signals from being seen."""
+"""Run blocking C code so that Python still handles signals."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ def run_cancellable(
     cancel: Callable[[], None] | None = None,
     tick: Callable[[], None] | None = None,
 ) -> T:
-    """Run `work` in a thread of its own while this one stays open to signals.
+    """Run `work` in a thread, while this thread handles signals.
 
-    When an exception is raised here (a signal's), `cancel` is called, `work`
-    is waited for, and the exception goes on.  `tick` is called every 0.1 s.
+    When a signal raises here, call `cancel`, wait for `work`, and let the exception go on.
+    `tick` is called every 0.1 s.
     """
     job = Job(work)
     try:
@@ -42,8 +42,8 @@ def run_cancellable(
 def wait_for(process: subprocess.Popen[bytes], timeout: float | None) -> int:
     """`process.wait(timeout)` that returns when the process ends.
 
-    That one naps between looks, for as long again as the process has taken (at
-    most 50 ms), and a container would stand still for it.
+    The standard one polls, with up to 50 ms between two looks, and a container would stay
+    suspended for that time.
     """
     with contextlib.suppress(OSError):  # Linux before 5.3, or it is forbidden
         fd = os.pidfd_open(process.pid)
@@ -51,7 +51,7 @@ def wait_for(process: subprocess.Popen[bytes], timeout: float | None) -> int:
             poll = select.poll()
             poll.register(fd, select.POLLIN)
             deadline = math.inf if timeout is None else time.monotonic() + timeout
-            # Short ones: a signal that comes just before a wait does not end it.
+            # Short waits: a signal that comes just before one does not interrupt it.
             while not poll.poll(max(0.0, min(TICK, deadline - time.monotonic())) * 1000):
                 if time.monotonic() >= deadline:
                     raise subprocess.TimeoutExpired(process.args, timeout or 0.0)

@@ -128,7 +128,7 @@ class Monitor:
                 f"{users.refusal(self.found.unknown)} (or copy in spite of that with {FLAG}); "
                 "no target was made",
                 path=s.path,
-                hint="end what uses it, or copy in spite of that with CopyOptions(unsafe_in_use=True)",
+                hint="end what uses it, or set CopyOptions(unsafe_in_use=True)",
             )
 
     def account(self, ledger: UndoLedger) -> None:

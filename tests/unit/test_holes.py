@@ -172,7 +172,7 @@ def test_copy_and_info_of_a_file_on_a_file_system_that_lies_about_holes(
 
     said = pyploop("copy", "-s", str(image), "-d", str(target))
     assert target.read_bytes() == image.read_bytes()
-    assert said.count("does not tell the holes") == 1
+    assert said.count("does not show the holes") == 1
     report = json.loads(pyploop("info", "--json", str(image)))
     assert report["data"] == SIZE
-    assert sum("does not tell the holes" in note for note in report["notes"]) == 1
+    assert sum("does not show the holes" in note for note in report["notes"]) == 1

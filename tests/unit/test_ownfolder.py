@@ -147,7 +147,7 @@ def test_a_fifo_in_the_place_of_a_record_does_not_block(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "runc-ct.kept-trees")
     told: list[str] = []
     assert journal.records(tmp_path, told.append) == []
-    assert told == [f"{tmp_path}: 1.json is no regular file: not used"]
+    assert told == [f"{tmp_path}: 1.json is not a regular file: not used"]
     assert resumable_trees.allocated(str(tmp_path), "runc", "ct", {"id": "x"}) == {}
 
 
