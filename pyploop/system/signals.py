@@ -28,7 +28,7 @@ _ours = False
 
 @contextlib.contextmanager
 def handled_here() -> Iterator[None]:
-    """The handlers are our command line's: in the body, `only_told` replaces them."""
+    """The handlers are our command line's: in the body, `ignore` replaces them."""
     global _ours  # noqa: PLW0603 - handlers are the process's, too
     before, _ours = _ours, True
     try:
@@ -65,7 +65,7 @@ def begun(begin: Callable[[], T], end: Callable[[T], object]) -> T:
     return made[0]
 
 
-def only_told(report: Reporter, why: str) -> None:
+def ignore(report: Reporter, why: str) -> None:
     """In our command line: from now on a signal only reports why it is ignored.  The handlers
     come back only when the process ends: earlier, a signal could give the wrong outcome of the
     work.  In a program that imports pyploop nothing changes: its handlers are its own."""
@@ -74,7 +74,7 @@ def only_told(report: Reporter, why: str) -> None:
 
     def log(number: int, _: FrameType | None) -> None:
         with contextlib.suppress(RuntimeError):  # another line is being written
-            report.note(f"Signal {number} {why}")
+            report.note(f"Ignoring {signal.Signals(number).name}: {why}")
 
     _handle(log)
 

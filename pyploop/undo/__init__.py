@@ -1,8 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What must be undone, held in three places: in the process, in a watchdog process,
-and in a journal on disk.
+"""The steps that must be undone, kept in three places.
 
-`watchdog` runs by its path, without the
-package.  A new kind of step registers itself by `journal.register(kind, undo)`, in the
-room that knows how it is undone.
+- `ledger`: in the process that did them.
+- `watchdog`: in a process that undoes them when the first one is killed or too slow.  It
+  runs by its path, without the package, and imports only the standard library.
+- `journal`: on disk, for `pyploop thaw` after both processes have ended.
+
+A new kind of step registers itself with `journal.register(kind, undo)`, in the package
+that knows how to undo it.  This package may import `system` and the packages below it.
 """

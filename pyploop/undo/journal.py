@@ -1,18 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What was done and must be undone, on disk, for a later process.
+"""The steps that must be undone, on disk, for a later process.
 
-One JSON file per process and undertaking in /run/pyploop (0700), written
-before each act and removed when nothing is left to undo (docs/internals/freeze.md has
-the format).  A file whose owner lives belongs to that owner; one whose owner
-has died is replayed, in reverse, by `pyploop thaw`.
+Each copy or migration has one JSON file in /run/pyploop (0700; docs/internals/freeze.md has the
+format).  It is written before each step, and removed when nothing is left to undo.  While
+its owner lives, only the owner undoes it.  After that `pyploop thaw` replays it in reverse
+order.
 
     journal = Journal.create("copy of /dev/loop0")
     entry = journal.add({"kind": "write", "path": …, "value": …})   # then act
     journal.done(entry)                                              # undone
     journal.close()
 
-An entry is a dict with a `kind`; who has kinds of his own registers how each
-is undone by hand:
+An entry is a dict with a `kind`.  For each kind a function that undoes it is registered:
 
     journal.register("remote file", undo, outlives_boot=True)
 """
@@ -32,9 +31,9 @@ from pyploop.errors import BusyError, DeviceControlError, OpenError, PyploopErro
 from pyploop.system import private_folder
 
 SCHEMA = "pyploop.journal/1"
-"""In each file's `schema`; the number changes when a field changes its meaning."""
+"""The `schema` field of each file.  The number changes when a field changes its meaning."""
 ENVIRONMENT = "PYPLOOP_RUN"
-"""Names another folder for the journals."""
+"""This environment variable names another folder for the journals."""
 
 Entry = dict[str, Any]
 Ignored = Callable[[str], None]
@@ -42,9 +41,9 @@ Ignored = Callable[[str], None]
 
 @dataclass(frozen=True)
 class Kind:
-    """How one kind of entry is undone by hand: `undo` raises OSError or
-    PyploopError.  outlives_boot: it is still there after a reboot.  keep: how what
-    was made is put aside instead, for a later process."""
+    """How one kind of entry is undone: `undo` raises OSError or PyploopError.
+    outlives_boot: the step is still in effect after a reboot.  keep: puts what was made
+    aside for a later process, instead of undoing it."""
 
     undo: Callable[[Entry], None]
     outlives_boot: bool
@@ -61,7 +60,7 @@ def register(
     outlives_boot: bool = False,
     keep: Callable[[Journal, Entry], None] | None = None,
 ) -> None:
-    """Tell how entries of this kind are undone by `Record.replay`, or kept."""
+    """Set how `Record.replay` undoes entries of this kind, or keeps what they made."""
     _kinds[kind] = Kind(undo, outlives_boot, keep)
 
 
@@ -75,12 +74,14 @@ def folder() -> Path:
     if own := os.environ.get("XDG_RUNTIME_DIR"):
         return Path(own) / "pyploop"
     raise OpenError(
-        f"no folder for undo journals: not root, and no XDG_RUNTIME_DIR ({ENVIRONMENT})"
+        "no folder for undo journals: this user is not root and XDG_RUNTIME_DIR is not set "
+        f"(set {ENVIRONMENT} to a folder)"
     )
 
 
 def start_time(pid: int) -> int | None:
-    """When the process started, in ticks since the boot; None: it is gone."""
+    """When the process started, in clock ticks since boot (field 22 of proc_pid_stat(5));
+    None: it has ended."""
     try:
         with open(f"/proc/{pid}/stat", "rb") as f:  # the program's name is any bytes
             fields = f.read().rpartition(b")")[2].split()
@@ -100,7 +101,7 @@ def _save(path: Path, record: dict[str, Any]) -> None:
 
 
 class Journal:
-    """The journal of one undertaking of this process."""
+    """The journal of one copy or migration of this process."""
 
     def __init__(self, path: Path, record: dict[str, Any]) -> None:
         self.path = path
@@ -109,8 +110,8 @@ class Journal:
 
     @classmethod
     def create(cls, what: str, where: Path | None = None, **fields: Any) -> Journal:
-        """`what`: for a person, in `pyploop thaw --list`.  `fields`: more of
-        the record, for the undertaking's own use.  OpenError: no file there."""
+        """`what`: a description for `pyploop thaw --list`.  `fields`: more fields of the
+        record, which only the caller reads.  OpenError when no file can be made there."""
         where = where or folder()
         try:
             with private_folder.opened(where, make=True, private=True) as fd:
@@ -145,7 +146,8 @@ class Journal:
             raise DeviceControlError.of(f"cannot write the undo journal {self.path}", e) from e
 
     def set_owners(self, *pids: int) -> None:
-        """The processes that undo it themselves as long as one of them lives."""
+        """Set the processes that own the journal.  No other undoes it while one of them
+        lives."""
         self._record["owners"] = [_identity(pid) for pid in pids]
         self.save()
 
@@ -153,18 +155,18 @@ class Journal:
         return self._record.get(field)
 
     def set(self, **fields: Any) -> None:
-        """More fields of the record, for the undertaking's own use."""
+        """Set more fields of the record, which only the caller reads."""
         self._record.update(fields)
         self.save()
 
     def add(self, entry: Entry) -> Entry:
-        """Before the act.  Returns the entry, for `done`."""
+        """Call it before the step.  Returns the entry, for `done`."""
         self._entries.append(entry)
         self.save()
         return entry
 
     def done(self, entry: Entry) -> None:
-        """It is undone, or is somebody else's from now on."""
+        """The step is undone, or another process has taken it over."""
         self._entries[:] = [e for e in self._entries if e is not entry]
         self.save()
 
@@ -173,12 +175,12 @@ class Journal:
         return list(self._entries)
 
     def clear(self) -> None:
-        """Remove the file, whatever is in it."""
+        """Remove the file with all its entries."""
         self._entries.clear()
         self.close()
 
     def close(self) -> None:
-        """Remove the file, unless something in it is not undone."""
+        """Remove the file, unless an entry is left."""
         if not self._entries:
             with contextlib.suppress(OSError):
                 self.path.unlink()
@@ -223,28 +225,31 @@ class Record:
         return bool(self.fields.get("boot") == boot_id())
 
     def owner(self) -> int | None:
-        """A process that lives and undoes this itself."""
+        """The PID of an owner that lives; None when all have ended."""
         if self.of_this_boot:
             for owner in self.fields.get("owners", []):
                 if start_time(owner["pid"]) == owner["start"]:
                     return int(owner["pid"])
         return None
 
-    def adopt(self) -> Journal:
-        """Ours from now on.  BusyError when the owner lives."""
+    def _check_unowned(self, but: int = 0) -> None:
         pid = self.owner()
-        if pid is not None and pid != os.getpid():
-            raise BusyError(f"{self.id} belongs to process {pid}, which undoes it itself")
+        if pid not in (None, but):
+            raise BusyError(
+                f"{self.id} belongs to process {pid}, which is running and undoes it itself"
+            )
+
+    def adopt(self) -> Journal:
+        """Make this process the owner.  BusyError when another owner lives."""
+        self._check_unowned(but=os.getpid())
         journal = Journal(self.path, self.fields)
         journal.set_owners(os.getpid())
         return journal
 
     def replay(self) -> list[str]:
-        """Undo in reverse; what fails stays, and is returned in words.
-        BusyError when the owner lives."""
-        pid = self.owner()
-        if pid is not None:
-            raise BusyError(f"{self.id} belongs to process {pid}, which undoes it itself")
+        """Undo all entries in reverse order.  Those that fail stay, and are returned as texts.
+        BusyError when an owner lives."""
+        self._check_unowned()
         failed: list[str] = []
         left: list[Entry] = []
         for entry in reversed(self.entries):
@@ -262,10 +267,8 @@ class Record:
         return failed
 
     def forget(self) -> None:
-        """Drop it with all that is in it.  BusyError when the owner lives."""
-        pid = self.owner()
-        if pid is not None:
-            raise BusyError(f"{self.id} belongs to process {pid}, which undoes it itself")
+        """Remove the file with all its entries.  BusyError when an owner lives."""
+        self._check_unowned()
         self.path.unlink(missing_ok=True)
 
     def _undo(self, entry: Entry) -> None:
@@ -277,7 +280,7 @@ class Record:
 def _kind(entry: Entry) -> Kind:
     kind = _kinds.get(entry["kind"])
     if kind is None:
-        raise DeviceControlError(f"entries of kind {entry['kind']!r} are not undone here")
+        raise DeviceControlError(f"this pyploop cannot undo entries of kind {entry['kind']!r}")
     return kind
 
 
@@ -287,7 +290,7 @@ def undo(entry: Entry) -> None:
 
 
 def keep_or_undo(log: Journal, entry: Entry) -> None:
-    """Put aside what the entry made, where its kind can; else undo it."""
+    """Put aside what the entry made, if its kind can do that; else undo it."""
     kind = _kind(entry)
     if kind.keep is not None:
         kind.keep(log, entry)
@@ -296,14 +299,14 @@ def keep_or_undo(log: Journal, entry: Entry) -> None:
 
 
 def describe(entry: Entry) -> str:
-    """One entry in words: its own `what`, else its kind."""
+    """A description of the entry: its `what`, else its kind."""
     return str(entry.get("what") or entry["kind"])
 
 
 def records(where: Path | None = None, ignored: Ignored = lambda _: None) -> list[Record]:
-    """All journals, by age.  OpenError when the folder is somebody else's, or
-    others can write to it.  Those that cannot be read are left out; those of
-    other users too, of which `ignored` is told in words."""
+    """All journals, the oldest first.  OpenError when the folder belongs to another user, or
+    others can write to it.  Files that cannot be read, or belong to other users, are left
+    out.  `ignored` is called with a text for each of the latter."""
     where = where or folder()
     found = []
     with (
@@ -331,12 +334,12 @@ def _unreadable(where: Path) -> Iterator[None]:
     try:
         yield
     except OSError as e:
-        raise OpenError.of(f"cannot look into {where} for undo journals", e) from e
+        raise OpenError.of(f"cannot read the undo journals in {where}", e) from e
 
 
 @contextlib.contextmanager
 def replaying(where: Path | None = None) -> Iterator[None]:
-    """Keep other replays out meanwhile.  BusyError when one is under way."""
+    """Hold the lock for replays.  BusyError when another process holds it."""
     where = where or folder()
     with contextlib.ExitStack() as stack:
         try:
@@ -345,7 +348,7 @@ def replaying(where: Path | None = None) -> Iterator[None]:
         except FileNotFoundError:
             pass  # no journals either
         except BlockingIOError:
-            raise BusyError("another `pyploop thaw` is at work") from None
+            raise BusyError("another `pyploop thaw` is running") from None
         except OSError as e:
-            raise OpenError.of(f"cannot look into {where} for undo journals", e) from e
+            raise OpenError.of(f"cannot read the undo journals in {where}", e) from e
         yield

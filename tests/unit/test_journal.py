@@ -131,7 +131,7 @@ def test_what_is_no_journal_is_passed_over(tmp_path: Path) -> None:
 def test_two_replays_keep_out_of_each_others_way(tmp_path: Path) -> None:
     with (
         journal.replaying(tmp_path),
-        pytest.raises(BusyError, match="at work"),
+        pytest.raises(BusyError, match="is running"),
         journal.replaying(tmp_path),
     ):
         pass

@@ -105,7 +105,7 @@ def test_a_folder_that_others_can_read_is_not_what_is_locked(
 @pytest.mark.parametrize("mode", [0o700, 0o755])
 def test_two_of_ours_still_wait_for_each_other(tmp_path: Path, mode: int) -> None:
     tmp_path.chmod(mode)
-    with journal.replaying(tmp_path), pytest.raises(BusyError, match="at work"):
+    with journal.replaying(tmp_path), pytest.raises(BusyError, match="is running"):
         journal.replaying(tmp_path).__enter__()
     inside, most = 0, 0
 

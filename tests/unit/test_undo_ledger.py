@@ -368,7 +368,7 @@ def test_what_can_never_be_undone_is_forgotten_by_name(place: Path, holder: Hold
     holder.do("ledger.add(dict(kind='run', argv=['false'], timeout=9, what='resume it'))")
     assert thaw("--forget", name) == (
         17,
-        f"pyploop thaw: {name} belongs to process {name}, which undoes it itself\n",
+        f"pyploop thaw: {name} belongs to process {name}, which is running and undoes it itself\n",
     )
     holder.process.kill()
     wait_until(lambda: "failed" in thaw("--list")[1], "it is told")

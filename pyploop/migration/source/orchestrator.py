@@ -372,7 +372,7 @@ class _Move:
     def lost(self, cause: BaseException) -> bool:
         """After a failure: false when it runs here again, true when it turns
         out that it runs on the target.  MigrateError: that cannot be known."""
-        signals.only_told(self._report, "is late: what has failed is being ended already")
+        signals.ignore(self._report, "the migration has already failed and is being rolled back")
         with self._quiet:
             return self._lost(cause)
 
@@ -424,7 +424,7 @@ class _Move:
 
     def too_late(self) -> None:
         """There is no way back, and what is left takes seconds."""
-        signals.only_told(self._report, "came too late: the container has moved")
+        signals.ignore(self._report, "the container has already moved")
 
     def arrived(self) -> None:
         """It runs on the target: end it here, and tidy both sides."""
