@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What lies below a file or a device: from the file system down through loop
-devices and what device-mapper and md stack, to the disks.
+"""What lies below a file or a device: file systems, loop devices, mapped devices (dm, md)
+and disks.
 
-A target that lies on its own source would be written for ever, or stand still as
-soon as the source is frozen.  One that shares a file system with it fills what the
-source needs to grow.  Both are found by going down from either side.
+A target on its own source would grow for ever, or block when the source is frozen.  A
+target on a file system that the source is stored on takes room that the source needs to
+grow.  Both are found by going down from the source and from the target.
+(`usage.related_devices` also goes up, to the devices on top of the source.)
 """
 
 from __future__ import annotations
@@ -26,51 +27,51 @@ from pyploop.system.sysblock import BlockDevice, dev_numbers
 from pyploop.units import SECTOR
 
 Number = tuple[int, int]
-"""A device's major and minor, or those that a file system has instead."""
+"""Major and minor of a device, or of a file system without one."""
 Thing = tuple[int, int, int]
 """Major, minor and inode of a file; inode 0: the device or file system itself."""
 
 NAMES_ITS_STORE = re.compile(r"fuse(\..*)?|ecryptfs")
-"""File systems whose source may be the folder or image where they really store."""
+"""Types of file systems whose source can be the folder or image that they store in."""
 IN_MEMORY = ("tmpfs", "ramfs", "devtmpfs", "hugetlbfs")
 LOOKS = 10
-"""At figures of file systems that change meanwhile."""
+"""How often the sizes of two file systems are compared while they change."""
 
 
 @dataclass(frozen=True)
 class FileSystem:
-    """One that is written when the file above is."""
+    """A file system that is written when the file above is."""
 
     number: Number
     fstype: str
     name: str
-    """Where it is mounted, for a person."""
+    """Its mount point, for messages."""
     path: str
-    """Something on it, for statvfs."""
+    """A path on it, for statvfs."""
     growth: int | None
-    """Bytes at most by which what lies above can grow here; None: without limit."""
+    """How many bytes the file above can grow here at most; None: no limit."""
 
 
 @dataclass
 class Below:
-    """All that lies below."""
+    """All that lies below a file or device."""
 
     things: set[Thing] = field(default_factory=set)
     file_systems: list[FileSystem] = field(default_factory=list)
     """From the top down."""
     unknown: list[str] = field(default_factory=list)
-    """Where it could not be followed further, in words."""
+    """Where the way down could not be followed, as texts."""
 
 
 def of_file(fd: int) -> Below:
-    """Below an open file or folder, the file itself included."""
+    """All below an open file or folder, and the file itself."""
     walk = _Walk()
     walk.file(fd, f"/proc/self/fd/{fd}", None)
     return walk.found
 
 
 def of_source(source: Source) -> Below:
-    """Below a source."""
+    """All below a source."""
     return _below_source(source, _Walk())
 
 
@@ -84,8 +85,9 @@ def _below_source(source: Source, walk: _Walk) -> Below:
 
 
 def apart_from(source: Source, points: Iterable[str]) -> set[Thing]:
-    """What must not lie below a target: the source, what is stacked on it, the files
-    that it is made of, and the file systems that will be frozen (mount points)."""
+    """What must not lie below a target: the source, the devices stacked on it, the files
+    that it is stored in, and the file systems that will be frozen.  points: their mount
+    points."""
     found = _below_source(source, _Walk(to_files=True))
     things = {thing for thing in found.things if thing[2]}
     if source.block is not None:
@@ -97,8 +99,7 @@ def apart_from(source: Source, points: Iterable[str]) -> set[Thing]:
 
 
 def is_below(source: Source, fd: int) -> bool:
-    """Whether the source is stored in this open file, however deep, or both show the
-    same file."""
+    """The source is stored in this open file, at any depth, or both show the same file."""
     things = of_source(source).things
     for own in {source.fd, source.fd if source.sparse_fd is None else source.sparse_fd}:
         things |= _shown(own)
@@ -106,8 +107,8 @@ def is_below(source: Source, fd: int) -> bool:
 
 
 def _shown(fd: int) -> set[Thing]:
-    """An open file, and the one that it shows: of an overlay's the one in the upper
-    layer, of a bindfs' the one in its folder."""
+    """An open file, and the file that it shows: in an overlay the one in the upper folder, in
+    a bindfs the one in its source folder."""
     st, walk = os.fstat(fd), _Walk()
     found = {(*dev_numbers(st.st_dev), st.st_ino)}
     if stat.S_ISREG(st.st_mode) and (mount := walk.mount_of(fd)) is not None:
@@ -128,22 +129,22 @@ def _opened(path: str) -> Iterator[int]:
 
 
 class _Walk:
-    """One way down; each thing is visited once."""
+    """One walk down.  Each thing is visited once."""
 
     def __init__(self, *, to_files: bool = False) -> None:
-        """to_files: not below the file systems of the files that are met first."""
+        """to_files: stop at the first files, and do not follow their file systems."""
         self.found = Below()
         self._further = not to_files
         self._mounts = {entry.number: entry for entry in mount_table.read()}
         self._devices: set[Number] = set()
 
     def mount_of(self, fd: int) -> Entry | None:
-        """By the mount's id: st_dev is not the file system's on btrfs."""
+        """The mount of an open file, by its number: on btrfs st_dev is the subvolume's."""
         number = mount_table.number_of_file(fd)
         return None if number is None else self._mounts.get(number)
 
     def number_of(self, fd: int) -> Number:
-        """Of the file system that the file is on."""
+        """The number of the file system that the file is on."""
         mount = self.mount_of(fd)
         return dev_numbers(os.fstat(fd).st_dev) if mount is None else mount.dev
 
@@ -159,7 +160,7 @@ class _Walk:
     def _file_system(
         self, mount: Entry | None, number: Number, path: str, growth: int | None
     ) -> None:
-        """number: of a file system whose mount is not seen here."""
+        """number: used when the mount is not visible here."""
         if mount is None:
             fs = FileSystem(number, "", path, path, growth)
         else:
@@ -181,7 +182,8 @@ class _Walk:
                 self._by_figures(fs, mount)
 
     def _folder(self, path: str, growth: int | None) -> bool:
-        """Where a file system stores: a folder, an image or a device."""
+        """Follow the folder, image or device that a file system stores in; false when it
+        cannot be opened."""
         with contextlib.suppress(OSError), _opened(path) as fd:
             st = os.fstat(fd)
             if stat.S_ISBLK(st.st_mode):
@@ -192,8 +194,8 @@ class _Walk:
         return False
 
     def _by_figures(self, fs: FileSystem, mount: Entry) -> None:
-        """One that only shows another has the same size and the same room, to the
-        byte: an overlay, FUSE, or a network's file system of this machine."""
+        """Find the file system that this one shows (an overlay, FUSE, or a network mount of
+        this machine): size and free space of both are the same to the byte."""
         for other in self._mounts.values():
             if _exists(other.dev) or other.fstype == "btrfs":
                 with contextlib.suppress(OSError):
@@ -203,7 +205,7 @@ class _Walk:
         self.found.unknown.append(f"{mount.point} ({mount.fstype} of {mount.source})")
 
     def device(self, number: Number, growth: int | None) -> None:
-        """A block device, or nothing when there is none of this number."""
+        """A block device; does nothing when there is none with this number."""
         if number in self._devices or not _exists(number):
             return
         self._devices.add(number)
@@ -231,7 +233,7 @@ class _Walk:
             finally:
                 os.close(fd)
             number, inode = status.device, status.inode
-        except OSError:  # nothing attached any more, or it is not ours to open
+        except OSError:  # detached, or this user may not open it
             number, inode = None, 0
         with contextlib.suppress(OSError), _opened(name) as fd:
             st = os.fstat(fd)
@@ -245,7 +247,7 @@ class _Walk:
         if number is None:
             self.found.unknown.append(f"{device.path} (of {name})")
             return
-        # Deleted, hidden, or a name of another mount namespace.
+        # The file is deleted, hidden, or in another mount namespace.
         self.found.things |= {(*number, 0), (*number, inode)}
         if not self._further:
             return
@@ -282,7 +284,7 @@ def _exists(number: Number) -> bool:
 
 
 def boot() -> bytes:
-    """16 bytes that tell this run of this machine's kernel from all others."""
+    """The kernel's boot_id, 16 bytes: different on each machine and after each boot."""
     try:
         text = Path("/proc/sys/kernel/random/boot_id").read_text()
         return bytes.fromhex(text.strip().replace("-", ""))
@@ -291,7 +293,7 @@ def boot() -> bytes:
 
 
 def in_words(things: Iterable[Thing]) -> str:
-    """Where that is, for a person: a mount point, else a device, else a file."""
+    """A name for messages: a mount point, else a device, else "a file"."""
     numbers = sorted({(major, minor) for major, minor, inode in things if not inode})
     for mount in mount_table.read():
         if mount.dev in numbers:

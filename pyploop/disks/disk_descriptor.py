@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""DiskDescriptor.xml: which delta files make up a disk, from base to top.
+"""DiskDescriptor.xml: the delta files of a disk, from base to top.
 
-Written by ploop and by Parallels; docs/internals/images.md has its elements.  Unknown
-elements are ignored.  Nothing is expanded: a DOCTYPE is refused, and with it
-every entity but XML's own five.  Sizes are bytes here, sectors in the file.
+ploop and Parallels write it; docs/internals/images.md has its elements.  Unknown elements are
+ignored.  A DOCTYPE is refused, so there are no entities but XML's own five.  Sizes are
+bytes here and sectors in the file.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ MAX_SIZE = 1 << 20
 MAX_DEPTH = 32
 NO_PARENT = "{00000000-0000-0000-0000-000000000000}"
 DEFAULT_TOP = "{5fbaabe3-6958-40ff-92a7-860e329aab41}"
-"""The top where no TopGUID is given: Parallels always calls it so."""
+"""The top delta when there is no TopGUID: Parallels always uses this GUID."""
 FORMATS: dict[str, Format] = {"Compressed": "ploop1", "Plain": "raw"}
 
 _GUID = re.compile(r"\{[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}\}")
@@ -43,8 +43,8 @@ class Delta:
 
 @dataclass(frozen=True)
 class Descriptor:
-    """`chain` goes from the base to the top; `cluster` is what Blocksize says;
-    `others` counts the images of other snapshots, which are not in the chain."""
+    """`size` and `cluster` (Blocksize) are bytes.  `chain` goes from the base to the top.
+    `others` is the number of images of other snapshots, which are not in the chain."""
 
     path: str
     size: int
@@ -52,7 +52,7 @@ class Descriptor:
     chain: tuple[Delta, ...]
     others: int = 0
     files: tuple[str, ...] = ()
-    """Of the chain and of other snapshots."""
+    """All image files, those of other snapshots included."""
 
     @property
     def top(self) -> Delta:
@@ -237,11 +237,11 @@ def _chain(
 
 
 def serving_loop(path: str) -> str | None:
-    """The loop device whose backing file is the top delta of this descriptor,
-    as on a kernel without the ploop driver; None: no such device.
+    """The loop device on the top delta of this descriptor, as on a kernel without the ploop
+    driver; None when there is none.
 
-    It shows the bytes of that file, which is what a copy carries; they are the
-    disk itself only when the chain is one raw delta.  DeviceError: several."""
+    It shows the bytes of that file, and a copy carries these.  They are the disk only when
+    the chain is one raw delta.  DeviceError when there are several such devices."""
     top = read(path).top.path
     try:
         loops = sysblock.loop_device_of(top)

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a block device shows, and whether that is the same as at the start.
+"""Whether a block device still shows the same contents as at the start.
 
-An open loop device can be given another file (LOOP_CHANGE_FD) or another part of
-its file (LOOP_SET_STATUS), and the medium of a drive can be changed.  All
-contents change then, and no write passes through the queue: no tracker sees it.
+An open loop device can get another file (LOOP_CHANGE_FD) or another part of its file
+(LOOP_SET_STATUS), and the medium of a drive can be changed.  Then all contents change
+without a write, so no tracker sees it.
 """
 
 from __future__ import annotations
@@ -16,13 +16,14 @@ from pyploop.system.kernel import LoopStatus
 
 
 class Identity:
-    """Of one disk ('loop0'), as it was when it was opened."""
+    """The medium of one disk ('loop0') at the time it was opened."""
 
     def __init__(self, disk: str, loop_fd: int = -1) -> None:
-        """loop_fd: of the loop device; borrowed.  OSError: nothing is attached."""
+        """loop_fd: the open loop device; it is not closed here.  OSError when nothing is
+        attached."""
         self._path, self._loop_fd = f"/dev/{disk}", loop_fd
         try:
-            # Kept open: it is read inside the freeze, where opening would show.
+            # Kept open: it is read inside the freeze, where opening it takes too long.
             self._sequence_fd = os.open(f"/sys/block/{disk}/diskseq", os.O_RDONLY | os.O_CLOEXEC)
         except OSError:  # before Linux 5.15
             self._sequence_fd = -1
@@ -38,19 +39,19 @@ class Identity:
             self._sequence_fd = -1
 
     def _read(self) -> tuple[bytes, LoopStatus | None]:
-        """The kernel's number of the medium, and what the loop device shows."""
+        """The sequence number of the medium (diskseq), and the loop device's status."""
         sequence = os.pread(self._sequence_fd, 32, 0) if self._sequence_fd >= 0 else b""
         if self._loop_fd < 0:
             return sequence, None
-        # How it reads and writes may change: that changes no contents.
+        # The I/O mode may change, as that does not change the contents.
         return sequence, kernel.loop_status(self._loop_fd, self._path)._replace(direct_io=False)
 
     def check(self) -> None:
-        """ReadError when the device shows something else now."""
+        """ReadError when the device shows other contents now."""
         try:
             now = self._read()
         except OSError as e:
-            what = f"{self._path} shows nothing any more"
+            what = f"{self._path} has no medium or file any more"
             raise ReadError.of(f"{what}; no target was made", e) from e
         if now == self._at_start:
             return
@@ -61,5 +62,5 @@ class Identity:
             what = "another part of its file than" if same_file else "another file than"
         raise ReadError(
             f"{self._path} shows {what} at the start of the copy (it was reconfigured "
-            "meanwhile); no target was made, start again"
+            "meanwhile); no target was made: start the copy again"
         )

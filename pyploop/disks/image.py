@@ -5,9 +5,9 @@ Offsets and rules are tabulated in docs/internals/images.md; they follow the pub
 description of the format (docs/interop/parallels of the QEMU project), and
 tests/unit/test_image.py compares with what qemu-img makes and reads.
 
-Invariant: no number from a file decides how much is read or kept before it
-was compared with the size of that file.  Everything is bytes unless it says
-sectors.  Nothing here writes.
+Invariant: a number from a file is compared with the size of that file before it decides
+how much is read or kept.  All sizes are bytes unless they are called sectors.  Nothing
+here writes.
 """
 
 from __future__ import annotations
@@ -43,11 +43,11 @@ CLOSED_EXTENDED = 0x312E3276
 """Written by software that keeps the format extension up to date."""
 ENTRY = 4
 PIECE = 256 << 10
-"""Bytes of the BAT that are held at a time."""
+"""Bytes of the BAT that are read at a time."""
 MAX_ENTRIES = 1 << 28
 """Entries of a BAT that is read (256 TiB in clusters of 1 MiB)."""
 MAX_CLUSTERS = 1 << 30
-"""Clusters of a file; a bit each is kept, so 128 MiB at most."""
+"""Clusters of a file.  Each takes one bit of memory, so 128 MiB at most."""
 
 _IN_USE_AT = 44
 _ZEROES = bytes(PIECE)
@@ -56,14 +56,14 @@ _WORD = "I" if array("I").itemsize == ENTRY else "L"
 
 @dataclass(frozen=True)
 class Header:
-    """A ploop1 header that holds together by itself."""
+    """A ploop1 header whose fields are consistent."""
 
     version: int
     cluster: int
     entries: int
-    """Of the BAT: one a cluster of the disk."""
+    """Entries of the BAT: one for each cluster of the disk."""
     size: int
-    """Of the disk."""
+    """The size of the disk."""
     in_use_value: int
     data_start: int
     """Where the first cluster may lie in the file."""
@@ -103,7 +103,7 @@ class Image:
     signed: bool = False
     """It begins with a ploop1 signature, whatever the format is."""
     notes: list[str] = field(default_factory=list)
-    """What could not be found out, in words."""
+    """What could not be found out, as texts."""
 
     @property
     def in_use(self) -> bool | None:
@@ -118,10 +118,10 @@ def is_ploop1(start: bytes) -> bool:
 
 def clear_in_use(header: bytes) -> bytes:
     """The first bytes of a ploop1 image (48 at least, 512 in the frame that
-    ends a copy) with `m_DiskInUse` zero, as in an image that nobody uses.
-    The rest is not looked at: who says that it is a ploop1 image is the driver."""
+    ends a copy) with `m_DiskInUse` set to zero, as in an image that is not in use.
+    The rest is not checked: the ploop driver has said that it is a ploop1 image."""
     if len(header) < _IN_USE_AT + 4:
-        raise FormatError(f"{len(header)} bytes are no ploop1 header")
+        raise FormatError(f"{len(header)} bytes are too few for a ploop1 header")
     return header[:_IN_USE_AT] + bytes(4) + header[_IN_USE_AT + 4 :]
 
 
@@ -208,7 +208,7 @@ def count_allocated(fd: int, header: Header, name: str) -> int:
 
 
 class _Used:
-    """Which clusters of the file are taken, a bit each."""
+    """The clusters of the file that are in use, one bit each."""
 
     def __init__(self, fd: int, header: Header, name: str) -> None:
         self._fd, self._header, self._name = fd, header, name
@@ -229,8 +229,8 @@ class _Used:
         """The first entry whose cluster does not fit into the file."""
 
     def add(self, at: int, words: Sequence[int]) -> int:
-        """Take the clusters that these entries at offset `at` name; returns
-        how many there are."""
+        """Mark the clusters of these BAT entries, which are at offset `at`; returns their
+        number."""
         count = 0
         low, step, bits = self._low, self._step, self._bits
         for i, word in enumerate(words):
@@ -265,8 +265,8 @@ class _Used:
 
 
 def open_regular(path: str, error: type[DeviceError | OpenError], what: str) -> int:
-    """Open a regular file for reading and never wait for it (a FIFO); any
-    other thing is an `error` that calls it `what`."""
+    """Open a regular file for reading, without waiting (as for a FIFO).  `error`, with
+    `what` in its text, for anything else."""
     try:
         fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY)
     except (OSError, ValueError) as e:
@@ -286,9 +286,9 @@ def inspect(
     claimed: Format | None = None,
     error: type[DeviceError | OpenError] = DeviceError,
 ) -> Image:
-    """What an image file is, by its signature, or as `claimed` by the
-    descriptor that names it.  (The guest writes the first bytes of a raw
-    image, so a claim decides.)
+    """Read an image file.  Its format is the `claimed` one of the descriptor that names it,
+    else found by its signature.  (The guest can write a signature into a raw image, so the
+    claim decides.)
 
     Raises `error` when it cannot be opened, FormatError when it is empty, or
     claimed to be ploop1 and is not, or is damaged."""
@@ -304,7 +304,7 @@ def inspect(
 def _inspect(fd: int, path: str, claimed: Format | None) -> Image:
     notes: list[str] = []
 
-    def say(why: str) -> None:
+    def note(why: str) -> None:
         notes.append(f"{path}: {why}")
 
     st = os.fstat(fd)
@@ -314,9 +314,9 @@ def _inspect(fd: int, path: str, claimed: Format | None) -> Image:
     start = os.pread(fd, HEADER.size, 0)
     signed = is_ploop1(start)
     if claimed == "raw" or (claimed is None and not signed):
-        data = sum(end - begin for begin, end in data_extents(fd, 0, size, say))
+        data = sum(end - begin for begin, end in data_extents(fd, 0, size, note))
         return Image(path, "raw", size, size, st.st_blocks * 512, data, None, signed, notes)
     header = parse_header(start, path)
     allocated = count_allocated(fd, header, path) * header.cluster
-    data = sum(end - begin for begin, end in data_extents(fd, 0, size, say))
+    data = sum(end - begin for begin, end in data_extents(fd, 0, size, note))
     return Image(path, "ploop1", header.size, size, allocated, data, header, signed, notes)

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Opens the source of a copy, and finds out what it is, how it can be read, and what is
-mounted from it."""
+"""Open the source of a copy: find out what it is, how it can be read, and what is mounted
+from it."""
 
 from __future__ import annotations
 
@@ -44,12 +44,12 @@ def open_source(
     """Open a block device, /dev/ploopN, an image file, or the image file of an
     attached loop device (then the device is the source).
 
-    read: how a loop device is read: `backing` from its backing file, `device`
-    with O_DIRECT from the device, `auto` the first where it can be shown to be
-    the same data.  mounts: mount points that replace the ones found.
-    to_freeze: find what must be frozen, and watch who uses the source; OpenError
-    when some of it cannot be frozen, or somebody else uses the source, unless `unsafe`.
-    check: called once it is open, and before anybody is looked for.
+    read: how a loop device is read.  `backing`: from its backing file.  `device`: with
+    O_DIRECT from the device.  `auto`: the first, if it is certain to have the same data.
+    mounts: mount points to freeze instead of the ones that are found.
+    to_freeze: find what must be frozen, and watch the users of the source.  OpenError when
+    that cannot be frozen, or the source has other users, unless `unsafe`.
+    check: called when the source is open, before its users are searched.
     """
     try:
         st = os.stat(path)
@@ -82,7 +82,7 @@ def _watched(
     unsafe: bool,
     check: Callable[[Source], None] | None,
 ) -> Source:
-    """The source, with those who use it; closed after a failure."""
+    """Find the users of the source; it is closed after a failure."""
     try:
         if check is not None:
             check(source)
@@ -146,12 +146,12 @@ def _open(
 
 def _open_file(path: str) -> Source:
     owned = contextlib.ExitStack()
-    # What it is is seen before it is opened: whoever owns its folder may have put a
-    # FIFO, for which an open waits, or a device in its place since it was looked at.
+    # Its type is checked before it is opened for reading: the owner of its folder may have
+    # replaced it with a FIFO, for which an open waits, or with a device.
     pin = _open(path, os.O_PATH, owned, "the source")
     if not stat.S_ISREG(os.fstat(pin).st_mode):
         owned.close()
-        raise DeviceError(f"the source {path} is no regular file any more")
+        raise DeviceError(f"the source {path} is not a regular file any more")
     fd = _open(f"/proc/self/fd/{pin}", os.O_RDONLY, owned, "the source", path)
     size = os.fstat(fd).st_size
     return Source(
@@ -207,7 +207,8 @@ def _open_block(path: str, dev: tuple[int, int], read: ReadPath) -> Source:
 
 
 def _identify(source: Source, related: RelatedDevices) -> None:
-    """Before the first read.  OSError: nothing is attached to a loop device any more."""
+    """Remember what each device shows, before the first read.  OSError when a loop device
+    was detached."""
     for disk in related.below:
         fd = -1
         if disk.name.startswith("loop"):
@@ -223,8 +224,8 @@ def _identify(source: Source, related: RelatedDevices) -> None:
 
 
 def _use_lower(source: Source, related: RelatedDevices) -> None:
-    """Read the block device on which the source lies.  A loop device between them
-    reads through that one's page cache, which knows nothing of a write by another way."""
+    """Read the block device that the source lies on.  A loop device between them would read
+    through that device's page cache, which misses writes that bypass the cache."""
     path = f"/dev/{related.queue.name}"
     fd = _open(path, os.O_RDONLY | os.O_DIRECT, source._owned, f"what {source.path} lies on,")
     align = kernel.logical_block_size(fd, path)
@@ -236,8 +237,8 @@ def _use_lower(source: Source, related: RelatedDevices) -> None:
 
 
 def _use_backing(source: Source, related: RelatedDevices, loop: Loop, read: ReadPath) -> None:
-    """Find the loop device's backing file; take the holes from it, and read it
-    unless `device` was asked for."""
+    """Find the loop device's backing file.  Take the holes from it, and read it unless
+    `read` is `device`."""
     disk = loop.path
     why = ""
     fd = -1
@@ -248,8 +249,8 @@ def _use_backing(source: Source, related: RelatedDevices, loop: Loop, read: Read
             source._owned.callback(os.close, status_fd)
         status = kernel.loop_status(status_fd, disk)
         name = sysblock.backing_file(loop.device.name)
-        # The loop's own mode decides how: behind a direct-io loop the page
-        # cache of the file is cold, behind a buffered one it is the truth.
+        # Read the file as the loop device does.  With direct I/O the page cache of the file
+        # is cold; with buffered I/O it has the newest data.
         pin = os.open(name, os.O_PATH | os.O_CLOEXEC)  # see _open_file
         try:
             st = os.fstat(pin)
@@ -281,7 +282,7 @@ def _use_backing(source: Source, related: RelatedDevices, loop: Loop, read: Read
         return
     source.fd, source.base = fd, base
     if status.direct_io:
-        # A loop device's sector is no smaller than what its file wants.
+        # A loop device's sector is no smaller than the alignment that its file needs.
         source.align = max(BLOCK, source.align)
         source.io_mode = f"backing file {name}, O_DIRECT"
     else:
@@ -305,7 +306,7 @@ def _open_ploop(path: str) -> Source:
         fmt = sysblock.attribute(delta / "format")
         if fmt not in ("raw", "ploop1"):
             raise FormatError(f"{image}: delta format {fmt!r} cannot be copied (raw, ploop1 can)")
-        # The image file is what is copied, and the driver tracks its bytes.
+        # The image file is copied, and the driver tracks its bytes.
         image_fd = _open_image(image, owned)
         st = os.stat(path)
         block = sysblock.find((os.major(st.st_rdev), os.minor(st.st_rdev)))
@@ -338,13 +339,13 @@ def _open_image(image: str, owned: contextlib.ExitStack) -> int:
 
 
 def _find_mounts(source: Source, mounts: Sequence[str]) -> None:
-    """Of a ploop device."""
+    """Find the mounts of a ploop device."""
     if mounts:
         source.mounts = [Mount(mount, "?", source.path) for mount in mounts]
     elif source.block is not None:
         devices = sysblock.stacked_on(source.block)
         found = mount_table.mounts_of(devices)
-        # The driver's partitions may be numbered apart from what sysfs tells.
+        # The driver may number its partitions differently from sysfs.
         source.mounts = [replace(m, dev=None) for m in found]
 
 
@@ -359,8 +360,8 @@ def _check_mount(source: Source, mount: str) -> None:
     devices = source.related.tracked
     if (os.major(st.st_dev), os.minor(st.st_dev)) in {d.dev for d in devices}:
         return
-    # btrfs has a device number of its own, and so has XFS when the source is its
-    # log: go by the mount point.
+    # A btrfs, and an XFS whose log device is the source, have another device number, so
+    # compare the mount point.
     process, point = "self", os.path.realpath(mount)
     if m := re.match(r"/proc/(\d+)/root(/.*)?$", mount):
         process, point = m[1], m[2] or "/"

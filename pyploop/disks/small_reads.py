@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Reads of a few bytes of a source, as the pump reads it (csrc/pump_read.c)."""
+"""Read a few bytes of a source in the same way as the pump (csrc/pump_read.c)."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from pyploop.units import BLOCK
 
 
 def room(source: Source, length: int) -> int:
-    """Bytes of page-aligned memory that `read` needs."""
+    """The size of the page-aligned memory that `read` needs for `length` bytes."""
     return length + 2 * max(source.align, BLOCK)
 
 
 def read(source: Source, memory: memoryview, pos: int, length: int) -> memoryview:
-    """The source from `pos` on; less than `length` bytes at its end.  Valid until
-    `memory` is used again.  ReadError."""
+    """`length` bytes of the source at byte `pos`, or fewer at its end.  The result is valid
+    until `memory` is used again.  ReadError."""
     at = source.base + pos
     lead = at % source.align
     at -= lead
@@ -28,7 +28,7 @@ def read(source: Source, memory: memoryview, pos: int, length: int) -> memoryvie
     try:
         while got < lead + length:
             if tail is not None and at + got >= whole:
-                # What was written below this cache must show.
+                # Drop the cache: it misses writes that bypassed it.
                 os.posix_fadvise(tail.fd, tail.pos, 0, os.POSIX_FADV_DONTNEED)
                 there = tail.pos + at + got - whole
                 n = os.preadv(tail.fd, [memory[got : lead + length]], there)

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The source of a copy, open: what it is, how it is read, who uses it.
+"""The open source of a copy: what it is, how it is read, and its users.
 
-Invariant: a device is never read through its own page cache.  With a file
-system mounted on it that cache is stale; O_DIRECT is right, and so is the
-backing file of a loop device, which is where the loop driver itself reads.
+Invariant: a device is never read through its own page cache.  That cache is stale when a
+file system is mounted on the device.  O_DIRECT gives the right data, and so does the
+backing file of a loop device, which the loop driver itself reads.
 """
 
 from __future__ import annotations
@@ -40,30 +40,30 @@ class Source:
     align: int = 1
     """Alignment of reads from `fd`, bytes; 1: buffered."""
     tail: Tail | None = None
-    """The end that is no whole sector of the device: O_DIRECT cannot read it."""
+    """The end that is less than a sector of the device: O_DIRECT cannot read it."""
     io_mode: str = ""
-    """How it is read, in words, for the log and the summary."""
+    """How it is read: a text for the log and the summary."""
     sparse_fd: int | None = None
-    """A file that knows the holes (SEEK_HOLE), or None."""
+    """A file that shows the holes (SEEK_HOLE), or None."""
     sparse_base: int = 0
     """Where the source starts in `sparse_fd`."""
     block: BlockDevice | None = None
     mounts: list[Mount] = field(default_factory=list)
     cluster: int = MIB
     image: str = ""
-    """What is being sent, for `Sending IMAGE`."""
+    """The name in the message `Sending IMAGE`."""
     image_format: str = "raw"
     control_fd: int = -1
-    """The open device that takes ioctls, when `fd` is another file."""
+    """The open device, for ioctls; `fd` may be another file."""
     related: RelatedDevices | None = None
-    """The devices that share bytes with a block device; None: not one."""
+    """The devices that share bytes with the source; None when it is not a block device."""
     monitor: Monitor | None = None
-    """Who uses it; None: a ploop device, whose driver tracks all writes."""
+    """Watches its users; None for a ploop device, whose driver tracks all writes."""
     notes: list[str] = field(default_factory=list)
-    """What its copy should say; grows."""
+    """Notes for the log; more are added while it is copied."""
     _holes_unknown: bool = False
     identities: list[Identity] = field(default_factory=list)
-    """What each device showed through which the bytes are reached."""
+    """What each device below it showed at the start."""
     _owned: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)
 
     def close(self) -> None:
@@ -83,45 +83,44 @@ class Source:
 
     @property
     def queue(self) -> BlockDevice | None:
-        """The block device, and the part of it, that all writes to the source pass:
-        the source's own, or that on which it lies."""
+        """The block device, and the part of it, that all writes to the source pass: the
+        source, or a device below it."""
         return self.block if self.related is None else self.related.queue
 
     def check_size(self) -> None:
-        """ReadError when the size is not what it was when it was opened."""
+        """ReadError when the size has changed since it was opened."""
         if self.kind == "block":
             size = kernel.device_size(self.control_fd, self.path)
         else:
             size = os.fstat(self.fd).st_size
         if size != self.size:
             raise ReadError(
-                f"{self.path} had {self.size} bytes at the start and has {size} now: start again; "
-                "no target was made"
+                f"{self.path} had {self.size} bytes at the start and has {size} now; no target "
+                "was made: start the copy again"
             )
 
     def check_same(self) -> None:
-        """Fails when the source's size, or who uses it, is not what it was at the
-        last look: nothing of that was tracked."""
+        """ReadError or LoopError when the contents, size or users of the source have changed
+        since the last check, which no tracker sees."""
         self.check_device()
         self.check_size()
         if self.monitor is not None:
             self.monitor.check_end()
 
     def check_device(self) -> None:
-        """Fails when the device, or one on which it lies, shows something else than
-        when it was opened."""
+        """ReadError when the device, or one below it, shows other contents than at the
+        start."""
         for identity in self.identities:
             identity.check()
 
     def write_back(self) -> None:
-        """Write back what was written through a device's own page cache, or into a
-        plain file."""
+        """Write back the page caches of the related devices, or of a plain file."""
         if self.monitor is not None:
             self.monitor.write_back()
         self.write_back_file()
 
     def write_back_file(self) -> None:
-        """The same of a plain file only."""
+        """Write back the page cache of a plain file; does nothing for a device."""
         if self.kind == "file":
             try:
                 kernel.write_back(self.fd, self.path)
@@ -129,8 +128,8 @@ class Source:
                 raise DeviceControlError.of(f"cannot write back {self.path}", e) from e
 
     def holes(self) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
-        """(data, holes): both ascending and disjoint, together the whole
-        source.  Without a file that knows, everything is data."""
+        """(data, holes) as (start, end) in bytes: ascending and disjoint, together the whole
+        source.  Without a `sparse_fd` everything is data."""
         if self.sparse_fd is None or _has_all_pages(self.sparse_fd, self.path):
             return ([(0, self.size)] if self.size else []), []
         base, pos = self.sparse_base, 0
@@ -152,7 +151,8 @@ class Source:
 
 
 def _has_all_pages(fd: int, path: str) -> bool:
-    """tmpfs goes through a file page by page to find a hole (10 ms a GiB), and
-    counts exactly those it has.  Elsewhere what is allocated may still be a hole."""
+    """A file on tmpfs without holes.  tmpfs looks at each page to find a hole (10 ms a GiB),
+    but its count of blocks is exact.  On other file systems an allocated block can be a
+    hole."""
     st = os.fstat(fd)
     return st.st_blocks * SECTOR >= st.st_size and kernel.is_tmpfs(fd, path)

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The end of a device that is no whole sector, and the end of a file that its
-loop device does not show."""
+"""The end of a device that is less than a sector, and the end of a file that its loop device
+does not show."""
 
 from __future__ import annotations
 
@@ -14,21 +14,22 @@ from pyploop.system.kernel import LoopStatus
 
 @dataclass(frozen=True)
 class Tail:
-    """`size` bytes, less than a sector, read from `pos` of `fd`, buffered."""
+    """`size` bytes (less than a sector) at byte `pos` of `fd`, with buffered reads."""
 
     size: int
     name: str
-    """Of what they are read from."""
+    """The name of what they are read from."""
     fd: int
     pos: int
 
 
 def find_tail(source: str, at: int, end: int, file: int | None, base: int) -> Tail:
-    """From `at` to `end` of the device `source`, whose byte 0 is at `base` of `file`,
-    where there is one.  The caller closes the descriptor.  ReadError: nothing has it.
+    """The bytes from `at` to `end` of the device `source`.  Its byte 0 is at `base` of `file`,
+    if it has a backing file.  The caller closes the descriptor.  ReadError when nothing can
+    read them.
 
-    A device's own cache has its tail before Linux 6.11 only: later kernels refuse
-    any request for a part of a sector."""
+    Only kernels before Linux 6.11 read them through the device's page cache.  Later ones
+    refuse any request for a part of a sector."""
     size = end - at
     ways = [(source, source, at)]
     if file is not None:
@@ -43,13 +44,13 @@ def find_tail(source: str, at: int, end: int, file: int | None, base: int) -> Ta
                 os.close(fd)
     raise ReadError(
         f"the last {size} bytes of {source} are less than one of its sectors, and this kernel "
-        "does not read them: copy the image file, or what else lies below the device"
+        "cannot read them: copy the image file or device below it instead"
     )
 
 
 def left_out(device: str, size: int, file: str, file_size: int, status: LoopStatus) -> list[str]:
-    """A note when the loop device shows less of its file than it was asked to:
-    whole sectors only, or what the file had when it was attached."""
+    """A note when the loop device shows less of its file than it should.  It shows whole
+    sectors only, and only the size that the file had when it was attached."""
     wanted = file_size - status.offset
     if status.sizelimit:
         wanted = min(wanted, status.sizelimit)

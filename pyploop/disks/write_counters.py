@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Whether a source was written between two moments, by the kernel's own word.
+"""Whether a source was written between two moments, by counters of the kernel.
 
-No tracker's event is needed for it: a block device has its accounting, a plain
-file its times.  A look costs some microseconds.  What is dirty in a device's
-page cache shows only once it is written back (`Source.write_back`).
+No tracker is needed: a block device has its accounting, a plain file its times.  Reading
+them takes some microseconds.  Dirty pages of a device's page cache count only after they
+are written back (`Source.write_back`).
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _WRITTEN, _DISCARDED = 6, 13
 
 
 class Writes:
-    """Of one source; `close` when done."""
+    """The counters of one source; `close` it after use."""
 
     def __init__(self, source: Source) -> None:
         self._source = source
@@ -29,15 +29,14 @@ class Writes:
         self._stat = -1
         self._iostats: Path | None = None
         if (device := _accounted(source)) is not None:
-            major, minor = device.dev
             self._iostats = Path("/sys/block") / device.disk / "queue/iostats"
             # A partition has an accounting of its own.
             with contextlib.suppress(OSError):
-                self._stat = os.open(f"/sys/dev/block/{major}:{minor}/stat", os.O_RDONLY)
+                self._stat = os.open(sysblock.node(device.dev) / "stat", os.O_RDONLY)
 
     @property
     def knows(self) -> bool:
-        """The accounting is there, and on."""
+        """True when the counters are there and are kept."""
         if self._file >= 0:
             return True
         if self._stat < 0 or self._iostats is None:
@@ -48,7 +47,7 @@ class Writes:
             return False
 
     def stamp(self) -> tuple[int, ...]:
-        """Differs from an earlier one when the source was written since."""
+        """A value that changes with each write to the source."""
         if self._file >= 0:
             st = os.fstat(self._file)
             # The modification time can be put back (touch -r, rsync -t).
@@ -59,9 +58,9 @@ class Writes:
         return tuple(int(fields[n]) for n in (_WRITTEN, _DISCARDED) if n < len(fields))
 
     def begin(self) -> tuple[int, ...]:
-        """The stamp, before a pass reads the source.  A store through a mapping
-        moves a file's times only when its page is clean: so it is written back,
-        after the stamp, for nothing may come in between unseen."""
+        """The stamp, before a pass reads the source.  A store through a mapping changes a
+        file's times only when the page is clean.  So the file is written back, after the
+        stamp, so that no store in between is missed."""
         stamp = self.stamp()
         self._source.write_back_file()
         return stamp
@@ -73,8 +72,8 @@ class Writes:
 
 
 def _accounted(source: Source) -> BlockDevice | None:
-    """The device whose accounting is that of the source: the one that all writes
-    pass, unless it has other bytes too, which may be written all the time."""
+    """The device whose accounting is read.  It is the one that all writes pass, unless that
+    has other bytes, which may be written all the time."""
     queue = source.queue
     if queue is None or sysblock.find(queue.dev).size != queue.size:
         return source.block

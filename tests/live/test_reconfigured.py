@@ -55,7 +55,7 @@ def test_a_loop_device_that_gets_another_file_during_the_copy_fails_it(folder: P
     image, other = random_file(folder / "a", SIZE), random_file(folder / "b", SIZE)
     with loop_device(image, options=["--read-only"]) as device:
         got = copied_while(device, folder / "target", lambda: change_file(device, other))
-    failed_without_a_target(got, folder / "target", device, "another file", "start again")
+    failed_without_a_target(got, folder / "target", device, "another file", "start the copy again")
 
 
 def test_a_loop_device_on_a_loop_device_that_gets_another_one_during_the_copy_fails_it(
@@ -68,7 +68,7 @@ def test_a_loop_device_on_a_loop_device_that_gets_another_one_during_the_copy_fa
         loop_device(Path(below), options=["--read-only"]) as device,
     ):
         got = copied_while(device, folder / "target", lambda: change_file(device, beside))
-    failed_without_a_target(got, folder / "target", device, "another", "start again")
+    failed_without_a_target(got, folder / "target", device, "another", "start the copy again")
 
 
 def test_a_loop_device_that_gets_another_offset_during_the_copy_fails_it(folder: Path) -> None:
@@ -85,7 +85,7 @@ def test_a_loop_device_that_gets_another_offset_during_the_copy_fails_it(folder:
                 os.close(fd)
 
         got = copied_while(device, folder / "target", shift)
-    failed_without_a_target(got, folder / "target", device, "another part", "start again")
+    failed_without_a_target(got, folder / "target", device, "another part", "start the copy again")
 
 
 def test_a_device_that_is_resized_during_the_copy_fails_it(folder: Path) -> None:

@@ -277,7 +277,7 @@ def test_an_image_that_becomes_a_fifo_is_not_waited_for(
     monkeypatch.setattr(sysblock, "loop_device_of", swap)
 
     def use() -> None:
-        with pytest.raises(DeviceError, match="no regular file any more"):
+        with pytest.raises(DeviceError, match="not a regular file any more"):
             opening.open_source(str(image))
 
     within(5, use)
