@@ -90,8 +90,8 @@ ffi.set_source(
     #ifndef MS_NOSYMFOLLOW
     #define MS_NOSYMFOLLOW 256  /* linux/mount.h, since 5.10 */
     #endif
-    /* linux/openat2.h, since 5.6: not in the headers of each kernel that pyploop
-       is built for, and none of it may ever change. */
+    /* linux/openat2.h, since 5.6.  Older kernel headers do not have it; the values are a
+       stable kernel interface. */
     #ifndef SYS_openat2
     #define SYS_openat2 437
     #endif
@@ -144,7 +144,7 @@ ffi.set_source(
     { return result(umount2(point, flags)); }
     static int pk_loop_free(int control_fd)
     { return result(ioctl(control_fd, LOOP_CTL_GET_FREE)); }
-    /* Detaches by itself with its last user, so a killed process leaves none. */
+    /* AUTOCLEAR: it detaches after its last user, so a killed process leaves none. */
     static int pk_loop_attach(int loop_fd, int file_fd, const char *name)
     {
         struct loop_config config = { .fd = (uint32_t)file_fd };
@@ -171,7 +171,7 @@ ffi.set_source(
         }
         return fd;
     }
-    /* Each event brings an open file; inode 0: it does not. */
+    /* Each event has an open file.  inode 0: this one has none. */
     static int pk_read_accesses(int fd, struct pk_access *found, int max)
     {
         struct fanotify_event_metadata events[64], *e = events;

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Sizes and times as people write them."""
+"""Sizes and times as people write them, and the sizes that all packages use."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ BLOCK = 4096
 """The granule of trackers, hashes and the zero test, in bytes (csrc/base.h)."""
 
 LARGEST = (1 << 63) - 1
-"""Bytes: of a file's positions."""
+"""Bytes: the largest position in a file (off_t)."""
 LONGEST = 20 * 86400.0
-"""Seconds.  poll(2) takes milliseconds in an int, 24 days."""
+"""Seconds.  poll(2) takes milliseconds in an int, which ends at 24 days."""
 
 _FACTORS = {"": 1, "K": KIB, "M": MIB, "G": GIB, "T": 1 << 40}
 _TIMES = {"": 1.0, "s": 1.0, "ms": 1e-3, "us": 1e-6, "m": 60.0, "h": 3600.0}

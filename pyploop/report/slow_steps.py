@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Says what is being waited for, once, when a step takes long: storage that hangs
-says nothing by itself.
+"""Report once what a step waits for when it takes long, such as storage that hangs.
 
-In a thread of its own, which holds nothing that the copy needs: a log that is a
-file on the frozen source blocks it, and nothing else.
+This runs in a thread that shares no lock with the copy.  So when the log is a file on the
+frozen source, only this thread blocks.
 """
 
 from __future__ import annotations
@@ -14,42 +13,42 @@ from pyploop.report.events import Reporter
 from pyploop.report.timeline import Recorder
 
 LONG = 5.0
-"""Seconds of a step after which it is said what is waited for."""
+"""Seconds after which a step is reported."""
 LOOK = 0.5
-"""Seconds between two looks."""
+"""Seconds between two checks."""
 WORDS = {
     "stop command": "what stops the source to end",
     "source sync": "the source to write back what is dirty (syncfs): the storage below may hang",
     "freeze": "the source's file systems to freeze: the storage below may hang",
-    "prove": "the source's last writes to land",
+    "prove": "the source's last writes to complete",
     "last blocks": "the last blocks to be read and sent",
     "repair": "blocks to be compared",
-    "target sync": "the target to make durable what it has",
+    "target sync": "the target to sync its data",
     "target commit": "the target to become durable",
     "before thaw": "the command before the thaw",
     "thaw": "the source's file systems to thaw: the storage below may hang",
 }
-"""Step of the recorder -> what it waits for.  Others show their progress."""
+"""Step of the recorder -> what it waits for.  Other steps show their progress."""
 
 
 class Patience:
     """Watches the steps of one copy until `close`."""
 
     def __init__(self, recorder: Recorder, report: Reporter, what: str) -> None:
-        """what: the source, as messages call it."""
+        """what: the name of the source in messages."""
         self._recorder, self._report, self._what = recorder, report, what
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._watch, daemon=True)
         self._thread.start()
 
     def _watch(self) -> None:
-        said = None
+        reported = None
         while not self._over.wait(LOOK):
             step = self._recorder.doing
-            if step is None or step is said or step.name not in WORDS:
+            if step is None or step is reported or step.name not in WORDS:
                 continue
             if self._recorder.now() - step.start >= LONG:
-                said = step
+                reported = step
                 self._report.at_once(
                     f"{self._what}: waiting for {WORDS[step.name]} (for {LONG:g} s now)"
                 )

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The flight recorder: what happened when, at both ends, on one clock.
+"""The flight recorder: the times of all steps at both ends, on one clock.
 
-All times are seconds of this machine's CLOCK_MONOTONIC; those of the peer are
-moved onto it by `Clock`, and are uncertain by half its best round trip.
+All times are seconds of this machine's CLOCK_MONOTONIC.  `Clock` converts the peer's
+times; their error is at most half of the shortest round trip.
 """
 
 from __future__ import annotations
@@ -33,13 +33,13 @@ _CURES = {
     "way back": "a shorter way to the peer",
     "target commit": "a target disk that flushes faster",
     "before thaw": "a shorter --before-thaw command",
-    "thaw": "nothing of ours: thawing is one system call",
+    "thaw": "nothing in pyploop: thawing is one system call",
 }
 
 
 @dataclass(frozen=True)
 class Span:
-    """From `start` to `end`, in seconds."""
+    """One step, from `start` to `end` in seconds."""
 
     name: str
     start: float
@@ -54,8 +54,7 @@ class Span:
 
 @dataclass(frozen=True)
 class Heard:
-    """An answer with times: asked and got on our clock (seconds), the rest on
-    the peer's."""
+    """An answer with times.  asked, got: our clock, seconds.  times: the peer's clock."""
 
     asked: float
     got: float
@@ -63,14 +62,14 @@ class Heard:
 
 
 class Clock:
-    """The peer's clock minus ours, from the exchange with the shortest round
-    trip (as NTP does it): the error is at most half of that."""
+    """The peer's clock minus ours, from the exchange with the shortest round trip, as in NTP
+    (RFC 5905, section 8).  The error is at most half of that round trip."""
 
     def __init__(self) -> None:
         self.offset: float | None = None
-        """Seconds; None: nothing was exchanged."""
+        """Seconds; None before the first exchange."""
         self.round_trip = 0.0
-        """Of the best exchange, what the peer did in between taken off."""
+        """The shortest round trip in seconds, without the peer's own time in between."""
 
     @property
     def error(self) -> float | None:
@@ -84,20 +83,20 @@ class Clock:
             self.offset = ((arrived - sent) + (answered - got)) / 2
 
     def here(self, at: float) -> float:
-        """A time of the peer's on our clock."""
+        """Convert a time of the peer to our clock."""
         return at - (self.offset or 0.0)
 
 
 @dataclass(frozen=True, eq=False)
 class Doing:
-    """A step that has begun at `start`, and not ended."""
+    """A step that began at `start` and has not ended."""
 
     name: str
     start: float
 
 
 class Recorder:
-    """Collects spans; one thread.  Others may look at `doing`."""
+    """Collects spans in one thread.  Other threads may read `doing`."""
 
     def __init__(self, now: Callable[[], float] = time.monotonic) -> None:
         self.now = now
@@ -108,7 +107,7 @@ class Recorder:
         """The innermost step that is under way."""
 
     def give_up(self) -> None:
-        """What was frozen so far was none of the freeze that counts."""
+        """The freeze is given up: its steps no longer count as frozen."""
         frozen = [s for s in self.spans if s.stage == "frozen"]
         if frozen:
             self.spans = [replace(s, stage="running") for s in self.spans]
@@ -116,7 +115,7 @@ class Recorder:
 
     @contextlib.contextmanager
     def step(self, name: str) -> Iterator[None]:
-        """The time of the body, also of one that fails."""
+        """Record the time of the body, also when it fails."""
         start = self.now()
         before, self.doing = self.doing, Doing(name, start)
         try:
@@ -129,7 +128,7 @@ class Recorder:
         self.spans.append(Span(name, start, end, side, self.stage))
 
     def remote(self, heard: Heard | None) -> None:
-        """What the target did for one answer, on our clock."""
+        """Record the target's steps before one answer, on our clock."""
         if heard is None:
             return
         t = d1.Times(*(ns / 1e9 for ns in heard.times))  # type: ignore[arg-type]
@@ -170,8 +169,8 @@ class Recorder:
         return ends[-1] - frozen[0].start if ends else 0.0
 
     def frozen_parts(self) -> dict[str, float]:
-        """The frozen time by who spent it: the wait for the target's answer
-        split into what the target said about it, if it did."""
+        """The frozen time by step.  The wait for the target's answer is split into the
+        target's own steps, when it has sent their times."""
         parts = self.seconds("frozen")
         remote = self.seconds("frozen", "target")
         remote.pop("remote receive", None)  # meanwhile, we sent
@@ -183,7 +182,7 @@ class Recorder:
         return {**parts, **(remote or {"target commit": waited}), **thaw}
 
     def advice(self) -> str:
-        """One line about the largest part; empty when nothing was frozen."""
+        """One line about the longest step; empty when nothing was frozen."""
         parts = self.frozen_parts()
         total = sum(parts.values())
         if not total:

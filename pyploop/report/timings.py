@@ -50,8 +50,8 @@ class Moments:
     def rows(self) -> list[tuple[str, float]]:
         """vzmigrate's four, whose sum is the time suspended.
 
-        There the copy ends before the dump begins; here they overlap, so the
-        dump's row has what it took beyond the copy, and none is negative.
+        In vzmigrate the copy ends before the dump begins.  Here they overlap, so the dump's
+        row is the time beyond the copy, and no row is negative.
         """
         pcopy = self.copied - self.suspend
         dumped = max(self.dumped, self.copied)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""CRIU's image files, as far as they tell what a process may do.  No I/O.
+"""CRIU's image files: the parts that decide what a restored process may do.  No I/O.
 
 An image is two magic numbers (one for the inventory), then entries: u32 length,
 little endian, and a message of protocol buffers.  Field numbers are those of
@@ -102,31 +102,31 @@ CAPABILITIES = (
 
 
 def kind_of(name: str) -> str | None:
-    """Of an image file, by its name; None: it is none of CRIU's."""
+    """The kind of an image file, from its name; None when it is not one of CRIU's."""
     found = _NAME.fullmatch(name)
     return found[1] if found else None
 
 
 def entries(kind: str, data: bytes) -> Iterator[Message]:
-    """One by one: millions of empty ones have room in an image.  Malformed when it is
-    no image of this kind."""
+    """The entries, one at a time, since an image can have millions of empty ones.  Malformed
+    when it is not an image of this kind."""
     magic = struct.pack("<I", MAGICS[kind])
     head = magic if kind == "inventory" else struct.pack("<I", COMMON) + magic
     if not data.startswith(head):
-        raise Malformed("it does not begin as such an image does")
+        raise Malformed(f"it does not begin like an image of kind {kind!r}")
     at = len(head)
     while at < len(data):
         if at + 4 > len(data):
-            raise Malformed("it ends in the midst of a length")
+            raise Malformed("it ends inside a length")
         end = at + 4 + int.from_bytes(data[at : at + 4], "little")
         if end > len(data):
-            raise Malformed("it ends in the midst of an entry")
+            raise Malformed("it ends inside an entry")
         yield Message(data[at + 4 : end])
         at = end
 
 
 def only(kind: str, data: bytes) -> Message:
-    """Of an image that has one entry."""
+    """The entry of an image that must have exactly one."""
     found = list(itertools.islice(entries(kind, data), 2))
     if len(found) != 1:
         least = "at least " if found else ""

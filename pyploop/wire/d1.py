@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Dialect D1, the stream of `ploop copy`: bytes, no I/O (docs/internals/protocol.md).
 
-Data frames are made and parsed in C (csrc/pump_d1.c, csrc/recv_head.c); what is
-here are the control frames and the replies on the feedback channel.
+C makes and parses the data frames (csrc/pump_d1.c, csrc/recv_head.c).  Here are the control
+frames, and the replies on the feedback channel.
 """
 
 from __future__ import annotations
@@ -20,51 +20,50 @@ SUCCESS = b"SUCCESS\n"
 FAILURE = b"FAILURE\n"
 
 HELLO = b"PYP\x01"
-"""Payload of a SYNC by which our sender asks whether the peer is ours.  Every
-other receiver takes it for a SYNC: those that have feedback ignore the bytes,
-and those before 1.11 write them at position 0, which is sent again after it."""
+"""Payload of a SYNC with which our sender asks whether the peer is pyploop.  Every other
+receiver treats it as a SYNC.  Receivers with feedback ignore the bytes.  Those before 1.11
+write them at position 0, which is sent again later."""
 HELLO_REPLY = b"PYPLOOP\x01"
-"""What our receiver answers instead of SUCCESS: it will also answer END."""
+"""Our receiver's answer instead of SUCCESS: it will also answer END."""
 HELLO_2 = b"PYP\x02"
-"""Of a second SYNC, to a peer that answered HELLO: are times wanted, too?"""
+"""Payload of a second SYNC, to a peer that answered HELLO: can it send times, too?"""
 HELLO_2_REPLY = b"PYPLOOP\x02"
-"""Instead of SUCCESS: a record of times follows this and every later answer."""
+"""The answer instead of SUCCESS: a record of times follows this and each later answer."""
 
 PLACE = b"PYP\x03"
-"""Of a third SYNC, to a peer of version 2: can the target have as many bytes as its
-position says, and where does it lie?"""
+"""Payload of a third SYNC, to a peer of version 2.  It asks whether the target has room for
+as many bytes as the SYNC's position, and where the target lies."""
 PLACE_REPLY = b"PYPLOOP\x03"
-"""Instead of SUCCESS: a `Place` follows the record of times."""
+"""The answer instead of SUCCESS: a `Place` follows the record of times."""
 REFUSED = b"PYP\x04"
-"""Of a SYNC that is not answered: the sender ends, with the exit code that its
-position is, because of what it was told about the place."""
+"""Payload of a SYNC without an answer: the sender ends because of the target's place, with
+the SYNC's position as its exit code."""
 
 TIMES = struct.Struct("<7Q")
 PLACE_HEAD = struct.Struct("<16sQI")
 THING = struct.Struct("<IIQ")
 MANY_THINGS = 4096
-"""In one place at most."""
+"""Most things in one `Place`."""
 UNKNOWN_ROOM = (1 << 64) - 1
 
 
 class Times(NamedTuple):
-    """What follows an answer of version 2: the receiver's CLOCK_MONOTONIC in
-    ns, 0 where there is nothing to tell, and bytes."""
+    """The record after an answer of version 2: times of the receiver's CLOCK_MONOTONIC in ns
+    (0: not known), and bytes."""
 
     first: int = 0
-    """The first data since the last answer began to arrive."""
+    """When the first data after the last answer arrived."""
     arrived: int = 0
-    """The frame that is answered was read."""
+    """When the answered frame was read."""
     written: int = 0
-    """All before it was written to the file."""
+    """When all data before it was written to the file."""
     synced: int = 0
-    """And synced."""
+    """When that data was synced."""
     named: int = 0
-    """END: the file has its name, durably."""
+    """END: when the file had its name, durably."""
     answered: int = 0
     dirty: int = 0
-    """Bytes that were written since the last sync, and may not have been on the
-    disk before this one."""
+    """Bytes written since the last sync, which this sync may have had to write back."""
 
     def pack(self) -> bytes:
         return TIMES.pack(*self)
@@ -75,9 +74,9 @@ class Times(NamedTuple):
 
 
 class Place(NamedTuple):
-    """Where a target lies.  boot: tells this run of a machine's kernel from others.
-    room: bytes that it may still get, or UNKNOWN_ROOM.  things: major, minor and
-    inode (0: itself) of the devices, file systems and files below it."""
+    """Where a target lies.  boot: the kernel's boot_id, different on each machine and after
+    each boot.  room: free bytes for the target, or UNKNOWN_ROOM.  things: major, minor and
+    inode of the files below it, and with inode 0 the devices and file systems."""
 
     boot: bytes
     room: int
@@ -90,7 +89,7 @@ class Place(NamedTuple):
 
     @classmethod
     def unpack(cls, read: Callable[[int], bytes]) -> Place:
-        """read: the next bytes of the answer.  ValueError for more than may come."""
+        """read: returns the next bytes of the answer.  ValueError for too many things."""
         boot, room, count = PLACE_HEAD.unpack(read(PLACE_HEAD.size))
         if count > MANY_THINGS:
             raise ValueError(f"{count} things below a target")

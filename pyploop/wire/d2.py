@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Dialect D2, packets and replies on one socket: bytes, no I/O (docs/internals/protocol.md).
 
-Data packets are made and parsed in C (csrc/pump_d2.c, csrc/recv_head.c); what
-is here are the control packets and the replies.  D3 is D2 with features agreed
-(wire/d3.py); with MD5 agreed every packet carries a digest of its data.
+C makes and parses the data packets (csrc/pump_d2.c, csrc/recv_head.c).  Here are the
+control packets and the replies.  D3 is D2 after a handshake about features (wire/d3.py).
+After both ends have agreed on MD5, each packet carries a digest of its data.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import struct
 HEADER = struct.Struct("<IIIIQ")
 """marker, type, size, padding u32, pos u64: 24 bytes, little-endian."""
 REPLY = struct.Struct("<i")
-"""0, or the code of a failure."""
+"""0, the exit code of a failed receiver, or a negative errno."""
 MARK = 0x4CC0AC3E
 
 DATA, CMD, DATA_ASYNC = 0, 1, 2
@@ -41,7 +41,7 @@ def packet(kind: int, pos: int, payload: bytes, digest: bool = False) -> bytes:
     """One packet; digest: with the MD5 of the payload (D3)."""
     head = HEADER.pack(MARK, kind, len(payload), 0, pos)
     if digest:
-        import hashlib  # not for a copy without: it loads OpenSSL
+        import hashlib  # only when needed: it loads OpenSSL
 
         head += hashlib.md5(payload, usedforsecurity=False).digest()
     return head + payload
@@ -63,8 +63,8 @@ def reply(code: int) -> bytes:
 
 
 def meaning(code: int) -> str:
-    """A reply that is not 0, in words; negative ones are errnos."""
-    if -4096 < code < 0:  # what an errno can be
+    """The text for a reply that is not 0; negative ones are errnos."""
+    if -4096 < code < 0:  # the range of errnos
         return f"{os.strerror(-code)} (reply {code})"
     return f"{MEANING.get(code, 'unknown reason')} (reply {code})"
 

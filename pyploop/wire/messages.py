@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the agent's requests and answers may hold (docs/internals/agent-protocol.md): names,
-types and bounds.  No I/O.
+"""Checks of the agent's requests and answers (docs/internals/agent-protocol.md): names, types and
+bounds.  No I/O.
 
-Invariant: nobody acts on a value of the peer's that was not checked here.
+Invariant: no value from the peer is used before it was checked here.
 """
 
 from __future__ import annotations
@@ -15,25 +15,25 @@ from typing import Any
 from pyploop.errors import ProtocolError
 
 LARGEST = 1 << 50
-"""Bytes of a file, of a memory image, of all of a host's memory."""
+"""Bytes: of a file, of a memory image, of a host's memory."""
 LONGEST_TIME = 86400.0
-"""Seconds that a peer may ask us to wait for something."""
+"""Seconds: the longest wait that a peer may ask for."""
 LONGEST_TEXT = 4096
-"""Characters of a text of the peer's that is shown or kept."""
+"""Characters of a text from the peer that is shown or stored."""
 MOST = 4096
-"""Values in a list: CPU flags, addresses, links, files that were kept."""
+"""Values in a list: CPU flags, addresses, links, resumable files."""
 
 Check = Callable[[Any], Any]
 
 
 def clipped(text: object, most: int = LONGEST_TEXT) -> str:
-    """Something of the peer's for a message."""
-    words = str(text)
-    return words if len(words) <= most else f"{words[:most]}…"
+    """A text from the peer, cut to `most` characters, for a message."""
+    whole = str(text)
+    return whole if len(whole) <= most else f"{whole[:most]}…"
 
 
 def _is(value: Any, kind: type) -> Any:
-    # True is an int for Python.
+    # Not isinstance: True is an int for Python.
     if type(value) is not kind:
         raise ValueError(f"{clipped(repr(value), 40)} is not {_NAMES[kind]}")
     return value
@@ -44,7 +44,7 @@ _NAMES = {str: "a string", bool: "true or false", list: "a list", dict: "an obje
 
 def _text(value: Any) -> str:
     if len(_is(value, str)) > LONGEST_TEXT or "\0" in value:
-        raise ValueError(f"{clipped(repr(value), 40)} is too long, or has a NUL in it")
+        raise ValueError(f"{clipped(repr(value), 40)} is too long, or contains a NUL")
     return str(value)
 
 
@@ -97,7 +97,7 @@ def _any(value: Any) -> Any:
 
 
 def _known(checks: dict[str, Check]) -> Check:
-    """An object; what is in it by other names stays as it is (a newer peer's)."""
+    """An object.  Fields with other names, from a newer peer, are not checked."""
 
     def check(value: Any) -> dict[str, Any]:
         _is(value, dict)
@@ -192,7 +192,7 @@ def request(op: Any, args: Any) -> dict[str, Any]:
     """The checked arguments of a request; ProtocolError names what is wrong."""
     checks = _REQUESTS.get(op) if isinstance(op, str) else None
     if checks is None or not isinstance(args, dict):
-        raise ProtocolError(f"agent protocol: no request {clipped(repr(op), 80)}")
+        raise ProtocolError(f"agent protocol: unknown request {clipped(repr(op), 80)}")
     if unknown := args.keys() - checks.keys():
         name = clipped(sorted(unknown)[0], 40)
         raise ProtocolError(f"agent protocol: {op!r} with wrong arguments (unknown: {name})")
@@ -207,7 +207,7 @@ def request(op: Any, args: Any) -> dict[str, Any]:
 
 def _verdict(value: Any) -> str:
     if not _VERDICT.fullmatch(_text(value)):
-        raise ValueError(f"{clipped(value, 40)!r} is no verdict")
+        raise ValueError(f"{clipped(value, 40)!r} is not a verdict (committed, aborted)")
     return str(value)
 
 
@@ -223,9 +223,9 @@ _ANSWERS: dict[str, tuple[dict[str, Check], tuple[str, ...]]] = {
     "undo": ({"failed": _FAILED}, ()),
     "settle": ({"verdict": _verdict, "failed": _FAILED}, ("verdict",)),
 }
-"""Request -> what its answer holds, and what of that must be there."""
+"""Request -> (the checks of its answer's fields, the fields that must be there)."""
 MOMENTS = ("restore", "running", "dump ended")
-"""Those of a restore that are needed."""
+"""The moments that the answer to `restore` must have."""
 
 
 def answer(op: str, value: Any) -> dict[str, Any]:
@@ -244,7 +244,7 @@ def answer(op: str, value: Any) -> dict[str, Any]:
 
 
 def event(message: dict[str, Any]) -> tuple[str, float, dict[str, Any]]:
-    """(name, moment, fields) of what the agent tells; ProtocolError."""
+    """(name, moment, fields) of an event that the agent sends; ProtocolError."""
     try:
         name, at = _text(message.get("event")), _MOMENT(message.get("at"))
         return name, at, _is(message.get("fields"), dict)
@@ -253,15 +253,15 @@ def event(message: dict[str, Any]) -> tuple[str, float, dict[str, Any]]:
 
 
 def values(value: Any) -> int:
-    """How many there are in a value, itself among them."""
+    """The number of values in a JSON value, itself included."""
     if not isinstance(value, (dict, list)):
         return 1
     return 1 + sum(map(values, value.values() if isinstance(value, dict) else value))
 
 
 def failure(error: Any) -> tuple[int, str]:
-    """(exit code, text) of an answer that says that the request failed.  Where the
-    container is, and what became of it at the source (4, 8), no target tells."""
+    """(exit code, text) of an answer that reports a failure.  The codes about where the
+    container is (4, 8) are replaced, as only the source knows that."""
     code = error.get("code") if isinstance(error, dict) else None
     text = error.get("message") if isinstance(error, dict) else error
     known = code if type(code) is int else 0
@@ -281,7 +281,7 @@ def finite(text: str) -> float:
 
 
 def integer(text: str) -> int:
-    """A JSON number without; ValueError when it does not fit into 64 bits."""
+    """A JSON number without either; ValueError when it does not fit into 64 bits."""
     if len(text) > 20 or not -(1 << 63) <= (value := int(text)) < 1 << 64:
         raise ValueError(f"the number {clipped(text, 40)} is too large")
     return value

@@ -17,7 +17,7 @@ from pyploop.units import KIB, MIB
 from pyploop.wire.messages import finite, integer
 
 MAJOR = 1
-"""Of the protocol; both ends must have the same."""
+"""The protocol's major version, which must be the same at both ends."""
 
 HEADER = struct.Struct("<BBHI")
 """kind u8, zero u8, channel u16, length u32 of the payload that follows."""
@@ -27,10 +27,10 @@ CONTROL, DATA, CREDIT, END, RESET, PING = range(1, 7)
 MAX_CONTROL = 256 * KIB
 MAX_DATA = 256 * KIB
 WINDOW = 2 * MIB
-"""Bytes of one channel that may be under way in one direction."""
+"""Bytes of one channel that may be in flight in one direction."""
 MAX_CHANNELS = 64
 DEEPEST = 64
-"""Objects and lists inside one another in a message."""
+"""Levels of nested objects and lists in a message."""
 HELLO_LIMIT = 64 * KIB
 """Bytes that a login shell may print before the hello."""
 
@@ -54,12 +54,12 @@ def frame(kind: int, channel: int, length: int) -> bytes:
 
 
 def parse(header: bytes) -> Frame:
-    """ProtocolError unless it is a frame that may come."""
+    """ProtocolError unless it is a valid frame."""
     kind, zero, channel, length = HEADER.unpack(header)
     limit = _LIMITS.get(kind)
     if limit is None or zero:
         raise ProtocolError(f"agent protocol: unknown frame {header.hex()}")
-    # An empty DATA would be the end, and is not sent.
+    # The end of a channel is an END frame, so there is no empty DATA.
     if length > limit or (kind == CREDIT and length != 4) or (kind == DATA and not length):
         raise ProtocolError(f"agent protocol: frame of kind {kind} with {length} bytes")
     with_channel = kind in (DATA, CREDIT, END, RESET)
@@ -77,8 +77,8 @@ def encode(message: Message) -> bytes:
 
 
 def decode(payload: bytes) -> Message:
-    """ProtocolError unless it is a JSON object that may come: of numbers of 64 bits,
-    of text that can be written, and not deeper than DEEPEST."""
+    """ProtocolError unless it is a valid JSON object: numbers of 64 bits, texts that can be
+    encoded, and not nested deeper than DEEPEST."""
     try:
         message = json.loads(
             payload.decode(), parse_float=finite, parse_int=integer, parse_constant=_no_constant
@@ -92,7 +92,7 @@ def decode(payload: bytes) -> Message:
 
 
 def _no_constant(name: str) -> float:
-    raise ValueError(f"{name} is no number")
+    raise ValueError(f"{name} is not a number")
 
 
 def _check_values(message: Any) -> None:
@@ -110,11 +110,11 @@ def _check_values(message: Any) -> None:
         if not below:
             return
         level = below
-    raise ValueError(f"more than {DEEPEST} lists and objects inside one another")
+    raise ValueError(f"lists and objects are nested more than {DEEPEST} deep")
 
 
 def hello(version: str) -> bytes:
-    """The first line that either end sends."""
+    """The first line that each end sends."""
     return f"PYPLOOP-AGENT {MAJOR} {version}\n".encode()
 
 
@@ -127,7 +127,7 @@ class Hello(NamedTuple):
 
 
 def find_hello(data: bytes) -> Hello | None:
-    """The peer's hello, after what a shell may have printed before it."""
+    """The peer's hello, after anything that a login shell has printed before it."""
     found = _HELLO.search(data)
     if found is None:
         return None
@@ -135,7 +135,7 @@ def find_hello(data: bytes) -> Hello | None:
 
 
 def mismatch(peer: Hello, version: str) -> str | None:
-    """Why the two ends cannot work together, or None."""
+    """Why the two ends cannot work together; None when they can."""
     if peer.major != MAJOR:
         return f"it speaks agent protocol {peer.major}, this is {MAJOR}"
     if peer.version.split(".")[0] != version.split(".", maxsplit=1)[0]:

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Protocol buffers as bytes, read without a schema: just enough to look into
-CRIU's images (wire/criu.py), which a hostile source may have written.
+"""A reader of protocol buffers without a schema, for CRIU's images (wire/criu.py).  A
+hostile source may have written them.
 
-The encoding: https://protobuf.dev/programming-guides/encoding/.  Readers of it may
-merge a field that comes twice, or take the last one.  So a field that may come
-once and comes twice is an error here: nobody shall see another value than we do.
+The encoding: https://protobuf.dev/programming-guides/encoding/.  When a field that may
+come once comes twice, some readers merge both and others take the last one.  Here that is
+an error, so that no other reader sees another value.
 """
 
 from __future__ import annotations
@@ -13,11 +13,11 @@ VARINT, FIXED64, BYTES, FIXED32 = 0, 1, 2, 5
 LONGEST_VARINT = 10
 """Bytes of one: 64 bits, 7 in each."""
 MOST_FIELDS = 1 << 16
-"""Of one message, and numbers in one field.  Real ones have a few hundred."""
+"""Fields in one message, and numbers in one field.  Real messages have a few hundred."""
 
 
 class Malformed(ValueError):
-    """The bytes are no such message."""
+    """The bytes are not a valid message."""
 
 
 class Message:
@@ -28,8 +28,8 @@ class Message:
         found: dict[int, list[int | bytes]] = {}
         self._fields = found
         at, count, end = 0, 0, len(data)
-        # Thousands of them are read while a container is suspended: most numbers have
-        # one byte, and are not worth a call.
+        # Thousands are read while a container is suspended.  Most numbers have one byte, and
+        # are read without a call.
         while at < end:
             tag = data[at]
             at += 1
@@ -69,12 +69,12 @@ class Message:
         return found[0]
 
     def number(self, number: int) -> int | None:
-        """An unsigned integer of 32 or 64 bits; None: it is not there."""
+        """An unsigned integer of 32 or 64 bits; None when the field is missing."""
         value = self._one(number, int)
         return None if value is None else int(value)
 
     def number32(self, number: int) -> int | None:
-        """The same of 32 bits, of which a longer one keeps the low bits."""
+        """An unsigned integer of 32 bits: the low bits of a longer one."""
         value = self.number(number)
         return None if value is None else value & 0xFFFFFFFF
 
@@ -83,7 +83,7 @@ class Message:
         return value if isinstance(value, bytes) else None
 
     def text(self, number: int) -> str | None:
-        """As a file name: any bytes, but no NUL, at which C would end it."""
+        """A file name: any bytes except NUL, which would end it in C."""
         value = self.raw(number)
         if value is None:
             return None
@@ -126,7 +126,7 @@ class Message:
 
 
 def varint(data: bytes, at: int) -> tuple[int, int]:
-    """(value, where it ends).  Malformed when it does not end in time."""
+    """(value, position after it).  Malformed when it is longer than LONGEST_VARINT."""
     value = 0
     for n, byte in enumerate(data[at : at + LONGEST_VARINT]):
         value |= (byte & 0x7F) << (7 * n)
