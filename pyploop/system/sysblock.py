@@ -55,6 +55,16 @@ def text_of(path: Path) -> str:
     return os.fsdecode(path.read_bytes())
 
 
+def contents(path: str) -> bytes:
+    """The contents of a file in /proc or /sys; empty when it cannot be read, as that of a
+    process that has ended."""
+    try:
+        with open(path, "rb", buffering=0) as f:
+            return f.readall()
+    except OSError:
+        return b""
+
+
 def attribute(path: Path) -> str:
     """The text of a sysfs attribute; SysfsError when it cannot be read."""
     try:

@@ -19,6 +19,7 @@ from pyploop.errors import DeviceControlError, DeviceError, LoopError, OpenError
 from pyploop.system import kernel, mount_table, sysblock
 from pyploop.system.claims import is_claimed
 from pyploop.system.mount_table import Mount
+from pyploop.system.sysblock import contents
 from pyploop.undo.ledger import UndoLedger
 from pyploop.usage import users
 from pyploop.usage.related_devices import Dev, Member, RelatedDevices, find_related
@@ -45,21 +46,13 @@ class _Snapshot:
     def now(cls) -> _Snapshot:
         names = sysblock.loop_names()
         return cls(
-            _read("/proc/self/mountinfo"),
-            _read("/proc/swaps"),
+            contents("/proc/self/mountinfo"),
+            contents("/proc/swaps"),
             (*sysblock.names("/sys/class/block"), *names),
             # A loop device that shares no byte with the source can do so after it was moved
             # or has grown.
-            tuple(_read(f"/sys/block/{n}/{f}") for n in names for f in _LOOP_FILES),
+            tuple(contents(f"/sys/block/{n}/{f}") for n in names for f in _LOOP_FILES),
         )
-
-
-def _read(path: str) -> bytes:
-    try:
-        with open(path, "rb", buffering=0) as f:
-            return f.readall()
-    except OSError:
-        return b""
 
 
 @dataclass(frozen=True)
@@ -317,7 +310,7 @@ class Monitor:
 
     def _mounted_since(self) -> list[str]:
         """New mounts since the last search, as texts; LoopError for swap space."""
-        if self._related is None or _read("/proc/swaps") != self._snapshot.swaps:
+        if self._related is None or contents("/proc/swaps") != self._snapshot.swaps:
             self.changed(last=True)
         known = {m.device() for m in self._mounted}
         new = [m for m in self._mounts() if m.device() not in known]

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 
 from pyploop.system import kernel, mount_table
 from pyploop.system.kernel import Access
-from pyploop.system.sysblock import BlockDevice, node, partitions
+from pyploop.system.sysblock import BlockDevice, contents, node, partitions
 from pyploop.undo.ledger import UndoLedger
 from pyploop.usage.io_accounting import Accounting
 from pyploop.usage.related_devices import Dev, Member, RelatedDevices
@@ -113,26 +113,18 @@ class UntrackedWrites:
         self._owned.close()
 
 
-def _read(path: str) -> bytes:
-    try:
-        with open(path, "rb") as f:
-            return f.read()
-    except OSError:
-        return b""
-
-
 def _is_by_loop_driver(access: Access) -> bool:
     """Older kernels report the loop driver's writes, too.  The driver does not close the
     file.  A kernel thread may close it for a process that has closed it during io_submit."""
     if not access.wrote or access.closed:
         return False
-    name = _read(f"/proc/{access.pid}/comm")
+    name = contents(f"/proc/{access.pid}/comm")
     return name.startswith((b"kworker", b"loop")) and _is_kernel_thread(access.pid)
 
 
 def _is_kernel_thread(pid: int) -> bool:
     """By its flags.  An empty command line would also be that of an ended process."""
-    fields = _read(f"/proc/{pid}/stat").rpartition(b")")[2].split()
+    fields = contents(f"/proc/{pid}/stat").rpartition(b")")[2].split()
     return len(fields) > 6 and bool(int(fields[6]) & PF_KTHREAD)
 
 

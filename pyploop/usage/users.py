@@ -21,7 +21,7 @@ from typing import Literal
 from pyploop.system import kernel, mount_table, sysblock
 from pyploop.system.claims import is_claimed
 from pyploop.system.mount_table import Mount
-from pyploop.system.sysblock import BlockDevice, partitions
+from pyploop.system.sysblock import BlockDevice, contents, partitions
 from pyploop.usage.related_devices import Dev, Member, RelatedDevices
 
 CLAIM_TRIES = 6
@@ -344,23 +344,15 @@ def _is_open_for_writing(fd: str, files: Sequence[tuple[Dev, int]]) -> bool:
 
 def _maps_for_writing(pid: int, inodes: Collection[int]) -> bool:
     """Compares inode numbers only: on btrfs and overlays `maps` has other device numbers."""
-    text = _read(f"/proc/{pid}/maps")
+    text = contents(f"/proc/{pid}/maps")
     if not text:  # threads share their memory, but one that has ended shows none
-        text = next(filter(None, (_read(f"{t}/maps") for t in _threads(pid))), b"")
+        text = next(filter(None, (contents(f"{t}/maps") for t in _threads(pid))), b"")
     for inode in inodes:
         for line in text.split(b"\n") if b" %d " % inode in text else []:
             fields = line.split(None, 5)
             if len(fields) > 4 and fields[4] == b"%d" % inode and fields[1][1:4:2] == b"ws":
                 return True
     return False
-
-
-def _read(path: str) -> bytes:
-    try:
-        with open(path, "rb") as f:
-            return f.read()
-    except OSError:
-        return b""
 
 
 def describe(pid: int) -> str:
