@@ -71,7 +71,7 @@ def open_source(
     if Path(path).name.startswith("ploop") and _ploop_sysfs(path).is_dir():
         source = _open_ploop(path)
     else:
-        source = _open_block(path, (os.major(st.st_rdev), os.minor(st.st_rdev)), read)
+        source = _open_block(path, sysblock.dev_numbers(st.st_rdev), read)
     return _watched(source, mounts, to_freeze, unsafe, check)
 
 
@@ -107,8 +107,7 @@ def _watched(
 
 def _subject(source: Source) -> Subject:
     if source.related is None:
-        st = os.fstat(source.fd)
-        file = (os.major(st.st_dev), os.minor(st.st_dev)), st.st_ino
+        file = sysblock.file_id(os.fstat(source.fd))
         return Subject(source.path, None, [file], source.path, [source.fd])
     loop = source.related.loop
     if loop is None:
@@ -117,8 +116,7 @@ def _subject(source: Source) -> Subject:
     fds = [] if source.sparse_fd is None else [source.sparse_fd]
     if lower := below_overlay(loop):
         fds.append(_open(lower, os.O_RDONLY, source._owned, "the backing file"))
-        st = os.fstat(fds[-1])
-        files.append(((os.major(st.st_dev), os.minor(st.st_dev)), st.st_ino))
+        files.append(sysblock.file_id(os.fstat(fds[-1])))
     return Subject(source.path, source.related, files, loop.name, fds)
 
 
@@ -254,8 +252,7 @@ def _use_backing(source: Source, related: RelatedDevices, loop: Loop, read: Read
         pin = os.open(name, os.O_PATH | os.O_CLOEXEC)  # see _open_file
         try:
             st = os.fstat(pin)
-            same = (os.major(st.st_dev), os.minor(st.st_dev)), st.st_ino
-            if same != (status.device, status.inode):
+            if sysblock.file_id(st) != (status.device, status.inode):
                 why = f"{name} is another file now, or a file of another mount namespace"
             elif not stat.S_ISREG(st.st_mode):
                 why = f"{name} is not a regular file"
@@ -309,7 +306,7 @@ def _open_ploop(path: str) -> Source:
         # The image file is copied, and the driver tracks its bytes.
         image_fd = _open_image(image, owned)
         st = os.stat(path)
-        block = sysblock.find((os.major(st.st_rdev), os.minor(st.st_rdev)))
+        block = sysblock.find(sysblock.dev_numbers(st.st_rdev))
         return Source(
             path,
             "ploop",
@@ -358,7 +355,7 @@ def _check_mount(source: Source, mount: str) -> None:
     if source.related is None:
         return
     devices = source.related.tracked
-    if (os.major(st.st_dev), os.minor(st.st_dev)) in {d.dev for d in devices}:
+    if sysblock.dev_numbers(st.st_dev) in {d.dev for d in devices}:
         return
     # A btrfs, and an XFS whose log device is the source, have another device number, so
     # compare the mount point.
