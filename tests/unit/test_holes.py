@@ -70,7 +70,7 @@ def midway(seek: Seek) -> Seek:
     return lambda fd, pos, how: (seek if pos >= HALF else real)(fd, pos, how)
 
 
-def test_data_and_holes_are_told_apart(file: int) -> None:
+def test_data_and_holes_are_distinguished(file: int) -> None:
     said: list[str] = []
     assert list(file_extents.data_extents(file, 0, SIZE, said.append)) == [
         (0, MIB),

@@ -117,7 +117,7 @@ def test_a_thread_whose_start_was_interrupted_is_not_left_behind(
         (lambda: run_command("exec sleep 60", "-F"), -signal.SIGTERM),
     ],
 )
-def test_a_command_at_whose_start_a_signal_came_has_ended_before_it_is_undone(
+def test_a_command_that_a_signal_met_at_its_start_has_ended_before_it_is_undone(
     start: Callable[[], object], status: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def interrupt(signum: int, frame: FrameType | None) -> None:
@@ -152,7 +152,7 @@ def test_a_job_that_was_ended_before_it_began_never_begins() -> None:
     assert not done
 
 
-def test_a_signal_while_others_are_waited_for_leaves_none_either() -> None:
+def test_a_signal_during_the_wait_for_other_jobs_leaves_no_thread_behind() -> None:
     one = Endless()
     cancels: list[int] = []
 
@@ -170,7 +170,7 @@ def test_a_signal_while_others_are_waited_for_leaves_none_either() -> None:
     assert not one.running
 
 
-def test_a_latch_wakes_all_who_wait_and_nobody_before() -> None:
+def test_a_latch_wakes_all_waiting_threads_and_none_before() -> None:
     latch = Latch()
     assert not latch.wait(0.01)
     seen: list[bool] = []

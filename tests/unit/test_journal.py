@@ -50,7 +50,7 @@ def left_by_a_dead_process(where: Path, *entries: journal.Entry) -> journal.Reco
     return records(where)[-1]
 
 
-def test_a_journal_holds_what_is_not_undone_and_goes_with_the_last_of_it(tmp_path: Path) -> None:
+def test_a_journal_has_the_steps_left_to_undo_and_is_removed_with_the_last(tmp_path: Path) -> None:
     mine = Journal.create("a copy", tmp_path / "run")
     assert (tmp_path / "run").stat().st_mode & 0o777 == 0o700
     assert mine.path.stat().st_mode & 0o777 == 0o600

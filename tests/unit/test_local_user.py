@@ -103,7 +103,7 @@ def test_a_folder_that_others_can_read_is_not_what_is_locked(
 
 
 @pytest.mark.parametrize("mode", [0o700, 0o755])
-def test_two_of_ours_still_wait_for_each_other(tmp_path: Path, mode: int) -> None:
+def test_two_processes_of_one_user_still_wait_for_each_other(tmp_path: Path, mode: int) -> None:
     tmp_path.chmod(mode)
     with journal.replaying(tmp_path), pytest.raises(BusyError, match="is running"):
         journal.replaying(tmp_path).__enter__()
@@ -141,7 +141,7 @@ def test_a_dead_lock_whose_pid_another_user_s_process_has_by_now_is_taken_over(
         user.wait()
 
 
-def test_journals_that_are_not_to_be_read_are_said_so(shared: Path) -> None:
+def test_unreadable_journals_are_reported(shared: Path) -> None:
     folder = shared / "run"
     folder.mkdir(mode=0o700)
     with as_user(NOBODY):
@@ -359,7 +359,7 @@ def test_the_alias_of_libploop_is_not_another_user_s(shared: Path, what: str) ->
     within(5, use)
 
 
-def test_the_guard_is_a_file_of_ours(tmp_path: Path) -> None:
+def test_the_guard_file_is_not_reached_through_a_link(tmp_path: Path) -> None:
     tmp_path.chmod(0o755)
     (tmp_path / private_folder.GUARD).symlink_to("/etc/hostname")
     with pytest.raises(OpenError, match="not a regular file"):

@@ -115,7 +115,7 @@ def test_an_extended_partition_does_not_have_the_logical_ones(pile: Pile) -> Non
     assert pile.of("sda5") == (["sda", "sda5"], [])
 
 
-def test_ranges_on_one_file_are_told_apart(pile: Pile) -> None:
+def test_only_devices_whose_ranges_of_a_file_overlap_are_related(pile: Pile) -> None:
     pile.loop("loop0", 100)
     pile.part("loop0", "loop0p1", 1, 19)
     pile.part("loop0", "loop0p2", 20, 30)
@@ -127,7 +127,7 @@ def test_ranges_on_one_file_are_told_apart(pile: Pile) -> None:
     assert pile.of("loop0") == (["loop0", "loop0p1", "loop0p2"], ["loop1", "loop2"])
 
 
-def test_the_queue_is_where_all_ways_meet(pile: Pile) -> None:
+def test_the_queue_is_the_lowest_device_that_all_writes_pass(pile: Pile) -> None:
     pile.disk("sda", 100)
     pile.part("sda", "sda1", 10, 90)
     pile.loop("loop0", 80, below="sda1", offset=5)

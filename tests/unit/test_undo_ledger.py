@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What must be undone is undone, whoever dies or hangs; no root needed."""
+"""Undo steps are undone when a process or its watchdog dies or hangs; no root needed."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from pyploop.report.events import Reporter, TextRenderer
 from pyploop.undo import journal, watchdog
 from pyploop.undo.ledger import UndoLedger
 
-HOLDER = """
+OWNER = """
 import sys, time
 from pathlib import Path
 from pyploop.report.events import Reporter
@@ -42,12 +42,12 @@ def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-class Holder:
+class Owner:
     """Another process with a ledger."""
 
     def __init__(self) -> None:
         self.process = subprocess.Popen(
-            [sys.executable, "-c", HOLDER],
+            [sys.executable, "-c", OWNER],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -60,8 +60,8 @@ class Holder:
         print(line, file=self.process.stdin, flush=True)
         assert self.process.stdout.readline() == "done\n"
 
-    def hold(self, place: Path, name: str) -> Path:
-        """Two files say `held`, until they are undone in reverse."""
+    def two_steps(self, place: Path, name: str) -> Path:
+        """Two steps; when each is undone, it adds its number to the file."""
         log = place / name
         self.do(f"ledger.add(dict(kind='run', argv=['sh', '-c', 'echo 1 >>{log}'], timeout=9))")
         self.do(f"ledger.add(dict(kind='run', argv=['sh', '-c', 'echo 2 >>{log}'], timeout=9))")
@@ -88,8 +88,8 @@ class Holder:
 
 
 @pytest.fixture
-def holder(place: Path) -> Iterator[Holder]:
-    made = Holder()
+def owner(place: Path) -> Iterator[Owner]:
+    made = Owner()
     try:
         yield made
     finally:
@@ -108,37 +108,39 @@ def setting(place: Path, value: str = "old") -> Path:
 
 
 @pytest.mark.parametrize("group", [False, True])
-def test_a_killed_holder_is_undone_in_reverse(place: Path, holder: Holder, group: bool) -> None:
-    log = holder.hold(place, "log")
+def test_the_steps_of_a_killed_process_are_undone_in_reverse(
+    place: Path, owner: Owner, group: bool
+) -> None:
+    log = owner.two_steps(place, "log")
     if group:
-        os.killpg(holder.process.pid, signal.SIGKILL)
+        os.killpg(owner.process.pid, signal.SIGKILL)
     else:
-        holder.process.kill()
+        owner.process.kill()
     wait_until(lambda: text(log) == "2\n1\n", "everything is undone")
     wait_until(lambda: not journal.records(), "the journal has gone")
 
 
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_the_watchdog_takes_no_signal_that_ends_others(
-    place: Path, holder: Holder, signum: signal.Signals
+    place: Path, owner: Owner, signum: signal.Signals
 ) -> None:
-    log = holder.hold(place, "log")
-    (pid,) = holder.watchdogs()
+    log = owner.two_steps(place, "log")
+    (pid,) = owner.watchdogs()
     os.kill(pid, signum)
-    holder.process.kill()
+    owner.process.kill()
     wait_until(lambda: text(log) == "2\n1\n", "everything is undone")
 
 
-def test_a_holder_that_hangs_past_the_limit_is_undone_and_learns_it(
-    place: Path, holder: Holder
+def test_a_process_that_hangs_past_the_limit_is_undone_and_notices_it(
+    place: Path, owner: Owner
 ) -> None:
-    log = holder.hold(place, "log")
-    holder.do("ledger.limit(0.3)")
-    holder.process.send_signal(signal.SIGSTOP)
+    log = owner.two_steps(place, "log")
+    owner.do("ledger.limit(0.3)")
+    owner.process.send_signal(signal.SIGSTOP)
     wait_until(lambda: text(log) == "2\n1\n", "everything is undone")
     wait_until(lambda: not journal.records(), "the journal has gone")
     late = place / "late"
-    holder.process.send_signal(signal.SIGCONT)
+    owner.process.send_signal(signal.SIGCONT)
     code = "\\n".join(
         [
             "from pyploop.errors import LoopError",
@@ -146,9 +148,9 @@ def test_a_holder_that_hangs_past_the_limit_is_undone_and_learns_it(
             f"except LoopError: Path('{late}').write_text('learnt')",
         ]
     )
-    holder.do(f"exec('''{code}''')")
+    owner.do(f"exec('''{code}''')")
     assert text(late) == "learnt"
-    holder.do("ledger.close()")
+    owner.do("ledger.close()")
     assert text(log) == "2\n1\n", "not undone a second time"
 
 
@@ -186,7 +188,7 @@ def test_a_yes_to_renew_moves_the_limit(place: Path) -> None:
     assert journal.records() == []
 
 
-def test_a_dead_watchdog_is_noticed_and_what_is_held_is_undone_here(place: Path) -> None:
+def test_a_dead_watchdog_is_noticed_and_its_steps_are_undone_here(place: Path) -> None:
     path, ledger = setting(place), UndoLedger("a test", Reporter())
     try:
         ledger.set_file(str(path), "new", "put it back")
@@ -203,15 +205,15 @@ def test_a_dead_watchdog_is_noticed_and_what_is_held_is_undone_here(place: Path)
 
 
 def test_a_watchdog_that_died_before_the_freeze_is_replaced_by_one_that_knows_all(
-    place: Path, holder: Holder
+    place: Path, owner: Owner
 ) -> None:
-    log = holder.hold(place, "log")
-    (first,) = holder.watchdogs()
+    log = owner.two_steps(place, "log")
+    (first,) = owner.watchdogs()
     os.kill(first, signal.SIGKILL)
-    wait_until(lambda: first not in holder.watchdogs() or zombie(first), "it is dead")
-    holder.do("ledger.start()")
-    assert [p for p in holder.watchdogs() if p != first]
-    holder.process.kill()
+    wait_until(lambda: first not in owner.watchdogs() or zombie(first), "it is dead")
+    owner.do("ledger.start()")
+    assert [p for p in owner.watchdogs() if p != first]
+    owner.process.kill()
     wait_until(lambda: text(log) == "2\n1\n", "everything is undone")
 
 
@@ -324,34 +326,34 @@ def zombie(pid: int) -> bool:
     return journal.start_time(pid) is None
 
 
-def test_when_both_are_killed_pyploop_thaw_undoes(place: Path, holder: Holder) -> None:
-    log = holder.hold(place, "log")
+def test_when_both_are_killed_pyploop_thaw_undoes(place: Path, owner: Owner) -> None:
+    log = owner.two_steps(place, "log")
     assert thaw("--all") == (0, "")
     assert text(log) == "", "a living one is not touched"
-    code, out = thaw(str(holder.process.pid))
+    code, out = thaw(str(owner.process.pid))
     assert (code, "belongs to process" in out) == (17, True)
-    for pid in holder.watchdogs():
+    for pid in owner.watchdogs():
         os.kill(pid, signal.SIGSTOP)  # so that it cannot be quicker
-    watchdogs = holder.watchdogs()
-    holder.process.kill()
+    watchdogs = owner.watchdogs()
+    owner.process.kill()
     for pid in watchdogs:
         os.kill(pid, signal.SIGKILL)
-    holder.process.wait()
+    owner.process.wait()
     wait_until(lambda: all(zombie(p) for p in watchdogs), "both are dead")
     code, out = thaw()
     assert (code, "left behind" in out, out.count("run")) == (0, True, 2)
-    assert thaw(str(holder.process.pid))[0] == 0
+    assert thaw(str(owner.process.pid))[0] == 0
     assert text(log) == "2\n1\n"
     assert thaw("--list") == (0, "")
 
 
 def test_what_the_watchdog_could_not_undo_is_listed_with_its_reason(
-    place: Path, holder: Holder
+    place: Path, owner: Owner
 ) -> None:
-    holder.do("ledger.add(dict(kind='run', argv=['false'], timeout=9, what='resume it'))")
-    holder.do("ledger.add(dict(kind='run', argv=['sleep', '60'], timeout=0.1, what='hangs'))")
-    log = holder.hold(place, "log")
-    holder.process.kill()
+    owner.do("ledger.add(dict(kind='run', argv=['false'], timeout=9, what='resume it'))")
+    owner.do("ledger.add(dict(kind='run', argv=['sleep', '60'], timeout=0.1, what='hangs'))")
+    log = owner.two_steps(place, "log")
+    owner.process.kill()
     wait_until(lambda: text(log) == "2\n1\n", "the rest is undone")
     wait_until(lambda: "failed" in thaw("--list")[1], "it is told")
     out = thaw("--list")[1].splitlines()
@@ -363,14 +365,14 @@ def test_what_the_watchdog_could_not_undo_is_listed_with_its_reason(
     assert (code, "resume it: exit code 1" in out) == (3, True)
 
 
-def test_what_can_never_be_undone_is_forgotten_by_name(place: Path, holder: Holder) -> None:
-    name = str(holder.process.pid)
-    holder.do("ledger.add(dict(kind='run', argv=['false'], timeout=9, what='resume it'))")
+def test_what_can_never_be_undone_is_forgotten_by_name(place: Path, owner: Owner) -> None:
+    name = str(owner.process.pid)
+    owner.do("ledger.add(dict(kind='run', argv=['false'], timeout=9, what='resume it'))")
     assert thaw("--forget", name) == (
         17,
         f"pyploop thaw: {name} belongs to process {name}, which is running and undoes it itself\n",
     )
-    holder.process.kill()
+    owner.process.kill()
     wait_until(lambda: "failed" in thaw("--list")[1], "it is told")
     code, out = thaw("--all")
     assert (code, out.splitlines()[0]) == (3, "pyploop thaw: resume it: exit code 1")
@@ -405,22 +407,22 @@ def thaw(*args: str) -> tuple[int, str]:
     return done.returncode, done.stdout + done.stderr
 
 
-def test_a_holder_killed_while_its_watchdog_starts_leaves_no_journal(
-    place: Path, holder: Holder
+def test_a_process_killed_while_its_watchdog_starts_leaves_no_journal(
+    place: Path, owner: Owner
 ) -> None:
-    holder.do("ledger.launch()")
+    owner.do("ledger.launch()")
     assert len(journal.records()) == 1
-    holder.process.kill()
+    owner.process.kill()
     wait_until(lambda: not journal.records(), "the journal has gone")
 
 
-def test_what_was_prepared_and_never_begun_leaves_no_journal(place: Path, holder: Holder) -> None:
+def test_what_was_prepared_and_never_begun_leaves_no_journal(place: Path, owner: Owner) -> None:
     log = place / "log"
     foreseen = f"dict(kind='run', argv=['sh', '-c', 'echo 1 >>{log}'], timeout=9)"
-    holder.do("ledger.start()")
-    holder.do(f"ledger.prepare({foreseen})")
+    owner.do("ledger.start()")
+    owner.do(f"ledger.prepare({foreseen})")
     assert [len(r.entries) for r in journal.records()] == [1]
-    holder.process.kill()
+    owner.process.kill()
     wait_until(lambda: not journal.records(), "the journal has gone")
     ledger = UndoLedger("a test", Reporter())
     ledger.start()
@@ -453,7 +455,7 @@ def test_a_value_is_put_back_unless_it_is_another_now(
     assert not path.exists()
 
 
-def test_a_command_that_cannot_undo_is_an_error_that_says_how_by_hand(place: Path) -> None:
+def test_a_failed_undo_command_is_an_error_that_shows_how_to_undo_by_hand(place: Path) -> None:
     ledger = UndoLedger("a test", Reporter())
     try:
         held = ledger.add(
