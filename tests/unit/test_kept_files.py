@@ -37,13 +37,14 @@ from pyploop.errors import (
 )
 from pyploop.migration import file_stream
 from pyploop.migration.source import file_delta
-from pyploop.migration.target import incoming_files, resumable_files
+from pyploop.migration.target import incoming_files, resumable_files, resumable_trees
 from pyploop.migration.target.resumable_target import KeptSink, check_untouched, hold
 from pyploop.migration.undo_kinds import undo_all
 from pyploop.report.events import Reporter
 from pyploop.runtimes import Disk
 from pyploop.runtimes.config import HostConfig
-from pyploop.system import beneath
+from pyploop.runtimes.volumes import KEPT
+from pyploop.system import beneath, private_folder
 from pyploop.system.jobs import Job
 from pyploop.undo.journal import Journal
 
@@ -528,6 +529,19 @@ def test_what_is_kept_counts_as_room(target: Target) -> None:
     target.leave(DATA)
     room = resumable_files.allocated(target.host, target.runtime, {"source": HERE})
     assert room == {"disk 0": pytest.approx(len(DATA), abs=64 * KIB)}
+
+
+@pytest.mark.parametrize("schema", ["pyploop.kept-trees/1", "another/1"])
+def test_a_record_of_kept_trees_is_known_by_its_schema(tmp_path: Path, schema: str) -> None:
+    kept = tmp_path / f".box{KEPT}"
+    kept.mkdir()
+    (kept / "file").write_bytes(b"x" * MIB)
+    tree = {"index": 0, "path": str(kept), "inode": kept.stat().st_ino}
+    record = {"schema": schema, "migration": "0" * 16, "source": HERE, "trees": [tree]}
+    private_folder.make_new(state := tmp_path / "state")
+    (state / "command-box.kept-trees").write_text(json.dumps(record))
+    room = resumable_trees.allocated(str(state), "command", "box", HERE)
+    assert (room.get(0, 0) >= MIB) == (schema == "pyploop.kept-trees/1")
 
 
 def test_little_is_not_kept(target: Target) -> None:

@@ -27,7 +27,7 @@ from pyploop.system import private_folder
 from pyploop.undo import journal
 from pyploop.undo.journal import Entry, Journal
 
-SCHEMA = "pyploop.migration.target.resumable_files-trees/1"
+SCHEMA = "pyploop.kept-trees/1"
 
 
 def entry_for(log: Journal, index: int, path: str) -> Entry:
