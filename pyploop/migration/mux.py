@@ -24,15 +24,13 @@ import time
 from collections.abc import Callable
 
 from pyploop.errors import ProtocolError, PyploopError, ReadError, WriteError
+from pyploop.migration import deadlines
 from pyploop.system import signals
 from pyploop.system.jobs import TICK
 from pyploop.units import KIB, MIB
 from pyploop.wire import mux as wire
 from pyploop.wire.mux import Message
 
-PING_EVERY = 2.0
-SILENCE = 30.0
-"""Seconds without a byte from the peer, which pings, until it is given up."""
 INBOX = 4 * MIB
 """Bytes of messages that nobody has asked for yet.  A peer that sends more floods us."""
 OVERHEAD = 256
@@ -51,7 +49,7 @@ class Mux:
         wfd: int,
         early: bytes = b"",
         *,
-        silence: float = SILENCE,
+        silence: float = deadlines.SILENCE,
         on_dead: Callable[[PyploopError], None] | None = None,
     ) -> None:
         self._rfd, self._wfd, self._early = rfd, wfd, early
@@ -202,7 +200,7 @@ class Mux:
                     left[0] = left[0][n:]
 
     def _ping_loop(self) -> None:
-        while not self._stopping.wait(PING_EVERY):
+        while not self._stopping.wait(deadlines.PING_EVERY):
             with contextlib.suppress(PyploopError):
                 self._write([wire.frame(wire.PING, 0, 0)])
 

@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import IO
 
 from pyploop.errors import MigrateError, VzExitCode, WriteError
+from pyploop.migration import deadlines
 from pyploop.migration import relay as relay_program
 from pyploop.migration.itemized import Itemized
 from pyploop.system import descriptors, enclosure
@@ -35,12 +36,6 @@ from pyploop.units import GIB
 
 OLDEST = (3, 2)
 """The first whose daemon can refuse all options but some."""
-READY = 30.0
-"""Seconds for rsync to start its remote shell."""
-LOOK = 0.2
-"""Seconds between looks at the connection while an rsync runs."""
-ENDING = 1.0
-"""Seconds for a client to end when the connection has."""
 ALWAYS = (
     "-aHAXSx",
     "--numeric-ids",
@@ -165,7 +160,7 @@ class Client:
 
     def wait_ready(self) -> None:
         """Only the channel is missing.  MigrateError when rsync does not come so far."""
-        self._control.settimeout(READY)
+        self._control.settimeout(deadlines.RSYNC_READY)
         try:
             if self._control.recv(1):
                 return
@@ -194,8 +189,8 @@ class Client:
         """When it has ended, however; it gives a silent peer up by itself.  Soon, when
         it is not `connected` any more."""
         assert self._process is not None
-        while not descriptors.readable(self._pidfd, LOOK):
-            if not connected() and not descriptors.readable(self._pidfd, ENDING):
+        while not descriptors.readable(self._pidfd, deadlines.RSYNC_LOOK):
+            if not connected() and not descriptors.readable(self._pidfd, deadlines.RSYNC_ENDING):
                 self.kill()
         status = self._process.wait()
         # What the server refuses is not told as an error.

@@ -27,9 +27,9 @@ from scripts import agent_seeds, frame_of, message_seeds, source_seeds
 
 from pyploop.diskcopy.options import Options
 from pyploop.errors import MigrateError, ProtocolError, PyploopError, VzExitCode
-from pyploop.migration import undo_kinds
+from pyploop.migration import deadlines, undo_kinds
 from pyploop.migration.mux import Mux
-from pyploop.migration.source import agent_client, orchestrator, recover
+from pyploop.migration.source import orchestrator, recover
 from pyploop.migration.source.agent_client import Remote
 from pyploop.migration.target import agent
 from pyploop.report.events import Reporter
@@ -203,7 +203,7 @@ def run_agent(world: World, data: bytes) -> None:
         mock.patch.object(agent, "make_runtime", runtime),
         mock.patch.object(undo_kinds, "make_runtime", runtime),
         mock.patch.object(config, "load", lambda _: world.host()),
-        mock.patch.object(agent, "SETTLE_WAIT", 0.0),
+        mock.patch.object(deadlines, "SETTLE_WAIT", 0.0),
     ):
         thread = threading.Thread(target=serve)
         thread.start()
@@ -320,7 +320,7 @@ def run_source(world: World, data: bytes) -> None:
     with (
         mock.patch.object(subprocess, "Popen", popen),
         mock.patch.object(Remote, "call", call),
-        mock.patch.object(agent_client, "LAST_WORDS", LAST_WORDS),
+        mock.patch.object(deadlines, "LAST_WORDS", LAST_WORDS),
         mock.patch.object(recover, "settled", partial(recover.settled, patience=0.0)),
         mock.patch.object(undo_kinds, "make_runtime", lambda *_: box),
         mock.patch.object(config, "load", lambda _: world.host()),

@@ -14,13 +14,8 @@ import sys
 from pyploop.cli.main import program
 
 DEADLINES = (
-    ("migration.source.agent_client", "CONNECT"),
-    ("migration.source.agent_client", "ENDING"),
-    ("migration.target.agent", "HELLO_WAIT"),
-    ("migration.source.disks", "REQUEST"),
-    ("migration.source.memory", "REQUEST"),
-    ("migration.source.orchestrator", "REQUEST"),
-    ("migration.source.orchestrator", "CHECKING"),
+    *(("migration.deadlines", name) for name in ("CONNECT", "HELLO", "ENDING", "RSYNC_READY")),
+    *(("migration.deadlines", name) for name in ("REQUEST", "CHECKING")),
     ("runtimes.runc.criu", "PROBE_TIMEOUT"),
     ("runtimes.runc.memory_tracking", "TIMEOUT"),
 )

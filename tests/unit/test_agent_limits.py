@@ -20,7 +20,7 @@ from made_up import SOURCE, Box, World
 from scripts import CHECK, HEX, MACHINE
 
 from pyploop.errors import MigrateError, PyploopError
-from pyploop.migration import commit_record, undo_kinds
+from pyploop.migration import commit_record, deadlines, undo_kinds
 from pyploop.migration.mux import Mux
 from pyploop.migration.target import agent, incoming, incoming_files
 from pyploop.runtimes import State, config
@@ -276,8 +276,8 @@ def test_a_check_that_fails_gives_its_place_back(connect: Connect, world: World)
 def test_a_connection_that_asks_for_nothing_loses_its_place(
     connect: Connect, world: World, monkeypatch: pytest.MonkeyPatch, before: str
 ) -> None:
-    monkeypatch.setattr(agent, "UNASKED", 0.3)
-    monkeypatch.setattr(agent, "UNBEGUN", 0.3)
+    monkeypatch.setattr(deadlines, "UNASKED", 0.3)
+    monkeypatch.setattr(deadlines, "UNBEGUN", 0.3)
     source = connect()
     with contextlib.suppress(PyploopError):  # it may be so slow that it is ended before
         if before != "hello":
@@ -398,7 +398,7 @@ def test_a_mount_that_takes_hours_is_interrupted_by_the_undo(
         raise MigrateError(7, "interrupted")
 
     monkeypatch.setattr(box, "mount", mount)
-    monkeypatch.setattr(incoming, "UNMOVED", 0.1)
+    monkeypatch.setattr(deadlines, "UNMOVED", 0.1)
     old = signal.signal(jobs.INTERRUPT, lambda *_: None)
     try:
         source = connect()

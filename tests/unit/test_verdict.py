@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from pyploop.errors import BusyError
-from pyploop.migration import commit_record
+from pyploop.migration import commit_record, deadlines
 from pyploop.migration.target import agent
 from pyploop.runtimes.config import HostConfig
 from pyploop.undo.journal import Journal
@@ -73,7 +73,7 @@ def test_a_container_that_ran_here_and_died_is_never_run_again_from_its_older_st
 def test_who_asks_waits_for_the_one_who_may_still_decide(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(agent, "SETTLE_WAIT", 0.0)
+    monkeypatch.setattr(deadlines, "SETTLE_WAIT", 0.0)
     host = HostConfig(state_dir=str(tmp_path))
     migration = commit_record.new_id()
     record = commit_record.Verdict.create(tmp_path, migration)

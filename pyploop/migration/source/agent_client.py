@@ -24,6 +24,7 @@ from pyploop.errors import (
     ReadError,
     VzExitCode,
 )
+from pyploop.migration import deadlines
 from pyploop.migration.mux import INBOX, Mux
 from pyploop.report.events import NOTE
 from pyploop.system import descriptors
@@ -32,14 +33,6 @@ from pyploop.units import MIB
 from pyploop.wire import messages
 from pyploop.wire import mux as wire
 
-CONNECT = 30.0
-"""Seconds until the agent must have said hello."""
-LAST_WORDS = 0.2
-"""Seconds for ssh to end after its connection, so that all it printed is read."""
-ENDING = 10.0
-"""Seconds for the agent to undo and end, after which ssh is killed."""
-GLANCE = 0.5
-"""Seconds between looks at whether an answer is still wanted."""
 TOLD = 8 * MIB
 """Bytes of events that are handed on in one connection: they go into a log."""
 VALUE = 100
@@ -118,14 +111,14 @@ class Remote:
 
     def _greet(self) -> bytes:
         """Both hellos; returns what came after the peer's."""
-        deadline = time.monotonic() + CONNECT
+        deadline = time.monotonic() + deadlines.CONNECT
         data = b""
         while (peer := wire.find_hello(data)) is None:
             if len(data) > wire.HELLO_LIMIT:
                 raise self._no_agent("its login shell prints too much")
             left = deadline - time.monotonic()
             if left <= 0:
-                raise self._no_agent(f"no hello within {CONNECT:g} s")
+                raise self._no_agent(f"no hello within {deadlines.CONNECT:g} s")
             if not descriptors.readable(self._rfd, min(left, descriptors.POLL_SLICE)):
                 continue
             part = os.read(self._rfd, 4096)
@@ -207,7 +200,7 @@ class Remote:
                 # Also when there is a message: one who always has another is late, too.
                 if left <= 0 and mux.failure is None:
                     raise ReadError("no answer")
-                return mux.receive(min(max(left, 0.0), GLANCE))
+                return mux.receive(min(max(left, 0.0), deadlines.GLANCE))
             except PyploopError as e:
                 why = str(e)
                 if mux.failure is None:
@@ -219,7 +212,7 @@ class Remote:
     def _with_last_words(self, op: str, error: PyploopError, why: str) -> PyploopError:
         if self._mux is None or self._mux.failure is not None:
             with contextlib.suppress(subprocess.TimeoutExpired):
-                self._process.wait(LAST_WORDS)
+                self._process.wait(deadlines.LAST_WORDS)
         said = self.stderr()
         return error.saying(f"{op} on {self.host}: {why}" + (f" (it said: {said})" if said else ""))
 
@@ -277,7 +270,7 @@ class Remote:
             self._mux.close()
             self._mux = None
         process.stdin.close()
-        deadline = time.monotonic() + ENDING
+        deadline = time.monotonic() + deadlines.ENDING
         with contextlib.suppress(OSError):
             while time.monotonic() < deadline:
                 if descriptors.readable(self._rfd, descriptors.POLL_SLICE) and not os.read(

@@ -17,6 +17,7 @@ from pyploop.diskcopy.sender import Sender
 from pyploop.disks import opening
 from pyploop.disks.source import Source
 from pyploop.errors import MigrateError, VzExitCode
+from pyploop.migration import deadlines
 from pyploop.migration.source.agent_client import Remote
 from pyploop.migration.source.remote_digests import Kept
 from pyploop.report.events import Reporter
@@ -33,8 +34,6 @@ TELLING = 16 * MIB
 OTHERS = 24
 """Channels that a migration needs for other things than disks: 20 rounds of memory,
 the dump, items, and digests of these."""
-REQUEST = 30.0
-"""Seconds for a request that starts something."""
 
 
 @contextlib.contextmanager
@@ -86,7 +85,7 @@ class Disks:
                         Kept(remote, [(name, source.size)], options.stall)
                     )
                     args["reuse"] = True
-                remote.call("disk", REQUEST, **args)
+                remote.call("disk", deadlines.REQUEST, **args)
                 out = StreamOutput(
                     fd,
                     fd,

@@ -15,10 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from pyploop.errors import MigrateError, PyploopError, VzExitCode
-from pyploop.migration import file_stream, image_chain
+from pyploop.migration import deadlines, file_stream, image_chain
 from pyploop.migration.memory_policy import MemoryPolicy, MemoryRound, another
 from pyploop.migration.source.agent_client import Remote
-from pyploop.migration.source.disks import REQUEST
 from pyploop.migration.source.payload import Copies
 from pyploop.report.events import Reporter
 from pyploop.report.timeline import Recorder
@@ -100,7 +99,7 @@ class Memory:
             try:
                 image_chain.check_room(self._folder, room)
                 args = {"number": number, "parent": self.parent, "room": room}
-                self._remote.call("dump", REQUEST, channel=channel, **args)
+                self._remote.call("dump", deadlines.REQUEST, channel=channel, **args)
             except MigrateError as e:
                 self._report.note(f"No memory round: {e}")
                 return False

@@ -24,11 +24,11 @@ from typing import Any
 
 from pyploop.diskcopy.options import Options, Summary
 from pyploop.errors import DeviceControlError, MigrateError, PyploopError, VzExitCode
-from pyploop.migration import commit_record, file_stream, image_chain, undo_kinds
+from pyploop.migration import commit_record, deadlines, file_stream, image_chain, undo_kinds
 from pyploop.migration.memory_policy import MemoryPolicy
 from pyploop.migration.source import host_identity, memory, recover, trees
 from pyploop.migration.source.agent_client import Remote
-from pyploop.migration.source.disks import OTHERS, REQUEST, Disks, opened
+from pyploop.migration.source.disks import OTHERS, Disks, opened
 from pyploop.migration.source.payload import Copies, check_number
 from pyploop.migration.source.static_files import send_items
 from pyploop.migration.source.suspend_limit import SuspendLimit
@@ -41,13 +41,6 @@ from pyploop.system import cpu, private_folder, signals
 from pyploop.system.jobs import Job, end_all
 from pyploop.undo.journal import Journal
 from pyploop.wire.messages import clipped
-
-CHECKING = 120.0
-"""Seconds for the target's checks: a probe of CRIU is among them."""
-RESTORING = 300.0
-"""Seconds for the target to restore, or to start, the container."""
-UNDOING = 120.0
-"""Seconds for the target to undo what it was asked for, and did not answer in time."""
 
 
 @dataclass(frozen=True)
@@ -128,7 +121,7 @@ def migrate(host: HostConfig, runtime: Runtime, wish: Wish, report: Reporter) ->
         sizes = [_allocated(s.sparse_fd if s.sparse_fd is not None else s.fd) for s in sources]
         checked = remote.call(
             "check",
-            CHECKING,
+            deadlines.CHECKING,
             container=runtime.container,
             runtime=runtime.name,
             live=wish.live,
@@ -244,7 +237,7 @@ class _Move:
         what it has kept of this container, from this host."""
         wish = self._wish
         args = {"migration": self.id, "stall": wish.copy.stall, "keep": wish.keep_dst}
-        kept: list[str] = self._remote.call("begin", REQUEST, **args).get("kept", [])
+        kept: list[str] = self._remote.call("begin", deadlines.REQUEST, **args).get("kept", [])
         return kept
 
     def _log(self, kind: str) -> None:
@@ -285,7 +278,7 @@ class _Move:
             stream = Job(lambda: file_stream.stream_dump(images, out, dump))
             # An agent that knows no rounds knows no such argument.
             after = {"parent": ahead.parent} if ahead.parent else {}
-            remote.call("dump", REQUEST, channel=number, **after)
+            remote.call("dump", deadlines.REQUEST, channel=number, **after)
             self._compare_clocks()
             self._log("resume")
             self._quiet.enter_context(self._report.held())
@@ -305,7 +298,7 @@ class _Move:
                 # Not when the target likes: its channel is about to be closed.
                 end_all([stream], out.cancel)
                 raise
-            moments = self._ask("restore", timeout=limit.ask(RESTORING))["moments"]
+            moments = self._ask("restore", timeout=limit.ask(deadlines.RESTORING))["moments"]
         resumed = time.monotonic()
         self._quiet.close()
         self.result.moments = Moments(start, copied, dump.ended, stream.ended, resumed)
@@ -346,7 +339,7 @@ class _Move:
     def _compare_clocks(self) -> None:
         for _ in range(5):
             sent = time.monotonic()
-            there = self._remote.call("clock", REQUEST)["monotonic"]
+            there = self._remote.call("clock", deadlines.REQUEST)["monotonic"]
             self.result.recorder.clock.exchange(sent, there, there, time.monotonic())
 
     def stopped(self, disks: Copies, running: bool) -> None:
@@ -361,7 +354,7 @@ class _Move:
             raise MigrateError(
                 VzExitCode.COPY_FAILED, f"container {name} was started during the migration"
             )
-        self._ask("start", timeout=RESTORING, run=running)
+        self._ask("start", timeout=deadlines.RESTORING, run=running)
         self._quiet.close()
 
     def _ask(self, op: str, timeout: float, **args: Any) -> dict[str, Any]:
@@ -395,7 +388,7 @@ class _Move:
 
     def _settle(self, cause: BaseException) -> bool:
         with contextlib.suppress(PyploopError):
-            self._tell_theirs(self._remote.call("undo", UNDOING))
+            self._tell_theirs(self._remote.call("undo", deadlines.UNDOING))
             return False  # it was not committed, and will not be
         self._remote.close()
         return recover.settled(self._host, self._journal, cause, self._report)
@@ -411,7 +404,7 @@ class _Move:
     def _there(self, op: str, **args: Any) -> None:
         """Tidy the target.  An agent that was killed has left that to another one."""
         try:
-            self._tell_theirs(self._remote.call(op, REQUEST, **args))
+            self._tell_theirs(self._remote.call(op, deadlines.REQUEST, **args))
         except PyploopError:
             self._remote.close()
             try:

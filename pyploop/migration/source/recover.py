@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from pyploop.errors import BusyError, MigrateError, PyploopError, VzExitCode
-from pyploop.migration import commit_record, locks, undo_kinds
+from pyploop.migration import commit_record, deadlines, locks, undo_kinds
 from pyploop.migration.source.agent_client import Remote
 from pyploop.report.events import Reporter
 from pyploop.runtimes import Copied, Runtime
@@ -23,12 +23,6 @@ from pyploop.undo.journal import Journal, Record
 COPYING, ASKED, MOVED = "copying", "asked", "moved"
 """Stages of a source's record: the target was not asked to restore; it was,
 and its answer is not known; it runs there."""
-ATTEMPTS = 60.0
-"""Seconds in which a target that does not answer is asked again."""
-RETRY = 2.0
-SETTLING = 120.0
-DUMP_WAIT = 180.0
-"""Seconds for a dump whose orchestrator was killed to end."""
 
 
 def finish_source(log: Journal, runtime: Runtime, remove: bool, *, stopped: bool) -> list[str]:
@@ -63,7 +57,11 @@ def _copied(log: Journal) -> Copied | None:
 
 
 def settled(
-    host: HostConfig, log: Journal, cause: object, report: Reporter, patience: float = ATTEMPTS
+    host: HostConfig,
+    log: Journal,
+    cause: object,
+    report: Reporter,
+    patience: float = deadlines.ATTEMPTS,
 ) -> bool:
     """Whether the target has committed, asked through a new connection.
     MigrateError(4) when it cannot be asked within `patience` seconds: the
@@ -74,7 +72,7 @@ def settled(
             answer = ask(host, log)
             break
         except PyploopError as e:
-            if time.monotonic() + RETRY > deadline:
+            if time.monotonic() + deadlines.RETRY > deadline:
                 live = any(entry["kind"] == "resume" for entry in log.entries)
                 how = "suspended" if live else "stopped"
                 raise MigrateError(
@@ -82,7 +80,7 @@ def settled(
                     f"{cause}; {log.get('host')} cannot be asked whether the container runs there "
                     f"({e}): it stays {how} here until `pyploop migrate --recover` can ask",
                 ) from e
-            time.sleep(RETRY)
+            time.sleep(deadlines.RETRY)
     _tell(answer, log, report)
     return bool(answer.get("verdict") == commit_record.COMMITTED)
 
@@ -91,7 +89,7 @@ def ask(host: HostConfig, log: Journal) -> dict[str, Any]:
     """Through a new connection: what became of it on the target, where what a
     killed agent left is undone, or finished."""
     with Remote(log.get("host"), host.ssh, log.get("ssh_options") or [], host.agent) as remote:
-        return remote.call("settle", SETTLING, migration=log.get("migration"))
+        return remote.call("settle", deadlines.SETTLING, migration=log.get("migration"))
 
 
 def _tidy(host: HostConfig, log: Journal, report: Reporter, moved: bool) -> None:
@@ -114,7 +112,7 @@ def _tell(answer: dict[str, Any], log: Journal, report: Reporter) -> None:
 def forget(host: HostConfig, log: Journal) -> None:
     """Tell the target that its verdict is carried out."""
     with Remote(log.get("host"), host.ssh, log.get("ssh_options") or [], host.agent) as remote:
-        remote.call("forget", SETTLING, migration=log.get("migration"))
+        remote.call("forget", deadlines.SETTLING, migration=log.get("migration"))
 
 
 def recover(
@@ -194,7 +192,9 @@ def _one(host: HostConfig, log: Journal, report: Reporter) -> list[str]:
     own = undo_kinds.config_of(names, host)
     migration = commit_record.check_id(log.get("migration"))
     try:
-        with commit_record.held(Path(host.state_dir), migration, DUMP_WAIT, "source") as lock:
+        with commit_record.held(
+            Path(host.state_dir), migration, deadlines.DUMP_WAIT, "source"
+        ) as lock:
             stage = log.get("stage")
             moved = stage == MOVED
             if stage == ASKED:

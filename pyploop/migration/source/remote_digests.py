@@ -7,12 +7,10 @@ from collections.abc import Sequence
 
 from pyploop.diskcopy.delta import Reused
 from pyploop.diskcopy.digests import Reader
+from pyploop.migration import deadlines
 from pyploop.migration.source.agent_client import Remote
 from pyploop.report.events import Reporter
 from pyploop.units import format_size
-
-REQUEST = 30.0
-"""Seconds for the request; the digests take as long as they are read there."""
 
 
 class Kept:
@@ -25,7 +23,9 @@ class Kept:
         number, fd = remote.open_channel()
         self.reader = Reader(fd, stall)
         try:
-            remote.call("digests", REQUEST, channel=number, files=[list(f) for f in files])
+            remote.call(
+                "digests", deadlines.REQUEST, channel=number, files=[list(f) for f in files]
+            )
         except BaseException:
             self.reader.close()
             raise

@@ -8,10 +8,10 @@ import os
 from collections.abc import Container, Sequence
 
 from pyploop.diskcopy.options import Options
-from pyploop.migration import file_stream
+from pyploop.migration import deadlines, file_stream
 from pyploop.migration.source.agent_client import Remote
 from pyploop.migration.source.file_delta import send_file
-from pyploop.migration.source.remote_digests import REQUEST, Kept
+from pyploop.migration.source.remote_digests import Kept
 from pyploop.report.events import Reporter
 from pyploop.runtimes import Item
 
@@ -31,7 +31,7 @@ def send_items(
             digests = stack.enter_context(Kept(remote, [*known.items()], options.stall))
         number, fd = remote.open_channel()
         out = stack.enter_context(file_stream.Writer(fd, options.stall))
-        remote.call("items", REQUEST, channel=number)
+        remote.call("items", deadlines.REQUEST, channel=number)
         for item in items:
             label, path = item.label, item.path
             if digests is not None and label in known:

@@ -24,7 +24,7 @@ from typing import Any
 
 from pyploop.diskcopy.options import Options
 from pyploop.errors import CancelledError, LoopError, MigrateError, VzExitCode
-from pyploop.migration import rsync, tree_scan
+from pyploop.migration import deadlines, rsync, tree_scan
 from pyploop.migration.source.agent_client import Remote
 from pyploop.migration.tree_scan import Since
 from pyploop.report.events import Reporter
@@ -32,8 +32,6 @@ from pyploop.report.timeline import Span, Stage
 from pyploop.runtimes import Tree
 from pyploop.system.jobs import Job, in_parallel
 
-REQUEST = 30.0
-"""Seconds for a request that starts something."""
 QUICK = 0.3
 """Seconds of a pass after which another one saves nothing."""
 SHRINK = 0.7
@@ -259,7 +257,7 @@ class Trees:
                 held = _Held(client, fd)
                 try:
                     args = {"index": index, "channel": number, "last": counts}
-                    held.name = self._call("tree", REQUEST, **args)["name"]
+                    held.name = self._call("tree", deadlines.REQUEST, **args)["name"]
                 except BaseException:
                     held.close()
                     raise
@@ -278,7 +276,7 @@ class Trees:
             return done
         error = done.explain(tree.path)
         try:
-            self._join(held, REQUEST)
+            self._join(held, deadlines.REQUEST)
         except MigrateError as e:
             # Each may have seen nothing but the other's end.
             raise MigrateError(VzExitCode.COPY_FAILED, f"{e}; {error}") from e
@@ -295,7 +293,7 @@ class Trees:
 
     def _join(self, held: _Held, timeout: float) -> None:
         with self._lock:
-            self._call("join", timeout + REQUEST, name=held.name, timeout=timeout)
+            self._call("join", timeout + deadlines.REQUEST, name=held.name, timeout=timeout)
 
     def _call(self, op: str, timeout: float, /, **args: Any) -> dict[str, Any]:
         """CancelledError after `cancel`."""

@@ -24,7 +24,7 @@ from pyploop.errors import (
     VzExitCode,
     one_line,
 )
-from pyploop.migration import commit_record, locks, undo_kinds
+from pyploop.migration import commit_record, deadlines, locks, undo_kinds
 from pyploop.migration.mux import Mux
 from pyploop.migration.target import incoming, incoming_trees, resumable_files, resumable_trees
 from pyploop.migration.target.incoming import Landing
@@ -39,21 +39,10 @@ from pyploop.wire import messages
 from pyploop.wire import mux as wire
 from pyploop.wire.messages import clipped
 
-HELLO_WAIT = 30.0
-UNASKED = 60.0
-"""Seconds without a request, pings notwithstanding, until a connection that has not
-asked for anything yet, or that has no migration, is ended."""
-UNBEGUN = 600.0
-"""The same between `check` and `begin`, and in a migration of which nothing is being
-received: it has one of the host's places.  The source may try CRIU meanwhile."""
-IDLE = 24 * 3600.0
-"""The same while something is received; what receives has its own patience."""
 MOST_EVENTS = 1000
 """Events that are sent between two requests; more are left out, and counted."""
 TAKES = ("memory", "tree")
 """What an agent of this major version need not take: rounds of memory, trees."""
-SETTLE_WAIT = 60.0
-"""Seconds to wait for one who may still decide."""
 
 
 class Events:
@@ -138,8 +127,8 @@ class Agent:
     def _patience(self) -> float:
         """Seconds for the next request."""
         if self._landing is not None:
-            return IDLE if self._landing.working() else UNBEGUN
-        return UNBEGUN if self._runtime is not None else UNASKED
+            return deadlines.IDLE if self._landing.working() else deadlines.UNBEGUN
+        return deadlines.UNBEGUN if self._runtime is not None else deadlines.UNASKED
 
     def _answer(self, request: wire.Message) -> None:
         number, op = request.get("id"), request.get("op")
@@ -292,7 +281,7 @@ class Agent:
         if self._runtime is None or self._had_begun:
             raise ProtocolError("agent protocol: begin comes after check, once")
         chosen = self._runtime
-        if not 0 <= float(stall) <= IDLE:  # a NaN is neither
+        if not 0 <= float(stall) <= deadlines.IDLE:  # a NaN is neither
             raise ProtocolError(f"agent protocol: {stall!r} is no time to wait")
         # vzctl's containers are not locked here: another source may have been as far.
         with locks.exclusive(commit_record.make_folder(Path(self._host.state_dir))):
@@ -427,7 +416,7 @@ def settle(host: HostConfig, migration: str) -> dict[str, Any]:
     the container runs here, or "aborted", and nothing of it is left.  BusyError
     while one may still decide."""
     folder = Path(host.state_dir)
-    with commit_record.held(folder, migration, SETTLE_WAIT) as record:
+    with commit_record.held(folder, migration, deadlines.SETTLE_WAIT) as record:
         if record is None:
             return {"verdict": commit_record.ABORTED, "failed": []}
         logs = [r for r in journal.records(folder) if r.fields.get("migration") == migration]
@@ -463,7 +452,7 @@ def greet(rfd: int, wfd: int) -> bytes:
     """Both hellos; returns what came after the peer's.  ProtocolError when it
     does not fit, which the peer sees by our hello."""
     descriptors.write_all(wfd, wire.hello(__version__), "cannot say hello")
-    deadline = time.monotonic() + HELLO_WAIT
+    deadline = time.monotonic() + deadlines.HELLO
     data = b""
     while not data.endswith(b"\n"):
         # Byte by byte: what follows belongs to the frames.

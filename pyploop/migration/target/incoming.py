@@ -19,7 +19,7 @@ from typing import Any
 
 from pyploop.diskcopy.receiver import receive
 from pyploop.errors import MigrateError, ProtocolError, PyploopError, VzExitCode
-from pyploop.migration import commit_record, file_stream, undo_kinds
+from pyploop.migration import commit_record, deadlines, file_stream, undo_kinds
 from pyploop.migration.commit_record import ABORTED, COMMITTED, RAN, Verdict
 from pyploop.migration.file_stream import Budget, Place
 from pyploop.migration.image_chain import Chain, check_room, folder_of
@@ -36,12 +36,6 @@ from pyploop.units import GIB
 
 MOST_ITEMS = 4096
 """Files beside the disks: a vzctl container may have 1,000."""
-LONGEST_STALL = 86400.0
-"""Seconds that a source may have us wait for a byte."""
-UNMOVED = 10.0
-"""Seconds for what still receives to end, when nothing comes any more, and then"""
-ENDING = 600.0
-"""until it is given up, interrupted meanwhile."""
 MEMORY_GROWTH = 8
 """All memory images of a migration may be this many times the memory that `check`
 told of, and GIB more: the rounds are twice that at most, and it may grow meanwhile."""
@@ -69,7 +63,10 @@ class Landing:
         which a stream is given up; keep: what was copied outlives a failure."""
         self._host, self._runtime, self._facts = host, runtime, facts
         self.migration = migration
-        self._stall, self._report = min(stall or LONGEST_STALL, LONGEST_STALL), report
+        self._stall, self._report = (
+            min(stall or deadlines.LONGEST_STALL, deadlines.LONGEST_STALL),
+            report,
+        )
         self._disks = runtime.disks(source=False)
         self._jobs: dict[str, Job[None]] = {}
         self.committed = False
@@ -390,8 +387,8 @@ class Landing:
         """It goes, or what was copied is kept.  Returns what could not be
         undone, which a later process may try again."""
         for job in self._jobs.values():
-            job.end(UNMOVED)  # what it made is in the journal
-            job.interrupt(ENDING)
+            job.end(deadlines.UNMOVED)  # what it made is in the journal
+            job.interrupt(deadlines.INTERRUPTED)
         self._shelf.close()
         failed = undo_kinds.undo_all(self._journal, self._journal.get("keep"))
         what = resumable_files.told(self._host, self._journal) + resumable_trees.told(self._journal)

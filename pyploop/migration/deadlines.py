@@ -1,0 +1,69 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How long each end of a migration waits, in seconds, in one place.
+
+Read them as `deadlines.NAME`: who changes one here (tests/lab/slowly.py does, for an
+emulated machine) changes it everywhere.  Waits that the user sets are elsewhere:
+`stall` and `--suspend-limit`.
+"""
+
+# ---- the connection
+
+CONNECT = 30.0
+"""For ssh and the agent, until the agent has said hello."""
+HELLO = 30.0
+"""For the source's hello, at the agent."""
+PING_EVERY = 2.0
+"""Between two pings, which both ends send."""
+SILENCE = 30.0
+"""Without a byte from a peer that pings: then it is given up."""
+LAST_WORDS = 0.2
+"""For ssh to end after its connection, so that all it printed is read."""
+ENDING = 10.0
+"""For the agent to undo and to end.  Then ssh is killed."""
+GLANCE = 0.5
+"""Between two looks at whether an answer is still wanted."""
+
+# ---- requests, at the source
+
+REQUEST = 30.0
+"""For a request that only starts something."""
+CHECKING = 120.0
+"""For the target's checks.  A probe of CRIU is among them."""
+RESTORING = 300.0
+"""For the target to restore, or to start, the container."""
+UNDOING = 120.0
+"""For the target to undo a restore that was not answered in time."""
+SETTLING = 120.0
+"""For the target to say what became of a migration.  It may wait SETTLE_WAIT itself."""
+ATTEMPTS = 60.0
+"""In which a target that does not answer is asked again, every RETRY."""
+RETRY = 2.0
+DUMP_WAIT = 180.0
+"""For a dump whose orchestrator was killed to end."""
+
+# ---- requests, at the agent
+
+UNASKED = 60.0
+"""Without a request, pings notwithstanding, before `check`.  Then the connection ends."""
+UNBEGUN = 600.0
+"""The same between `check` and `begin`, and in a migration of which nothing is being
+received: it has one of the host's places.  The source may try CRIU meanwhile."""
+IDLE = 24 * 3600.0
+"""The same while something is received.  What receives has its own limit, `stall`."""
+LONGEST_STALL = 24 * 3600.0
+"""For a byte of a stream, whatever `stall` the source asks for."""
+SETTLE_WAIT = 60.0
+"""For another process that may still decide where the container runs."""
+UNMOVED = 10.0
+"""For receivers to end by themselves when nothing comes any more, before an undo."""
+INTERRUPTED = 600.0
+"""After UNMOVED: for receivers that are interrupted again and again meanwhile."""
+
+# ---- rsync
+
+RSYNC_READY = 30.0
+"""For rsync to start its remote shell."""
+RSYNC_LOOK = 0.2
+"""Between two looks at the connection while an rsync runs."""
+RSYNC_ENDING = 1.0
+"""For a client to end after its connection."""
