@@ -29,6 +29,7 @@ from pyploop.system import signals
 from pyploop.system.jobs import TICK
 from pyploop.units import KIB, MIB
 from pyploop.wire import mux as wire
+from pyploop.wire.channels import AT_ONCE, LAST
 from pyploop.wire.mux import Message
 
 INBOX = 4 * MIB
@@ -112,24 +113,34 @@ class Mux:
 
     def open(self, number: int) -> int:
         """A descriptor (a socket's) for the channel, owned by the caller.
-        ProtocolError when the number is in use or out of range."""
-        if not 0 < number < wire.MAX_CHANNELS:
+        ProtocolError when the number was used before or is out of range, or when
+        AT_ONCE are open."""
+        if not 0 < number <= LAST:
             raise ProtocolError(f"agent protocol: no channel {number!r}")
         ours, theirs = socket.socketpair()
         for s in (ours, theirs):
             s.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, MIB)
         with self._lock:
-            if number in self._used or self.failure:
+            if refusal := self._refusal(number):
                 ours.close()
                 theirs.close()
-                raise self.failure or ProtocolError(
-                    f"agent protocol: channel {number} was opened before"
-                )
+                raise refusal
             self._used.add(number)
             made = self._channels[number] = _Channel(number, ours, self._write, self._forget)
             if number in self._ended:
                 made.finish()
         return theirs.detach()
+
+    def _refusal(self, number: int) -> PyploopError | None:
+        """Why no channel of that number is opened."""
+        if number in self._used and self.failure is None:
+            return ProtocolError(f"agent protocol: channel {number} was opened before")
+        if len(self._channels) >= AT_ONCE and self.failure is None:
+            return ProtocolError(
+                f"agent protocol: {AT_ONCE} channels are open already (each disk has one, each "
+                "directory tree two)"
+            )
+        return self.failure
 
     def reset_channels(self) -> None:
         """End all that are open, in both directions; the connection goes on."""

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from typing import Any
 
 from pyploop.errors import ProtocolError
+from pyploop.wire import channels
 
 LARGEST = 1 << 50
 """Bytes: of a file, of a memory image, of a host's memory."""
@@ -132,7 +133,7 @@ def _named(name: str, check: Check, value: Any) -> Any:
 
 _SIZE = _whole(0, LARGEST)
 _TIME = _number(0.0, LONGEST_TIME)
-_CHANNEL = _whole(1, 63)
+_CHANNEL = _whole(1, channels.LAST)
 _INDEX = _whole(0, 1023)
 _MOMENT = _number(0.0, 2.0**53)
 _FACTS = _known(
@@ -140,9 +141,9 @@ _FACTS = _known(
         "machine": _text,
         "cpu": _list(_text),
         "source": _known({"id": _text, "name": _text}),
-        "trees": _list(_SIZE, 64),
-        "images": _list(_SIZE, 64),
-        "mounts": _list(_text, 64),
+        "trees": _list(_SIZE, channels.AT_ONCE),
+        "images": _list(_SIZE, channels.AT_ONCE),
+        "mounts": _list(_text, channels.AT_ONCE),
         "paths": _table(_text),
         "external": _list(_text),
         "kinds": _list(_kind),
@@ -162,7 +163,7 @@ _REQUESTS: dict[str, dict[str, Check]] = {
         "runtime": _text,
         "live": _flag,
         "facts": _FACTS,
-        "sizes": _list(_SIZE, 64),
+        "sizes": _list(_SIZE, channels.AT_ONCE),
         "nodeps": _list(_text, 16),
     },
     "begin": {"migration": _text, "stall": _number(0.0, 2.0**53), "keep": _flag},

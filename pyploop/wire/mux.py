@@ -27,8 +27,7 @@ CONTROL, DATA, CREDIT, END, RESET, PING = range(1, 7)
 MAX_CONTROL = 256 * KIB
 MAX_DATA = 256 * KIB
 WINDOW = 2 * MIB
-"""Bytes of one channel that may be in flight in one direction."""
-MAX_CHANNELS = 64
+"""Bytes of one channel that may be under way in one direction."""
 DEEPEST = 64
 """Levels of nested objects and lists in a message."""
 HELLO_LIMIT = 64 * KIB
@@ -63,7 +62,7 @@ def parse(header: bytes) -> Frame:
     if length > limit or (kind == CREDIT and length != 4) or (kind == DATA and not length):
         raise ProtocolError(f"agent protocol: frame of kind {kind} with {length} bytes")
     with_channel = kind in (DATA, CREDIT, END, RESET)
-    if with_channel != (channel > 0) or channel >= MAX_CHANNELS:
+    if with_channel != (channel > 0):
         raise ProtocolError(f"agent protocol: frame of kind {kind} on channel {channel}")
     return Frame(kind, channel, length)
 

@@ -13,9 +13,12 @@ import time
 from collections.abc import Callable, Iterator
 
 import pytest
+import support
 
 from pyploop.errors import ProtocolError, PyploopError, ReadError
+from pyploop.migration import mux as migration_mux
 from pyploop.migration.mux import Mux
+from pyploop.wire import channels, messages
 from pyploop.wire import mux as wire
 
 
@@ -165,6 +168,42 @@ def test_who_waits_for_others_on_a_slow_link_does_not_give_the_peer_up() -> None
     b.close()
 
 
+@pytest.mark.parametrize("number", [0, channels.LAST + 1])
+def test_a_channel_has_a_number_that_a_frame_has_room_for(
+    pair: tuple[Mux, Mux], number: int
+) -> None:
+    with pytest.raises(ProtocolError, match=f"no channel {number}"):
+        pair[0].open(number)
+    ours, theirs = (end.open(channels.LAST) for end in pair)
+    sender = transfer(ours, b"over the last channel")
+    with socket.socket(fileno=theirs) as s:
+        assert s.recv(100) == b"over the last channel"
+    sender.join()
+
+
+def test_channels_that_are_open_at_once_are_limited(
+    pair: tuple[Mux, Mux], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of each one WINDOW bytes may wait in memory."""
+    monkeypatch.setattr(migration_mux, "AT_ONCE", 2)
+    ends = [end.open(number) for end in pair for number in (1, 2)]
+    with pytest.raises(ProtocolError, match="2 channels are open already"):
+        pair[0].open(3)
+    for fd in ends:
+        os.close(fd)
+    support.wait_until(lambda: not pair[0]._channels, "both have ended")
+    os.close(pair[0].open(3))
+
+
+@pytest.mark.parametrize(("disks", "fits"), [(channels.AT_ONCE, True), (1000, False)])
+def test_a_container_has_as_many_disks_as_there_are_channels(disks: int, fits: bool) -> None:
+    args = {"container": "box", "runtime": "command", "live": False, "nodeps": []}
+    args |= {"facts": {"images": [0] * disks}, "sizes": [0] * disks}
+    expected = contextlib.nullcontext() if fits else pytest.raises(ProtocolError, match="at most")
+    with expected:
+        messages.request("check", args)
+
+
 def header(kind: int, channel: int, length: int, zero: int = 0) -> bytes:
     return wire.HEADER.pack(kind, zero, channel, length)
 
@@ -178,7 +217,6 @@ def header(kind: int, channel: int, length: int, zero: int = 0) -> bytes:
         header(wire.CONTROL, 1, 2),
         header(wire.DATA, 1, wire.MAX_DATA + 1),
         header(wire.DATA, 0, 1),
-        header(wire.DATA, wire.MAX_CHANNELS, 1),
         header(wire.CREDIT, 1, 3),
         header(wire.END, 1, 1),
         header(wire.PING, 0, 0, zero=1),

@@ -28,9 +28,11 @@ from pyploop.errors import (
 )
 from pyploop.migration import file_stream, mux
 from pyploop.migration.mux import Mux
+from pyploop.migration.source import payload
 from pyploop.migration.source.agent_client import TOLD, Remote
 from pyploop.system import stderr_tail
 from pyploop.system.jobs import Job
+from pyploop.wire import channels
 from pyploop.wire import mux as wire
 
 AGENT = """
@@ -61,6 +63,34 @@ def remote(body: str, events: list[Any] | None = None) -> Remote:
     program = [sys.executable, "-c", AGENT.format(body=body), "--"]
     seen = events if events is not None else []
     return Remote("host", program, (), ("agent",), lambda *event: seen.append(event))
+
+
+def test_an_older_agent_is_asked_for_no_channel_that_it_would_refuse() -> None:
+    with remote("pass") as target:
+        for number in range(1, channels.LAST_OLD + 1):
+            opened, fd = target.open_channel()
+            os.close(fd)
+            assert opened == number
+        with pytest.raises(MigrateError, match="no more than 63 channels"):
+            target.open_channel()
+        target.capabilities = ("channels",)
+        opened, fd = target.open_channel()
+        os.close(fd)
+        assert opened == channels.LAST_OLD + 1
+        with pytest.raises(MigrateError, match="too many for one migration"):
+            payload.check_number(target, 200, 30, 0)
+
+
+@pytest.mark.parametrize(("disks", "trees", "rounds"), [(60, 0, 0), (35, 1, 20), (0, 12, 0)])
+def test_an_older_agent_takes_as_many_disks_and_trees_as_it_has_channels(
+    disks: int, trees: int, rounds: int
+) -> None:
+    with remote("pass") as target:
+        with pytest.raises(MigrateError, match="install a newer one there"):
+            payload.check_number(target, disks, trees, rounds)
+        payload.check_number(target, max(disks - 1, 0), min(trees, 11), rounds)
+        target.capabilities = ("channels",)
+        payload.check_number(target, disks, trees, rounds)
 
 
 ENDLESS = "while True:\n    event()\n    time.sleep(0.01)"

@@ -30,7 +30,7 @@ from pyploop.report.events import NOTE
 from pyploop.system import descriptors
 from pyploop.system.stderr_tail import LastWords
 from pyploop.units import MIB
-from pyploop.wire import messages
+from pyploop.wire import channels, messages
 from pyploop.wire import mux as wire
 
 TOLD = 8 * MIB
@@ -76,6 +76,8 @@ class Remote:
         self.host = host
         self._on_event = on_event
         self._lock = threading.Lock()
+        self.capabilities: Sequence[str] = ()
+        """What of this major version the agent knows, as its answer to `check` says."""
         self._channel = 0
         self._request = 0
         self._told = 0
@@ -224,14 +226,22 @@ class Remote:
         return self._mux
 
     def open_channel(self) -> tuple[int, int]:
-        """(number for a request, descriptor): the caller closes it."""
+        """(number for a request, descriptor): the caller closes it.  MigrateError when
+        the agent takes no more of them."""
+        if self.channels_left < 1:
+            raise MigrateError(
+                COPY_FAILED,
+                f"pyploop {self.version} on {self.host} takes no more than {self._channel} "
+                "channels in one migration",
+            )
         self._channel += 1
         return self._channel, self._live().open(self._channel)
 
     @property
     def channels_left(self) -> int:
         """How many can still be opened: their numbers are not used again."""
-        return wire.MAX_CHANNELS - 1 - self._channel
+        last = channels.LAST if "channels" in self.capabilities else channels.LAST_OLD
+        return last - self._channel
 
     @contextlib.contextmanager
     def explained(self) -> Iterator[None]:

@@ -26,14 +26,11 @@ from pyploop.runtimes import Disk
 from pyploop.system.jobs import in_parallel
 from pyploop.trackers.registry import choose
 from pyploop.units import MIB
-from pyploop.wire.mux import MAX_CHANNELS
+from pyploop.wire import channels
 
 T = TypeVar("T")
 TELLING = 16 * MIB
 """Bytes of a first pass that tell how fast the connection is."""
-OTHERS = 24
-"""Channels that a migration needs for other things than disks: 20 rounds of memory,
-the dump, items, and digests of these."""
 
 
 @contextlib.contextmanager
@@ -59,28 +56,30 @@ class Disks:
         report: Reporter,
         kept: Container[str] = (),
         *,
-        others: int = OTHERS,
+        trees: int = 0,
     ) -> None:
         """kept: names of what the target can go on from, `disk N` among them.
-        others: channels that must be left."""
+        trees: how many are copied beside the disks."""
         self._stack = contextlib.ExitStack()
         self._senders: list[Sender] = []
         self._kept: dict[Sender, Kept] = {}
         self._wanted = (remote, sources, options, report, kept)
         self._limited = bool(options.rate)
-        self._others = others
+        self._trees = trees
 
     def __enter__(self) -> Disks:
         remote, sources, options, report, kept = self._wanted
+        needed = channels.needed(len(sources), self._trees)
+        spare = min(remote.channels_left, channels.AT_ONCE) - needed
         with self._stack:
             for index, source in enumerate(sources):
                 name = f"disk {index}"
                 number, fd = remote.open_channel()
                 self._stack.callback(os.close, fd)
                 args: dict[str, Any] = {"index": index, "channel": number}
-                # A channel more for each, of which there are not many.
-                reused = name in kept and 2 * len(sources) + self._others < MAX_CHANNELS
+                reused = name in kept and spare > 0
                 if reused:
+                    spare -= 1
                     digests = self._stack.enter_context(
                         Kept(remote, [(name, source.size)], options.stall)
                     )

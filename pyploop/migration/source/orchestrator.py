@@ -28,7 +28,7 @@ from pyploop.migration import commit_record, deadlines, file_stream, image_chain
 from pyploop.migration.memory_policy import MemoryPolicy
 from pyploop.migration.source import host_identity, memory, recover, trees
 from pyploop.migration.source.agent_client import Remote
-from pyploop.migration.source.disks import OTHERS, Disks, opened
+from pyploop.migration.source.disks import Disks, opened
 from pyploop.migration.source.payload import Copies, check_number
 from pyploop.migration.source.static_files import send_items
 from pyploop.migration.source.suspend_limit import SuspendLimit
@@ -129,7 +129,7 @@ def migrate(host: HostConfig, runtime: Runtime, wish: Wish, report: Reporter) ->
             sizes=sizes,
             nodeps=sorted(wish.nodeps),
         )
-        takes = checked.get("takes", [])  # an older agent tells nothing
+        takes = remote.capabilities = checked.get("takes", [])  # an older agent tells nothing
         if runtime.trees() and "tree" not in takes:
             raise MigrateError(
                 VzExitCode.CANNOT_CONNECT,
@@ -139,7 +139,8 @@ def migrate(host: HostConfig, runtime: Runtime, wish: Wish, report: Reporter) ->
         rounds = memory.policy_for(
             runtime, wish.pre_dumps if wish.live else None, report, "memory" in takes
         )
-        check_number(len(sources), len(runtime.trees()), rounds.max_rounds if rounds else 0)
+        most = rounds.max_rounds if rounds else 0
+        check_number(remote, len(sources), len(runtime.trees()), most)
         if wish.check_only:
             return Result()
         move = _Move(host, runtime, wish, report, remote, copied=copied)
@@ -153,7 +154,7 @@ def migrate(host: HostConfig, runtime: Runtime, wish: Wish, report: Reporter) ->
                     wish.copy,
                     report,
                     kept,
-                    others=OTHERS + trees.CHANNELS * len(runtime.trees()),
+                    trees=len(runtime.trees()),
                 ),
                 trees.Trees(
                     remote,

@@ -8,24 +8,29 @@ import contextlib
 
 from pyploop.diskcopy.options import Summary
 from pyploop.errors import MigrateError, VzExitCode
+from pyploop.migration.source.agent_client import Remote
 from pyploop.migration.source.disks import Disks
-from pyploop.migration.source.trees import CHANNELS, Trees
+from pyploop.migration.source.trees import Trees
 from pyploop.report.timeline import Span
 from pyploop.system.jobs import Job, end_all
-from pyploop.wire.mux import MAX_CHANNELS
-
-OTHERS = 4
-"""Channels for the dump, items, and digests of these."""
+from pyploop.wire import channels
 
 
-def check_number(disks: int, trees: int, rounds: int) -> None:
-    """MigrateError when one connection has too few channels for so many disks,
+def check_number(remote: Remote, disks: int, trees: int, rounds: int) -> None:
+    """MigrateError when the connection has too few channels for so many disks,
     trees, and rounds of memory."""
-    if disks + CHANNELS * trees + rounds + OTHERS >= MAX_CHANNELS:
+    if disks + 2 * trees + channels.OTHERS > channels.AT_ONCE:
         raise MigrateError(
             VzExitCode.COPY_FAILED,
-            f"{disks} disks, {trees} trees and {rounds} rounds of memory (--pre-dumps) are "
-            "too many for one migration",
+            f"{disks} disks and {trees} trees are too many for one migration: it has "
+            f"{channels.AT_ONCE} channels at once, one for each disk and two for each tree",
+        )
+    if channels.needed(disks, trees, rounds) > remote.channels_left:
+        raise MigrateError(
+            VzExitCode.COPY_FAILED,
+            f"{disks} disks, {trees} trees and {rounds} rounds of memory (--pre-dumps) are too "
+            f"many for pyploop {remote.version} on {remote.host}, which takes "
+            f"{remote.channels_left} channels: install a newer one there",
         )
 
 

@@ -31,6 +31,7 @@ from pyploop.report.events import Reporter
 from pyploop.report.timeline import Span, Stage
 from pyploop.runtimes import Tree
 from pyploop.system.jobs import Job, in_parallel
+from pyploop.wire import channels
 
 QUICK = 0.3
 """Seconds of a pass after which another one saves nothing."""
@@ -38,10 +39,6 @@ SHRINK = 0.7
 """A pass that takes more of its predecessor's time than this is the last."""
 MOST = 8
 """Passes while the container runs, without --max-freeze."""
-CHANNELS = 5
-"""Of each tree at least: the first pass, and the last one, which may be made twice."""
-RESERVED = 24
-"""Channels that are left to others: memory, its rounds."""
 
 
 def check_source(trees: Sequence[Tree], command: str) -> list[int]:
@@ -333,7 +330,8 @@ class Trees:
 
     def _room(self) -> bool:
         """Another pass leaves channels for the last one, and for others' things."""
-        return self._remote.channels_left >= RESERVED + 4 * len(self._copies)
+        others = channels.needed(0, 0)
+        return self._remote.channels_left >= others + channels.TREE_LAST * len(self._copies)
 
     def _running(self) -> tuple[float, bool]:
         """One pass: its seconds, and whether something was left out, as may be when

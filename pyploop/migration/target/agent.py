@@ -41,8 +41,9 @@ from pyploop.wire.messages import clipped
 
 MOST_EVENTS = 1000
 """Events that are sent between two requests; more are left out, and counted."""
-TAKES = ("memory", "tree")
-"""What an agent of this major version need not take: rounds of memory, trees."""
+CAPABILITIES = ("memory", "tree", "channels")
+"""What an agent of this major version need not know: rounds of memory, trees, and numbers
+of channels beyond channels.LAST_OLD."""
 
 
 class Events:
@@ -221,7 +222,7 @@ class Agent:
             self._host.state_dir, chosen.name, chosen.container, resumable_files.source_of(facts)
         )
         incoming_trees.check(self._host.rsync, chosen.trees(), facts.get("trees") or [], held)
-        return {"disks": [d.image for d in disks], "takes": list(TAKES)}
+        return {"disks": [d.image for d in disks], "takes": list(CAPABILITIES)}
 
     def _check_trust(self) -> None:
         """Memory images make processes as they say, root's on this host as well: no
