@@ -18,7 +18,7 @@ from pyploop.migration import rsync_options
 from pyploop.migration.memory_policy import MemoryPolicy
 from pyploop.migration.source import orchestrator
 from pyploop.migration.source import recover as recovery
-from pyploop.migration.source.orchestrator import Result, Wish
+from pyploop.migration.source.request import Request, Result
 from pyploop.report.events import Reporter
 from pyploop.report.results import CopyResult, copy_result
 from pyploop.report.timeline import Recorder
@@ -149,13 +149,13 @@ def _public(result: Result) -> MigrationResult:
     )
 
 
-def _request(host: str, o: MigrationOptions) -> Wish:
+def _request(host: str, o: MigrationOptions) -> Request:
     if o.max_freeze is not None and not o.live:
         raise MigrateError(VzExitCode.USAGE, "--max-freeze goes with --live")
     if o.suspend_limit is not None and not o.live:
         raise MigrateError(VzExitCode.USAGE, "--suspend-limit goes with --live")
-    limit = Wish.suspend_limit if o.suspend_limit is None else o.suspend_limit
-    return Wish(
+    limit = Request.suspend_limit if o.suspend_limit is None else o.suspend_limit
+    return Request(
         host=host,
         live=o.live,
         remove_area=o.remove_area,

@@ -31,6 +31,7 @@ from pyploop.migration import deadlines, undo_kinds
 from pyploop.migration.mux import Mux
 from pyploop.migration.source import orchestrator, recover
 from pyploop.migration.source.agent_client import Remote
+from pyploop.migration.source.request import Request
 from pyploop.migration.target import agent
 from pyploop.report.events import Reporter
 from pyploop.runtimes import State, config
@@ -316,7 +317,7 @@ def run_source(world: World, data: bytes) -> None:
         return asked(self, op, min(timeout, CALL), *more, **args)
 
     failure: BaseException | None = None
-    wish = orchestrator.Wish("made-up", live=True, copy=Options(stall=1))
+    request = Request("made-up", live=True, copy=Options(stall=1))
     with (
         mock.patch.object(subprocess, "Popen", popen),
         mock.patch.object(Remote, "call", call),
@@ -326,7 +327,7 @@ def run_source(world: World, data: bytes) -> None:
         mock.patch.object(config, "load", lambda _: world.host()),
     ):
         try:
-            orchestrator.migrate(world.host(), box, wish, Reporter())  # type: ignore[arg-type]
+            orchestrator.migrate(world.host(), box, request, Reporter())  # type: ignore[arg-type]
         except PyploopError as e:
             failure = e
         for connection in connections:

@@ -23,7 +23,8 @@ from pyploop.diskcopy import target_file
 from pyploop.disks import opening
 from pyploop.errors import BusyError, CreateError, DeviceError, OpenError
 from pyploop.migration import locks, undo_kinds
-from pyploop.migration.source import orchestrator
+from pyploop.migration.source.move import Move
+from pyploop.migration.source.request import Request
 from pyploop.report.events import Reporter
 from pyploop.runtimes import Disk, volumes
 from pyploop.runtimes.config import HostConfig
@@ -326,8 +327,8 @@ def test_who_keeps_a_container_s_disk_mounted_is_named(
 def test_the_folder_of_a_dump_is_not_named_by_what_the_target_shows(tmp_path: Path) -> None:
     host = HostConfig(state_dir=str(tmp_path / "state"), images_dir=str(tmp_path))
     runtime = cast(Any, SimpleNamespace(name="runc", container="box", keep_fds=()))
-    wish = orchestrator.Wish("b", live=True)
-    move = orchestrator._Move(host, runtime, wish, Reporter(), cast(Any, None), copied={})
+    request = Request("b", live=True)
+    move = Move(host, runtime, request, Reporter(), cast(Any, None), copied={})
     (tmp_path / f"pyploop-{move.id}-out").mkdir()  # by who saw pyploop-ID there
     move.begin_memory(None, 0)
     assert undo_kinds.undo_all(move._journal) == []

@@ -6,7 +6,7 @@ from __future__ import annotations
 import pytest
 
 from pyploop.cli.migrate_options import NODEPS, parse
-from pyploop.migration.source.orchestrator import Wish
+from pyploop.migration.source.request import Request
 
 
 def test_vzmigrate_s_command_line_is_taken_as_it_is() -> None:
@@ -82,7 +82,7 @@ def test_memory_is_copied_ahead_in_so_many_rounds_or_not_at_all() -> None:
 
 def test_a_container_is_suspended_for_a_minute_or_what_the_user_says() -> None:
     assert parse(["dst", "1"]).suspend_limit is None
-    assert Wish("dst", live=True).suspend_limit == 60
+    assert Request("dst", live=True).suspend_limit == 60
     assert parse(["--suspend-limit", "5", "dst", "1"]).suspend_limit == 5
     assert parse(["--suspend-limit", "0", "dst", "1"]).suspend_limit == 0
 

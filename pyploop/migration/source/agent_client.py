@@ -230,7 +230,7 @@ class Remote:
         the agent takes no more of them."""
         if self.channels_left < 1:
             raise MigrateError(
-                COPY_FAILED,
+                VzExitCode.COPY_FAILED,
                 f"pyploop {self.version} on {self.host} takes no more than {self._channel} "
                 "channels in one migration",
             )

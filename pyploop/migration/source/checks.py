@@ -1,0 +1,126 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What both sides check before anything is changed on either."""
+
+from __future__ import annotations
+
+import os
+import platform
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from pyploop.disks.source import Source
+from pyploop.errors import MigrateError, VzExitCode
+from pyploop.migration import deadlines
+from pyploop.migration.memory_policy import MemoryPolicy
+from pyploop.migration.source import host_identity, memory, trees
+from pyploop.migration.source.agent_client import Remote
+from pyploop.migration.source.payload import check_number
+from pyploop.migration.source.request import Request
+from pyploop.report.events import Reporter
+from pyploop.runtimes import Copied, Disk, Facts, Runtime
+from pyploop.runtimes.config import HostConfig
+from pyploop.system import cpu
+from pyploop.wire.messages import clipped
+
+
+def connect(host: HostConfig, request: Request, report: Reporter) -> Remote:
+    """The agent; its events become ours."""
+
+    def on_event(name: str, at: float, fields: dict[str, Any]) -> None:
+        if name == "line":
+            level = fields.get("level")
+            if isinstance(level, int):
+                report.line(level, f"{request.host}: {clipped(fields.get('text'))}")
+        else:
+            report.event("target", name=name, monotonic=at, fields=fields)
+
+    return Remote(request.host, host.ssh, request.ssh_options, host.agent, on_event)
+
+
+@dataclass(frozen=True)
+class Here:
+    """The source is checked."""
+
+    runtime: Runtime
+    request: Request
+    report: Reporter
+    running: bool
+    """The container runs; else it is stopped."""
+    facts: Facts
+    disks: list[Disk]
+
+    def there(self, remote: Remote, sources: Sequence[Source]) -> Checked:
+        """Let the target check, for the opened disks.  MigrateError."""
+        runtime, request, facts = self.runtime, self.request, self.facts
+        copied = runtime.copied(self.disks)
+        facts["images"] = [0 if s.is_image else s.size for s in sources]
+        sizes = [_allocated(s.sparse_fd if s.sparse_fd is not None else s.fd) for s in sources]
+        checked = remote.call(
+            "check",
+            deadlines.CHECKING,
+            container=runtime.container,
+            runtime=runtime.name,
+            live=request.live,
+            facts=facts,
+            sizes=sizes,
+            nodeps=sorted(request.nodeps),
+        )
+        remote.capabilities = checked.get("takes", [])  # an older agent tells nothing
+        if runtime.trees() and "tree" not in remote.capabilities:
+            raise MigrateError(
+                VzExitCode.CANNOT_CONNECT,
+                f"pyploop {remote.version} on {request.host} is too old to take directories",
+            )
+        self.report.info(f"Both sides are checked; {request.host} has pyploop {remote.version}")
+        rounds = memory.policy_for(
+            runtime,
+            request.pre_dumps if request.live else None,
+            self.report,
+            "memory" in remote.capabilities,
+        )
+        most = rounds.max_rounds if rounds else 0
+        check_number(remote, len(sources), len(runtime.trees()), most)
+        return Checked(sources, copied, self.running, int(facts.get("memory") or 0), rounds)
+
+
+@dataclass(frozen=True)
+class Checked:
+    """Both sides are checked."""
+
+    sources: Sequence[Source]
+    copied: Copied
+    running: bool
+    """The container runs; else it is stopped."""
+    memory: int
+    """Bytes of memory in use, 0 when not known."""
+    rounds: MemoryPolicy | None
+    """For rounds of memory; None: there are none."""
+
+
+def here(host: HostConfig, runtime: Runtime, request: Request, report: Reporter) -> Here:
+    """Check the source.  MigrateError."""
+    state = runtime.state()
+    if not state.exists:
+        raise MigrateError(VzExitCode.NO_CONTAINER, f"there is no container {runtime.container}")
+    if request.live and not state.running:
+        raise MigrateError(VzExitCode.STOPPED, f"container {runtime.container} is stopped")
+    if state.suspended:
+        raise MigrateError(
+            VzExitCode.STOPPED,
+            f"container {runtime.container} is suspended (pyploop migrate --recover?)",
+        )
+    runtime.drop_exec = request.drop_exec
+    facts = runtime.check_source(request.live)
+    facts |= {"machine": platform.machine(), "cpu": cpu.flags()}
+    facts["source"] = host_identity.identity(host.state_dir)
+    facts["trees"] = trees.check_source(runtime.trees(), host.rsync)
+    for text in runtime.left_behind():
+        report.note(text)
+    return Here(runtime, request, report, state.running, facts, runtime.disks(source=True))
+
+
+def _allocated(fd: int) -> int:
+    """Bytes that a copy without holes needs."""
+    st = os.fstat(fd)
+    return st.st_blocks * 512

@@ -1,0 +1,47 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a migration is asked for, and what came of it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from pyploop.diskcopy.options import Options, Summary
+from pyploop.migration.memory_policy import MemoryPolicy
+from pyploop.report.timeline import Recorder
+from pyploop.report.timings import Moments
+
+
+@dataclass(frozen=True)
+class Request:
+    """What the user asked for."""
+
+    host: str
+    live: bool
+    remove_area: bool = True
+    keep_dst: bool = False
+    check_only: bool = False
+    nodeps: frozenset[str] = frozenset()
+    drop_exec: bool = False
+    """See Runtime."""
+    pre_dumps: int = MemoryPolicy.max_rounds
+    """Rounds of memory before the freeze at most."""
+    suspend_limit: float = 60.0
+    """Seconds after which a suspended container goes on here, unless the target was
+    asked to restore it and may have done so; 0: no limit."""
+    ssh_options: tuple[str, ...] = ()
+    rsync_options: tuple[str, ...] = ()
+    copy: Options = field(default_factory=Options)
+
+
+@dataclass
+class Result:
+    """What a migration was; moments are of time.monotonic() here."""
+
+    moments: Moments | None = None
+    steps: dict[str, float] = field(default_factory=dict)
+    """Name -> seconds of a step of the suspended time; they overlap."""
+    disks: list[Summary] = field(default_factory=list)
+    recorder: Recorder = field(default_factory=Recorder)
+    """What happened when, on both hosts."""
+    failed: list[str] = field(default_factory=list)
+    """What is left to do by hand on either side."""

@@ -1,0 +1,180 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The stages of a migration, each of which returns the next:
+
+    begin -> Copies, entered -> ahead -> Ahead.suspended -> Committed.recorded     (live)
+                             -> stopped                                       (not live)
+
+`Move` is what they share.  Its `lost` and `arrived` end each of them.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+
+from pyploop.errors import MigrateError, VzExitCode
+from pyploop.migration import deadlines, file_stream, image_chain
+from pyploop.migration.source import memory
+from pyploop.migration.source.checks import Checked
+from pyploop.migration.source.disks import Disks
+from pyploop.migration.source.move import Move
+from pyploop.migration.source.payload import Copies
+from pyploop.migration.source.static_files import send_items
+from pyploop.migration.source.suspend_limit import SuspendLimit
+from pyploop.migration.source.trees import Trees
+from pyploop.report.timings import Moments
+from pyploop.system.jobs import Job, end_all
+
+
+def begin(move: Move, checked: Checked) -> Copies:
+    """The target makes its journal, and the static files are copied.  Returns the
+    disks and trees, to be entered."""
+    runtime, options = move.runtime, move.request.copy
+    kept = move.begin()
+    send_items(runtime.items(), move.remote, options, move.report, kept)
+    disks = Disks(
+        move.remote, checked.sources, options, move.report, kept, trees=len(runtime.trees())
+    )
+    trees = Trees(
+        move.remote,
+        runtime.trees(),
+        command=move.host.rsync,
+        words=move.request.rsync_options,
+        options=options,
+        report=move.report,
+        kept=kept,
+    )
+    return Copies(disks, trees, runtime.dump_writes)
+
+
+def ahead(move: Move, copies: Copies, checked: Checked) -> Ahead:
+    """All that is copied while it runs."""
+    rounds = move.begin_memory(checked.rounds, checked.memory)
+    memory.approach(copies, rounds)
+    return Ahead(move, copies, rounds)
+
+
+@dataclass(frozen=True)
+class Ahead:
+    """Little is left to copy."""
+
+    move: Move
+    copies: Copies
+    memory: memory.Memory
+
+    def suspended(self) -> Committed:
+        """Suspend, dump and last blocks at once, restore on the target."""
+        move, ahead = self.move, self.memory
+        runtime, remote = move.runtime, move.remote
+        images, parent = image_chain.folder_of(move.folder, 0), ahead.parent_folder
+        images.mkdir(mode=0o700)
+        number, fd = remote.open_channel()
+        limit = SuspendLimit(move.request.suspend_limit, remote.cut)
+        with file_stream.Writer(fd, move.request.copy.stall) as out, limit, remote.explained():
+            dump = Job(lambda: runtime.dump(images, parent))
+            stream = Job(lambda: file_stream.stream_dump(images, out, dump))
+            # An agent that knows no rounds knows no such argument.
+            after = {"parent": ahead.parent} if ahead.parent else {}
+            remote.call("dump", deadlines.REQUEST, channel=number, **after)
+            _compare_clocks(move)
+            move.log_undo("resume")
+            move.quiet.enter_context(move.report.held())
+            start = time.monotonic()
+            limit.start()
+            runtime.suspend()
+            suspended = time.monotonic()
+            move.jobs += [dump, stream]
+            try:
+                dump.start()
+                stream.start()
+                move.result.disks = self.copies.finish(dump)
+                copied = time.monotonic()
+                dump.join()
+                stream.join()
+            except BaseException:
+                # Not when the target likes: its channel is about to be closed.
+                end_all([stream], out.cancel)
+                raise
+            there = move.ask("restore", timeout=limit.ask(deadlines.RESTORING))["moments"]
+        moments = Moments(start, copied, dump.ended, stream.ended, time.monotonic())
+        move.quiet.close()
+        return Committed(self, moments, suspended, there, out.sent)
+
+
+@dataclass(frozen=True)
+class Committed:
+    """It runs on the target."""
+
+    ahead: Ahead
+    moments: Moments
+    """Of time.monotonic() here, as those below."""
+    suspended: float
+    there: dict[str, float]
+    """Moments of the restore, by the target's clock."""
+    dump_bytes: int
+
+    def recorded(self) -> None:
+        """What took how long, into the result and an event."""
+        move, moments, there = self.ahead.move, self.moments, self.there
+        disks_there = max(
+            (at for name, at in there.items() if name.startswith(("disk ", "tree "))), default=0.0
+        )
+        move.result.moments = moments
+        move.result.steps = {
+            "suspend": self.suspended - moments.suspend,
+            "dump": moments.dumped - self.suspended,
+            "dump sent": moments.sent - self.suspended,
+            "disks": moments.copied - self.suspended,
+            # Beyond the dump, on the target: durable and mounted there.
+            "disks waited for": max(0.0, disks_there - there["dump ended"]),
+            "restore": there["running"] - there["restore"],
+            "total": moments.resumed - moments.suspend,
+        }
+        self._record_spans()
+        memory = self.ahead.memory
+        move.report.event(
+            "moved",
+            steps=move.result.steps,
+            dump_bytes=self.dump_bytes,
+            memory_rounds=[vars(r) for r in memory.rounds],
+            parent=memory.parent,
+        )
+
+    def _record_spans(self) -> None:
+        moments, there, suspended = self.moments, self.there, self.suspended
+        record = self.ahead.move.result.recorder
+        record.stage = "frozen"
+        record.add("suspend", moments.suspend, suspended)
+        record.add("dump", suspended, moments.dumped)
+        record.add("dump sent", suspended, moments.sent)
+        record.add("disks", suspended, moments.copied)
+        record.add("restore", max(moments.copied, moments.sent), moments.resumed)
+        here = record.clock.here
+        for name in ("disk 0 ended", "dump ended", "committed", "running"):
+            if name in there:
+                record.add(name, here(there["restore"]), here(there[name]), "target")
+        record.spans += self.ahead.copies.spans()
+
+
+def _compare_clocks(move: Move) -> None:
+    for _ in range(5):
+        sent = time.monotonic()
+        there = move.remote.call("clock", deadlines.REQUEST)["monotonic"]
+        move.result.recorder.clock.exchange(sent, there, there, time.monotonic())
+
+
+def stopped(move: Move, copies: Copies, running: bool) -> None:
+    """Not live: stop, last blocks, start on the target.  running: it runs now."""
+    copies.copy_while_running()
+    if running:
+        move.log_undo("start")
+        move.quiet.enter_context(move.report.held())
+        move.runtime.stop()
+    move.result.disks = copies.finish()
+    if move.runtime.state().running:
+        name = move.runtime.container
+        raise MigrateError(
+            VzExitCode.COPY_FAILED, f"container {name} was started during the migration"
+        )
+    move.ask("start", timeout=deadlines.RESTORING, run=running)
+    move.quiet.close()
