@@ -22,7 +22,7 @@ from scripts import CHECK, HEX, MACHINE
 from pyploop.errors import MigrateError, PyploopError
 from pyploop.migration import commit_record, deadlines, undo_kinds
 from pyploop.migration.mux import Mux
-from pyploop.migration.target import agent, incoming, incoming_files
+from pyploop.migration.target import agent, agent_events, incoming, incoming_files, incoming_memory
 from pyploop.runtimes import State, config
 from pyploop.runtimes.config import HostConfig
 from pyploop.system import jobs
@@ -333,7 +333,7 @@ def test_a_disk_that_is_larger_than_announced_is_refused(connect: Connect, world
 def test_memory_that_is_larger_than_announced_is_refused(
     connect: Connect, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(incoming, "GIB", 0)
+    monkeypatch.setattr(incoming_memory, "GIB", 0)
     source = connect()
     source.begin(memory=1000)
     stream = b"".join(piece(b"pages-1.img", bytes(1000), n * 1000) for n in range(9))
@@ -374,7 +374,7 @@ def test_rounds_of_memory_come_one_after_the_other_and_are_bounded_together(
     connect: Connect, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Each had all that was announced, and one that failed was not counted."""
-    monkeypatch.setattr(incoming, "GIB", 0)
+    monkeypatch.setattr(incoming_memory, "GIB", 0)
     source = connect()
     source.call("check", facts={**FACTS, "memory": 1000}, **CHECK)
     source.call("begin", migration=HEX, stall=0.3, keep=False)
@@ -490,10 +490,10 @@ def test_messages_that_nobody_reads_are_left_out_and_counted(connect: Connect) -
         def send(self, message: dict[str, Any]) -> None:
             events.append(message)
 
-    told = agent.Events(Reader())  # type: ignore[arg-type]
-    for n in range(agent.MOST_EVENTS + 7):
+    told = agent_events.Events(Reader())  # type: ignore[arg-type]
+    for n in range(agent_events.MOST_EVENTS + 7):
         told.line(3, 0.0, f"{n}")
-    assert len(events) == agent.MOST_EVENTS
+    assert len(events) == agent_events.MOST_EVENTS
     told.asked()
     assert events[-1]["fields"]["text"] == "7 messages were left out here"
     assert source.call("clock")

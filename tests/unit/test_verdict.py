@@ -10,7 +10,7 @@ import pytest
 
 from pyploop.errors import BusyError
 from pyploop.migration import commit_record, deadlines
-from pyploop.migration.target import agent
+from pyploop.migration.target import settle
 from pyploop.runtimes.config import HostConfig
 from pyploop.undo.journal import Journal
 
@@ -34,7 +34,7 @@ def runs(answer: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     def state(log: Any) -> bool:
         return answer
 
-    monkeypatch.setattr(agent, "_runs", state)
+    monkeypatch.setattr(settle, "_runs", state)
 
 
 @pytest.mark.parametrize(
@@ -45,9 +45,9 @@ def test_a_container_that_never_ran_here_is_given_back(
 ) -> None:
     runs(False, monkeypatch)
     host, migration, made = dead_agent(tmp_path, word)
-    assert agent.settle(host, migration) == {"verdict": "aborted", "failed": []}
+    assert settle.settle(host, migration) == {"verdict": "aborted", "failed": []}
     assert not made.exists()
-    assert agent.settle(host, migration)["verdict"] == "aborted"
+    assert settle.settle(host, migration)["verdict"] == "aborted"
     assert list(tmp_path.iterdir()) == []
 
 
@@ -56,7 +56,7 @@ def test_a_committed_container_that_runs_stays(
 ) -> None:
     runs(True, monkeypatch)
     host, migration, made = dead_agent(tmp_path, commit_record.COMMITTED)
-    assert agent.settle(host, migration) == {"verdict": "committed", "failed": []}
+    assert settle.settle(host, migration) == {"verdict": "committed", "failed": []}
     assert made.exists()
 
 
@@ -66,7 +66,7 @@ def test_a_container_that_ran_here_and_died_is_never_run_again_from_its_older_st
     runs(False, monkeypatch)
     host, migration, made = dead_agent(tmp_path, commit_record.RAN)
     for _ in range(2):  # the answer may have been lost, and be asked for again
-        assert agent.settle(host, migration)["verdict"] == "committed"
+        assert settle.settle(host, migration)["verdict"] == "committed"
     assert made.exists()
 
 
@@ -79,6 +79,6 @@ def test_who_asks_waits_for_the_one_who_may_still_decide(
     record = commit_record.Verdict.create(tmp_path, migration)
     try:
         with pytest.raises(BusyError):
-            agent.settle(host, migration)
+            settle.settle(host, migration)
     finally:
         record.close()

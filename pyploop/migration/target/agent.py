@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import platform
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -24,54 +23,21 @@ from pyploop.errors import (
     VzExitCode,
     one_line,
 )
-from pyploop.migration import commit_record, deadlines, locks, undo_kinds
+from pyploop.migration import commit_record, deadlines, locks
 from pyploop.migration.mux import Mux
-from pyploop.migration.target import incoming, incoming_trees, resumable_files, resumable_trees
+from pyploop.migration.target import checks, resumable_files
+from pyploop.migration.target.agent_events import Events
 from pyploop.migration.target.incoming import Landing
-from pyploop.report.events import NOTE, Reporter
-from pyploop.runtimes import Facts, Runtime, config, policy, volumes
+from pyploop.migration.target.settle import settle, settle_dead
+from pyploop.report.events import Reporter
+from pyploop.runtimes import Facts, Runtime
 from pyploop.runtimes.config import NAME, HostConfig
 from pyploop.runtimes.policy import Source
 from pyploop.runtimes.registry import make_runtime
-from pyploop.system import cpu, descriptors
-from pyploop.undo import journal
+from pyploop.system import descriptors
 from pyploop.wire import messages
 from pyploop.wire import mux as wire
 from pyploop.wire.messages import clipped
-
-MOST_EVENTS = 1000
-"""Events that are sent between two requests; more are left out, and counted."""
-CAPABILITIES = ("memory", "tree", "channels")
-"""What an agent of this major version need not know: rounds of memory, trees, and numbers
-of channels beyond channels.LAST_OLD."""
-
-
-class Events:
-    """What happens here, sent to the source."""
-
-    def __init__(self, mux: Mux) -> None:
-        self._mux = mux
-        self._sent = 0
-        """Since the last request: nobody may be reading them."""
-
-    def asked(self) -> None:
-        """A request came, so the source has read what was sent before."""
-        left_out, self._sent = self._sent - MOST_EVENTS, 0
-        if left_out > 0:
-            self.line(NOTE, 0.0, f"{left_out} messages were left out here")
-
-    def event(self, name: str, at: float, fields: dict[str, Any]) -> None:
-        self._sent += 1
-        if self._sent > MOST_EVENTS:
-            return
-        with contextlib.suppress(PyploopError):  # the connection's end is told elsewhere
-            self._mux.send({"event": name, "at": time.monotonic(), "fields": fields})
-
-    def line(self, level: int, at: float, text: str) -> None:
-        self.event("line", at, {"level": level, "text": clipped(text)})
-
-    def close(self) -> None:
-        pass
 
 
 class Agent:
@@ -185,98 +151,16 @@ class Agent:
         chosen = make_runtime(self._host, runtime, container)
         facts = {**facts, "source": resumable_files.source_of(facts, str(self._source))}
         if live:
-            self._check_trust()
+            checks.check_trust(self._host, self._source)
         try:
-            self._lock(chosen)
-            answer = self._check_all(chosen, live, facts, sizes, nodeps)
+            checks.lock(self._host, chosen, self._locks)
+            answer = checks.check_all(self._host, chosen, live, facts, sizes=sizes, nodeps=nodeps)
         except BaseException:
             self._locks.close()  # for others: nothing comes of this one
             raise
         # Not before: what comes next rests on all of these checks.
         self._runtime, self._facts, self._live = chosen, facts, live
         return answer
-
-    def _check_all(
-        self, chosen: Runtime, live: bool, facts: Facts, sizes: list[int], nodeps: list[str]
-    ) -> dict[str, Any]:
-        self._settle_dead(chosen)
-        if platform.machine() != facts.get("machine"):
-            raise MigrateError(
-                VzExitCode.CPU, f"{platform.machine()} here, {facts.get('machine')} there"
-            )
-        if live and "cpu" not in nodeps:
-            missing = set(facts.get("cpu") or ()) - set(cpu.flags())
-            if missing:
-                raise MigrateError(
-                    VzExitCode.CPU,
-                    f"the CPU lacks {' '.join(sorted(missing))} (--nodeps=cpu goes on)",
-                )
-        chosen.check_target({**facts, "nodeps": nodeps}, live)
-        disks = chosen.disks(source=False)
-        if len(disks) != len(sizes):
-            raise ProtocolError(f"{len(sizes)} disks there, {len(disks)} here")
-        there = resumable_files.allocated(self._host, chosen, facts)
-        for n, (disk, size) in enumerate(zip(disks, sizes, strict=True)):
-            volumes.check_free(disk, max(size - there.get(f"disk {n}", 0), 0))
-        held = resumable_trees.allocated(
-            self._host.state_dir, chosen.name, chosen.container, resumable_files.source_of(facts)
-        )
-        incoming_trees.check(self._host.rsync, chosen.trees(), facts.get("trees") or [], held)
-        return {"disks": [d.image for d in disks], "takes": list(CAPABILITIES)}
-
-    def _check_trust(self) -> None:
-        """Memory images make processes as they say, root's on this host as well: no
-        check of them can be complete."""
-        if not policy.trusts(self._host.trusted_live, self._source):
-            entry = self._source.name or self._source.address or "NAME"
-            how = "" if entry != "NAME" else ", and start the agent with --source NAME"
-            raise MigrateError(
-                VzExitCode.BAD_CONFIG,
-                f"this host does not restore memory that comes from {self._source}: who sends it "
-                f'can become root here. If it may, write [trust] live = ["{entry}"] in '
-                f"{self._host.path or config.DEFAULT} here{how}; without --live the container "
-                "moves as it is",
-            )
-
-    def _lock(self, runtime: Runtime) -> None:
-        folder = Path(self._host.lock_dir)
-        try:
-            self._locks.enter_context(locks.host_slot(folder, self._host.migrations, 0))
-            if runtime.name != "vzctl":  # which locks by itself in what it does
-                self._locks.enter_context(locks.container_lock(folder, runtime.container))
-        except BusyError as e:
-            raise MigrateError(VzExitCode.LOCKED, str(e)) from e
-
-    def _settle_dead(self, runtime: Runtime) -> None:
-        """Migrations of this container whose agent was killed, and about which
-        nobody asked since."""
-        folder = Path(self._host.state_dir)
-        ours = (runtime.name, runtime.container)
-        for log in journal.records(folder):
-            fields = log.fields
-            if ours != tuple(fields.get(k) for k in ("runtime", "container")):
-                continue
-            if log.owner() is not None:
-                raise MigrateError(
-                    VzExitCode.LOCKED, f"{log.what} is under way (process {log.owner()})"
-                )
-            if fields.get("side") == "source":
-                # Finished later, it would end what comes now.
-                raise MigrateError(
-                    VzExitCode.LOCKED,
-                    f"the {log.what}, which this host began, is not finished: run "
-                    "`pyploop migrate --recover` on it first",
-                )
-            try:
-                failed = settle(self._host, commit_record.check_id(fields.get("migration")))[
-                    "failed"
-                ]
-            except BusyError as e:
-                raise MigrateError(VzExitCode.LOCKED, str(e)) from e
-            if failed:
-                raise MigrateError(
-                    VzExitCode.LOCKED, f"{log.what} is not undone: {'; '.join(failed)}"
-                )
 
     def _begin(self, migration: str, stall: float, keep: bool) -> dict[str, Any]:
         if self._runtime is None or self._had_begun:
@@ -286,7 +170,7 @@ class Agent:
             raise ProtocolError(f"agent protocol: {stall!r} is no time to wait")
         # vzctl's containers are not locked here: another source may have been as far.
         with locks.exclusive(commit_record.make_folder(Path(self._host.state_dir))):
-            self._settle_dead(chosen)
+            settle_dead(self._host, chosen)
             if chosen.state().exists:
                 raise MigrateError(VzExitCode.EXISTS, f"container {chosen.container} exists by now")
             self._landing = Landing(
@@ -410,36 +294,6 @@ def _say(text: str) -> None:
     """Where ssh tells it to the source, if it still listens."""
     with contextlib.suppress(OSError):
         os.write(2, one_line(f"pyploop agent: {text}").encode() + b"\n")
-
-
-def settle(host: HostConfig, migration: str) -> dict[str, Any]:
-    """What became of a migration to this host: {"verdict": "committed"}, and
-    the container runs here, or "aborted", and nothing of it is left.  BusyError
-    while one may still decide."""
-    folder = Path(host.state_dir)
-    with commit_record.held(folder, migration, deadlines.SETTLE_WAIT) as record:
-        if record is None:
-            return {"verdict": commit_record.ABORTED, "failed": []}
-        logs = [r for r in journal.records(folder) if r.fields.get("migration") == migration]
-        log = next((r for r in logs if r.fields.get("side") == "target"), None)
-        if log is not None:
-            undo_kinds.config_of(log.fields, host)
-        word = record.read()
-        if word == commit_record.RAN or (
-            word == commit_record.COMMITTED and (log is None or _runs(log))
-        ):
-            failed = incoming.complete(log.adopt()) if log else []
-            return {"verdict": commit_record.COMMITTED, "failed": failed}
-        # Committed and not running: its end came before it could run.
-        failed = undo_kinds.undo_all(log.adopt(), bool(log.fields.get("keep"))) if log else []
-        record.write(commit_record.ABORTED)
-        if not failed:
-            record.path.unlink(missing_ok=True)
-        return {"verdict": commit_record.ABORTED, "failed": failed}
-
-
-def _runs(log: journal.Record) -> bool:
-    return undo_kinds.runs(undo_kinds.runtime_of(log.fields))
 
 
 def vz_code(error: PyploopError) -> int:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import re
 import socket
 import time
 from collections.abc import Callable
@@ -21,26 +20,22 @@ from pyploop.diskcopy.receiver import receive
 from pyploop.errors import MigrateError, ProtocolError, PyploopError, VzExitCode
 from pyploop.migration import commit_record, deadlines, file_stream, undo_kinds
 from pyploop.migration.commit_record import ABORTED, COMMITTED, RAN, Verdict
-from pyploop.migration.file_stream import Budget, Place
-from pyploop.migration.image_chain import Chain, check_room, folder_of
+from pyploop.migration.file_stream import Place
+from pyploop.migration.image_chain import check_room, folder_of
 from pyploop.migration.target import resumable_files, resumable_trees
 from pyploop.migration.target.incoming_files import Shelf
+from pyploop.migration.target.incoming_memory import IncomingMemory
 from pyploop.migration.target.incoming_trees import LandingTrees
+from pyploop.migration.target.settle import complete
 from pyploop.report.events import Reporter
-from pyploop.runtimes import LARGEST_FILE, Facts, Runtime
+from pyploop.runtimes import Facts, Runtime
 from pyploop.runtimes.config import HostConfig
 from pyploop.system import beneath, private_folder
 from pyploop.system.jobs import Job
 from pyploop.undo.journal import Journal
-from pyploop.units import GIB
 
 MOST_ITEMS = 4096
 """Files beside the disks: a vzctl container may have 1,000."""
-MEMORY_GROWTH = 8
-"""All memory images of a migration may be this many times the memory that `check`
-told of, and GIB more: the rounds are twice that at most, and it may grow meanwhile."""
-IMAGE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.@+-]{0,127}")
-"""Of CRIU's images, and vzctl's dump."""
 TREE_PASSES = 4
 """Over one tree at a time: the last one has two servers, and may be made again."""
 
@@ -73,9 +68,6 @@ class Landing:
         """From the commit on, until it is withdrawn."""
         self.ran = False
         """It was seen to run here."""
-        announced = facts.get("memory")
-        most = announced * MEMORY_GROWTH + GIB if announced else LARGEST_FILE
-        self._memory = Budget(most)
         folder = commit_record.make_folder(Path(host.state_dir))
         self._journal = Journal.create(
             f"migration of {runtime.container} to this host",
@@ -96,7 +88,7 @@ class Landing:
             self._folder = Path(host.images_dir) / f"pyploop-{migration}"
             self._log("remove-tree", path=str(self._folder), transient=True)
             private_folder.make_new(self._folder)
-            self._chain = Chain(self._folder)
+            self._memory = IncomingMemory(self._folder, facts.get("memory"), self._stall)
             self._shelf = Shelf(host, runtime, self._journal, self._disks, report)
             made.callback(self._shelf.close)
             self._trees = LandingTrees(
@@ -247,30 +239,10 @@ class Landing:
     def take_dump(self, fd: int, number: int, parent: int, room: int) -> None:
         """The memory, into tmpfs, as it is written at the source: of a pre-dump, or
         (0) of the dump.  room: bytes that must be left for it, and what follows."""
-        self._chain.check(number, parent)
+        self._memory.check(number, parent)
         self._end_rounds(forget=not parent)
         check_room(self._folder, room)
-        images = self._chain.append(number, parent)
-
-        def opened(name: str, flags: int) -> int:
-            if not IMAGE_NAME.fullmatch(name) or name == "parent":
-                raise ProtocolError(f"{name[:80]!r} is no image")
-            flags |= os.O_WRONLY | os.O_NOFOLLOW | os.O_CLOEXEC
-            return os.open(images / name, flags, 0o600)
-
-        def work() -> None:
-            place = Place(
-                lambda name: opened(name, os.O_CREAT | os.O_EXCL),
-                lambda name: opened(name, 0),
-                largest=lambda _: self._memory.most,
-                budget=self._memory,
-            )
-            file_stream.receive(fd, self._stall, place)
-            if not number:
-                # Here, and not when the restore is asked for: the last blocks of the
-                # disks are on their way meanwhile.
-                self._runtime.check_images(images)
-
+        work = self._memory.receive(fd, number, parent, self._runtime.check_images)
         name = f"memory {number}" if number else "dump"
         self._start(name, Job(work, lambda: os.close(fd)))
 
@@ -398,17 +370,3 @@ class Landing:
             self.verdict.write(ABORTED)
         self.verdict.close(remove=not failed)
         return failed
-
-
-def complete(log: Journal) -> list[str]:
-    """Undo only what was needed on the way, and forget the rest."""
-    for entry in log.entries:
-        if entry["kind"] == "put-back":
-            root = str(entry.get("root") or "")
-            with contextlib.suppress(FileNotFoundError), beneath.place(entry["saved"], root) as at:
-                beneath.remove(at)
-        if entry["kind"] == "copied":
-            Path(entry["kept"]).unlink(missing_ok=True)  # it was of no use
-        if not entry.get("transient"):
-            undo_kinds.note_done(log, entry)
-    return undo_kinds.undo_all(log)

@@ -1,0 +1,44 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The agent's log lines and events, sent to the source."""
+
+from __future__ import annotations
+
+import contextlib
+import time
+from typing import Any
+
+from pyploop.errors import PyploopError
+from pyploop.migration.mux import Mux
+from pyploop.report.events import NOTE
+from pyploop.wire.messages import clipped
+
+MOST_EVENTS = 1000
+"""Events that are sent between two requests; more are left out, and counted."""
+
+
+class Events:
+    """What happens here, sent to the source."""
+
+    def __init__(self, mux: Mux) -> None:
+        self._mux = mux
+        self._sent = 0
+        """Since the last request: nobody may be reading them."""
+
+    def asked(self) -> None:
+        """A request came, so the source has read what was sent before."""
+        left_out, self._sent = self._sent - MOST_EVENTS, 0
+        if left_out > 0:
+            self.line(NOTE, 0.0, f"{left_out} messages were left out here")
+
+    def event(self, name: str, at: float, fields: dict[str, Any]) -> None:
+        self._sent += 1
+        if self._sent > MOST_EVENTS:
+            return
+        with contextlib.suppress(PyploopError):  # the connection's end is told elsewhere
+            self._mux.send({"event": name, "at": time.monotonic(), "fields": fields})
+
+    def line(self, level: int, at: float, text: str) -> None:
+        self.event("line", at, {"level": level, "text": clipped(text)})
+
+    def close(self) -> None:
+        pass

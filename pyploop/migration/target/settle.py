@@ -1,0 +1,89 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Migrations to this host that have ended: completed, and what became of those whose
+agent was killed."""
+
+from __future__ import annotations
+
+import contextlib
+from pathlib import Path
+from typing import Any
+
+from pyploop.errors import BusyError, MigrateError, VzExitCode
+from pyploop.migration import commit_record, deadlines, undo_kinds
+from pyploop.runtimes import Runtime
+from pyploop.runtimes.config import HostConfig
+from pyploop.system import beneath
+from pyploop.undo import journal
+from pyploop.undo.journal import Journal
+
+
+def settle(host: HostConfig, migration: str) -> dict[str, Any]:
+    """What became of a migration to this host: {"verdict": "committed"}, and
+    the container runs here, or "aborted", and nothing of it is left.  BusyError
+    while one may still decide."""
+    folder = Path(host.state_dir)
+    with commit_record.held(folder, migration, deadlines.SETTLE_WAIT) as record:
+        if record is None:
+            return {"verdict": commit_record.ABORTED, "failed": []}
+        logs = [r for r in journal.records(folder) if r.fields.get("migration") == migration]
+        log = next((r for r in logs if r.fields.get("side") == "target"), None)
+        if log is not None:
+            undo_kinds.config_of(log.fields, host)
+        word = record.read()
+        if word == commit_record.RAN or (
+            word == commit_record.COMMITTED and (log is None or _runs(log))
+        ):
+            failed = complete(log.adopt()) if log else []
+            return {"verdict": commit_record.COMMITTED, "failed": failed}
+        # Committed and not running: its end came before it could run.
+        failed = undo_kinds.undo_all(log.adopt(), bool(log.fields.get("keep"))) if log else []
+        record.write(commit_record.ABORTED)
+        if not failed:
+            record.path.unlink(missing_ok=True)
+        return {"verdict": commit_record.ABORTED, "failed": failed}
+
+
+def _runs(log: journal.Record) -> bool:
+    return undo_kinds.runs(undo_kinds.runtime_of(log.fields))
+
+
+def settle_dead(host: HostConfig, runtime: Runtime) -> None:
+    """Migrations of this container whose agent was killed, and about which
+    nobody asked since."""
+    folder = Path(host.state_dir)
+    ours = (runtime.name, runtime.container)
+    for log in journal.records(folder):
+        fields = log.fields
+        if ours != tuple(fields.get(k) for k in ("runtime", "container")):
+            continue
+        if log.owner() is not None:
+            raise MigrateError(
+                VzExitCode.LOCKED, f"{log.what} is under way (process {log.owner()})"
+            )
+        if fields.get("side") == "source":
+            # Finished later, it would end what comes now.
+            raise MigrateError(
+                VzExitCode.LOCKED,
+                f"the {log.what}, which this host began, is not finished: run "
+                "`pyploop migrate --recover` on it first",
+            )
+        try:
+            failed = settle(host, commit_record.check_id(fields.get("migration")))["failed"]
+        except BusyError as e:
+            raise MigrateError(VzExitCode.LOCKED, str(e)) from e
+        if failed:
+            raise MigrateError(VzExitCode.LOCKED, f"{log.what} is not undone: {'; '.join(failed)}")
+
+
+def complete(log: Journal) -> list[str]:
+    """Undo only what was needed on the way, and forget the rest."""
+    for entry in log.entries:
+        if entry["kind"] == "put-back":
+            root = str(entry.get("root") or "")
+            with contextlib.suppress(FileNotFoundError), beneath.place(entry["saved"], root) as at:
+                beneath.remove(at)
+        if entry["kind"] == "copied":
+            Path(entry["kept"]).unlink(missing_ok=True)  # it was of no use
+        if not entry.get("transient"):
+            undo_kinds.note_done(log, entry)
+    return undo_kinds.undo_all(log)
