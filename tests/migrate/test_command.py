@@ -239,16 +239,35 @@ def test_an_older_agent_is_named_before_anything_starts_when_there_is_a_tree(
     assert pair.step(pair.a, "status") == "running"
 
 
-def test_more_trees_than_a_connection_has_channels_for_are_refused_at_once(pair: Pair) -> None:
+def with_trees(pair: Pair, number: int) -> None:
     support.needs("rsync")
     for host in (pair.a, pair.b):
         with (host / "migrate.toml").open("a") as f:
-            f.writelines(f'[[container.box.tree]]\npath = "{host}/tree/{n}"\n' for n in range(12))
-    for n in range(12):
+            f.writelines(
+                f'[[container.box.tree]]\npath = "{host}/tree/{n}"\n' for n in range(number)
+            )
+    for n in range(number):
         (pair.a / "tree" / str(n)).mkdir(parents=True)
+        (pair.a / "tree" / str(n) / "file").write_text(str(n))
+
+
+def test_trees_that_need_more_channels_than_an_older_agent_has_move(pair: Pair) -> None:
+    """Three channels each at least; an older agent has 63 in all."""
+    with_trees(pair, 22)
+    done = pair.migrate(pair.a, "--live")
+    assert done.returncode == 0, done.stderr
+    for n in range(22):
+        assert (pair.b / "tree" / str(n) / "file").read_text() == str(n)
+    shutil.rmtree(pair.a / "tree", ignore_errors=True)
+    shutil.rmtree(pair.b / "tree")
+    pair.runs_only_on(pair.b)
+
+
+def test_more_trees_than_a_connection_has_channels_for_are_refused_at_once(pair: Pair) -> None:
+    with_trees(pair, 127)
     done = pair.migrate(pair.a, "--live")
     assert done.returncode == 6, done.stderr
-    assert "2 disks, 12 trees" in done.stderr
+    assert "2 disks and 127 trees are too many" in done.stderr
     shutil.rmtree(pair.a / "tree")
     pair.runs_only_on(pair.a)
 
