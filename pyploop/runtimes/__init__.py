@@ -74,6 +74,9 @@ class Runtime(Protocol):
     lock_dir: str
     """Where the container's lock file lies."""
 
+    locks_itself: bool
+    """Its commands take that lock on the target, so nobody else may have it there."""
+
     def state(self) -> State: ...
 
     def disks(self, source: bool) -> list[Disk]:

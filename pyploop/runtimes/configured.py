@@ -18,6 +18,7 @@ class Configured:
 
     _config: ContainerConfig
     drop_exec = False
+    locks_itself = False
 
     def _places(self) -> list[str]:
         """Folders that hold the container's files: disks, then trees."""

@@ -42,6 +42,7 @@ class Box:
     keep_fds: tuple[int, ...] = ()
     dump_writes: bool = False
     drop_exec: bool = False
+    locks_itself: bool = False
     has_disk: bool = False
     told: list[str] = field(default_factory=list)
     """The steps that were done to it."""

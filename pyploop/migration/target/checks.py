@@ -44,7 +44,7 @@ def lock(host: HostConfig, runtime: Runtime, taken: contextlib.ExitStack) -> Non
     folder = Path(host.lock_dir)
     try:
         taken.enter_context(locks.host_slot(folder, host.migrations, 0))
-        if runtime.name != "vzctl":
+        if not runtime.locks_itself:
             taken.enter_context(locks.container_lock(folder, runtime.container))
     except BusyError as e:
         raise MigrateError(VzExitCode.LOCKED, str(e)) from e

@@ -52,6 +52,7 @@ class Vzctl:
     """The kernel gives deleted files that are open a name below VE_PRIVATE."""
 
     drop_exec = False
+    locks_itself = True
 
     def __init__(self, host: HostConfig, container: str) -> None:
         self._host = host
