@@ -18,13 +18,13 @@ from anyrsync import Client
 
 from pyploop.errors import MigrateError
 from pyploop.migration import rsync
-from pyploop.migration.target.incoming_trees import LandingTrees
+from pyploop.migration.target.incoming_trees import IncomingTrees
 from pyploop.report.events import Reporter
 from pyploop.runtimes import Tree
 from pyploop.system.jobs import Job
 from pyploop.undo.journal import Journal
 
-Server = tuple[LandingTrees, Job[None], Path, Callable[[], Client]]
+Server = tuple[IncomingTrees, Job[None], Path, Callable[[], Client]]
 
 
 @pytest.fixture
@@ -35,7 +35,7 @@ def server(tmp_path: Path) -> Iterator[Server]:
     folder.mkdir(mode=0o700)
     log = Journal.create("test", folder)
     ours, theirs = socket.socketpair()
-    landing = LandingTrees(
+    incoming = IncomingTrees(
         "rsync",
         [Tree(str(tmp_path / "target"))],
         folder=folder,
@@ -44,7 +44,7 @@ def server(tmp_path: Path) -> Iterator[Server]:
         keep_fds=(),
         report=Reporter(),
     )
-    _, job = landing.take(0, theirs.detach(), last=True)
+    _, job = incoming.take(0, theirs.detach(), last=True)
     made: list[Client] = []
 
     def client() -> Client:
@@ -52,7 +52,7 @@ def server(tmp_path: Path) -> Iterator[Server]:
         return made[0]
 
     job.start()
-    yield landing, job, folder, client
+    yield incoming, job, folder, client
     for one in made:
         one.close()
     ours.close()
@@ -65,7 +65,7 @@ def test_what_a_client_has_the_server_say_without_end_is_kept_nowhere(
     server: Server, kind: int
 ) -> None:
     """It went into a log, on a tmpfs: 40 MB each second of the target's memory."""
-    landing, job, folder, connect = server
+    incoming, job, folder, connect = server
     client = connect()
     for _ in range(4000):
         client.say(kind, b"rsync: evil " + b"x" * 1000 + b"\n")
@@ -73,7 +73,7 @@ def test_what_a_client_has_the_server_say_without_end_is_kept_nowhere(
     client.close()
     job.join(30)
     with pytest.raises(MigrateError, match=r"rsync ended with [0-9]+ here: .*rsync error") as e:
-        landing.check_whole()
+        incoming.check_whole()
     assert len(str(e.value)) < 4096
 
 
@@ -97,7 +97,7 @@ def little_memory(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_names_without_end_end_the_server(little_memory: None, server: Server) -> None:
     """A list of files is in memory, 60 bytes and its name for each."""
-    landing, job, _, connect = server
+    incoming, job, _, connect = server
     client = connect()
     with contextlib.suppress(OSError):
         for n in range(4000):
@@ -106,12 +106,12 @@ def test_names_without_end_end_the_server(little_memory: None, server: Server) -
     client.close()
     job.join(30)
     with pytest.raises(MigrateError, match=r"rsync ended with 22 here: .*memory"):
-        landing.check_whole()
+        incoming.check_whole()
 
 
 def test_a_server_that_is_killed_leaves_nobody_who_writes(server: Server) -> None:
     """Its receiver went on with what the client sends, after the next pass, too."""
-    landing, job, folder, connect = server
+    incoming, job, folder, connect = server
     connect().send_list(b"name")
     support.wait_until(lambda: len(servers(folder)) == 2, "no receiver")
     first = min(servers(folder), key=lambda pid: pid in children_of(servers(folder)))
@@ -119,7 +119,7 @@ def test_a_server_that_is_killed_leaves_nobody_who_writes(server: Server) -> Non
     job.join(30)
     assert servers(folder) == []
     with pytest.raises(MigrateError, match="rsync ended with -9 here"):
-        landing.check_whole()
+        incoming.check_whole()
 
 
 def servers(folder: Path) -> list[int]:

@@ -704,9 +704,9 @@ def test_a_container_whose_files_keep_runc_waiting_does_not_count_as_running(
         made.send_items([("config.json", 0o644, json.dumps(config).encode())])
         (bundle / "rootfs/etc").mkdir(parents=True)
         os.mkfifo(bundle / "rootfs/etc/passwd")
-        landing = made._agent._landing
-        assert landing is not None
-        landing._trees._last[0] = "tree 0.0"  # as if it had come by rsync
+        incoming = made._agent._incoming
+        assert incoming is not None
+        incoming._trees._last[0] = "tree 0.0"  # as if it had come by rsync
         try:
             with pytest.raises(MigrateError, match=r"runc .* run .*") as e:
                 made.ask("start", timeout=20.0, run=True)

@@ -16,7 +16,7 @@ from typing import Any, cast
 from pyploop.diskcopy.options import Options
 from pyploop.migration.source.agent_client import Remote
 from pyploop.migration.source.trees import Trees
-from pyploop.migration.target.incoming_trees import LandingTrees
+from pyploop.migration.target.incoming_trees import IncomingTrees
 from pyploop.report.events import Reporter
 from pyploop.runtimes import Tree
 from pyploop.system.jobs import Job
@@ -26,8 +26,8 @@ from pyploop.undo.journal import Journal
 class Loop:
     """In the place of `remote.Remote`: its agent is here."""
 
-    def __init__(self, landing: LandingTrees) -> None:
-        self.landing = landing
+    def __init__(self, incoming: IncomingTrees) -> None:
+        self.incoming = incoming
         self.jobs: list[Job[None]] = []
         self._named: dict[str, Job[None]] = {}
         self._theirs: dict[int, socket.socket] = {}
@@ -51,11 +51,11 @@ class Loop:
     ) -> dict[str, Any]:
         if op == "join":
             self._named[args["name"]].over.wait(timeout)
-            self.landing.check(args["name"])
+            self.incoming.check(args["name"])
             return {}
         assert op == "tree"
         fd = self._theirs.pop(args["channel"]).detach()
-        name, job = self.landing.take(args["index"], fd, args["last"])
+        name, job = self.incoming.take(args["index"], fd, args["last"])
         self.jobs.append(job)
         self._named[name] = job.start()
         return {"name": name}
@@ -98,7 +98,7 @@ class Copying:
         self.trees.finish()
         for job in self._loop.jobs:
             job.join(30)
-        self._loop.landing.check_whole()
+        self._loop.incoming.check_whole()
 
 
 @contextlib.contextmanager
@@ -116,7 +116,7 @@ def copying(
     log = Journal.create("test", state)
     events, report = Events(), Reporter()
     report.add(events)
-    landing = LandingTrees(
+    incoming = IncomingTrees(
         there or rsync,
         [Tree(str(target))],
         folder=state,
@@ -125,7 +125,7 @@ def copying(
         keep_fds=(),
         report=report,
     )
-    loop = Loop(landing)
+    loop = Loop(incoming)
     trees = Trees(
         cast("Remote", loop),
         [Tree(str(source))],

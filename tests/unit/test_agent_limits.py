@@ -244,7 +244,7 @@ def test_a_begin_that_fails_leaves_no_file(
         state.mkdir(exist_ok=True)
         (state / f"{HEX}.target").write_text("another one's")
     elif what == "trees":
-        monkeypatch.setattr(incoming, "LandingTrees", _fails)
+        monkeypatch.setattr(incoming, "IncomingTrees", _fails)
     else:
         monkeypatch.setattr(incoming_files.Shelf, "__init__", _fails)
     source.refused("begin", {"migration": HEX, "stall": 5, "keep": True})

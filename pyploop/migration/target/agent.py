@@ -27,7 +27,7 @@ from pyploop.migration import commit_record, deadlines, locks
 from pyploop.migration.mux import Mux
 from pyploop.migration.target import checks, resumable_files
 from pyploop.migration.target.agent_events import Events
-from pyploop.migration.target.incoming import Landing
+from pyploop.migration.target.incoming import Incoming
 from pyploop.migration.target.settle import settle, settle_dead
 from pyploop.report.events import Reporter
 from pyploop.runtimes import Facts, Runtime
@@ -49,7 +49,7 @@ class Agent:
         self._live = False
         """A live migration was asked for, from a source that may do that."""
         self._runtime: Runtime | None = None
-        self._landing: Landing | None = None
+        self._incoming: Incoming | None = None
         self._had_begun = False
         """What was checked may be there by now, as what this connection has brought."""
         self._facts: Facts = {}
@@ -93,8 +93,8 @@ class Agent:
 
     def _patience(self) -> float:
         """Seconds for the next request."""
-        if self._landing is not None:
-            return deadlines.IDLE if self._landing.working() else deadlines.UNBEGUN
+        if self._incoming is not None:
+            return deadlines.IDLE if self._incoming.working() else deadlines.UNBEGUN
         return deadlines.UNBEGUN if self._runtime is not None else deadlines.UNASKED
 
     def _answer(self, request: wire.Message) -> None:
@@ -117,8 +117,8 @@ class Agent:
 
     def _end(self) -> None:
         failed: list[str] = []
-        if self._landing is not None:
-            done, self._landing = self._landing, None
+        if self._incoming is not None:
+            done, self._incoming = self._incoming, None
             if done.ran:
                 failed = done.complete()
             elif not done.committed:
@@ -173,7 +173,7 @@ class Agent:
             settle_dead(self._host, chosen)
             if chosen.state().exists:
                 raise MigrateError(VzExitCode.EXISTS, f"container {chosen.container} exists by now")
-            self._landing = Landing(
+            self._incoming = Incoming(
                 self._host,
                 chosen,
                 commit_record.check_id(migration),
@@ -183,14 +183,14 @@ class Agent:
                 report=self._report,
             )
         self._had_begun = True
-        return {"kept": self._landing.kept_names}
+        return {"kept": self._incoming.kept_names}
 
-    def _begun(self) -> Landing:
-        if self._landing is None:
+    def _begun(self) -> Incoming:
+        if self._incoming is None:
             raise ProtocolError("agent protocol: begin comes first")
-        return self._landing
+        return self._incoming
 
-    def _receiving(self) -> Landing:
+    def _receiving(self) -> Incoming:
         """The migration that comes here, of which not all has come yet."""
         if self._begun().committed:
             raise ProtocolError("agent protocol: nothing is received after the commit")
@@ -199,9 +199,9 @@ class Agent:
         return self._begun()
 
     def _items(self, channel: int) -> dict[str, Any]:
-        landing = self._receiving()
+        incoming = self._receiving()
         with self._opened(channel) as fd:
-            landing.take_items(fd)
+            incoming.take_items(fd)
         return {}
 
     def _digests(self, channel: int, files: list[Any]) -> dict[str, Any]:
@@ -209,9 +209,9 @@ class Agent:
         return {}
 
     def _disk(self, index: int, channel: int, reuse: bool = False) -> dict[str, Any]:
-        landing = self._receiving()
+        incoming = self._receiving()
         with self._opened(channel) as fd:
-            landing.take_disk(index, fd, reuse)
+            incoming.take_disk(index, fd, reuse)
         return {}
 
     def _tree(self, index: int, channel: int, last: bool) -> dict[str, Any]:
@@ -231,10 +231,10 @@ class Agent:
     def _dump(
         self, channel: int, number: int = 0, parent: int = 0, room: int = 0
     ) -> dict[str, Any]:
-        landing = self._receiving()
+        incoming = self._receiving()
         self._need_live()
         with self._opened(channel) as fd:
-            landing.take_dump(fd, number, parent, room)
+            incoming.take_dump(fd, number, parent, room)
         return {}
 
     def _join(self, name: str, timeout: float) -> dict[str, Any]:
@@ -260,21 +260,21 @@ class Agent:
         done = self._begun()
         if not done.committed:
             raise ProtocolError("agent protocol: finish comes after restore")
-        self._landing = None
+        self._incoming = None
         return {"failed": done.complete()}
 
     def _undo(self) -> dict[str, Any]:
         done = self._begun()
         if done.committed:
             raise ProtocolError("agent protocol: what is committed is not undone")
-        self._landing = None
+        self._incoming = None
         # What still receives ends by that, and makes nothing more.
         self._mux.reset_channels()
         return {"failed": done.undo()}
 
     def _not_ours(self, migration: str) -> str:
         """ProtocolError for the migration of this connection, which is not over."""
-        if self._landing is not None and self._landing.migration == migration:
+        if self._incoming is not None and self._incoming.migration == migration:
             raise ProtocolError("agent protocol: this migration is not over (finish, undo)")
         return commit_record.check_id(migration)
 

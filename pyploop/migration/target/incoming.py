@@ -25,7 +25,7 @@ from pyploop.migration.image_chain import check_room, folder_of
 from pyploop.migration.target import resumable_files, resumable_trees
 from pyploop.migration.target.incoming_files import Shelf
 from pyploop.migration.target.incoming_memory import IncomingMemory
-from pyploop.migration.target.incoming_trees import LandingTrees
+from pyploop.migration.target.incoming_trees import IncomingTrees
 from pyploop.migration.target.settle import complete
 from pyploop.report.events import Reporter
 from pyploop.runtimes import Facts, Runtime
@@ -40,7 +40,7 @@ TREE_PASSES = 4
 """Over one tree at a time: the last one has two servers, and may be made again."""
 
 
-class Landing:
+class Incoming:
     """One migration that comes to this host."""
 
     def __init__(
@@ -91,7 +91,7 @@ class Landing:
             self._memory = IncomingMemory(self._folder, facts.get("memory"), self._stall)
             self._shelf = Shelf(host, runtime, self._journal, self._disks, report)
             made.callback(self._shelf.close)
-            self._trees = LandingTrees(
+            self._trees = IncomingTrees(
                 host.rsync,
                 runtime.trees(),
                 folder=self._folder,

@@ -35,7 +35,7 @@ def check(command: str, trees: Sequence[Tree], sizes: Sequence[Any], kept: dict[
         tree_folders.check_free(tree, max(int(size) - kept.get(index, 0), 0))
 
 
-class LandingTrees:
+class IncomingTrees:
     """Of one migration."""
 
     def __init__(
