@@ -246,7 +246,7 @@ def test_a_begin_that_fails_leaves_no_file(
     elif what == "trees":
         monkeypatch.setattr(incoming, "IncomingTrees", _fails)
     else:
-        monkeypatch.setattr(incoming_files.Shelf, "__init__", _fails)
+        monkeypatch.setattr(incoming_files.IncomingFiles, "__init__", _fails)
     source.refused("begin", {"migration": HEX, "stall": 5, "keep": True})
     if what == "verdict":
         assert (state / f"{HEX}.target").read_text() == "another one's"

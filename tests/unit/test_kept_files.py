@@ -374,7 +374,7 @@ class Target:
 
     def begin(
         self, keep: bool, source: dict[str, str] | None = None
-    ) -> tuple[Journal, incoming_files.Shelf, list[str]]:
+    ) -> tuple[Journal, incoming_files.IncomingFiles, list[str]]:
         """A migration that comes here; also what was said."""
         said: list[str] = []
         report = Reporter()
@@ -391,7 +391,7 @@ class Target:
             keep=keep,
         )
         disks = self.runtime.disks(source=False)
-        return log, incoming_files.Shelf(self.host, self.runtime, log, disks, report), said
+        return log, incoming_files.IncomingFiles(self.host, self.runtime, log, disks, report), said
 
     def leave(self, data: bytes) -> Path:
         """What a failed migration leaves of its disk."""

@@ -23,7 +23,7 @@ from pyploop.migration.commit_record import ABORTED, COMMITTED, RAN, Verdict
 from pyploop.migration.file_stream import Place
 from pyploop.migration.image_chain import check_room, folder_of
 from pyploop.migration.target import resumable_files, resumable_trees
-from pyploop.migration.target.incoming_files import Shelf
+from pyploop.migration.target.incoming_files import IncomingFiles
 from pyploop.migration.target.incoming_memory import IncomingMemory
 from pyploop.migration.target.incoming_trees import IncomingTrees
 from pyploop.migration.target.settle import complete
@@ -89,8 +89,8 @@ class Incoming:
             self._log("remove-tree", path=str(self._folder), transient=True)
             private_folder.make_new(self._folder)
             self._memory = IncomingMemory(self._folder, facts.get("memory"), self._stall)
-            self._shelf = Shelf(host, runtime, self._journal, self._disks, report)
-            made.callback(self._shelf.close)
+            self._files = IncomingFiles(host, runtime, self._journal, self._disks, report)
+            made.callback(self._files.close)
             self._trees = IncomingTrees(
                 host.rsync,
                 runtime.trees(),
@@ -129,7 +129,7 @@ class Incoming:
     @property
     def kept_names(self) -> list[str]:
         """What the source need not send again where it is the same."""
-        return self._shelf.names + self._trees.kept
+        return self._files.names + self._trees.kept
 
     def working(self) -> bool:
         """Something is being received."""
@@ -148,7 +148,7 @@ class Incoming:
         out = socket.socket(fileno=fd)
         out.settimeout(self._stall or None)
         try:
-            work = self._shelf.tell(files, out)
+            work = self._files.tell(files, out)
         except BaseException:
             out.close()
             raise
@@ -167,7 +167,7 @@ class Incoming:
             self._make_parent(path, root)
             with beneath.place(path, root) as at:
                 if not beneath.exists(at):
-                    return self._shelf.item(label, at, root)
+                    return self._files.item(label, at, root)
                 self._give_way(at, root)
                 return beneath.create(at)
 
@@ -179,7 +179,7 @@ class Incoming:
             modes=file_stream.PLAIN,
         )
         file_stream.receive(fd, self._stall, place)
-        self._shelf.check_items()
+        self._files.check_items()
         for folder in self._runtime.folders():
             undo_kinds.make_folders(self._journal, Path(folder), self._mode)
         for path in self._runtime.makes(self._facts):
@@ -200,7 +200,7 @@ class Incoming:
         self._make_parent(disk.image, root)
         with beneath.place(disk.image, root):
             pass  # no link leads elsewhere from here on, for none is made any more
-        sink = self._shelf.disk(f"disk {index}", disk.image, reuse)
+        sink = self._files.disk(f"disk {index}", disk.image, reuse)
         for entry in self._runtime.attach(disk):
             self._journal.add(entry)
 
@@ -350,7 +350,7 @@ class Incoming:
 
     def complete(self) -> list[str]:
         """It stays: forget how it is undone, drop what was needed on the way."""
-        self._shelf.close()
+        self._files.close()
         failed = complete(self._journal)
         self.verdict.close()
         return failed
@@ -361,7 +361,7 @@ class Incoming:
         for job in self._jobs.values():
             job.end(deadlines.UNMOVED)  # what it made is in the journal
             job.interrupt(deadlines.INTERRUPTED)
-        self._shelf.close()
+        self._files.close()
         failed = undo_kinds.undo_all(self._journal, self._journal.get("keep"))
         what = resumable_files.told(self._host, self._journal) + resumable_trees.told(self._journal)
         if what:

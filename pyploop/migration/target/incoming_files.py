@@ -31,7 +31,7 @@ from pyploop.system.beneath import Place
 from pyploop.undo.journal import Journal
 
 
-class Shelf:
+class IncomingFiles:
     """`close` ends it, on every path."""
 
     def __init__(
