@@ -54,32 +54,32 @@ def check_id(text: object) -> str:
     raise ProtocolError(f"{str(text)[:40]!r} is no migration")
 
 
-class Verdict:
+class CommitRecord:
     """The open, locked record of one migration."""
 
     def __init__(self, path: Path, fd: int) -> None:
         self.path, self.fd = path, fd
 
     @classmethod
-    def create(cls, folder: Path, migration: str, side: str = "target") -> Verdict:
+    def create(cls, folder: Path, migration: str, side: str = "target") -> CommitRecord:
         """A new one, `pending`; CreateError when it cannot be made.  The
         source has one too, for its lock only: a dump must have ended before
         anything is undone."""
         path = folder / f"{migration}.{side}"
         try:
             with private_folder.opened(folder) as where:
-                verdict = cls(path, private_folder.create(where, path.name))
+                record = cls(path, private_folder.create(where, path.name))
                 try:
-                    fcntl.flock(verdict.fd, fcntl.LOCK_EX)
+                    fcntl.flock(record.fd, fcntl.LOCK_EX)
                     # Its block is allocated now: the one write that counts is short.
-                    verdict.write(PENDING)
+                    record.write(PENDING)
                     os.fsync(where)
                 except BaseException:
-                    verdict.close(remove=True)
+                    record.close(remove=True)
                     raise
         except OSError as e:
             raise CreateError.of(f"cannot make {path}", e) from e
-        return verdict
+        return record
 
     def write(self, word: str) -> None:
         """Durable when this returns; SyncError when that is not sure."""
@@ -99,9 +99,9 @@ class Verdict:
 
 
 @contextlib.contextmanager
-def held(
+def locked(
     folder: Path, migration: str, wait: float, side: str = "target"
-) -> Iterator[Verdict | None]:
+) -> Iterator[CommitRecord | None]:
     """The record as its owner left it; None when there is none.  BusyError when
     he, or a command of his, has not ended within `wait` seconds."""
     path = folder / f"{migration}.{side}"
@@ -111,7 +111,7 @@ def held(
     except FileNotFoundError:
         yield None
         return
-    verdict = Verdict(path, fd)
+    record = CommitRecord(path, fd)
     try:
         deadline = time.monotonic() + wait
         while True:
@@ -122,13 +122,13 @@ def held(
                 if time.monotonic() > deadline:
                     raise BusyError(f"{path} is in use: that migration is still at work") from None
                 time.sleep(POLL)
-        yield verdict
+        yield record
     finally:
-        verdict.close()
+        record.close()
 
 
 def forget(folder: Path, migration: str, side: str = "target") -> None:
-    """Remove a record whose verdict was carried out.  ProtocolError for one that is
+    """Remove a record that was acted upon.  ProtocolError for one that is
     not decided yet."""
     path = folder / f"{migration}.{side}"
     try:

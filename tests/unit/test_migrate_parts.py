@@ -142,21 +142,21 @@ def test_what_is_wrong_in_a_configuration_is_named(change: dict[str, Any], named
 
 def test_a_verdict_is_asked_only_when_its_owner_has_ended(tmp_path: Path) -> None:
     name = commit_record.new_id()
-    own = commit_record.Verdict.create(tmp_path, name)
+    own = commit_record.CommitRecord.create(tmp_path, name)
     own.write(commit_record.COMMITTED)
     # A command of the owner's that lives on, as a restore may.
     child = subprocess.Popen(["sleep", "60"], pass_fds=[own.fd])
     own.close()
     try:
-        with pytest.raises(BusyError), commit_record.held(tmp_path, name, 0.1):
+        with pytest.raises(BusyError), commit_record.locked(tmp_path, name, 0.1):
             pass
     finally:
         child.kill()
         child.wait()
-    with commit_record.held(tmp_path, name, 5) as record:
+    with commit_record.locked(tmp_path, name, 5) as record:
         assert record is not None
         assert record.read() == commit_record.COMMITTED
-    with commit_record.held(tmp_path, commit_record.new_id(), 0) as record:
+    with commit_record.locked(tmp_path, commit_record.new_id(), 0) as record:
         assert record is None
 
 

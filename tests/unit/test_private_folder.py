@@ -51,17 +51,17 @@ def use_host_slot(folder: Path) -> None:
         pass
 
 
-def use_verdict(folder: Path) -> None:
-    commit_record.Verdict.create(commit_record.make_folder(folder), commit_record.new_id()).close(
-        remove=True
-    )
+def use_commit_record(folder: Path) -> None:
+    commit_record.CommitRecord.create(
+        commit_record.make_folder(folder), commit_record.new_id()
+    ).close(remove=True)
 
 
 def use_journal(folder: Path) -> None:
     journal.Journal.create("a copy", folder).close()
 
 
-USES = [use_container_lock, use_host_slot, use_verdict, use_journal]
+USES = [use_container_lock, use_host_slot, use_commit_record, use_journal]
 
 
 @pytest.mark.parametrize("use", USES)

@@ -20,7 +20,7 @@ def dead_agent(folder: Path, word: str) -> tuple[HostConfig, str, Path]:
     migration, and a file that it would undo."""
     host = HostConfig(state_dir=str(folder))
     migration = commit_record.new_id()
-    record = commit_record.Verdict.create(folder, migration)
+    record = commit_record.CommitRecord.create(folder, migration)
     record.write(word)
     record.close()
     log = Journal.create("a migration", folder, migration=migration, side="target")
@@ -76,7 +76,7 @@ def test_who_asks_waits_for_the_one_who_may_still_decide(
     monkeypatch.setattr(deadlines, "SETTLE_WAIT", 0.0)
     host = HostConfig(state_dir=str(tmp_path))
     migration = commit_record.new_id()
-    record = commit_record.Verdict.create(tmp_path, migration)
+    record = commit_record.CommitRecord.create(tmp_path, migration)
     try:
         with pytest.raises(BusyError):
             settle.settle(host, migration)

@@ -60,7 +60,7 @@ class Move:
                     **undo_kinds.naming(host, runtime),
                 )
                 made.callback(self._journal.close)
-                self._lock = commit_record.Verdict.create(folder, self.id, "source")
+                self._lock = commit_record.CommitRecord.create(folder, self.id, "source")
                 made.callback(self._lock.close, remove=True)
             made.pop_all()
         runtime.keep_fds = (self._lock.fd,)
@@ -72,7 +72,7 @@ class Move:
         self.folder = Path(host.images_dir) / f"pyploop-{commit_record.new_id()}-out"
 
     def begin(self) -> list[str]:
-        """The target makes its journal and its verdict.  Returns the names of
+        """The target makes its journal and its commit record.  Returns the names of
         what it has kept of this container, from this host."""
         request = self.request
         args = {"migration": self.id, "stall": request.copy.stall, "keep": request.keep_dst}

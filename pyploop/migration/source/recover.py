@@ -110,7 +110,7 @@ def _tell(answer: dict[str, Any], log: Journal, report: Reporter) -> None:
 
 
 def forget(host: HostConfig, log: Journal) -> None:
-    """Tell the target that its verdict is carried out."""
+    """Tell the target that the source has done what its commit record asks."""
     with Remote(log.get("host"), host.ssh, log.get("ssh_options") or [], host.agent) as remote:
         remote.call("forget", deadlines.SETTLING, migration=log.get("migration"))
 
@@ -192,7 +192,7 @@ def _one(host: HostConfig, log: Journal, report: Reporter) -> list[str]:
     own = undo_kinds.config_of(names, host)
     migration = commit_record.check_id(log.get("migration"))
     try:
-        with commit_record.held(
+        with commit_record.locked(
             Path(host.state_dir), migration, deadlines.DUMP_WAIT, "source"
         ) as lock:
             stage = log.get("stage")

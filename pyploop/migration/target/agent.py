@@ -284,7 +284,7 @@ class Agent:
         return answer
 
     def _forget(self, migration: str) -> dict[str, Any]:
-        """The source has done what the verdict asks of it."""
+        """The source has done what the commit record asks of it."""
         commit_record.forget(Path(self._host.state_dir), self._not_ours(migration))
         locks.remove_dead(Path(self._host.lock_dir))
         return {}

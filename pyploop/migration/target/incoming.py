@@ -19,7 +19,7 @@ from typing import Any
 from pyploop.diskcopy.receiver import receive
 from pyploop.errors import MigrateError, ProtocolError, PyploopError, VzExitCode
 from pyploop.migration import commit_record, deadlines, file_stream, undo_kinds
-from pyploop.migration.commit_record import ABORTED, COMMITTED, RAN, Verdict
+from pyploop.migration.commit_record import ABORTED, COMMITTED, RAN, CommitRecord
 from pyploop.migration.file_stream import Place
 from pyploop.migration.image_chain import check_room, folder_of
 from pyploop.migration.target import resumable_files, resumable_trees
@@ -82,9 +82,9 @@ class Incoming:
         self._mode = 0o700 if host.policy_of(runtime.container).private else 0o755
         made = contextlib.ExitStack()
         try:
-            self.verdict = Verdict.create(folder, migration)
-            made.callback(self.verdict.close, remove=True)
-            runtime.keep_fds = (self.verdict.fd,)
+            self.record = CommitRecord.create(folder, migration)
+            made.callback(self.record.close, remove=True)
+            runtime.keep_fds = (self.record.fd,)
             self._folder = Path(host.images_dir) / f"pyploop-{migration}"
             self._log("remove-tree", path=str(self._folder), transient=True)
             private_folder.make_new(self._folder)
@@ -288,7 +288,7 @@ class Incoming:
                     VzExitCode.RESTORE_FAILED,
                     f"not restored within {timeout:.0f} s, which the source allows",
                 )
-            self.verdict.write(COMMITTED)
+            self.record.write(COMMITTED)
             self.committed = True
             moments["committed"] = time.monotonic()
 
@@ -322,13 +322,13 @@ class Incoming:
 
     def _came_to_run(self) -> None:
         self.committed = True
-        self.verdict.write(RAN)
+        self.record.write(RAN)
         self.ran = True
 
     def _runs_after(self, failure: BaseException) -> bool:
         """Whether the container runs here although the last step failed: what
         its peers were told since then is true.  When that cannot be known, the
-        question's own failure goes on, and the verdict stays as it is."""
+        question's own failure goes on, and the commit record stays as it is."""
         if not undo_kinds.runs(self._runtime):
             return False
         self._report.note(f"The container runs here, although: {failure}")
@@ -343,7 +343,7 @@ class Incoming:
         """The restore failed before the container could run."""
         with contextlib.suppress(OSError, PyploopError):  # undo() tries again, and tells
             self._runtime.abandon()
-        self.verdict.write(ABORTED)
+        self.record.write(ABORTED)
         self.committed = False
 
     # ---- ends
@@ -352,7 +352,7 @@ class Incoming:
         """It stays: forget how it is undone, drop what was needed on the way."""
         self._files.close()
         failed = complete(self._journal)
-        self.verdict.close()
+        self.record.close()
         return failed
 
     def undo(self) -> list[str]:
@@ -367,6 +367,6 @@ class Incoming:
         if what:
             self._report.note(f"Kept for the next migration from there: {', '.join(what)}")
         if not failed:
-            self.verdict.write(ABORTED)
-        self.verdict.close(remove=not failed)
+            self.record.write(ABORTED)
+        self.record.close(remove=not failed)
         return failed

@@ -22,7 +22,7 @@ def settle(host: HostConfig, migration: str) -> dict[str, Any]:
     the container runs here, or "aborted", and nothing of it is left.  BusyError
     while one may still decide."""
     folder = Path(host.state_dir)
-    with commit_record.held(folder, migration, deadlines.SETTLE_WAIT) as record:
+    with commit_record.locked(folder, migration, deadlines.SETTLE_WAIT) as record:
         if record is None:
             return {"verdict": commit_record.ABORTED, "failed": []}
         logs = [r for r in journal.records(folder) if r.fields.get("migration") == migration]
