@@ -22,7 +22,7 @@ from pyploop.diskcopy.options import Options, Summary
 from pyploop.diskcopy.receiver import receive
 from pyploop.diskcopy.sender import Sender
 from pyploop.disks import opening
-from pyploop.migration.target.resumable_target import KeptSink, hold
+from pyploop.migration.target.resumable_target import ResumableSink, lease
 from pyploop.report.events import Reporter
 from pyploop.system.jobs import Job
 from pyploop.trackers.registry import choose
@@ -60,10 +60,10 @@ def go_on(
     report, final = Reporter(), held.with_name(target)
     src = opening.open_source(str(source))
     fd = os.open(held, os.O_RDWR)
-    hold(fd)
+    lease(fd)
     reader, telling = tell(fd, src.size)
     a, b = socket.socketpair()
-    sink = KeptSink(str(final), str(held), fd, src.size, leased=True)
+    sink = ResumableSink(str(final), str(held), fd, src.size, leased=True)
     job = Job(lambda: receive(str(final), b.fileno(), None, report, 10, sink=sink)).start()
     try:
         out = StreamOutput(

@@ -286,7 +286,7 @@ class _Channel:
         self._changed = threading.Condition()
         self._credit = wire.WINDOW
         self._incoming: collections.deque[bytearray] = collections.deque()
-        self._held = 0
+        self._buffered = 0
         self._finished = False
         self._reset = False
         self._running = 2
@@ -296,8 +296,8 @@ class _Channel:
     def deliver(self, data: bytearray) -> None:
         """Bytes from the peer."""
         with self._changed:
-            self._held += len(data)
-            if self._held > wire.WINDOW:
+            self._buffered += len(data)
+            if self._buffered > wire.WINDOW:
                 raise ProtocolError(f"agent protocol: more than the credit on {self._number}")
             if self._finished:
                 raise ProtocolError(f"agent protocol: data after the end of {self._number}")
@@ -376,6 +376,6 @@ class _Channel:
                 self.reset()
                 return
             with self._changed:
-                self._held -= len(data)
+                self._buffered -= len(data)
             amount = len(data).to_bytes(4, "little")
             self._write([wire.frame(wire.CREDIT, self._number, 4), amount])

@@ -38,7 +38,7 @@ from pyploop.errors import (
 from pyploop.migration import file_stream
 from pyploop.migration.source import file_delta
 from pyploop.migration.target import incoming_files, resumable_files, resumable_trees
-from pyploop.migration.target.resumable_target import KeptSink, check_untouched, hold
+from pyploop.migration.target.resumable_target import ResumableSink, check_untouched, lease
 from pyploop.migration.undo_kinds import undo_all
 from pyploop.report.events import Reporter
 from pyploop.runtimes import Disk
@@ -312,8 +312,8 @@ def test_a_file_that_another_process_opened_for_writing_is_not_finished(tmp_path
     held, final = tmp_path / "held", tmp_path / "final"
     make(held)
     fd = os.open(held, os.O_RDWR)
-    hold(fd)
-    with KeptSink(str(final), str(held), fd, SIZE, leased=True) as sink:
+    lease(fd)
+    with ResumableSink(str(final), str(held), fd, SIZE, leased=True) as sink:
         open_elsewhere(held, "O_WRONLY")
         with pytest.raises(WriteError, match="opened for writing by another process"):
             sink.commit()
@@ -324,7 +324,7 @@ def test_a_file_that_another_process_opened_for_writing_is_not_finished(tmp_path
 def test_a_file_that_another_process_only_reads_is_as_good_as_ever(tmp_path: Path) -> None:
     make(tmp_path / "held")
     fd = os.open(tmp_path / "held", os.O_RDWR)
-    hold(fd)
+    lease(fd)
     open_elsewhere(tmp_path / "held", "O_RDONLY")
     check_untouched(fd, "held")
     os.close(fd)

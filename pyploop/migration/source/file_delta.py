@@ -17,7 +17,7 @@ def send_file(out: Writer, name: str, path: str, size: int, digests: Reader) -> 
     """A file that nobody writes, of which the target has kept something, and has
     told so for a file of `size` bytes."""
     covered = Bitmap(size, cluster(size).bit_length() - 1)
-    held = equals = 0
+    compared = equals = 0
     try:
         with open(path, "rb", buffering=0) as f:
             fd = f.fileno()
@@ -30,7 +30,7 @@ def send_file(out: Writer, name: str, path: str, size: int, digests: Reader) -> 
 
             for pos, data, equal in equal_parts(digests.runs(size), size, read):
                 covered.set(pos, pos + len(data))
-                held += len(data)
+                compared += len(data)
                 if equal:
                     equals += len(data)
                 else:
@@ -43,7 +43,7 @@ def send_file(out: Writer, name: str, path: str, size: int, digests: Reader) -> 
             out.complete(name, st.st_mode & 0o7777, size)
     except OSError as e:
         raise ReadError.of(f"cannot read {path}", e) from e
-    return Reused(held, equals)
+    return Reused(compared, equals)
 
 
 def _others(fd: int, size: int, covered: Bitmap) -> Iterator[tuple[int, int]]:

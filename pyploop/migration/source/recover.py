@@ -143,10 +143,10 @@ def recover(
             failed.append(str(e))
             continue
         try:
-            with contextlib.ExitStack() as held:
+            with contextlib.ExitStack() as stack:
                 if not locked:
                     runtime = undo_kinds.runtime_of(fields)
-                    held.enter_context(lock(host, runtime))
+                    stack.enter_context(lock(host, runtime))
                 failed += _one(host, record.adopt(), report)
         except PyploopError as e:
             if container is not None:

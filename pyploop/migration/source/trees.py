@@ -49,7 +49,7 @@ def check_source(trees: Sequence[Tree], command: str) -> list[int]:
     return [tree_scan.check_source(tree.path) for tree in trees]
 
 
-class _Held:
+class _Prepared:
     """A client that is ready, a server that is, and the channel between them."""
 
     def __init__(self, client: rsync.Client, channel: int) -> None:
@@ -83,8 +83,8 @@ class _Copy:
         """The beginning of the last complete pass, or of the first one."""
         self._inplace = not kept
         """No file at the target has two names: to write into it changes no other."""
-        self._whole: _Held | None = None
-        self._listed: _Held | None = None
+        self._whole: _Prepared | None = None
+        self._listed: _Prepared | None = None
         self.doubtful = tree_scan.file_system(tree.path) not in tree_scan.TIMED
         self._failures = 0
         self.left_out = ""
@@ -97,13 +97,13 @@ class _Copy:
         if (last and self.doubtful) or self._kept:
             words.append("--checksum")
         elif last and self._since is not None:
-            self._listed = self._hold(rsync.LISTED, last=True)
+            self._listed = self._prepare_one(rsync.LISTED, last=True)
         if self._inplace:
             words.append("--inplace")
-        self._whole = self._hold(words, last, counts=last)
+        self._whole = self._prepare_one(words, last, counts=last)
 
-    def _hold(self, words: Sequence[str], last: bool, counts: bool = False) -> _Held:
-        return self._owner.hold(self._index, self.tree, words, limited=not last, counts=counts)
+    def _prepare_one(self, words: Sequence[str], last: bool, counts: bool = False) -> _Prepared:
+        return self._owner.prepared(self._index, self.tree, words, limited=not last, counts=counts)
 
     def run_last(self) -> tuple[int, int]:
         """The prepared pass: (files sent, files compared by contents).  Once more
@@ -161,30 +161,30 @@ class _Copy:
         # A name that was sent brings the file's contents for its other names.
         names = [n for all in found.values() if not items.names.intersection(all) for n in all]
         if names:
-            self._listed = self._listed or self._hold(rsync.LISTED, last)
+            self._listed = self._listed or self._prepare_one(rsync.LISTED, last)
             self._listed.go()
             self._listed.client.feed(names)
             ends.append((self._listed, self._owner.ended(self._listed, self.tree)))
         self._judge(ends, last)
         return items.sent, len(names)
 
-    def _judge(self, ends: Sequence[tuple[_Held, rsync.Done]], last: bool) -> None:
+    def _judge(self, ends: Sequence[tuple[_Prepared, rsync.Done]], last: bool) -> None:
         """Sets `left_out`, which in the last pass is a failure."""
         self.left_out = ""
-        for held, done in ends:
-            judged = self._owner.judged(held, done)
+        for one_pass, done in ends:
+            judged = self._owner.judged(one_pass, done)
             if judged.status == rsync.PARTIAL or (last and judged.status):
                 error = judged.explain(self.tree.path)
                 if last:
                     raise error
                 self.left_out = str(error)
 
-    def held(self) -> list[_Held]:
+    def ready(self) -> list[_Prepared]:
         return [h for h in (self._whole, self._listed) if h is not None]
 
     def close(self) -> None:
-        for held in self.held():
-            held.close()
+        for one_pass in self.ready():
+            one_pass.close()
         self._whole = self._listed = None
 
 
@@ -229,15 +229,15 @@ class Trees:
         """From any thread: what runs fails, and nothing more is begun."""
         self._gone.set()
         for copy in self._copies:
-            for held in copy.held():
-                held.client.kill()
+            for one_pass in copy.ready():
+                one_pass.client.kill()
 
     def tell(self, text: str) -> None:
         self._report.note(text)
 
-    def hold(
+    def prepared(
         self, index: int, tree: Tree, words: Sequence[str], *, limited: bool, counts: bool
-    ) -> _Held:
+    ) -> _Prepared:
         """Both ends of one rsync, which have yet to be connected.  limited: by
         --bwlimit.  counts: after it the tree is whole.  CancelledError after `cancel`."""
         if self._gone.is_set():
@@ -251,46 +251,46 @@ class Trees:
             client.wait_ready()
             with self._lock:
                 number, fd = self._remote.open_channel()
-                held = _Held(client, fd)
+                one_pass = _Prepared(client, fd)
                 try:
                     args = {"index": index, "channel": number, "last": counts}
-                    held.name = self._call("tree", deadlines.REQUEST, **args)["name"]
+                    one_pass.name = self._call("tree", deadlines.REQUEST, **args)["name"]
                 except BaseException:
-                    held.close()
+                    one_pass.close()
                     raise
-            return held
+            return one_pass
         except BaseException:
             client.close()
             raise
 
-    def ended(self, held: _Held, tree: Tree) -> rsync.Done:
+    def ended(self, one_pass: _Prepared, tree: Tree) -> rsync.Done:
         """The client's end.  MigrateError when the copy failed as a whole, with
         the target's reason where it has one: its last words may get lost."""
-        done = held.client.wait(self._remote.alive)
+        done = one_pass.client.wait(self._remote.alive)
         if self._gone.is_set():
             raise CancelledError(f"the copy of {tree.path} was cancelled")
         if done.status in (0, rsync.PARTIAL, rsync.VANISHED):
             return done
         error = done.explain(tree.path)
         try:
-            self._join(held, deadlines.REQUEST)
+            self._join(one_pass, deadlines.REQUEST)
         except MigrateError as e:
             # Each may have seen nothing but the other's end.
             raise MigrateError(VzExitCode.COPY_FAILED, f"{e}; {error}") from e
         raise error
 
-    def judged(self, held: _Held, done: rsync.Done) -> rsync.Done:
+    def judged(self, one_pass: _Prepared, done: rsync.Done) -> rsync.Done:
         """The server's end, after which what came is durable; its word counts:
         what it could not write is no failure of a client that talks to a daemon."""
         try:
-            self._join(held, self._options.stall)
+            self._join(one_pass, self._options.stall)
         except MigrateError as e:
             return replace(done, status=rsync.PARTIAL, said=str(e))
         return done
 
-    def _join(self, held: _Held, timeout: float) -> None:
+    def _join(self, one_pass: _Prepared, timeout: float) -> None:
         with self._lock:
-            self._call("join", timeout + deadlines.REQUEST, name=held.name, timeout=timeout)
+            self._call("join", timeout + deadlines.REQUEST, name=one_pass.name, timeout=timeout)
 
     def _call(self, op: str, timeout: float, /, **args: Any) -> dict[str, Any]:
         """CancelledError after `cancel`."""
@@ -348,7 +348,7 @@ class Trees:
 
     def prepare_last(self) -> None:
         """Both ends of the last pass, ready to begin; nothing when they are."""
-        waiting = [c for c in self._copies if not c.held()]
+        waiting = [c for c in self._copies if not c.ready()]
         in_parallel([partial(c.prepare, True) for c in waiting], self.cancel)
 
     def finish(self) -> None:

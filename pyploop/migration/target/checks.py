@@ -79,8 +79,8 @@ def check_all(
     there = resumable_files.allocated(host, chosen, facts)
     for n, (disk, size) in enumerate(zip(disks, sizes, strict=True)):
         volumes.check_free(disk, max(size - there.get(f"disk {n}", 0), 0))
-    held = resumable_trees.allocated(
+    kept = resumable_trees.allocated(
         host.state_dir, chosen.name, chosen.container, resumable_files.source_of(facts)
     )
-    incoming_trees.check(host.rsync, chosen.trees(), facts.get("trees") or [], held)
+    incoming_trees.check(host.rsync, chosen.trees(), facts.get("trees") or [], kept)
     return {"disks": [d.image for d in disks], "takes": list(CAPABILITIES)}

@@ -20,8 +20,8 @@ from pyploop.diskcopy import digests
 from pyploop.diskcopy.target_file import Sink
 from pyploop.errors import ProtocolError, WriteError
 from pyploop.migration.target import resumable_files
-from pyploop.migration.target.resumable_files import KeptFile
-from pyploop.migration.target.resumable_target import KeptSink, check_untouched, hold
+from pyploop.migration.target.resumable_files import ResumableFile
+from pyploop.migration.target.resumable_target import ResumableSink, check_untouched, lease
 from pyploop.report.events import Reporter
 from pyploop.runtimes import LARGEST_FILE, Disk, Runtime
 from pyploop.runtimes.config import HostConfig
@@ -91,7 +91,7 @@ class IncomingFiles:
         file = self._used(name, reuse)
         if file is not None:
             self._copied(name, path, file.path)
-            return KeptSink(path, file.path, file.fd, self._asked[name], leased=True)
+            return ResumableSink(path, file.path, file.fd, self._asked[name], leased=True)
         if not self._log.get("keep"):
             self._log.add({"kind": "remove", "path": path})
             return None
@@ -101,9 +101,9 @@ class IncomingFiles:
         fd = os.open(unfinished, flags, 0o600)
         leased = False
         with contextlib.suppress(OSError):  # not on this file system
-            hold(fd)
+            lease(fd)
             leased = True
-        return KeptSink(path, unfinished, fd, 0, leased)
+        return ResumableSink(path, unfinished, fd, 0, leased)
 
     def item(self, label: str, at: Place, root: str) -> int:
         """The open file of an item, at its place; the caller closes it.  root: see
@@ -126,7 +126,7 @@ class IncomingFiles:
             check_untouched(fd, path)
         self._let_go()
 
-    def _used(self, name: str, reuse: bool) -> KeptFile | None:
+    def _used(self, name: str, reuse: bool) -> ResumableFile | None:
         file = self._files.pop(name, None)
         if reuse and (file is None or name not in self._asked):
             raise ProtocolError(f"agent protocol: {name[:80]!r} was not asked for")

@@ -27,7 +27,7 @@ from typing import Any
 
 from pyploop._core import fdatasync
 from pyploop.errors import OpenError, PyploopError
-from pyploop.migration.target.resumable_target import hold
+from pyploop.migration.target.resumable_target import lease
 from pyploop.report.events import Reporter
 from pyploop.runtimes import Runtime
 from pyploop.runtimes.config import HostConfig
@@ -49,7 +49,7 @@ class Unusable(Exception):
 
 
 @dataclass
-class KeptFile:
+class ResumableFile:
     """One that is used, and ours alone; whoever takes it closes it."""
 
     name: str
@@ -177,19 +177,19 @@ def allocated(host: HostConfig, runtime: Runtime, facts: dict[str, Any]) -> dict
 
 def adopt(
     host: HostConfig, runtime: Runtime, log: Journal, homes: Collection[Path], report: Reporter
-) -> dict[str, KeptFile]:
+) -> dict[str, ResumableFile]:
     """Take over what was kept; from now on it is in this journal.  homes: where
     files are kept at present."""
     file = _file(host.state_dir, runtime.name, runtime.container)
     record = _claim(file, report)
-    usable: dict[str, KeptFile] = {}
+    usable: dict[str, ResumableFile] = {}
     for f in record["files"] if record is not None else ():
         try:
             _of_this_source(record, log)
             path = _destination(runtime, f["name"])
             # It lies where it lies until somebody moves it.
             log.add({"kind": "copied", "what": f["name"], "path": f["path"], "kept": f["path"]})
-            usable[f["name"]] = KeptFile(f["name"], f["path"], _take(f, path))
+            usable[f["name"]] = ResumableFile(f["name"], f["path"], _take(f, path))
         except Unusable as e:
             report.note(f"What was kept of {f['name']} is not used, and is copied anew: {e}")
             _drop(f)
@@ -242,7 +242,7 @@ def _take(f: dict[str, Any], destination: str) -> int:
     try:
         if os.fstat(fd).st_ino != f["inode"]:
             raise Unusable(f"{f['path']} is another file now")
-        hold(fd)
+        lease(fd)
     except OSError as e:
         os.close(fd)
         busy = e.errno in (errno.EAGAIN, errno.EACCES)

@@ -18,7 +18,7 @@ from pyploop.diskcopy.target_file import Sink
 from pyploop.errors import WriteError
 
 
-def hold(fd: int) -> None:
+def lease(fd: int) -> None:
     """From now on `untouched` tells whether somebody opened the file for writing;
     it ends when `fd` is closed.  OSError: EAGAIN when it is open elsewhere."""
     fcntl.fcntl(fd, fcntl.F_SETSIG, signal.SIGURG)  # which is ignored; SIGIO would kill
@@ -26,7 +26,7 @@ def hold(fd: int) -> None:
 
 
 def check_untouched(fd: int, path: str) -> None:
-    """WriteError when somebody has opened the file for writing since `hold`."""
+    """WriteError when somebody has opened the file for writing since `lease`."""
     if fcntl.fcntl(fd, fcntl.F_GETLEASE) not in (fcntl.F_WRLCK, fcntl.F_RDLCK):
         raise WriteError(
             f"{path} was opened for writing by another process during the copy, so it may "
@@ -34,13 +34,13 @@ def check_untouched(fd: int, path: str) -> None:
         )
 
 
-class KeptSink(Sink):
+class ResumableSink(Sink):
     """A target with a name from the beginning.  What becomes of it after a
     failure is its owner's matter."""
 
     def __init__(self, path: str, unfinished: str, fd: int, held: int, leased: bool) -> None:
         """unfinished: its name until then, on the same file system.  fd: it, open,
-        which is closed.  held: bytes of it that may be data.  leased: by `hold`."""
+        which is closed.  held: bytes of it that may be data.  leased: by `lease`."""
         self._unfinished, self._given, self._leased = unfinished, fd, leased
         try:
             super().__init__(path, owner_undoes=True)
