@@ -98,16 +98,16 @@ def _early(
 
 
 def _weigh(saves: float, costs: float, expected: int) -> Another:
-    told = f"saves {saves * 1000:.0f} ms, stands still for {costs * 1000:.0f} ms"
+    saving = f"saves {saves * 1000:.0f} ms, stands still for {costs * 1000:.0f} ms"
     if saves > costs:
-        return Another(True, told, expected)
-    return Another(False, f"another memory round does not pay ({told})", expected)
+        return Another(True, saving, expected)
+    return Another(False, f"another memory round does not pay ({saving})", expected)
 
 
 def _speed(rounds: Sequence[MemoryRound], wire: float) -> float:
     """Bytes per second of memory to the target: of the fastest round that tells."""
-    told = [r.sent / r.seconds for r in rounds if r.sent >= MEANINGFUL and r.seconds > 0]
-    return max(told, default=wire)
+    rates = [r.sent / r.seconds for r in rounds if r.sent >= MEANINGFUL and r.seconds > 0]
+    return max(rates, default=wire)
 
 
 def _standstill(rounds: Sequence[MemoryRound], policy: MemoryPolicy) -> float:

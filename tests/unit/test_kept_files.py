@@ -563,7 +563,7 @@ def test_only_what_is_kept_can_be_asked_for(target: Target) -> None:
     with a:
         for wanted in ([["disk 1", 5]], [["disk 0", -1]], [["disk 0", 1 << 60]], [["disk 0", "x"]]):
             with pytest.raises(ProtocolError):
-                own.tell(wanted, a)
+                own.send_digests(wanted, a)
         with pytest.raises(ProtocolError):  # its digests were never asked for
             own.disk("disk 0", str(target.image), reuse=True)
     own.close()

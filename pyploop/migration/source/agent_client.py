@@ -33,11 +33,11 @@ from pyploop.units import MIB
 from pyploop.wire import channels, messages
 from pyploop.wire import mux as wire
 
-TOLD = 8 * MIB
+MOST_EVENTS = 8 * MIB
 """Bytes of events that are handed on in one connection: they go into a log."""
 VALUE = 100
 """Bytes that a value in an event counts for beyond its own."""
-SAID = 1000
+LONGEST_OUTPUT = 1000
 """Characters of what ssh and the agent printed that go into a message."""
 SSH_OPTIONS = (
     "-T",
@@ -80,7 +80,7 @@ class Remote:
         """What of this major version the agent knows, as its answer to `check` says."""
         self._channel = 0
         self._request = 0
-        self._told = 0
+        self._event_bytes = 0
         self._errors = LastWords()
         # ssh hands one string to the login shell there: quoted for it here.
         command = [*ssh, *options, *SSH_OPTIONS, "--", host, shlex.join(agent)]
@@ -139,14 +139,14 @@ class Remote:
     def _no_agent(self, why: str) -> MigrateError:
         with contextlib.suppress(subprocess.TimeoutExpired):
             self._process.wait(0.5)
-        said = self.stderr()
-        text = f"no pyploop agent on {self.host}: {why}" + (f" ({said})" if said else "")
+        printed = self.stderr()
+        text = f"no pyploop agent on {self.host}: {why}" + (f" ({printed})" if printed else "")
         return MigrateError(VzExitCode.CANNOT_CONNECT, text)
 
     def stderr(self) -> str:
         """The end of what ssh and the agent printed, as one line."""
         text = self._errors.text(self._process.poll() is not None)
-        return "; ".join(text[-SAID:].split("\n")).strip("; \r")
+        return "; ".join(text[-LONGEST_OUTPUT:].split("\n")).strip("; \r")
 
     # ---- requests
 
@@ -173,7 +173,7 @@ class Remote:
                     mux.end(ProtocolError(f"agent protocol: events without end instead of {op!r}"))
                     raise mux.failure or ReadError("the connection ended")
                 if "event" in message:
-                    self._tell(*messages.event(message), size=mux.taken - before)
+                    self._hand_on(*messages.event(message), size=mux.taken - before)
                 elif message.get("id") == number:
                     break
                 # else: the late answer to a request that was given up
@@ -182,10 +182,10 @@ class Remote:
             raise MigrateError(code, f"{self.host}: {text}")
         return messages.answer(op, message.get("ok"))
 
-    def _tell(self, name: str, at: float, fields: dict[str, Any], size: int) -> None:
-        within = self._told <= TOLD
-        self._told += size + VALUE * messages.values(fields)
-        if self._told <= TOLD:
+    def _hand_on(self, name: str, at: float, fields: dict[str, Any], size: int) -> None:
+        within = self._event_bytes <= MOST_EVENTS
+        self._event_bytes += size + VALUE * messages.values(fields)
+        if self._event_bytes <= MOST_EVENTS:
             self._on_event(name, at, fields)
         elif within:
             text = "it tells too much: the rest is left out here"
@@ -215,8 +215,10 @@ class Remote:
         if self._mux is None or self._mux.failure is not None:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 self._process.wait(deadlines.LAST_WORDS)
-        said = self.stderr()
-        return error.saying(f"{op} on {self.host}: {why}" + (f" (it said: {said})" if said else ""))
+        printed = self.stderr()
+        return error.saying(
+            f"{op} on {self.host}: {why}" + (f" (it said: {printed})" if printed else "")
+        )
 
     def _live(self) -> Mux:
         if self._mux is None:

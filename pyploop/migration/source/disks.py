@@ -19,7 +19,7 @@ from pyploop.disks.source import Source
 from pyploop.errors import MigrateError, VzExitCode
 from pyploop.migration import deadlines
 from pyploop.migration.source.agent_client import Remote
-from pyploop.migration.source.remote_digests import Kept
+from pyploop.migration.source.remote_digests import RemoteDigests
 from pyploop.report.events import Reporter
 from pyploop.report.timeline import Span
 from pyploop.runtimes import Disk
@@ -29,7 +29,7 @@ from pyploop.units import MIB
 from pyploop.wire import channels
 
 T = TypeVar("T")
-TELLING = 16 * MIB
+MEASURABLE = 16 * MIB
 """Bytes of a first pass that tell how fast the connection is."""
 
 
@@ -62,7 +62,7 @@ class Disks:
         trees: how many are copied beside the disks."""
         self._stack = contextlib.ExitStack()
         self._senders: list[Sender] = []
-        self._kept: dict[Sender, Kept] = {}
+        self._kept: dict[Sender, RemoteDigests] = {}
         self._wanted = (remote, sources, options, report, kept)
         self._limited = bool(options.rate)
         self._trees = trees
@@ -81,7 +81,7 @@ class Disks:
                 if reused:
                     spare -= 1
                     digests = self._stack.enter_context(
-                        Kept(remote, [(name, source.size)], options.stall)
+                        RemoteDigests(remote, [(name, source.size)], options.stall)
                     )
                     args["reuse"] = True
                 remote.call("disk", deadlines.REQUEST, **args)
@@ -132,7 +132,7 @@ class Disks:
         self._each(self._compare)
         start = time.monotonic()
         sent = sum(r.sent for r in self._each(Sender.first_pass))
-        if self._limited or sent < TELLING:
+        if self._limited or sent < MEASURABLE:
             return 0.0
         return sent / (time.monotonic() - start)
 
@@ -145,7 +145,7 @@ class Disks:
     def _compare(self, sender: Sender) -> None:
         """What the target has kept of its disk need not be sent."""
         if digests := self._kept.get(sender):
-            digests.tell(self._wanted[3], digests.names[0], sender.reuse(digests.reader))
+            digests.log(self._wanted[3], digests.names[0], sender.reuse(digests.reader))
 
     def _each(self, step: Callable[[Sender], T]) -> list[T]:
         works: list[Callable[[], T]] = [partial(step, s) for s in self._senders]

@@ -125,7 +125,7 @@ class Move:
         if moved:
             self.report.note(f"Went wrong after the target had it: {cause}")
             return True
-        self._tell(undo_kinds.undo_all(self._journal))
+        self._log_failed(undo_kinds.undo_all(self._journal))
         self.quiet.close()
         self._lock.close(remove=True)
         # What the connection's end would do anyway, but now its result is known.
@@ -134,30 +134,30 @@ class Move:
 
     def _settle(self, cause: BaseException) -> bool:
         with contextlib.suppress(PyploopError):
-            self._tell_theirs(self.remote.call("undo", deadlines.UNDOING))
+            self._log_theirs(self.remote.call("undo", deadlines.UNDOING))
             return False  # it was not committed, and will not be
         self.remote.close()
         return recover.settled(self.host, self._journal, cause, self.report)
 
-    def _tell(self, failed: Sequence[str]) -> None:
+    def _log_failed(self, failed: Sequence[str]) -> None:
         for text in failed:
             self.result.failed.append(text)
             self.report.error(f"not undone: {text}")
 
-    def _tell_theirs(self, answer: dict[str, Any]) -> None:
-        self._tell([f"{self.request.host}: {text}" for text in answer.get("failed", [])])
+    def _log_theirs(self, answer: dict[str, Any]) -> None:
+        self._log_failed([f"{self.request.host}: {text}" for text in answer.get("failed", [])])
 
     def _there(self, op: str, **args: Any) -> None:
         """Tidy the target.  An agent that was killed has left that to another one."""
         try:
-            self._tell_theirs(self.remote.call(op, deadlines.REQUEST, **args))
+            self._log_theirs(self.remote.call(op, deadlines.REQUEST, **args))
         except PyploopError:
             self.remote.close()
             try:
                 if op == "forget":
                     recover.forget(self.host, self._journal)
                 else:
-                    self._tell_theirs(recover.ask(self.host, self._journal))
+                    self._log_theirs(recover.ask(self.host, self._journal))
             except PyploopError as e:
                 self.report.note(f"Something of it may be left on {self.request.host}: {e}")
 
@@ -173,7 +173,7 @@ class Move:
             self._journal.set(stage=recover.MOVED)
         self._there("finish")
         request = self.request
-        self._tell(
+        self._log_failed(
             recover.finish_source(
                 self._journal, self.runtime, request.remove_area, stopped=not request.live
             )

@@ -81,7 +81,7 @@ def settled(
                     f"({e}): it stays {how} here until `pyploop migrate --recover` can ask",
                 ) from e
             time.sleep(deadlines.RETRY)
-    _tell(answer, log, report)
+    _log_failed(answer, log, report)
     return bool(answer.get("verdict") == commit_record.COMMITTED)
 
 
@@ -99,12 +99,12 @@ def _tidy(host: HostConfig, log: Journal, report: Reporter, moved: bool) -> None
         if moved:
             forget(host, log)
         else:
-            _tell(ask(host, log), log, report)
+            _log_failed(ask(host, log), log, report)
     except PyploopError as e:
         report.note(f"Something of it may be left on {log.get('host')}: {e}")
 
 
-def _tell(answer: dict[str, Any], log: Journal, report: Reporter) -> None:
+def _log_failed(answer: dict[str, Any], log: Journal, report: Reporter) -> None:
     for text in answer.get("failed", []):
         report.error(f"{log.get('host')}: not undone: {text}")
 

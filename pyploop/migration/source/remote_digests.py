@@ -13,7 +13,7 @@ from pyploop.report.events import Reporter
 from pyploop.units import format_size
 
 
-class Kept:
+class RemoteDigests:
     """The digests of one file after the other; a context manager."""
 
     def __init__(self, remote: Remote, files: Sequence[tuple[str, int]], stall: float) -> None:
@@ -30,7 +30,7 @@ class Kept:
             self.reader.close()
             raise
 
-    def tell(self, report: Reporter, name: str, found: Reused) -> None:
+    def log(self, report: Reporter, name: str, found: Reused) -> None:
         """What came of it."""
         report.event("reused", name=name, held=found.kept, same=found.same)
         report.info(
@@ -38,7 +38,7 @@ class Kept:
             "of these are the same, and are not sent"
         )
 
-    def __enter__(self) -> Kept:
+    def __enter__(self) -> RemoteDigests:
         return self
 
     def __exit__(self, *exc: object) -> None:

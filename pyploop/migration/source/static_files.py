@@ -11,7 +11,7 @@ from pyploop.diskcopy.options import Options
 from pyploop.migration import deadlines, file_stream
 from pyploop.migration.source.agent_client import Remote
 from pyploop.migration.source.file_delta import send_file
-from pyploop.migration.source.remote_digests import Kept
+from pyploop.migration.source.remote_digests import RemoteDigests
 from pyploop.report.events import Reporter
 from pyploop.runtimes import Item
 
@@ -28,7 +28,7 @@ def send_items(
     with contextlib.ExitStack() as stack:
         digests = None
         if known:
-            digests = stack.enter_context(Kept(remote, [*known.items()], options.stall))
+            digests = stack.enter_context(RemoteDigests(remote, [*known.items()], options.stall))
         number, fd = remote.open_channel()
         out = stack.enter_context(file_stream.Writer(fd, options.stall))
         remote.call("items", deadlines.REQUEST, channel=number)
@@ -36,7 +36,7 @@ def send_items(
             label, path = item.label, item.path
             if digests is not None and label in known:
                 found = send_file(out, label, path, known[label], digests.reader)
-                digests.tell(report, label, found)
+                digests.log(report, label, found)
                 continue
             out.file(label, path)
         out.end()

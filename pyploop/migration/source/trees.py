@@ -112,7 +112,7 @@ class _Copy:
         try:
             result = self._run(last=True)
         except MigrateError as e:
-            self._owner.tell(f"{self.tree.path} once more, still suspended: {e}")
+            self._owner.note(f"{self.tree.path} once more, still suspended: {e}")
             self.close()
             self.prepare(last=True)
             result = self._run(last=True)
@@ -171,8 +171,8 @@ class _Copy:
     def _judge(self, ends: Sequence[tuple[_Prepared, rsync.Done]], last: bool) -> None:
         """Sets `left_out`, which in the last pass is a failure."""
         self.left_out = ""
-        for one_pass, done in ends:
-            judged = self._owner.judged(one_pass, done)
+        for prepared, done in ends:
+            judged = self._owner.judged(prepared, done)
             if judged.status == rsync.PARTIAL or (last and judged.status):
                 error = judged.explain(self.tree.path)
                 if last:
@@ -183,8 +183,8 @@ class _Copy:
         return [h for h in (self._whole, self._listed) if h is not None]
 
     def close(self) -> None:
-        for one_pass in self.ready():
-            one_pass.close()
+        for prepared in self.ready():
+            prepared.close()
         self._whole = self._listed = None
 
 
@@ -229,10 +229,10 @@ class Trees:
         """From any thread: what runs fails, and nothing more is begun."""
         self._gone.set()
         for copy in self._copies:
-            for one_pass in copy.ready():
-                one_pass.client.kill()
+            for prepared in copy.ready():
+                prepared.client.kill()
 
-    def tell(self, text: str) -> None:
+    def note(self, text: str) -> None:
         self._report.note(text)
 
     def prepared(
@@ -251,46 +251,46 @@ class Trees:
             client.wait_ready()
             with self._lock:
                 number, fd = self._remote.open_channel()
-                one_pass = _Prepared(client, fd)
+                prepared = _Prepared(client, fd)
                 try:
                     args = {"index": index, "channel": number, "last": counts}
-                    one_pass.name = self._call("tree", deadlines.REQUEST, **args)["name"]
+                    prepared.name = self._call("tree", deadlines.REQUEST, **args)["name"]
                 except BaseException:
-                    one_pass.close()
+                    prepared.close()
                     raise
-            return one_pass
+            return prepared
         except BaseException:
             client.close()
             raise
 
-    def ended(self, one_pass: _Prepared, tree: Tree) -> rsync.Done:
+    def ended(self, prepared: _Prepared, tree: Tree) -> rsync.Done:
         """The client's end.  MigrateError when the copy failed as a whole, with
         the target's reason where it has one: its last words may get lost."""
-        done = one_pass.client.wait(self._remote.alive)
+        done = prepared.client.wait(self._remote.alive)
         if self._gone.is_set():
             raise CancelledError(f"the copy of {tree.path} was cancelled")
         if done.status in (0, rsync.PARTIAL, rsync.VANISHED):
             return done
         error = done.explain(tree.path)
         try:
-            self._join(one_pass, deadlines.REQUEST)
+            self._join(prepared, deadlines.REQUEST)
         except MigrateError as e:
             # Each may have seen nothing but the other's end.
             raise MigrateError(VzExitCode.COPY_FAILED, f"{e}; {error}") from e
         raise error
 
-    def judged(self, one_pass: _Prepared, done: rsync.Done) -> rsync.Done:
+    def judged(self, prepared: _Prepared, done: rsync.Done) -> rsync.Done:
         """The server's end, after which what came is durable; its word counts:
         what it could not write is no failure of a client that talks to a daemon."""
         try:
-            self._join(one_pass, self._options.stall)
+            self._join(prepared, self._options.stall)
         except MigrateError as e:
             return replace(done, status=rsync.PARTIAL, said=str(e))
         return done
 
-    def _join(self, one_pass: _Prepared, timeout: float) -> None:
+    def _join(self, prepared: _Prepared, timeout: float) -> None:
         with self._lock:
-            self._call("join", timeout + deadlines.REQUEST, name=one_pass.name, timeout=timeout)
+            self._call("join", timeout + deadlines.REQUEST, name=prepared.name, timeout=timeout)
 
     def _call(self, op: str, timeout: float, /, **args: Any) -> dict[str, Any]:
         """CancelledError after `cancel`."""

@@ -205,7 +205,7 @@ class Agent:
         return {}
 
     def _digests(self, channel: int, files: list[Any]) -> dict[str, Any]:
-        self._receiving().tell_kept(files, self._mux.open(channel))
+        self._receiving().send_digests(files, self._mux.open(channel))
         return {}
 
     def _disk(self, index: int, channel: int, reuse: bool = False) -> dict[str, Any]:

@@ -143,12 +143,12 @@ class Incoming:
         self._jobs[name] = job
         job.start()
 
-    def tell_kept(self, files: Any, fd: int) -> None:
+    def send_digests(self, files: Any, fd: int) -> None:
         """Digests of kept files, [name, size] each, into the channel."""
         out = socket.socket(fileno=fd)
         out.settimeout(self._stall or None)
         try:
-            work = self._files.tell(files, out)
+            work = self._files.send_digests(files, out)
         except BaseException:
             out.close()
             raise
@@ -363,7 +363,9 @@ class Incoming:
             job.interrupt(deadlines.INTERRUPTED)
         self._files.close()
         failed = undo_kinds.undo_all(self._journal, self._journal.get("keep"))
-        what = resumable_files.told(self._host, self._journal) + resumable_trees.told(self._journal)
+        what = resumable_files.described(self._host, self._journal) + resumable_trees.described(
+            self._journal
+        )
         if what:
             self._report.note(f"Kept for the next migration from there: {', '.join(what)}")
         if not failed:

@@ -58,7 +58,7 @@ class IncomingFiles:
         """What was kept and may be gone on with."""
         return list(self._files)
 
-    def tell(self, wanted: Any, out: socket.socket) -> Callable[[], None]:
+    def send_digests(self, wanted: Any, out: socket.socket) -> Callable[[], None]:
         """The work of sending digests of [name, size] after [name, size]; the sizes
         are those of the files at the source."""
         sizes = []

@@ -66,9 +66,9 @@ def new_path(folder: Path, container: str, migration: str, number: int) -> str:
 def source_of(facts: dict[str, Any], known: str = "") -> dict[str, str]:
     """The source's identity as it told it, in plain text.  known: as this host knows
     it; it becomes a part of the `id`, for no source may have what another one sent."""
-    told = facts.get("source")
-    told = told if isinstance(told, dict) else {}
-    found = {key: str(told.get(key, ""))[:64] for key in ("id", "name")}
+    claimed = facts.get("source")
+    claimed = claimed if isinstance(claimed, dict) else {}
+    found = {key: str(claimed.get(key, ""))[:64] for key in ("id", "name")}
     if known:
         text = os.fsencode(f"{known}\0{found['id']}")
         found["id"] = hashlib.blake2b(text, digest_size=16).hexdigest()
@@ -271,7 +271,7 @@ def _sweep(home: Path, container: str, state_dir: Path) -> None:
             os.unlink(path)
 
 
-def told(host: HostConfig, log: Journal) -> list[str]:
+def described(host: HostConfig, log: Journal) -> list[str]:
     """What is kept now, for a person."""
     record = _read(_file(host.state_dir, log.get("runtime"), log.get("container")))
     if record is None or record["migration"] != log.get("migration"):

@@ -166,7 +166,7 @@ def _move(log: Journal, entry: Entry, old: str, make_parent: Callable[[str], Non
     return True
 
 
-def told(log: Journal) -> list[str]:
+def described(log: Journal) -> list[str]:
     """What is kept now, for a person."""
     record = _read(_file(log.path.parent, log.get("runtime"), log.get("container")))
     if record is None or record["migration"] != log.get("migration"):
