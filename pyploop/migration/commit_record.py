@@ -51,7 +51,7 @@ def check_id(text: object) -> str:
     """ProtocolError unless it is one of ours: it becomes a file's name."""
     if isinstance(text, str) and _NAME.fullmatch(text):
         return text
-    raise ProtocolError(f"{str(text)[:40]!r} is no migration")
+    raise ProtocolError(f"{str(text)[:40]!r} is not a migration's ID")
 
 
 class CommitRecord:

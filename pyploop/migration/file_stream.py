@@ -145,11 +145,11 @@ class _Reader:
             try:
                 n = self._patience.recv_into(view[got:])
             except TimeoutError as e:
-                raise ReadError("the source sends next to nothing (--timeout)") from e
+                raise ReadError("the source sent less than 64 KiB within --timeout") from e
             except OSError as e:
                 raise ReadError.of("cannot read files from the source", e) from e
             if n == 0:
-                raise ReadError("the source's files ended early (did it fail?)")
+                raise ReadError("the stream of files ended too early: the source may have failed")
             got += n
         return bytes(data)
 
@@ -216,7 +216,9 @@ class _Files:
         """One piece.  ProtocolError when it may not come."""
         place, fd = self._place, self._file(name)
         if pos + len(data) > place.largest(name):
-            raise ProtocolError(f"{name[:80]!r} may have {place.largest(name)} bytes, not more")
+            raise ProtocolError(
+                f"{name[:80]!r} is larger than {place.largest(name)} bytes, which is the limit"
+            )
         self._bytes += len(data)
         if place.budget is not None:
             place.budget.spend(len(data))
@@ -243,7 +245,7 @@ class _Files:
     def _begin(self, name: str) -> int:
         self._names += len(name)
         if len(self._began) >= self._place.most_files or self._names > MOST_NAMES:
-            raise ProtocolError(f"more than {len(self._began)} files may not come")
+            raise ProtocolError(f"more than {len(self._began)} files came, which is the limit")
         self._make_room()
         fd = self._place.create(name)
         self._began.add(name)
@@ -278,7 +280,7 @@ def receive(fd: int, stall: float, place: Place) -> Received:
         while (head := HEADER.unpack(reader.exactly(HEADER.size)))[0]:
             name_length, mode, length, pos = head
             if name_length > LONGEST_NAME or length > LARGEST or pos + length > LARGEST_FILE:
-                raise ProtocolError(f"a piece of {length} bytes at {pos} is not one that may come")
+                raise ProtocolError(f"a piece of {length} bytes at {pos} is out of bounds")
             raw = reader.exactly(name_length)
             if b"\0" in raw:
                 raise ProtocolError("a file's name with a NUL in it")

@@ -125,7 +125,7 @@ def host_slot(folder: Path, slots: int, wait: float) -> Iterator[None]:
             while (fd := _free_slot(places, slots)) is None:
                 if time.monotonic() >= deadline:
                     raise BusyError(
-                        f"this host has {slots} migrations under way already ({folder}): wait for "
+                        f"this host already has {slots} migrations under way ({folder}): wait for "
                         "one to end"
                     )
                 time.sleep(POLL)

@@ -82,17 +82,17 @@ def check_installed(command: str) -> None:
     """MigrateError(6) when it is not there, or too old."""
     if shutil.which(command) is None:
         raise MigrateError(
-            VzExitCode.COPY_FAILED, f"no {command} here: it moves a container's directories"
+            VzExitCode.COPY_FAILED,
+            f"{command} is not installed on this host: it copies a container's directories",
         )
     done = subprocess.run([command, "--version"], capture_output=True, check=False, timeout=30)
     found = re.match(rb"rsync +version v?(\d+)\.(\d+)", done.stdout)
     if found is None:
-        raise MigrateError(
-            VzExitCode.COPY_FAILED, f"{command} --version does not say that it is rsync"
-        )
+        raise MigrateError(VzExitCode.COPY_FAILED, f"{command} is not rsync, by its --version")
     if (int(found[1]), int(found[2])) < OLDEST:
         raise MigrateError(
-            VzExitCode.COPY_FAILED, f"{command} {found[0].decode()} here, 3.2 is needed"
+            VzExitCode.COPY_FAILED,
+            f"{command} is {found[0].decode()} on this host: 3.2 or newer is needed",
         )
 
 

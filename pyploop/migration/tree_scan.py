@@ -62,7 +62,8 @@ def check_source(path: str) -> int:
         if st.st_dev != device:
             raise MigrateError(
                 VzExitCode.COPY_FAILED,
-                f"{path}/{os.fsdecode(name)} is another file system's, and would stay behind",
+                f"{path}/{os.fsdecode(name)} belongs to another file system, "
+                "and would not be copied",
             )
         if st.st_nlink > 1 and not stat.S_ISDIR(st.st_mode):
             if st.st_ino in seen:

@@ -233,7 +233,7 @@ def test_an_older_agent_is_named_before_anything_starts_when_there_is_a_tree(
     older_agent(pair)
     done = pair.migrate(pair.a, "--live")
     assert done.returncode == 4, done.stderr
-    assert "too old to take directories" in done.stderr
+    assert "too old to receive directories" in done.stderr
     assert not any(elsewhere.iterdir())
     assert not (pair.b / "one.img").exists()
     assert pair.step(pair.a, "status") == "running"

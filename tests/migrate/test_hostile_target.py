@@ -139,7 +139,7 @@ def test_a_target_that_cannot_be_asked_keeps_no_other_from_being_asked(
     )
     assert done.returncode == 4, done.stderr
     assert "deaf cannot be asked whether the container runs there" in done.stderr
-    assert "Undone: migration of box to other" in done.stdout
+    assert "Rolled back: migration of box to other" in done.stdout
     assert list((pair.a / "state").glob("*.json")) == [older]
     older.unlink()
     pair.runs_only_on(pair.a)

@@ -58,7 +58,7 @@ def test_it_is_not_run_twice_when_the_answer_to_the_restore_is_lost(
     with_target(pair, "late")
     done = pair.migrate(pair.a, "--live", "--suspend-limit", "2")
     assert done.returncode == 0, done.stderr
-    assert "Went wrong after the target had it" in done.stdout
+    assert "The container runs on the target, but afterwards this failed" in done.stdout
     (pair.b / "migrate.toml.late").unlink()
     pair.runs_only_on(pair.b)
 

@@ -338,7 +338,10 @@ def test_both_ends_killed_before_the_restore_are_tidied_by_recover(labs: Labs, l
 
 def test_recover_says_when_there_is_nothing_for_a_container(labs: Labs, lab: VzLab) -> None:
     done = lab.migrate(lab.a, "--recover", "hostb", "999")
-    assert (done.returncode, done.stdout) == (0, "No migration of 999 from here is unfinished\n")
+    assert (done.returncode, done.stdout) == (
+        0,
+        "There is no unfinished migration of 999 from this host\n",
+    )
     labs.spoiled = False
 
 

@@ -474,7 +474,7 @@ def test_a_kept_file_that_is_not_what_it_was_is_not_used(target: Target, what: s
     log, own, said = target.begin(keep=False)
     assert own.names == []
     assert words in said[0]
-    assert "copied anew" in said[0]
+    assert "copied again" in said[0]
     own.close()
     assert undo_all(log) == []
     assert not target.record.exists()
@@ -499,7 +499,8 @@ def test_a_kept_file_of_another_source_is_not_used(target: Target) -> None:
     _, own, said = target.begin(keep=False, source=other)
     assert own.names == []
     assert said == [
-        "What was kept of disk 0 is not used, and is copied anew: it came from here, not from there"
+        "What was kept of disk 0 is not used; all of it is copied again: it came from here, not "
+        "from there"
     ]
     assert (target.files(), target.record.exists()) == ([], False)
     assert resumable_files.allocated(target.host, target.runtime, {"source": other}) == {}

@@ -261,7 +261,7 @@ def test_a_dump_that_fails_is_not_taken_for_a_whole_one(
     job = receive(channel[1], target)
     with file_stream.Writer(channel[0], 10) as out, pytest.raises(MigrateError):
         file_stream.stream_dump(source, out, Job(dump).start())
-    with pytest.raises(ReadError, match="ended early"):
+    with pytest.raises(ReadError, match="ended too early"):
         job.join(10)
 
 

@@ -3,15 +3,19 @@
 
 from __future__ import annotations
 
+import json
 import os
-from collections.abc import Iterator
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from support import needs
+from support import needs, pyploop_env
 
-from pyploop.errors import BusyError, CreateError, OpenError
+from pyploop.errors import BusyError, CreateError, OpenError, PyploopError
 from pyploop.migration import commit_record, locks, undo_kinds
+from pyploop.migration.target import resumable_trees
 from pyploop.system import private_folder
 from pyploop.undo import journal
 
@@ -50,6 +54,123 @@ def use_host_slot(folder: Path) -> None:
 def use_commit_record(folder: Path) -> None:
     made = commit_record.make_folder(folder)
     commit_record.CommitRecord.create(made, commit_record.new_id()).close(remove=True)
+
+
+def use_journal(folder: Path) -> None:
+    journal.Journal.create("a copy", folder).close()
+
+
+USES = [use_container_lock, use_host_slot, use_commit_record, use_journal]
+
+
+@pytest.mark.parametrize("use", USES)
+def test_a_folder_that_another_user_made_first_is_not_used(
+    shared: Path, precious: Path, use: Callable[[Path], None]
+) -> None:
+    folder = shared / "pyploop"
+    folder.mkdir(0o755)
+    names = [f".ct.lck.{os.getpid()}", "ct.lck", "migration.0", "migration.1"]
+    names += [f"{os.getpid()}.json", f"{os.getpid()}.json.new"]
+    for name in names:
+        (folder / name).symlink_to(precious)
+    os.chown(folder, NOBODY, NOBODY)
+    with pytest.raises(OpenError, match="is not a folder of our own: it belongs to user 65534"):
+        use(folder)
+    assert sorted(os.listdir(folder)) == sorted(names)
+
+
+@pytest.mark.parametrize("use", USES)
+def test_a_link_of_another_user_is_not_followed_to_a_folder_of_root(
+    shared: Path, tmp_path: Path, use: Callable[[Path], None]
+) -> None:
+    (tmp_path / "other").mkdir(mode=0o700)
+    (shared / "pyploop").symlink_to(tmp_path / "other")
+    os.lchown(shared / "pyploop", NOBODY, NOBODY)
+    with pytest.raises(OpenError):
+        use(shared / "pyploop")
+    with pytest.raises(OpenError, match="user 65534 owns the link"):
+        use(shared / "pyploop/below")
+    assert os.listdir(tmp_path / "other") == []
+
+
+@pytest.mark.parametrize("use", USES)
+@pytest.mark.parametrize("where", ["itself", "above"])
+def test_a_folder_that_others_can_write_to_is_not_used(
+    tmp_path: Path, use: Callable[[Path], None], where: str
+) -> None:
+    folder = tmp_path / "open" / "pyploop"
+    folder.mkdir(parents=True, mode=0o700)
+    (folder if where == "itself" else folder.parent).chmod(0o777)
+    with pytest.raises(OpenError, match=r"others can write to (it|.*open above it) \(.*0777\)"):
+        use(folder)
+    assert os.listdir(folder) == []
+
+
+@pytest.mark.parametrize("use", USES)
+def test_missing_folders_are_made_for_their_owner_alone_whatever_the_umask(
+    tmp_path: Path, use: Callable[[Path], None]
+) -> None:
+    old = os.umask(0)
+    try:
+        use(tmp_path / "a/b")
+    finally:
+        os.umask(old)
+    assert [(tmp_path / p).stat().st_mode & 0o777 for p in ("a", "a/b")] == [0o700, 0o700]
+
+
+def test_links_left_in_a_folder_of_our_own_are_not_followed(tmp_path: Path, precious: Path) -> None:
+    """Of the time before it was checked: the folder is root's now, its contents are not."""
+    (tmp_path / "locks").mkdir(mode=0o700)
+    for name in ("ct.lck", "migration.0"):
+        (tmp_path / "locks" / name).symlink_to(precious)
+    (tmp_path / f"locks/.ct.lck.{os.getpid()}").symlink_to(precious)
+    with pytest.raises(OpenError, match=r"ct\.lck is not a regular file"):
+        use_container_lock(tmp_path / "locks")
+    with pytest.raises(OpenError, match=r"migration\.0 is not a regular file"):
+        use_host_slot(tmp_path / "locks")
+    (tmp_path / "locks/ct.lck").unlink()
+    use_container_lock(tmp_path / "locks")
+
+
+def test_a_lock_of_another_user_locks_nothing_and_is_not_removed(tmp_path: Path) -> None:
+    needs("root")
+    (tmp_path / "ct.lck").write_text(f"{os.getpid()}\n")
+    os.chown(tmp_path / "ct.lck", NOBODY, NOBODY)
+    with pytest.raises(PyploopError, match=r"ct\.lck belongs to user 65534"):
+        use_container_lock(tmp_path)
+    assert (tmp_path / "ct.lck").exists()
+
+
+def test_a_fifo_in_the_place_of_a_record_does_not_block(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "1.json")
+    os.mkfifo(tmp_path / "runc-ct.kept-trees")
+    told: list[str] = []
+    assert journal.records(tmp_path, told.append) == []
+    assert told == [f"{tmp_path}: 1.json is not a regular file: not used"]
+    assert resumable_trees.allocated(str(tmp_path), "runc", "ct", {"id": "x"}) == {}
+
+
+# ---- journals
+
+
+def planted(folder: Path, precious: Path) -> Path:
+    """A journal that removes root's file, as a dead process would have left it."""
+    entry = {"kind": "write", "path": str(precious), "value": "overwritten"}
+    fields = {"schema": journal.SCHEMA, "what": "a copy", "boot": journal.boot_id(), "owners": []}
+    path = folder / "1.json"
+    path.write_text(json.dumps({**fields, "started": 1, "entries": [entry]}))
+    return path
+
+
+def thaw(folder: Path, *words: str) -> tuple[int, str, str]:
+    done = subprocess.run(
+        [sys.executable, "-m", "pyploop.cli.main", "thaw", *words],
+        env={**pyploop_env(), journal.ENVIRONMENT: str(folder)},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=60,
+    )
     return done.returncode, done.stdout, done.stderr
 
 

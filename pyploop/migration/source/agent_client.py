@@ -117,7 +117,9 @@ class Remote:
         data = b""
         while (peer := wire.find_hello(data)) is None:
             if len(data) > wire.HELLO_LIMIT:
-                raise self._no_agent("its login shell prints too much")
+                raise self._no_agent(
+                    f"its login shell prints more than {wire.HELLO_LIMIT >> 10} KiB"
+                )
             left = deadline - time.monotonic()
             if left <= 0:
                 raise self._no_agent(f"no hello within {deadlines.CONNECT:g} s")
@@ -188,7 +190,7 @@ class Remote:
         if self._event_bytes <= MOST_EVENTS:
             self._on_event(name, at, fields)
         elif within:
-            text = "it tells too much: the rest is left out here"
+            text = "it sends too many messages: the rest of them is left out"
             self._on_event("line", at, {"level": NOTE, "text": text})
 
     def _next(
@@ -196,7 +198,9 @@ class Remote:
     ) -> wire.Message:
         while True:
             if gone():
-                raise CancelledError(f"{op} on {self.host}: not waited for any more")
+                raise CancelledError(
+                    f"{op} on {self.host} was given up: the migration is being ended"
+                )
             left = deadline - time.monotonic()
             try:
                 # Also when there is a message: one who always has another is late, too.

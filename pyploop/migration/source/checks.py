@@ -70,7 +70,8 @@ class Here:
         if runtime.trees() and "tree" not in remote.capabilities:
             raise MigrateError(
                 VzExitCode.CANNOT_CONNECT,
-                f"pyploop {remote.version} on {request.host} is too old to take directories",
+                f"pyploop {remote.version} on {request.host} is too old to receive directories: "
+                "install a newer one there",
             )
         self.report.info(f"Both sides are checked; {request.host} has pyploop {remote.version}")
         rounds = memory.policy_for(
@@ -104,11 +105,15 @@ def here(host: HostConfig, runtime: Runtime, request: Request, report: Reporter)
     if not state.exists:
         raise MigrateError(VzExitCode.NO_CONTAINER, f"there is no container {runtime.container}")
     if request.live and not state.running:
-        raise MigrateError(VzExitCode.STOPPED, f"container {runtime.container} is stopped")
+        raise MigrateError(
+            VzExitCode.STOPPED,
+            f"container {runtime.container} is stopped: migrate it without --live",
+        )
     if state.suspended:
         raise MigrateError(
             VzExitCode.STOPPED,
-            f"container {runtime.container} is suspended (pyploop migrate --recover?)",
+            f"container {runtime.container} is suspended: if a migration left it so, run "
+            "`pyploop migrate --recover`",
         )
     runtime.drop_exec = request.drop_exec
     facts = runtime.check_source(request.live)

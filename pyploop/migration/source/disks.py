@@ -166,6 +166,6 @@ class Disks:
         for sender in self._senders:
             if sender.summary.acknowledged != "acknowledged":
                 raise MigrateError(
-                    VzExitCode.COPY_FAILED, "the target did not say that its disk is durable"
+                    VzExitCode.COPY_FAILED, "the target did not confirm that its disk is durable"
                 )
         return [s.summary for s in self._senders]

@@ -101,7 +101,7 @@ class Memory:
                 args = {"number": number, "parent": self.parent, "room": room}
                 self._remote.call("dump", deadlines.REQUEST, channel=channel, **args)
             except MigrateError as e:
-                self._report.note(f"No memory round: {e}")
+                self._report.note(f"Memory is not copied ahead any further: {e}")
                 return False
             entry = self._log.add(self._entry)
             try:
@@ -150,9 +150,10 @@ class Memory:
         state = self._runtime.state()
         if state.suspended or not state.running:
             raise MigrateError(
-                VzExitCode.DUMP_FAILED, f"it does not run any more after a failed pre-dump: {cause}"
+                VzExitCode.DUMP_FAILED,
+                f"the container no longer runs after a failed pre-dump: {cause}",
             ) from cause
-        self._report.note(f"A pre-dump failed, so the memory is dumped whole: {cause}")
+        self._report.note(f"A pre-dump failed, so all of the memory is dumped: {cause}")
 
 
 def policy_for(

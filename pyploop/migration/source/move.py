@@ -123,7 +123,9 @@ class Move:
             self._lock.close()  # --recover's from now on
             raise
         if moved:
-            self.report.note(f"Went wrong after the target had it: {cause}")
+            self.report.note(
+                f"The container runs on the target, but afterwards this failed: {cause}"
+            )
             return True
         self._log_failed(undo_kinds.undo_all(self._journal))
         self.quiet.close()
@@ -159,7 +161,7 @@ class Move:
                 else:
                     self._log_theirs(recover.ask(self.host, self._journal))
             except PyploopError as e:
-                self.report.note(f"Something of it may be left on {self.request.host}: {e}")
+                self.report.note(f"Files of the migration may be left on {self.request.host}: {e}")
 
     def too_late(self) -> None:
         """There is no way back, and what is left takes seconds."""

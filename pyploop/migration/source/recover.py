@@ -101,7 +101,7 @@ def _tidy(host: HostConfig, log: Journal, report: Reporter, moved: bool) -> None
         else:
             _log_failed(ask(host, log), log, report)
     except PyploopError as e:
-        report.note(f"Something of it may be left on {log.get('host')}: {e}")
+        report.note(f"Files of the migration may be left on {log.get('host')}: {e}")
 
 
 def _log_failed(answer: dict[str, Any], log: Journal, report: Reporter) -> None:
@@ -157,7 +157,7 @@ def recover(
             doubt = e
     if not locked:
         if container is not None and not found:
-            report.note(f"No migration of {container} from here is unfinished")
+            report.note(f"There is no unfinished migration of {container} from this host")
         # Who was killed before it had anything to undo has left no record.
         locks.remove_dead(Path(host.lock_dir))
     if doubt is not None:
@@ -207,7 +207,7 @@ def _one(host: HostConfig, log: Journal, report: Reporter) -> list[str]:
                 remove = bool(log.get("remove_area"))
                 failed = finish_source(log, runtime, remove, stopped=True)
             else:
-                report.note(f"Undone: {what}")
+                report.note(f"Rolled back: {what}")
                 failed = undo_kinds.undo_all(log)
             # Before the target is asked: that may take long, and be interrupted.
             if lock is not None and not failed:

@@ -34,8 +34,8 @@ class RemoteDigests:
         """What came of it."""
         report.event("reused", name=name, held=found.kept, same=found.same)
         report.info(
-            f"{self._host} had kept {format_size(found.kept)} of {name}; {format_size(found.same)} "
-            "of these are the same, and are not sent"
+            f"{self._host} had kept {format_size(found.kept)} of {name}: {format_size(found.same)} "
+            "of these are unchanged and are not sent"
         )
 
     def __enter__(self) -> RemoteDigests:

@@ -147,7 +147,7 @@ class Agent:
         if self._runtime is not None:
             raise ProtocolError("agent protocol: check comes once")
         if not NAME.fullmatch(container):
-            raise ProtocolError(f"{container[:40]!r} is no container's name")
+            raise ProtocolError(f"{container[:40]!r} is not a container's name")
         chosen = make_runtime(self._host, runtime, container)
         facts = {**facts, "source": resumable_files.source_of(facts, str(self._source))}
         if live:
@@ -172,7 +172,10 @@ class Agent:
         with locks.exclusive(commit_record.make_folder(Path(self._host.state_dir))):
             settle_dead(self._host, chosen)
             if chosen.state().exists:
-                raise MigrateError(VzExitCode.EXISTS, f"container {chosen.container} exists by now")
+                raise MigrateError(
+                    VzExitCode.EXISTS,
+                    f"container {chosen.container} was created here since the checks",
+                )
             self._incoming = Incoming(
                 self._host,
                 chosen,
@@ -313,10 +316,14 @@ def greet(rfd: int, wfd: int) -> bytes:
         # Byte by byte: what follows belongs to the frames.
         data += descriptors.read_exactly(rfd, 1, lambda: deadline, "waiting for a hello")
         if len(data) > 128:
-            raise ProtocolError("agent protocol: that is no hello (pyploop migrate starts it)")
+            raise ProtocolError(
+                "agent protocol: the peer sent no hello (only `pyploop migrate` starts this)"
+            )
     peer = wire.find_hello(data)
     if peer is None:
-        raise ProtocolError("agent protocol: that is no hello (pyploop migrate starts it)")
+        raise ProtocolError(
+            "agent protocol: the peer sent no hello (only `pyploop migrate` starts this)"
+        )
     if why := wire.mismatch(peer, __version__):
         raise ProtocolError(f"the source does not fit: {why}")
     return b""

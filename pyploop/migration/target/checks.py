@@ -63,7 +63,8 @@ def check_all(
     settle_dead(host, chosen)
     if platform.machine() != facts.get("machine"):
         raise MigrateError(
-            VzExitCode.CPU, f"{platform.machine()} here, {facts.get('machine')} there"
+            VzExitCode.CPU,
+            f"the target is {platform.machine()}, the source {facts.get('machine')}",
         )
     if live and "cpu" not in nodeps:
         missing = set(facts.get("cpu") or ()) - set(cpu.flags())
@@ -75,7 +76,9 @@ def check_all(
     chosen.check_target({**facts, "nodeps": nodeps}, live)
     disks = chosen.disks(source=False)
     if len(disks) != len(sizes):
-        raise ProtocolError(f"{len(sizes)} disks there, {len(disks)} here")
+        raise ProtocolError(
+            f"the source has {len(sizes)} disks, and the target's configuration {len(disks)}"
+        )
     there = resumable_files.allocated(host, chosen, facts)
     for n, (disk, size) in enumerate(zip(disks, sizes, strict=True)):
         volumes.check_free(disk, max(size - there.get(f"disk {n}", 0), 0))

@@ -286,7 +286,7 @@ class Incoming:
             if time.monotonic() > deadline:
                 raise MigrateError(
                     VzExitCode.RESTORE_FAILED,
-                    f"not restored within {timeout:.0f} s, which the source allows",
+                    f"not restored within the {timeout:.0f} s that the source allows",
                 )
             self.record.write(COMMITTED)
             self.committed = True
@@ -331,7 +331,7 @@ class Incoming:
         question's own failure goes on, and the commit record stays as it is."""
         if not undo_kinds.runs(self._runtime):
             return False
-        self._report.note(f"The container runs here, although: {failure}")
+        self._report.note(f"The container runs here, although the restore reported: {failure}")
         return True
 
     def _need_disks(self) -> None:

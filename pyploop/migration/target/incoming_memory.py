@@ -45,7 +45,7 @@ class IncomingMemory:
 
         def opened(name: str, flags: int) -> int:
             if not IMAGE_NAME.fullmatch(name) or name == "parent":
-                raise ProtocolError(f"{name[:80]!r} is no image")
+                raise ProtocolError(f"{name[:80]!r} is not the name of a memory image")
             flags |= os.O_WRONLY | os.O_NOFOLLOW | os.O_CLOEXEC
             return os.open(images / name, flags, 0o600)
 

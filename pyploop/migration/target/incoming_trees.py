@@ -30,7 +30,9 @@ def check(command: str, trees: Sequence[Tree], sizes: Sequence[Any], kept: dict[
     if trees or sizes:
         rsync.check_installed(command)
     if len(trees) != len(sizes):
-        raise ProtocolError(f"{len(sizes)} trees there, {len(trees)} here")
+        raise ProtocolError(
+            f"the source has {len(sizes)} trees, and the target's configuration {len(trees)}"
+        )
     for index, (tree, size) in enumerate(zip(trees, sizes, strict=True)):
         tree_folders.check_free(tree, max(int(size) - kept.get(index, 0), 0))
 

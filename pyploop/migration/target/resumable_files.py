@@ -191,7 +191,7 @@ def adopt(
             log.add({"kind": "copied", "what": f["name"], "path": f["path"], "kept": f["path"]})
             usable[f["name"]] = ResumableFile(f["name"], f["path"], _take(f, path))
         except Unusable as e:
-            report.note(f"What was kept of {f['name']} is not used, and is copied anew: {e}")
+            report.note(f"What was kept of {f['name']} is not used; all of it is copied again: {e}")
             _drop(f)
     for home in homes:
         _sweep(home, runtime.container, file.parent)
@@ -206,7 +206,7 @@ def _claim(file: Path, report: Reporter) -> dict[str, Any] | None:
     except FileNotFoundError:
         return None
     if record is None:
-        report.note(f"{file} cannot be read: what was kept is copied anew")
+        report.note(f"{file} cannot be read, so all files are copied again")
     return record
 
 

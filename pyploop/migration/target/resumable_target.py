@@ -29,8 +29,8 @@ def check_untouched(fd: int, path: str) -> None:
     """WriteError when somebody has opened the file for writing since `lease`."""
     if fcntl.fcntl(fd, fcntl.F_GETLEASE) not in (fcntl.F_WRLCK, fcntl.F_RDLCK):
         raise WriteError(
-            f"{path} was opened for writing by another process during the copy, so it may "
-            "hold anything; the next migration compares it anew"
+            f"{path} was opened for writing by another process during the copy, so its "
+            "contents are not known; the next migration compares it again"
         )
 
 

@@ -132,7 +132,7 @@ def adopt(
         index, old = kept["index"], kept["path"]
         try:
             if os.lstat(old).st_ino != kept["inode"]:
-                report.note(f"{old} is another folder now: its tree is copied anew")
+                report.note(f"{old} is another folder now, so its tree is copied again")
                 continue
         except OSError:
             continue
@@ -140,7 +140,7 @@ def adopt(
         if ours and index < len(entries) and _move(log, entries[index], old, make_parent):
             taken.add(index)
         else:
-            report.note(f"{old} cannot be used: its tree is copied anew")
+            report.note(f"{old} cannot be used, so its tree is copied again")
             with contextlib.suppress(OSError):
                 undo({"path": old, "kept": old, "made": True})
     file.unlink(missing_ok=True)

@@ -72,7 +72,9 @@ def settle_dead(host: HostConfig, runtime: Runtime) -> None:
         except BusyError as e:
             raise MigrateError(VzExitCode.LOCKED, str(e)) from e
         if failed:
-            raise MigrateError(VzExitCode.LOCKED, f"{log.what} is not undone: {'; '.join(failed)}")
+            raise MigrateError(
+                VzExitCode.LOCKED, f"{log.what} could not be rolled back: {'; '.join(failed)}"
+            )
 
 
 def complete(log: Journal) -> list[str]:
