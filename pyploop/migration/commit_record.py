@@ -4,9 +4,8 @@
 Invariant: exactly one host runs the container.  The source lets it run again
 only after the target has said `aborted`, or was never asked to restore; the
 target lets it run only after `committed` is durable here, and never gives it
-back once it `ran`.  Who asks later
-waits until the one who might still decide has ended: a lock on the record,
-which his commands inherit, tells.
+back once it `ran`.  A process that asks later waits until the one that might still
+decide has ended: that one, and each command that it starts, has a lock on the record.
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ from pyploop.errors import BusyError, CreateError, ProtocolError, SyncError
 from pyploop.system import private_folder
 
 PENDING, COMMITTED, RAN, ABORTED = "pending", "committed", "ran", "aborted"
-"""RAN: it was seen to run here after the commit, so what its peers were told since
+"""RAN: it was seen to run here after the commit, so what its peers have heard since
 is true whatever became of it; `committed` alone may still have come to nothing."""
 _SIZE = 16
 _NAME = re.compile(r"[0-9a-f]{16}")
@@ -43,7 +42,7 @@ def make_folder(folder: Path) -> Path:
 
 
 def new_id() -> str:
-    """Of a migration; unguessable, so that nobody else's is asked about."""
+    """Of a migration; unguessable, so that no other one is asked about."""
     return os.urandom(8).hex()
 
 
@@ -103,7 +102,7 @@ def locked(
     folder: Path, migration: str, wait: float, side: str = "target"
 ) -> Iterator[CommitRecord | None]:
     """The record as its owner left it; None when there is none.  BusyError when
-    he, or a command of his, has not ended within `wait` seconds."""
+    the owner, or one of its commands, has not ended within `wait` seconds."""
     path = folder / f"{migration}.{side}"
     try:
         with private_folder.opened(folder) as where:

@@ -97,7 +97,7 @@ class Writer:
         self._send(HEADER.pack(0, 0, 0, 0))
 
     def cancel(self) -> None:
-        """From any thread: whoever sends fails, and so does the peer's reader."""
+        """From any thread: sending fails, and so does the peer's reading."""
         with contextlib.suppress(OSError):
             self._sock.shutdown(socket.SHUT_RDWR)
 

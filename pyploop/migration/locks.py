@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Who may touch a container, and how many migrations a host takes at once.
+"""Which process may touch a container, and how many migrations a host takes at once.
 
 The lock is vzctl's and vzmigrate's own: LOCKDIR/CTID.lck, made with O_EXCL,
 holding the owner's PID, so that vzctl respects ours (it is called with
@@ -30,7 +30,7 @@ def container_lock(folder: Path, ctid: str) -> Iterator[None]:
     owner is gone is taken over."""
     name = f"{ctid}.lck"
     try:
-        # Two who find the same stale lock must not both take it over.
+        # Two processes that find the same stale lock must not both take it over.
         with private_folder.opened(folder, make=True) as fd, private_folder.alone(fd):
             _remove_stale(fd, name)
             _make(fd, name, f"container {ctid} is locked ({folder / name}, process {{}})")
@@ -109,7 +109,7 @@ def _owner(folder: int, name: str) -> int | None:
 
 @contextlib.contextmanager
 def exclusive(folder: Path) -> Iterator[None]:
-    """Keep others who do the same with this folder out; they wait."""
+    """Other processes that do the same with this folder wait."""
     with private_folder.opened(folder) as fd, private_folder.alone(fd):
         yield
 

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 MEANINGFUL = 1 << 20
-"""Bytes from which on a round tells a throughput."""
+"""Bytes from which on a round shows the throughput."""
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class MemoryPolicy:
     frozen: float = 0.05
     """Seconds of standstill, before one was measured."""
     wire: float = 100e6
-    """Bytes per second of the connection, when nothing told."""
+    """Bytes per second of the connection, when nothing else shows it."""
 
 
 @dataclass(frozen=True)
@@ -105,7 +105,7 @@ def _weigh(saves: float, costs: float, expected: int) -> Another:
 
 
 def _speed(rounds: Sequence[MemoryRound], wire: float) -> float:
-    """Bytes per second of memory to the target: of the fastest round that tells."""
+    """Bytes per second of memory to the target: of the fastest round that is large enough."""
     rates = [r.sent / r.seconds for r in rounds if r.sent >= MEANINGFUL and r.seconds > 0]
     return max(rates, default=wire)
 

@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """One connection that carries control messages and numbered data channels.
 
-Each channel is one end of a socket pair here, so that who reads and writes it
-needs to know nothing of this; threads move the bytes in large pieces.
+Each channel is one end of a socket pair here, so that its readers and writers
+need to know nothing of this; threads move the bytes in large pieces.
 
 Invariants: the reader of the connection never waits for a channel (a sender
 has at most WINDOW bytes under way in it, which are kept here), so no channel
-holds up another; a peer that says nothing for `silence` seconds is gone.  What
+delays another; a peer that sends nothing for `silence` seconds is gone.  What
 waits here to be read is bounded: WINDOW for each channel, INBOX for messages.
 """
 
@@ -33,7 +33,7 @@ from pyploop.wire.channels import AT_ONCE, LAST
 from pyploop.wire.mux import Message
 
 INBOX = 4 * MIB
-"""Bytes of messages that nobody has asked for yet.  A peer that sends more floods us."""
+"""Bytes of messages that were not received yet.  A peer that sends more floods us."""
 OVERHEAD = 256
 """Bytes that a message counts for beyond its own."""
 MERGED = 64 * KIB
@@ -58,8 +58,8 @@ class Mux:
         self._out = threading.Lock()
         self._channels: dict[int, _Channel] = {}
         self._ended: set[int] = set()
-        """Channels whose peer closed them before they were opened here: who gave up
-        a request does not wait for it to be taken."""
+        """Channels that the peer closed before they were opened here: it gave up its
+        request before that was taken."""
         self._used: set[int] = set()
         """Numbers of channels that were opened here: each only once."""
         self._inbox: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
@@ -148,7 +148,7 @@ class Mux:
             channels = list(self._channels.items())
         for number, channel in channels:
             channel.reset()
-            with contextlib.suppress(PyploopError):  # the connection's end is told elsewhere
+            with contextlib.suppress(PyploopError):  # the connection's end is reported elsewhere
                 self._write([wire.frame(wire.RESET, number, 0)])
 
     def _forget(self, number: int) -> None:
@@ -321,7 +321,7 @@ class _Channel:
             self._changed.notify_all()
 
     def reset(self) -> None:
-        """Nothing more in either direction; whoever uses the socket sees its end."""
+        """Nothing more in either direction; the user of the socket sees its end."""
         with self._changed:
             self._reset = True
             self._changed.notify_all()
@@ -329,7 +329,7 @@ class _Channel:
             self._sock.shutdown(socket.SHUT_RDWR)
 
     def _run(self, body: Callable[[], None]) -> None:
-        with contextlib.suppress(PyploopError):  # the connection's end is told elsewhere
+        with contextlib.suppress(PyploopError):  # the connection's end is reported elsewhere
             body()
         with self._changed:
             self._running -= 1
@@ -371,7 +371,7 @@ class _Channel:
                     return
                 self._sock.sendall(data)
             except OSError:
-                # Nobody reads it here any more: say so, or the peer goes on.
+                # It is not read here any more: say so, or the peer goes on.
                 self._write([wire.frame(wire.RESET, self._number, 0)])
                 self.reset()
                 return

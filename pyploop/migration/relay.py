@@ -4,7 +4,7 @@ connection, and then carries bytes between rsync and the channel.
 
     relay.py FD HOST COMMAND…      FD: a socket that the channel comes through
 
-Until the channel comes rsync has been greeted by nobody, and so has looked at
+Until the channel comes rsync has got no greeting, and so has looked at
 no file: it can be started before the moment from which on it must look.  Run
 by its path, without the package, so that it starts quickly.
 """

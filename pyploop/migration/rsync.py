@@ -47,7 +47,7 @@ TREE = ("--delete",)
 """Of a pass over all of it."""
 CHANGING = ("--no-inc-recursive",)
 """Of one over a tree that changes meanwhile.  With hard links in it, an rsync that
-lists it bit by bit (3.5.0) may wait for ever for a name that has moved away."""
+lists it bit by bit (3.5.0) may wait endlessly for a name that has moved away."""
 FED = "--files-from=-"
 LISTED = (FED, "--from0", "--checksum", "--ignore-missing-args")
 """Of one over files by name, compared by what they hold.  What is gone meanwhile
@@ -120,7 +120,7 @@ class Done:
 
 
 class Client:
-    """One pass, started, but held until it gets a channel."""
+    """One pass, started, which waits until it gets a channel."""
 
     def __init__(self, command: str, words: Sequence[str], source: str) -> None:
         """words: options; source: the tree's path here."""
@@ -180,7 +180,7 @@ class Client:
         """The files of a LISTED pass, which rsync reads when it is connected."""
         assert self._process is not None and self._process.stdin is not None
         stdin = self._process.stdin
-        with contextlib.suppress(BrokenPipeError):  # its end tells why
+        with contextlib.suppress(BrokenPipeError):  # its exit status says why
             # Before a name that begins with # or ; too: no comment.
             stdin.write(b"".join(b"./" + name + b"\0" for name in names))
             stdin.close()
@@ -193,7 +193,7 @@ class Client:
             if not connected() and not descriptors.readable(self._pidfd, deadlines.RSYNC_ENDING):
                 self.kill()
         status = self._process.wait()
-        # What the server refuses is not told as an error.
+        # What the server refuses is not reported as an error.
         text = self._errors.text(ended=True)[-2000:] or self._items.text(ended=True)[-2000:]
         # As the tree is called outside.
         said = last_words(text).replace(f'"{enclosure.TREE}/', f'"{self._source}/')
@@ -299,7 +299,7 @@ def wait(process: subprocess.Popen[bytes]) -> int:
 
 
 def _bound(pid: int) -> None:
-    """The server lists all files that its client tells of.  It has read nothing yet."""
+    """The server lists all files that its client sends.  It has read nothing yet."""
     most = max(
         LEAST_MEMORY, os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // MEMORY_PART
     )

@@ -32,7 +32,7 @@ def _remove(entry: Entry) -> None:
 
 
 def _rmdir(entry: Entry) -> None:
-    # Not empty: somebody else's things.
+    # Not empty: it has files that are not ours.
     with contextlib.suppress(OSError), _place(entry) as at:
         os.rmdir(at.name, dir_fd=at.dir_fd)
 
@@ -41,7 +41,7 @@ def _remove_tree(entry: Entry) -> None:
     # A CRIU that was killed leaves the cgroup hierarchies mounted in its folder.
     path = str(entry["path"])
     if not private_folder.is_ours(Path(path)):
-        return  # somebody else had taken the name: it was never made
+        return  # another user had taken the name: it was never made
     for point in mount_table.mount_points_below(path):
         kernel.umount(point, lazy=True)
     removal.remove_tree(path)
@@ -76,7 +76,7 @@ def _load(named: str | None) -> HostConfig:
     if named is not None and not os.path.isabs(named):
         raise MigrateError(
             VzExitCode.USAGE,
-            f"a journal names its configuration {named!r}, which may be anybody's: write the "
+            f"a journal names its configuration {named!r}, which any user may own: write the "
             "absolute path into the journal",
         )
     return config.load(named)

@@ -134,7 +134,7 @@ class Remote:
             raise MigrateError(
                 VzExitCode.CANNOT_CONNECT, f"the agent on {self.host} does not fit: {why}"
             )
-        with contextlib.suppress(BrokenPipeError):  # told by the next read
+        with contextlib.suppress(BrokenPipeError):  # the next read fails by it
             os.write(self._wfd, wire.hello(__version__))
         return data[peer.end :]
 
@@ -251,7 +251,7 @@ class Remote:
 
     @contextlib.contextmanager
     def explained(self) -> Iterator[None]:
-        """What fails in it since the connection is dead tells why that is."""
+        """What fails in it because the connection is dead says why it is dead."""
         try:
             yield
         except MigrateError:
@@ -263,7 +263,7 @@ class Remote:
             raise MigrateError(VzExitCode.COPY_FAILED, f"{self.host}: {cause} ({e})") from e
 
     def cut(self, cause: PyploopError) -> None:
-        """From any thread: the connection is given up, and whoever waits for the
+        """From any thread: the connection is given up, and each wait for the
         target fails."""
         if self._mux is not None:
             self._mux.end(cause)

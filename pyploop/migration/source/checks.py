@@ -66,7 +66,7 @@ class Here:
             sizes=sizes,
             nodeps=sorted(request.nodeps),
         )
-        remote.capabilities = checked.get("takes", [])  # an older agent tells nothing
+        remote.capabilities = checked.get("takes", [])  # an older agent says nothing
         if runtime.trees() and "tree" not in remote.capabilities:
             raise MigrateError(
                 VzExitCode.CANNOT_CONNECT,

@@ -30,7 +30,7 @@ from pyploop.wire import channels
 
 T = TypeVar("T")
 MEASURABLE = 16 * MIB
-"""Bytes of a first pass that tell how fast the connection is."""
+"""Bytes of a first pass from which on its speed is that of the connection."""
 
 
 @contextlib.contextmanager
@@ -128,7 +128,7 @@ class Disks:
     # ---- the same by steps, for all disks each
 
     def first_pass(self) -> float:
-        """Bytes per second of all together, 0 when they do not tell."""
+        """Bytes per second of all together, 0 when that is not the connection's speed."""
         self._each(self._compare)
         start = time.monotonic()
         sent = sum(r.sent for r in self._each(Sender.first_pass))

@@ -14,8 +14,8 @@ from pyploop.migration.file_stream import Writer
 
 
 def send_file(out: Writer, name: str, path: str, size: int, digests: Reader) -> Reused:
-    """A file that nobody writes, of which the target has kept something, and has
-    told so for a file of `size` bytes."""
+    """Send a file that is not written to, and of which the target has kept something.
+    digests: what the target has, for a file of `size` bytes."""
     covered = Bitmap(size, cluster(size).bit_length() - 1)
     compared = equals = 0
     try:

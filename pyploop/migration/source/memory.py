@@ -159,7 +159,7 @@ class Memory:
 def policy_for(
     runtime: Runtime, most: int | None, report: Reporter, taken: bool
 ) -> MemoryPolicy | None:
-    """For rounds of memory, `most` at most, where they work; told in any case.
+    """For rounds of memory, `most` at most, where they work; logged in any case.
     most: None when there is no memory to move.  taken: by the target's agent."""
     if most is None:
         return None

@@ -66,9 +66,10 @@ class Move:
         runtime.keep_fds = (self._lock.fd,)
         self.jobs: list[Job[Any]] = []
         self.quiet = contextlib.ExitStack()
-        """Nothing is told while the container stands still: that waits for its reader."""
-        # Not by the ID, which is the name of the target's: who sees that there, and has
-        # somebody here, would make this one first.
+        """Nothing is logged while the container stands still: logging waits for the log's
+        reader."""
+        # Not named by the ID, which names the target's folder: a user who sees that name
+        # there could make this folder first, by a process here.
         self.folder = Path(host.images_dir) / f"pyploop-{commit_record.new_id()}-out"
 
     def begin(self) -> list[str]:

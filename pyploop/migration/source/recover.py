@@ -120,8 +120,8 @@ def recover(
 ) -> list[str]:
     """Settle all migrations from this host whose orchestrator is dead (of one
     container, or all); returns what could not be undone.  locked: the caller
-    holds that container's lock.  Of all, one whose target cannot be asked keeps no
-    other: the last such failure is raised at the end."""
+    has that container's lock.  A migration whose target cannot be asked does not keep the
+    others from being settled: the last such failure is raised at the end."""
     folder = Path(host.state_dir)
     failed: list[str] = []
     found = False
@@ -175,7 +175,7 @@ def _quick_first(found: list[Record]) -> list[Record]:
 @contextlib.contextmanager
 def lock(host: HostConfig, runtime: Runtime) -> Iterator[None]:
     """The container's lock, and a place among the host's migrations.
-    MigrateError(20) when somebody has it, or there is none."""
+    MigrateError(20) when another process has it, or no place is free."""
     try:
         with (
             locks.host_slot(Path(host.lock_dir), host.migrations, 0),

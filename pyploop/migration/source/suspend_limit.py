@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """How long a container may stay suspended here: one deadline for all that is waited
-for from then on, whoever is waited for, and whatever the target does meanwhile.
+for from then on, on either host, whatever the target does meanwhile.
 
 When it passes, the connection is cut, so that each wait for the target fails, and the
 migration is undone.  Once the target was asked to restore, it decides (commit_record.py):

@@ -107,7 +107,7 @@ class _Copy:
 
     def run_last(self) -> tuple[int, int]:
         """The prepared pass: (files sent, files compared by contents).  Once more
-        when it fails, if not for ever: rsync (3.5.0) complains of a folder that it
+        when it fails, but only once: rsync (3.5.0) complains of a folder that it
         has just replaced by a hard link."""
         try:
             result = self._run(last=True)
@@ -122,7 +122,7 @@ class _Copy:
 
     def run(self) -> tuple[int, int]:
         """The same while the container runs.  One that fails is followed by another:
-        rsync does not bear everything that may happen to a tree meanwhile.
+        rsync fails by some of the changes that a tree may see meanwhile.
         MigrateError when two in a row fail."""
         begin = Since(self.tree.path)
         try:

@@ -100,7 +100,7 @@ class Agent:
     def _answer(self, request: wire.Message) -> None:
         number, op = request.get("id"), request.get("op")
         if type(number) is not int:
-            number = None  # nobody waits for the answer
+            number = None  # the source waits for no answer
         try:
             args = messages.request(op, request.get("args"))
             answer: wire.Message = {"id": number, "ok": self._requests[str(op)](**args)}
@@ -123,7 +123,7 @@ class Agent:
                 failed = done.complete()
             elif not done.committed:
                 failed = done.undo()
-            # else: whether it runs could not be told; settle() finds the journal.
+            # else: it is not known whether it runs; settle() finds the journal.
         self._mux.close()
         self._locks.close()
         for text in failed:
@@ -294,7 +294,7 @@ class Agent:
 
 
 def _say(text: str) -> None:
-    """Where ssh tells it to the source, if it still listens."""
+    """On stderr, which ssh passes on to the source, if it still listens."""
     with contextlib.suppress(OSError):
         os.write(2, one_line(f"pyploop agent: {text}").encode() + b"\n")
 

@@ -22,7 +22,7 @@ class Events:
     def __init__(self, mux: Mux) -> None:
         self._mux = mux
         self._sent = 0
-        """Since the last request: nobody may be reading them."""
+        """Since the last request: the source may not be reading them."""
 
     def asked(self) -> None:
         """A request came, so the source has read what was sent before."""
@@ -34,7 +34,7 @@ class Events:
         self._sent += 1
         if self._sent > MOST_EVENTS:
             return
-        with contextlib.suppress(PyploopError):  # the connection's end is told elsewhere
+        with contextlib.suppress(PyploopError):  # the connection's end is reported elsewhere
             self._mux.send({"event": name, "at": time.monotonic(), "fields": fields})
 
     def line(self, level: int, at: float, text: str) -> None:

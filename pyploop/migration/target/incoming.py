@@ -54,7 +54,7 @@ class Incoming:
         keep: bool,
         report: Reporter,
     ) -> None:
-        """facts: what the source told; stall: seconds without a byte after
+        """facts: what the source announced; stall: seconds without a byte after
         which a stream is given up; keep: what was copied outlives a failure."""
         self._host, self._runtime, self._facts = host, runtime, facts
         self.migration = migration
@@ -102,7 +102,7 @@ class Incoming:
                 mode=self._mode,
             )
         except BaseException:
-            # Nobody has this object, so nobody else would.
+            # No caller has this object yet, so no other code would undo it.
             for text in undo_kinds.undo_all(self._journal, keep):
                 report.note(f"not undone: {text}")
             made.close()
@@ -327,7 +327,7 @@ class Incoming:
 
     def _runs_after(self, failure: BaseException) -> bool:
         """Whether the container runs here although the last step failed: what
-        its peers were told since then is true.  When that cannot be known, the
+        its peers have heard since then is true.  When that cannot be known, the
         question's own failure goes on, and the commit record stays as it is."""
         if not undo_kinds.runs(self._runtime):
             return False
@@ -341,7 +341,7 @@ class Incoming:
 
     def _withdraw(self) -> None:
         """The restore failed before the container could run."""
-        with contextlib.suppress(OSError, PyploopError):  # undo() tries again, and tells
+        with contextlib.suppress(OSError, PyploopError):  # undo() tries again, and reports
             self._runtime.abandon()
         self.record.write(ABORTED)
         self.committed = False

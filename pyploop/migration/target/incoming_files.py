@@ -121,7 +121,7 @@ class IncomingFiles:
         return beneath.create(at)
 
     def check_items(self) -> None:
-        """All items are there: nobody else wrote them.  WriteError."""
+        """All items are there: check that no other process wrote them.  WriteError."""
         for fd, path in self._placed:
             check_untouched(fd, path)
         self._let_go()

@@ -18,7 +18,7 @@ from pyploop.units import GIB
 
 MEMORY_GROWTH = 8
 """All memory images of a migration may be this many times the memory that `check`
-told of, and GIB more: the rounds are twice that at most, and it may grow meanwhile."""
+announced, and GIB more: the rounds are twice that at most, and it may grow meanwhile."""
 IMAGE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.@+-]{0,127}")
 """Of CRIU's images, and vzctl's dump."""
 
@@ -27,7 +27,7 @@ class IncomingMemory:
     """Of one migration."""
 
     def __init__(self, folder: Path, announced: int | None, stall: float) -> None:
-        """folder: of all its images.  announced: bytes of memory that `check` told of.
+        """folder: of all its images.  announced: bytes of memory that `check` announced.
         stall: seconds without a byte after which the stream is given up."""
         self._chain, self._stall = Chain(folder), stall
         self._budget = Budget(announced * MEMORY_GROWTH + GIB if announced else LARGEST_FILE)

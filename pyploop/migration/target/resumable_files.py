@@ -6,9 +6,10 @@ A kept file lies under a name of its own, where nothing takes it for a disk. One
 record for each container (STATE_DIR/RUNTIME-CONTAINER.kept) says which they are;
 while a migration uses them, its journal does instead.
 
-Invariants: of what a kept file holds nothing is believed (digests.py), so it may
+Invariants: no content of a kept file is trusted (digests.py), so it may
 be half-written, old or damaged; it is ours alone from `adopt` on (a lease, which
-whoever opens it for writing breaks); what cannot be used is removed, and said.
+which ends when another process opens it for writing); what cannot be used is removed,
+and reported.
 """
 
 from __future__ import annotations
@@ -50,7 +51,7 @@ class Unusable(Exception):
 
 @dataclass
 class ResumableFile:
-    """One that is used, and ours alone; whoever takes it closes it."""
+    """One that is used, and ours alone; its user closes it."""
 
     name: str
     """`disk N`, or an item's label."""
@@ -64,7 +65,7 @@ def new_path(folder: Path, container: str, migration: str, number: int) -> str:
 
 
 def source_of(facts: dict[str, Any], known: str = "") -> dict[str, str]:
-    """The source's identity as it told it, in plain text.  known: as this host knows
+    """The identity that the source claims, in plain text.  known: as this host knows
     it; it becomes a part of the `id`, for no source may have what another one sent."""
     claimed = facts.get("source")
     claimed = claimed if isinstance(claimed, dict) else {}
@@ -92,7 +93,7 @@ def retain(log: Journal, entry: Entry) -> None:
             st = os.fstat(fd)
             if stat.S_ISREG(st.st_mode) and st.st_blocks * 512 >= LEAST:
                 os.fchmod(fd, 0o600)  # it lies in another folder than it will
-                # A failed writeback is told only once: now, perhaps.
+                # The kernel reports a failed writeback only once: now, perhaps.
                 fdatasync(fd)
                 if _add(log, str(entry["what"]), kept, st.st_ino):
                     return
@@ -111,7 +112,7 @@ journal.register("copied", remove, keep=retain, outlives_boot=True)
 
 @contextlib.contextmanager
 def _opened(path: str) -> Iterator[int]:
-    # O_NONBLOCK: a FIFO in its place must not hold us up.
+    # O_NONBLOCK: a FIFO in its place must not block us.
     fd = os.open(path, os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
     try:
         yield fd
@@ -187,7 +188,7 @@ def adopt(
         try:
             _of_this_source(record, log)
             path = _destination(runtime, f["name"])
-            # It lies where it lies until somebody moves it.
+            # It stays where it is until it is used.
             log.add({"kind": "copied", "what": f["name"], "path": f["path"], "kept": f["path"]})
             usable[f["name"]] = ResumableFile(f["name"], f["path"], _take(f, path))
         except Unusable as e:
@@ -199,7 +200,7 @@ def adopt(
 
 
 def _claim(file: Path, report: Reporter) -> dict[str, Any] | None:
-    """The record, which is nobody else's then."""
+    """The record, which no other process can take after that."""
     record = _read(file)
     try:
         file.unlink()
@@ -255,7 +256,7 @@ def _take(f: dict[str, Any], destination: str) -> int:
 
 
 def _drop(f: dict[str, Any]) -> None:
-    """Remove one that is not used, unless it is somebody else's by now."""
+    """Remove one that is not used, unless another file has its name by now."""
     with contextlib.suppress(OSError):
         if os.lstat(f["path"]).st_ino == f["inode"]:
             os.unlink(f["path"])

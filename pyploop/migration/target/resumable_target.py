@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """A target file that has a name before it is finished, so that a later process
-can go on with it (resumable_files.py); and how nobody else gets to write it meanwhile.
+can go on with it (resumable_files.py); and how no other process writes it meanwhile.
 
-Without a name nobody can open a file.  One that has a name is leased: the kernel
-tells whether somebody opened it for writing since, and makes him wait at first.
+A file without a name cannot be opened by others.  One that has a name is leased: the
+kernel then says whether another process has opened it for writing, and lets that
+process wait at first.
 """
 
 from __future__ import annotations
@@ -19,14 +20,14 @@ from pyploop.errors import WriteError
 
 
 def lease(fd: int) -> None:
-    """From now on `untouched` tells whether somebody opened the file for writing;
+    """From now on `check_untouched` sees whether another process opens it for writing;
     it ends when `fd` is closed.  OSError: EAGAIN when it is open elsewhere."""
     fcntl.fcntl(fd, fcntl.F_SETSIG, signal.SIGURG)  # which is ignored; SIGIO would kill
     fcntl.fcntl(fd, fcntl.F_SETLEASE, fcntl.F_WRLCK)
 
 
 def check_untouched(fd: int, path: str) -> None:
-    """WriteError when somebody has opened the file for writing since `lease`."""
+    """WriteError when another process has opened the file for writing since `lease`."""
     if fcntl.fcntl(fd, fcntl.F_GETLEASE) not in (fcntl.F_WRLCK, fcntl.F_RDLCK):
         raise WriteError(
             f"{path} was opened for writing by another process during the copy, so its "

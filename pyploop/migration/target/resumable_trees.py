@@ -5,7 +5,7 @@ A kept tree lies under a name of its own beside its place, and one record for ea
 container (STATE_DIR/RUNTIME-CONTAINER.kept-trees) says so; while a migration uses
 it, that one's journal does instead.
 
-Invariant: of what a kept tree holds nothing is believed.  The source's first pass
+Invariant: no content of a kept tree is trusted.  The source's first pass
 compares all of it by contents, and its other passes go by times only then.
 """
 

@@ -48,8 +48,8 @@ def _runs(log: journal.Record) -> bool:
 
 
 def settle_dead(host: HostConfig, runtime: Runtime) -> None:
-    """Migrations of this container whose agent was killed, and about which
-    nobody asked since."""
+    """Settle the migrations of this container whose agent was killed and about which no
+    source has asked since.  MigrateError(20) when one cannot be settled."""
     folder = Path(host.state_dir)
     ours = (runtime.name, runtime.container)
     for log in journal.records(folder):
