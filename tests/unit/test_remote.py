@@ -29,7 +29,7 @@ from pyploop.errors import (
 from pyploop.migration import file_stream, mux
 from pyploop.migration.mux import Mux
 from pyploop.migration.source import payload
-from pyploop.migration.source.agent_client import MOST_EVENTS, Remote
+from pyploop.migration.source.agent_client import EVENT_BYTES, Remote
 from pyploop.system import stderr_tail
 from pyploop.system.jobs import Job
 from pyploop.wire import channels
@@ -146,7 +146,7 @@ for number in range(1, 9):
     with remote(body, events) as target:
         for _ in range(8):
             target.call("clock", 20)
-    assert 100 < len(events) <= MOST_EVENTS / 60000 + 1
+    assert 100 < len(events) <= EVENT_BYTES / 60000 + 1
     assert events[-1][2]["text"] == "it sends too many messages: the rest of them is left out"
     assert all(event[2]["text"].startswith("x") for event in events[:-1])
 

@@ -33,7 +33,7 @@ from pyploop.units import MIB
 from pyploop.wire import channels, messages
 from pyploop.wire import mux as wire
 
-MOST_EVENTS = 8 * MIB
+EVENT_BYTES = 8 * MIB
 """Bytes of events that are handed on in one connection: they go into a log."""
 VALUE = 100
 """Bytes that a value in an event counts for beyond its own."""
@@ -185,9 +185,9 @@ class Remote:
         return messages.answer(op, message.get("ok"))
 
     def _hand_on(self, name: str, at: float, fields: dict[str, Any], size: int) -> None:
-        within = self._event_bytes <= MOST_EVENTS
+        within = self._event_bytes <= EVENT_BYTES
         self._event_bytes += size + VALUE * messages.values(fields)
-        if self._event_bytes <= MOST_EVENTS:
+        if self._event_bytes <= EVENT_BYTES:
             self._on_event(name, at, fields)
         elif within:
             text = "it sends too many messages: the rest of them is left out"
