@@ -76,10 +76,17 @@ def on_include(_app: Sphinx, _path: object, _parent: str, source: list[str]) -> 
 
 
 def on_docstring(_app: Sphinx, *words: object) -> None:
-    """Docstrings are plain text: a name like `async_` is no reference in them."""
+    """Docstrings are plain text: a name like `async_` is no reference in them, and what
+    is indented by four spaces is code."""
     lines = words[-1]
     assert isinstance(lines, list)
-    lines[:] = [re.sub(r"(?<=\w)_(?!\w)", r"\\_", line) for line in lines]
+    made: list[str] = []
+    for line in lines:
+        begins = line.startswith("    ") and made and not made[-1]
+        if begins and not made[-2].startswith("    "):
+            made += ["::", ""]
+        made.append(line if line.startswith("    ") else re.sub(r"(?<=\w)_(?!\w)", r"\\_", line))
+    lines[:] = made
 
 
 def setup(app: Sphinx) -> None:
