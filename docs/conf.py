@@ -7,7 +7,10 @@ import re
 from importlib.metadata import version as installed
 from typing import TYPE_CHECKING
 
+from docutils.nodes import Text, literal_block
+
 if TYPE_CHECKING:
+    from docutils.nodes import document
     from sphinx.application import Sphinx
 
 project = "pyploop"
@@ -89,7 +92,17 @@ def on_docstring(_app: Sphinx, *words: object) -> None:
     lines[:] = made
 
 
+def on_page(_app: Sphinx, doctree: document) -> None:
+    """A usage of several lines begins each at the left: argparse has them below `usage: `."""
+    for block in doctree.findall(literal_block):
+        lined_up = re.sub(r"\n +(?=pyploop )", "\n", block.astext())
+        if lined_up != block.astext():
+            block.children = [Text(lined_up)]
+            block.rawsource = lined_up
+
+
 def setup(app: Sphinx) -> None:
+    app.connect("doctree-read", on_page)
     app.connect("source-read", on_read)
     app.connect("include-read", on_include)
     app.connect("autodoc-process-docstring", on_docstring)
