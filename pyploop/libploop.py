@@ -2,11 +2,11 @@
 """The module that p.haul imports as `libploop`: copying a disk by its
 DiskDescriptor.xml over a socket, in D2 or D3 (docs/reference/libploop.md).
 
-Names, arguments and results are those of the original binding; every failure
-is a RuntimeError with the last error's text.  Sockets are given as descriptors
-and stay the caller's: they are never closed, but shut down when a copy fails,
-so that the other end does not wait for what will not come.  Any thread may
-call; one object is for one thread at a time.
+Names, arguments and results are those of the original binding.  Every failure is a
+RuntimeError with the text of the error.  Sockets are given as descriptors and stay the
+caller's.  They are never closed, but they are shut down when a copy fails, so that the
+other end does not go on waiting.  Any thread may call; one object serves one thread at a
+time.
 
     python -m pyploop.libploop --alias DIR     puts a libploop.py into DIR
 """
@@ -35,19 +35,19 @@ from pyploop.errors import ParameterError, PyploopError
 __all__ = ["ploopcopy", "ploopcopy_receiver", "ploopcopy_thr_receiver"]
 
 STALL = 600.0
-"""Seconds for the receiver to take next to nothing, or to answer."""
+"""Seconds after which a receiver that takes next to nothing, or does not answer, has failed."""
 IDLE = 3600.0
-"""The same for the sender, whose rounds are its caller's: memory goes meanwhile."""
+"""The same of a sender.  It is long, since its caller sends memory between two rounds."""
 
 
 class ploopcopy:
     """The sending end: copy_start, copy_next_iteration as often as wanted,
-    copy_stop.  A failed one has undone everything and can only be dropped."""
+    copy_stop.  After a failure nothing is tracked or frozen, and the object is of no use."""
 
     def __init__(self, ddxml: str, fd: int, async_: int = 0) -> None:
         """ddxml: the disk's DiskDescriptor.xml; fd: socket to the receiver, or
-        a file that becomes the copy; async_: the receiver takes DATA_ASYNC,
-        although it may have no handshake."""
+        a regular file that becomes the copy; async_: the receiver takes DATA_ASYNC
+        packets, although it may have no handshake."""
         self._state: Literal["new", "running", "over"] = "over"
         self._fd = fd
         with _runtime_errors():
@@ -77,10 +77,10 @@ class ploopcopy:
         return self._step(work)
 
     def copy_next_iteration(self) -> int:
-        """What was written since; returns the bytes sent.
+        """Sends what was written since; returns the bytes sent.
 
-        All so far is durable at the target then: a failure there shows here,
-        and the last sync, with the disk frozen, finds little to do."""
+        All of it is durable at the target then.  So a failure there shows here, and the
+        last sync, with the disk frozen, has little to do."""
 
         def work() -> int:
             sent = self._copy.round().sent
@@ -91,7 +91,7 @@ class ploopcopy:
         return self._step(work)
 
     def copy_stop(self) -> int:
-        """The rest, with the file systems frozen until the copy is durable at
+        """Freezes the file systems, sends the rest, and thaws when the copy is durable at
         the other end; returns the bytes sent."""
 
         def work() -> int:
@@ -182,7 +182,7 @@ def _hang_up(fd: int) -> None:
 
 @contextlib.contextmanager
 def _runtime_errors() -> Iterator[None]:
-    """Expected failures as the binding has them."""
+    """Expected failures become RuntimeErrors, as in the original binding."""
     try:
         yield
     except PyploopError as e:
@@ -198,7 +198,7 @@ from pyploop.libploop import *  # noqa: F403
 
 
 def _write_alias(folder: str) -> Path:
-    """Put a module `libploop` into the folder; never over another's."""
+    """Put a module `libploop` into the folder, unless there is another one."""
     path = Path(folder) / "libploop.py"
     try:
         with path.open("x") as f:

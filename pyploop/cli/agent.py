@@ -17,13 +17,15 @@ def parser() -> Parser:
     p = Parser(
         prog="pyploop agent",
         allow_abbrev=False,
-        description="The target's end of a migration, on stdin and stdout.",
+        description="The target's side of a migration. `pyploop migrate` starts it through ssh.",
     )
-    p.add_argument("--config", metavar="FILE", help="how containers look on this host")
+    p.add_argument(
+        "--config", metavar="FILE", help="configuration of this host (/etc/pyploop/migrate.toml)"
+    )
     p.add_argument(
         "--source",
         metavar="NAME",
-        help="who may use this agent, as [trust] has it: for command= of an ssh key",
+        help="name of the source in [trust] of the configuration, for command= of an ssh key",
     )
     return p
 
@@ -31,13 +33,13 @@ def parser() -> Parser:
 def run(args: list[str], level: int) -> int:
     o = parser().parse_args(args)
     host = config.load(o.config)
-    # Frames go to stdout: nothing else may, whoever prints it.
+    # Frames go to stdout.  What anything else prints must not mix with them.
     rfd, wfd = os.dup(0), os.dup(1)
     os.dup2(2, 1)
     null = os.open(os.devnull, os.O_RDONLY)
     os.dup2(null, 0)
     os.close(null)
-    # Several threads take turns in the frozen time: soon, not after 5 ms.
+    # In the frozen time threads take turns; by default one may wait 5 ms for its turn.
     sys.setswitchinterval(0.0005)
     signal.signal(jobs.INTERRUPT, lambda *_: None)
     Agent(host, rfd, wfd, policy.source_of(o.source, os.environ)).serve()

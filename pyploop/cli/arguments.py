@@ -14,8 +14,8 @@ T = TypeVar("T")
 
 
 class _Once(argparse.Action):
-    """An option with one value.  A second one would be dropped without a word
-    (which mount point, which target?), so it is refused."""
+    """An option with one value.  A second one would replace the first
+    silently (which mount point, which target?), so it is refused."""
 
     def __call__(
         self,
@@ -54,10 +54,11 @@ class Parser(argparse.ArgumentParser):
         self.register("action", "last", argparse._StoreAction)
 
     def given(self, dest: str, option: str) -> None:
-        """The option was met; ends when the same thing was said before."""
+        """The option was met.  It ends the program when another one has set the same."""
         if before := self._given.get(dest):
-            both = f"{option} is given twice" if before == option else f"{before} and {option}"
-            self.error(f"{both}: only one can count")
+            if before == option:
+                self.error(f"{option} is given twice: give it once")
+            self.error(f"{before} and {option} exclude each other: give one of them")
         self._given[dest] = option
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`pyploop copy`: what its options ask for, done.
+"""`pyploop copy`: the options are checked here, and the API does the rest.
 
 The order of the checks is ploop's, because callers probe for it: options,
 then the target (1) or the descriptors (38), then the source.
@@ -50,7 +50,7 @@ def run(args: list[str], level: int) -> int:
             report.error(str(e))
             return e.exit_code
         except OSError as e:
-            # A device that vanished under us, say: not foreseen one by one.
+            # Not expected one by one: a device that was removed, for example.
             report.error(f"{e.filename or o.source or o.target}: {e.strerror}; no target was made")
             return ReadError.exit_code
         except MemoryError:
@@ -121,7 +121,7 @@ def _send(o: argparse.Namespace, report: Reporter) -> None:
         with copy:
             copy.run()
     finally:
-        # Of a copy that failed, too: that is when one wants to see it.
+        # After a failure too: that is when it is wanted.
         if o.trace is not None and copy.recorder is not None:
             _write_trace(o.trace, copy.recorder, report)
     if o.times and copy.recorder is not None:
@@ -129,7 +129,7 @@ def _send(o: argparse.Namespace, report: Reporter) -> None:
 
 
 def _write_trace(path: str, recorder: Recorder, report: Reporter) -> None:
-    """A trace that cannot be written does not spoil the copy."""
+    """A trace that cannot be written does not make the copy fail."""
     try:
         with shared_folder.open_log(path) as f:
             f.write(chrome_trace(recorder))
@@ -199,7 +199,7 @@ def _reporter(o: argparse.Namespace, level: int) -> Iterator[Reporter]:
 
 
 def _close(handle: IO[str]) -> None:
-    """A log that cannot be written does not spoil the copy."""
+    """A log that cannot be written does not make the copy fail."""
     with contextlib.suppress(OSError):
         handle.close()
 

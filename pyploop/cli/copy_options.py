@@ -37,9 +37,14 @@ def parser() -> Parser:
         dest="stops",
         action=StopAction,
         metavar="STOPCMD",
-        help="command that stops what writes to the source",
+        help="command that stops what writes to the source, before the freeze",
     )
-    add("-d", dest="target", metavar="FILE", help="new file: target of a local copy, or to receive")
+    add(
+        "-d",
+        dest="target",
+        metavar="FILE",
+        help="new file to write: the target of a local copy, or of a received one",
+    )
     add(
         "-o",
         action="last",
@@ -47,7 +52,7 @@ def parser() -> Parser:
         type=DESCRIPTOR,
         default=1,
         metavar="OFD",
-        help="descriptor to send to (1)",
+        help="descriptor of the stream to the receiver (1)",
     )
     add(
         "-i",
@@ -56,7 +61,7 @@ def parser() -> Parser:
         type=DESCRIPTOR,
         default=0,
         metavar="IFD",
-        help="descriptor to receive from (0)",
+        help="descriptor of the stream from the sender (0)",
     )
     add(
         "-f",
@@ -64,11 +69,16 @@ def parser() -> Parser:
         dest="feedback",
         type=DESCRIPTOR,
         metavar="FFD",
-        help="feedback descriptor",
+        help="descriptor on which the receiver answers",
     )
     g = p.add_argument_group("sending")
     add = g.add_argument
-    add("--tracker", choices=TRACKERS, default="auto", help="how to learn what was written (auto)")
+    add(
+        "--tracker",
+        choices=TRACKERS,
+        default="auto",
+        help="how to learn which blocks were written during the copy (auto)",
+    )
     add(
         "--read",
         choices=("auto", "device", "backing"),
@@ -87,102 +97,114 @@ def parser() -> Parser:
         "--unsafe-in-use",
         dest="unsafe",
         action="store_true",
-        help="copy although something uses the source that the copy cannot take into account "
-        "(it is named): the copy may be stale",
+        help="copy even if something uses the source in a way that the copy cannot see; the copy "
+        "may be stale, and the log names what it was",
     )
     add(
         "--freeze",
         dest="stops",
         action=StopAction,
         metavar="SPEC",
-        help="what to stop: vzctl:CTID, cgroup:PATH, fs[:MOUNT] or cmd:COMMAND; several in order",
+        help="stop this before the last blocks: vzctl:CTID, cgroup:PATH, fs[:MOUNT] or "
+        "cmd:COMMAND; may be given several times, and is done in that order",
     )
     add(
         "--undo",
         dest="stops",
         action=StopAction,
         metavar="CMD",
-        help="command that undoes the -F or --freeze cmd: before it, after a failure",
+        help="if the copy fails, run CMD to undo the preceding -F or --freeze cmd:",
     )
-    add("--resume", action="store_true", help="resume what was stopped also after success")
+    add(
+        "--resume",
+        action="store_true",
+        help="resume what was stopped after a successful copy, too (after a failure it always is)",
+    )
     add(
         "--sync-wait",
         type=parsed(parse_time, "time"),
         default=CopyOptions.sync_wait,
         metavar="TIME",
-        help="wait for a peer that cannot answer (5)",
+        help="time that a receiver without answers gets to become durable (5)",
     )
     add(
         "--compat",
         choices=COMPATS,
         default="auto",
-        help="whose stream to send: the C tool's (ploop), ours (native), or as the peer is (auto)",
+        help="stream to send: that of the C tool (ploop), that of pyploop (native), or what the "
+        "receiver turns out to understand (auto)",
     )
     add(
         "--bwlimit",
         type=parsed(parse_size, "size"),
         default=0,
         metavar="RATE",
-        help="bytes per second to the target at most (K, M, G)",
+        help="send at most so many bytes per second while the source runs (K, M, G)",
     )
     add(
         "--reserve",
         type=parsed(parse_size, "size"),
         metavar="SIZE",
-        help="stop when only so much is left free on the file system where the source grows and "
-        "the target, too (the larger of 5%% and 1G of what is free at the start, but half of that "
-        "at most; 0: neither compare nor watch the room)",
+        help="where source and target grow on the same file system, fail when only so much is left "
+        "free there (default: the larger of 5%% and 1G of what is free at the start, but at most "
+        "half of it; 0: do not check the free space)",
     )
     add(
         "--cluster",
         type=parsed(parse_size, "size"),
         metavar="SIZE",
-        help="cluster of a device-mapper target, for --tracker dm",
+        help="size of a cluster of the device-mapper target, for --tracker dm",
     )
-    add("--readers", type=int, metavar="N", help="reading threads beside the sending one (0..64)")
+    add(
+        "--readers",
+        type=int,
+        metavar="N",
+        help="number of reading threads beside the sending one (0 to 64)",
+    )
     add(
         "--before-thaw",
         metavar="CMD",
-        help="command to run when the target is durable and the source still frozen",
+        help="command to run when the target is durable and the source is still frozen",
     )
     add(
         "--freeze-limit",
         type=parsed(parse_time, "time"),
         metavar="TIME",
-        help="give up, and undo everything, when the freeze lasts longer (60; with --max-freeze "
-        "twice that and a second; 0: never)",
+        help="if the freeze lasts longer, thaw the source, resume what was stopped, and fail (60; "
+        "with --max-freeze twice that and a second; 0: no limit)",
     )
     add(
         "--throttle",
         type=parsed(parse_throttle, "throttle"),
         metavar="RATE[:CGROUP]",
-        help="with --max-freeze: slow the writer down to so many bytes per second by its cgroup "
-        "when nothing else makes the freeze fit",
+        help="with --max-freeze: when nothing else makes the freeze short enough, limit the "
+        "writer's cgroup to so many bytes per second",
     )
     add(
         "--max-freeze",
         type=parsed(parse_time, "time"),
         metavar="TIME",
-        help="freeze only when it is expected to last this long at most, else go on iterating",
+        help="freeze only when the freeze is expected to last at most so long; until then, send "
+        "rounds",
     )
     add(
         "--deadline",
         type=parsed(parse_time, "time"),
         default=CopyOptions.deadline,
         metavar="TIME",
-        help="with --max-freeze: iterate so long at most after the first pass (600)",
+        help="with --max-freeze: send rounds for at most so long after the first pass (600)",
     )
     add(
         "--on-deadline",
         choices=("freeze", "abort"),
         default=CopyOptions.on_deadline,
-        help="what to do then (abort)",
+        help="what to do at the --deadline: freeze all the same, or fail (abort)",
     )
-    add("-t", "--times", action="store_true", help="print where the frozen time went")
+    add("-t", "--times", action="store_true", help="print how the frozen time was spent")
     add(
         "--trace",
         metavar="FILE",
-        help="write what both ends did as a Chrome trace (chrome://tracing, Perfetto)",
+        help="write a time line of both ends to FILE, for chrome://tracing or Perfetto",
     )
     g = p.add_argument_group("both ends")
     add = g.add_argument
@@ -191,15 +213,16 @@ def parser() -> Parser:
         type=parsed(parse_time, "time"),
         default=CopyOptions.timeout,
         metavar="TIME",
-        help="give a silent peer up after this (600)",
+        help="fail when the peer is silent for so long (600)",
     )
-    add("--progress", action="store_true", help="a progress bar on stderr")
+    add("--progress", action="store_true", help="show a progress bar on stderr")
     add(
         "--json",
         nargs="?",
         const="-",
         metavar="FILE",
-        help="events as NDJSON to FILE; without FILE to stdout, or to stderr when stdout is taken",
+        help="write events as NDJSON to FILE; without FILE to stdout, or to stderr when the stream "
+        "uses stdout",
     )
     return p
 

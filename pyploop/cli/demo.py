@@ -14,15 +14,16 @@ def parser() -> Parser:
     p = Parser(
         prog="pyploop demo",
         allow_abbrev=False,
-        description="Make a throw-away disk, write to it, copy it live, compare, clean up.",
+        description="Make a temporary disk, copy it while a program writes to it, compare the "
+        "copy, and clean up.",
     )
     p.add_argument(
         "--size",
         type=parsed(parse_size, "size"),
         default=512 * MIB,
-        help="of the disk, sparse (512M)",
+        help="size of the disk, which is sparse (512M)",
     )
-    p.add_argument("--folder", help="where to make it (the usual place for temporary files)")
+    p.add_argument("--folder", help="folder to make it in (the usual one for temporary files)")
     return p
 
 

@@ -23,10 +23,10 @@ def parser() -> Parser:
     p = Parser(
         prog="pyploop info",
         allow_abbrev=False,
-        description="Tell what an image, a block device or a DiskDescriptor.xml is, "
+        description="Show what an image, a block device or a DiskDescriptor.xml is, "
         "and how it would be copied. Changes nothing.",
     )
-    p.add_argument("--json", action="store_true", help="one JSON object (docs/internals/images.md)")
+    p.add_argument("--json", action="store_true", help="print one JSON object (docs/internals/images.md)")
     p.add_argument("path", metavar="IMAGE|DEVICE|DiskDescriptor.xml")
     return p
 

@@ -30,12 +30,12 @@ Usage: pyploop [-v...] [--version] COMMAND ...
 Commands:
        copy    copy a disk that is in use, or receive such a copy
        migrate move a container to another host, live
-       agent   the target's end of that
+       agent   the target's side of migrate; started through ssh
        sync    fsync files, as vzfsync does
-       thaw    undo what killed copies left frozen
-       info    tell what an image, a device or a DiskDescriptor.xml is
-       demo    copy a throw-away disk live, and compare
-'pyploop COMMAND --help' tells more."""
+       thaw    undo what killed copies have left frozen or stopped
+       info    show what an image, a device or a DiskDescriptor.xml is
+       demo    copy a temporary disk that is in use, and compare the copy
+'pyploop COMMAND --help' shows the options of a command."""
 
 Command = Callable[[list[str], int], int]
 
@@ -44,7 +44,7 @@ COMMANDS = ("copy", "migrate", "agent", "sync", "thaw", "info", "demo")
 
 
 def _command(name: str) -> Command:
-    """Only this one's module: starting fast is part of copying fast."""
+    """Import the module of this command alone: a copy is short, so its start counts."""
     run: Command = importlib.import_module(f"pyploop.cli.{name}").run
     return run
 
@@ -67,25 +67,25 @@ def parse_globals(args: list[str]) -> tuple[int, list[str]]:
 
 @contextlib.contextmanager
 def signals_raise() -> Iterator[None]:
-    """SIGINT, SIGTERM, SIGHUP and SIGQUIT become Interrupted, once: what is
-    being undone is not interrupted again.  SIGPIPE is an error of write."""
+    """SIGINT, SIGTERM, SIGHUP and SIGQUIT raise Interrupted, once, so that undoing is not
+    interrupted.  SIGPIPE becomes an error of write."""
     names = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
 
     def handler(signum: int, frame: FrameType | None) -> None:
         for s in names:
-            # Not SIG_IGN: one that is under way already would be complained about.
+            # Not SIG_IGN: Python prints a warning about one that is already under way.
             signal.signal(s, lambda *_: None)
         raise Interrupted(signum)
 
     old = {s: signal.signal(s, handler) for s in names if signal.getsignal(s) != signal.SIG_IGN}
-    # A full file is an error of write too, not a death (RLIMIT_FSIZE).
+    # A file at its limit (RLIMIT_FSIZE) is an error of write, too.
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     signal.signal(signal.SIGPIPE, signal.SIG_IGN)
     dropped = sys.unraisablehook
 
     def raise_again(args: "sys.UnraisableHookArgs") -> None:
-        # Raised in a destructor or a weak reference's callback, it would be
-        # lost: Python drops what is raised there.
+        # Python drops what is raised in a destructor or in the callback of a weak
+        # reference, so it would be lost.
         error = args.exc_value
         if not isinstance(error, Interrupted):
             dropped(args)
@@ -117,8 +117,8 @@ def _die_by(signum: int) -> int:
 
 
 def _guard_standard_streams() -> None:
-    """Descriptors 0 to 2 are never something else that we open: where one is
-    closed, a command's messages would end up in the stream."""
+    """Open the closed ones of descriptors 0 to 2 on /dev/null.  Else a file or stream that
+    we open would get that number, and with it the messages of commands."""
     for fd in range(3):
         try:
             os.fstat(fd)
@@ -132,8 +132,8 @@ def _guard_standard_streams() -> None:
 
 
 def _drop_unwritten() -> None:
-    """What cannot be written to stdout or stderr does not change the exit code
-    (the interpreter would end with 120)."""
+    """Keep the exit code when stdout or stderr cannot be written (the interpreter would end
+    with 120)."""
     for fd, text in ((1, sys.stdout), (2, sys.stderr)):
         try:
             if text is not None:
@@ -155,8 +155,8 @@ def main(argv: list[str] | None = None) -> int:
 def program() -> NoReturn:
     """`main`, and the end of the process at once.
 
-    Taking the interpreter down takes 10 ms, and a caller that waits for a copy
-    keeps a container stopped meanwhile.
+    Finalizing the interpreter takes 10 ms, and the caller may keep a container stopped
+    until the copy has ended.
     """
     os._exit(main())
 
@@ -173,7 +173,7 @@ def _main(args: list[str]) -> int:
 
 
 def _print(text: str) -> None:
-    """What was asked for; WriteError when nobody can have it."""
+    """Print what was asked for; WriteError when stdout cannot be written."""
     try:
         print(text, flush=True)
     except OSError as e:

@@ -86,7 +86,7 @@ def _options(o: MigrateOptions) -> MigrationOptions:
 
 
 def _close(handle: TextIO, path: str) -> None:
-    """What cannot be written changes nothing of what became of the migration."""
+    """A log that cannot be written does not make the migration fail."""
     try:
         handle.close()
     except OSError as e:

@@ -67,23 +67,28 @@ def parser() -> Parser:
         description="Move a container to another host; with --live without stopping it.",
     )
     add = p.add_argument
-    add("host", nargs="?", metavar="HOST", help="[user@]host, as ssh takes it")
-    add("container", nargs="?", metavar="CT", help="container: its ID or name")
-    g = p.add_argument_group("as vzmigrate has them")
+    add("host", nargs="?", metavar="HOST", help="host to move it to, as ssh takes it: [user@]host")
+    add("container", nargs="?", metavar="CT", help="container to move: its ID or name")
+    g = p.add_argument_group("options of vzmigrate")
     add = g.add_argument
-    add("--live", "--online", action="store_true", help="without stopping it")
-    add("--check-only", "--dry-run", action="store_true", help="check both sides, change nothing")
+    add("--live", "--online", action="store_true", help="move it without stopping it")
+    add(
+        "--check-only",
+        "--dry-run",
+        action="store_true",
+        help="check both hosts, and change nothing",
+    )
     add(
         "-r",
         "--remove-area",
         choices=("yes", "no"),
         default="yes",
-        help="remove the container from the source afterwards (yes)",
+        help="remove the container from this host afterwards (yes)",
     )
     add(
         "--keep-dst",
         action="store_true",
-        help="keep what was copied when the migration fails; the next one goes on from it",
+        help="if the migration fails, keep what was copied; the next one continues from it",
     )
     add(
         "-f",
@@ -91,10 +96,14 @@ def parser() -> Parser:
         action="append",
         default=[],
         metavar="[=]cpu,ipv6",
-        help="leave out these checks of compatibility; without a list all of them",
+        help="skip these compatibility checks; without a list, all of them",
     )
     add("--ssh", action="append", default=[], metavar="OPTS", help="more options for ssh")
-    add("--ssh-mux", action="store_true", help="accepted: there is one connection in any case")
+    add(
+        "--ssh-mux",
+        action="store_true",
+        help="accepted and without effect: there is one connection in any case",
+    )
     add(
         "--rsync",
         action="append",
@@ -102,20 +111,30 @@ def parser() -> Parser:
         metavar="OPTS",
         help="more options for rsync, which copies a root that is a directory",
     )
-    add("-c", "--compact", action="store_true", help="accepted: nothing is compacted")
-    add("-s", "--snapshot", action="store_true", help="accepted: no snapshot is needed")
-    add("-t", "--times", action="store_true", help="print where the suspended time went")
+    add(
+        "-c",
+        "--compact",
+        action="store_true",
+        help="accepted and without effect: nothing is compacted",
+    )
+    add(
+        "-s",
+        "--snapshot",
+        action="store_true",
+        help="accepted and without effect: no snapshot is needed",
+    )
+    add("-t", "--times", action="store_true", help="print how the suspended time was spent")
     add("-v", dest="verbose", action="count", default=0, help="more messages (up to four)")
-    g = p.add_argument_group("pyploop's own")
+    g = p.add_argument_group("options of pyploop")
     add = g.add_argument
-    add("--runtime", choices=RUNTIMES, help="what runs the container (from the configuration)")
-    add("--config", metavar="FILE", help="how containers look on this host")
+    add("--runtime", choices=RUNTIMES, help="what runs the container (as the configuration says)")
+    add("--config", metavar="FILE", help="configuration of this host (/etc/pyploop/migrate.toml)")
     add(
         "--pre-dumps",
         type=_count,
         default=MemoryPolicy.max_rounds,
         metavar="N",
-        help="copy memory ahead in so many rounds at most, where the kernel tracks it "
+        help="copy memory in at most so many rounds before the freeze, where the kernel tracks it "
         f"({MemoryPolicy.max_rounds})",
     )
     add(
@@ -123,50 +142,59 @@ def parser() -> Parser:
         dest="pre_dumps",
         action="store_const",
         const=0,
-        help="copy no memory ahead, and do not try whether it works",
+        help="copy no memory before the freeze, and do not test whether that works",
     )
     add(
         "--drop-exec",
         action="store_true",
-        help="let processes of `runc exec`, which cannot be moved, end with the move",
+        help="end processes of `runc exec`, which cannot be moved, instead of failing",
     )
     add(
         "--suspend-limit",
         type=parsed(_limit, "time"),
         metavar="TIME",
-        help="with --live: after so long a suspended container goes on here, unless the target "
-        "may have restored it already (60); 0 for no limit",
+        help="with --live: if the container is suspended for so long, resume it here, unless the "
+        "target may have restored it already (60; 0: no limit)",
     )
-    add("--max-freeze", type=parsed(parse_time, "time"), metavar="TIME", help="disk frozen at most")
+    add(
+        "--max-freeze",
+        type=parsed(parse_time, "time"),
+        metavar="TIME",
+        help="freeze a disk for at most so long",
+    )
     add(
         "--deadline",
         type=parsed(parse_time, "time"),
         metavar="TIME",
-        help="iterate at most so long for --max-freeze",
+        help="with --max-freeze: send rounds for at most so long",
     )
     add(
         "--bwlimit",
         type=parsed(parse_size, "size"),
         default=0,
         metavar="RATE",
-        help="bytes per second (K, M, G) of a disk while the container runs",
+        help="send at most so many bytes per second of a disk while the container runs (K, M, G)",
     )
     add(
         "--timeout",
         type=parsed(_some_time, "time"),
         default=600.0,
         metavar="TIME",
-        help="give a silent peer up after this (600)",
+        help="fail when the peer is silent for so long (600)",
     )
-    add("--json", nargs=1, metavar="FILE", help="events as NDJSON to FILE, - for stdout")
-    add("--trace", metavar="FILE", help="a Chrome trace of both hosts")
-    add("--recover", action="store_true", help="undo, or finish, what a killed migration left")
+    add("--json", nargs=1, metavar="FILE", help="write events as NDJSON to FILE; -: to stdout")
+    add(
+        "--trace",
+        metavar="FILE",
+        help="write a time line of both hosts to FILE, for chrome://tracing or Perfetto",
+    )
+    add("--recover", action="store_true", help="undo, or finish, what a killed migration has left")
     return p
 
 
 def _count(text: str) -> int:
     if not text.isdecimal() or int(text) > LONGEST:
-        raise argparse.ArgumentTypeError(f"{text!r} is no number up to {LONGEST}")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number up to {LONGEST}")
     return int(text)
 
 
@@ -192,14 +220,14 @@ def parse(args: list[str]) -> MigrateOptions:
     p = parser()
     for a in args[: args.index("--") if "--" in args else None]:
         if a.startswith("--") and a.endswith("=--"):  # argparse drops that value
-            p.error(f"{a}: -- is no value")
+            p.error(f"{a}: -- is not a value")
     o = p.parse_args(_spelled_out(args))
     if not o.recover and (o.host is None or o.container is None):
-        p.error("HOST and CT are needed")
+        p.error("HOST and CT are missing")
     if o.host is not None and (o.host.startswith("-") or not o.host.strip()):
-        p.error(f"{o.host!r} is no host")
+        p.error(f"{o.host!r} is not a host name")
     if o.recover and (o.live or o.check_only):
-        p.error("--recover goes without --live and --check-only")
+        p.error("--recover cannot be used with --live or --check-only")
     return MigrateOptions(
         host=o.host or "",
         container=o.container or "",

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is to be stopped, from the command line."""
+"""Options that name what to stop."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 from pyploop.freeze.stoppers import Spec, parse_spec
 
 FIRST = Spec("cmd", "").name
-"""How messages call -F."""
+"""What messages call -F."""
 
 
 class StopAction(argparse.Action):
@@ -30,7 +30,7 @@ class StopAction(argparse.Action):
             specs.append(Spec("cmd", text, name=FIRST))
         elif option == "--undo":
             if not specs or specs[-1].kind != "cmd":
-                parser.error("--undo belongs right after the -F or --freeze cmd: that it undoes")
+                parser.error("--undo must follow the -F or --freeze cmd: that it undoes")
             specs[-1] = replace(specs[-1], undo=text)
         else:
             try:

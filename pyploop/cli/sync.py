@@ -22,7 +22,7 @@ def parser() -> Parser:
     p = _Parser(
         prog="pyploop sync",
         allow_abbrev=True,
-        description="Make files durable. Goes on after a file that fails.",
+        description="Make files durable. When a file fails, the others are still synced.",
     )
     how = p.add_mutually_exclusive_group()
     how.add_argument("-s", "--sync", action="store_true", help="fsync each file")

@@ -17,17 +17,17 @@ def parser() -> Parser:
     p = Parser(
         prog="pyploop thaw",
         allow_abbrev=False,
-        description="Undo what copies that were killed, watchdog and all, have left: thaw file "
-        "systems and cgroups, resume containers, take throttles off, remove unfinished targets. "
-        "Without arguments, list it. "
-        "What belongs to a living copy is never touched.",
+        description="Undo what copies have left that were killed together with their watchdog: "
+        "thaw file systems and cgroups, resume containers, remove throttles and unfinished "
+        "targets. Without arguments, list what is left. "
+        "What belongs to a running copy is never touched.",
     )
-    p.add_argument("--list", action="store_true", help="list the journals, and what is in them")
-    p.add_argument("--all", action="store_true", help="undo everything whose copy has died")
+    p.add_argument("--list", action="store_true", help="list the journals and their entries")
+    p.add_argument("--all", action="store_true", help="undo everything that dead copies have left")
     p.add_argument(
         "--forget",
         action="store_true",
-        help="drop the named journals and undo nothing, for what can never be undone",
+        help="remove the named journals without undoing anything; for what cannot be undone",
     )
     p.add_argument("ids", nargs="*", metavar="ID", help="journals to undo, as --list names them")
     return p
@@ -37,21 +37,21 @@ def run(args: list[str], level: int) -> int:
     p = parser()
     o = p.parse_args(args)
     if o.ids and (o.all or o.list):
-        p.error("an ID, --all or --list")
+        p.error("give IDs, --all, or --list, and only one of them")
     if o.forget and not o.ids:
-        p.error("--forget goes with the IDs of the journals")
+        p.error("--forget needs the IDs of the journals")
     try:
         if not (o.ids or o.all):
-            return _list(records(ignored=_tell))
+            return _list(records(ignored=_complain))
         with replaying():
-            chosen = _chosen(o, records(ignored=_tell))
+            chosen = _chosen(o, records(ignored=_complain))
             return _forget(chosen, level) if o.forget else _undo(chosen, level)
     except PyploopError as e:
         print(f"pyploop thaw: {e}", file=sys.stderr)
         return e.exit_code
 
 
-def _tell(text: str) -> None:
+def _complain(text: str) -> None:
     print(f"pyploop thaw: {one_line(text)}", file=sys.stderr)
 
 
@@ -78,13 +78,13 @@ def _chosen(o: argparse.Namespace, found: list[Record]) -> list[Record]:
 
 
 def _forget(chosen: list[Record], level: int) -> int:
-    """BusyError when one belongs to a living copy; then none is dropped after it."""
+    """BusyError when one belongs to a running copy; those after it are not removed then."""
     for record in chosen:
         entries = record.entries
         record.forget()
         if level >= 0:
             left = ", ".join(describe(e) for e in reversed(entries)) or "nothing was left"
-            print(f"{record.id}  forgotten, not undone: {left}")
+            print(f"{record.id}  removed, and not undone: {left}")
     return 0
 
 
@@ -100,11 +100,11 @@ def _undo(chosen: list[Record], level: int) -> int:
         else:
             code = DeviceControlError.exit_code if failed else code
         for words in failed:
-            _tell(words)
+            _complain(words)
         if failed and entries:
-            _tell(
-                f"{record.id} stays, for another try; if that can never succeed, see to it by "
-                f"hand, then: pyploop thaw --forget {record.id}"
+            _complain(
+                f"{record.id} stays, so that it can be tried again; if it can never succeed, "
+                f"undo it by hand and then run: pyploop thaw --forget {record.id}"
             )
         if not failed and level >= 0:
             done = ", ".join(describe(e) for e in reversed(entries)) or "nothing was left"

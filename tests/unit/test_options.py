@@ -87,7 +87,7 @@ def test_the_same_parser_reads_two_command_lines() -> None:
 def test_options_that_contradict_each_other_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         parser_of("migrate").parse_args(["--pre-dumps", "2", "--no-pre-dump", "host", "ct"])
-    assert "--pre-dumps and --no-pre-dump: only one can count" in capsys.readouterr().err
+    assert "--pre-dumps and --no-pre-dump exclude each other" in capsys.readouterr().err
 
 
 def test_mount_points_and_stops_add_up() -> None:

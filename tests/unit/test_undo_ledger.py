@@ -377,7 +377,7 @@ def test_what_can_never_be_undone_is_forgotten_by_name(place: Path, owner: Owner
     code, out = thaw("--all")
     assert (code, out.splitlines()[0]) == (3, "pyploop thaw: resume it: exit code 1")
     assert f"pyploop thaw --forget {name}" in out
-    assert thaw("--forget", name) == (0, f"{name}  forgotten, not undone: resume it\n")
+    assert thaw("--forget", name) == (0, f"{name}  removed, and not undone: resume it\n")
     assert (journal.records(), thaw("--all")) == ([], (0, ""))
 
 
