@@ -159,6 +159,19 @@ def test_every_package_says_what_belongs_in_it() -> None:
     assert missing == []
 
 
+def test_libploop_needs_nothing_but_the_api() -> None:
+    needed = {name for name in ours("libploop") if not name.startswith("api.")}
+    assert needed == {"errors", "system.own_path"}
+
+
+def test_the_commands_start_no_copy_or_migration_by_another_way_than_the_api() -> None:
+    """What runs by itself on the target (agent), and what undoes (thaw), is no copy."""
+    engines = {"diskcopy.sender", "diskcopy.receiver", "disks.opening", "trackers.registry"}
+    found = {n for n in GRAPH if n.startswith("cli.") and ours(n) & engines}
+    found |= {n for n in GRAPH if n.startswith("cli.") and "migration.source" in str(ours(n))}
+    assert found == set()
+
+
 def test_only_one_module_knows_the_cffi_module() -> None:
     assert [name for name in GRAPH if "_kernel" in ours(name)] == ["system.kernel"]
 
