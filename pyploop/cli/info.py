@@ -26,7 +26,9 @@ def parser() -> Parser:
         description="Show what an image, a block device or a DiskDescriptor.xml is, "
         "and how it would be copied. Changes nothing.",
     )
-    p.add_argument("--json", action="store_true", help="print one JSON object (docs/internals/images.md)")
+    p.add_argument(
+        "--json", action="store_true", help="print one JSON object (docs/internals/images.md)"
+    )
     p.add_argument("path", metavar="IMAGE|DEVICE|DiskDescriptor.xml")
     return p
 

@@ -280,7 +280,7 @@ def test_silent_sender_is_given_up(tmp_path: Path) -> None:
     os.close(r)
     os.close(w)
     assert got.code == 6
-    got.one_line("silent")
+    got.one_line("sends nothing")
     assert list(tmp_path.iterdir()) == []
 
 
