@@ -227,7 +227,7 @@ def test_another_copy_waits_for_the_freeze_although_nothing_pins_the_mount(
     try:
         one.guard()
         one.let_go()
-        with pytest.raises(BusyError, match="another copy keeps"):
+        with pytest.raises(BusyError, match="another copy has frozen"):
             two.guard()
         one.thaw()
         two.guard()
