@@ -45,5 +45,5 @@ def data_extents(
         pos = hole
     else:
         return
-    report(f"its file system does not show the holes from byte {pos} on: all of it is read")
+    report(f"its file system does not show the holes from byte {pos} on: all of it is read as data")
     yield pos, end
