@@ -65,7 +65,7 @@ def run(args: list[str], level: int) -> int:
 def _receive(o: argparse.Namespace, report: Reporter) -> None:
     from pyploop.api.receiving import receive
 
-    descriptors.check_stream(o.inp, "-i")
+    descriptors.check_input(o.inp, "-i")
     if o.feedback is not None:
         descriptors.check_stream(o.feedback, "-f")
     receive(o.target, o.inp, feedback=o.feedback, timeout=o.timeout, reporter=report)

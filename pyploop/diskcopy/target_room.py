@@ -95,6 +95,8 @@ def check_size(fd: int, size: int, fstype: str, path: str) -> None:
     """WriteError when the file system, or a limit of this process, does not allow a file
     of `size` bytes.  It is tried now, since it would show only at the end."""
     try:
+        if size >> 63:  # no file has, and no call takes it
+            raise OSError(errno.EFBIG, os.strerror(errno.EFBIG))
         if fstype in WITHOUT_HOLES:
             _check_position(fd, size)
             return

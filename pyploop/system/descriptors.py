@@ -46,10 +46,23 @@ def check_open(fd: int, option: str) -> os.stat_result:
 
 
 def check_stream(fd: int, option: str) -> None:
-    """ParameterError unless it is an open pipe or socket."""
+    """ParameterError unless it is an open pipe or socket, of bytes: one of messages
+    drops what is not read of each."""
     check_open(fd, option)
     if not is_stream(fd):
         raise ParameterError(f"{option} {fd} is not a pipe or a socket")
+    if is_socket(fd):
+        with socket.socket(fileno=os.dup(fd)) as s:
+            listens = s.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN)
+            if s.type != socket.SOCK_STREAM or listens:
+                raise ParameterError(f"{option} {fd} is not the socket of a stream (SOCK_STREAM)")
+
+
+def check_input(fd: int, option: str) -> None:
+    """The same, and it can be read."""
+    check_stream(fd, option)
+    if fcntl.fcntl(fd, fcntl.F_GETFL) & os.O_ACCMODE == os.O_WRONLY:
+        raise ParameterError(f"{option} {fd} is open for writing only")
 
 
 def no_delay(fd: int) -> None:

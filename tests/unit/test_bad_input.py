@@ -119,6 +119,32 @@ def test_receiver_refuses_a_broken_stream(tmp_path: Path, case: str) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize(
+    ("kind", "word"),
+    [
+        ("datagrams", "SOCK_STREAM"),
+        ("packets", "SOCK_STREAM"),
+        ("listening", "SOCK_STREAM"),
+        ("the wrong end of a pipe", "writing only"),
+    ],
+)
+def test_receiver_refuses_what_carries_no_bytes(tmp_path: Path, kind: str, word: str) -> None:
+    """It would wait for ever, or lose what it does not read of a message."""
+    r, w = os.pipe()
+    kinds = {"datagrams": socket.SOCK_DGRAM, "packets": socket.SOCK_SEQPACKET}
+    a, b = socket.socketpair(socket.AF_UNIX, kinds.get(kind, socket.SOCK_STREAM))
+    with a, b, socket.socket() as listening:
+        listening.listen()
+        a.send(d1_frame(0, DATA[:1000]))
+        fd = {"listening": listening.fileno(), "the wrong end of a pipe": w}.get(kind, b.fileno())
+        got = pyploop("copy", "-d", tmp_path / "image", stdin=fd)
+    os.close(r)
+    os.close(w)
+    assert got.code == 38, got.err
+    got.one_line(word)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_receiver_takes_a_good_stream_and_nothing_past_its_end(tmp_path: Path) -> None:
     r, w = os.pipe()
     os.write(w, GOOD + b"rest")
