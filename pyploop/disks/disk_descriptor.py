@@ -163,6 +163,7 @@ def _guid(parent: ET.Element, tag: str) -> str:
 def _images(storage: ET.Element, folder: str) -> dict[str, tuple[str, Format]]:
     """GUID -> (path, format)."""
     images: dict[str, tuple[str, Format]] = {}
+    files: set[str] = set()
     for element in _children(storage, "Image"):
         guid = _guid(element, "GUID")
         if guid in images:
@@ -172,7 +173,11 @@ def _images(storage: ET.Element, folder: str) -> dict[str, tuple[str, Format]]:
             raise DescriptorError(
                 f"Image {guid} has the Type {kind[:40]!r} (one of {', '.join(FORMATS)})"
             )
-        images[guid] = os.path.join(folder, _text(element, "File")), FORMATS[kind]
+        path = os.path.join(folder, _text(element, "File"))
+        if (plain := os.path.normpath(path)) in files:
+            raise DescriptorError(f"two Images have the File {plain[-80:]!r}")
+        files.add(plain)
+        images[guid] = path, FORMATS[kind]
     if not images:
         raise DescriptorError("it has no Image")
     return images

@@ -293,3 +293,11 @@ def test_any_tree(
     assert d.chain[0].parent is None
     assert all(b.parent == a.guid for a, b in zip(d.chain, d.chain[1:], strict=False))
     assert top is None or d.top.guid == top
+
+
+def test_a_file_comes_once(tmp_path: Path) -> None:
+    """What reads the chain would read it as often as it is named."""
+    twice = [(guid(1), "Compressed", "root.hds"), (guid(2), "Compressed", "./root.hds")]
+    made = xml(twice, [(guid(1), NONE), (guid(2), guid(1))], top=guid(2))
+    with pytest.raises(DescriptorError, match=r"two Images have the File '.*root\.hds'"):
+        disk_descriptor.parse(made, str(tmp_path / "DiskDescriptor.xml"))

@@ -332,6 +332,23 @@ def test_bat_of_a_huge_sparse_file_is_read_in_pieces(img: Path) -> None:
         tracemalloc.stop()
 
 
+def test_holes_of_a_bat_are_not_read(img: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A file of some kilobytes may have a BAT of a gigabyte, and a descriptor names
+    thousands of them."""
+    n, read = 1 << 24, []
+    img.write_bytes(make(2, 128, n, first=(64 * MIB // 65536 + 1) * 128, file_size=4096))
+    os.truncate(img, 128 * MIB)
+
+    def pread(fd: int, size: int, at: int) -> bytes:
+        read.append(size)
+        return real(fd, size, at)
+
+    real = os.pread
+    monkeypatch.setattr(os, "pread", pread)
+    assert image.inspect(str(img)).allocated == 0
+    assert sum(read) < MIB
+
+
 def test_too_many_entries_and_clusters_are_refused(img: Path) -> None:
     n = image.MAX_ENTRIES + 1
     head = make(2, 2, n, first=2 * (n // 128), file_size=4096)
