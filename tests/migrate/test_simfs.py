@@ -15,6 +15,9 @@ import support
 from treeloop import account
 from vzlab import CTID, VzHost, VzLab, vz_lab
 
+from pyploop.runtimes import config
+from pyploop.runtimes.vzctl.runtime import Vzctl
+
 CHANGES = ("numbers", ".", ".deleted_but_open")
 """What the container itself, or its end, changes."""
 
@@ -214,3 +217,48 @@ def test_a_killed_orchestrator_is_recovered_from(
     done = lab.migrate(lab.a, "--recover")
     assert done.returncode == 0, done.stderr
     runs_only_on(lab, where[runs_on])
+
+
+DESCRIPTOR = """\
+<Parallels_disk_image><Disk_Parameters><Disk_size>2048</Disk_size></Disk_Parameters>
+<StorageData><Storage><Start>0</Start><End>2048</End><Blocksize>2048</Blocksize>
+<Image><GUID>{5fbaabe3-6958-40ff-92a7-860e329aab41}</GUID><Type>Plain</Type><File>%s</File></Image>
+</Storage></StorageData></Parallels_disk_image>
+"""
+
+
+@pytest.mark.parametrize("how", ["link", "dots"])
+def test_a_container_that_makes_up_a_disk_gets_no_file_of_the_host(lab: VzLab, how: str) -> None:
+    """Its root is its private area, so it can have a root.hdd there before it stops."""
+    private, secret = lab.a.folder / "private" / CTID, lab.a.folder / "private/secret"
+    secret.write_bytes(b"only root of the host may read this" + bytes(1 << 20))
+    lab.a.vzctl("stop", CTID)
+    shutil.rmtree(private / "etc")
+    (private / "link").unlink()
+    (private / "root.hdd").mkdir()
+    file = "root.hds" if how == "link" else "../../secret"
+    (private / "root.hdd/DiskDescriptor.xml").write_text(DESCRIPTOR % file)
+    if how == "link":
+        (private / "root.hdd/root.hds").symlink_to(secret)
+    done = lab.migrate(lab.a, "hostb", CTID)
+    assert done.returncode == 6, done.stderr
+    assert "the disk " in done.stderr
+    assert lab.b.files() == set()
+    assert private.exists() and secret.exists()
+    secret.unlink()
+
+
+def test_what_kind_of_container_it_is_is_decided_once(
+    lab: VzLab, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It runs, and may make a root.hdd after the checks."""
+    host = config.HostConfig(vz_etc=str(lab.a.folder / "etc/vz"))
+    runtime = Vzctl(host, CTID)
+    monkeypatch.setattr(Vzctl, "_check_root", lambda self: None)
+    assert runtime.check_source(live=False)["simfs"]
+    made = Path(runtime.trees()[0].path) / "root.hdd"
+    made.mkdir()
+    try:
+        assert runtime.trees() and not runtime.disks(source=True)
+    finally:
+        made.rmdir()

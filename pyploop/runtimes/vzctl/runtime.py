@@ -64,7 +64,7 @@ class Vzctl:
         self._scripts: list[str] = []
         """Action scripts that have come."""
         self._simfs: bool | None = None
-        """The source's word, on the target."""
+        """Found by the checks; the source's word, on the target."""
         try:
             self._conf = config_files.load(self.container, Path(host.vz_etc))
             self.lock_dir = self._conf.path("LOCKDIR")
@@ -132,7 +132,22 @@ class Vzctl:
             if device := volumes.device_of(self._root):
                 st = os.stat(device).st_rdev
                 opened = f"/dev/{sysblock.find((os.major(st), os.minor(st))).disk}"
+            else:
+                self._check_plain(top)
         return [Disk(str(self._private / self._top), "", "", "", opened)]
+
+    def _check_plain(self, top: Path) -> None:
+        """MigrateError(6) unless the disk, which is not mounted, is a regular file here,
+        behind no link.  A container whose private area is its root may have made one."""
+        try:
+            with beneath.place(str(top), str(self._private)) as at:
+                mode = os.lstat(at.name, dir_fd=at.dir_fd).st_mode
+        except OSError as e:
+            raise MigrateError(VzExitCode.COPY_FAILED, f"the disk {top}: {e.strerror}") from e
+        if not stat.S_ISREG(mode):
+            raise MigrateError(
+                VzExitCode.COPY_FAILED, f"the disk {top} is no regular file: mount it first"
+            )
 
     def _descriptor(self) -> disk_descriptor.Descriptor:
         path = self._private / HDD / disk_descriptor.NAME
@@ -161,6 +176,8 @@ class Vzctl:
     # ---- source
 
     def check_source(self, live: bool) -> Facts:
+        # Decided once: a container whose root it is can change what lies there.
+        self._simfs = self._is_simfs()
         self._check_root()
         self._left = [
             f"{e.source} ({e.root}) is mounted on {e.point}, within the container, and does not "
