@@ -497,6 +497,17 @@ def joined(host: Host, pid: int) -> bool:
     return "EA0201EF" in host.outside(f"/proc/{pid}/net/igmp").read_text()
 
 
+def test_children_that_have_ended_and_nobody_waits_for_move(scene: Scene) -> None:
+    scene.start({"process": {"argv": ["/tool", "zombies"]}})
+    support.wait_until(lambda: zombies(scene.lab.a) == 3, "they have ended")
+    scene.moves()
+    assert zombies(scene.lab.b) == 3
+
+
+def zombies(host: Host) -> int:
+    return host.run("ps", "-eo", "stat=,comm=").count("Z    tool")
+
+
 def test_events_and_datagrams_that_wait_at_the_suspension_are_said(scene: Scene) -> None:
     scene.start({"process": {"argv": ["/tool", "unread"]}})
     said = [x for x in scene.moves().out.splitlines() if x.startswith("Does not move: ")]

@@ -75,6 +75,11 @@ int main(int argc, char **argv)
 		    setsockopt(tcp, IPPROTO_TCP, TCP_USER_TIMEOUT, &timeout, sizeof(timeout)) < 0)
 			return 1;
 	}
+	if (!strcmp(what, "zombies")) {
+		for (int n = 0; n < 3; n++)
+			if (fork() == 0)
+				_exit(n);
+	}
 	if (!strcmp(what, "child")) {
 		pid_t middle = fork();
 

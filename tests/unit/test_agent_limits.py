@@ -22,8 +22,8 @@ from scripts import CHECK, HEX, MACHINE
 from pyploop.errors import MigrateError, PyploopError
 from pyploop.migration import commit_record, deadlines, undo_kinds
 from pyploop.migration.mux import Mux
-from pyploop.migration.target import agent, agent_events, incoming, incoming_files, incoming_memory
-from pyploop.runtimes import State, config
+from pyploop.migration.target import agent, agent_events, incoming, incoming_files
+from pyploop.runtimes import State, config, memory_in_use
 from pyploop.runtimes.config import HostConfig
 from pyploop.system import jobs
 from pyploop.wire import mux as wire
@@ -333,7 +333,7 @@ def test_a_disk_that_is_larger_than_announced_is_refused(connect: Connect, world
 def test_memory_that_is_larger_than_announced_is_refused(
     connect: Connect, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(incoming_memory, "GIB", 0)
+    monkeypatch.setattr(memory_in_use, "GIB", 0)
     source = connect()
     source.begin(memory=1000)
     stream = b"".join(piece(b"pages-1.img", bytes(1000), n * 1000) for n in range(9))
@@ -374,7 +374,7 @@ def test_rounds_of_memory_come_one_after_the_other_and_are_bounded_together(
     connect: Connect, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Each had all that was announced, and one that failed was not counted."""
-    monkeypatch.setattr(incoming_memory, "GIB", 0)
+    monkeypatch.setattr(memory_in_use, "GIB", 0)
     source = connect()
     source.call("check", facts={**FACTS, "memory": 1000}, **CHECK)
     source.call("begin", migration=HEX, stall=0.3, keep=False)

@@ -4,20 +4,31 @@ tables; tests/migrate/test_runc_contents.py has the same on real ones."""
 
 from __future__ import annotations
 
+import contextlib
 import os
+import resource
 import shutil
+import signal
+import socket
 import stat
-from collections.abc import Callable, Sequence
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, cast
 
 import pytest
 import support
 
 from pyploop.errors import MigrateError
-from pyploop.runtimes import config, copied
-from pyploop.runtimes.runc import contents, host_fit, leftovers, members
-from pyploop.system import mount_table
+from pyploop.freeze.cgroup_freezer import Freezer
+from pyploop.runtimes import config, copied, memory_in_use
+from pyploop.runtimes.runc import cgroup, contents, host_fit, leftovers, members
+from pyploop.system import descriptors, mount_table
+
+if TYPE_CHECKING:
+    from pyploop.runtimes.runc.cgroup import ContainerCgroup
 
 # ---- processes
 
@@ -86,6 +97,172 @@ def test_a_container_in_the_host_s_namespace_of_processes_goes_by_its_cgroup(pro
     (proc / f"{INIT}/ns/pid").unlink()
     (proc / f"{INIT}/ns/pid").symlink_to("pid:[host]")
     assert members.survey(INIT, OURS, str(proc)) == members.Survey([], [])
+
+
+def test_what_one_look_of_two_finds_is_no_stranger(
+    proc: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A process begins between the list of the cgroup and that of /proc."""
+    process(proc, 104, INIT)
+    real = members.survey
+    monkeypatch.setattr(members, "survey", lambda init, pids: real(init, pids, str(proc)))
+    lists = iter([OURS, [*OURS, 104]])
+    assert members.check("ct", INIT, lambda: next(lists), drop=False) == []
+    with pytest.raises(MigrateError, match="another cgroup"):
+        members.check("ct", INIT, lambda: OURS, drop=False)
+    process(proc, 300, 50)
+    with pytest.raises(members.LostProcessError, match="300"):
+        members.check("ct", INIT, lambda: [*OURS, 104, 300], drop=False)
+
+
+def frozen_in_v1(tmp_path: Path, pid: int) -> contextlib.AbstractContextManager[None]:
+    support.needs("root")
+    top = Path("/sys/fs/cgroup/freezer")
+    if not (top / "cgroup.procs").exists():
+        support.missing("no freezer of cgroup v1")
+    folder = top / f"pyploop-test-{os.getpid()}"
+
+    @contextlib.contextmanager
+    def inside() -> Iterator[None]:
+        folder.mkdir()
+        freezer = Freezer(folder, v2=False)
+        try:
+            (folder / "cgroup.procs").write_text(str(pid))
+            freezer.knob.write_text("FROZEN")
+            assert freezer.wait(time.monotonic() + 10)
+            yield
+        finally:
+            freezer.knob.write_text("THAWED")
+            os.kill(pid, signal.SIGKILL)
+            os.waitpid(pid, 0)
+            support.wait_until(lambda: not freezer.processes(), "it has ended")
+            folder.rmdir()
+
+    return inside()
+
+
+@pytest.mark.parametrize("stopped", [True, False])
+def test_a_stopped_process_is_known_when_it_is_frozen(tmp_path: Path, stopped: bool) -> None:
+    """It looks as any frozen one then, and CRIU would wait for it for ever."""
+    child = subprocess.Popen(["sleep", "60"])
+    if stopped:
+        child.send_signal(signal.SIGSTOP)
+        os.waitid(os.P_PID, child.pid, os.WSTOPPED | os.WNOWAIT)
+    with frozen_in_v1(tmp_path, child.pid):
+        assert members.held(child.pid).startswith("stopped") == stopped
+    child.returncode = 0
+
+
+class Cgroup:
+    """That of a container: notes what is asked for."""
+
+    def __init__(self) -> None:
+        self.asked: list[str] = []
+
+    def freeze(self) -> None:
+        self.asked.append("freeze")
+
+    def thaw(self) -> None:
+        self.asked.append("thaw")
+
+    def pids(self) -> list[int]:
+        return [os.getpid()]
+
+
+@pytest.mark.parametrize("awaited", [0, 2, 1000])
+def test_a_process_amid_a_vfork_is_let_go_on(monkeypatch: pytest.MonkeyPatch, awaited: int) -> None:
+    left = iter([*[True] * awaited, False])
+    monkeypatch.setattr(members, "awaits_vfork", lambda pid: next(left))
+    made = Cgroup()
+    if awaited < cgroup.VFORKS:
+        cgroup.freeze(cast("ContainerCgroup", made), "ct")
+        assert made.asked == ["freeze", "thaw"] * awaited + ["freeze"]
+    else:
+        with pytest.raises(MigrateError, match="vfork"):
+            cgroup.freeze(cast("ContainerCgroup", made), "ct")
+        assert made.asked[-1] == "thaw"
+
+
+def test_what_is_stopped_after_the_checks_is_found_when_all_is_frozen(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    made = Cgroup()
+    monkeypatch.setattr(members, "held", lambda pid: "stopped" if made.asked else "")
+    cgroup.check_none_stopped(cast("ContainerCgroup", made), "ct")
+    with pytest.raises(MigrateError, match="is stopped"):
+        cgroup.freeze(cast("ContainerCgroup", made), "ct")
+
+
+# ---- memory
+
+
+def test_memory_that_nobody_has_mapped_counts(tmp_path: Path) -> None:
+    """Of a memfd, of System V's, of a tmpfs, and in swap."""
+    (tmp_path / "memory.stat").write_text(
+        "cache 9\nrss 1\nshmem 1\ntotal_rss 100\ntotal_shmem 2000\ntotal_swap 30\n"
+    )
+    assert memory_in_use.memory_of([], {"memory": str(tmp_path)}) == 2130
+    (tmp_path / "memory.stat").write_text("anon 100\nfile 5000\nshmem 2000\n")
+    (tmp_path / "memory.swap.current").write_text("30\n")
+    assert memory_in_use.memory_of([], {"": str(tmp_path)}) == 2130
+    assert memory_in_use.memory_of([], {}) == 0
+    assert memory_in_use.memory_of([os.getpid()], {"": str(tmp_path)}) > 1 << 20
+
+
+@pytest.mark.parametrize("name", ["a kB", "VmRSS: 1 kB", "x\ry kB"])
+def test_a_process_is_called_as_it_likes(name: str) -> None:
+    code = "import sys; open('/proc/self/comm','w').write(sys.argv[1]); print(); input()"
+    with subprocess.Popen(
+        [sys.executable, "-c", code, name], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as child:
+        assert child.stdout is not None
+        child.stdout.readline()
+        assert 1 << 20 < memory_in_use.memory_of([child.pid], {}) < 1 << 30
+
+
+def test_memory_that_has_grown_too_much_is_found_before_the_suspension() -> None:
+    memory_in_use.check_growth("ct", 1 << 20, (1 << 30) + (8 << 20))
+    memory_in_use.check_growth("ct", 0, 1 << 40)
+    with pytest.raises(MigrateError, match="migrate it again") as e:
+        memory_in_use.check_growth("ct", 1 << 20, (1 << 30) + (9 << 20))
+    assert e.value.exit_code == 6
+
+
+_HOLDS = """
+import socket, sys
+l = socket.create_server(("127.0.0.1", 0), backlog=200)
+mine, theirs = [], []
+print(l.getsockname()[1], flush=True)
+for n in range(150): mine.append(l.accept()[0])
+l.close(); print("on", flush=True); input()
+"""
+
+
+def test_more_connections_than_we_may_have_descriptors_end_without_a_packet() -> None:
+    """Those that sent a FIN would stay, and keep the container from coming back."""
+    support.needs("root")
+    with (
+        subprocess.Popen(
+            [sys.executable, "-c", _HOLDS], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+        ) as child,
+        contextlib.ExitStack() as stack,
+    ):
+        assert child.stdout is not None
+        port = int(child.stdout.readline())
+        peers = [
+            stack.enter_context(socket.create_connection(("127.0.0.1", port))) for _ in range(150)
+        ]
+        assert child.stdout.readline() == b"on\n"
+        soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        most = max(int(n) for n in os.listdir("/proc/self/fd"))
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most + 20, hard))
+        try:
+            cgroup._silence(child.pid)
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+        child.kill()
+        child.wait()
+        assert not any(descriptors.readable(peer.fileno(), 0) for peer in peers)
 
 
 def test_a_process_that_ends_meanwhile_is_nobody_s(proc: Path) -> None:

@@ -174,6 +174,21 @@ def prop(key: str, value: str) -> Change:
     return cgroup(lambda e: e[2][1][2][0][3].append({1: key, 2: value}))
 
 
+def test_a_zombie_has_a_thread_by_chance_only(tmp_path: Path) -> None:
+    """CRIU writes what happens to be in its memory, and restores none of it."""
+    made = honest()
+    made["pstree.img"].append({1: 8, 2: 1, 3: 1, 4: 1, 5: 72})
+    made["core-8.img"] = [{1: 1, 3: {1: 2}}]
+    check(tmp_path, made)
+    made["core-8.img"] = [task()]  # it runs
+    with pytest.raises(MigrateError, match=r"pstree\.img has the process 72, of which"):
+        check(tmp_path, made)
+    del made["core-8.img"]
+    (tmp_path / "core-8.img").unlink()
+    with pytest.raises(MigrateError, match=r"pstree\.img has the process 8, of which"):
+        check(tmp_path, made)
+
+
 ATTACKS: dict[str, tuple[Change, str]] = {
     "all capabilities": (creds({10: [0xFFFFFFFF, 0x1FF]}), "core-7.img has a process with CAP_CH"),
     "SYS_ADMIN": (creds({11: [1 << 21, 0]}), r"with CAP_SYS_ADMIN \(effective\)"),

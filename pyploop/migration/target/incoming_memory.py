@@ -13,12 +13,8 @@ from pyploop.errors import ProtocolError
 from pyploop.migration import file_stream
 from pyploop.migration.file_stream import Budget, Place
 from pyploop.migration.image_chain import Chain
-from pyploop.runtimes import LARGEST_FILE
-from pyploop.units import GIB
+from pyploop.runtimes import LARGEST_FILE, memory_in_use
 
-MEMORY_GROWTH = 8
-"""All memory images of a migration may be this many times the memory that `check`
-announced, and GIB more: the rounds are twice that at most, and it may grow meanwhile."""
 IMAGE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.@+-]{0,127}")
 """Of CRIU's images, and vzctl's dump."""
 
@@ -30,7 +26,7 @@ class IncomingMemory:
         """folder: of all its images.  announced: bytes of memory that `check` announced.
         stall: seconds without a byte after which the stream is given up."""
         self._chain, self._stall = Chain(folder), stall
-        self._budget = Budget(announced * MEMORY_GROWTH + GIB if announced else LARGEST_FILE)
+        self._budget = Budget(memory_in_use.most_taken(announced) if announced else LARGEST_FILE)
 
     def check(self, number: int, parent: int) -> None:
         """ProtocolError unless these images may come next; see Chain."""

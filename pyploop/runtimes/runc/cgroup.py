@@ -10,10 +10,15 @@ import time
 
 from pyploop.errors import MigrateError, VzExitCode
 from pyploop.freeze.cgroup_freezer import Freezer
+from pyploop.runtimes.runc import members
 from pyploop.system import kernel
 
 DEADLINE = 10.0
 """Seconds for all processes to stop, or to end."""
+
+VFORKS, VFORK_PAUSE = 20, 0.003
+"""How often it is let go on, and for how many seconds, when it is frozen amid a vfork(2),
+which lasts until the child runs its program: CRIU cannot take hold of the parent."""
 
 
 class ContainerCgroup:
@@ -52,12 +57,9 @@ class ContainerCgroup:
         keep that copy from coming back.
         """
         deadline = time.monotonic() + DEADLINE
-        silenced = [fd for pid in self.pids() for fd in _silence(pid)]
-        try:
-            self._end(deadline)
-        finally:
-            for fd in silenced:
-                os.close(fd)
+        for pid in self.pids():
+            _silence(pid)
+        self._end(deadline)
 
     def _end(self, deadline: float) -> None:
         while pids := self.pids():
@@ -72,23 +74,47 @@ class ContainerCgroup:
             time.sleep(0.002)
 
 
-def _silence(pid: int) -> list[int]:
-    """Put the process's TCP connections into repair mode; returns duplicates
-    of them, to be closed when the process has ended."""
-    taken: list[int] = []
-    try:
+def check_none_stopped(cgroup: ContainerCgroup, container: str) -> None:
+    """CRIU waits for ever for a stopped process in a frozen cgroup, and for ten
+    seconds for one that is traced."""
+    for pid in cgroup.pids():
+        if why := members.held(pid):
+            raise MigrateError(VzExitCode.DUMP_FAILED, f"process {pid} of {container} is {why}")
+
+
+def freeze(cgroup: ContainerCgroup, container: str) -> None:
+    """So that CRIU can take hold of each process.  MigrateError; frozen, perhaps."""
+    for again in range(VFORKS, -1, -1):
+        cgroup.freeze()
+        # One may have been stopped since, and would hold CRIU up, and the container
+        # suspended, whatever --suspend-limit says.
+        check_none_stopped(cgroup, container)
+        waiting = [pid for pid in cgroup.pids() if members.awaits_vfork(pid)]
+        if not waiting:
+            return
+        cgroup.thaw()
+        if again:
+            time.sleep(VFORK_PAUSE)
+    raise MigrateError(
+        VzExitCode.DUMP_FAILED,
+        f"{members.named(waiting)} of {container} waits for what it has started (vfork), and "
+        "cannot be checkpointed meanwhile: try again",
+    )
+
+
+def _silence(pid: int) -> None:
+    """Put the process's TCP connections into repair mode, which stays until they are
+    closed.  One at a time: it may have more than we may have descriptors."""
+    with contextlib.suppress(OSError):  # it ended meanwhile
         pidfd = os.pidfd_open(pid)
-    except OSError:
-        return taken
-    try:
-        for entry in os.scandir(f"/proc/{pid}/fd"):
-            if os.readlink(entry.path).startswith("socket:"):
-                fd = kernel.take_descriptor(pidfd, int(entry.name))
-                taken.append(fd)
-                with contextlib.suppress(OSError):  # another kind of socket
-                    kernel.tcp_repair(fd)
-    except OSError:  # it ended meanwhile
-        pass
-    finally:
-        os.close(pidfd)
-    return taken
+        try:
+            for entry in os.scandir(f"/proc/{pid}/fd"):
+                with contextlib.suppress(OSError):  # closed since, or no TCP
+                    if os.readlink(entry.path).startswith("socket:"):
+                        fd = kernel.take_descriptor(pidfd, int(entry.name))
+                        try:
+                            kernel.tcp_repair(fd)
+                        finally:
+                            os.close(fd)
+        finally:
+            os.close(pidfd)

@@ -6,7 +6,7 @@ from it.  Only they are dumped; only those in its cgroup are suspended.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -136,10 +136,24 @@ class LostProcessError(MigrateError):
     """Processes would be lost."""
 
 
-def check(container: str, init: int, members: Sequence[int], drop: bool) -> list[str]:
+def _survey_twice(init: int, members: Callable[[], Sequence[int]]) -> Survey:
+    """What two looks in a row agree upon: a process that began, or ended, between the
+    cgroup's list and /proc's is in one of them only."""
+    first = survey(init, members())
+    if not first.strangers and not first.outside:
+        return first
+    second = survey(init, members())
+    return Survey(
+        sorted({*first.strangers} & {*second.strangers}),
+        sorted({*first.outside} & {*second.outside}),
+    )
+
+
+def check(container: str, init: int, members: Callable[[], Sequence[int]], drop: bool) -> list[str]:
     """Before anything starts: MigrateError(8) when processes would be lost, or would
-    not be suspended.  drop: the first may be; then they are returned in words."""
-    found = survey(init, members)
+    not be suspended.  members: of its cgroup, now.  drop: the first may be lost; then
+    they are returned in words."""
+    found = _survey_twice(init, members)
     if found.outside:
         raise MigrateError(
             VzExitCode.DUMP_FAILED,
@@ -167,8 +181,15 @@ def _refuse(container: str, lost: Sequence[int]) -> None:
         )
 
 
+_STOPS = ("do_signal_stop", "get_signal")
+"""The kernel's function (the first may be part of the second) in which a stopped process
+is frozen: with the freezer of v1 it looks like any other then."""
+
+_VFORKS = ("wait_for_vfork_done", "kernel_clone", "_do_fork")
+
+
 def held(pid: int) -> str:
-    """'stopped' or 'traced' when a signal or a debugger holds the process."""
+    """'stopped' or 'traced' when a signal or a debugger holds the process, frozen or not."""
     try:
         text = Path(f"/proc/{pid}/status").read_text(errors="replace")
     except OSError:
@@ -176,12 +197,18 @@ def held(pid: int) -> str:
     lines = dict(line.split(":\t", 1) for line in text.splitlines() if ":\t" in line)
     if lines.get("TracerPid", "0") != "0":
         return f"traced by process {lines['TracerPid']}"
-    return "stopped (SIGCONT lets it go on)" if lines.get("State", "").startswith("T") else ""
+    state = lines.get("State", "")
+    stopped = state.startswith("T") or (state.startswith("D") and _sleeps_in(pid) in _STOPS)
+    return "stopped (SIGCONT lets it go on)" if stopped else ""
 
 
-def resident(pid: int) -> int:
-    """Bytes of memory of a process."""
+def awaits_vfork(pid: int) -> bool:
+    """Its child, made by vfork(2), has yet to run another program, or to end."""
+    return _sleeps_in(pid) in _VFORKS
+
+
+def _sleeps_in(pid: int) -> str:
     try:
-        return int(Path(f"/proc/{pid}/statm").read_text().split()[1]) * os.sysconf("SC_PAGESIZE")
-    except (OSError, IndexError, ValueError):
-        return 0
+        return Path(f"/proc/{pid}/wchan").read_text()
+    except OSError:
+        return ""

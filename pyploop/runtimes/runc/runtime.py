@@ -20,12 +20,13 @@ from typing import Any
 
 from pyploop.errors import MigrateError, PyploopError, VzExitCode
 from pyploop.freeze.cgroup_freezer import freezer_in
-from pyploop.runtimes import Copied, Facts, Item, State, volumes
+from pyploop.runtimes import Copied, Facts, Item, State, memory_in_use, volumes
 from pyploop.runtimes.config import HostConfig, within
 from pyploop.runtimes.configured import Configured
 from pyploop.runtimes.oci import bundles, destinations
 from pyploop.runtimes.oci import criu_images as image_check
 from pyploop.runtimes.runc import (
+    cgroup,
     contents,
     criu,
     host_fit,
@@ -60,6 +61,8 @@ class Runc(Configured):
             )
         self._left: list[str] = []
         self._watchers: list[leftovers.Watcher] = []
+        self._told = 0
+        """Bytes of memory that the target was told of."""
         # CRIU names a deleted file that has other names anew, for the restore.
         self.dump_writes = "--link-remap" in self._config.options
         self._written: dict[str, Any] | None = None
@@ -134,16 +137,22 @@ class Runc(Configured):
                 raise MigrateError(
                     VzExitCode.DUMP_FAILED, f"{self.container} has no freezer cgroup"
                 )
-            facts["memory"] = sum(members.resident(pid) for pid in freezer.pids())
+            facts["memory"] = self._told = self._memory_of(freezer)
             self._check_memory(facts)
-            self._none_stopped(freezer)
+            cgroup.check_none_stopped(freezer, self.container)
             pids = freezer.pids()
-            self._left += members.check(self.container, self._init(), pids, self.drop_exec)
+            self._left += members.check(self.container, self._init(), freezer.pids, self.drop_exec)
             contents.check_all_mounted(pids, config, self._config.bundle, places, external)
-            cgroups = (self._record() or {}).get("cgroup_paths") or {}
-            self._left += leftovers.all_of(self.container, pids, config, cgroups)
+            self._left += leftovers.all_of(self.container, pids, config, self._cgroups())
             self._watchers = leftovers.watchers(pids)
         return facts
+
+    def _cgroups(self) -> dict[str, str]:
+        """Controller -> folder; '' of v2."""
+        return (self._record() or {}).get("cgroup_paths") or {}
+
+    def _memory_of(self, freezer: ContainerCgroup) -> int:
+        return memory_in_use.memory_of(freezer.pids(), self._cgroups())
 
     def _moving(self) -> contents.Places:
         return contents.Places(self.folders(), self._config.trees)
@@ -175,22 +184,14 @@ class Runc(Configured):
         freezer = self._freezer()
         if freezer is None:
             raise MigrateError(VzExitCode.DUMP_FAILED, f"{self.container} has no freezer cgroup")
-        self._none_stopped(freezer)
+        cgroup.check_none_stopped(freezer, self.container)
+        memory_in_use.check_growth(self.container, self._told, self._memory_of(freezer))
         # A packet taken in after its socket is dumped would be lost.
         link = self._start_link(self._config.link_down)
         try:
-            freezer.freeze()
+            cgroup.freeze(freezer, self.container)
         finally:
             self._end_link(link, VzExitCode.DUMP_FAILED)
-
-    def _none_stopped(self, freezer: ContainerCgroup) -> None:
-        """CRIU waits for ever for a stopped process in a frozen cgroup, and for
-        ten seconds for one that is traced."""
-        for pid in freezer.pids():
-            if why := members.held(pid):
-                raise MigrateError(
-                    VzExitCode.DUMP_FAILED, f"process {pid} of {self.container} is {why}"
-                )
 
     def _start_link(self, argv: tuple[str, ...]) -> Command | None:
         try:
@@ -223,7 +224,7 @@ class Runc(Configured):
 
     def pre_dump(self, images: Path, parent: Path | None) -> float | None:
         if freezer := self._freezer():
-            self._none_stopped(freezer)
+            cgroup.check_none_stopped(freezer, self.container)
         return memory_tracking.frozen_seconds(self._checkpoint("--pre-dump", images, parent))
 
     def dump(self, images: Path, parent: Path | None = None) -> None:
