@@ -157,7 +157,7 @@ int pl_bpf_object_find(const struct pl_btf *b, enum pl_bpf_event ev,
 struct pl_bpf_bits {
 	struct pl_bpf_marks in_map;
 	uint64_t *word;		/* in the shared memory */
-	uint64_t seen;		/* "everything" declarations already told */
+	uint64_t seen;		/* "everything" declarations already taken */
 };
 
 struct pl_bpf {

@@ -134,7 +134,7 @@ int pl_bpf_object_find(const struct pl_btf *b, enum pl_bpf_event ev,
 	if (nargs < 0 || nargs > MAX_ARGS)
 		nargs = 0;
 	at = find_arg(b, arg, nargs, events[ev].object, &id);
-	/* nr_bytes is told from a pointer, or from nothing, by this. */
+	/* nr_bytes is an int of 4 bytes; a pointer there is something else. */
 	if (at < 0 || (events[ev].has_bytes &&
 		       (at + 2 >= nargs ||
 			!pl_btf_is_int(b, arg[nargs - 1], 4)))) {

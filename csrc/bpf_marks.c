@@ -1,7 +1,7 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
- * bpf_marks.c - reading what the tracker's programs tell, in the memory
- * shared with them.
+ * bpf_marks.c - reading the marks and sums of the tracker's programs, in the
+ * memory shared with them.
  *
  * Words are taken by exchange: a mark set at the same time is either in
  * what was taken or still there for the next.  The plain load before it is

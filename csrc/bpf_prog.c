@@ -14,8 +14,8 @@
  *	clip to the tracked range, mark its granules	-> bitmap
  *	add the sectors, unclipped			-> sums
  *
- * Marks come before sums: who finds the sums equal to the kernel's own
- * accounting must find every mark too.
+ * Marks come before sums: a reader that finds the sums equal to the kernel's
+ * own accounting must find every mark too.
  *
  * A discard may span 4 GiB, 16384 words of the finest bitmap.  A loop over
  * them costs the verifier up to 0.7 s at load, since it walks every turn.

@@ -1,12 +1,12 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
- * bpf_tracker.c - which blocks of a device are written, told by BPF:
- * setting it up.  bpf_marks.c reads what it tells.
+ * bpf_tracker.c - which blocks of a device are written, marked by BPF
+ * programs: loading them.  bpf_marks.c reads the marks.
  *
  * Invariants
  *   - Only the kernel side sets marks; only take and forget clear them.
  *   - Once pl_bpf_open has returned, every write that completes is marked
- *     before its writer learns of it.  Whoever clears first and reads
+ *     before its writer learns of it.  A reader that clears first and reads
  *     afterwards (never through the page cache) loses nothing, as long as
  *     the kernel delivers every event; the sums show whether it has.
  *   - Marks are visible before the sums that count them.
@@ -170,7 +170,7 @@ static int make_map(struct pl_bpf *t, char *why, size_t why_len)
 	return 0;
 }
 
-/* What the verifier said in the end, but for its statistics. */
+/* The last line of the verifier's log, without its statistics. */
 static const char *last_line(char *log)
 {
 	char *line = log, *next, *last = log;

@@ -40,7 +40,8 @@ void pl_huge_fini(struct pl_huge *h) PL_NONNULL;
 bool pl_huge_usable(const struct pl_huge *h) PL_NONNULL;
 /*
  * The file ends at or past `end`, or is made to.  That cuts off what another
- * thread writes past `end` meanwhile: who has such threads asks first for all.
+ * thread writes past `end` meanwhile: with such threads, ask for the whole file
+ * before they start.
  */
 bool pl_huge_reach(const struct pl_huge *h, uint64_t end) PL_CHECKED PL_NONNULL;
 /*

@@ -1,9 +1,10 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
  * How long a peer may keep us waiting.  A timer that starts anew at every byte
- * lets a peer that drips hold us for ever; so what counts is the sum of the waits
- * for each PL_PROGRESS bytes.  Time in which we do not wait for it is ours.  The
- * receiver also begins anew after a SYNC (recv.c): who asks for an answer lives.
+ * lets a peer that drips keep us for ever; so what counts is the sum of the waits
+ * for each PL_PROGRESS bytes.  Time in which we do not wait for the peer does not
+ * count.  The receiver also begins anew after a SYNC (recv.c): a peer that asks
+ * for an answer is alive.
  */
 #ifndef PATIENCE_H
 #define PATIENCE_H

@@ -69,7 +69,7 @@ struct slot *pl_slot_claim(struct pl_pump *p)
 	if (p->err)
 		return NULL;
 	if (__atomic_load_n(&p->cancelled, __ATOMIC_RELAXED)) {
-		/* Said here, or no slot would look like no extent left. */
+		/* Else the caller would take no slot for no extents left. */
 		p->err = -ECANCELED;
 		return NULL;
 	}

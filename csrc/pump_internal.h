@@ -22,11 +22,11 @@ struct frag {
 
 #define PL_BATCH 256u		/* frames in one write at most */
 
-/* D2's answers: packets that are answered, and what came of them. */
+/* D2's answers: to how many packets they are due, and what has come. */
 struct pump_reply {
 	uint64_t asked, answered;
-	int32_t value;			/* the last one */
-	uint8_t buf[1024];		/* a part of one is kept */
+	int32_t value;			/* of the last one */
+	uint8_t buf[1024];		/* the beginning of one may stay in it */
 	unsigned got;
 	struct pl_patience peer_answers;
 };
@@ -90,17 +90,17 @@ struct pl_pump {
 	size_t buf_size;
 	unsigned max_runs;
 	unsigned hdr_size;
-	struct pump_reply reply;	/* who writes the stream's, alone */
+	struct pump_reply reply;	/* of the thread that writes the stream */
 	struct slot *slot;
 	int cancel_fd;			/* eventfd: readable once cancelled */
 	bool cancelled;			/* atomic */
 	struct pl_pump_stats stats;	/* atomic, field by field */
 	struct pl_patience peer_takes;	/* emitter only */
 	bool can_splice;
-	pthread_mutex_t rate_lock;		/* guards the two */
+	pthread_mutex_t rate_lock;		/* guards the next line */
 	uint64_t rate_t0_ns, rate_bytes;
-	struct pl_huge huge;			/* who has set `making`, alone */
-	pthread_mutex_t huge_lock;		/* guards the three */
+	struct pl_huge huge;			/* of the thread that has set `making` */
+	pthread_mutex_t huge_lock;		/* guards the next three lines */
 	bool making;
 	struct pl_bitmap huge_made;		/* in this pass */
 	struct pump_place place[PUMP_PLACES];
@@ -130,53 +130,70 @@ struct pl_pump {
 
 #define STAT_ADD(p, field, n) pl_count(&(p)->stats.field, n)
 
-/* pump_claim.c.  Lock held: a slot with fragments to read, or NULL; that the hook
-   has failed or the pump was cancelled is in p->err. */
+/*
+ * pump_claim.c.  With the lock: claim a slot of fragments to read.  NULL: there is
+ * none now; when the hook has failed or the pump is cancelled, p->err says so.
+ */
 struct slot *pl_slot_claim(struct pl_pump *p) PL_CHECKED PL_NONNULL;
-/* pump_read.c.  No lock held: read and classify it (into a file: write it too). */
+
+/* pump_read.c.  Without the lock: read a claimed slot and classify it; where slots
+   need no order, write it too. */
 int pl_slot_fill(struct pl_pump *p, struct slot *s, struct pl_fault *fault)
 	PL_CHECKED PL_NONNULL;
-/* pump_classify.c: decide what of a filled slot must be sent -> run[]. */
-bool pl_hole_is_known(const struct pl_pump *p, const struct frag *f)
-	PL_NONNULL;
+
+/* pump_classify.c.  Decide what of a filled slot must be sent -> run[]. */
 void pl_slot_classify(struct pl_pump *p, struct slot *s) PL_NONNULL;
-/* pump_emit.c: pl_sink_ops.emit of the streams. */
+/* Nothing of this part of a hole must be sent. */
+bool pl_hole_is_known(const struct pl_pump *p, const struct frag *f) PL_NONNULL;
+
+/* pump_emit.c.  The streams' pl_sink_ops.emit. */
 int pl_emit_frames(struct pl_pump *p, struct slot *s, struct pl_fault *fault)
 	PL_CHECKED PL_NONNULL;
-/* pump_rate.c: wait until so many bytes may be sent: 0, or -ECANCELED. */
+
+/* pump_rate.c.  Wait until so many bytes may be sent: 0, or -ECANCELED. */
 int pl_rate_obey(struct pl_pump *p, size_t bytes) PL_CHECKED PL_NONNULL;
-/* pump_huge.c: before [pos, end) is written; after a pass. */
-int pl_pump_huge_init(struct pl_pump *p) PL_CHECKED PL_NONNULL;
-void pl_pump_huge_fini(struct pl_pump *p) PL_NONNULL;
-void pl_huge_ahead(struct pl_pump *p, uint64_t pos, uint64_t end) PL_NONNULL;
-void pl_huge_settle(struct pl_pump *p) PL_NONNULL;
-/* No lock held: s->data and s->place, for what is about to be read; when the
-   slot is done with. */
-void pl_slot_place(struct pl_pump *p, struct slot *s) PL_NONNULL;
-void pl_slot_unplace(struct pl_pump *p, struct slot *s) PL_NONNULL;
-/* pump_stream.c: write all of the vector, which is used up. */
+
+/* pump_stream.c.  Write the whole vector, which is changed on the way. */
 int pl_stream_write(struct pl_pump *p, struct iovec *iov, unsigned n,
 		    struct pl_fault *fault) PL_CHECKED PL_NONNULL;
-/* Its steps: bytes were taken; until it takes more; the failure `err`. */
+/* Count bytes that the stream has taken. */
 void pl_stream_moved(struct pl_pump *p, size_t n) PL_NONNULL;
+/* Wait until the stream takes more; take answers meanwhile, with their errors. */
 int pl_stream_wait(struct pl_pump *p) PL_CHECKED PL_NONNULL;
+/* Describe the failure `err`, which is returned. */
 int pl_stream_fault(struct pl_pump *p, int err, struct pl_fault *fault)
 	PL_CHECKED PL_NONNULL;
-/* pump_splice.c: the payload of a run, without a copy. */
+
+/* pump_splice.c.  Whether this source and this sink allow it at all. */
 bool pl_can_splice(const struct pl_pump *p) PL_NONNULL;
-bool pl_run_is_spliced(const struct pl_pump *p, const struct frag *r)
-	PL_NONNULL;
+/* Whether the data of a run go without a copy, */
+bool pl_run_is_spliced(const struct pl_pump *p, const struct frag *r) PL_NONNULL;
+/* and send them. */
 int pl_splice_run(struct pl_pump *p, const struct slot *s, const struct frag *r,
 		  struct pl_fault *fault) PL_CHECKED PL_NONNULL;
 
 /*
- * pump_reply.c: take what answers are there.  0; -EREMOTEIO: one is a failure;
+ * pump_reply.c.  Take the answers that have come.  0; -EREMOTEIO: one is a failure;
  * -EPROTO: one too many; -EPIPE: the peer has closed.
  */
 int pl_reply_take(struct pl_pump *p) PL_CHECKED PL_NONNULL;
-/* Wait until the window has room for so many packets, and ask for their answers. */
+/* Wait until the window has room for so many packets; from now on their answers are
+   due. */
 int pl_reply_room(struct pl_pump *p, unsigned packets) PL_CHECKED PL_NONNULL;
+/* Describe the failure `err` of the two. */
 void pl_reply_explain(const struct pl_pump *p, int err, struct pl_fault *fault)
 	PL_NONNULL;
+
+/* pump_huge.c.  Huge pages of a target on tmpfs; nothing for others. */
+int pl_pump_huge_init(struct pl_pump *p) PL_CHECKED PL_NONNULL;
+void pl_pump_huge_fini(struct pl_pump *p) PL_NONNULL;
+/* Before [pos, end) is written: make the next page, if it pays. */
+void pl_huge_ahead(struct pl_pump *p, uint64_t pos, uint64_t end) PL_NONNULL;
+/* After a pass: what was data but zero becomes a hole again. */
+void pl_huge_settle(struct pl_pump *p) PL_NONNULL;
+/* Without the lock: choose s->data and s->place for what is about to be read, */
+void pl_slot_place(struct pl_pump *p, struct slot *s) PL_NONNULL;
+/* and give the place back. */
+void pl_slot_unplace(struct pl_pump *p, struct slot *s) PL_NONNULL;
 
 #endif

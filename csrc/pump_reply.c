@@ -2,8 +2,8 @@
 /*
  * D2's answers.  They come in the order of the packets, so counting them is
  * enough: packets go out while answers are outstanding, up to a window, and a
- * round trip costs no throughput.  Whoever waits for the stream takes answers
- * meanwhile, or the peer, stuck in answering, would never read on.
+ * round trip costs no throughput.  A thread that waits for the stream takes the
+ * answers meanwhile, or the peer, stuck in answering, would never read on.
  */
 #define _GNU_SOURCE
 #include <assert.h>
@@ -68,7 +68,7 @@ static int wait_until(struct pl_pump *p, uint64_t outstanding,
 		if (pfd[0].revents)
 			return -ECANCELED;
 		err = pl_reply_take(p);
-		/* Who has answered may hang up: that is seen right behind it. */
+		/* A peer may hang up after its last answer: that comes first. */
 		if ((err == -EPIPE || err == -ECONNRESET) &&
 		    p->reply.asked - p->reply.answered <= outstanding)
 			return 0;

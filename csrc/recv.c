@@ -135,7 +135,7 @@ static int event(struct pl_recv *r, struct pl_recv_msg *msg, enum pl_stage *stag
 		return PL_RECV_END;
 	}
 	r->raw_got = 0;
-	/* Who asks for an answer is alive, however little it had to send. */
+	/* A peer that asks for an answer is alive, however little it sends. */
 	r->peer_gives = (struct pl_patience){ 0 };
 	return PL_RECV_SYNC;
 }
@@ -172,8 +172,8 @@ int pl_recv_run(struct pl_recv *r, struct pl_recv_msg *msg,
 	}
 	if (ret < 0) {
 		pl_recv_fail(r, ret, stage, r->head.pos);
-		/* The writer is done, so that who tells the peer of the failure
-		   does not talk between its answers. */
+		/* The caller tells the peer of the failure: not in between the
+		   writer's answers. */
 		ret = pl_recv_drain(r);
 		*fault = r->fault;
 	}
@@ -222,7 +222,8 @@ int pl_recv_new(struct pl_recv **out, const struct pl_recv_cfg *c)
 	r->cfg = *c;
 	r->cancel_fd = -1;
 	r->written_end = c->held;
-	/* Only a new file can be told to have holes where nothing was read. */
+	/* Only of a new file it is known that it has holes where nothing was
+	   written. */
 	if (c->sparse && !c->held)
 		pl_huge_init(&r->huge, c->out_fd, 1);
 	pthread_mutex_init(&r->lock, NULL);

@@ -41,8 +41,8 @@ struct pl_recv {
 	pthread_t thread;
 	bool has_thread;
 
-	/* reader only: the header that comes next, as far as it is here; and
-	   what the last complete one said */
+	/* reader only: the next header, as far as it has come; and the fields of
+	   the last complete one */
 	uint8_t raw[PL_D2_HEADER + PL_DIGEST];
 	uint32_t raw_got;
 	struct recv_header head;
@@ -78,50 +78,58 @@ struct pl_recv {
 	struct pl_fault fault;
 };
 
-/*
- * recv_ring.c.  The first failure is the one that is reported; a reader that
- * waits for its peer is woken.  The slot to fill, NULL after a failure; to the
- * writer with it; until all is written: 0, or the writer's failure.
- */
+/* recv_ring.c.  Note a failure; the first one is reported. */
 void pl_recv_fail(struct pl_recv *r, int err, enum pl_stage stage, uint64_t pos)
 	PL_NONNULL;
+/* Wake a reader that waits for its peer. */
 void pl_recv_wake(struct pl_recv *r) PL_NONNULL;
+/* The slot to fill; NULL after a failure. */
 struct recv_slot *pl_recv_slot(struct pl_recv *r) PL_CHECKED PL_NONNULL;
+/* Give it to the writer. */
 void pl_recv_hand_over(struct pl_recv *r) PL_NONNULL;
+/* Wait until all is written: 0, or the first failure. */
 int pl_recv_drain(struct pl_recv *r) PL_CHECKED PL_NONNULL;
-int pl_recv_start(struct pl_recv *r) PL_CHECKED PL_NONNULL;	/* the writer */
+/* Start the writer. */
+int pl_recv_start(struct pl_recv *r) PL_CHECKED PL_NONNULL;
+
 /*
- * recv_in.c: at least `must` bytes into the vector, at most all of it.  Returns
- * the count, or -errno; -ENODATA at end of file.
+ * recv_in.c.  Read at least `must` bytes into the vector, at most all of it: how
+ * many, or -errno; -ENODATA at end of file.
  */
 ssize_t pl_recv_read(struct pl_recv *r, struct iovec *iov, unsigned n,
 		     size_t must) PL_CHECKED PL_NONNULL;
+
 /*
- * recv_head.c: complete and check the next header -> r->head; on failure
- * *stage is READ or PROTOCOL.
+ * recv_head.c.  Complete and check the next header -> r->head; on failure *stage is
+ * READ or PROTOCOL.
  */
 int pl_recv_head(struct pl_recv *r, enum pl_stage *stage) PL_CHECKED PL_NONNULL;
-/* Bytes that a header has now. */
+/* Bytes of the next header. */
 uint32_t pl_recv_head_size(const struct pl_recv *r) PL_NONNULL;
-/* Data of the packet r->head; `last`: all of it was given, -EBADE if it is not
-   what its digest says.  Nothing where none was agreed. */
+/*
+ * Add data of the packet r->head to its digest, where digests are agreed.  `last`:
+ * these end the packet; -EBADE if they are not what its digest says.
+ */
 int pl_recv_digest(struct pl_recv *r, const void *data, uint32_t len, bool last)
 	PL_CHECKED PL_NONNULL_AT(1) PL_READS(2, 3);
-/* recv_reply.c: answer `count` packets, RECV_PARTS at most, with success. */
+
+/* recv_reply.c.  Answer `count` packets, RECV_PARTS at most, with success. */
 int pl_recv_reply(struct pl_recv *r, unsigned count) PL_CHECKED PL_NONNULL;
+
 /*
- * recv_place.c: where in the file itself the next bytes, which belong to `pos`,
- * can be read to; *room <- how many of `left`.  NULL: take a slot.
+ * recv_place.c.  Where in the file itself the next bytes, which belong to `pos`, can
+ * be read to; *room <- how many of `left`.  NULL: take a slot.
  */
 uint8_t *pl_recv_place(struct pl_recv *r, uint64_t pos, uint32_t left,
 		       uint32_t *room) PL_CHECKED PL_NONNULL;
-/* They are there. */
+/* So many bytes were read there. */
 void pl_recv_placed(struct pl_recv *r, uint32_t len) PL_NONNULL;
-/* Every byte read, wherever to, in the order of the stream. */
+/* Note bytes that were read, to a slot or a place, in the order of the stream. */
 void pl_recv_saw(struct pl_recv *r, uint64_t pos, uint32_t len) PL_NONNULL;
 /* No more of the page follows: what is unused or zero becomes a hole. */
 void pl_recv_end_page(struct pl_recv *r) PL_NONNULL;
-/* recv_out.c: write a slot's parts; on failure *pos is where. */
+
+/* recv_out.c.  Write a slot's parts; on failure *pos is where. */
 int pl_recv_write_slot(struct pl_recv *r, struct recv_slot *s, uint64_t *pos)
 	PL_CHECKED PL_NONNULL;
 

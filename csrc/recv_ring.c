@@ -31,7 +31,7 @@ void pl_recv_fail(struct pl_recv *r, int err, enum pl_stage stage, uint64_t pos)
 	pthread_mutex_unlock(&r->lock);
 }
 
-/* The reader waits for a peer, who may wait for an answer that will not come. */
+/* The reader waits for a peer, which may wait for an answer that will not come. */
 void pl_recv_wake(struct pl_recv *r)
 {
 	uint64_t one = 1;
