@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import sys
@@ -61,7 +62,12 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
 def build_cache(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Where what tests compile stays for the next run (pytest's cache)."""
     cache: pytest.Cache | None = getattr(request.config, "cache", None)
-    return cache.mkdir("compiled") if cache else tmp_path_factory.mktemp("compiled")
+    if cache is not None:
+        with contextlib.suppress(OSError):  # another user's checkout
+            folder = cache.mkdir("compiled")
+            if os.access(folder, os.W_OK):
+                return folder
+    return tmp_path_factory.mktemp("compiled")
 
 
 @pytest.fixture(autouse=True, scope="session")
