@@ -215,8 +215,9 @@ class _Walk:
             lower = [slave.dev for slave in sysblock.related(device, "slaves")]
             if device.is_partition:
                 lower.insert(0, device.disk_dev)
-            is_loop = (sysblock.node(number) / "loop/backing_file").exists()
-            name = sysblock.backing_file(device.name) if is_loop else ""
+            file = sysblock.node(number) / "loop/backing_file"
+            is_loop = file.exists()
+            name = sysblock.text_of(file).removesuffix("\n") if is_loop else ""
         except SysfsError as e:  # removed meanwhile
             raise OSError(errno.ENODEV, str(e)) from e
         for dev in lower:
