@@ -28,17 +28,20 @@ class _Level:
     """Folders in it that are still to be visited."""
 
 
-def walk(top: str) -> Iterator[tuple[list[str], int, list[Entry]]]:
+def walk(top: str) -> Iterator[tuple[list[str], int, Iterator[Entry]]]:
     """Each folder of the top's file system, the top first: (names from the top
     on, its descriptor, its entries), good until the next one is asked for.  What
-    goes away, or is moved, meanwhile is left out.  OSError."""
+    goes away, or is moved, meanwhile is left out.  OSError.
+
+    Entries are read one by one: a folder may have any number of them."""
     first = fd = os.open(top, FLAGS)
     try:
         levels = [_Level("", _identity(fd))]
         while True:
-            entries = _entries(fd)
-            levels[-1].below = [e.name for e in entries if e.is_dir(follow_symlinks=False)]
+            entries = _entries(fd, levels[-1].below)
             yield [level.name for level in levels[1:]], fd, entries
+            for _ in entries:  # those that nobody has looked at
+                pass
             entered = False
             while not entered:
                 if levels[-1].below:
@@ -63,14 +66,17 @@ def _identity(fd: int) -> tuple[int, int]:
     return st.st_dev, st.st_ino
 
 
-def _entries(fd: int) -> list[Entry]:
+def _entries(fd: int, below: list[str]) -> Iterator[Entry]:
+    """below: gets the names of folders."""
     try:
         with os.scandir(fd) as listing:
-            return list(listing)
+            for entry in listing:
+                if entry.is_dir(follow_symlinks=False):
+                    below.append(entry.name)
+                yield entry
     except OSError as e:
-        if e.errno in _GONE:
-            return []
-        raise
+        if e.errno not in _GONE:
+            raise
 
 
 def _open(name: str, fd: int) -> int:

@@ -8,6 +8,7 @@ import errno
 import os
 import resource
 import subprocess
+import tracemalloc
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,7 +16,7 @@ import pytest
 from support import needs
 
 from pyploop.freeze import cgroup_freezer
-from pyploop.migration import undo_kinds
+from pyploop.migration import tree_scan, undo_kinds
 from pyploop.system import removal
 
 
@@ -126,3 +127,15 @@ def test_the_processes_of_deeply_nested_cgroups_are_found(tmp_path: Path) -> Non
     (tmp_path / "d/d").joinpath("cgroup.procs").write_text("8\n9\n")
     assert cgroup_freezer.Freezer(tmp_path, v2=True).processes() == [7, 8, 9]
     removal.remove_contents(str(tmp_path))
+
+
+def test_a_folder_of_many_files_takes_no_memory_for_each(tmp_path: Path) -> None:
+    for n in range(20_000):
+        os.mknod(tmp_path / f"a name of some length, {n}")
+    tree_scan.check_source(str(tmp_path))
+    tracemalloc.start()
+    try:
+        tree_scan.check_source(str(tmp_path))
+        assert tracemalloc.get_traced_memory()[1] < 1 << 20
+    finally:
+        tracemalloc.stop()
