@@ -64,6 +64,8 @@ INTERRUPTED = 600.0
 RSYNC_READY = 30.0
 """For rsync to start its remote shell."""
 RSYNC_LOOK = 0.2
-"""Between two looks at the connection while an rsync runs."""
+"""Between two looks at the connection, and at what rsync does, while it runs."""
+RSYNC_SOONEST = 0.01
+"""The same at its beginning, and after it has waited for a FIFO's other end."""
 RSYNC_ENDING = 1.0
 """For a client to end after its connection."""

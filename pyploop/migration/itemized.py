@@ -8,6 +8,8 @@ comes, and of the names no more is kept than KEPT_NAMES bytes.
 from __future__ import annotations
 
 import re
+import threading
+from collections.abc import Set
 
 from pyploop.system.stderr_tail import LastWords
 from pyploop.units import KIB, MIB
@@ -21,6 +23,31 @@ _ITEM = re.compile(rb"(\S{11}) (.+)", re.DOTALL)
 _ESCAPED = re.compile(rb"\\#([0-7]{3})")
 
 
+class Names(set[bytes]):
+    """Paths below the tree, in KEPT_NAMES bytes of memory."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._room = KEPT_NAMES
+        self.complete = True
+        """None was left out."""
+
+    def add(self, name: bytes) -> None:
+        if name in self:
+            return
+        if len(name) + EACH <= self._room:
+            self._room -= len(name) + EACH
+            super().add(name)
+        else:
+            self.complete = False
+
+    def forget(self) -> None:
+        """It is not known which they are."""
+        self.clear()
+        self._room = 0
+        self.complete = False
+
+
 class Itemized(LastWords):
     """As it is read; whole when the program has ended."""
 
@@ -28,13 +55,24 @@ class Itemized(LastWords):
         super().__init__()
         self._line = b""
         self._too_long = False
-        self._room = KEPT_NAMES
+        self._lock = threading.Lock()
+        self._wanted: Set[bytes] | None = None
         self.sent = 0
         """Files whose contents were sent, as rsync says."""
         self.linked = False
         """A second name was made for a file."""
-        self.names: set[bytes] = set()
-        """Of these files: paths below the tree.  Not all of very many."""
+        self.names = Names()
+        """Of files that were sent.  Not all of very many."""
+        self.second_names: Names | None = None
+        """Gets the names that became another one's, where somebody wants them."""
+
+    def only(self, wanted: Set[bytes]) -> None:
+        """Of the names that were sent keep these alone; there may be millions.  From any
+        thread, at any time."""
+        with self._lock:
+            before, self.names, self._wanted = self.names, Names(), wanted
+            for name in before & wanted:
+                self.names.add(name)
 
     def took(self, data: bytes) -> None:
         *lines, rest = data.split(b"\n")
@@ -51,10 +89,16 @@ class Itemized(LastWords):
             return
         if item[1].startswith(b"h"):
             self.linked = True
+            if self.second_names is not None:
+                self.second_names.add(_name(item[2]))
         if not item[1].startswith(b"<f"):
             return
         self.sent += 1
-        name = _ESCAPED.sub(lambda m: bytes([int(m[1], 8) & 0xFF]), item[2])
-        if len(name) + EACH <= self._room and name not in self.names:
-            self._room -= len(name) + EACH
-            self.names.add(name)
+        with self._lock:
+            name = _name(item[2])
+            if self._wanted is None or name in self._wanted:
+                self.names.add(name)
+
+
+def _name(printed: bytes) -> bytes:
+    return _ESCAPED.sub(lambda m: bytes([int(m[1], 8) & 0xFF]), printed)

@@ -37,7 +37,8 @@ from pyploop.units import GIB
 OLDEST = (3, 2)
 """The first whose daemon can refuse all options but some."""
 ALWAYS = (
-    "-aHAXSx",
+    # The second X: with what a backup's rsync --fake-super has written (user.rsync.%stat).
+    "-aHAXXSx",
     "--numeric-ids",
     # Times to the nanosecond: a change within the same second is seen.
     "--modify-window=-1",
@@ -49,15 +50,23 @@ CHANGING = ("--no-inc-recursive",)
 """Of one over a tree that changes meanwhile.  With hard links in it, an rsync that
 lists it bit by bit (3.5.0) may wait endlessly for a name that has moved away."""
 FED = "--files-from=-"
-LISTED = (FED, "--from0", "--checksum", "--ignore-missing-args")
+_LISTED = (FED, "--from0", "--ignore-missing-args")
+COMPARED = (*_LISTED, "--checksum")
 """Of one over files by name, compared by what they hold.  What is gone meanwhile
 is the next pass's."""
+PARTED = (*_LISTED, "--ignore-times")
+"""The same, where files at the target have several names: each becomes a file of its
+own again, with the names that it has here.  A name that was one of another file's, and
+got the same contents, would stay that."""
 VANISHED, PARTIAL = 24, 23
+_OPENS_FIFO = ("wait_for_partner", "fifo_open")
+"""The kernel's function in which open(2) waits for a FIFO's other end."""
 
 _TAKEN = (
     "a hard-links acls xattrs sparse one-file-system numeric-ids modify-window log-format "
-    "delete delete-during relative no-r no-recursive dirs checksum checksum-choice compress* "
-    "new-compress old-compress whole-file no-whole-file block-size bwlimit timeout inplace partial"
+    "delete delete-during relative no-r no-recursive dirs ignore-times checksum checksum-choice "
+    "compress* new-compress old-compress whole-file no-whole-file block-size bwlimit timeout "
+    "inplace partial"
 )
 """What a client of ours sends, with the options that a user may add."""
 _CONFIG = """\
@@ -127,7 +136,7 @@ class Client:
         ours, theirs = socket.socketpair()
         self._control = ours
         self._errors = LastWords()  # the server's are among them
-        self._items = Itemized()
+        self.items = Itemized()
         self._source = source
         python, relay = os.path.realpath(_interpreter()), str(Path(relay_program.__file__))
         # rsync splits this at spaces, and knows quotes.
@@ -143,7 +152,7 @@ class Client:
                 argv,
                 # A daemon may have it ask for a password, which it reads there.
                 stdin=subprocess.PIPE if FED in words else subprocess.DEVNULL,
-                stdout=self._items.fd,
+                stdout=self.items.fd,
                 stderr=self._errors.fd,
                 env=_environment(),
                 pass_fds=(theirs.fileno(),),
@@ -156,7 +165,7 @@ class Client:
             theirs.close()
         self._pidfd = os.pidfd_open(self._process.pid)
         self._errors.started()
-        self._items.started()
+        self.items.started()
 
     def wait_ready(self) -> None:
         """Only the channel is missing.  MigrateError when rsync does not come so far."""
@@ -177,7 +186,7 @@ class Client:
             raise WriteError.of("cannot give rsync its channel", e) from e
 
     def feed(self, names: Iterable[bytes]) -> None:
-        """The files of a LISTED pass, which rsync reads when it is connected."""
+        """The files of a COMPARED or PARTED pass, which rsync reads when it is connected."""
         assert self._process is not None and self._process.stdin is not None
         stdin = self._process.stdin
         with contextlib.suppress(BrokenPipeError):  # its exit status says why
@@ -189,16 +198,31 @@ class Client:
         """When it has ended, however; it gives a silent peer up by itself.  Soon, when
         it is not `connected` any more."""
         assert self._process is not None
-        while not descriptors.readable(self._pidfd, deadlines.RSYNC_LOOK):
+        look = deadlines.RSYNC_SOONEST
+        while not descriptors.readable(self._pidfd, look):
+            look = min(2 * look, deadlines.RSYNC_LOOK)
             if not connected() and not descriptors.readable(self._pidfd, deadlines.RSYNC_ENDING):
                 self.kill()
+            if self._skip_fifo():
+                look = deadlines.RSYNC_SOONEST  # there may be more of them
         status = self._process.wait()
         # What the server refuses is not reported as an error.
-        text = self._errors.text(ended=True)[-2000:] or self._items.text(ended=True)[-2000:]
+        text = self._errors.text(ended=True)[-2000:] or self.items.text(ended=True)[-2000:]
         # As the tree is called outside.
         said = last_words(text).replace(f'"{enclosure.TREE}/', f'"{self._source}/')
-        self._items.wait()
-        return Done(status, said, self._items)
+        self.items.wait()
+        return Done(status, said, self.items)
+
+    def _skip_fifo(self) -> bool:
+        """A container may put a FIFO in the place of a file that rsync has listed.  Its
+        open(2) would wait endlessly, with keep-alives going to and fro.  A signal that
+        rsync takes anyway ends that; it goes on without the file."""
+        assert self._process is not None
+        with contextlib.suppress(OSError):  # it has ended
+            if Path(f"/proc/{self._process.pid}/wchan").read_text() in _OPENS_FIFO:
+                signal.pidfd_send_signal(self._pidfd, signal.SIGCHLD)
+                return True
+        return False
 
     def kill(self) -> None:
         """From any thread."""
@@ -219,7 +243,7 @@ class Client:
                 with contextlib.suppress(BrokenPipeError):
                     self._process.stdin.close()
         self._errors.close()
-        self._items.close()
+        self.items.close()
 
 
 def _interpreter() -> str:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import os
 import stat
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Set
 
 from pyploop.errors import MigrateError, VzExitCode
 from pyploop.system import kernel, mount_table
@@ -87,6 +87,19 @@ def suspects(root: str, since: int, first: int) -> dict[int, list[bytes]]:
         elif stat.S_ISREG(st.st_mode) and st.st_ctime_ns >= (first if here else since):
             found.setdefault(st.st_ino, []).append(name)
     return found
+
+
+def named(root: str, names: Set[bytes] | None) -> dict[int, list[bytes]]:
+    """Files that have one of these names, or all of them: inode -> all its names."""
+    found: dict[int, list[bytes]] = {}
+    wanted: set[int] = set()
+    for name, st in entries(root):
+        if stat.S_ISREG(st.st_mode):
+            if is_one := names is None or name in names:
+                wanted.add(st.st_ino)
+            if is_one or st.st_nlink > 1:
+                found.setdefault(st.st_ino, []).append(name)
+    return {inode: found[inode] for inode in wanted}
 
 
 class Since:

@@ -155,3 +155,38 @@ def test_the_names_that_a_daemon_makes_up_are_bounded(monkeypatch: pytest.Monkey
         assert (found.sent, len(found.names), found.linked) == (1001, 10, False)
     finally:
         found.close()
+
+
+def test_only_the_names_in_doubt_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before they are known, and afterwards."""
+    monkeypatch.setattr(itemized, "KEPT_NAMES", 10 * (itemized.EACH + 4))
+    found = itemized.Itemized()
+    try:
+        for n in range(5):
+            found.took(b"<f+++++++++ %04d\n" % n)
+        found.only({b"0003", b"0500"})
+        for n in range(5, 1000):
+            found.took(b"<f+++++++++ %04d\n" % n)
+        assert (found.sent, found.names) == (1000, {b"0003", b"0500"})
+        found.only(frozenset())
+        assert not found.names
+    finally:
+        found.close()
+
+
+def test_second_names_that_a_daemon_makes_up_are_bounded_over_all_passes(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Of more than these any may be a second name, and all are compared."""
+    monkeypatch.setattr(itemized, "KEPT_NAMES", 10 * (itemized.EACH + 4))
+    linked = itemized.Names()
+    for n in range(11):
+        found = itemized.Itemized()
+        found.second_names = linked
+        try:
+            assert linked.complete
+            found.took(b"hf+++++++++ %04d\nhf+++++++++ 0000\n" % n)
+            assert found.linked
+        finally:
+            found.close()
+    assert len(linked) == 10 and not linked.complete

@@ -20,7 +20,8 @@ from treeloop import account, copying
 from pyploop.diskcopy.freeze_policy import Policy
 from pyploop.diskcopy.options import Options
 from pyploop.errors import LoopError, MigrateError
-from pyploop.migration import rsync_options
+from pyploop.migration import rsync_options, tree_scan
+from pyploop.migration.target import resumable_trees
 from pyploop.system.jobs import Job
 
 
@@ -60,6 +61,92 @@ def test_everything_that_a_file_can_be_arrives(source: Path, tmp_path: Path) -> 
         c.finish()
         assert account(c.source) == account(c.target)
         assert (c.target / "sparse").stat().st_blocks * 512 < 1 << 20
+
+
+def test_what_a_fake_super_rsync_has_written_arrives(source: Path, tmp_path: Path) -> None:
+    """A backup's server in the container has owners and modes in such attributes."""
+    file = source / "etc/hosts"
+    for name in ("user.rsync.%stat", "user.rsync.%aacl", "user.rsync.x"):
+        os.setxattr(file, name, b"100644 0,0 1000:1000")
+    with copying(tmp_path, source) as c:
+        c.trees.copy_while_running()
+        c.trees.prepare_last()
+        c.finish()
+        there = c.target / "etc/hosts"
+        assert {n: os.getxattr(there, n) for n in os.listxattr(there)} == {
+            n: os.getxattr(file, n) for n in os.listxattr(file)
+        }
+
+
+# ---- names that are no links any more
+
+
+def part(path: Path, mode: int) -> None:
+    """As `cp -p` and mv: one name becomes a file of its own, with the same contents."""
+    shutil.copy2(path, path.with_suffix(".new"))
+    path.with_suffix(".new").chmod(mode)
+    path.with_suffix(".new").rename(path)
+
+
+@pytest.mark.parametrize("name", ["a", "b", "c"])
+@pytest.mark.parametrize("when", ["suspended", "running", "by contents"])
+def test_a_name_that_is_no_link_any_more_is_a_file_of_its_own(
+    source: Path, tmp_path: Path, name: str, when: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if when == "by contents":
+        monkeypatch.setattr(tree_scan, "TIMED", frozenset())
+    (source / "a").write_bytes(os.urandom(5000))
+    os.link(source / "a", source / "b")
+    os.link(source / "a", source / "c")
+    with copying(tmp_path, source) as c:
+        c.trees.copy_while_running()
+        if when == "running":
+            part(source / name, 0o600)
+            c.trees.again()
+        c.trees.prepare_last()
+        if when != "running":
+            part(source / name, 0o600)
+        c.finish()
+        assert account(c.source) == account(c.target)
+        links = {n: (c.target / n).stat().st_nlink for n in "abc"}
+        assert links == {n: 1 if n == name else 2 for n in "abc"}
+        # What is written to one is not in the other.
+        (c.target / name).write_bytes(b"x")
+        others = {(c.target / n).read_bytes() for n in "abc" if n != name}
+        assert others == {(source / n).read_bytes() for n in "abc" if n != name}
+
+
+def test_links_of_a_kept_tree_are_not_believed(tmp_path: Path) -> None:
+    tree = tmp_path / "tree"
+    (tree / "sub").mkdir(parents=True)
+    (tree / "a").write_bytes(b"x")
+    os.mkfifo(tree / "sub/fifo")
+    for name in ("a", "sub/fifo"):
+        os.link(tree / name, tree / "sub" / "second")
+        os.rename(tree / "sub/second", tree / f"{name}2")
+    resumable_trees._part(str(tree))
+    left = [p for p in tree.rglob("*") if not p.is_dir()]
+    assert len(left) == 2 and all(p.lstat().st_nlink == 1 for p in left)
+
+
+def test_a_file_that_becomes_a_fifo_under_rsync_s_eyes_holds_nothing_up(
+    source: Path, tmp_path: Path
+) -> None:
+    """rsync has it on its list, and waits in open(2) for one who writes into it."""
+    names = [f"{n:04}" for n in range(2000)]
+    for name in names:
+        (source / name).write_bytes(os.urandom(50_000))
+    with copying(tmp_path, source) as c:
+        first = Job(c.trees.copy_while_running).start()
+        support.wait_until((c.target / names[5]).exists, "files arrive")
+        for name in names[-3:]:
+            os.mkfifo(source / "new")
+            (source / "new").rename(source / name)
+        first.join(60)
+        c.trees.prepare_last()
+        c.finish()
+        assert account(c.source) == account(c.target)
+        assert c.events[0]["left_out"], "rsync was not met with one"
 
 
 # ---- changes that the size and time of a file do not tell

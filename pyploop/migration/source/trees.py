@@ -5,7 +5,7 @@ agent's connection while the container runs, and one while it is suspended.
 A pass is two rsyncs.  The first goes over all of the tree and sends what differs
 in size, time (to the nanosecond), or attributes.  The second compares by
 contents the files that the first found the same although they may have changed
-since the pass before it (treescan).  In the last pass both stand ready before
+since the pass before it (tree_scan).  In the last pass both stand ready before
 the container is suspended.
 
 Invariant: what is read in a pass is what the target has after it, but for files
@@ -17,7 +17,7 @@ from __future__ import annotations
 import os
 import threading
 import time
-from collections.abc import Container, Sequence
+from collections.abc import Callable, Container, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -25,6 +25,7 @@ from typing import Any
 from pyploop.diskcopy.options import Options
 from pyploop.errors import CancelledError, LoopError, MigrateError, VzExitCode
 from pyploop.migration import deadlines, rsync, tree_scan
+from pyploop.migration.itemized import Names
 from pyploop.migration.source.agent_client import Remote
 from pyploop.migration.tree_scan import Since
 from pyploop.report.events import Reporter
@@ -83,6 +84,9 @@ class _Copy:
         """The beginning of the last complete pass, or of the first one."""
         self._inplace = not kept
         """No file at the target has two names: to write into it changes no other."""
+        self._linked = Names()
+        """Names that became another one's there, if nothing else tells which files
+        change.  Not complete: all of them may have."""
         self._whole: _Prepared | None = None
         self._listed: _Prepared | None = None
         self.doubtful = tree_scan.file_system(tree.path) not in tree_scan.TIMED
@@ -96,14 +100,25 @@ class _Copy:
         words = [*rsync.TREE, *(() if last else rsync.CHANGING)]
         if (last and self.doubtful) or self._kept:
             words.append("--checksum")
-        elif last and self._since is not None:
-            self._listed = self._prepare_one(rsync.LISTED, last=True)
+        if last and (self._any_linked() if self.doubtful else self._since and not self._kept):
+            self._listed = self._prepare_one(self._listing(), last=True)
         if self._inplace:
             words.append("--inplace")
         self._whole = self._prepare_one(words, last, counts=last)
 
+    def _any_linked(self) -> bool:
+        return bool(self._linked) or not self._linked.complete
+
+    def _listing(self) -> Sequence[str]:
+        return rsync.COMPARED if self._inplace else rsync.PARTED
+
     def _prepare_one(self, words: Sequence[str], last: bool, counts: bool = False) -> _Prepared:
-        return self._owner.prepared(self._index, self.tree, words, limited=not last, counts=counts)
+        prepared = self._owner.prepared(
+            self._index, self.tree, words, limited=not last, counts=counts
+        )
+        if self.doubtful:
+            prepared.client.items.second_names = self._linked
+        return prepared
 
     def run_last(self) -> tuple[int, int]:
         """The prepared pass: (files sent, files compared by contents).  Once more
@@ -135,6 +150,7 @@ class _Copy:
                 raise
             self.left_out = str(e)
             self._inplace = False  # what it has linked is not known
+            self._linked.forget()
             result = (0, 0)
         self._first = self._first or begin
         if not self.left_out or self._since is None:
@@ -144,29 +160,50 @@ class _Copy:
 
     def _run(self, last: bool) -> tuple[int, int]:
         assert self._whole is not None
-        earlier = self._since
+        items = self._whole.client.items
         self._whole.go()
-        scan = None
-        if earlier is not None and not (last and self.doubtful):
-            assert self._first is not None
-            since, first = earlier.threshold(), self._first.threshold()
-            scan = Job(lambda: tree_scan.suspects(self.tree.path, since, first)).start()
+        look = self._scan(last)
+
+        def in_doubt() -> dict[int, list[bytes]]:
+            found = look()
+            items.only({name for all in found.values() for name in all})
+            return found
+
+        scan = Job(in_doubt).start()
         try:
-            ends = [(self._whole, self._owner.ended(self._whole, self.tree))]
+            ends = [self._ended(self._whole)]
         finally:
-            found = scan.join() if scan is not None else {}
-        items = ends[0][1].items
-        if items.linked:
-            self._inplace = False
+            found = scan.join()
         # A name that was sent brings the file's contents for its other names.
-        names = [n for all in found.values() if not items.names.intersection(all) for n in all]
+        names = [n for all in found.values() if items.names.isdisjoint(all) for n in all]
         if names:
-            self._listed = self._listed or self._prepare_one(rsync.LISTED, last)
+            self._listed = self._listed or self._prepare_one(self._listing(), last)
+            self._listed.client.items.only(frozenset())
             self._listed.go()
             self._listed.client.feed(names)
-            ends.append((self._listed, self._owner.ended(self._listed, self.tree)))
+            ends.append(self._ended(self._listed))
         self._judge(ends, last)
         return items.sent, len(names)
+
+    def _scan(self, last: bool) -> Callable[[], dict[int, list[bytes]]]:
+        """What finds the files that rsync may take for the same although they are not."""
+        root = self.tree.path
+        if last and self.doubtful:  # all is compared by contents
+            if not self._any_linked():
+                return dict
+            linked = self._linked if self._linked.complete else None
+            return lambda: tree_scan.named(root, linked)
+        if self._since is None:
+            return dict
+        assert self._first is not None
+        since, first = self._since.threshold(), self._first.threshold()
+        return lambda: tree_scan.suspects(root, since, first)
+
+    def _ended(self, prepared: _Prepared) -> tuple[_Prepared, rsync.Done]:
+        done = self._owner.ended(prepared, self.tree)
+        if done.items.linked:
+            self._inplace = False
+        return prepared, done
 
     def _judge(self, ends: Sequence[tuple[_Prepared, rsync.Done]], last: bool) -> None:
         """Sets `left_out`, which in the last pass is a failure."""

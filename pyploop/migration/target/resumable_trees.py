@@ -14,6 +14,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import stat
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from pyploop.report.events import Reporter
 from pyploop.runtimes import tree_folders
 from pyploop.runtimes.volumes import KEPT, existing_parent
 from pyploop.system import private_folder
+from pyploop.system.tree_walk import walk
 from pyploop.undo import journal
 from pyploop.undo.journal import Entry, Journal
 
@@ -138,6 +140,7 @@ def adopt(
             continue
         ours = record is not None and record["source"]["id"] == log.get("source")["id"]
         if ours and index < len(entries) and _move(log, entries[index], old, make_parent):
+            _part(str(entries[index]["path"]))
             taken.add(index)
         else:
             report.note(f"{old} cannot be used, so its tree is copied again")
@@ -164,6 +167,17 @@ def _move(log: Journal, entry: Entry, old: str, make_parent: Callable[[str], Non
         return False
     log.add(entry)
     return True
+
+
+def _part(path: str) -> None:
+    """Leave each file one name: those that it has at the source by now are links again
+    after the first pass.  One that is another file there would stay this one."""
+    for _, fd, entries in walk(path):
+        for entry in entries:
+            with contextlib.suppress(OSError):
+                st = os.lstat(entry.name, dir_fd=fd)
+                if st.st_nlink > 1 and not stat.S_ISDIR(st.st_mode):
+                    os.unlink(entry.name, dir_fd=fd)
 
 
 def described(log: Journal) -> list[str]:
