@@ -23,7 +23,6 @@ import sysconfig
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
 
 from pyploop.errors import MigrateError, VzExitCode, WriteError
 from pyploop.migration import deadlines
@@ -263,11 +262,6 @@ def _needed(python: str) -> list[str]:
     modules = {os.path.realpath(sysconfig.get_path(k)) for k in ("stdlib", "platstdlib")}
     own = sorted(os.path.dirname(path) for path in modules)
     return [*_SHOWN, *own, python]
-
-
-def _end_of(file: IO[bytes]) -> bytes:
-    size = os.fstat(file.fileno()).st_size
-    return os.pread(file.fileno(), 2000, max(0, size - 2000))
 
 
 # ---- the server

@@ -125,7 +125,7 @@ def test_a_missing_rsync_is_named_before_anything_starts(lab: VzLab, side: str) 
     files = lab.a.files()
     done = lab.migrate(lab.a, "--live", "hostb", CTID)
     assert done.returncode == 6, done.stderr
-    assert "no rsync-that-is-not-there here" in done.stderr
+    assert "rsync-that-is-not-there is not installed on this host" in done.stderr
     assert (lab.a.files(), lab.b.files()) == (files, set())
     runs_only_on(lab, lab.a)
 

@@ -146,7 +146,7 @@ class Vzctl:
             raise MigrateError(VzExitCode.COPY_FAILED, f"the disk {top}: {e.strerror}") from e
         if not stat.S_ISREG(mode):
             raise MigrateError(
-                VzExitCode.COPY_FAILED, f"the disk {top} is no regular file: mount it first"
+                VzExitCode.COPY_FAILED, f"the disk {top} is not a regular file: mount it first"
             )
 
     def _descriptor(self) -> disk_descriptor.Descriptor:
@@ -168,10 +168,10 @@ class Vzctl:
             with beneath.place(file, str(self._private)) as at:
                 mode = os.lstat(at.name, dir_fd=at.dir_fd).st_mode if beneath.exists(at) else 0
         except OSError as e:
-            why = f"{file[:80]!r} lies outside the private area, or behind a link ({e.strerror})"
+            why = f"the disk {file} lies outside the private area, or behind a link ({e.strerror})"
             raise MigrateError(VzExitCode.COPY_FAILED, why) from e
         if mode and not stat.S_ISREG(mode):
-            raise MigrateError(VzExitCode.COPY_FAILED, f"{file[:80]!r} is no regular file")
+            raise MigrateError(VzExitCode.COPY_FAILED, f"the disk {file} is not a regular file")
 
     # ---- source
 
