@@ -278,7 +278,7 @@ def test_the_next_migration_recovers_first(lab: VzLab) -> None:
     lab.a.mend()
     done = lab.migrate(lab.a, "--live", "hostb", CTID)
     assert done.returncode == 0, done.stderr
-    assert "Undone" in done.stdout
+    assert "Rolled back" in done.stdout
     runs_only_on(lab, lab.b)
 
 
