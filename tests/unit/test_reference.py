@@ -10,6 +10,7 @@ from dataclasses import fields
 import pytest
 from support import ROOT
 
+import pyploop
 from pyploop import errors
 from pyploop.cli import main
 from pyploop.runtimes import config
@@ -63,3 +64,10 @@ def test_every_exit_code_of_an_error_has_a_row() -> None:
             codes.add(str(int(code)))
     assert len(codes) > 10
     assert codes <= rows
+
+
+def test_every_public_name_is_on_the_page_of_the_api() -> None:
+    page = (REFERENCE / "api.md").read_text()
+    shown = set(re.findall(r"^\.\. auto(?:function|class):: pyploop\.(\w+)$", page, re.MULTILINE))
+    by_module = {n for n in pyploop.__all__ if hasattr(errors, n)} | {"events", "__version__"}
+    assert shown | by_module == set(pyploop.__all__)
