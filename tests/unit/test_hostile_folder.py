@@ -35,6 +35,12 @@ def hostile(tmp_path: Path) -> Path:
     return tmp_path
 
 
+def leave_to_python(folder: Path) -> None:
+    """Remove what `python3 -m` itself imports before anything of ours."""
+    for name in ("contextlib", "importlib"):
+        (folder / f"{name}.py").unlink()
+
+
 def run_in(folder: Path, *words: str, **env: str) -> subprocess.CompletedProcess[str]:
     done = subprocess.run(
         words,
@@ -68,8 +74,7 @@ def test_commands_import_nothing_of_the_current_folder(
     command = [os.path.join(sysconfig.get_path("scripts"), "pyploop")]
     if way == "module":
         command = pyploop_cmd()
-        for name in ("contextlib", "importlib"):  # `python3 -m` imports them before ours
-            (hostile / f"{name}.py").unlink()
+        leave_to_python(hostile)
     done = run_in(hostile, *command, *words)
     assert done.returncode == code, done.stderr
 
@@ -78,6 +83,7 @@ def test_the_alias_is_made_without_an_import_from_the_current_folder(
     hostile: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     words = [sys.executable, "-m", "pyploop.libploop", "--alias"]
+    leave_to_python(hostile)
     done = run_in(hostile, *words, str(tmp_path_factory.mktemp("alias")))
     assert done.returncode == 0, done.stderr
 
