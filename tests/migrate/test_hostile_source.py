@@ -305,7 +305,7 @@ def test_what_a_container_calls_its_disk_is_no_file_of_the_host(
         (hdd / "x").symlink_to(secret)
     vz = Vzctl(config.load(str(target.folder / "migrate.toml")), CTID)
     for act in (lambda: vz.disks(source=True), lambda: vz.check_source(live=False)):
-        with pytest.raises(MigrateError, match=r"no regular file|lies outside") as e:
+        with pytest.raises(MigrateError, match=r"not a regular file|lies outside") as e:
             act()
         assert e.value.exit_code == 6
 
