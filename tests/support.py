@@ -185,6 +185,7 @@ def mounted(
     source: str, point: Path, options: str = "rw", fstype: str | None = None
 ) -> Iterator[Path]:
     """`source` mounted on the folder `point`, which is made if need be."""
+    needs("root")
     point.mkdir(parents=True, exist_ok=True)
     try:
         run("mount", *(["-t", fstype] if fstype else []), "-o", options, source, point)

@@ -81,7 +81,7 @@ CASES = {
 
 @pytest.fixture(scope="module")
 def library(build_cache: Path) -> Path:
-    support.needs("cc", "ploop")
+    support.needs("root", "cc", "ploop")  # both senders freeze
     return fakeploop.build(build_cache)
 
 

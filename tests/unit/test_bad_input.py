@@ -718,7 +718,7 @@ FAKED = {
 
 @pytest.fixture(scope="module")
 def preload(build_cache: Path) -> Path:
-    support.needs("cc")
+    support.needs("root", "cc")  # the sender freezes
     return fakeploop.build(build_cache)
 
 

@@ -148,6 +148,7 @@ def test_pump_never_sends_a_four_byte_block_defect_5(tmp_path: Path) -> None:
     assert d1_replay(frames) == data
 
 
+@pytest.mark.slow
 def test_pump_sends_a_dirty_extent_of_4_gib_whole_defect_6(tmp_path: Path) -> None:
     size = (4 << 30) + 8192
     with (tmp_path / "src").open("wb") as f:

@@ -96,6 +96,7 @@ def runs(
         return {(n, k): pool.submit(_run, n, k, compiler, library, 240) for n, k in wanted}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "kind"), PROGRAMS)
 def test_native_code_is_right_and_clean_under_sanitizers(
     runs: dict[tuple[str, str], Future[subprocess.CompletedProcess[str]]], name: str, kind: str
@@ -106,6 +107,7 @@ def test_native_code_is_right_and_clean_under_sanitizers(
     assert (done.returncode, done.stderr) == (0, "")
 
 
+@pytest.mark.slow
 @pytest.mark.root
 def test_bpf_tracker_is_right_against_real_devices(
     compiler: Compiler, library: dict[str, list[Path]]
