@@ -26,7 +26,9 @@ from pyploop.errors import MigrateError
 from pyploop.runtimes import Disk, config, volumes
 from pyploop.runtimes.config import DiskConfig
 from pyploop.runtimes.oci import bundles
-from pyploop.runtimes.runc.runtime import Runc, _size, _version
+from pyploop.runtimes.runc.container import size_of
+from pyploop.runtimes.runc.runtime import Runc
+from pyploop.runtimes.runc.target import version_of
 from pyploop.runtimes.vzctl.runtime import Vzctl
 
 CONF = b'NAME="web"\nONBOOT="no"\n'
@@ -490,10 +492,10 @@ def test_an_argument_of_an_odd_type_is_refused(target: VzHost, value: Any) -> No
 @pytest.mark.parametrize("value", NOT_JSON + ODD)
 def test_an_odd_size_of_the_memory_or_version_of_criu_is_none(value: Any) -> None:
     try:
-        assert 0 <= _size(value) <= 1 << 60
+        assert 0 <= size_of(value) <= 1 << 60
     except MigrateError as e:
         assert e.exit_code == 15
-    assert _version(value) in ((), *((v,) for v in range(10)))
+    assert version_of(value) in ((), *((v,) for v in range(10)))
 
 
 # ---- mounts

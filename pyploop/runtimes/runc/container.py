@@ -1,0 +1,169 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A runc container on this host: its state, its first process and its cgroup, and what
+both hosts do with it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import time
+from pathlib import Path
+from typing import Any
+
+from pyploop.errors import MigrateError, VzExitCode
+from pyploop.freeze.cgroup_freezer import freezer_in
+from pyploop.runtimes import Facts, State, memory_in_use, volumes
+from pyploop.runtimes.config import HostConfig
+from pyploop.runtimes.configured import Configured
+from pyploop.runtimes.runc.cgroup import ContainerCgroup
+from pyploop.system.commands import Command, last_words, run
+from pyploop.undo import journal
+
+PREVIEW = 0.25
+"""Part of the memory that a dump may be larger than what is in use."""
+
+
+class RuncContainer(Configured):
+    """One container of one host, as `runc` and this host's configuration know it."""
+
+    def __init__(self, host: HostConfig, container: str) -> None:
+        self.container = container
+        self.keep_fds: tuple[int, ...] = ()
+        self.lock_dir = host.lock_dir
+        self._host = host
+        self._config = host.container(container)
+        if not self._config.bundle.startswith("/") or not self._places():
+            raise MigrateError(
+                VzExitCode.USAGE,
+                f"[container.{container}] needs an absolute bundle, and a disk or a tree",
+            )
+        # CRIU names a deleted file that has other names anew, for the restore.
+        self.dump_writes = "--link-remap" in self._config.options
+
+    # ---- what there is
+
+    def _record(self) -> dict[str, Any] | None:
+        """runc's own state file, which names the first process and the cgroups."""
+        path = Path(self._host.runc_root) / self.container / "state.json"
+        try:
+            record = json.loads(path.read_bytes())
+        except FileNotFoundError:
+            return None
+        except (OSError, ValueError) as e:
+            raise MigrateError(VzExitCode.NO_CONTAINER, f"cannot read {path}: {e}") from e
+        return record if isinstance(record, dict) else None
+
+    def _freezer(self) -> ContainerCgroup | None:
+        record = self._record()
+        if record is None:
+            return None
+        paths = record.get("cgroup_paths") or {}
+        folder = paths.get("freezer") or paths.get("")
+        freezer = freezer_in(Path(folder)) if folder else None
+        return ContainerCgroup(freezer) if freezer else None
+
+    def state(self) -> State:
+        record = self._record()
+        mounted = any(volumes.is_mounted(d.mount) for d in self._config.disks)
+        if record is None:
+            return State(False, mounted=mounted)
+        started = journal.start_time(int(record.get("init_process_pid") or 0))
+        running = started is not None and started == record.get("init_process_start")
+        # Until then its first process is runc's own, which a file of the container's may
+        # keep waiting for ever (a FIFO as /etc/passwd).
+        running &= not Path(self._host.runc_root, self.container, "exec.fifo").exists()
+        freezer = self._freezer()
+        frozen = running and freezer is not None and freezer.is_frozen()
+        return State(True, running, frozen, mounted)
+
+    def _init(self) -> int:
+        """The container's first process; 0: it does not run."""
+        return int((self._record() or {}).get("init_process_pid") or 0)
+
+    def _cgroups(self) -> dict[str, str]:
+        """Controller -> folder; '' of v2."""
+        return (self._record() or {}).get("cgroup_paths") or {}
+
+    def _memory_of(self, freezer: ContainerCgroup) -> int:
+        return memory_in_use.memory_of(freezer.pids(), self._cgroups())
+
+    def _check_memory(self, facts: Facts) -> None:
+        """There is room for the dump, on either host.  MigrateError(6)."""
+        need = int(size_of(facts.get("memory")) * (1 + PREVIEW))
+        st = os.statvfs(self._host.images_dir)
+        if st.f_bavail * st.f_frsize < need:
+            raise MigrateError(
+                VzExitCode.COPY_FAILED,
+                f"{self._host.images_dir} has no room for {need >> 20} MiB of memory",
+            )
+
+    # ---- commands
+
+    def _runc(self) -> list[str]:
+        return [self._host.runc, "--root", self._host.runc_root, "--criu", self._host.criu]
+
+    def _start_link(self, argv: tuple[str, ...]) -> Command | None:
+        try:
+            return Command(argv) if argv else None
+        except OSError as e:
+            raise MigrateError(VzExitCode.DUMP_FAILED, f"{argv[0]}: {e.strerror}") from e
+
+    def _end_link(self, link: Command | None, code: int) -> None:
+        if link is None:
+            return
+        try:
+            status, said = link.wait(self._host.command_timeout)
+        except TimeoutError as e:
+            raise MigrateError(code, f"{' '.join(link.argv)}: {e}") from e
+        if status:
+            raise MigrateError(
+                code, f"{' '.join(link.argv)} ended with {status}: {last_words(said)}"
+            )
+
+    def kill(self) -> None:
+        if freezer := self._freezer():
+            freezer.kill()
+        if self._record() is not None:
+            run(
+                [*self._runc(), "delete", "--force", self.container],
+                VzExitCode.DUMP_FAILED,
+                self._host.command_timeout,
+            )
+
+    def stop(self) -> None:
+        pid = self._init()
+        if pid and self.state().running:
+            os.kill(pid, signal.SIGTERM)
+            deadline = time.monotonic() + self._config.stop_timeout
+            while self.state().running and time.monotonic() < deadline:
+                time.sleep(0.02)
+        self.kill()
+        self._end_link(self._start_link(self._config.link_down), VzExitCode.DUMP_FAILED)
+
+    def start(self) -> None:
+        self._mount_all()
+        if not self.state().exists:
+            self._run()
+        self._end_link(self._start_link(self._config.link_up), VzExitCode.RESTORE_FAILED)
+
+    def _run(self) -> None:
+        command = [*self._runc(), "run", "--detach", "--bundle", self._config.bundle]
+        command.append(self.container)
+        run(
+            command,
+            VzExitCode.RESTORE_FAILED,
+            self._host.command_timeout,
+            self.keep_fds,
+            silent=True,
+        )
+
+
+def size_of(value: Any) -> int:
+    """Bytes, as the source told them.  MigrateError(15) for what is no size."""
+    if type(value) is not int and value is not None:
+        raise MigrateError(
+            VzExitCode.BAD_CONFIG, f"the source told {str(value)[:40]!r} bytes of memory"
+        )
+    return min(max(value or 0, 0), 1 << 60)

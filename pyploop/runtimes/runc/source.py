@@ -1,0 +1,194 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What is done with a runc container on the source: it is checked, suspended, and its
+memory is dumped.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from pyploop.errors import MigrateError, VzExitCode
+from pyploop.runtimes import Copied, Facts, Item, memory_in_use
+from pyploop.runtimes.config import HostConfig
+from pyploop.runtimes.oci import bundles
+from pyploop.runtimes.runc import (
+    cgroup,
+    contents,
+    criu,
+    host_fit,
+    leftovers,
+    members,
+    memory_tracking,
+)
+from pyploop.runtimes.runc.container import RuncContainer
+from pyploop.system.commands import run
+
+
+class SourceSteps(RuncContainer):
+    """The source's part of a Runtime."""
+
+    def __init__(self, host: HostConfig, container: str) -> None:
+        super().__init__(host, container)
+        self._left: list[str] = []
+        self._watchers: list[leftovers.Watcher] = []
+        self._told = 0
+        """Bytes of memory that the target was told of."""
+
+    def check_source(self, live: bool) -> Facts:
+        config = bundles.read(self._config.bundle)
+        host_fit.check_source(config)
+        self._check_network(config)
+        running = self.state().running
+        self._check_places(used=running)
+        places = self._moving()
+        external = self._config.external
+        sources = contents.check_config(config, self._config.bundle, places, external)
+        facts: Facts = {
+            "mounts": self._places(),
+            "config": config,
+            "paths": sources.paths,
+            "external": list(external),
+            "kinds": sources.kinds,
+        }
+        self._left += leftovers.annotations_of(config)
+        if running:
+            contents.check_root(self._init(), self._root_of(config))
+        if live:
+            facts["criu"] = list(criu.version(self._host.criu))
+            criu.probe(self._host.criu)
+            freezer = self._freezer()
+            if freezer is None:
+                raise MigrateError(
+                    VzExitCode.DUMP_FAILED, f"{self.container} has no freezer cgroup"
+                )
+            facts["memory"] = self._told = self._memory_of(freezer)
+            self._check_memory(facts)
+            cgroup.check_none_stopped(freezer, self.container)
+            pids = freezer.pids()
+            self._left += members.check(self.container, self._init(), freezer.pids, self.drop_exec)
+            contents.check_all_mounted(pids, config, self._config.bundle, places, external)
+            self._left += leftovers.all_of(self.container, pids, config, self._cgroups())
+            self._watchers = leftovers.watchers(pids)
+        return facts
+
+    def _check_network(self, config: dict[str, Any]) -> None:
+        """Its sockets are this host's without a network namespace of its own, and
+        another host cannot restore those."""
+        linux = config.get("linux")
+        found = linux.get("namespaces") if isinstance(linux, dict) else None
+        own = any(isinstance(n, dict) and n.get("type") == "network" for n in found or ())
+        if not own and "network" in self._config.policy.namespaces:
+            raise MigrateError(
+                VzExitCode.BAD_CONFIG,
+                f"{self._config.bundle}/{bundles.CONFIG} has no network namespace: the container "
+                "uses the network of this host, which cannot be moved",
+            )
+
+    def _moving(self) -> contents.Places:
+        return contents.Places(self.folders(), self._config.trees)
+
+    def _root_of(self, config: dict[str, Any]) -> str:
+        return os.path.join(self._config.bundle, str(config["root"]["path"]))
+
+    def left_behind(self) -> list[str]:
+        left, self._left = self._left, []
+        return left
+
+    def items(self) -> list[Item]:
+        return [Item("config.json", f"{self._config.bundle}/{bundles.CONFIG}")]
+
+    # ---- suspend and dump
+
+    def suspend(self) -> None:
+        freezer = self._freezer()
+        if freezer is None:
+            raise MigrateError(VzExitCode.DUMP_FAILED, f"{self.container} has no freezer cgroup")
+        cgroup.check_none_stopped(freezer, self.container)
+        memory_in_use.check_growth(self.container, self._told, self._memory_of(freezer))
+        # A packet taken in after its socket is dumped would be lost.
+        link = self._start_link(self._config.link_down)
+        try:
+            cgroup.freeze(freezer, self.container)
+        finally:
+            self._end_link(link, VzExitCode.DUMP_FAILED)
+
+    def resume(self) -> None:
+        # Both, whatever fails: a checkpoint that failed leaves both behind.
+        try:
+            self._end_link(self._start_link(self._config.link_up), VzExitCode.DUMP_FAILED)
+        finally:
+            if freezer := self._freezer():
+                freezer.thaw()
+
+    def why_no_pre_dump(self) -> str:
+        return memory_tracking.problem(self._host.criu)
+
+    def pre_dump(self, images: Path, parent: Path | None) -> float | None:
+        if freezer := self._freezer():
+            cgroup.check_none_stopped(freezer, self.container)
+        return memory_tracking.frozen_seconds(self._checkpoint("--pre-dump", images, parent))
+
+    def dump(self, images: Path, parent: Path | None = None) -> None:
+        self._checkpoint("--leave-running", images, parent, self._check_suspended)
+
+    def _check_suspended(self) -> None:
+        """Nobody has come since `check_source` who would be lost."""
+        freezer, init = self._freezer(), self._init()
+        if freezer is not None and not self.drop_exec:
+            members.check_suspended(self.container, init, freezer.pids())
+        self._left += leftovers.waiting(init, self._watchers)
+
+    def _checkpoint(
+        self,
+        how: str,
+        images: Path,
+        parent: Path | None,
+        meanwhile: Callable[[], None] | None = None,
+    ) -> Path:
+        """CRIU's working folder.  meanwhile: done while CRIU gets ready."""
+        bundles.forget_hook(self._config.bundle)
+        work = images.with_name(f"{images.name}-work")
+        work.mkdir(mode=0o700)
+        command = [*self._runc(), "checkpoint", how]
+        command += ["--image-path", str(images), "--work-path", str(work)]
+        if parent is not None:
+            command += ["--parent-path", os.path.relpath(parent, images)]
+        command += [*self._config.options, self.container]
+        self._criu(
+            command, work / "dump.log", VzExitCode.DUMP_FAILED, "cannot checkpoint", meanwhile
+        )
+        return work
+
+    def _criu(
+        self,
+        argv: list[str],
+        log: Path,
+        code: int,
+        what: str,
+        meanwhile: Callable[[], None] | None,
+    ) -> None:
+        try:
+            run(argv, code, self._host.command_timeout, self.keep_fds, meanwhile=meanwhile)
+        except members.LostProcessError:
+            raise
+        except MigrateError as e:
+            why = criu.errors_of(log) or str(e)
+            raise MigrateError(code, f"{what} {self.container}: {why}") from e
+
+    # ---- afterwards
+
+    def discard(self, remove: bool, copied: Copied | None) -> None:
+        config = Path(self._config.bundle) / bundles.CONFIG
+        self._discard_places(remove, copied)
+        if remove:
+            self._remove_folders()
+            config.unlink(missing_ok=True)
+            (config.parent / bundles.CRIU).unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                config.parent.rmdir()
+        elif config.exists():
+            config.rename(config.with_name(bundles.CONFIG + ".migrated"))

@@ -1,0 +1,179 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What is done with a runc container on the target: its configuration is fitted to this
+host, its memory images are checked, and it is restored.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from pyploop.errors import MigrateError, PyploopError, VzExitCode
+from pyploop.runtimes import Facts
+from pyploop.runtimes.config import HostConfig, within
+from pyploop.runtimes.oci import bundles, criu_images, destinations
+from pyploop.runtimes.runc import contents, criu, host_fit
+from pyploop.runtimes.runc.container import RuncContainer
+from pyploop.system import beneath
+from pyploop.system.commands import Command, last_words
+
+
+class TargetSteps(RuncContainer):
+    """The target's part of a Runtime."""
+
+    def __init__(self, host: HostConfig, container: str) -> None:
+        super().__init__(host, container)
+        self._written: dict[str, Any] | None = None
+        """Its config.json, as `placed` has written it."""
+
+    def check_target(self, facts: Facts, live: bool) -> None:
+        if self._record() is not None:
+            raise MigrateError(VzExitCode.EXISTS, f"{self.container} exists")
+        if Path(self._config.bundle, bundles.CONFIG).exists():
+            raise MigrateError(VzExitCode.EXISTS, f"{self._config.bundle} holds a {bundles.CONFIG}")
+        mounts = facts.get("mounts")
+        if (
+            not isinstance(mounts, list)
+            or len(mounts) != len(self._places())
+            or not all(isinstance(m, str) and m.startswith("/") for m in mounts)
+        ):
+            raise MigrateError(
+                VzExitCode.BAD_CONFIG, "the two hosts configure another number of disks or trees"
+            )
+        config = self._fitted(facts.get("config"), facts)
+        contents.check_external(self._config.external, facts.get("kinds") or ())
+        host_fit.check_target(config, live)
+        self._check_access()
+        if not live:
+            return
+        ours, theirs = criu.version(self._host.criu), version_of(facts.get("criu"))
+        if ours < theirs:
+            raise MigrateError(
+                VzExitCode.CHECKPOINT_VERSION,
+                f"CRIU {ours} here is older than the source's {theirs}",
+            )
+        criu.probe(self._host.criu)
+        self._check_memory(facts)
+
+    def _fitted(self, config: Any, facts: Facts) -> dict[str, Any]:
+        """The source's config.json with our paths, all of which are known here."""
+        return bundles.adapt(config, *self._mapping(facts), self._config)
+
+    def _mapping(self, facts: Facts) -> tuple[dict[str, str], dict[str, str]]:
+        """For bundles.adapt: the source's paths as its configuration writes them,
+        and its mount points, trees and external paths -> ours."""
+        theirs, ours = facts.get("external"), self._config.external
+        if theirs is None:  # an older source: its paths are taken as they are
+            theirs = ours
+        if len(theirs) != len(ours):
+            raise MigrateError(
+                VzExitCode.BAD_CONFIG,
+                f"the configuration of {self.container} has {len(ours)} external paths here, that "
+                f"of the source {len(theirs)}: they must be the same, in the same order",
+            )
+        pairs = zip([*facts["mounts"], *theirs], [*self._places(), *ours], strict=True)
+        return dict(facts.get("paths") or {}), dict(pairs)
+
+    # ---- files
+
+    def destination(self, label: str) -> str:
+        if label != "config.json":
+            raise MigrateError(
+                VzExitCode.COPY_FAILED, f"no item {label!r} belongs to a runc container"
+            )
+        return f"{self._config.bundle}/{bundles.RECEIVED}"
+
+    def largest(self, label: str) -> int:
+        return bundles.LARGEST
+
+    def makes(self, facts: Facts) -> list[str]:
+        return [f"{self._config.bundle}/{name}" for name in (bundles.CONFIG, bundles.CRIU)]
+
+    def placed(self, facts: Facts) -> None:
+        received = bundles.read(self._config.bundle, bundles.RECEIVED)
+        config = self._fitted(received, facts)
+        if config != self._fitted(facts.get("config"), facts):
+            raise MigrateError(
+                VzExitCode.BAD_CONFIG,
+                "config.json has changed since it was checked: migrate it again",
+            )
+        (Path(self._config.bundle) / bundles.RECEIVED).unlink()
+        bundles.write(self._config.bundle, config)
+        self._written = config
+        # Nothing may answer in its place before the restore.
+        self._end_link(self._start_link(self._config.link_down), VzExitCode.BAD_CONFIG)
+
+    def check_images(self, images: Path) -> None:
+        if self._written is None:
+            raise MigrateError(VzExitCode.BAD_CONFIG, "the dump came before config.json")
+        policy = self._config.policy
+        criu_images.check(images, self._written, (*policy.apparmor, *policy.selinux))
+
+    def release(self) -> None:
+        super().release()
+        for path in bundles.paths_of(self._written or {}):
+            for place in self._places():
+                if path != place and within(path, place):
+                    self._check_no_link(path, place)
+        if self._written is not None:
+            destinations.check(self._written)
+
+    def _check_no_link(self, path: str, place: str) -> None:
+        """The disk has come: a link on it could lead runc anywhere on this host."""
+        try:
+            with beneath.place(path, place) as at:
+                mode = os.lstat(at.name, dir_fd=at.dir_fd).st_mode
+        except OSError as e:
+            raise MigrateError(VzExitCode.BAD_CONFIG, f"{path} of config.json: {e.strerror}") from e
+        if stat.S_ISLNK(mode):
+            raise MigrateError(VzExitCode.BAD_CONFIG, f"{path} of config.json is a symbolic link")
+
+    # ---- restore
+
+    def undump(self, images: Path, commit: Callable[[], None]) -> None:
+        work = images.parent / "restore-work"
+        work.mkdir(mode=0o700)
+        argv = [*self._runc(), "restore", "--detach", "--bundle", self._config.bundle]
+        argv += ["--image-path", str(images), "--work-path", str(work)]
+        argv += [*self._config.options, self.container]
+
+        def unlock() -> None:
+            commit()
+            # With an agent that is killed here the restore ends, too: a link that came
+            # up after that would answer the peers in its place, with resets.
+            up = self._config.link_up
+            argv = ("setpriv", "--pdeathsig", "KILL", "--", *up) if up else ()
+            self._end_link(self._start_link(argv), VzExitCode.RESTORE_FAILED)
+
+        with criu.Hook(images.parent, unlock) as hook:
+            bundles.write_criu(self._config.bundle, hook.script)
+            try:
+                # CRIU leaves its own groups to a process that had none.
+                command = Command(argv, self.keep_fds, silent=True, groups=())
+                status, said = hook.serve(command, self._host.command_timeout)
+            except OSError as e:
+                status, said = -1, str(e)
+            bundles.write_criu(self._config.bundle, None)
+        if status == 0 and hook.unlocked:
+            return
+        if isinstance(hook.refusal, PyploopError):
+            raise hook.refusal
+        why = criu.errors_of(work / "restore.log") or last_words(said)
+        raise MigrateError(VzExitCode.RESTORE_FAILED, f"cannot restore {self.container}: {why}")
+
+    def abandon(self) -> None:
+        # Down first: nothing of what ends here may reach the peers.
+        try:
+            self._end_link(self._start_link(self._config.link_down), VzExitCode.RESTORE_FAILED)
+        finally:
+            self.kill()
+
+
+def version_of(value: Any) -> tuple[int, ...]:
+    """Of CRIU, as the source told it; () for none."""
+    if not isinstance(value, list) or not all(type(v) is int for v in value):
+        return ()
+    return tuple(value)
