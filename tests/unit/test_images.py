@@ -17,7 +17,7 @@ from ocispec import plain
 from test_policy import fit
 
 from pyploop.errors import MigrateError
-from pyploop.runtimes.oci import criu_images
+from pyploop.runtimes.oci import criu_images, image_files
 from pyploop.wire import criu
 from pyploop.wire.protobuf import Malformed, Message
 
@@ -434,8 +434,8 @@ def test_entries_without_end_take_no_memory(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
     """Four bytes each, and 180 as an object: an image of 64 MiB took 2.9 GB, and minutes."""
-    monkeypatch.setattr(criu_images, "MOST_ENTRIES", 1000)
-    monkeypatch.setattr(criu_images, "MOST_LISTED", 500)
+    monkeypatch.setattr(image_files, "MOST_ENTRIES", 1000)
+    monkeypatch.setattr(image_files, "MOST_LISTED", 500)
     write(tmp_path, honest())
     with (tmp_path / name).open("ab") as f:
         f.write(bytes(4 * 100_000))
@@ -457,7 +457,7 @@ def test_entries_without_end_take_no_memory(
 def test_many_large_images_are_not_all_looked_into(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(criu_images, "ALL", 10_000)
+    monkeypatch.setattr(image_files, "ALL", 10_000)
     write(tmp_path, honest())
     (tmp_path / "files-1.img").write_bytes(image("files", [{2: b"x" * 5000}]))
     (tmp_path / "files-2.img").write_bytes(image("files", [{2: b"x" * 5000}]))

@@ -1,0 +1,139 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The processes of a dump: their namespaces, credentials and seccomp filters, against
+config.json.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable
+from typing import Any
+
+from pyploop.runtimes.oci.image_files import Images
+from pyploop.wire import criu
+from pyploop.wire.criu import Core, Creds, Inventory, Task, Thread
+from pyploop.wire.protobuf import Message
+
+_REALTIME = (1, 2, 6)
+"""SCHED_FIFO, SCHED_RR, SCHED_DEADLINE."""
+_SETS = {
+    "bounding": Creds.BOUNDING,
+    "permitted": Creds.PERMITTED,
+    "effective": Creds.EFFECTIVE,
+    "inheritable": Creds.INHERITABLE,
+    "ambient": Creds.AMBIENT,
+}
+
+
+class Processes:
+    """What each process of the images may do, against what config.json gives."""
+
+    def __init__(self, images: Images, config: dict[str, Any], labels: Collection[str]) -> None:
+        self._images, self._labels_allowed = images, labels
+        self._linux, self._process = config["linux"], config["process"]
+        self._kinds = {n["type"] for n in self._linux["namespaces"]}
+        self._caps = {k: _bits(v) for k, v in self._process["capabilities"].items()}
+        self._any_cap = 0
+        for bits in self._caps.values():
+            self._any_cap |= bits
+
+    def check_ids(self, names: dict[str, str]) -> None:
+        inventory = self._images.only("inventory.img", "inventory")
+        host = inventory.message(Inventory.ROOT_IDS)
+        if host is None:
+            self._images.refuse("does not tell the source's own namespaces")
+        tasks = self._images.listed("pstree.img", "pstree")
+        roots = [t for t in tasks if not t.number32(Task.PPID)]
+        if len(roots) != 1:
+            self._images.refuse(f"has {len(roots)} first processes, not one")
+        for task in tasks:
+            pid = task.number32(Task.PID)
+            for thread in (pid, *task.numbers32(Task.THREADS)):
+                if f"core-{thread}.img" in names:
+                    continue
+                # What CRIU writes as the thread of a process that has ended is chance,
+                # and it does not read it.
+                if thread == pid or not self._has_ended(f"core-{pid}.img"):
+                    self._images.name = "pstree.img"
+                    self._images.refuse(
+                        f"has the process {thread}, of which there is no core-*.img"
+                    )
+            if f"ids-{pid}.img" in names:
+                self._namespaces(self._images.only(f"ids-{pid}.img", "ids"), host)
+            elif task is roots[0]:
+                self._images.refuse("has a first process without namespaces of its own")
+
+    def _has_ended(self, name: str) -> bool:
+        task = self._images.only(name, "core").message(Core.TC)
+        return task is not None and task.number32(1) in criu.DEAD
+
+    def _namespaces(self, ids: Message, host: Message) -> None:
+        for kind, field in criu.NAMESPACES.items():
+            same = (ids.number32(field) or 0) == (host.number32(field) or 0)
+            if kind in self._kinds and same:
+                self._images.refuse(f"has a process in the {kind} namespace of the host")
+            if kind == "user" and kind not in self._kinds and not same:
+                self._images.refuse("has a process in a user namespace, config.json has none")
+
+    def check_user_namespace(self, entry: Message) -> None:
+        for field, key in ((1, "uidMappings"), (2, "gidMappings")):
+            theirs = [tuple(m.number32(n) or 0 for n in (1, 2, 3)) for m in entry.messages(field)]
+            ours = [
+                (m.get("containerID", 0), m.get("hostID", 0), m.get("size", 0))
+                for m in self._linux.get(key, [])
+            ]
+            if sorted(theirs) != sorted(ours):
+                self._images.refuse(f"has other {key} than config.json")
+
+    def check_core(self, core: Message) -> None:
+        thread = core.message(Core.THREAD)
+        creds = thread.message(Thread.CREDS) if thread is not None else None
+        if thread is None or creds is None:
+            task = core.message(Core.TC)
+            if task is None or task.number32(1) not in criu.DEAD:
+                self._images.refuse("has a process without credentials")
+            return
+        for name, field in _SETS.items():
+            words = creds.numbers32(field)
+            bits = sum(word << (32 * n) for n, word in enumerate(words[:2]))
+            if any(words[2:]):  # the kernel has 64
+                self._images.refuse(f"has a process with more capabilities ({name}) than there are")
+            more = bits & ~(self._caps[name] if name == "bounding" else self._any_cap)
+            if more:
+                self._images.refuse(
+                    f"has a process with {_names(more)} ({name}), config.json has not"
+                )
+        if self._process.get("noNewPrivileges") and not creds.number32(Creds.NO_NEW_PRIVS):
+            self._images.refuse("has a process that may gain privileges, config.json has not")
+        self._labels(creds)
+        if self._linux.get("seccomp"):
+            mode, task = thread.number32(Thread.SECCOMP_MODE), core.message(Core.TC)
+            if task is not None and task.number32(criu.OLD_SECCOMP_MODE) is not None:
+                self._images.refuse("has the seccomp mode of an old image, which would win")
+            if mode not in (1, 2) or (mode == 2 and thread.number32(Thread.SECCOMP_FILTER) is None):
+                self._images.refuse("has a process without a seccomp filter, config.json has one")
+        ahead = thread.number32(Thread.POLICY) in _REALTIME
+        if ahead and not self._any_cap & _bits(["CAP_SYS_NICE"]):
+            self._images.refuse("has a process in real time, without CAP_SYS_NICE")
+
+    def _labels(self, creds: Message) -> None:
+        profile = self._process.get("apparmorProfile") or self._process.get("selinuxLabel")
+        theirs = creds.text(Creds.LSM_PROFILE)
+        free = (None, "", "unconfined", *self._labels_allowed)
+        if theirs not in free if profile is None else theirs != profile:
+            self._images.refuse(
+                f"has a process with the label {theirs!r}, config.json has {profile or 'none'}: if "
+                "it may, add it to apparmor or selinux in the container's policy here"
+            )
+        if creds.text(Creds.LSM_SOCKCREATE) not in (None, "", self._process.get("selinuxLabel")):
+            self._images.refuse("has a process that labels its sockets")
+
+
+def _bits(names: Iterable[str]) -> int:
+    known = {f"CAP_{name}": n for n, name in enumerate(criu.CAPABILITIES)}
+    return sum(1 << known[name] for name in {*names} if name in known)
+
+
+def _names(bits: int) -> str:
+    known = dict(enumerate(criu.CAPABILITIES))
+    found = [n for n in range(bits.bit_length()) if bits >> n & 1]
+    return ", ".join(f"CAP_{known[n]}" if n in known else f"capability {n}" for n in found)
