@@ -55,6 +55,7 @@ ffi.cdef(
     int pk_loop_detach(int loop_fd);
     int pk_pidfd_getfd(int pidfd, int fd);
     int pk_tcp_repair(int fd, int on);
+    int pk_enter_network(int ns_fd);
     static const unsigned int FAN_MARK_FILESYSTEM;
     int pk_watch(int file_fd, unsigned int whole, uint64_t mask);
     int pk_read_accesses(int fd, struct pk_access *found, int max);
@@ -74,6 +75,7 @@ ffi.set_source(
     #include <linux/magic.h>
     #include <netinet/in.h>
     #include <netinet/tcp.h>
+    #include <sched.h>
     #include <stdint.h>
     #include <stdio.h>
     #include <string.h>
@@ -158,6 +160,8 @@ ffi.set_source(
     { return result((int)syscall(SYS_pidfd_getfd, pidfd, fd, 0)); }
     static int pk_tcp_repair(int fd, int on)
     { return result(setsockopt(fd, IPPROTO_TCP, TCP_REPAIR, &on, sizeof on)); }
+    static int pk_enter_network(int ns_fd)
+    { return result(setns(ns_fd, CLONE_NEWNET)); }
     struct pk_access { uint64_t mask; uint64_t dev; uint64_t inode; int pid; };
     static int pk_watch(int file_fd, unsigned int whole, uint64_t mask)
     {

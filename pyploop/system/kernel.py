@@ -204,6 +204,12 @@ def tcp_repair(fd: int) -> None:
     _check(_lib.pk_tcp_repair(fd, 1))
 
 
+def enter_network(fd: int, path: str) -> None:
+    """The network namespace `fd` becomes that of the calling thread, and of no other.
+    EPERM: this needs CAP_SYS_ADMIN; EINVAL: it is no network namespace."""
+    _check(_lib.pk_enter_network(fd), path)
+
+
 class Access(NamedTuple):
     """Another process's use of a watched file."""
 

@@ -13,7 +13,7 @@ import pytest
 from gates import gates
 from lab import container, verify
 from lab.hosts import CONTAINER_IP, CONTAINER_NETNS, Host, Lab
-from moving import Migration, files, judge, migrate, migration
+from moving import Migration, files, judge, migrate, migration, only_side
 from support import wait_until
 from table import note
 
@@ -50,6 +50,44 @@ def test_a_container_that_cannot_be_dumped_goes_on(two_hosts: Lab) -> None:
         assert judge(two_hosts, client, before) is two_hosts.a
         assert migrate(two_hosts, two_hosts.a).code == 0
         assert judge(two_hosts, client, before) is two_hosts.b
+
+
+_FLOOD = """
+import socket, sys, threading
+def knock():
+    while True:
+        try:
+            socket.create_connection((sys.argv[1], 5000), timeout=0.02).close()
+        except OSError:
+            pass
+for _ in range(16):
+    threading.Thread(target=knock, daemon=True).start()
+print("knocking", flush=True)
+sys.stdin.read()
+"""
+
+
+def test_a_server_that_is_always_busy_with_new_connections_moves(two_hosts: Lab) -> None:
+    """CRIU cannot move a connection that was not accepted yet."""
+    with container.container(two_hosts), verify.client(two_hosts) as client:
+        flood = subprocess.Popen(
+            two_hosts.on_client(sys.executable, "-c", _FLOOD, CONTAINER_IP),
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+        )
+        try:
+            assert flood.stdout is not None
+            assert flood.stdout.readline() == b"knocking\n"
+            here = two_hosts.a
+            for _ in range(2):
+                done = migrate(two_hosts, here)
+                assert done.code == 0, done.errors
+                here = two_hosts.other(here)
+        finally:
+            flood.communicate()
+        assert only_side(two_hosts) is here
+        client.verify_database()
+        client.verify_blocks()
 
 
 def test_a_container_with_a_stopped_process_is_refused_before_it_is_suspended(

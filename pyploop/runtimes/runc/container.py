@@ -5,6 +5,7 @@ both hosts do with it.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -17,8 +18,9 @@ from pyploop.freeze.cgroup_freezer import freezer_in
 from pyploop.runtimes import Facts, State, memory_in_use, volumes
 from pyploop.runtimes.config import HostConfig
 from pyploop.runtimes.configured import Configured
+from pyploop.runtimes.runc import announce
 from pyploop.runtimes.runc.cgroup import ContainerCgroup
-from pyploop.system.commands import Command, last_words, run
+from pyploop.system.commands import run
 from pyploop.undo import journal
 
 PREVIEW = 0.25
@@ -104,23 +106,16 @@ class RuncContainer(Configured):
     def _runc(self) -> list[str]:
         return [self._host.runc, "--root", self._host.runc_root, "--criu", self._host.criu]
 
-    def _start_link(self, argv: tuple[str, ...]) -> Command | None:
-        try:
-            return Command(argv) if argv else None
-        except OSError as e:
-            raise MigrateError(VzExitCode.DUMP_FAILED, f"{argv[0]}: {e.strerror}") from e
+    def _link(self, argv: tuple[str, ...], code: int) -> None:
+        """Run link_up or link_down.  MigrateError(code)."""
+        if argv:
+            run(argv, code, self._host.command_timeout)
 
-    def _end_link(self, link: Command | None, code: int) -> None:
-        if link is None:
-            return
-        try:
-            status, said = link.wait(self._host.command_timeout)
-        except TimeoutError as e:
-            raise MigrateError(code, f"{' '.join(link.argv)}: {e}") from e
-        if status:
-            raise MigrateError(
-                code, f"{' '.join(link.argv)} ended with {status}: {last_words(said)}"
-            )
+    def _announce(self, namespace: str) -> None:
+        """Tell switches and neighbours where the container's addresses are now."""
+        # Whoever misses it asks, or waits until its own entry is old.
+        with contextlib.suppress(OSError):
+            announce.addresses(namespace)
 
     def kill(self) -> None:
         if freezer := self._freezer():
@@ -140,13 +135,13 @@ class RuncContainer(Configured):
             while self.state().running and time.monotonic() < deadline:
                 time.sleep(0.02)
         self.kill()
-        self._end_link(self._start_link(self._config.link_down), VzExitCode.DUMP_FAILED)
+        self._link(self._config.link_down, VzExitCode.DUMP_FAILED)
 
     def start(self) -> None:
         self._mount_all()
         if not self.state().exists:
             self._run()
-        self._end_link(self._start_link(self._config.link_up), VzExitCode.RESTORE_FAILED)
+        self._link(self._config.link_up, VzExitCode.RESTORE_FAILED)
 
     def _run(self) -> None:
         command = [*self._runc(), "run", "--detach", "--bundle", self._config.bundle]

@@ -21,9 +21,11 @@ from pyploop.runtimes.runc import (
     criu,
     host_fit,
     leftovers,
+    link_cut,
     members,
     memory_tracking,
 )
+from pyploop.runtimes.runc.connections import Connections, own_network
 from pyploop.runtimes.runc.container import RuncContainer
 from pyploop.system.commands import run
 
@@ -109,17 +111,37 @@ class SourceSteps(RuncContainer):
             raise MigrateError(VzExitCode.DUMP_FAILED, f"{self.container} has no freezer cgroup")
         cgroup.check_none_stopped(freezer, self.container)
         memory_in_use.check_growth(self.container, self._told, self._memory_of(freezer))
-        # A packet taken in after its socket is dumped would be lost.
-        link = self._start_link(self._config.link_down)
         try:
+            self._freeze_and_cut(freezer)
+        except OSError as e:
+            raise MigrateError(
+                VzExitCode.DUMP_FAILED,
+                f"cannot list the connections of {self.container}: {e.strerror}",
+            ) from e
+
+    def _freeze_and_cut(self, freezer: cgroup.ContainerCgroup) -> None:
+        """A packet taken in after its socket is dumped would be lost, so the link is down
+        before the dump; and after the freeze, with nothing under way."""
+        init = self._init()
+        if not self._config.link_down or not own_network(init):
             cgroup.freeze(freezer, self.container)
-        finally:
-            self._end_link(link, VzExitCode.DUMP_FAILED)
+            self._link(self._config.link_down, VzExitCode.DUMP_FAILED)
+            return
+        with Connections(init) as connections:
+            cgroup.freeze(freezer, self.container)
+            link_cut.cut(
+                freezer,
+                self.container,
+                connections,
+                lambda: self._link(self._config.link_down, VzExitCode.DUMP_FAILED),
+                skip_in_flight="--skip-in-flight" in self._config.options,
+            )
 
     def resume(self) -> None:
         # Both, whatever fails: a checkpoint that failed leaves both behind.
         try:
-            self._end_link(self._start_link(self._config.link_up), VzExitCode.DUMP_FAILED)
+            self._link(self._config.link_up, VzExitCode.DUMP_FAILED)
+            self._announce(f"/proc/{self._init()}/ns/net")
         finally:
             if freezer := self._freezer():
                 freezer.thaw()

@@ -104,7 +104,7 @@ class TargetSteps(RuncContainer):
         bundles.write(self._config.bundle, config)
         self._written = config
         # Nothing may answer in its place before the restore.
-        self._end_link(self._start_link(self._config.link_down), VzExitCode.BAD_CONFIG)
+        self._link(self._config.link_down, VzExitCode.BAD_CONFIG)
 
     def check_images(self, images: Path) -> None:
         if self._written is None:
@@ -146,7 +146,8 @@ class TargetSteps(RuncContainer):
             # up after that would answer the peers in its place, with resets.
             up = self._config.link_up
             argv = ("setpriv", "--pdeathsig", "KILL", "--", *up) if up else ()
-            self._end_link(self._start_link(argv), VzExitCode.RESTORE_FAILED)
+            self._link(argv, VzExitCode.RESTORE_FAILED)
+            self._announce_here()
 
         with criu.Hook(images.parent, unlock) as hook:
             bundles.write_criu(self._config.bundle, hook.script)
@@ -158,16 +159,24 @@ class TargetSteps(RuncContainer):
                 status, said = -1, str(e)
             bundles.write_criu(self._config.bundle, None)
         if status == 0 and hook.unlocked:
+            self._announce_here()  # again: a switch may have missed the first
             return
         if isinstance(hook.refusal, PyploopError):
             raise hook.refusal
         why = criu.errors_of(work / "restore.log") or last_words(said)
         raise MigrateError(VzExitCode.RESTORE_FAILED, f"cannot restore {self.container}: {why}")
 
+    def _announce_here(self) -> None:
+        """On the network of its config.json."""
+        linux = (self._written or {}).get("linux", {})
+        for namespace in linux.get("namespaces", ()):
+            if namespace["type"] == "network" and namespace.get("path"):
+                self._announce(namespace["path"])
+
     def abandon(self) -> None:
         # Down first: nothing of what ends here may reach the peers.
         try:
-            self._end_link(self._start_link(self._config.link_down), VzExitCode.RESTORE_FAILED)
+            self._link(self._config.link_down, VzExitCode.RESTORE_FAILED)
         finally:
             self.kill()
 
