@@ -1,10 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Any runtime, each step a command of the user's: [container.NAME.commands].
+"""Any other runtime: each step is a command of the user's, from [container.NAME.commands].
 
-Commands get PYPLOOP_CONTAINER and, where there are, PYPLOOP_IMAGES (the folder
-of the memory images) and PYPLOOP_PARENT (that of the pre-dump before) in their
-environment; exit 0 is success.  `status` prints `running`, `suspended`,
-`stopped` or `absent`.
+The environment of a command has PYPLOOP_CONTAINER, PYPLOOP_IMAGES (the folder of the
+memory images, if there is one) and PYPLOOP_PARENT (that of the pre-dump before).  Exit
+status 0 is success.  `status` prints `running`, `suspended`, `stopped` or `absent`.
 """
 
 from __future__ import annotations
@@ -34,7 +33,7 @@ class CommandRuntime(Configured):
 
     name = "command"
     dump_writes = True
-    """Nobody knows what its `dump` does."""
+    """It is not known what its `dump` command writes."""
 
     def __init__(self, host: HostConfig, container: str) -> None:
         self.container = container
@@ -45,7 +44,8 @@ class CommandRuntime(Configured):
         if "status" not in self._config.commands or not (self._config.disks or self._config.trees):
             raise MigrateError(
                 VzExitCode.USAGE,
-                f"[container.{container}] needs commands.status, and a disk or a tree",
+                f"[container.{container}] needs commands.status, and at least one disk or tree",
+                path=host.path,
             )
 
     def _run(
@@ -53,7 +53,11 @@ class CommandRuntime(Configured):
     ) -> str:
         argv = self._config.commands.get(step)
         if argv is None:
-            raise MigrateError(code, f"[container.{self.container}.commands] has no {step}")
+            raise MigrateError(
+                code,
+                f"[container.{self.container}.commands] has no {step}, which has to be run now",
+                path=self._host.path,
+            )
         extra = {"PYPLOOP_CONTAINER": self.container}
         if images is not None:
             extra["PYPLOOP_IMAGES"] = str(images)
@@ -68,17 +72,20 @@ class CommandRuntime(Configured):
         if missing:
             raise MigrateError(
                 VzExitCode.USAGE,
-                f"[container.{self.container}.commands] lacks {', '.join(missing)}",
+                f"[container.{self.container}.commands] lacks {', '.join(missing)}: a migration "
+                f"{'with' if live else 'without'} --live needs it",
+                path=self._host.path,
             )
 
     def state(self) -> State:
-        said = self._run("status", VzExitCode.NO_CONTAINER).strip()
-        if said not in _STATES:
+        output = self._run("status", VzExitCode.NO_CONTAINER).strip()
+        if output not in _STATES:
             raise MigrateError(
                 VzExitCode.NO_CONTAINER,
-                f"status of {self.container} is {said[:40]!r}, none of {[*_STATES]}",
+                f"the status command of {self.container} printed {output[:40]!r}, which is not one "
+                f"of {', '.join(_STATES)}",
             )
-        return _STATES[said]
+        return _STATES[output]
 
     def check_source(self, live: bool) -> Facts:
         self._check_commands(live)
@@ -98,7 +105,7 @@ class CommandRuntime(Configured):
         self._run("resume", VzExitCode.DUMP_FAILED)
 
     def why_no_pre_dump(self) -> str:
-        return "" if "pre_dump" in self._config.commands else "no such command is configured"
+        return "" if "pre_dump" in self._config.commands else "no pre_dump command is configured"
 
     def pre_dump(self, images: Path, parent: Path | None) -> float | None:
         self._run("pre_dump", VzExitCode.DUMP_FAILED, images, parent)
@@ -125,12 +132,16 @@ class CommandRuntime(Configured):
     def check_target(self, facts: Facts, live: bool) -> None:
         self._check_commands(live)
         if self.state().exists:
-            raise MigrateError(VzExitCode.EXISTS, f"{self.container} exists")
+            raise MigrateError(
+                VzExitCode.EXISTS, f"a container {self.container} exists on this host already"
+            )
         self._check_access()
 
     def destination(self, label: str) -> str:
         raise MigrateError(
-            VzExitCode.COPY_FAILED, f"no item {label[:80]!r} belongs to this container"
+            VzExitCode.COPY_FAILED,
+            f'the source sends the file {label[:80]!r}, but a container of the runtime "command" '
+            "has only disks and trees",
         )
 
     def largest(self, label: str) -> int:

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """/etc/pyploop/migrate.toml: how containers look on this host (docs/reference/migrate-toml.md).
 
-Each host has its own; nothing of it travels, so a peer can never name a path
+Each host has its own file, and nothing of it is sent.  So a peer can never name a path
 or a command that is not written here.
 """
 
@@ -34,7 +34,7 @@ class DiskConfig:
 
 @dataclass(frozen=True)
 class ContainerConfig:
-    """One [container.NAME]; commands are words, never a shell's line."""
+    """One [container.NAME].  A command is a list of words; no shell reads it."""
 
     name: str
     runtime: str = "runc"
@@ -49,16 +49,17 @@ class ContainerConfig:
     trees: tuple[str, ...] = ()
     """Directories that are moved as they are."""
     external: tuple[str, ...] = ()
-    """Paths of the host that are mounted in it, and are on the other host already."""
+    """Paths of the host that the container mounts.  They are not copied: the other host has
+    them already."""
     commands: dict[str, tuple[str, ...]] = field(default_factory=dict)
     policy: Policy = policies.PLAIN
 
     def foreign(self) -> list[str]:
-        """Folders in which everything comes from the container."""
+        """Folders whose contents the container decides."""
         return [*(d.mount for d in self.disks), *self.trees]
 
     def paths(self) -> list[tuple[str, str]]:
-        """(what it is, path) of all that is written here."""
+        """(what it is, path) of each path of this container in the file."""
         found = [("disk mounted on", d.mount) for d in self.disks]
         found += [("disk", d.image) for d in self.disks] + [("tree", t) for t in self.trees]
         return found + ([("bundle", self.bundle)] if self.bundle else [])
@@ -66,7 +67,7 @@ class ContainerConfig:
 
 @dataclass(frozen=True)
 class HostConfig:
-    """All of it, with its defaults."""
+    """The whole file, with defaults for what it leaves out."""
 
     path: str | None = None
     digest: str = ""
@@ -89,7 +90,7 @@ class HostConfig:
     rsync: str = "rsync"
     containers: dict[str, ContainerConfig] = field(default_factory=dict)
     policy: Policy = policies.PLAIN
-    """Of containers that are not in `containers`, too."""
+    """It also counts for containers that are not in `containers`."""
     trusted_live: tuple[str, ...] = ()
     """Sources whose memory images are restored here."""
 
@@ -102,9 +103,11 @@ class HostConfig:
         try:
             return self.containers[name]
         except KeyError:
-            where = self.path or f"{DEFAULT}, which is not there"
+            why = f"{self.path} has no [container.{name}]" if self.path else f"no {DEFAULT}"
             raise MigrateError(
-                VzExitCode.NO_CONTAINER, f"no [container.{name}] in {where}"
+                VzExitCode.NO_CONTAINER,
+                f"the container {name} is not configured on this host: {why}",
+                path=self.path or DEFAULT,
             ) from None
 
 
@@ -155,37 +158,44 @@ COMMANDS = (
 _TREE = re.compile(r"(/[^/%\x00-\x1f]*[^/%\x00-\x20])+")
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}")
 CTID = re.compile(r"[1-9][0-9]{0,9}")
-"""Of vzctl.  str.isdecimal() takes the digits of any script, and one more zero
-before a number is another file name for the same container."""
+"""A number of vzctl's.  str.isdecimal() takes the digits of any script, and a zero in
+front would make another file name for the same container."""
 
 
 def load(path: str | None) -> HostConfig:
-    """Read it; without `path` the usual one, or the defaults when that is not
-    there.  MigrateError(1) names what is wrong in it, or who else could change
-    it: what it says is run as root.
+    """Read the configuration.  Without `path`: the usual file, or the defaults when there
+    is none.  MigrateError(1) names what is wrong in it, or which other user could
+    change it: its commands are run as root.
 
-    What is in it is remembered by its absolute path: a later process, in another
-    folder, undoes what it says."""
+    `HostConfig.path` is absolute: a later process, in another working folder, reads
+    the same file to undo a migration."""
     file = path or DEFAULT
     try:
         real, text = private_folder.read_trusted(file)
     except OpenError as e:
-        raise MigrateError(VzExitCode.USAGE, str(e)) from e
+        raise MigrateError(VzExitCode.USAGE, str(e), path=file) from e
     except FileNotFoundError:
         if path is None:
             return HostConfig()
-        raise MigrateError(VzExitCode.USAGE, f"--config {path}: no such file") from None
+        raise MigrateError(VzExitCode.USAGE, f"--config {path}: no such file", path=path) from None
     except OSError as e:
-        raise MigrateError(VzExitCode.USAGE, f"--config {file}: {e.strerror}") from e
+        raise MigrateError(
+            VzExitCode.USAGE, f"cannot read the configuration {file}: {e.strerror}", path=file
+        ) from e
     try:
         parsed = parse(tomllib.loads(text.decode()), real)
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as e:
-        raise MigrateError(VzExitCode.USAGE, f"{file} is not TOML: {e}") from None
+        raise MigrateError(VzExitCode.USAGE, f"{file} is not valid TOML: {e}", path=file) from None
+    except MigrateError as e:
+        e.path = real
+        raise
     return replace(parsed, digest=hashlib.sha256(text).hexdigest())
 
 
 def parse(table: dict[str, Any], path: str) -> HostConfig:
-    """The parsed file; every key must be known and of its type."""
+    """The parsed file.  Every key must be known, and its value of the right type.
+
+    path: for the messages."""
     values: dict[str, Any] = {}
     for key, value in table.items():
         if key in _TOP:
@@ -193,14 +203,14 @@ def parse(table: dict[str, Any], path: str) -> HostConfig:
         elif key in _SECTIONS:
             for name, v in _table(value, f"{path}: [{key}]").items():
                 if name not in _SECTIONS[key]:
-                    raise MigrateError(VzExitCode.USAGE, f"{path}: [{key}] has no {name!r}")
+                    raise _bad(f"{path}: unknown key {name!r} in [{key}]")
                 field_name, kind = _SECTIONS[key][name]
                 values[field_name] = _typed(v, kind, f"{path}: {key}.{name}")
         elif key == "trust":
             where = f"{path}: [trust]"
             values["trusted_live"] = policies.parse_trust(_table(value, where), where)
         elif key not in ("container", "policy"):
-            raise MigrateError(VzExitCode.USAGE, f"{path}: unknown key {key!r}")
+            raise _bad(f"{path}: unknown key {key!r}")
     where = f"{path}: [policy]"
     policy = policies.parse(_table(table.get("policy", {}), where), policies.PLAIN, where)
     containers = {
@@ -215,7 +225,10 @@ def parse(table: dict[str, Any], path: str) -> HostConfig:
 def _container(name: str, table: dict[str, Any], path: str, policy: Policy) -> ContainerConfig:
     where = f"{path}: [container.{name}]"
     if not NAME.fullmatch(name):
-        raise MigrateError(VzExitCode.USAGE, f"{where}: not a name")
+        raise _bad(
+            f"{where}: a container's name has at most 64 letters, digits, '.', '_' and '-', "
+            "and begins with a letter or a digit"
+        )
     values: dict[str, Any] = {}
     disks: list[DiskConfig] = []
     trees: tuple[str, ...] = ()
@@ -228,14 +241,17 @@ def _container(name: str, table: dict[str, Any], path: str, policy: Policy) -> C
         elif key == "commands":
             for word, argv in _table(value, f"{where}.commands").items():
                 if word not in COMMANDS:
-                    raise MigrateError(VzExitCode.USAGE, f"{where}.commands has no {word!r}")
+                    raise _bad(
+                        f"{where}.commands: unknown command {word!r}; these are known: "
+                        + ", ".join(COMMANDS),
+                    )
                 commands[word] = _typed(argv, tuple, f"{where}.commands.{word}")
         elif key == "policy":
             policy = policies.parse(_table(value, f"{where}.policy"), policy, f"{where}.policy")
         elif key in _CONTAINER:
             values[key] = _typed(value, _CONTAINER[key], f"{where}.{key}")
         else:
-            raise MigrateError(VzExitCode.USAGE, f"{where} has no {key!r}")
+            raise _bad(f"{where}: unknown key {key!r}")
     values["external"] = _paths(values.get("external", ()), f"{where}.external")
     made = ContainerConfig(
         name, disks=tuple(disks), trees=trees, commands=commands, policy=policy, **values
@@ -246,73 +262,70 @@ def _container(name: str, table: dict[str, Any], path: str, policy: Policy) -> C
 
 def _paths(values: tuple[str, ...], where: str) -> tuple[str, ...]:
     if not all(v.startswith("/") for v in values):
-        raise MigrateError(VzExitCode.USAGE, f"{where} must be absolute paths")
+        raise _bad(f"{where} must be a list of absolute paths")
     return tuple(os.path.normpath(v).replace("//", "/") for v in values)
 
 
 def _check_apart(c: ContainerConfig, where: str) -> None:
-    """What is moved for itself lies in no tree, and no tree on a disk: it would
-    be copied twice, or not at all.  Nor is a disk mounted within another one, which
-    may come up after it, and hide it."""
+    """A disk's image, its mount point and the bundle lie in no tree, and no tree lies on a
+    disk: it would be copied twice, or not at all.  No disk is mounted inside another:
+    that one could be mounted later, and hide it."""
     for number, disk in enumerate(c.disks):
         for other in c.disks[:number]:
             if within(disk.mount, other.mount) or within(other.mount, disk.mount):
-                raise MigrateError(
-                    VzExitCode.USAGE,
-                    f"{where}: the disks mounted on {other.mount} and {disk.mount} overlap; "
-                    "config.json can bind one within the other",
+                raise _bad(
+                    f"{where}: the disks mounted on {other.mount} and {disk.mount} overlap: mount "
+                    "them side by side, and let config.json bind one into the other"
                 )
             if os.path.normpath(disk.image) == os.path.normpath(other.image):
-                raise MigrateError(VzExitCode.USAGE, f"{where}: {disk.image} is two disks")
+                raise _bad(f"{where}: two disks have the same image, {disk.image}")
     for tree in c.trees:
         for disk in c.disks:
             if within(disk.image, tree):
-                raise MigrateError(
-                    VzExitCode.USAGE, f"{where}: the disk {disk.image} lies in the tree {tree}"
+                raise _bad(
+                    f"{where}: the disk {disk.image} lies in the tree {tree}, and would be copied "
+                    "twice: move it out of the tree"
                 )
             if within(disk.mount, tree) or within(tree, disk.mount):
-                raise MigrateError(
-                    VzExitCode.USAGE,
-                    f"{where}: the disk mounted on {disk.mount} and the tree {tree} overlap",
+                raise _bad(
+                    f"{where}: the disk mounted on {disk.mount} and the tree {tree} overlap: use "
+                    "separate folders"
                 )
         if c.bundle and within(c.bundle, tree):
-            raise MigrateError(
-                VzExitCode.USAGE, f"{where}: the bundle {c.bundle} lies in the tree {tree}"
+            raise _bad(
+                f"{where}: the bundle {c.bundle} lies in the tree {tree}, and would be copied with "
+                "it: move it out of the tree"
             )
 
 
 def _check_foreign(host: HostConfig) -> None:
-    """Nothing of ours, and nothing of another container's, lies where one
-    container's own files are: they decide what is at such a path."""
+    """No folder of pyploop, and nothing of another container, lies among the files of a
+    container: that container decides what is at such a path."""
     ours = {"state_dir": host.state_dir, "lock_dir": host.lock_dir, "images_dir": host.images_dir}
     for c in host.containers.values():
         for folder in c.foreign():
             for key, path in ours.items():
                 if within(path, folder):
-                    raise MigrateError(
-                        VzExitCode.USAGE,
-                        f"{host.path}: {key} {path} lies in {folder}, whose contents come from "
-                        f"the container {c.name}",
+                    raise _bad(
+                        f"{host.path}: {key} is {path}, inside {folder}, where the container "
+                        f"{c.name} decides what is there: choose another folder"
                     )
             for other in host.containers.values():
                 for what, path in other.paths():
                     if other is c and path == folder and what in ("disk mounted on", "tree"):
                         continue  # itself
                     if within(path, folder) and not (other is not c and path == folder):
-                        raise MigrateError(
-                            VzExitCode.USAGE,
+                        raise _bad(
                             f"{host.path}: the {what} {path} of the container {other.name} lies "
-                            f"in {folder}, whose contents come from the container {c.name}",
+                            f"in {folder}, where the container {c.name} decides what is there: "
+                            "choose another folder"
                         )
         if len({os.path.normpath(p) for p in c.foreign()}) < len(c.foreign()):
-            raise MigrateError(
-                VzExitCode.USAGE,
-                f"{host.path}: two disks of [container.{c.name}] have the same mount point",
-            )
+            raise _bad(f"{host.path}: two disks of [container.{c.name}] have the same mount point")
 
 
 def within(path: str, folder: str) -> bool:
-    """A path below the folder, or the folder itself, as they are written."""
+    """Whether the path is the folder, or lies below it.  Only the texts are compared."""
     path, folder = (os.path.normpath(p).replace("//", "/") for p in (path, folder))
     return f"{path}/".startswith(folder.rstrip("/") + "/")
 
@@ -321,45 +334,44 @@ def _disk(value: Any, where: str) -> DiskConfig:
     table = _table(value, f"{where}.disk")
     for key in table:
         if key not in _DISK:
-            raise MigrateError(VzExitCode.USAGE, f"{where}.disk has no {key!r}")
+            raise _bad(f"{where}.disk: unknown key {key!r}")
     texts = {k: _typed(v, str, f"{where}.disk.{k}") for k, v in table.items()}
     for key in ("image", "mount"):
         if not str(texts.get(key, "")).startswith("/"):
-            raise MigrateError(VzExitCode.USAGE, f"{where}.disk.{key} must be an absolute path")
+            raise _bad(f"{where}.disk.{key} must be an absolute path")
     try:
         mount_options.parse(texts.get("options", ""))
     except ParameterError as e:
-        raise MigrateError(VzExitCode.USAGE, f"{where}.disk.options: {e}") from e
+        raise _bad(f"{where}.disk.options: {e}") from e
     return DiskConfig(**texts)
 
 
 def _trees(values: list[Any], where: str) -> tuple[str, ...]:
-    """Paths, none inside another: what is not in one goes from there."""
+    """Paths, none inside another: what a tree does not have is deleted at its target."""
     paths: list[str] = []
     for value in values:
         table = _table(value, f"{where}.tree")
         if list(table) != ["path"]:
-            raise MigrateError(VzExitCode.USAGE, f"{where}.tree has a path, and nothing else")
+            raise _bad(f"{where}.tree must have the key path, and no other")
         path = _typed(table["path"], str, f"{where}.tree.path")
         if not _TREE.fullmatch(path) or path.endswith("\\") or {".", ".."} & {*path.split("/")}:
-            # rsync's daemon reads it from a file, where a % is a variable, and a
-            # backslash at the end joins the next line to it; a ./ is a root of names.
-            raise MigrateError(
-                VzExitCode.USAGE,
-                f"{where}.tree.path must be an absolute path below /, without . and .. in it, "
-                "% and newlines, and a backslash or a slash at its end",
+            # rsync's daemon reads it from a file.  There a % begins a variable, and a
+            # backslash at the end joins the next line.  rsync takes names after a ./ as
+            # relative to that place.
+            raise _bad(
+                f"{where}.tree.path cannot be {path!r}: it must be an absolute path below /, "
+                "without . or .. as a part, without % and newlines, and without a backslash, a "
+                "slash or a space at its end"
             )
-        if any(within(path, p) or within(p, path) for p in paths):
-            raise MigrateError(
-                VzExitCode.USAGE, f"{where}.tree.path: {path} lies in another one, or holds it"
-            )
+        if near := [p for p in paths if within(path, p) or within(p, path)]:
+            raise _bad(f"{where}.tree.path: {near[0]} and {path} overlap: name only the upper one")
         paths.append(path)
     return tuple(paths)
 
 
 def _table(value: Any, where: str) -> dict[str, Any]:
     if not isinstance(value, dict):
-        raise MigrateError(VzExitCode.USAGE, f"{where} must be a table")
+        raise _bad(f"{where} must be a table")
     return value
 
 
@@ -367,9 +379,16 @@ def _typed(value: Any, kind: type, where: str) -> Any:
     if kind is tuple:
         if isinstance(value, list) and value and all(isinstance(v, str) and v for v in value):
             return tuple(value)
-        raise MigrateError(VzExitCode.USAGE, f"{where} must be a list of words")
+        raise _bad(f"{where} must be a list of non-empty strings, at least one")
     if kind is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if not isinstance(value, kind) or isinstance(value, bool):
-        raise MigrateError(VzExitCode.USAGE, f"{where} must be a {kind.__name__}")
+        raise _bad(f"{where} must be {_KINDS[kind]}")
     return value
+
+
+_KINDS = {str: "a string", int: "a whole number", float: "a number"}
+
+
+def _bad(text: str) -> MigrateError:
+    return MigrateError(VzExitCode.USAGE, text)

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What [container.NAME] says of a container's disks and trees: the same for each
-runtime whose host knows them by its configuration alone."""
+"""The disks and trees of a container as [container.NAME] names them: the same for each
+runtime that knows them only from the configuration."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from pyploop.runtimes.config import ContainerConfig
 
 
 class Configured:
-    """A part of a Runtime (runtimes/__init__.py)."""
+    """The part of a Runtime that concerns disks and trees (see runtimes/__init__.py)."""
 
     _config: ContainerConfig
     drop_exec = False
@@ -49,25 +49,25 @@ class Configured:
             volumes.release(disk)
 
     def root_of(self, path: str) -> str:
-        return ""  # nothing of a container's comes to a folder of another part of it
+        return ""  # no disk and no tree lies in another (config.py)
 
     def check_images(self, images: Path) -> None:
-        """Nobody knows what they are."""
+        """The images are in a format of the runtime's own: there is nothing to check."""
 
     def _check_access(self) -> None:
-        """On the target.  MigrateError(15)."""
+        """On the target: MigrateError(15) when other users could reach the files."""
         for place in self._places() if self._config.policy.private else ():
             volumes.check_private(place)
 
     def _mount_all(self) -> None:
-        """Those that are not mounted."""
+        """Mount each disk that is not mounted."""
         for disk in self.disks(source=False):
             if not volumes.is_mounted(disk.mount):
                 volumes.mount(disk)
 
     def _check_places(self, used: bool) -> None:
-        """MigrateError(15) unless what would be copied is what is configured.  used:
-        the container runs."""
+        """MigrateError(15) unless the disks and trees are what the configuration names.
+        used: the container runs, so each disk must be mounted."""
         for disk in self.disks(source=False):
             copied.check_disk(disk, used)
         for tree in self.trees():
@@ -78,17 +78,22 @@ class Configured:
         for disk in disks:
             if disk.source != (volumes.device_of(disk.mount) or disk.image):
                 raise MigrateError(
-                    VzExitCode.BAD_CONFIG, f"what is mounted on {disk.mount} has changed meanwhile"
+                    VzExitCode.BAD_CONFIG,
+                    f"another device is mounted on {disk.mount} now than when the migration began: "
+                    "migrate the container again",
+                    path=disk.mount,
                 )
         self._check_places(used=False)
         try:
             return copied.of_places(disks, self.trees())
         except OSError as e:
-            raise MigrateError(VzExitCode.BAD_CONFIG, f"{e.filename}: {e.strerror}") from e
+            raise MigrateError(
+                VzExitCode.BAD_CONFIG, f"cannot examine {e.filename}: {e.strerror}", path=e.filename
+            ) from e
 
     def _discard_places(self, remove: bool, known: Copied | None) -> None:
-        """Unmount all; remove: the images and what is in the trees go, if they are
-        what was copied."""
+        """Unmount all disks.  remove: also remove the images and what is in the trees, if
+        they are what was copied."""
         disks = self.disks(source=False)
         for disk in disks if remove else ():
             copied.check_same(disk.image, known)
@@ -101,7 +106,7 @@ class Configured:
             copied.remove_tree(path, known)
 
     def _remove_folders(self) -> None:
-        """Those of `_places` that are empty."""
+        """Remove each folder of `_places` that is empty."""
         for path in self._places():
             with contextlib.suppress(OSError):
                 Path(path).rmdir()

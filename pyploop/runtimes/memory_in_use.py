@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How much memory a container holds that a dump of it will: the target is told before
-anything starts, and takes so many times that."""
+"""How much memory a dump of a container will have.  The target is told before anything
+starts, and accepts a fixed multiple of that."""
 
 from __future__ import annotations
 
@@ -11,39 +11,41 @@ from pyploop.errors import MigrateError, VzExitCode
 from pyploop.units import GIB, format_size
 
 GROWTH = 8
-"""All memory images of a migration may be this many times the memory that was told of,
-and GIB more: the rounds are twice that at most, and it may grow meanwhile."""
+"""All memory images of a migration may have this many times the memory that was announced,
+and GIB more: the memory rounds have at most twice that, and the memory may grow."""
 
 
-def most_taken(told: int) -> int:
-    """Bytes of memory images that a target takes."""
-    return told * GROWTH + GIB
+def most_taken(announced: int) -> int:
+    """Bytes of memory images that a target accepts."""
+    return announced * GROWTH + GIB
 
 
-def check_growth(container: str, told: int, now: int) -> None:
+def check_growth(container: str, announced: int, now: int) -> None:
     """Before the container is suspended: MigrateError(6) when the target would not
-    take the dump.  told: 0 when it was told of none."""
-    if told and now > most_taken(told):
+    accept the dump.  announced: bytes that it was told; 0: none."""
+    if announced and now > most_taken(announced):
         raise MigrateError(
             VzExitCode.COPY_FAILED,
-            f"{container} holds {format_size(now)} of memory by now, and held {format_size(told)} "
-            "when the target was told of it: migrate it again",
+            f"the memory of {container} has grown from {format_size(announced)} to "
+            f"{format_size(now)} since the target was asked for room; it would not accept a dump "
+            "of that size: migrate it again",
         )
 
 
 def memory_of(pids: Iterable[int], cgroups: Mapping[str, str]) -> int:
-    """Bytes.  cgroups: controller -> folder, '' of v2.  What no process has mapped is
-    known to the cgroup only: a memfd, System V's shared memory, files of a tmpfs."""
+    """Bytes of memory in use.  cgroups: controller -> folder; '' is the controller of v2.
+    Only the cgroup counts what no process has mapped: a memfd, System V's shared
+    memory, files of a tmpfs."""
     return max(sum(_of_process(pid) for pid in pids), _of_cgroup(cgroups))
 
 
 def _of_process(pid: int) -> int:
-    """Resident, and in swap."""
+    """Resident memory and swap."""
     try:
         text = Path(f"/proc/{pid}/status").read_text(errors="replace")
     except OSError:
         return 0
-    # The process's name is on a line of its own, and may say anything.
+    # The process's name has a line of its own, and may look like any other line.
     words = [line.split() for line in text.split("\n")]
     return sum(int(w[1]) for w in words if w[:1] in (["VmRSS:"], ["VmSwap:"])) << 10
 

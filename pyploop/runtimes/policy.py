@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""[policy] and [trust] of migrate.toml: what a container that comes here may be, and
-which sources may send the memory of a running one.
+"""[policy] and [trust] of migrate.toml: what a container that comes to this host may have,
+and which sources may send the memory of a running one.
 
-The defaults are what a plain container needs.  A source decides nothing of it.
+The defaults are what a plain container needs.  The source has no say in it.
 """
 
 from __future__ import annotations
@@ -28,44 +28,45 @@ SYSCTLS = (
     *("kernel.shmmax", "kernel.shmmni", "kernel.shm_rmid_forced", "fs.mqueue.*"),
     *("net.ipv4.ip_unprivileged_port_start", "net.ipv4.ping_group_range"),
 )
-"""Of the IPC and the network namespace, and of no use outside them."""
+"""They belong to the IPC or the network namespace, and change nothing outside it."""
 RLIMITS = (
     *("RLIMIT_AS", "RLIMIT_CORE", "RLIMIT_CPU", "RLIMIT_DATA", "RLIMIT_FSIZE", "RLIMIT_LOCKS"),
     *("RLIMIT_MEMLOCK", "RLIMIT_MSGQUEUE", "RLIMIT_NOFILE", "RLIMIT_NPROC", "RLIMIT_RSS"),
     *("RLIMIT_SIGPENDING", "RLIMIT_STACK"),
 )
-"""All but those by which a process gets before others of the host."""
+"""All but those that let a process run before others of the host (nice, real time)."""
 
 
 @dataclass(frozen=True)
 class Policy:
-    """What a container may have at most, or must have at least.
-
-    docs/reference/migrate-toml.md has each key."""
+    """What a container may have at most, and what it must have at least
+    (docs/reference/migrate-toml.md describes each key)."""
 
     capabilities: tuple[str, ...] = CAPABILITIES
     namespaces: tuple[str, ...] = NAMESPACES
-    """That must be there."""
+    """The container must have each of them."""
     devices: tuple[str, ...] = ()
-    """Device files of this host, besides null, zero, full, random, urandom, tty."""
+    """Device files of this host that it may have besides null, zero, full, random,
+    urandom and tty."""
     sysctls: tuple[str, ...] = SYSCTLS
     rlimits: tuple[str, ...] = RLIMITS
     unprotected: tuple[str, ...] = ()
-    """Paths of the kernel's that need not be masked or read-only."""
+    """Paths of the kernel's file systems that need not be masked or read-only."""
     apparmor: tuple[str, ...] = ()
     selinux: tuple[str, ...] = ()
     host_ids: tuple[str, ...] = ()
-    """FIRST-LAST; with it a user namespace must be there, with these ids only."""
+    """Ranges FIRST-LAST.  With any, the container must have a user namespace, whose ids on
+    this host lie within them."""
     seccomp: str = "optional"
     no_new_privileges: str = "optional"
     oom_score_adj: int = 0
-    """The lowest one."""
+    """The lowest that is allowed."""
     private: bool = True
-    """No other user of this host can reach the container's files."""
+    """No other user of this host must be able to reach the container's files."""
     action_scripts: bool = False
-    """vzctl's CTID.mount and so on, which run as root on this host."""
+    """Whether vzctl's CTID.mount and so on may come.  They run as root on this host."""
     vz_parameters: tuple[str, ...] = ()
-    """Of CTID.conf, besides those that concern only the container."""
+    """Parameters of CTID.conf that may come besides those that concern only the container."""
 
     def id_ranges(self) -> list[tuple[int, int]]:
         """(first, last) of `host_ids`."""
@@ -76,7 +77,7 @@ class Policy:
 
 
 PLAIN = Policy()
-"""Of a host that says nothing."""
+"""The policy of a host that configures none."""
 
 _WORD = {
     "capabilities": re.compile(r"CAP_[A-Z_]+"),
@@ -88,22 +89,24 @@ _WORD = {
     "vz_parameters": re.compile(r"[A-Z][A-Z0-9_]*"),
 }
 _NEVER_LESS = ("pid", "mount", "ipc", "uts")
-"""Namespaces without which a container is no container."""
+"""Namespaces that no policy can do without."""
 _CHOICES = ("optional", "required")
+_KINDS = {str: "a string", int: "a whole number", bool: "true or false"}
 
 
 def parse(table: Mapping[str, Any], base: Policy, where: str) -> Policy:
-    """A [policy]: each key replaces that of `base`.  MigrateError(1)."""
+    """A [policy] table.  Each key that it has replaces that of `base`.  where: for the
+    messages.  MigrateError(1)."""
     known = {f.name: getattr(base, f.name) for f in fields(base)}
     found: dict[str, Any] = {}
     for key, value in table.items():
         if key not in known:
-            raise MigrateError(VzExitCode.USAGE, f"{where} has no {key!r}")
+            raise MigrateError(VzExitCode.USAGE, f"{where}: unknown key {key!r}")
         old = known[key]
         if isinstance(old, tuple):
             found[key] = _words(value, f"{where}.{key}", _WORD.get(key))
         elif type(value) is not type(old):
-            raise MigrateError(VzExitCode.USAGE, f"{where}.{key} must be a {type(old).__name__}")
+            raise MigrateError(VzExitCode.USAGE, f"{where}.{key} must be {_KINDS[type(old)]}")
         elif isinstance(old, str) and value not in _CHOICES:
             raise MigrateError(
                 VzExitCode.USAGE, f"{where}.{key} must be one of {', '.join(_CHOICES)}"
@@ -112,55 +115,64 @@ def parse(table: Mapping[str, Any], base: Policy, where: str) -> Policy:
             found[key] = value
     made = replace(base, **found)
     if missing := [n for n in _NEVER_LESS if n not in made.namespaces]:
-        raise MigrateError(VzExitCode.USAGE, f"{where}.namespaces must have {', '.join(missing)}")
+        raise MigrateError(
+            VzExitCode.USAGE,
+            f"{where}.namespaces must have {', '.join(missing)}: without them a container is not "
+            "separated from the host",
+        )
     return made
 
 
 def _words(value: Any, where: str, form: re.Pattern[str] | None) -> tuple[str, ...]:
     if not isinstance(value, list) or not all(isinstance(v, str) and v for v in value):
-        raise MigrateError(VzExitCode.USAGE, f"{where} must be a list of words")
+        raise MigrateError(VzExitCode.USAGE, f"{where} must be a list of non-empty strings")
     if form is not None and (bad := [v for v in value if not form.fullmatch(v)]):
-        raise MigrateError(VzExitCode.USAGE, f"{where}: {bad[0]!r} is none")
+        raise MigrateError(
+            VzExitCode.USAGE,
+            f"{where} cannot have {bad[0]!r}: an entry has the form {form.pattern}",
+        )
     return tuple(value)
 
 
-# ---- sources
+# ---- trust
 
 
 @dataclass(frozen=True)
 class Source:
-    """Who has sent a container, as this host knows it: nothing of it is what the
-    source says of itself."""
+    """The host that sends a container, as this host knows it.  Nothing of it is what the
+    source says about itself."""
 
     name: str = ""
-    """`pyploop agent --source NAME`: of the key with which it came."""
+    """NAME of `pyploop agent --source NAME`, which belongs to the ssh key that was used."""
     address: str = ""
-    """From where ssh came."""
+    """Of the other end of the ssh connection."""
 
     def __str__(self) -> str:
         return self.name or self.address or "a local process"
 
 
 def source_of(name: str | None, environment: Mapping[str, str]) -> Source:
-    """name: of --source; without one, what sshd says in SSH_CONNECTION."""
+    """name: that of --source; without it, sshd's SSH_CONNECTION tells the address."""
     if name:
         return Source(name=name)
     return Source(address=environment.get("SSH_CONNECTION", "").split(" ")[0])
 
 
 def parse_trust(table: Mapping[str, Any], where: str) -> tuple[str, ...]:
-    """[trust]: its `live`.  MigrateError(1)."""
+    """The entries of `live` in [trust].  MigrateError(1)."""
     if other := [key for key in table if key != "live"]:
-        raise MigrateError(VzExitCode.USAGE, f"{where} has no {other[0]!r}")
+        raise MigrateError(VzExitCode.USAGE, f"{where}: unknown key {other[0]!r}")
     live = _words(table.get("live", []), f"{where}.live", None)
     for entry in live:
         if "/" in entry and _network(entry) is None:
-            raise MigrateError(VzExitCode.USAGE, f"{where}.live: {entry!r} is no network")
+            raise MigrateError(
+                VzExitCode.USAGE, f"{where}.live: {entry!r} is not a network (ADDRESS/BITS)"
+            )
     return live
 
 
 def trusts(live: tuple[str, ...], source: Source) -> bool:
-    """live: names, addresses and networks."""
+    """Whether the source is one of `live`: names, addresses and networks."""
     if source.name:
         return source.name in live
     try:

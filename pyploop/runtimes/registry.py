@@ -11,12 +11,12 @@ RUNTIMES = ("vzctl", "runc", "command")
 
 
 def make_runtime(host: HostConfig, name: str | None, container: str) -> Runtime:
-    """`name`, or what the configuration says for this container; a number that
-    it does not know is vzctl's."""
+    """The runtime `name`, or that of the configuration for this container.  A number that
+    is not in the configuration is a container of vzctl."""
     if name is None:
         known = host.containers.get(container)
         if known is None and not CTID.fullmatch(container):
-            host.container(container)  # says what is missing
+            host.container(container)  # raises: the name is unknown
         name = known.runtime if known else "vzctl"
     if name == "runc":
         from pyploop.runtimes.runc.runtime import Runc
@@ -30,4 +30,6 @@ def make_runtime(host: HostConfig, name: str | None, container: str) -> Runtime:
         from pyploop.runtimes.command import CommandRuntime
 
         return CommandRuntime(host, container)
-    raise MigrateError(VzExitCode.USAGE, f"no runtime {name!r} (there are {', '.join(RUNTIMES)})")
+    raise MigrateError(
+        VzExitCode.USAGE, f"unknown runtime {name!r}: choose one of {', '.join(RUNTIMES)}"
+    )

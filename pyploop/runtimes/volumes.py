@@ -21,14 +21,14 @@ from pyploop.system import kernel, mount_options, mount_table, sysblock
 from pyploop.usage import users
 
 KEPT = ".pyploop-kept"
-"""The end of a kept file's name (resumable_files.py)."""
+"""End of the name of a resumable file (migration/target/resumable_files.py)."""
 _EXT = ("ext2", "ext3", "ext4")
 BUSY_DEADLINE = 5.0
-"""Seconds for the last user of a mount point to be gone."""
+"""Seconds to wait for the last user of a mount point to leave it."""
 
 
 def is_mounted(point: str) -> bool:
-    """Something is mounted on this folder."""
+    """Whether something is mounted on this folder."""
     return mount_table.at(point) is not None
 
 
@@ -36,24 +36,33 @@ def check_free(disk: Disk, size: int) -> None:
     """On the target: nothing is in the way, and there is room for `size` more
     bytes of data."""
     if os.path.lexists(disk.image):
-        raise MigrateError(VzExitCode.EXISTS, f"{disk.image} exists")
+        raise MigrateError(
+            VzExitCode.EXISTS,
+            f"the image {disk.image} exists on this host already",
+            path=disk.image,
+        )
     if disk.mount and is_mounted(disk.mount):
-        raise MigrateError(VzExitCode.EXISTS, f"something is mounted on {disk.mount}")
+        raise MigrateError(
+            VzExitCode.EXISTS, f"something is mounted on {disk.mount} already", path=disk.mount
+        )
     folder = existing_parent(disk.image)
     with contextlib.suppress(FileNotFoundError):
         if disk.mount and any(Path(disk.mount).iterdir()):
-            raise MigrateError(VzExitCode.EXISTS, f"{disk.mount} is not empty")
+            raise MigrateError(
+                VzExitCode.EXISTS, f"the mount point {disk.mount} is not empty", path=disk.mount
+            )
     st = os.statvfs(folder)
     room = st.f_bavail * st.f_frsize
     if room < size:
         raise MigrateError(
             VzExitCode.COPY_FAILED,
-            f"{folder} has room for {room >> 20} MiB, {size >> 20} are needed",
+            f"{folder} has room for {room >> 20} MiB, but {disk.image} needs {size >> 20} MiB more",
+            path=str(folder),
         )
 
 
 def existing_parent(path: str) -> Path:
-    """The nearest folder above that is there."""
+    """The nearest folder above the path that exists."""
     folder = Path(path).parent
     while not folder.is_dir():
         folder = folder.parent
@@ -61,9 +70,9 @@ def existing_parent(path: str) -> Path:
 
 
 def mount(disk: Disk, foreign: Sequence[str] = (), *, restricted: bool = False) -> None:
-    """The image on a loop device, on its mount point.  foreign: folders whose contents
-    came from the source, in which it must not be.  restricted: nosuid and nodev, until
-    `release`."""
+    """Attach the image to a loop device and mount it on its mount point.  foreign: folders
+    whose contents came from the source; the mount point must not lie in one.
+    restricted: with nosuid and nodev, until `release`."""
     options = disk.options
     if disk.fstype in _EXT and mount_options.value_of(options, "errors") is None:
         options += ",errors=remount-ro"  # its own superblock may ask for a panic
@@ -80,27 +89,33 @@ def mount(disk: Disk, foreign: Sequence[str] = (), *, restricted: bool = False) 
             with _opened_point(disk.mount, foreign) as point:
                 kernel.mount(path, point, disk.fstype, words.flags, words.data)
         finally:
-            os.close(loop)  # the mount holds it now; without one it detaches
+            os.close(loop)  # it detaches with its last user, which is the mount now
     except OSError as e:
         raise MigrateError(
-            VzExitCode.RESTORE_FAILED, f"cannot mount {disk.image} on {disk.mount}: {e.strerror}"
+            VzExitCode.RESTORE_FAILED,
+            f"cannot mount {disk.image} on {disk.mount}: {e.strerror}",
+            path=disk.image,
         ) from e
 
 
 def release(disk: Disk) -> None:
-    """Let what is in it have its effect, as the options say.  MigrateError(7)."""
+    """Drop the nosuid and nodev of `mount`: only the configured options count now.
+    MigrateError(7)."""
     try:
         if is_mounted(disk.mount):
             kernel.remount(disk.mount, mount_options.parse(disk.options).flags)
     except OSError as e:
         raise MigrateError(
-            VzExitCode.RESTORE_FAILED, f"cannot remount {disk.mount}: {e.strerror}"
+            VzExitCode.RESTORE_FAILED,
+            f"cannot remount {disk.mount} with its own options: {e.strerror}",
+            path=disk.mount,
         ) from e
 
 
 @contextlib.contextmanager
 def _opened_point(point: str, foreign: Sequence[str]) -> Iterator[str]:
-    """A name of the folder that stays its own, whatever becomes of the path."""
+    """A name of the folder in /proc/self/fd.  It stays the same folder when somebody changes
+    the path."""
     fd = os.open(point, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
         name = f"/proc/self/fd/{fd}"
@@ -109,8 +124,9 @@ def _opened_point(point: str, foreign: Sequence[str]) -> Iterator[str]:
             if within(real, os.path.realpath(folder)):
                 raise MigrateError(
                     VzExitCode.RESTORE_FAILED,
-                    f"{point} is {real}, which lies in {folder}: a disk is not mounted within "
-                    "what came from the source",
+                    f"the mount point {point} leads to {real}, which lies in {folder}: no disk is "
+                    "mounted among files that came from the source",
+                    path=point,
                 )
         yield name
     finally:
@@ -118,11 +134,11 @@ def _opened_point(point: str, foreign: Sequence[str]) -> Iterator[str]:
 
 
 def check_private(path: str) -> None:
-    """MigrateError(15) unless a folder above, or one that is made above, keeps other
-    users of this host out of what will lie at this path."""
+    """MigrateError(15) unless a folder above the path, or one that will be created there,
+    keeps other users of this host out."""
     above = existing_parent(path)
     if above != Path(path).parent:
-        return  # the folders in between are made for root alone
+        return  # the folders in between will be created for root alone
     real = above.resolve()
     for folder in (real, *real.parents):
         st = folder.stat()
@@ -130,14 +146,16 @@ def check_private(path: str) -> None:
             return
     raise MigrateError(
         VzExitCode.BAD_CONFIG,
-        f"all users of this host could reach what comes to {path}, programs with the "
-        f"set-user-ID bit, too: chmod 0700 {above} here (or private = false in [policy])",
+        f"all users of this host could reach what comes to {path}, and run the programs in it "
+        f"that have the set-user-ID bit: run chmod 0700 {above} on this host (or set private = "
+        "false in [policy])",
+        path=str(above),
     )
 
 
 def unmount(entry: dict[str, Any]) -> None:
-    """Undo `mount`; entry: `mount` and `image`.  What else is mounted there stays,
-    which is an OSError (EBUSY) if it hides the image's mount."""
+    """Undo `mount`.  entry: has `mount` and `image`.  Another mount on the same folder stays.
+    If it hides the image's mount, that is an OSError (EBUSY)."""
     point, image = str(entry["mount"]), str(entry["image"])
     deadline = time.monotonic() + BUSY_DEADLINE
     while ours := _mounted_from(point, image):
@@ -150,13 +168,14 @@ def unmount(entry: dict[str, Any]) -> None:
             if e.errno != errno.EBUSY:
                 raise
             if time.monotonic() > deadline:
-                raise OSError(errno.EBUSY, f"{e.strerror}{_who_is_in(point)}", point) from e
+                raise OSError(errno.EBUSY, f"{e.strerror}{_user_of(point)}", point) from e
             time.sleep(0.01)
     detach(image)
 
 
-def _who_is_in(point: str) -> str:
-    """In words; any user may be, where the folders above let him in."""
+def _user_of(point: str) -> str:
+    """The process that uses the mount, for a message.  It may be any user's, where the
+    folders above let it in."""
     st = os.stat(point)
     where = users.descriptor_on((os.major(st.st_dev), os.minor(st.st_dev)))
     if not where:
@@ -165,11 +184,11 @@ def _who_is_in(point: str) -> str:
     owner = ""
     with contextlib.suppress(OSError):
         owner = f" of user {os.stat(f'/proc/{pid}').st_uid}"
-    return f" ({users.describe(pid)}{owner} is there: {where}; end it)"
+    return f" ({users.describe(pid)}{owner} uses it: {where}; end that process)"
 
 
 def _mounted_from(point: str, image: str) -> list[mount_table.Entry]:
-    """Mounts of the image on this folder, hidden ones too."""
+    """The mounts of the image on this folder, also hidden ones."""
     try:
         loops = {os.stat(path).st_rdev for path in sysblock.loop_device_of(image)}
     except FileNotFoundError:  # nothing can be mounted from it
@@ -180,7 +199,7 @@ def _mounted_from(point: str, image: str) -> list[mount_table.Entry]:
 
 
 def detach(image: str) -> None:
-    """The image's loop devices; those that detach by themselves are gone."""
+    """Detach the image's loop devices that are left.  Most detach by themselves."""
     with contextlib.suppress(FileNotFoundError):
         for path in sysblock.loop_device_of(image):
             with contextlib.suppress(OSError):
@@ -192,8 +211,8 @@ def detach(image: str) -> None:
 
 
 def device_of(point: str) -> str | None:
-    """The device that is mounted on this folder, as /dev/NAME; None: nothing is,
-    or it is no device's."""
+    """The device that is mounted on this folder, as /dev/NAME.  None: nothing is mounted, or
+    a file system without a device."""
     mounted = mount_table.at(point)
     device = mounted.device() if mounted else None
     return path_of(device) if device else None

@@ -592,7 +592,7 @@ def test_what_comes_lies_where_no_other_user_gets(tmp_path: Path) -> None:
     open_to_all.mkdir(mode=0o755)
     try:
         for path in ("rootfs", "/rootfs"):
-            with pytest.raises(MigrateError, match=f"chmod 0700 {open_to_all} here") as e:
+            with pytest.raises(MigrateError, match=f"chmod 0700 {open_to_all} on this host") as e:
                 volumes.check_private(f"{open_to_all}/{path.lstrip('/')}")
             assert e.value.exit_code == 15
         volumes.check_private(f"{open_to_all}/new/rootfs")  # `new` is made for root alone
