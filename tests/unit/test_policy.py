@@ -219,8 +219,11 @@ ATTACKS: dict[str, tuple[Change, str]] = {
         add("process.rlimits+", {"type": "RLIMIT_RTPRIO", "hard": 99, "soft": 99}),
         "RLIMIT_RTPRIO",
     ),
-    "cwd of runc's descriptors": (add("process.cwd", "/proc/self/fd/7"), "does not start there"),
-    "cwd by /dev/fd": (add("process.cwd", "/dev/fd/7"), "does not start there"),
+    "cwd of runc's descriptors": (
+        add("process.cwd", "/proc/self/fd/7"),
+        "no container starts below",
+    ),
+    "cwd by /dev/fd": (add("process.cwd", "/dev/fd/7"), "no container starts"),
     "a NUL": (add("process.args", ["sh\0"]), "without a NUL"),
     "half a surrogate pair": (add("process.args", ["\ud800"]), "without a NUL"),
     "windows": (add("windows", {}), "windows is not known"),
@@ -265,7 +268,7 @@ def test_mount_points_that_the_source_made_up_lead_to_no_other_place_here() -> N
     made = bundles.adapt(config, {}, {"/etc": "/srv/r"}, OURS)
     assert (made["root"]["path"], made["mounts"][-1]["source"]) == ("/srv/r/root", "/srv/r/shadow")
     for theirs in ("/", "//", "/et"):
-        with pytest.raises(MigrateError, match="moves here"):
+        with pytest.raises(MigrateError, match="lies on no disk"):
             bundles.adapt(config, {}, {theirs: "/srv/r"}, OURS)
 
 
@@ -445,8 +448,8 @@ def test_what_is_written_is_made_of_known_keys_whatever_came() -> None:
     [
         ('{"hooks": {}, "hooks": {"prestart": []}}', "'hooks' comes twice"),
         ('{"a": {"b": 1, "b": 1}}', "'b' comes twice"),
-        ('{"a": NaN}', "NaN is no number"),
-        ('{"a": -Infinity}', "-Infinity is no number"),
+        ('{"a": NaN}', "NaN is not a number"),
+        ('{"a": -Infinity}', "-Infinity is not a number"),
         ('{"a": 1' + "0" * 5000 + "}", "too large"),
         ("[" * 100_000, "nested too deeply"),
         ('{"a": 1} {"hooks": 1}', "Extra data"),

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The OCI bundle of a runc container, fitted to the host that it comes to."""
+"""The OCI bundle of a container: reading its config.json, and fitting it to the host that
+it comes to."""
 
 from __future__ import annotations
 
@@ -15,43 +16,54 @@ from pyploop.runtimes.oci import config_json, json_shapes
 
 CONFIG = "config.json"
 RECEIVED = "config.json.received"
-"""The source's, until it is checked and written anew: no runtime reads this one."""
+"""The source's config.json, until it is checked and written anew.  No runtime reads a file
+of this name."""
 CRIU = "criu.conf"
-"""Beside it; what the annotation org.criu.config names."""
+"""Options for CRIU, beside config.json.  The annotation org.criu.config names it."""
 LARGEST = 1 << 17
-"""Bytes of a config.json: it travels in a message."""
+"""Bytes of a config.json at most: it is sent in one message."""
 
 
 def read(bundle: str, name: str = CONFIG) -> dict[str, Any]:
-    """MigrateError(15) when it is no config.json."""
+    """The parsed config.json.  MigrateError(15) when it cannot be read."""
     path = Path(bundle) / name
     try:
         with path.open("rb") as f:
-            data = f.read(LARGEST + 1)  # of a larger one, sparse perhaps, no more
+            data = f.read(LARGEST + 1)  # not more of a larger one, which may be sparse
         config = json_shapes.loads(data) if len(data) <= LARGEST else None
     except (OSError, ValueError) as e:
-        raise MigrateError(VzExitCode.BAD_CONFIG, f"cannot read {path}: {e}") from e
+        why = e.strerror if isinstance(e, OSError) else str(e)
+        raise MigrateError(
+            VzExitCode.BAD_CONFIG, f"cannot read {path}: {why}", path=str(path)
+        ) from e
     if not isinstance(config, dict):
-        raise MigrateError(VzExitCode.BAD_CONFIG, f"{path} is not a container's configuration")
+        raise MigrateError(
+            VzExitCode.BAD_CONFIG,
+            f"{path} is not a container's configuration: it must be one JSON object, of at most "
+            f"{LARGEST >> 10} KiB",
+            path=str(path),
+        )
     return config
 
 
 def write(bundle: str, config: dict[str, Any]) -> None:
-    """Durable, and in one step."""
+    """Replace config.json: durable, and in one step."""
     _replace(Path(bundle) / CONFIG, json.dumps(config, indent=1))
     write_criu(bundle, None)
 
 
 def paths_of(config: dict[str, Any]) -> list[str]:
-    """Paths on this host that a fitted configuration names: the root, and what it
+    """Paths of this host that a fitted configuration names: the root and the sources of
     binds."""
     binds = [m["source"] for m in config.get("mounts", []) if m["type"] == "bind"]
     return [p for p in (config.get("root", {}).get("path"), *binds) if p]
 
 
 def write_criu(bundle: str, script: Path | None) -> None:
-    """CRIU's options for this container.  It must not lock the network itself,
-    since that lock stays in a namespace which is not the container's own."""
+    """Write CRIU's options for this container.  script: CRIU's action script, if any.
+
+    CRIU must not lock the network itself: the lock would stay in the network namespace,
+    which this host made and the container only uses."""
     lines = ["network-lock skip"]
     if script is not None:
         lines.append(f"action-script {script}")
@@ -59,8 +71,8 @@ def write_criu(bundle: str, script: Path | None) -> None:
 
 
 def forget_hook(bundle: str) -> None:
-    """Drop the hook of an agent that was killed.  A dump comes by it too, finds
-    nobody to ask, and would end the container."""
+    """Drop the hook of an agent that was killed.  A dump calls the hook too.  Nobody would
+    answer it, so it would end the container."""
     try:
         text = (Path(bundle) / CRIU).read_text()
     except OSError:
@@ -81,11 +93,11 @@ def _replace(path: Path, text: str) -> None:
 def adapt(
     config: Any, paths: dict[str, str], mounts: dict[str, str], ours: ContainerConfig
 ) -> dict[str, Any]:
-    """The source's configuration, written anew: with our paths, cgroup and network
-    namespace, and as our policy lets it be.
+    """The source's configuration, written anew with the paths, cgroup and network namespace
+    of this host, as the policy here allows it.
 
-    paths: as they are written in it -> as the source's configuration of pyploop
-    writes them.  mounts: of these the beginnings -> ours.  MigrateError(15) when it
-    asks for more.
+    paths: path in config.json -> as the source's migrate.toml writes it.  mounts: how
+    those paths begin at the source -> here.  MigrateError(15) when it asks for more
+    than the policy allows.
     """
     return config_json.fit(config, paths, mounts, ours, f"{ours.bundle}/{CRIU}")

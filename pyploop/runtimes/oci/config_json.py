@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A config.json of another host, as this host's policy lets it be.
+"""A config.json of another host, fitted to this host as its policy allows.
 
-Invariant: what `fit` returns is made of known keys only (spec.py), and each path,
-device, namespace and label in it is this host's own, or lies within what moves.
+Invariant: what `fit` returns has only known keys (spec.py).  Each path, device, namespace
+and label in it belongs to this host or lies within the disks and trees that are migrated.
 """
 
 from __future__ import annotations
@@ -23,8 +23,9 @@ MASKED = (
     "/proc/scsi",
 )
 READONLY = ("/proc/bus", "/proc/fs", "/proc/irq", "/proc/sys", "/proc/sysrq-trigger")
-"""Both as `runc spec` 1.1 writes them.  Root of the host, without a user namespace,
-may write to /proc/sys whatever its capabilities, and core_pattern there is a command."""
+"""MASKED and READONLY are as `runc spec` 1.1 writes them.  Without a user namespace the
+container's root is root of the host.  It can write to /proc/sys whatever its
+capabilities are, and core_pattern there is a command."""
 DEVICES = {
     (1, 3): "/dev/null",
     (1, 5): "/dev/zero",
@@ -33,10 +34,10 @@ DEVICES = {
     (1, 9): "/dev/urandom",
     (5, 0): "/dev/tty",
 }
-"""Made by runc in each container."""
+"""runc makes these in each container."""
 RULES = {*DEVICES, (5, 1), (5, 2), (136, -1), (10, 200)}
-"""Major and minor (-1: each) of what runc 1.1 allows by itself: consoles, pseudo
-terminals and tun, too."""
+"""Major and minor number (-1: all) of the devices that runc 1.1 allows by itself: besides
+DEVICES consoles, pseudo terminals and tun."""
 _SETS = ("bounding", "effective", "inheritable", "permitted", "ambient")
 _POINTS = {
     "proc": "/proc",
@@ -46,8 +47,8 @@ _POINTS = {
     "cgroup": "/sys/fs/cgroup",
     "cgroup2": "/sys/fs/cgroup",
 }
-"""Where a file system of the kernel's may be mounted: the masked and read-only paths
-protect no second one."""
+"""Where a file system of the kernel may be mounted.  Masked and read-only paths would not
+protect a second mount of it."""
 _FLAGS = {
     *("ro", "rw", "nosuid", "suid", "nodev", "dev", "noexec", "exec", "relatime", "norelatime"),
     *("noatime", "atime", "nodiratime", "diratime", "strictatime", "nostrictatime"),
@@ -71,11 +72,13 @@ def fit(
     ours: ContainerConfig,
     criu_config: str,
 ) -> dict[str, Any]:
-    """paths: of the source, as they are written -> as its own configuration has them.
-    mounts: of these the beginnings -> ours.  Both are the source's word: what comes
-    of them must lie within what moves here, or be external.  criu_config: the file
-    that the annotation for CRIU names.  MigrateError(15) names what this host does
-    not take, and what to write where that is possible."""
+    """The configuration as this host accepts it.
+
+    paths: path in config.json -> as the source's migrate.toml writes it.  mounts: how
+    those paths begin at the source -> here.  Both come from the source, so the results
+    must lie within this host's disks and trees, or be external.  criu_config: the file
+    that the annotation for CRIU names.  MigrateError(15) says what is not accepted, and
+    which key of migrate.toml would allow it."""
     made = spec.anew(config)
     return _Fitting(made, paths, mounts, ours).all(criu_config)
 
@@ -98,7 +101,7 @@ class _Fitting:
     def all(self, criu_config: str) -> dict[str, Any]:
         self._made.pop("hooks", None)
         if "path" not in self._made.get("root", {}):
-            refuse("root.path", "is not there")
+            refuse("root.path", "is missing")
         if not self._process or not self._process.get("args") or "cwd" not in self._process:
             refuse("process", "must have args and cwd")
         self._made["root"]["path"] = self._inside(self._made["root"]["path"], "root.path")
@@ -120,13 +123,13 @@ class _Fitting:
         refuse(
             where,
             f"{what}, which the policy of this host does not allow: to allow it, add {value} to "
-            f"{key} in [container.{self._ours.name}.policy] here",
+            f"{key} in [container.{self._ours.name}.policy] on this host",
         )
 
     # ---- paths
 
     def _moved(self, written: str, where: str) -> str:
-        """Where what lies there at the source lies here."""
+        """The path on this host for a path of the source."""
         path = self._paths.get(written, written)
         if not path.startswith("/"):
             path = f"{self._ours.bundle}/{path}"
@@ -142,7 +145,8 @@ class _Fitting:
         if not any(within(path, place) for place in self._ours.foreign()):
             refuse(
                 where,
-                f"is {written[:120]!r}, which lies on no disk and in no tree that moves here",
+                f"is {written[:120]!r}, which lies on no disk and in no tree of "
+                f"[container.{self._ours.name}] on this host",
             )
         return path
 
@@ -152,24 +156,31 @@ class _Fitting:
         process = self._process
         assert process is not None
         if any(within(process["cwd"], p) for p in ("/proc", "/dev", "/sys")):
-            refuse("process.cwd", f"is {process['cwd']!r}: a container does not start there")
+            refuse(
+                "process.cwd",
+                f"is {process['cwd']!r}: no container starts below /proc, /dev or /sys",
+            )
         given = process.get("capabilities", {})
         for name in given:
             for capability in given[name]:
                 if capability not in self._policy.capabilities:
                     where = f"process.capabilities.{name}"
                     self._not_allowed(where, f"has {capability}", "capabilities", f'"{capability}"')
-        # None means something else to some runtimes.
+        # Some runtimes take a missing set for another one.
         process["capabilities"] = {name: given.get(name, []) for name in _SETS}
         if not process.get("noNewPrivileges") and self._policy.no_new_privileges == "required":
-            refuse("process.noNewPrivileges", "must be true by the policy of this host")
+            refuse(
+                "process.noNewPrivileges",
+                "must be true: the policy of this host says so (no_new_privileges)",
+            )
         self._label(process, "apparmorProfile", "process", "apparmor", self._policy.apparmor)
         self._label(process, "selinuxLabel", "process", "selinux", self._policy.selinux)
         self._label(self._linux, "mountLabel", "linux", "selinux", self._policy.selinux)
         if process.get("oomScoreAdj", 0) < min(self._policy.oom_score_adj, 0):
             refuse(
                 "process.oomScoreAdj",
-                f"is {process['oomScoreAdj']}, lower than the policy's oom_score_adj here",
+                f"is {process['oomScoreAdj']}, lower than the policy of this host allows "
+                f"(oom_score_adj = {self._policy.oom_score_adj})",
             )
         seen = set()
         for limit in process.get("rlimits", []):
@@ -217,23 +228,23 @@ class _Fitting:
         dev = [m for m in self._made.get("mounts", []) if m["destination"] == "/dev"]
         if [m["type"] for m in dev] != ["tmpfs"]:
             # runc masks with /dev/null as it is in the container.
-            refuse("mounts", "has no tmpfs on /dev, so that the disk's own /dev would be used")
+            refuse("mounts", "has no tmpfs on /dev: the disk's own /dev would be used")
 
     def _check_options(self, kind: str, options: Iterable[str], where: str) -> None:
         for option in options:
             known = option in _FLAGS or option in _MORE.get(kind, ())
             if not known and not (_VALUES.fullmatch(option) and kind in ("tmpfs", "devpts")):
-                refuse(where, f"has the option {option[:80]!r}, which is not taken over")
+                refuse(where, f"has the option {option[:80]!r}, which is not accepted")
 
     def _check_point(self, kind: str, point: str, options: list[str], where: str) -> None:
         if kind == "tmpfs":
             if any(within(point, p) for p in ("/proc", "/sys")):
                 refuse(where, f"is a tmpfs on {point}, where the kernel's files are")
             if point == "/dev" and "tmpcopyup" in options:
-                refuse(where, "would have the disk's own /dev copied into the one of the container")
+                refuse(where, "has tmpcopyup: it would copy the disk's own /dev into /dev")
             return
         if point != _POINTS.get(kind):
-            refuse(where, f"is a {kind[:40]!r} on {point}, which is not mounted here")
+            refuse(where, f"is a {kind[:40]!r} on {point}, which is not accepted there")
         if kind in ("sysfs", "cgroup", "cgroup2") and "ro" not in options:
             if point not in self._policy.unprotected:
                 self._not_allowed(where, f"has {point} writable", "unprotected", f'"{point}"')
@@ -248,13 +259,13 @@ class _Fitting:
             return path
         for kernel in ("/proc", "/sys", "/dev"):
             if within(mount["destination"], kernel):
-                refuse(where, f"binds {written[:120]!r} on a path of the kernel's")
+                refuse(where, f"binds {written[:120]!r} below {kernel}, among the kernel's files")
         if not any(within(path, place) for place in self._ours.foreign()):
             refuse(
                 where,
-                f"binds {written[:120]!r}, which lies on no disk and in no tree that moves here: "
-                f'if the container may have that of this host, write external = ["{path[:120]}"] '
-                f"in [container.{self._ours.name}] here",
+                f"binds {written[:120]!r}, which lies on no disk and in no tree of "
+                f"[container.{self._ours.name}] on this host: if the container may use the one "
+                f'that is here, write external = ["{path[:120]}"] there',
             )
         return path
 
@@ -266,23 +277,23 @@ class _Fitting:
         for namespace in self._linux.get("namespaces", []):
             kind, path = namespace.get("type", ""), namespace.get("path", "")
             if kind not in (*self._policy.namespaces, "network", "user", "cgroup"):
-                refuse("linux.namespaces", f"has {kind[:40]!r}, which is not known here")
+                refuse("linux.namespaces", f"has {kind[:40]!r}, which is not known to this pyploop")
             if kind in found:
                 refuse("linux.namespaces", f"has {kind!r} twice")
             found[kind] = {"type": kind}
             if kind == "network" and ours.netns:
                 found[kind]["path"] = ours.netns
             elif path:
-                why = f"is the {kind} namespace {path[:120]!r} of the source"
+                why = f"has the {kind} namespace {path[:120]!r} of the source, which is not here"
                 if kind == "network":
-                    why += f": write netns in [container.{ours.name}] here"
+                    why += f": write netns in [container.{ours.name}] on this host"
                 refuse("linux.namespaces", why)
         wanted = [*self._policy.namespaces, *(["user"] if self._policy.host_ids else [])]
         for kind in wanted:
             if kind not in found:
                 refuse(
                     "linux.namespaces",
-                    f"has no {kind} namespace: the container would have that of this host",
+                    f"has no {kind} namespace: the container would use that of this host",
                 )
         self._linux["namespaces"] = list(found.values())
 
@@ -291,13 +302,16 @@ class _Fitting:
         for key in ("uidMappings", "gidMappings"):
             entries = self._linux.get(key, [])
             if bool(entries) != user:
-                refuse(f"linux.{key}", "must be there with a user namespace, and only then")
+                refuse(f"linux.{key}", "must be set with a user namespace, and only then")
             for entry in entries:
                 first = entry.get("hostID", 0)
                 last = first + entry.get("size", 0) - 1
                 ranges = self._policy.id_ranges()
                 if ranges and not any(a <= first <= last <= b for a, b in ranges):
-                    refuse(f"linux.{key}", f"has {first}-{last}, not within the policy's host_ids")
+                    refuse(
+                        f"linux.{key}",
+                        f"has {first}-{last}, which the policy does not allow (host_ids)",
+                    )
 
     # ---- the kernel's files, devices, resources
 
@@ -315,16 +329,18 @@ class _Fitting:
                     )
 
     def _devices(self) -> None:
-        """Devices are found by their path here: their numbers may differ."""
+        """Devices are found by their path on this host: the source's numbers may differ."""
         allowed: dict[tuple[int, int], str] = {}
         for path in self._policy.devices:
             try:
                 st = os.stat(path)
             except OSError as e:
-                refuse("linux.devices", f"cannot be fitted: {path} of the policy: {e.strerror}")
+                why = f"cannot be fitted: {path} in the policy of this host: {e.strerror}"
+                refuse("linux.devices", why)
             kind = {stat.S_IFCHR: "c", stat.S_IFBLK: "b"}.get(stat.S_IFMT(st.st_mode))
             if kind is None:
-                refuse("linux.devices", f"cannot be fitted: {path} of the policy is no device")
+                why = f"cannot be fitted: {path} in the policy of this host is not a device"
+                refuse("linux.devices", why)
             allowed[os.major(st.st_rdev), os.minor(st.st_rdev)] = f"{kind} {path}"
         by_path = {text.split(" ", 1)[1]: (text[0], *rdev) for rdev, text in allowed.items()}
         by_path |= {path: ("c", *rdev) for rdev, path in DEVICES.items()}
@@ -334,13 +350,13 @@ class _Fitting:
                 self._not_allowed("linux.devices", f"has {path!r}", "devices", f'"{path}"')
             kind, major, minor = by_path[path]
             if device.get("type") not in (kind, "u" if kind == "c" else kind):
-                refuse("linux.devices", f"has {path!r}, which is of another type here")
+                refuse("linux.devices", f"has {path!r}, which has another type on this host")
             device |= {"type": kind, "major": major, "minor": minor}
             device["fileMode"] = device.get("fileMode", 0o666) & 0o777
         self._rules(allowed)
 
     def _rules(self, allowed: dict[tuple[int, int], str]) -> None:
-        """What the devices cgroup lets through: nothing but the policy's."""
+        """The rules of the devices cgroup: they allow only what the policy has."""
         resources = self._linux.setdefault("resources", {})
         rules = [{"allow": False, "access": "rwm"}]
         for rule in resources.get("devices", []):
@@ -353,9 +369,9 @@ class _Fitting:
             if not only_made and not ours:
                 refuse(
                     "linux.resources.devices",
-                    f"allows {kind} {rdev[0]}:{rdev[1]} (-1: each), which is no device of "
-                    f"the policy of this host: name its file in devices of "
-                    f"[container.{self._ours.name}.policy] here, if it may",
+                    f"allows {kind} {rdev[0]}:{rdev[1]} (-1: all), which the policy of this host "
+                    "does not: to allow it, add the device's file to devices in "
+                    f"[container.{self._ours.name}.policy] on this host",
                 )
             rules.append(rule)
         for (major, minor), text in allowed.items():
@@ -366,16 +382,18 @@ class _Fitting:
     def _check_resources(self) -> None:
         for key, value in self._linux["resources"].get("unified", {}).items():
             if not _UNIFIED.fullmatch(key) or not re.fullmatch(r"[0-9a-z ,.-]{1,80}", value):
-                refuse("linux.resources.unified", f"has {key[:80]!r}, which is not taken over")
+                refuse("linux.resources.unified", f"has {key[:80]!r}, which is not accepted")
 
     def _check_kernel(self) -> None:
         for name, value in self._linux.get("sysctl", {}).items():
             if not _SYSCTL.fullmatch(name) or not re.fullmatch(r"[0-9 \t-]{1,80}", value):
-                refuse("linux.sysctl", f"has {name[:80]!r} = {value[:80]!r}")
+                refuse("linux.sysctl", f"has {name[:80]!r} = {value[:80]!r}, which is not accepted")
             if not self._policy.allows_sysctl(name):
                 self._not_allowed("linux.sysctl", f"has {name}", "sysctls", f'"{name}"')
         seccomp = self._linux.get("seccomp")
         if self._policy.seccomp == "required" and (
             not seccomp or seccomp.get("defaultAction") not in _STRICT
         ):
-            refuse("linux.seccomp", "must refuse by default, by the policy of this host")
+            refuse(
+                "linux.seccomp", "must refuse by default: the policy of this host says so (seccomp)"
+            )

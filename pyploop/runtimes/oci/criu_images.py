@@ -1,12 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""CRIU's images of a container against the config.json that was written for it,
-before they are restored.
+"""The check of CRIU's images against the config.json that this host has written, before
+they are restored.
 
 A restore makes processes as the images say, whatever the configuration says: their
-capabilities, their namespaces, what is mounted, their cgroup.  Here nothing more is
-let through than the configuration gives.  This cannot make a source safe that is not
-trusted: memory, the contents of tmpfs and seccomp filters are as they come, and CRIU
-reads them as root.
+capabilities, namespaces, mounts and cgroups.  This check refuses images that give more
+than the configuration does.  It cannot make an untrusted source safe: CRIU reads the
+images as root, and memory, the contents of tmpfs and seccomp filters are not checked.
 """
 
 from __future__ import annotations
@@ -26,9 +25,10 @@ _EXTERNAL_BEGINS = (File.REGULAR_EXTERNAL << 3, File.REGULAR_EXTERNAL << 3 | 0x8
 
 
 def check(folder: Path, config: dict[str, Any], labels: Collection[str] = ()) -> None:
-    """config: as this host has written it.  labels: of LSMs that the policy allows,
-    for the kernel gives some to processes whose configuration has none.
-    MigrateError(15)."""
+    """MigrateError(15) when the images in the folder give more than config.json does.
+
+    config: as this host has written it.  labels: AppArmor and SELinux labels that the
+    policy allows.  The kernel gives some to processes whose configuration has none."""
     images = Images(folder)
     try:
         _check_all(images, config, labels)
@@ -62,8 +62,8 @@ def _check_all(images: Images, config: dict[str, Any], labels: Collection[str]) 
 def _check_file(images: Images, entry: Message) -> None:
     external = entry.number32(File.TYPE) == File.TYPE_EXTERNAL
     regular = entry.raw(File.REGULAR)
-    # Its field begins with one of these bytes; most of thousands of files have none.
+    # The field begins with one of these bytes.  Most of thousands of files have neither.
     if regular and any(byte in regular for byte in _EXTERNAL_BEGINS):
         external = external or bool(Message(regular).number32(File.REGULAR_EXTERNAL))
     if external:
-        images.refuse("has an open file of another host")
+        images.refuse("has an open file from outside the container")

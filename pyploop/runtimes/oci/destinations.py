@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where the mounts of a fitted config.json come to lie, when the container's files
-have come: a link of theirs may lead one to /dev, /proc or /sys, where runc finds what
-it masks the kernel's files with, and the masked files themselves.
+"""Where the mounts of a fitted config.json really lie, once the container's files are
+there.  A symbolic link among them could lead a mount to /dev, /proc or /sys.  There runc
+finds the device with which it masks the kernel's files, and the masked files themselves.
 """
 
 from __future__ import annotations
@@ -14,15 +14,16 @@ from pyploop.runtimes.config import within
 
 KERNEL = ("/dev", "/proc", "/sys")
 MOST_STEPS = 1 << 15
-"""Parts of all destinations, and of the links on the way to them: real ones have some
-hundreds."""
+"""Parts of all destinations and of the links on the way to them.  Real containers have
+some hundreds."""
 MOST_PARTS = 2048
-"""Of a path: the kernel takes 4096 bytes."""
+"""Parts of one path: the kernel takes 4096 bytes."""
 
 
 def check(config: dict[str, Any]) -> None:
-    """MigrateError(15) for a mount that a link leads to the root or to KERNEL, or away
-    from there.  The root and what is bound are on this host, and nobody writes there."""
+    """MigrateError(15) when a link leads a mount to the root or to a folder of KERNEL, or
+    away from one.  The root and the sources of binds are on this host, and nothing
+    writes to them meanwhile."""
     made = _Made(config["root"]["path"])
     for mount in config.get("mounts", []):
         point = mount["destination"]
@@ -31,19 +32,19 @@ def check(config: dict[str, Any]) -> None:
         if real == "/" or (real != point and (theirs or any(within(real, k) for k in KERNEL))):
             raise MigrateError(
                 VzExitCode.BAD_CONFIG,
-                f"config.json mounts something on {point}, which is {real} by a symbolic link of "
-                "the container's",
+                f"config.json has a mount on {point}, but a symbolic link in the container leads "
+                f"from there to {real}: no such mount is made",
             )
         made.add(real, mount)
 
 
 class _Made:
-    """What the container sees while its mounts are made."""
+    """The file system that the container sees while its mounts are made."""
 
     def __init__(self, root: str) -> None:
         self._places: list[tuple[str, str | None]] = [("/", root)]
-        """Point in the container, and the folder of this host that is seen there; None:
-        what holds no links of the container's."""
+        """Mount point in the container, and the folder of this host that it shows.  None: a
+        new file system, which has no links of the container."""
         self._steps = 0
 
     def add(self, point: str, mount: dict[str, Any]) -> None:
@@ -53,7 +54,7 @@ class _Made:
             self._places.append((point, None))
 
     def resolve(self, path: str) -> str:
-        """As in a chroot.  What is not there has no links."""
+        """Where the path leads, as in a chroot.  A part that does not exist is no link."""
         at: list[str] = []
         left = path.split("/")[::-1]
         while left:
@@ -62,7 +63,7 @@ class _Made:
             if self._steps > MOST_STEPS or len(at) > MOST_PARTS:
                 raise MigrateError(
                     VzExitCode.BAD_CONFIG,
-                    f"config.json mounts something on {path[:80]}: too many links",
+                    f"config.json has a mount on {path[:80]}: too many links on the way to it",
                 )
             if part == "..":
                 at = at[:-1]

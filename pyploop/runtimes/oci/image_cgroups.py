@@ -24,33 +24,33 @@ class Cgroups:
         self._images, self._linux = images, config["linux"]
 
     def check(self, entry: Message) -> None:
-        """One folder for each controller, in which all of the container lies: runc
-        tells CRIU where that is here, and other folders stay where they were."""
+        """Each controller has one folder, with all cgroups of the container.  runc tells
+        CRIU where that folder is on this host.  Others would stay where they were."""
         tops: dict[str, set[str]] = {}
         for group in entry.messages(1):
             for member in group.messages(2):
                 name, path = member.text(1) or "", member.text(2) or ""
                 if ".." in path.split("/"):
-                    self._images.refuse(f"has the cgroup {path!r}")
+                    self._images.refuse(f"has the cgroup {path!r}, which leads upwards")
                 for part in name.split(","):  # mounted together
                     tops.setdefault(part, set()).add(path)
         for controller in entry.messages(2):
             folders = controller.messages(2)
             if len(folders) > 1:
-                self._images.refuse("has more than one cgroup outside each other")
+                self._images.refuse("has more than one cgroup for a controller")
             for folder in folders:
                 name = "/" + (folder.text(1) or "").strip("/")
                 members = set().union(*(tops.get(c, set()) for c in controller.texts(1)))
                 if name == "/" or not members or not all(within(path, name) for path in members):
                     self._images.refuse(
-                        f"has the cgroup {name!r}, in which the container does not lie"
+                        f"has the cgroup {name!r}, which does not hold the container"
                     )
                 self._folder(folder, 0)
 
     def _folder(self, folder: Message, depth: int) -> None:
         name = folder.text(1) or ""
         if ".." in name.split("/") or (depth and "/" in name) or depth > 32:
-            self._images.refuse(f"has the cgroup {name[:80]!r}")
+            self._images.refuse(f"has the cgroup {name[:80]!r}, which is not a plain name")
         for prop in folder.messages(3):
             key, value = prop.text(1) or "", prop.text(2) or ""
             if (
@@ -58,7 +58,7 @@ class Cgroups:
                 or key == "release_agent"
                 or (key == "notify_on_release" and value.strip() not in ("", "0"))
             ):
-                self._images.refuse(f"sets {key[:80]} of a cgroup")
+                self._images.refuse(f"sets {key[:80]} of a cgroup, which is never restored")
             if key.startswith("devices."):
                 self._device_rules(value.splitlines())
         for child in folder.messages(2):
@@ -74,8 +74,8 @@ class Cgroups:
         for line in filter(None, map(str.strip, lines)):
             found = _RULE.fullmatch(line)
             if found is None:
-                self._images.refuse(f"has the device rule {line[:80]!r}")
+                self._images.refuse(f"has the device rule {line[:80]!r}, which is not a plain one")
             major, minor = (-1 if n == "*" else int(n) for n in (found[2], found[3]))
             only_made = found[4] == "m" and found[1] != "a"
             if not only_made and (found[1], major, minor) not in ours:
-                self._images.refuse(f"allows the device {line[:80]!r}, config.json does not")
+                self._images.refuse(f"allows the device {line[:80]!r}, but config.json does not")

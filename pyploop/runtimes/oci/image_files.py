@@ -17,32 +17,32 @@ from pyploop.wire import criu
 from pyploop.wire.protobuf import Message
 
 LARGEST = 64 << 20
-"""Bytes of an image that is looked into.  That of 10,000 open files has one MiB."""
+"""Bytes of one image that is read.  The image of 10,000 open files has 1 MiB."""
 STREAMS = "descriptors.json"
 ALL = 256 << 20
-"""Bytes of all that are looked into: a minute's work."""
+"""Bytes of all images that are read together: a minute's work."""
 MOST_ENTRIES = 1 << 20
-"""Of all of them: open files, processes, mounts."""
+"""Entries of all images together: open files, processes, mounts."""
 MOST_LISTED = 1 << 17
-"""Of one that is kept in memory: processes, mounts."""
+"""Entries of one image that are kept in memory: processes, mounts."""
 _NEVER = {"creds", "apparmor", "binfmt-misc", "autofs", "bpfmap-file", "bpfmap-data"}
-"""Credentials of old images, profiles that CRIU loads into the kernel, programs by
-which the host would run files, mounts that wait for a process, BPF."""
+"""Kinds that are refused: credentials of old images, profiles that CRIU loads into the
+kernel, interpreters that the host would run, mounts that wait for a process, BPF."""
 
 
 class Images:
-    """Those of one dump.  MigrateError(15) names the file that is being looked into."""
+    """The images of one dump.  MigrateError(15) names the file that is being read."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         self.name = ""
         self._bytes = self._count = 0
-        """What was looked into so far."""
+        """Of what was read so far."""
 
     def refuse(self, why: str) -> NoReturn:
         raise MigrateError(
             VzExitCode.BAD_CONFIG,
-            f"the memory images are not restored here: {self.name} {why}",
+            f"the memory images are not restored: {self.name} {why}",
         )
 
     def names(self) -> dict[str, str]:
@@ -52,11 +52,11 @@ class Images:
             known = criu.kind_of(entry.name)
             self.name = entry.name
             if known is None:
-                continue  # nor does CRIU open it
+                continue  # CRIU does not open it either
             if known in _NEVER:
                 self.refuse("is of a kind that is never restored")
             if not entry.is_file(follow_symlinks=False):
-                self.refuse("is no regular file")
+                self.refuse("is not a regular file")
             found[entry.name] = known
         self.name = "the dump"
         for name in ("inventory.img", "pstree.img"):
@@ -67,8 +67,8 @@ class Images:
         return found
 
     def check_streams(self) -> None:
-        """runc's own file: each name of a pipe in it stands for the descriptor of runc's
-        that has its place in the list, and the container gets that."""
+        """runc's own file, a list.  For the name of a pipe in it the container gets the
+        descriptor of runc whose number is the place in the list."""
         self.name = STREAMS
         try:
             found = json_shapes.loads(self.read(STREAMS))
@@ -77,7 +77,7 @@ class Images:
         except ValueError:
             found = None
         if not isinstance(found, list) or len(found) > 3:
-            self.refuse("has more than the standard input, output and error")
+            self.refuse("must be a list of at most three descriptors")
 
     def read(self, name: str) -> bytes:
         self.name = name
@@ -87,14 +87,14 @@ class Images:
                 self.refuse(f"has {size} bytes, more than any real one")
             self._bytes += size
             if self._bytes > ALL:
-                self.refuse(f"is one of those that have more than {ALL} bytes together")
+                self.refuse(f"and the images before it have more than {ALL} bytes")
             return f.readall()
 
     def entries(self, name: str, kind: str) -> Iterator[Message]:
         for entry in criu.entries(kind, self.read(name)):
             self._count += 1
             if self._count > MOST_ENTRIES:
-                self.refuse(f"is one of those that have more than {MOST_ENTRIES} entries")
+                self.refuse(f"and the images before it have more than {MOST_ENTRIES} entries")
             yield entry
 
     def listed(self, name: str, kind: str) -> list[Message]:

@@ -14,8 +14,8 @@ from pyploop.wire.protobuf import Message
 
 _MS_RDONLY = 1
 _COVERED = (*config_json.READONLY, "/sys/firmware")
-"""What has to be read-only or masked where this kernel has it.  Of what is masked
-besides it a source with another kernel may have less."""
+"""Paths that must be read-only or masked where this kernel has them.  Other masked paths
+may be missing: the source's kernel may not have them."""
 
 
 class Mounts:
@@ -26,13 +26,13 @@ class Mounts:
         self._points: dict[str, Message] = {}
 
     def check(self, entries: list[Message]) -> None:
-        """Of one mount namespace."""
+        """The mounts of one mount namespace."""
         points: dict[str, Message] = {}
         for entry in entries:
             point = entry.text(Mount.POINT) or ""
             point = point if point.startswith("/") else "/" + point.removeprefix("./")
             if os.path.normpath(point) != point:
-                self._images.refuse(f"has a mount on {point[:80]!r}")
+                self._images.refuse(f"has a mount on {point[:80]!r}, which is not a plain path")
             if point in points and (
                 point == "/" or within(point, "/proc") or within(point, "/sys")
             ):
@@ -40,7 +40,7 @@ class Mounts:
             points[point] = entry
         root = points.get("/")
         if root is None:
-            self._images.refuse("has no root")
+            self._images.refuse("has no mount on /")
         self._points = points
         for point, entry in points.items():
             if entry is not root:
@@ -49,13 +49,13 @@ class Mounts:
             if kernel in points and points[kernel].number32(Mount.PARENT) != root.number32(
                 Mount.ID
             ):
-                self._images.refuse(f"has {kernel} mounted on something else than the root")
+                self._images.refuse(f"has {kernel} mounted on another file system than the root")
         self._check_covered(points)
 
     def _mount(self, point: str, entry: Message, root: Message, points: dict[str, Message]) -> None:
         kind, key = entry.number32(Mount.FSTYPE), entry.text(Mount.KEY)
         if entry.number32(Mount.EXTERNAL) or entry.number32(Mount.PLUGIN):
-            self._images.refuse(f"has {point}, which another host mounts")
+            self._images.refuse(f"has a mount on {point} that CRIU did not dump itself")
         readonly = bool((entry.number32(Mount.FLAGS) or 0) & _MS_RDONLY)
         if key:
             self._external(point, key, readonly)
@@ -66,27 +66,29 @@ class Mounts:
             top = "/proc" if kind == FsType.PROC else "/sys"
             inner = (entry.text(Mount.ROOT) or "/").rstrip("/")
             if point != top + inner:
-                self._images.refuse(f"has {inner or '/'} of {top} on {point}")
+                self._images.refuse(f"has {inner or '/'} of {top} mounted on {point}")
             if point == "/sys" and self._readonly("/sys") and not readonly:
-                self._images.refuse("has /sys writable, config.json has not")
+                self._images.refuse("has /sys writable, but config.json does not")
         elif kind in (FsType.CGROUP, FsType.CGROUP2):
             self._cgroup_mount(point, readonly)
         elif kind not in (FsType.TMPFS, FsType.DEVPTS, FsType.MQUEUE):
-            self._images.refuse(f"has a file system of the kind {kind} on {point}")
+            self._images.refuse(
+                f"has a file system of the kind {kind} on {point}, which is never restored"
+            )
 
     def _readonly(self, point: str) -> bool:
-        """As config.json has its mount."""
+        """Whether config.json mounts it read-only, or not at all."""
         found = [m for m in self._config["mounts"] if m["destination"] == point]
         return not found or "ro" in found[0].get("options", ())
 
     def _cgroup_mount(self, point: str, readonly: bool) -> None:
         if not within(point, "/sys/fs/cgroup"):
-            self._images.refuse(f"has cgroups on {point}")
+            self._images.refuse(f"has cgroups mounted on {point}")
         if self._readonly("/sys/fs/cgroup") and not readonly:
-            self._images.refuse(f"has {point} writable, config.json has not")
+            self._images.refuse(f"has {point} writable, but config.json does not")
 
     def _external(self, point: str, key: str, readonly: bool) -> None:
-        """key: by which runc knows what it mounts itself."""
+        """A mount that runc makes itself.  key: how runc and CRIU name it."""
         devices = [
             *config_json.DEVICES.values(),
             *(d["path"] for d in self._linux.get("devices", ())),
@@ -95,20 +97,22 @@ class Mounts:
             return  # in a user namespace, where runc cannot make them
         if key == "/dev/null":
             if point not in self._linux.get("maskedPaths", ()):
-                self._images.refuse(f"has /dev/null on {point}")
+                self._images.refuse(
+                    f"has /dev/null mounted on {point}, but config.json does not mask it"
+                )
         elif within(key, "/sys/fs/cgroup"):
             if point != key:
-                self._images.refuse(f"has the cgroups of {key} on {point}")
+                self._images.refuse(f"has the cgroups of {key} mounted on {point}")
             self._cgroup_mount(point, readonly)
         elif key != point or not (binds := self._binds_on(point)):
-            self._images.refuse(f"has {key} on {point}, which config.json does not have")
+            self._images.refuse(f"has {key} mounted on {point}, but config.json does not")
         elif any("ro" in m.get("options", ()) for m in binds) and not readonly:
-            self._images.refuse(f"has {point} writable, config.json has not")
+            self._images.refuse(f"has {point} writable, but config.json does not")
 
     def _binds_on(self, point: str) -> list[dict[str, Any]]:
-        """Those of config.json that may be this mount.  A destination that leads
-        through links of the root (/var/run) is mounted where they lead; runc finds
-        that again at the restore, and CRIU takes no mount that runc does not give it."""
+        """The binds of config.json that may be this mount.  A destination that leads through
+        links of the root (/var/run) is mounted where they lead.  runc finds that place
+        again at the restore, and CRIU accepts no mount that runc does not give it."""
         binds = [m for m in self._config["mounts"] if m["type"] == "bind"]
         named = [m for m in binds if m["destination"] == point]
         linked = [m for m in binds if m["destination"] not in self._points]
@@ -124,7 +128,7 @@ class Mounts:
                 continue
             entry = points.get(path)
             if entry is None or entry.number32(Mount.PARENT) != points[top].number32(Mount.ID):
-                self._images.refuse(f"does not protect {path}, config.json does")
+                self._images.refuse(f"does not protect {path}, but config.json does")
             readonly = (entry.number32(Mount.FLAGS) or 0) & _MS_RDONLY
             if entry.text(Mount.KEY) != "/dev/null" and not readonly:
-                self._images.refuse(f"has {path} writable, config.json has not")
+                self._images.refuse(f"has {path} writable, but config.json does not")

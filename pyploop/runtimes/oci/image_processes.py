@@ -40,22 +40,22 @@ class Processes:
         inventory = self._images.only("inventory.img", "inventory")
         host = inventory.message(Inventory.ROOT_IDS)
         if host is None:
-            self._images.refuse("does not tell the source's own namespaces")
+            self._images.refuse("does not name the source's own namespaces")
         tasks = self._images.listed("pstree.img", "pstree")
         roots = [t for t in tasks if not t.number32(Task.PPID)]
         if len(roots) != 1:
-            self._images.refuse(f"has {len(roots)} first processes, not one")
+            self._images.refuse(f"has {len(roots)} first processes, and not one")
         for task in tasks:
             pid = task.number32(Task.PID)
             for thread in (pid, *task.numbers32(Task.THREADS)):
                 if f"core-{thread}.img" in names:
                     continue
-                # What CRIU writes as the thread of a process that has ended is chance,
-                # and it does not read it.
+                # CRIU writes any number as the thread of a process that has ended, and
+                # does not read it.
                 if thread == pid or not self._has_ended(f"core-{pid}.img"):
                     self._images.name = "pstree.img"
                     self._images.refuse(
-                        f"has the process {thread}, of which there is no core-*.img"
+                        f"has the process {thread}, but there is no core-{thread}.img"
                     )
             if f"ids-{pid}.img" in names:
                 self._namespaces(self._images.only(f"ids-{pid}.img", "ids"), host)
@@ -72,7 +72,7 @@ class Processes:
             if kind in self._kinds and same:
                 self._images.refuse(f"has a process in the {kind} namespace of the host")
             if kind == "user" and kind not in self._kinds and not same:
-                self._images.refuse("has a process in a user namespace, config.json has none")
+                self._images.refuse("has a process in a user namespace, but config.json has none")
 
     def check_user_namespace(self, entry: Message) -> None:
         for field, key in ((1, "uidMappings"), (2, "gidMappings")):
@@ -100,20 +100,24 @@ class Processes:
             more = bits & ~(self._caps[name] if name == "bounding" else self._any_cap)
             if more:
                 self._images.refuse(
-                    f"has a process with {_names(more)} ({name}), config.json has not"
+                    f"has a process with {_names(more)} ({name}), but config.json does not give it"
                 )
         if self._process.get("noNewPrivileges") and not creds.number32(Creds.NO_NEW_PRIVS):
-            self._images.refuse("has a process that may gain privileges, config.json has not")
+            self._images.refuse(
+                "has a process that may gain privileges, but config.json forbids it"
+            )
         self._labels(creds)
         if self._linux.get("seccomp"):
             mode, task = thread.number32(Thread.SECCOMP_MODE), core.message(Core.TC)
             if task is not None and task.number32(criu.OLD_SECCOMP_MODE) is not None:
-                self._images.refuse("has the seccomp mode of an old image, which would win")
+                self._images.refuse("has the seccomp mode of an old image, which CRIU would prefer")
             if mode not in (1, 2) or (mode == 2 and thread.number32(Thread.SECCOMP_FILTER) is None):
-                self._images.refuse("has a process without a seccomp filter, config.json has one")
+                self._images.refuse(
+                    "has a process without a seccomp filter, but config.json has one"
+                )
         ahead = thread.number32(Thread.POLICY) in _REALTIME
         if ahead and not self._any_cap & _bits(["CAP_SYS_NICE"]):
-            self._images.refuse("has a process in real time, without CAP_SYS_NICE")
+            self._images.refuse("has a process with real-time priority, but without CAP_SYS_NICE")
 
     def _labels(self, creds: Message) -> None:
         profile = self._process.get("apparmorProfile") or self._process.get("selinuxLabel")
@@ -121,11 +125,12 @@ class Processes:
         free = (None, "", "unconfined", *self._labels_allowed)
         if theirs not in free if profile is None else theirs != profile:
             self._images.refuse(
-                f"has a process with the label {theirs!r}, config.json has {profile or 'none'}: if "
-                "it may, add it to apparmor or selinux in the container's policy here"
+                f"has a process with the label {theirs!r}, but config.json has "
+                f"{profile or 'none'}: to allow it, add it to apparmor or selinux in the "
+                "container's policy on this host"
             )
         if creds.text(Creds.LSM_SOCKCREATE) not in (None, "", self._process.get("selinuxLabel")):
-            self._images.refuse("has a process that labels its sockets")
+            self._images.refuse("has a process that gives its sockets a label")
 
 
 def _bits(names: Iterable[str]) -> int:

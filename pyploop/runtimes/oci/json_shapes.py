@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""JSON of another host, taken apart by its known keys and written anew.
+"""JSON of another host: only known keys are taken from it, and it is written anew.
 
-A shape is a function of a value and of where it stands.  It returns what may be
-passed on, made of nothing but what it knows, or raises MigrateError(15), which
-names the place.  Nothing unknown is passed on: readers of JSON differ in what they
-do with keys in another case, with two of the same, and with odd numbers.
+A shape is a function of a value and of its place in the file.  It returns a copy that has
+only what the shape knows, or raises MigrateError(15), which names the place.  Nothing
+unknown is passed on: readers of JSON differ in what they do with keys in another case,
+with two equal keys, and with odd numbers.
 """
 
 from __future__ import annotations
@@ -20,18 +20,18 @@ from pyploop.errors import MigrateError, VzExitCode
 Shape = Callable[[Any, str], Any]
 
 LONGEST_PATH = 4096
-"""With the NUL at its end (PATH_MAX)."""
+"""Bytes, the NUL at the end included (PATH_MAX)."""
 _DIGITS = 20
-"""Of the largest unsigned number of 64 bits."""
+"""Digits of the largest unsigned number of 64 bits."""
 
 
 def refuse(where: str, why: str) -> NoReturn:
-    raise MigrateError(VzExitCode.BAD_CONFIG, f"config.json: {where or 'it'} {why}")
+    raise MigrateError(VzExitCode.BAD_CONFIG, f"config.json: {where or 'the file'} {why}")
 
 
 def loads(data: bytes) -> Any:
-    """JSON, as strictly as it is written down: UTF-8, no key twice in one object, no
-    NaN, no number that does not fit 64 bits.  ValueError."""
+    """Parse JSON strictly: UTF-8, no key twice in one object, no NaN, no number that does not
+    fit 64 bits.  ValueError."""
 
     def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         made = dict(pairs)
@@ -41,7 +41,7 @@ def loads(data: bytes) -> Any:
         return made
 
     def constant(text: str) -> NoReturn:
-        raise ValueError(f"{text} is no number")
+        raise ValueError(f"{text} is not a number")
 
     def integer(text: str) -> int:
         if len(text) > _DIGITS:
@@ -57,7 +57,7 @@ def loads(data: bytes) -> Any:
 
 
 def table(**known: Shape) -> Shape:
-    """An object with these keys at most.  A null counts as absent, as in Go."""
+    """An object with no other keys than these.  A null counts as absent, as in Go."""
 
     def shape(value: Any, where: str) -> dict[str, Any]:
         if not isinstance(value, dict):
@@ -66,7 +66,7 @@ def table(**known: Shape) -> Shape:
         for key, inner in value.items():
             place = f"{where}.{key}".lstrip(".")
             if key not in known:
-                refuse(place, "is not known here, and nothing that is not known is taken over")
+                refuse(place, "is not known to this pyploop, and unknown keys are not accepted")
             if inner is not None:
                 made[key] = known[key](inner, place)
         return made
@@ -77,7 +77,7 @@ def table(**known: Shape) -> Shape:
 def listing(item: Shape, most: int = 4096) -> Shape:
     def shape(value: Any, where: str) -> list[Any]:
         if not isinstance(value, list) or len(value) > most:
-            refuse(where, f"must be a list of {most} at most")
+            refuse(where, f"must be a list of at most {most} entries")
         return [item(v, f"{where}[{n}]") for n, v in enumerate(value)]
 
     return shape
@@ -104,9 +104,9 @@ def flag(value: Any, where: str) -> bool:
 
 
 def text(value: Any, where: str) -> str:
-    """Any string that a C string and UTF-8 can hold."""
+    """Any string that fits a C string and UTF-8."""
     if not isinstance(value, str) or "\0" in value or re.search("[\ud800-\udfff]", value):
-        refuse(where, "must be a string, without a NUL")
+        refuse(where, "must be a string of valid characters, without a NUL")
     return value
 
 
@@ -124,14 +124,14 @@ def matching(pattern: str, what: str) -> Shape:
 def one_of(*words: str) -> Shape:
     def shape(value: Any, where: str) -> str:
         if text(value, where) not in words:
-            refuse(where, f"is {value[:80]!r}, which is not taken over")
+            refuse(where, f"is {value[:80]!r}, which is not accepted")
         return str(value)
 
     return shape
 
 
 def never(why: str) -> Shape:
-    """Nothing but an empty value, which is dropped with what is null."""
+    """Only an empty value is accepted, and dropped like a null.  why: the message."""
 
     def shape(value: Any, where: str) -> Any:
         if value and not (isinstance(value, dict) and not any(value.values())):
@@ -142,9 +142,9 @@ def never(why: str) -> Shape:
 
 
 def path(value: Any, where: str) -> str:
-    """An absolute path as the kernel would write it: no .., no . and no empty part."""
+    """An absolute path as the kernel writes it: without . and .. and empty parts."""
     if len(text(value, where)) >= LONGEST_PATH:
-        refuse(where, f"has {len(value)} characters, more than the kernel takes")
+        refuse(where, f"has {len(value)} characters, more than the kernel takes in a path")
     parts = value.split("/")
     if parts[0] or len(parts) < 2 or {".", ".."} & {*parts} or re.search(r"[\x00-\x1f]", value):
         refuse(where, f"must be an absolute path without . and .., not {value[:80]!r}")
@@ -152,7 +152,7 @@ def path(value: Any, where: str) -> str:
 
 
 def mapping(value: Any, where: str) -> dict[str, str]:
-    """An object of strings, with any keys."""
+    """An object with any keys, whose values are strings."""
     if not isinstance(value, dict):
         refuse(where, "must be an object")
     return {text(k, where): text(v, f"{where}.{k}") for k, v in value.items()}

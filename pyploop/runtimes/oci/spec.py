@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The keys of an OCI config.json that are taken over from another host, by the
-runtime specification (https://github.com/opencontainers/runtime-spec, config.md and
-config-linux.md).  What they may say is policy's (config_json.py).
+"""The keys of an OCI config.json that are accepted from another host, after the runtime
+specification (https://github.com/opencontainers/runtime-spec, config.md and
+config-linux.md).  The policy decides which values they may have (config_json.py).
 
-Left out on purpose, and so refused: hooks, intelRdt, rdma, timeOffsets, netDevices,
-scheduler and the devices of blkio: they run commands, or reach for the host's own.
+Refused on purpose: hooks, intelRdt, rdma, timeOffsets, netDevices, scheduler and the
+devices of blkio.  They run commands, or concern what is the host's own.
 """
 
 from __future__ import annotations
@@ -85,7 +85,7 @@ _RESOURCES = table(
             type=one_of("", "a", "b", "c"),
             major=_DEVICE_NUMBER,
             minor=_DEVICE_NUMBER,
-            access=matching(r"[rwm]{0,3}", "of the letters r, w, m"),
+            access=matching(r"[rwm]{0,3}", "made of the letters r, w and m"),
         )
     ),
     memory=table(
@@ -140,7 +140,7 @@ _LINUX = table(
     readonlyPaths=listing(path),
     mountLabel=text,
     personality=table(
-        domain=one_of("LINUX", "LINUX32"), flags=never("are not taken over by any runtime")
+        domain=one_of("LINUX", "LINUX32"), flags=never("are not accepted: no runtime uses them")
     ),
 )
 _CONFIG = table(
@@ -157,7 +157,7 @@ _CONFIG = table(
 
 
 def anew(config: Any) -> dict[str, Any]:
-    """All of the configuration that is known, of its types, and nothing else.
+    """A copy of the configuration that has only known keys, each of its type.
     MigrateError(15)."""
     made: dict[str, Any] = _CONFIG(config, "")
     return made
