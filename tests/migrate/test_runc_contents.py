@@ -226,7 +226,7 @@ def test_a_bind_from_elsewhere_is_refused_until_it_is_external_or_a_tree(scene: 
     configure(scene, external, a, b)
     scene.refused(15, shared, "No such file")
     b.outside(shared).touch()
-    scene.refused(15, f"{shared} is a file here, and a folder at the source")
+    scene.refused(15, f"{shared} is a file on this host, but a folder on the source")
     b.outside(shared).unlink()
     b.outside(shared).mkdir()
     (b.outside(shared) / "of-b").touch()
@@ -252,7 +252,7 @@ def test_data_in_a_second_directory_that_is_bound_move_with_it(scene: Scene) -> 
         with host.outside(container.PYPLOOP_CONFIG).open("a") as f:
             f.write(f'[[container.{container.NAME}.tree]]\npath = "{data}"\n')
     a.outside(f"{data}/one").rename(a.outside(f"{data}/two"))
-    scene.refused(15, f"{data}/one", "is not there")
+    scene.refused(15, f"{data}/one", "does not exist")
     a.outside(f"{data}/one").mkdir()
     scene.refused(15, "/tmp/one")  # the container has the old one
     a.outside(f"{data}/one").rmdir()
@@ -329,7 +329,7 @@ def test_a_network_namespace_that_is_not_there_is_refused(scene: Scene) -> None:
     scene.start()
     path = scene.lab.b.outside(container.PYPLOOP_CONFIG)
     path.write_text(path.read_text().replace("/run/netns/ct", "/run/netns/other"))
-    scene.refused(15, "/run/netns/other", "is not here")
+    scene.refused(15, "/run/netns/other", "does not exist on this host")
 
 
 # ---- mounts made within it

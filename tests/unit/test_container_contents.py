@@ -149,7 +149,7 @@ def test_a_stopped_process_is_known_when_it_is_frozen(tmp_path: Path, stopped: b
         child.send_signal(signal.SIGSTOP)
         os.waitid(os.P_PID, child.pid, os.WSTOPPED | os.WNOWAIT)
     with frozen_in_v1(tmp_path, child.pid):
-        assert members.held(child.pid).startswith("stopped") == stopped
+        assert members.stopped_or_traced(child.pid).startswith("stopped") == stopped
     child.returncode = 0
 
 
@@ -187,7 +187,7 @@ def test_what_is_stopped_after_the_checks_is_found_when_all_is_frozen(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     made = Cgroup()
-    monkeypatch.setattr(members, "held", lambda pid: "stopped" if made.asked else "")
+    monkeypatch.setattr(members, "stopped_or_traced", lambda pid: "stopped" if made.asked else "")
     cgroup.check_none_stopped(cast("ContainerCgroup", made), "ct")
     with pytest.raises(MigrateError, match="is stopped"):
         cgroup.freeze(cast("ContainerCgroup", made), "ct")
@@ -559,6 +559,6 @@ def test_cpus_that_are_not_there_are_named() -> None:
 )
 def test_a_list_of_cpus_without_end_is_refused_before_it_is_made(text: str, key: str) -> None:
     """Each number of a range had a place in memory."""
-    with pytest.raises(MigrateError, match=f"cpu.{key} of config.json is '.*', no list") as e:
+    with pytest.raises(MigrateError, match=f"cpu.{key} of config.json is '.*', not a list") as e:
         host_fit.check_target({"linux": {"resources": {"cpu": {key: text}}}}, live=False)
     assert e.value.exit_code == 15

@@ -27,7 +27,12 @@ esac
 
 @pytest.mark.parametrize(
     ("first", "second", "code", "why"),
-    [(9, 4, 0, ""), (9, 9, 0, "9 and 9 bytes"), (0, 0, 0, "0 and 0"), (9, 4, 1, "Error: no")],
+    [
+        (9, 4, 0, ""),
+        (9, 9, 0, "9 bytes, the first 9"),
+        (0, 0, 0, "0 bytes, the first 0"),
+        (9, 4, 1, "Error: no"),
+    ],
 )
 def test_tracking_is_believed_only_when_a_second_pre_dump_holds_less(
     tmp_path: Path, first: int, second: int, code: int, why: str

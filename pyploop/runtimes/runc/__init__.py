@@ -1,6 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""runc containers, moved live by CRIU.
+"""runc containers, migrated live by CRIU.
 
-`runtime` has the steps of a migration; the other modules say what such a container
-is made of, and what of it cannot move.
+`container`, `source` and `target` have the steps of a migration.  The other modules know
+what a container consists of (`contents`, `members`, `cgroup`), what a host must have
+(`host_fit`, `criu`, `memory_tracking`), and what cannot be migrated (`leftovers`,
+`sockets`).
+
+May import the runtimes' protocol, `runtimes.oci` and the packages below them.
 """

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The cgroup of a container: frozen, thawed, its processes ended."""
+"""The cgroup of a container: freeze it, thaw it, end its processes."""
 
 from __future__ import annotations
 
@@ -14,22 +14,23 @@ from pyploop.runtimes.runc import members
 from pyploop.system import kernel
 
 DEADLINE = 10.0
-"""Seconds for all processes to stop, or to end."""
+"""Seconds until all processes must have stopped, or ended."""
 
 VFORKS, VFORK_PAUSE = 20, 0.003
-"""How often it is let go on, and for how many seconds, when it is frozen amid a vfork(2),
-which lasts until the child runs its program: CRIU cannot take hold of the parent."""
+"""How often a container is thawed again, and for how many seconds, when it was frozen
+during a vfork(2).  That lasts until the child runs its program, and CRIU cannot stop the
+parent meanwhile."""
 
 
 class ContainerCgroup:
-    """A container's cgroup, with all below it."""
+    """A container's cgroup and those below it."""
 
     def __init__(self, freezer: Freezer) -> None:
         self._freezer = freezer
         self.is_frozen, self.pids = freezer.frozen, freezer.processes
 
     def freeze(self) -> None:
-        """MigrateError when not all have stopped in time; thawed then."""
+        """MigrateError(8) when not all processes stop in time; then it is thawed again."""
         folder = self._freezer.folder
         try:
             self._freezer.knob.write_text(self._freezer.freeze_word)
@@ -38,23 +39,25 @@ class ContainerCgroup:
             self.thaw()
         except OSError as e:
             raise MigrateError(
-                VzExitCode.DUMP_FAILED, f"cannot freeze {folder}: {e.strerror}"
+                VzExitCode.DUMP_FAILED, f"cannot freeze {folder}: {e.strerror}", path=str(folder)
             ) from e
         raise MigrateError(
-            VzExitCode.DUMP_FAILED, f"the processes in {folder} did not freeze; thawed"
+            VzExitCode.DUMP_FAILED,
+            f"the processes in {folder} did not freeze within {DEADLINE:g} s; they were thawed",
+            path=str(folder),
         )
 
     def thaw(self) -> None:
-        """Also one that is gone, or was not frozen."""
+        """No error when the cgroup is gone, or was not frozen."""
         with contextlib.suppress(OSError):
             self._freezer.knob.write_text(self._freezer.thaw_word)
 
     def kill(self) -> None:
-        """End every process in it, frozen or not; MigrateError if some stay.
+        """End every process in it, frozen or not.  MigrateError(8) when some do not end.
 
-        Their connections end without a packet: the peer's is with the copy of
-        the container, and a connection that waits here to send its FIN would
-        keep that copy from coming back.
+        Their connections end without a packet: the peer is connected to the container
+        on the target now.  A connection that waits here to send its FIN would also keep
+        the container from coming back to this host.
         """
         deadline = time.monotonic() + DEADLINE
         for pid in self.pids():
@@ -66,28 +69,35 @@ class ContainerCgroup:
             for pid in pids:
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)
-            self.thaw()  # v1 delivers signals only then
+            self.thaw()  # v1 delivers no signal to frozen processes
             if time.monotonic() > deadline:
                 raise MigrateError(
-                    VzExitCode.DUMP_FAILED, f"processes {pids} in {self._freezer.folder} do not end"
+                    VzExitCode.DUMP_FAILED,
+                    f"the processes {pids} in {self._freezer.folder} did not end within "
+                    f"{DEADLINE:g} s of SIGKILL",
+                    path=str(self._freezer.folder),
                 )
             time.sleep(0.002)
 
 
 def check_none_stopped(cgroup: ContainerCgroup, container: str) -> None:
-    """CRIU waits for ever for a stopped process in a frozen cgroup, and for ten
-    seconds for one that is traced."""
+    """MigrateError(8) for a stopped or traced process.  In a frozen cgroup CRIU waits for
+    ever for a stopped one, and ten seconds for a traced one."""
     for pid in cgroup.pids():
-        if why := members.held(pid):
-            raise MigrateError(VzExitCode.DUMP_FAILED, f"process {pid} of {container} is {why}")
+        if state := members.stopped_or_traced(pid):
+            raise MigrateError(
+                VzExitCode.DUMP_FAILED,
+                f"process {pid} of {container} is {state}: CRIU cannot checkpoint it",
+            )
 
 
 def freeze(cgroup: ContainerCgroup, container: str) -> None:
-    """So that CRIU can take hold of each process.  MigrateError; frozen, perhaps."""
+    """Freeze it in a state in which CRIU can stop each process.  After a MigrateError it may
+    be frozen."""
     for again in range(VFORKS, -1, -1):
         cgroup.freeze()
-        # One may have been stopped since, and would hold CRIU up, and the container
-        # suspended, whatever --suspend-limit says.
+        # A process may have been stopped since.  CRIU would wait for it, and the container
+        # would stay suspended for longer than --suspend-limit.
         check_none_stopped(cgroup, container)
         waiting = [pid for pid in cgroup.pids() if members.awaits_vfork(pid)]
         if not waiting:
@@ -97,19 +107,19 @@ def freeze(cgroup: ContainerCgroup, container: str) -> None:
             time.sleep(VFORK_PAUSE)
     raise MigrateError(
         VzExitCode.DUMP_FAILED,
-        f"{members.named(waiting)} of {container} waits for what it has started (vfork), and "
-        "cannot be checkpointed meanwhile: try again",
+        f"{members.named(waiting)} of {container} waits for a child that it has started (vfork), "
+        "and cannot be checkpointed meanwhile; it was thawed: migrate it again",
     )
 
 
 def _silence(pid: int) -> None:
-    """Put the process's TCP connections into repair mode, which stays until they are
-    closed.  One at a time: it may have more than we may have descriptors."""
-    with contextlib.suppress(OSError):  # it ended meanwhile
+    """Put the process's TCP connections into repair mode, which lasts until they are
+    closed.  One at a time: it may have more sockets than we may have descriptors."""
+    with contextlib.suppress(OSError):  # the process has ended
         pidfd = os.pidfd_open(pid)
         try:
             for entry in os.scandir(f"/proc/{pid}/fd"):
-                with contextlib.suppress(OSError):  # closed since, or no TCP
+                with contextlib.suppress(OSError):  # closed since, or not TCP
                     if os.readlink(entry.path).startswith("socket:"):
                         fd = kernel.take_descriptor(pidfd, int(entry.name))
                         try:

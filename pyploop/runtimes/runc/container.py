@@ -24,7 +24,7 @@ from pyploop.system.commands import run
 from pyploop.undo import journal
 
 PREVIEW = 0.25
-"""Part of the memory that a dump may be larger than what is in use."""
+"""A dump may be larger than the memory in use by this part of it."""
 
 
 class RuncContainer(Configured):
@@ -39,22 +39,28 @@ class RuncContainer(Configured):
         if not self._config.bundle.startswith("/") or not self._places():
             raise MigrateError(
                 VzExitCode.USAGE,
-                f"[container.{container}] needs an absolute bundle, and a disk or a tree",
+                f"[container.{container}] needs an absolute path as its bundle, and at least one "
+                "disk or tree",
+                path=host.path,
             )
-        # CRIU names a deleted file that has other names anew, for the restore.
+        # CRIU then gives a deleted file that has other names a new one, for the restore.
         self.dump_writes = "--link-remap" in self._config.options
 
     # ---- what there is
 
     def _record(self) -> dict[str, Any] | None:
-        """runc's own state file, which names the first process and the cgroups."""
+        """runc's own state file, which names the first process and the cgroups.  None: runc
+        knows no such container."""
         path = Path(self._host.runc_root) / self.container / "state.json"
         try:
             record = json.loads(path.read_bytes())
         except FileNotFoundError:
             return None
         except (OSError, ValueError) as e:
-            raise MigrateError(VzExitCode.NO_CONTAINER, f"cannot read {path}: {e}") from e
+            why = e.strerror if isinstance(e, OSError) else f"it is not runc's state file ({e})"
+            raise MigrateError(
+                VzExitCode.NO_CONTAINER, f"cannot read {path}: {why}", path=str(path)
+            ) from e
         return record if isinstance(record, dict) else None
 
     def _freezer(self) -> ContainerCgroup | None:
@@ -73,32 +79,34 @@ class RuncContainer(Configured):
             return State(False, mounted=mounted)
         started = journal.start_time(int(record.get("init_process_pid") or 0))
         running = started is not None and started == record.get("init_process_start")
-        # Until then its first process is runc's own, which a file of the container's may
-        # keep waiting for ever (a FIFO as /etc/passwd).
+        # While this file exists the first process is still runc's own.  A file of the
+        # container (a FIFO as /etc/passwd) can make it wait for ever.
         running &= not Path(self._host.runc_root, self.container, "exec.fifo").exists()
         freezer = self._freezer()
         frozen = running and freezer is not None and freezer.is_frozen()
         return State(True, running, frozen, mounted)
 
     def _init(self) -> int:
-        """The container's first process; 0: it does not run."""
+        """The pid of the container's first process; 0: it does not run."""
         return int((self._record() or {}).get("init_process_pid") or 0)
 
     def _cgroups(self) -> dict[str, str]:
-        """Controller -> folder; '' of v2."""
+        """Controller -> folder; '' is the controller of v2."""
         return (self._record() or {}).get("cgroup_paths") or {}
 
     def _memory_of(self, freezer: ContainerCgroup) -> int:
         return memory_in_use.memory_of(freezer.pids(), self._cgroups())
 
     def _check_memory(self, facts: Facts) -> None:
-        """There is room for the dump, on either host.  MigrateError(6)."""
+        """MigrateError(6) when this host has no room for the dump."""
         need = int(size_of(facts.get("memory")) * (1 + PREVIEW))
         st = os.statvfs(self._host.images_dir)
         if st.f_bavail * st.f_frsize < need:
             raise MigrateError(
                 VzExitCode.COPY_FAILED,
-                f"{self._host.images_dir} has no room for {need >> 20} MiB of memory",
+                f"{self._host.images_dir} has no room for {need >> 20} MiB of memory images: set "
+                "images_dir in migrate.toml to a larger file system",
+                path=self._host.images_dir,
             )
 
     # ---- commands
@@ -156,9 +164,12 @@ class RuncContainer(Configured):
 
 
 def size_of(value: Any) -> int:
-    """Bytes, as the source told them.  MigrateError(15) for what is no size."""
+    """Bytes of memory, as the source has announced them.  MigrateError(15) when the value
+    is not a number."""
     if type(value) is not int and value is not None:
         raise MigrateError(
-            VzExitCode.BAD_CONFIG, f"the source told {str(value)[:40]!r} bytes of memory"
+            VzExitCode.BAD_CONFIG,
+            f"the source announces {str(value)[:40]!r} as the size of the memory, which is not a "
+            "number",
         )
     return min(max(value or 0, 0), 1 << 60)

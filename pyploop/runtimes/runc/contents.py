@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where a runc container's files lie: its root, and everything that is mounted in
-it.  Each must move, or be on the target already; the configuration says which.
+"""Where a runc container's files lie: its root, and everything that is mounted in it.  Each
+is copied, or is on the target already; the configuration says which.
 
-What is refused here would fail the restore, or would leave the container with an
-empty folder, without a word.
+Whatever is refused here would make the restore fail, or would give the container an empty
+folder without an error.
 """
 
 from __future__ import annotations
@@ -37,22 +37,22 @@ PSEUDO = frozenset(
         "configfs",
     ]
 )
-"""File systems of the kernel's: made anew at the target by runc; CRIU moves what is
-in a tmpfs, and refuses others that hold something of the container's."""
+"""File systems that runc makes anew on the target.  CRIU copies the contents of a tmpfs,
+and refuses the others when they have something of the container."""
 _DELETED = "//deleted"
 MOST_LINKS = 40
-"""That a path is followed through; the kernel's number."""
+"""Symbolic links on the way of one path: the kernel's limit."""
 
 
 def is_bind(mount: Mapping[str, Any]) -> bool:
-    """As runc sees an entry of config.json's mounts."""
+    """Whether runc takes an entry of config.json's mounts for a bind mount."""
     options = mount.get("options") or ()
     return mount.get("type") == "bind" or "bind" in options or "rbind" in options
 
 
 def kind_of(path: str) -> list[int]:
-    """What a mount needs to find at the target: [kind], of a device also its number.
-    OSError."""
+    """What must be at the same path on the target: [type of file], for a device also its
+    number.  OSError."""
     st = os.stat(path)
     kind = stat.S_IFMT(st.st_mode)
     return [kind, st.st_rdev] if stat.S_ISCHR(kind) or stat.S_ISBLK(kind) else [kind]
@@ -60,15 +60,15 @@ def kind_of(path: str) -> list[int]:
 
 @dataclass(frozen=True)
 class Place:
-    """A folder that moves: a disk's mount point, or a tree."""
+    """A folder that is migrated: a disk's mount point, or a tree."""
 
     path: str
     mount: mount_table.Entry | None
-    """On which it lies; None: the disk of a stopped container is not mounted."""
+    """The mount on which it lies.  None: the disk of a stopped container is not mounted."""
 
 
 class Places:
-    """All that moves of a container on this host."""
+    """All folders of a container on this host that are migrated."""
 
     def __init__(self, disks: Sequence[str], trees: Sequence[str]) -> None:
         """disks: their mount points."""
@@ -77,8 +77,8 @@ class Places:
         self.places = sorted(found, key=lambda p: -len(p.path))
 
     def canonical(self, path: str) -> str | None:
-        """The path as the configuration writes it, without links; None: it lies on
-        nothing that moves, or on something that is mounted in between."""
+        """The path without links, beginning as the configuration writes the place.  None: it
+        is not migrated, or lies on something that is mounted in between."""
         real = os.path.realpath(path)
         for place in self.places:
             top = os.path.realpath(place.path)
@@ -95,13 +95,13 @@ class Places:
         return None
 
     def holds(self, entry: mount_table.Entry) -> bool:
-        """Whether a mount, of any mount namespace, shows a part of these places, be
-        it a file that has no name any more."""
+        """Whether a mount, of any mount namespace, shows a part of these places.  That may be
+        a file without a name."""
         for place in self.places:
             if place.mount is None or place.mount.dev != entry.dev:
                 continue
             top = mount_table.path_in(place.mount, os.path.realpath(place.path))
-            # Of a disk everything moves, of the host's file system only the tree.
+            # Everything on a disk is migrated, of the host's file system only the tree.
             if place.mount.point == os.path.realpath(place.path) or mount_table.within(
                 entry.root, top
             ):
@@ -111,30 +111,31 @@ class Places:
 
 @dataclass(frozen=True)
 class Sources:
-    """Of config.json, on the source."""
+    """What the paths of config.json are on the source."""
 
     paths: dict[str, str]
-    """Path as it is written there -> as the configuration of this host writes it."""
+    """Path in config.json -> as the configuration of this host writes it."""
     kinds: list[list[int]]
-    """Of `external`, in order."""
+    """`kind_of` each path of `external`, in order."""
 
 
 def check_config(
     config: Mapping[str, Any], bundle: str, places: Places, external: Sequence[str]
 ) -> Sources:
-    """MigrateError(15), which says what to write, when the root or a mount's source
-    does not move and is not said to be on both hosts."""
+    """MigrateError(15) when the root or the source of a mount is neither migrated nor
+    external.  It says what to write into migrate.toml."""
     paths: dict[str, str] = {}
     written = (config.get("root") or {}).get("path")
     if not isinstance(written, str):
-        raise MigrateError(VzExitCode.BAD_CONFIG, "config.json has no root.path")
+        raise MigrateError(VzExitCode.BAD_CONFIG, f"{bundle}/config.json has no root.path")
     root = os.path.join(bundle, written)
     found = places.canonical(root)
     if found is None:
         raise MigrateError(
             VzExitCode.BAD_CONFIG,
-            f"the container's root, {root}, lies on no disk and in no tree of the configuration, "
-            f'and would stay behind: write [[container.NAME.tree]] path = "{root}", or a disk',
+            f"the container's root {root} lies on no disk and in no tree of the configuration, and "
+            f'would not be migrated: add [[container.NAME.tree]] path = "{root}", or a disk',
+            path=root,
         )
     paths[written] = found
     for mount in config.get("mounts") or ():
@@ -144,24 +145,29 @@ def check_config(
             if kind not in PSEUDO:
                 raise MigrateError(
                     VzExitCode.BAD_CONFIG,
-                    f"{where} of config.json is a {kind} of {source}, which does not move: write "
-                    "a [[container.NAME.disk]] with its image, and bind its mount point",
+                    f"{where} of config.json is a {kind} of {source}, which is not migrated: add "
+                    "a [[container.NAME.disk]] with its image, and bind the disk's mount point",
                 )
             continue
         path = os.path.join(bundle, str(source))
         found = places.canonical(path)
         if found is not None:
             if places_mounted(places, found) and not os.path.exists(path):
-                raise MigrateError(VzExitCode.BAD_CONFIG, f"{path}, bound to {where}, is not there")
+                raise MigrateError(
+                    VzExitCode.BAD_CONFIG,
+                    f"{path}, which config.json binds to {where}, does not exist",
+                    path=path,
+                )
             paths[str(source)] = found
         elif os.path.normpath(path) in external:
             paths[str(source)] = os.path.normpath(path)
         else:
             raise MigrateError(
                 VzExitCode.BAD_CONFIG,
-                f"{path}, bound to {where} by config.json, lies on no disk and in no tree of the "
-                "configuration, and would stay behind: write [[container.NAME.tree]] path = "
+                f"{path}, which config.json binds to {where}, lies on no disk and in no tree of "
+                "the configuration, and would not be migrated: add [[container.NAME.tree]] path = "
                 f'"{path}" (a folder), or external = ["{path}"] when it is on the target already',
+                path=path,
             )
     kinds = [_kind(path) for path in external]
     _check_devices(config, kinds)
@@ -169,7 +175,8 @@ def check_config(
 
 
 def _check_devices(config: Mapping[str, Any], kinds: Sequence[Sequence[int]]) -> None:
-    """MigrateError(15) when it is given a disk of this host: what is on that stays."""
+    """MigrateError(15) when the container has a disk of this host, whose contents are not
+    migrated."""
     for device in (config.get("linux") or {}).get("devices") or ():
         if device.get("type") != "b":
             continue
@@ -178,14 +185,14 @@ def _check_devices(config: Mapping[str, Any], kinds: Sequence[Sequence[int]]) ->
             raise MigrateError(
                 VzExitCode.BAD_CONFIG,
                 f"{device.get('path')} in linux.devices of config.json is the block device "
-                f"{major}:{minor} of this host, which does not move: bind the mount point of a "
-                "[[container.NAME.disk]] instead, or write external = [...] with the device's "
-                "path here, if the target has the same contents under that number",
+                f"{major}:{minor} of this host, which is not migrated: bind the mount point of a "
+                "[[container.NAME.disk]] instead, or add the device's path on this host to "
+                "external, if the target has the same contents under that number",
             )
 
 
 def places_mounted(places: Places, path: str) -> bool:
-    """Whether what lies on the place can be looked at."""
+    """Whether the place of this path is mounted, so that its files are visible."""
     return any(mount_table.within(path, p.path) and p.mount is not None for p in places.places)
 
 
@@ -193,20 +200,26 @@ def _kind(path: str) -> list[int]:
     try:
         return kind_of(path)
     except OSError as e:
-        raise MigrateError(VzExitCode.BAD_CONFIG, f"external {path}: {e.strerror}") from e
+        raise MigrateError(
+            VzExitCode.BAD_CONFIG, f"cannot use the external path {path}: {e.strerror}", path=path
+        ) from e
 
 
 # ---- a container that runs
 
 
 def check_root(pid: int, root: str) -> None:
-    """MigrateError(15) unless this is the root of the process, or the process has
-    changed its root to a folder in it."""
+    """MigrateError(15) unless `root` is the root of the process, or holds it: the process
+    may have changed its root."""
     try:
         wanted = os.stat(root)
         fd = os.open(f"/proc/{pid}/root", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
     except OSError as e:
-        raise MigrateError(VzExitCode.BAD_CONFIG, f"{e.filename}: {e.strerror}") from e
+        raise MigrateError(
+            VzExitCode.BAD_CONFIG,
+            f"cannot examine the container's root {e.filename}: {e.strerror}",
+            path=e.filename,
+        ) from e
     try:
         while True:
             st = os.fstat(fd)
@@ -222,8 +235,9 @@ def check_root(pid: int, root: str) -> None:
         os.close(fd)
     raise MigrateError(
         VzExitCode.BAD_CONFIG,
-        f"the root of the container (process {pid}) is not {root}, as config.json has it: "
-        "something else was mounted there, or it was started with another root",
+        f"the root of the container (process {pid}) is not {root}, which config.json names: "
+        "something is mounted there, or the container was started with another root; restart it",
+        path=root,
     )
 
 
@@ -234,7 +248,7 @@ def check_all_mounted(
     places: Places,
     external: Sequence[str],
 ) -> None:
-    """`check_mounted` for each mount namespace of these processes."""
+    """Do `check_mounted` for each mount namespace of these processes."""
     outside = Places((), external)
     host = frozenset(e.dev for e in mount_table.read() if e.fstype == "tmpfs")
     seen = set()
@@ -244,15 +258,15 @@ def check_all_mounted(
             if namespace in seen:
                 continue
             table = mount_table.read(Path(f"/proc/{pid}/mountinfo"))
-        except OSError:  # it ended meanwhile
+        except OSError:  # the process has ended
             continue
         seen.add(namespace)
         check_mounted(table, as_seen(config, bundle, f"/proc/{pid}/root"), places, outside, host)
 
 
 def as_seen(config: Mapping[str, Any], bundle: str, root: str) -> dict[str, Any]:
-    """With the destinations of binds as a mount table has them, and their sources as
-    absolute paths."""
+    """The configuration, with the destinations of binds as a mount table shows them, and
+    their sources as absolute paths."""
 
     def seen(mount: Mapping[str, Any]) -> Mapping[str, Any]:
         source = os.path.join(bundle, str(mount.get("source")))
@@ -264,7 +278,7 @@ def as_seen(config: Mapping[str, Any], bundle: str, root: str) -> dict[str, Any]
 
 
 def without_links(root: str, path: str) -> str:
-    """Where a path leads to within a root, as its processes name that place."""
+    """Where a path within a root leads: the path by which the processes know that place."""
     at, words, links = "", path.split("/")[::-1], 0
     while words:
         word = words.pop()
@@ -291,10 +305,10 @@ def check_mounted(
     outside: Places,
     host: frozenset[tuple[int, int]] = frozenset(),
 ) -> None:
-    """MigrateError(15) when something is mounted in the container that does not move.
+    """MigrateError(15) when something is mounted in the container that is not migrated.
 
-    table: as its processes see it.  config: `as_seen`.  outside: what config.json binds
-    from elsewhere.  host: devices of the host's tmpfs.
+    table: as its processes see it.  config: as `as_seen` returns it.  outside: the
+    external paths.  host: devices of the host's tmpfs.
     """
     binds = [
         os.path.normpath(str(m.get("destination")))
@@ -312,18 +326,19 @@ def check_mounted(
             continue
         if any(mount_table.within(entry.point, p) and outside.holds(entry) for p in binds):
             continue
-        was = "what it was bound from has been replaced" if deleted else "it does not move"
+        why = "the bound file or folder was replaced" if deleted else "it is not migrated"
         raise MigrateError(
             VzExitCode.BAD_CONFIG,
             f"{entry.source} ({entry.fstype}, {entry.root}) is mounted on {entry.point} in the "
-            f"container: {was}; unmount it there, or restart the container",
+            f"container: {why}; unmount it there, or restart the container",
+            path=entry.point,
         )
 
 
 def _check_same(
     table: Sequence[mount_table.Entry], point: str, mount: Mapping[str, Any], places: Places
 ) -> None:
-    """What moves and is bound there is still what the source's name leads to."""
+    """MigrateError(15) when the path that config.json binds leads to something else now."""
     source = os.path.realpath(str(mount["source"]))
     there = [e for e in table if e.point == point]
     lies = mount_table.holding(source)
@@ -333,8 +348,9 @@ def _check_same(
     if not any((e.dev, e.root) == (lies.dev, now) for e in there):
         raise MigrateError(
             VzExitCode.BAD_CONFIG,
-            f"{there[-1].root} is mounted on {point} in the container, and not {now}, to which "
-            f"{source} of config.json leads by now: restart the container",
+            f"{there[-1].root} is mounted on {point} in the container, but {source} of config.json "
+            f"leads to {now} now: restart the container",
+            path=source,
         )
 
 
@@ -342,19 +358,23 @@ def _check_same(
 
 
 def check_external(external: Sequence[str], kinds: Sequence[Sequence[int]]) -> None:
-    """kinds: of the same paths at the source.  MigrateError(15) when one is not here, or
-    is something else."""
+    """MigrateError(15) when an external path does not exist on this host, or is something
+    else than at the source.  kinds: of the same paths at the source."""
     for path, theirs in zip(external, kinds, strict=False):
         try:
             ours = kind_of(path)
         except OSError as e:
             raise MigrateError(
-                VzExitCode.BAD_CONFIG, f"external {path} of the configuration here: {e.strerror}"
+                VzExitCode.BAD_CONFIG,
+                f"cannot use the external path {path} on this host: {e.strerror}",
+                path=path,
             ) from e
         if ours != list(theirs):
             raise MigrateError(
                 VzExitCode.BAD_CONFIG,
-                f"external {path} is {_name(ours)} here, and {_name(theirs)} at the source",
+                f"the external path {path} is {_name(ours)} on this host, but {_name(theirs)} on "
+                "the source",
+                path=path,
             )
 
 

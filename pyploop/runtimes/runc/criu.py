@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""CRIU itself: its version, whether it works on this kernel, and the hook by
-which a restore asks before the container answers and runs.
+"""CRIU itself: its version, whether it works on this kernel, and the hook that a restore
+calls before the container gets its network back and runs.
 
-The hook is a shell script of ours that CRIU calls (action-script).  It finds
-us through /proc, so that it fails at once when we are gone; then, or when we
-say no, it ends the half-restored container, which has not run yet.
+The hook is a shell script of ours (CRIU's action-script).  It opens this process's
+descriptors in /proc, so that it fails at once when this process is gone.  Then, or when
+the answer is no, it ends the half-restored container, which has not run yet.
 """
 
 from __future__ import annotations
@@ -36,23 +36,27 @@ exit 1
 
 
 def version(criu: str) -> tuple[int, ...]:
-    """MigrateError(14) when it cannot be run or is too old."""
-    said = run([criu, "--version"], VzExitCode.NO_KERNEL, PROBE_TIMEOUT)
-    found = re.search(r"Version:\s*(\d+)\.(\d+)", said)
+    """(major, minor).  MigrateError(14) when it cannot be run or is too old."""
+    output = run([criu, "--version"], VzExitCode.NO_KERNEL, PROBE_TIMEOUT)
+    found = re.search(r"Version:\s*(\d+)\.(\d+)", output)
     if not found:
-        raise MigrateError(VzExitCode.NO_KERNEL, f"{criu} --version says {last_words(said)!r}")
+        raise MigrateError(
+            VzExitCode.NO_KERNEL,
+            f"{criu} --version printed {last_words(output)!r}, which names no version",
+        )
     result = int(found[1]), int(found[2])
     if result < OLDEST:
         raise MigrateError(
             VzExitCode.NO_KERNEL,
-            f"{criu} is {result[0]}.{result[1]}; {OLDEST[0]}.{OLDEST[1]} is needed",
+            f"{criu} has the version {result[0]}.{result[1]}; {OLDEST[0]}.{OLDEST[1]} or newer is "
+            "needed",
         )
     return result
 
 
 def probe(criu: str) -> None:
-    """`criu check`, and a dump of a process with an inet socket, which some
-    versions pass the check and fail.  MigrateError(14) says what failed."""
+    """`criu check`, and a dump of a process with an inet socket: some versions pass the
+    check and fail that.  MigrateError(14) says what failed."""
     run([criu, "check"], VzExitCode.NO_KERNEL, PROBE_TIMEOUT)
     with private_folder.scratch() as folder, socket.socket() as listening:
         listening.bind(("127.0.0.1", 0))
@@ -75,7 +79,7 @@ def probe(criu: str) -> None:
 
 
 def errors_of(log: Path) -> str:
-    """The errors in a log of CRIU's, as one line."""
+    """The errors in CRIU's log, as one line of 400 characters at most."""
     try:
         lines = log.read_text(errors="replace").splitlines()
     except OSError:
@@ -84,15 +88,15 @@ def errors_of(log: Path) -> str:
 
 
 class Hook:
-    """Answers the restore that runs; a context manager that withdraws it."""
+    """Answers the running restore.  A context manager: at its end the script is removed."""
 
     def __init__(self, folder: Path, unlock: Callable[[], None]) -> None:
-        """unlock: when the network is about to work again; raising refuses."""
+        """unlock: called before the network is unlocked.  When it raises, the answer is no."""
         self._unlock = unlock
         self.refusal: BaseException | None = None
         self.unlocked = False
         self.resuming = False
-        """From here on the container may have run."""
+        """The container may have run since."""
         self._hear_r, self._hear_w = os.pipe2(os.O_CLOEXEC)
         self._say_r, self._say_w = os.pipe2(os.O_CLOEXEC)
         self.script = folder / "hook"
@@ -102,12 +106,12 @@ class Hook:
             f.write(text)
 
     def serve(self, command: Command, timeout: float) -> tuple[int, str]:
-        """Answer until the command has ended; as `Command.wait`."""
+        """Answer until the command has ended.  Returns and raises as `Command.wait`."""
         deadline = time.monotonic() + timeout
         poll = select.poll()
         poll.register(self._say_r, select.POLLIN)
         while not command.ended() and time.monotonic() < deadline:
-            # The command's end has no descriptor of ours: a short wait.
+            # No descriptor shows that the command has ended, so wait only for 2 ms.
             if poll.poll(2):
                 for word in os.read(self._say_r, 256).decode().split():
                     os.write(self._hear_w, b"go\n" if self._allow(word) else b"no\n")

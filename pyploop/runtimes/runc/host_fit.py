@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What config.json asks of a host: namespaces that are there, kernel settings, CPUs.
+"""Whether config.json fits a host: its namespaces, kernel settings and CPUs.
 
-Each is a check that otherwise the restore would make, suspended, or nobody.
+Without these checks the restore would fail, with the container suspended, or would restore
+something else without an error.
 """
 
 from __future__ import annotations
@@ -20,19 +21,19 @@ _CPUS, _NODES = "/sys/devices/system/cpu/online", "/sys/devices/system/node/onli
 
 
 def check_source(config: Mapping[str, Any]) -> None:
-    """MigrateError(15) for what belongs to this host alone."""
+    """MigrateError(15) when config.json has what only this host can give."""
     if (config.get("process") or {}).get("terminal"):
         raise MigrateError(
             VzExitCode.BAD_CONFIG,
             "config.json has process.terminal: the container's terminal belongs to a program of "
-            "this host (docs/internals/criu.md)",
+            "this host, and cannot be migrated (docs/internals/criu.md)",
         )
     for namespace in (config.get("linux") or {}).get("namespaces") or ():
         if namespace.get("path") and namespace.get("type") != "network":
             raise MigrateError(
                 VzExitCode.BAD_CONFIG,
                 f"the container shares the {namespace.get('type')} namespace "
-                f"{namespace['path']} with others of this host, and cannot leave it",
+                f"{namespace['path']} with other processes of this host, and cannot leave it",
             )
 
 
@@ -43,13 +44,17 @@ def check_target(config: Mapping[str, Any], live: bool) -> None:
         path = namespace.get("path")
         if path and not os.path.exists(path):
             raise MigrateError(
-                VzExitCode.BAD_CONFIG, f"the {namespace.get('type')} namespace {path} is not here"
+                VzExitCode.BAD_CONFIG,
+                f"the {namespace.get('type')} namespace {path} does not exist on this host: create "
+                "it first",
+                path=path,
             )
         if path and path.startswith("/proc/"):
             raise MigrateError(
                 VzExitCode.BAD_CONFIG,
-                f"the {namespace.get('type')} namespace {path} is that of some process here: write "
-                "netns for the container",
+                f"the {namespace.get('type')} namespace {path} belongs to some process of this "
+                "host: write netns in the container's configuration on this host",
+                path=path,
             )
         if path and live and namespace.get("type") == "network":
             _check_settings(path, linux.get("sysctl") or {})
@@ -60,13 +65,14 @@ def check_target(config: Mapping[str, Any], live: bool) -> None:
         if text and not isinstance(wanted, set):
             raise MigrateError(
                 VzExitCode.BAD_CONFIG,
-                f"linux.resources.cpu.{key} of config.json is {text[:80]!r}, no list",
+                f"linux.resources.cpu.{key} of config.json is {text[:80]!r}, not a list of numbers",
             )
         if isinstance(wanted, set) and there is not None and not wanted <= there:
             missing = ", ".join(map(str, sorted(wanted - there)))
             raise MigrateError(
                 VzExitCode.BAD_CONFIG,
-                f"linux.resources.cpu.{key} of config.json has {missing}, not here",
+                f"linux.resources.cpu.{key} of config.json has {missing}, which this host does not "
+                "have online",
             )
 
 
@@ -79,7 +85,8 @@ def _online(file: str) -> set[int] | None:
 
 
 def _check_settings(namespace: str, settings: Mapping[str, Any]) -> None:
-    """A restore does not set them, as a start does; the namespace is this host's own."""
+    """MigrateError(15) unless the network namespace, which this host made, has the settings.
+    A start sets them; a restore does not."""
     for name, value in settings.items():
         if not name.startswith("net."):
             continue
@@ -90,6 +97,7 @@ def _check_settings(namespace: str, settings: Mapping[str, Any]) -> None:
         if now.split() != str(value).split():
             raise MigrateError(
                 VzExitCode.BAD_CONFIG,
-                f"{name} is {now.strip()} in {namespace} here, and {value} in config.json: set it "
-                f"(nsenter --net={namespace} sysctl -w {name}='{value}')",
+                f"{name} is {now.strip()} in {namespace} on this host, but {value} in config.json: "
+                f"set it (nsenter --net={namespace} sysctl -w {name}='{value}')",
+                path=namespace,
             )

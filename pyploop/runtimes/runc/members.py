@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which processes are a container's: its first process and those that descend
-from it.  Only they are dumped; only those in its cgroup are suspended.
+"""Which processes belong to a container: its first process and all descendants of that.
+Only these are dumped, and only those in its cgroup are suspended.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from pyploop.errors import MigrateError, VzExitCode
 
 @dataclass(frozen=True)
 class Process:
-    """As /proc shows it at one moment."""
+    """What /proc showed of a process."""
 
     parent: int
     state: str
@@ -23,7 +23,7 @@ class Process:
 
 
 def look_at(pids: Iterable[int], proc: str = "/proc") -> dict[int, Process]:
-    """Those that are still there.  Some ten microseconds each."""
+    """The processes that still exist, by pid.  Some ten microseconds for each."""
     found = {}
     for pid in pids:
         try:
@@ -32,7 +32,7 @@ def look_at(pids: Iterable[int], proc: str = "/proc") -> dict[int, Process]:
                 data = os.read(fd, 1024)
             finally:
                 os.close(fd)
-            # The name may hold anything, also a ")".
+            # The process's name may have any characters, also a ")".
             state, parent = data[data.rindex(b")") + 2 :].split(b" ", 2)[:2]
             found[pid] = Process(int(parent), state.decode())
         except (OSError, ValueError):
@@ -41,14 +41,14 @@ def look_at(pids: Iterable[int], proc: str = "/proc") -> dict[int, Process]:
 
 
 def descendants(init: int, among: Mapping[int, Process]) -> set[int]:
-    """The first process and all below it."""
+    """The first process (init) and all its descendants."""
     known = {init: True}
     for pid in among:
         way = []
         at: int = pid
         while at not in known and at in among:
             way.append(at)
-            known[at] = False  # there is no circle, but pids are used again
+            known[at] = False  # ends a circle: a pid may have been used again
             at = among[at].parent
         ours = known.get(at, False)
         known.update(dict.fromkeys(way, ours))
@@ -56,14 +56,14 @@ def descendants(init: int, among: Mapping[int, Process]) -> set[int]:
 
 
 def strangers(init: int, members: Sequence[int], proc: str = "/proc") -> list[int]:
-    """Processes of the cgroup that do not descend from the first one, as those of
-    `runc exec`; a parent is in the cgroup, too."""
+    """Processes of the cgroup (members) that do not descend from the first process, such as
+    those of `runc exec`."""
     seen = look_at(members, proc)
     ours = descendants(init, seen)
     lost = [p for p in seen if p not in ours and seen[p].state not in "ZX"]
     if not lost:
         return []
-    # Its parent has left the cgroup, or ended a moment ago.
+    # A parent may be outside the cgroup, or have ended a moment ago: look at all processes.
     seen = look_at(everybody(proc), proc)
     ours = descendants(init, seen)
     return [p for p in lost if p in seen and p not in ours and seen[p].state not in "ZX"]
@@ -71,18 +71,17 @@ def strangers(init: int, members: Sequence[int], proc: str = "/proc") -> list[in
 
 @dataclass(frozen=True)
 class Survey:
-    """Who is in the container, and who should be."""
+    """Processes that are in the container's cgroup, or its tree, but not in both."""
 
     strangers: list[int]
-    """In its cgroup, and not descended from its first process: they would end without
-    a word."""
+    """In its cgroup, but not descended from its first process.  They would be lost."""
     outside: list[int]
-    """Descended from it, or in its namespace of processes, and not in its cgroup: they
-    would not be suspended."""
+    """Descended from its first process, or in its pid namespace, but not in its cgroup.
+    They would not be suspended."""
 
 
 def survey(init: int, members: Sequence[int], proc: str = "/proc") -> Survey:
-    """Of all processes; milliseconds."""
+    """Compare the cgroup's members with all processes of the host.  Takes milliseconds."""
     seen = look_at(everybody(proc), proc)
     ours = descendants(init, seen)
     alive = {p for p, process in seen.items() if process.state not in "ZX"}
@@ -97,7 +96,7 @@ def everybody(proc: str = "/proc") -> list[int]:
 
 
 def _same_namespace(init: int, pids: Iterable[int], proc: str) -> set[int]:
-    """Processes in the first process's namespace of processes, unless that is ours."""
+    """Processes in the first process's pid namespace, unless that is this process's own."""
     wanted = _namespace(init, proc)
     if wanted is None or wanted == _namespace(os.getpid(), proc):
         return set()
@@ -112,7 +111,7 @@ def _namespace(pid: int, proc: str) -> str | None:
 
 
 def named(pids: Sequence[int], proc: str = "/proc") -> str:
-    """For a message: `12 (sh -c …), 13 (cat)`, ten at most."""
+    """For a message: `12 (sh -c …), 13 (cat)`, with ten processes at most."""
     names = [f"{pid} ({_command(pid, proc)})" for pid in pids[:10]]
     return ", ".join(names) + (f" and {len(pids) - 10} more" if len(pids) > 10 else "")
 
@@ -133,12 +132,12 @@ def _command(pid: int, proc: str) -> str:
 
 
 class LostProcessError(MigrateError):
-    """Processes would be lost."""
+    """Some processes would be lost."""
 
 
 def _survey_twice(init: int, members: Callable[[], Sequence[int]]) -> Survey:
-    """What two looks in a row agree upon: a process that began, or ended, between the
-    cgroup's list and /proc's is in one of them only."""
+    """What two surveys in a row agree on.  A process that starts or ends between the reading
+    of the cgroup and that of /proc is in one of them only."""
     first = survey(init, members())
     if not first.strangers and not first.outside:
         return first
@@ -150,15 +149,15 @@ def _survey_twice(init: int, members: Callable[[], Sequence[int]]) -> Survey:
 
 
 def check(container: str, init: int, members: Callable[[], Sequence[int]], drop: bool) -> list[str]:
-    """Before anything starts: MigrateError(8) when processes would be lost, or would
-    not be suspended.  members: of its cgroup, now.  drop: the first may be lost; then
-    they are returned in words."""
+    """Before anything starts: MigrateError(8) when processes would be lost, or would not be
+    suspended.  members: reads the cgroup.  drop: processes may be lost; the returned
+    lines name them."""
     found = _survey_twice(init, members)
     if found.outside:
         raise MigrateError(
             VzExitCode.DUMP_FAILED,
             f"processes of {container} are in another cgroup, and would not be suspended: "
-            f"{named(found.outside)}; move them back (cgroup.procs), or end them",
+            f"{named(found.outside)}; move them back (write to cgroup.procs), or end them",
         )
     if found.strangers and drop:
         names = named(found.strangers)
@@ -168,7 +167,7 @@ def check(container: str, init: int, members: Callable[[], Sequence[int]], drop:
 
 
 def check_suspended(container: str, init: int, members: Sequence[int]) -> None:
-    """The first half of it again."""
+    """Check again that no process would be lost, now that the container is suspended."""
     _refuse(container, strangers(init, members))
 
 
@@ -176,34 +175,36 @@ def _refuse(container: str, lost: Sequence[int]) -> None:
     if lost:
         raise LostProcessError(
             VzExitCode.DUMP_FAILED,
-            f"processes in {container} that its first process has not started, as by `runc exec`, "
-            f"cannot be moved: {named(lost)}; end them, or let them be dropped with --drop-exec",
+            f"processes in {container} that were not started by its first process, but for example "
+            f"by `runc exec`, cannot be migrated: {named(lost)}; end them, or use --drop-exec, "
+            "with which they end during the migration",
         )
 
 
 _STOPS = ("do_signal_stop", "get_signal")
-"""The kernel's function (the first may be part of the second) in which a stopped process
-is frozen: with the freezer of v1 it looks like any other then."""
+"""The kernel's function in which a stopped process is frozen (the first may be compiled
+into the second).  The freezer of v1 gives it the same state as any other process."""
 
 _VFORKS = ("wait_for_vfork_done", "kernel_clone", "_do_fork")
 
 
-def held(pid: int) -> str:
-    """'stopped' or 'traced' when a signal or a debugger holds the process, frozen or not."""
+def stopped_or_traced(pid: int) -> str:
+    """For a message: `stopped …` by a signal or `traced …` by a debugger, frozen or not;
+    empty for any other process."""
     try:
         text = Path(f"/proc/{pid}/status").read_text(errors="replace")
     except OSError:
         return ""
     lines = dict(line.split(":\t", 1) for line in text.splitlines() if ":\t" in line)
     if lines.get("TracerPid", "0") != "0":
-        return f"traced by process {lines['TracerPid']}"
+        return f"traced by process {lines['TracerPid']} (end that process)"
     state = lines.get("State", "")
     stopped = state.startswith("T") or (state.startswith("D") and _sleeps_in(pid) in _STOPS)
-    return "stopped (SIGCONT lets it go on)" if stopped else ""
+    return f"stopped (run kill -CONT {pid})" if stopped else ""
 
 
 def awaits_vfork(pid: int) -> bool:
-    """Its child, made by vfork(2), has yet to run another program, or to end."""
+    """Whether it waits in vfork(2): its child has not run another program yet, nor ended."""
     return _sleeps_in(pid) in _VFORKS
 
 

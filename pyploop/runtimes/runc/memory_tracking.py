@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""CRIU's tracking of memory, which a pre-dump needs: whether this kernel has it,
-and what CRIU says that a pre-dump cost."""
+"""CRIU's memory tracking, which a pre-dump needs: whether it works on this kernel, and for
+how long a pre-dump stopped the container."""
 
 from __future__ import annotations
 
@@ -16,25 +16,25 @@ from pyploop.system.commands import Command, last_words, run
 FEATURE = "mem_dirty_track"
 TIMEOUT = 30.0
 _STATS = struct.Struct("<III")
-"""Two magic words, and the length of the message that follows."""
+"""Two magic numbers, and the length of the message that follows."""
 _DUMP, _FREEZING, _FROZEN = 1, 1, 2
-"""Fields of CRIU's statistics: those of a dump, and in it the microseconds of
-freezing the processes and of what followed until they ran again."""
+"""Fields of CRIU's statistics: the part about a dump, and in it two times in
+microseconds.  One for freezing the processes, one from there until they ran again."""
 
 
 def problem(criu: str) -> str:
-    """Why CRIU cannot pre-dump here; empty when it just did.
+    """Why CRIU cannot pre-dump on this host; empty when it can.
 
-    CRIU is asked first, and tried only when it says yes: a pre-dump without
-    tracking aborts in the midst, and leaves its code in the process.  The trial
-    is two pre-dumps of an idle process, the second of which must hold less.
+    `criu check` comes first: a pre-dump without tracking aborts half-way, and leaves
+    CRIU's code in the process.  Then follow two pre-dumps of an idle process.  The
+    second must have fewer bytes.
     """
     try:
-        status, said = Command([criu, "check", "--feature", FEATURE]).wait(TIMEOUT)
+        status, output = Command([criu, "check", "--feature", FEATURE]).wait(TIMEOUT)
     except OSError as e:  # TimeoutError is one
         return f"{criu} check --feature {FEATURE}: {e.strerror or e}"
     if status:
-        return last_words(said).split(": ", 1)[-1]
+        return last_words(output).split(": ", 1)[-1]
     with private_folder.scratch() as folder:
         sleeper = subprocess.Popen(
             [shutil.which("sleep") or "sleep", "60"],
@@ -57,13 +57,13 @@ def problem(criu: str) -> str:
             sleeper.kill()
             sleeper.wait()
     if sizes[1] >= sizes[0]:
-        return f"two pre-dumps of an idle process have {sizes[0]} and {sizes[1]} bytes"
+        return f"the second pre-dump of an idle process has {sizes[1]} bytes, the first {sizes[0]}"
     return ""
 
 
 def frozen_seconds(work: Path) -> float | None:
-    """How long the processes stood still for a (pre-)dump, by the statistics
-    that CRIU left in its working folder; None when there are none."""
+    """Seconds for which a dump or pre-dump stopped the processes, from the statistics in
+    CRIU's working folder (work).  None: there are none."""
     try:
         data = (work / "stats-dump").read_bytes()
         size = _STATS.unpack_from(data)[2]

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""runc and CRIU.
+"""runc containers, migrated live by CRIU.
 
-The container is suspended by its cgroup's freezer, written directly; it stays
-so through the dump (--leave-running), and is killed, or thawed, afterwards:
-nothing but this host decides that it runs here again.
+pyploop suspends a container by writing to the freezer of its cgroup.  It stays suspended
+through the dump (--leave-running).  Afterwards it is killed or thawed, so only this host
+decides whether it runs here again.
 """
 
 from __future__ import annotations

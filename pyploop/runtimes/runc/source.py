@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is done with a runc container on the source: it is checked, suspended, and its
-memory is dumped.
+"""The steps of a migration on the source: a runc container is checked and suspended, its
+memory is dumped, and in the end it is removed.
 """
 
 from __future__ import annotations
@@ -36,9 +36,10 @@ class SourceSteps(RuncContainer):
     def __init__(self, host: HostConfig, container: str) -> None:
         super().__init__(host, container)
         self._left: list[str] = []
+        """Lines for `left_behind`."""
         self._watchers: list[leftovers.Watcher] = []
-        self._told = 0
-        """Bytes of memory that the target was told of."""
+        self._announced = 0
+        """Bytes of memory, as the target was told."""
 
     def check_source(self, live: bool) -> Facts:
         config = bundles.read(self._config.bundle)
@@ -64,10 +65,8 @@ class SourceSteps(RuncContainer):
             criu.probe(self._host.criu)
             freezer = self._freezer()
             if freezer is None:
-                raise MigrateError(
-                    VzExitCode.DUMP_FAILED, f"{self.container} has no freezer cgroup"
-                )
-            facts["memory"] = self._told = self._memory_of(freezer)
+                raise self._no_freezer()
+            facts["memory"] = self._announced = self._memory_of(freezer)
             self._check_memory(facts)
             cgroup.check_none_stopped(freezer, self.container)
             pids = freezer.pids()
@@ -78,8 +77,8 @@ class SourceSteps(RuncContainer):
         return facts
 
     def _check_network(self, config: dict[str, Any]) -> None:
-        """Its sockets are this host's without a network namespace of its own, and
-        another host cannot restore those."""
+        """MigrateError(15) for a container without a network namespace of its own: its sockets
+        use the addresses of this host, and no other host can restore them."""
         linux = config.get("linux")
         found = linux.get("namespaces") if isinstance(linux, dict) else None
         own = any(isinstance(n, dict) and n.get("type") == "network" for n in found or ())
@@ -87,8 +86,15 @@ class SourceSteps(RuncContainer):
             raise MigrateError(
                 VzExitCode.BAD_CONFIG,
                 f"{self._config.bundle}/{bundles.CONFIG} has no network namespace: the container "
-                "uses the network of this host, which cannot be moved",
+                "uses the network of this host, and cannot be migrated",
+                path=f"{self._config.bundle}/{bundles.CONFIG}",
             )
+
+    def _no_freezer(self) -> MigrateError:
+        return MigrateError(
+            VzExitCode.DUMP_FAILED,
+            f"{self.container} has no freezer cgroup, and cannot be suspended without one",
+        )
 
     def _moving(self) -> contents.Places:
         return contents.Places(self.folders(), self._config.trees)
@@ -108,9 +114,9 @@ class SourceSteps(RuncContainer):
     def suspend(self) -> None:
         freezer = self._freezer()
         if freezer is None:
-            raise MigrateError(VzExitCode.DUMP_FAILED, f"{self.container} has no freezer cgroup")
+            raise self._no_freezer()
         cgroup.check_none_stopped(freezer, self.container)
-        memory_in_use.check_growth(self.container, self._told, self._memory_of(freezer))
+        memory_in_use.check_growth(self.container, self._announced, self._memory_of(freezer))
         try:
             self._freeze_and_cut(freezer)
         except OSError as e:
@@ -138,7 +144,7 @@ class SourceSteps(RuncContainer):
             )
 
     def resume(self) -> None:
-        # Both, whatever fails: a checkpoint that failed leaves both behind.
+        # Do both, whatever fails: a failed checkpoint leaves the link down and the cgroup frozen.
         try:
             self._link(self._config.link_up, VzExitCode.DUMP_FAILED)
             self._announce(f"/proc/{self._init()}/ns/net")
@@ -158,7 +164,7 @@ class SourceSteps(RuncContainer):
         self._checkpoint("--leave-running", images, parent, self._check_suspended)
 
     def _check_suspended(self) -> None:
-        """Nobody has come since `check_source` who would be lost."""
+        """MigrateError(8) when processes that would be lost have come since `check_source`."""
         freezer, init = self._freezer(), self._init()
         if freezer is not None and not self.drop_exec:
             members.check_suspended(self.container, init, freezer.pids())
@@ -171,7 +177,8 @@ class SourceSteps(RuncContainer):
         parent: Path | None,
         meanwhile: Callable[[], None] | None = None,
     ) -> Path:
-        """CRIU's working folder.  meanwhile: done while CRIU gets ready."""
+        """Run `runc checkpoint`; returns CRIU's working folder.  meanwhile: called while CRIU
+        starts."""
         bundles.forget_hook(self._config.bundle)
         work = images.with_name(f"{images.name}-work")
         work.mkdir(mode=0o700)
@@ -180,26 +187,17 @@ class SourceSteps(RuncContainer):
         if parent is not None:
             command += ["--parent-path", os.path.relpath(parent, images)]
         command += [*self._config.options, self.container]
-        self._criu(
-            command, work / "dump.log", VzExitCode.DUMP_FAILED, "cannot checkpoint", meanwhile
-        )
-        return work
-
-    def _criu(
-        self,
-        argv: list[str],
-        log: Path,
-        code: int,
-        what: str,
-        meanwhile: Callable[[], None] | None,
-    ) -> None:
+        timeout = self._host.command_timeout
         try:
-            run(argv, code, self._host.command_timeout, self.keep_fds, meanwhile=meanwhile)
+            run(command, VzExitCode.DUMP_FAILED, timeout, self.keep_fds, meanwhile=meanwhile)
         except members.LostProcessError:
             raise
         except MigrateError as e:
-            why = criu.errors_of(log) or str(e)
-            raise MigrateError(code, f"{what} {self.container}: {why}") from e
+            why = criu.errors_of(work / "dump.log") or str(e)
+            raise MigrateError(
+                VzExitCode.DUMP_FAILED, f"cannot checkpoint {self.container}: {why}"
+            ) from e
+        return work
 
     # ---- afterwards
 

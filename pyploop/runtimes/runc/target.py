@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is done with a runc container on the target: its configuration is fitted to this
-host, its memory images are checked, and it is restored.
+"""The steps of a migration on the target: the configuration of a runc container is fitted
+to this host, its memory images are checked, and it is restored.
 """
 
 from __future__ import annotations
@@ -31,9 +31,15 @@ class TargetSteps(RuncContainer):
 
     def check_target(self, facts: Facts, live: bool) -> None:
         if self._record() is not None:
-            raise MigrateError(VzExitCode.EXISTS, f"{self.container} exists")
+            raise MigrateError(
+                VzExitCode.EXISTS, f"runc has a container {self.container} on this host already"
+            )
         if Path(self._config.bundle, bundles.CONFIG).exists():
-            raise MigrateError(VzExitCode.EXISTS, f"{self._config.bundle} holds a {bundles.CONFIG}")
+            raise MigrateError(
+                VzExitCode.EXISTS,
+                f"{self._config.bundle} has a {bundles.CONFIG} already: move it away",
+                path=self._config.bundle,
+            )
         mounts = facts.get("mounts")
         if (
             not isinstance(mounts, list)
@@ -41,7 +47,9 @@ class TargetSteps(RuncContainer):
             or not all(isinstance(m, str) and m.startswith("/") for m in mounts)
         ):
             raise MigrateError(
-                VzExitCode.BAD_CONFIG, "the two hosts configure another number of disks or trees"
+                VzExitCode.BAD_CONFIG,
+                f"[container.{self.container}] has another number of disks or trees on this host "
+                "than on the source: they must be the same, in the same order",
             )
         config = self._fitted(facts.get("config"), facts)
         contents.check_external(self._config.external, facts.get("kinds") or ())
@@ -53,26 +61,27 @@ class TargetSteps(RuncContainer):
         if ours < theirs:
             raise MigrateError(
                 VzExitCode.CHECKPOINT_VERSION,
-                f"CRIU {ours} here is older than the source's {theirs}",
+                f"CRIU {'.'.join(map(str, ours))} on this host is older than "
+                f"{'.'.join(map(str, theirs))} on the source: install that version or a newer one",
             )
         criu.probe(self._host.criu)
         self._check_memory(facts)
 
     def _fitted(self, config: Any, facts: Facts) -> dict[str, Any]:
-        """The source's config.json with our paths, all of which are known here."""
+        """The source's config.json with the paths of this host."""
         return bundles.adapt(config, *self._mapping(facts), self._config)
 
     def _mapping(self, facts: Facts) -> tuple[dict[str, str], dict[str, str]]:
-        """For bundles.adapt: the source's paths as its configuration writes them,
-        and its mount points, trees and external paths -> ours."""
+        """For bundles.adapt: the source's paths as its migrate.toml writes them, and its mount
+        points, trees and external paths -> those of this host."""
         theirs, ours = facts.get("external"), self._config.external
-        if theirs is None:  # an older source: its paths are taken as they are
+        if theirs is None:  # an older source: the same paths on both hosts
             theirs = ours
         if len(theirs) != len(ours):
             raise MigrateError(
                 VzExitCode.BAD_CONFIG,
-                f"the configuration of {self.container} has {len(ours)} external paths here, that "
-                f"of the source {len(theirs)}: they must be the same, in the same order",
+                f"[container.{self.container}] has {len(ours)} external paths on this host, but "
+                f"{len(theirs)} on the source: they must be the same, in the same order",
             )
         pairs = zip([*facts["mounts"], *theirs], [*self._places(), *ours], strict=True)
         return dict(facts.get("paths") or {}), dict(pairs)
@@ -82,7 +91,8 @@ class TargetSteps(RuncContainer):
     def destination(self, label: str) -> str:
         if label != "config.json":
             raise MigrateError(
-                VzExitCode.COPY_FAILED, f"no item {label!r} belongs to a runc container"
+                VzExitCode.COPY_FAILED,
+                f"the source sends the file {label[:80]!r}, which no runc container has",
             )
         return f"{self._config.bundle}/{bundles.RECEIVED}"
 
@@ -98,17 +108,18 @@ class TargetSteps(RuncContainer):
         if config != self._fitted(facts.get("config"), facts):
             raise MigrateError(
                 VzExitCode.BAD_CONFIG,
-                "config.json has changed since it was checked: migrate it again",
+                "the source's config.json has changed since it was checked: migrate the container "
+                "again",
             )
         (Path(self._config.bundle) / bundles.RECEIVED).unlink()
         bundles.write(self._config.bundle, config)
         self._written = config
-        # Nothing may answer in its place before the restore.
+        # Before the restore nothing must answer in the container's place.
         self._link(self._config.link_down, VzExitCode.BAD_CONFIG)
 
     def check_images(self, images: Path) -> None:
         if self._written is None:
-            raise MigrateError(VzExitCode.BAD_CONFIG, "the dump came before config.json")
+            raise MigrateError(VzExitCode.BAD_CONFIG, "the source sent the dump before config.json")
         policy = self._config.policy
         criu_images.check(images, self._written, (*policy.apparmor, *policy.selinux))
 
@@ -122,14 +133,20 @@ class TargetSteps(RuncContainer):
             destinations.check(self._written)
 
     def _check_no_link(self, path: str, place: str) -> None:
-        """The disk has come: a link on it could lead runc anywhere on this host."""
+        """The disk has arrived.  A link on it could lead runc anywhere on this host."""
         try:
             with beneath.place(path, place) as at:
                 mode = os.lstat(at.name, dir_fd=at.dir_fd).st_mode
         except OSError as e:
-            raise MigrateError(VzExitCode.BAD_CONFIG, f"{path} of config.json: {e.strerror}") from e
+            raise MigrateError(
+                VzExitCode.BAD_CONFIG, f"cannot use {path} of config.json: {e.strerror}", path=path
+            ) from e
         if stat.S_ISLNK(mode):
-            raise MigrateError(VzExitCode.BAD_CONFIG, f"{path} of config.json is a symbolic link")
+            raise MigrateError(
+                VzExitCode.BAD_CONFIG,
+                f"{path} of config.json is a symbolic link, and could lead anywhere on this host",
+                path=path,
+            )
 
     # ---- restore
 
@@ -142,8 +159,8 @@ class TargetSteps(RuncContainer):
 
         def unlock() -> None:
             commit()
-            # With an agent that is killed here the restore ends, too: a link that came
-            # up after that would answer the peers in its place, with resets.
+            # If the agent is killed here, the restore ends too.  A link that came up after
+            # that would answer the peers with resets, in the container's place.
             up = self._config.link_up
             argv = ("setpriv", "--pdeathsig", "KILL", "--", *up) if up else ()
             self._link(argv, VzExitCode.RESTORE_FAILED)
@@ -152,18 +169,18 @@ class TargetSteps(RuncContainer):
         with criu.Hook(images.parent, unlock) as hook:
             bundles.write_criu(self._config.bundle, hook.script)
             try:
-                # CRIU leaves its own groups to a process that had none.
+                # A process that had no groups would get those of CRIU.
                 command = Command(argv, self.keep_fds, silent=True, groups=())
-                status, said = hook.serve(command, self._host.command_timeout)
+                status, output = hook.serve(command, self._host.command_timeout)
             except OSError as e:
-                status, said = -1, str(e)
+                status, output = -1, str(e)
             bundles.write_criu(self._config.bundle, None)
         if status == 0 and hook.unlocked:
             self._announce_here()  # again: a switch may have missed the first
             return
         if isinstance(hook.refusal, PyploopError):
             raise hook.refusal
-        why = criu.errors_of(work / "restore.log") or last_words(said)
+        why = criu.errors_of(work / "restore.log") or last_words(output)
         raise MigrateError(VzExitCode.RESTORE_FAILED, f"cannot restore {self.container}: {why}")
 
     def _announce_here(self) -> None:
@@ -174,7 +191,7 @@ class TargetSteps(RuncContainer):
                 self._announce(namespace["path"])
 
     def abandon(self) -> None:
-        # Down first: nothing of what ends here may reach the peers.
+        # The link goes down first: no packet of the ending processes may reach the peers.
         try:
             self._link(self._config.link_down, VzExitCode.RESTORE_FAILED)
         finally:
@@ -182,7 +199,7 @@ class TargetSteps(RuncContainer):
 
 
 def version_of(value: Any) -> tuple[int, ...]:
-    """Of CRIU, as the source told it; () for none."""
+    """CRIU's version, as the source sent it; () when it sent none."""
     if not isinstance(value, list) or not all(type(v) is int for v in value):
         return ()
     return tuple(value)
