@@ -285,9 +285,9 @@ def test_annotations_stay_behind_and_are_said() -> None:
     [
         ({"memory.max": "max", "pids.max": "max"}, {}, []),
         ({"memory.max": "1048576"}, {"memory": {"limit": 1050000}}, []),
-        ({"memory.max": "1048576"}, {}, ["memory.max is 1048576, and config.json has nothing"]),
+        ({"memory.max": "1048576"}, {}, ["memory.max is 1048576, but config.json has no limit"]),
         ({"memory.max": "max"}, {"memory": {"limit": 4096}}, ["memory.max is max"]),
-        ({"pids.max": "7"}, {"pids": {"limit": 8}}, ["pids.max is 7, and config.json has 8"]),
+        ({"pids.max": "7"}, {"pids": {"limit": 8}}, ["pids.max is 7, but config.json has 8"]),
         ({"cpu.max": "max 100000"}, {"cpu": {"quota": -1}}, []),
         ({"cpu.max": "5000 100000"}, {"cpu": {"shares": 2}}, ["cpu.max is 5000"]),
         ({"cpuset.cpus": "0-1\n"}, {"cpu": {"cpus": "0,1"}}, []),

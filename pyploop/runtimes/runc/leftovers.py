@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What of a running runc container neither runc nor CRIU (4.2) brings to the target,
-without failing: said before the migration starts (docs/internals/safety.md).
+"""What neither runc nor CRIU (4.2) brings to the target, though nothing fails.  The user is
+told before the migration starts (docs/internals/safety.md).
 """
 
 from __future__ import annotations
@@ -17,21 +17,21 @@ from pyploop.runtimes.runc import members, sockets
 from pyploop.system import kernel
 
 OURS = "org.criu.config"
-"""Written anew on each host."""
+"""The annotation that pyploop writes anew on each host."""
 NO_LIMIT = 1 << 62
-"""A memory limit of v1 that is larger limits nothing."""
+"""Bytes.  A memory limit of v1 above this is no limit."""
 
 
 class Limit(NamedTuple):
-    """A file of a cgroup, and where config.json says what it holds."""
+    """A file of a cgroup, and the key of config.json for its value."""
 
     controller: str
     v1: str
     v2: str
-    words: tuple[str, str]
-    """Of linux.resources."""
+    key: tuple[str, str]
+    """(table, key) in linux.resources of config.json."""
     unlimited: tuple[str, ...]
-    """What it holds when nobody has set it."""
+    """Its values when no limit is set."""
 
 
 LIMITS = (
@@ -46,8 +46,8 @@ LIMITS = (
 
 
 def changed_limits(config: Mapping[str, Any], cgroups: Mapping[str, str]) -> list[str]:
-    """Limits that are others than config.json's, which the target goes by: set by
-    `runc update`, or in the cgroup itself.  cgroups: controller -> folder, '' of v2."""
+    """Limits that differ from those of config.json, which the target uses.  They were set by
+    `runc update`, or in the cgroup.  cgroups: controller -> folder; '' is that of v2."""
     resources = (config.get("linux") or {}).get("resources") or {}
     found = []
     for limit in LIMITS:
@@ -57,22 +57,22 @@ def changed_limits(config: Mapping[str, Any], cgroups: Mapping[str, str]) -> lis
         value = _first(folder / name) if name else None
         if value is None:  # the controller is not there
             continue
-        group, key = limit.words
+        group, key = limit.key
         wanted = (resources.get(group) or {}).get(key)
         if wanted in (None, 0, -1, ""):
             same = value in limit.unlimited or _unlimited(value)
-            # v1 copies the cpuset above.
+            # v1 copies the cpuset of the cgroup above.
             same = same or (limit.controller == "cpuset" and value == _first(folder.parent / name))
         else:
             same = _same(value, wanted)
         if not same:
-            said = "nothing" if wanted is None else wanted
-            found.append(f"{name} is {value}, and config.json has {said}: the target goes by that")
+            there = "no limit" if wanted is None else wanted
+            found.append(f"{name} is {value}, but config.json has {there}, which the target uses")
     return found
 
 
 def _first(path: Path) -> str | None:
-    """The first word of a cgroup's file, '' of an empty one."""
+    """The first word of a cgroup's file; '' for an empty one, None when it is missing."""
     try:
         return (path.read_text().split() or [""])[0]
     except OSError:
@@ -80,7 +80,7 @@ def _first(path: Path) -> str | None:
 
 
 def allowed_cpus(cgroups: Mapping[str, str]) -> str:
-    """Those that the container's cgroup may use."""
+    """The CPUs that the container's cgroup may use, as a list such as 0-3."""
     for key, name in (("cpuset", "cpuset.effective_cpus"), ("", "cpuset.cpus.effective")):
         if key in cgroups and (text := _first(Path(cgroups[key]) / name)):
             return text
@@ -93,17 +93,18 @@ def _unlimited(value: str) -> bool:
 
 def _same(value: str, wanted: object) -> bool:
     if isinstance(wanted, int) and value.isdecimal():
-        page = os.sysconf("SC_PAGESIZE")  # a limit in bytes is rounded down
+        page = os.sysconf("SC_PAGESIZE")  # the kernel rounds a limit in bytes down
         return int(value) in (wanted, wanted // page * page)
     return cpus_of(value) == cpus_of(str(wanted))
 
 
 MOST_CPUS = 1 << 16
-"""Linux has 8192 at most.  A range is a number for each, and may be a peer's."""
+"""Linux supports 8192 at most.  A range may come from a peer, and each of its numbers takes
+memory here."""
 
 
 def cpus_of(text: str) -> set[int] | str:
-    """Of a list such as 0-2,4; other texts as they are."""
+    """The numbers of a list such as 0-2,4; any other text as it is."""
     found: set[int] = set()
     try:
         for part in text.strip().split(","):
@@ -120,8 +121,8 @@ def cpus_of(text: str) -> set[int] | str:
 
 
 def settings(pids: Sequence[int], cpus: str, proc: str = "/proc") -> list[str]:
-    """What a process has set for itself, or others for it, and CRIU does not dump.
-    cpus: those that the container may use."""
+    """Settings of the processes that CRIU does not dump.  cpus: those that the container may
+    use."""
     found: dict[str, list[int]] = {}
     usual = _settings_of(os.getpid(), os.getpid(), "/proc")
     for pid, tid in _threads(pids, proc):
@@ -183,7 +184,7 @@ def _text(path: str, most: int = 1 << 14) -> str:
 
 
 def pipes_to_outside(pids: Sequence[int], proc: str = "/proc") -> list[str]:
-    """Pipes of which the container has one end only."""
+    """Pipes of which only one end is in the container."""
     ends: dict[str, int] = {}
     users: dict[str, tuple[int, str]] = {}
     for pid in pids:
@@ -197,18 +198,18 @@ def pipes_to_outside(pids: Sequence[int], proc: str = "/proc") -> list[str]:
                     users.setdefault(target, (pid, name))
     return [
         f"descriptor {users[pipe][1]} of process {members.named([users[pipe][0]], proc)}, a pipe "
-        "whose other end is not in the container: there it leads nowhere"
+        "whose other end is not in the container: on the target it leads nowhere"
         for pipe, both in ends.items()
         if both in (stat.S_IRUSR, stat.S_IWUSR)
     ]
 
 
 Watcher = tuple[int, int]
-"""A process, and its descriptor that is an inotify."""
+"""(pid, number of a descriptor that is an inotify)."""
 
 
 def watchers(pids: Sequence[int], proc: str = "/proc") -> list[Watcher]:
-    """Of all these processes."""
+    """The inotify descriptors of all these processes."""
     found = []
     for pid in pids:
         with contextlib.suppress(OSError):
@@ -219,8 +220,8 @@ def watchers(pids: Sequence[int], proc: str = "/proc") -> list[Watcher]:
 
 
 def waiting(init: int, known: Sequence[Watcher]) -> list[str]:
-    """Of the suspended container: what waits to be read, and CRIU does not dump.  Some
-    microseconds for each watcher and UDP socket."""
+    """Data that wait to be read in the suspended container, and that CRIU does not dump.
+    known: as `watchers` found.  Takes some microseconds for each watcher and UDP socket."""
     events = [pid for pid, fd in known if _readable(pid, fd)]
     found = [f"events that wait for process {members.named(events)} (inotify)"] if events else []
     sockets = sum(_unread(f"/proc/{init}/net/{name}") for name in ("udp", "udp6"))
@@ -230,14 +231,14 @@ def waiting(init: int, known: Sequence[Watcher]) -> list[str]:
 
 
 def _namespace(pid: int) -> str:
-    """Of the network."""
+    """The network namespace of a process."""
     with contextlib.suppress(OSError):
         return os.readlink(f"/proc/{pid}/ns/net")
     return ""
 
 
 def _readable(pid: int, fd: int) -> bool:
-    """Whether something waits in another process's descriptor."""
+    """Whether another process's descriptor has data to read."""
     try:
         pidfd = os.pidfd_open(pid)
         try:
@@ -255,7 +256,7 @@ def _readable(pid: int, fd: int) -> bool:
 
 
 def _unread(path: str) -> int:
-    """Sockets of a table of /proc/net that have bytes in their receive queue."""
+    """The number of sockets in a table of /proc/net with bytes in their receive queue."""
     try:
         lines = Path(path).read_text().splitlines()[1:]
     except OSError:
@@ -264,7 +265,7 @@ def _unread(path: str) -> int:
 
 
 def keys(container: str, path: str = "/proc/keys") -> list[str]:
-    """Of the session keyring that runc makes for it."""
+    """The keys of the session keyring that runc makes for the container."""
     try:
         lines = Path(path).read_text(errors="replace").splitlines()
     except OSError:
@@ -279,14 +280,14 @@ def keys(container: str, path: str = "/proc/keys") -> list[str]:
 def all_of(
     container: str, pids: Sequence[int], config: Mapping[str, Any], cgroups: Mapping[str, str]
 ) -> list[str]:
-    """Of a running container.  In words, each a line for the user."""
+    """All that a running container would lose, each as a line for the user."""
     lost = [*settings(pids, allowed_cpus(cgroups)), *pipes_to_outside(pids), *keys(container)]
     lost += [*sockets.settings(pids), *(sockets.groups(pids[0]) if pids else ())]
     return [f"Does not move: {text}" for text in lost + changed_limits(config, cgroups)]
 
 
 def annotations_of(config: Mapping[str, Any]) -> list[str]:
-    """The same of those of config.json, which programs of a host obey (CRIU one): no
-    target takes them over."""
+    """The annotations of config.json, as such a line.  Programs of a host obey them (CRIU
+    obeys one), so the target accepts none."""
     names = sorted({*(config.get("annotations") or {})} - {OURS})
     return [f"Does not move: the annotations {', '.join(names)} of config.json"] if names else []

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Settings of a container's TCP and UDP sockets that CRIU (4.2) does not bring to the
-target, and multicast groups that it does not join there."""
+"""Options of a container's TCP and UDP sockets that CRIU (4.2) does not restore, and
+multicast groups that it does not join again."""
 
 from __future__ import annotations
 
@@ -25,13 +25,14 @@ _OPTIONS = (
     ("TCP_USER_TIMEOUT", _STREAM, socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, 0),
     ("TCP_FASTOPEN", _STREAM, socket.IPPROTO_TCP, socket.TCP_FASTOPEN, 0),
 )
-"""Name, of which sockets, level, number, and what a new socket has."""
+"""(name, type of socket, level, number, value of a new socket)."""
 _EVERYBODYS = {"224.0.0.1", "ff01::1", "ff02::1", "ff01::2", "ff02::2", "ff05::2"}
-"""Groups that the kernel joins by itself."""
+"""Multicast groups that the kernel joins by itself."""
 
 
 def settings(pids: Sequence[int]) -> list[str]:
-    """In words, each a line for the user.  Some ten microseconds for each socket."""
+    """The options that would be lost, each as a line for the user.  Takes some ten
+    microseconds for each socket."""
     found: dict[str, set[int]] = {}
     for pid in pids:
         for one in _sockets(pid):
@@ -49,7 +50,7 @@ def settings(pids: Sequence[int]) -> list[str]:
 
 
 def _sockets(pid: int) -> Iterator[socket.socket]:
-    """Duplicates of a process's TCP and UDP sockets, to be closed."""
+    """Duplicates of a process's TCP and UDP sockets.  The caller closes each."""
     with contextlib.suppress(OSError):
         pidfd = os.pidfd_open(pid)
         try:
@@ -66,8 +67,8 @@ def _sockets(pid: int) -> Iterator[socket.socket]:
 
 
 def groups(pid: int, proc: str = "/proc") -> list[str]:
-    """Multicast groups that were joined in the process's network namespace, unless
-    that is ours."""
+    """Multicast groups that were joined in the process's network namespace, unless that is
+    this process's own.  One line for the user, or none."""
     try:
         if os.readlink(f"{proc}/{pid}/ns/net") == os.readlink("/proc/self/ns/net"):
             return []
@@ -79,6 +80,6 @@ def groups(pid: int, proc: str = "/proc") -> list[str]:
             found |= {str(IPv6Address(bytes.fromhex(line.split()[2]))) for line in six}
     except (OSError, ValueError, IndexError):
         return []
-    # ff02::1:ff…: of an address of its own.
+    # The kernel joins a group ff02::1:ff… for each address of its own.
     joined = sorted(g for g in found - _EVERYBODYS if not g.startswith("ff02::1:ff"))
     return [f"membership in multicast groups ({', '.join(joined)})"] if joined else []

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""CTID.conf of another host: it names what vzctl does as root, and scripts of vzctl
-and of others read it as a shell would.
+"""The check of a CTID.conf from another host.  vzctl acts on it as root, and scripts of
+vzctl and of others read it as a shell would.
 
-So each line is an assignment of a plain value, to a parameter that concerns only
-the container (ctid.conf(5)), or one that the policy of this host names.
+So each line must assign a plain value to a parameter that concerns only the container
+(ctid.conf(5)), or to one that the policy of this host names.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from pyploop.errors import MigrateError, VzExitCode
 from pyploop.runtimes.policy import Policy
 
 LARGEST = 1 << 17
-"""Bytes of a CTID.conf; real ones have a few thousand."""
+"""Bytes of a CTID.conf at most; real ones have a few thousand."""
 PARAMETERS = frozenset(
     (
         # Resources
@@ -39,19 +39,19 @@ _FILE_NAMES = (
     *("OSTEMPLATE", "ORIGIN_SAMPLE", "CONFIG_CUSTOMIZED", "DISTRIBUTION", "TEMPLATES"),
     *("NAME", "UUID", "VE_LAYOUT", "NETIF"),
 )
-"""vzctl makes names of files and of links of these, and runs some of the files."""
+"""vzctl makes file names of these values, and runs some of the files."""
 _ELSEWHERE = re.compile(r"\.\.|/")
 _ELSEWHERE_NETIF = re.compile(r"\.\.|/(?![0-9])")
-"""An address has its mask."""
+"""A slash may stand before the mask of an address."""
 _VEID = r"\$VEID\b|\$\{VEID\}"
-"""Which vzctl sets."""
+"""vzctl sets this variable."""
 _PLAIN = rf"""(?:[^"$`\\\x00-\x1f]|{_VEID})*"""
 _VALUE = rf""""{_PLAIN}"|'[^'\x00-\x1f]*'|(?:[A-Za-z0-9_.,:/@%+=-]|{_VEID})*"""
 _LINE = re.compile(rf"(?:([A-Z][A-Z0-9_]*)=({_VALUE}))?(?:(?:^|[ \t]+)(?:#.*)?)?")
 
 
 def address_of(text: str) -> str:
-    """Without its mask, and of all ways to write it always the same."""
+    """The address without its mask, always in the same spelling."""
     word = text.partition("/")[0]
     try:
         return str(ipaddress.ip_address(word))
@@ -60,22 +60,30 @@ def address_of(text: str) -> str:
 
 
 def check(path: Path, container: str, policy: Policy, addresses: Collection[str]) -> None:
-    """path: of CTID.conf, by whatever name.  addresses: those of the container which
-    nobody has here.  MigrateError(15) names the first line that is not taken over."""
+    """MigrateError(15) names the first line that is not accepted.
+
+    path: of CTID.conf, which has another name until it is checked.  addresses: those of
+    the container that are free on this host."""
     name, seen = f"{container}.conf", set()
     try:
         with path.open("rb") as f:
             data = f.read(LARGEST + 1)
     except OSError as e:
-        raise MigrateError(VzExitCode.BAD_CONFIG, f"{path}: {e.strerror}") from e
+        raise MigrateError(
+            VzExitCode.BAD_CONFIG, f"cannot read {path}: {e.strerror}", path=str(path)
+        ) from e
     if len(data) > LARGEST:
-        raise MigrateError(VzExitCode.BAD_CONFIG, f"{path} has more than {LARGEST} bytes")
+        raise MigrateError(
+            VzExitCode.BAD_CONFIG, f"{path} has more than {LARGEST} bytes", path=str(path)
+        )
     for number, line in enumerate(data.decode(errors="surrogateescape").split("\n"), 1):
-        found = _LINE.fullmatch(line.strip(" \t"))  # many of them took time squared
+        found = _LINE.fullmatch(line.strip(" \t"))  # the pattern takes quadratic time for spaces
         where = f"{name}, line {number}"
         if found is None:
             raise MigrateError(
-                VzExitCode.BAD_CONFIG, f"{where}: {line[:80]!r} is no assignment of a plain value"
+                VzExitCode.BAD_CONFIG,
+                f"{where}: {line[:80]!r} does not assign a plain value, and is not accepted from "
+                "another host",
             )
         key, value = found[1], found[2]
         if key is None:
@@ -84,11 +92,11 @@ def check(path: Path, container: str, policy: Policy, addresses: Collection[str]
             raise MigrateError(
                 VzExitCode.BAD_CONFIG,
                 f"{where} sets {key}, which the policy of this host does not allow: to allow it, "
-                f'add "{key}" to vz_parameters in [policy] here',
+                f'add "{key}" to vz_parameters in [policy] on this host',
             )
         if key in seen:  # vzctl takes the first one, a shell the last
             raise MigrateError(
-                VzExitCode.BAD_CONFIG, f"{where} sets {key} once more: write it once"
+                VzExitCode.BAD_CONFIG, f"{where} sets {key} a second time: keep one of the lines"
             )
         seen.add(key)
         plain = value.strip("\"'")
@@ -97,10 +105,12 @@ def check(path: Path, container: str, policy: Policy, addresses: Collection[str]
             key == "VEID" and plain not in (container, "$VEID", "${VEID}")
         ):
             raise MigrateError(
-                VzExitCode.BAD_CONFIG, f"{where}: {key}={value[:80]} leads elsewhere"
+                VzExitCode.BAD_CONFIG,
+                f"{where}: {key}={value[:80]} names a path or another container, and is not "
+                "accepted from another host",
             )
         if key == "IP_ADDRESS" and (others := {*plain.split()} - {*addresses}):
             raise MigrateError(
                 VzExitCode.BAD_CONFIG,
-                f"{where} has {min(others)[:80]}, which the source did not tell before",
+                f"{where} has the address {min(others)[:80]}, which the source did not announce",
             )

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""vz.conf and CTID.conf: shell assignments, read and never executed.
+"""vz.conf and CTID.conf: shell assignments, which are read and never executed.
 
-What a shell would have to compute (a command substitution, an operator of a
-parameter expansion) is an error of the one who asks for that variable, not of
-those who do not; other lines than assignments are passed over.
+A value that a shell would have to compute (a command substitution, an operator of a
+parameter expansion) is an error only when that variable is asked for.  Lines that are not
+assignments are skipped.
 """
 
 from __future__ import annotations
@@ -16,21 +16,21 @@ from pathlib import Path
 from pyploop.errors import OpenError, ParameterError
 
 MAX_SIZE = 1 << 20
-"""Bytes of a configuration file: real ones have a few thousand."""
+"""Bytes of a configuration file at most; real ones have a few thousand."""
 DEFAULTS = {
     "VE_ROOT": "/vz/root/$VEID",
     "VE_PRIVATE": "/vz/private/$VEID",
     "DUMPDIR": "/vz/dump",
     "LOCKDIR": "/vz/lock",
 }
-"""What vz.conf has as it is installed."""
+"""The values of vz.conf as it is installed."""
 
 _ASSIGNMENT = re.compile(r"\s*(?:export\s+)?([A-Za-z_][A-Za-z0-9_]*)=(.*)", re.DOTALL)
 _NAME = re.compile(r"\$(?:([A-Za-z_][A-Za-z0-9_]*)|\{([A-Za-z_][A-Za-z0-9_]*)\})")
 
 
 class UnreadableValue(ValueError):
-    """Only a shell could tell what the value is; the text says why."""
+    """Only a shell could compute the value; the text says why."""
 
 
 @dataclass
@@ -39,24 +39,29 @@ class VzConf:
 
     values: dict[str, str] = field(default_factory=dict)
     unreadable: dict[str, str] = field(default_factory=dict)
-    """Variable -> where and why it cannot be read."""
+    """Variable -> where its value stands, and why it cannot be read."""
 
     def get(self, name: str) -> str | None:
-        """The value, None when it is not set; ParameterError when it cannot be
-        read without executing the file."""
+        """The value; None when it is not set.  ParameterError when only a shell could
+        compute it."""
         if name in self.unreadable:
-            raise ParameterError(f"{name} in {self.unreadable[name]}; write it out")
+            raise ParameterError(
+                f"cannot read {name} in {self.unreadable[name]}; write a plain value instead"
+            )
         return self.values.get(name)
 
     def path(self, name: str) -> str:
         """The value, which must be an absolute path."""
         value = self.get(name)
         if not value or not value.startswith("/"):
-            raise ParameterError(f"{name} in the vz configuration is no absolute path: {value!r}")
+            raise ParameterError(
+                f"{name} in vz.conf or the container's .conf is not an absolute path: {value!r}"
+            )
         return value
 
     def update(self, text: str, where: str) -> None:
-        """Add the assignments of one file; later ones win, and see earlier ones."""
+        """Add the assignments of one file.  A later one replaces an earlier one, and can use
+        its value."""
         for number, line in _lines(text):
             m = _ASSIGNMENT.fullmatch(line)
             if not m:
@@ -83,38 +88,38 @@ def load(ctid: str, etc: Path = Path("/etc/vz")) -> VzConf:
                 data = f.read(MAX_SIZE + 1)
         except FileNotFoundError as e:
             if needed:
-                raise OpenError.of(f"cannot read {path}", e) from e
+                raise OpenError.of(f"cannot read {path}", e, path=str(path)) from e
             continue
         except OSError as e:
-            raise OpenError.of(f"cannot read {path}", e) from e
+            raise OpenError.of(f"cannot read {path}", e, path=str(path)) from e
         if len(data) > MAX_SIZE:
-            raise OpenError(f"{path} is larger than {MAX_SIZE} bytes")
+            raise OpenError(f"{path} has more than {MAX_SIZE} bytes", path=str(path))
         conf.update(data.decode(errors="surrogateescape"), str(path))
     return conf
 
 
 def _lines(text: str) -> list[tuple[int, str]]:
-    """(number of the first, text) of each line, those that a backslash or an
-    open quote continues joined."""
+    """(number of its first line, text) of each logical line: lines that a backslash or an
+    open quote continues are joined."""
     result: list[tuple[int, str]] = []
-    held, first = "", 0
+    so_far, first = "", 0
     for number, line in enumerate(text.split("\n"), 1):
-        held, first = (held + line, first) if held else (line, number)
-        if held.endswith("\\") and not held.endswith("\\\\"):
-            held = held[:-1] or " "
+        so_far, first = (so_far + line, first) if so_far else (line, number)
+        if so_far.endswith("\\") and not so_far.endswith("\\\\"):
+            so_far = so_far[:-1] or " "
             continue
-        if _open_quote(held):
-            held += "\n"
+        if _open_quote(so_far):
+            so_far += "\n"
             continue
-        result.append((first, held))
-        held = ""
-    if held:
-        result.append((first, held))
+        result.append((first, so_far))
+        so_far = ""
+    if so_far:
+        result.append((first, so_far))
     return result
 
 
 def _open_quote(line: str) -> bool:
-    """The line is an assignment whose quotes do not close in it."""
+    """Whether the line is an assignment with a quote that is not closed in it."""
     m = _ASSIGNMENT.fullmatch(line)
     if not m:
         return False
@@ -129,7 +134,8 @@ _UNCLOSED = "a quote is not closed"
 
 
 def _words(text: str) -> list[tuple[str, bool]]:
-    """The parts of the first word, as (text, expand) with the quotes gone."""
+    """The parts of the first word, without quotes: (text, whether variables in it are
+    expanded)."""
     parts: list[tuple[str, bool]] = []
     at = 0
     while at < len(text):
@@ -155,13 +161,13 @@ def _words(text: str) -> list[tuple[str, bool]]:
             at = end
     if text[at:].lstrip() and not re.match(r"\s*(#|;|$)|\s+#", text[at:]):
         # NAME=value command: the assignment is for that command only.
-        raise UnreadableValue(f"{text[at:].strip()[:40]!r} stands behind the value")
+        raise UnreadableValue(f"{text[at:].strip()[:40]!r} follows the value")
     return parts
 
 
 def _double(text: str, at: int, parts: list[tuple[str, bool]]) -> int:
-    """The parts of a double-quoted string that begins at `at`; returns the
-    position behind it."""
+    """Add the parts of the double-quoted string that begins at `at`.  Returns the position
+    behind it."""
     plain = ""
     while at < len(text):
         c = text[at]
@@ -184,7 +190,7 @@ def _value(text: str, known: Mapping[str, str]) -> str:
 
 def _expand(text: str, known: Mapping[str, str]) -> str:
     if "`" in text or "$(" in text:
-        raise UnreadableValue("a command gives the value, and nothing here is executed")
+        raise UnreadableValue("a command would give the value, and no command is run")
     result = _NAME.sub(lambda m: known.get(m[1] or m[2], ""), text)
     left = _NAME.sub("", text)
     if re.search(r"\$[{0-9@*#?$!-]", left):

@@ -23,13 +23,13 @@ SCRIPTS = ("start", "stop", "mount", "umount", "premount", "postumount")
 HDD = "root.hdd"
 DUMP = "Dump"
 MOST_FILES = 1000
-"""Of a private area, whose container's files lie inside the disk."""
+"""Files of a private area at most.  The container's own files are inside its disk."""
 _SPECIAL = {
     5: VzExitCode.NO_KERNEL,
     9: VzExitCode.LOCKED,
     **dict.fromkeys(range(60, 67), VzExitCode.QUOTA),
 }
-"""vzctl's exit codes that have one of vzmigrate's own, whatever failed."""
+"""vzctl's exit codes that have a code of their own in vzmigrate, whatever failed."""
 
 
 class VzctlContainer:
@@ -42,26 +42,29 @@ class VzctlContainer:
         self._top = f"{HDD}/root.hds"
         self._policy = host.policy_of(self.container)
         self._simfs: bool | None = None
-        """Found by the checks; the source's word, on the target."""
+        """Whether it lives in a directory, since the checks.  On the target as the source
+        says."""
         try:
             self._conf = config_files.load(self.container, Path(host.vz_etc))
             self.lock_dir = self._conf.path("LOCKDIR")
             self._private = Path(self._conf.path("VE_PRIVATE"))
             self._root = self._conf.path("VE_ROOT")
         except PyploopError as e:
-            raise MigrateError(VzExitCode.NO_VZ_CONF, str(e)) from e
+            raise MigrateError(VzExitCode.NO_VZ_CONF, str(e), path=e.path) from e
 
     def _resolve(self, name: str) -> str:
+        """The number of the container with this name."""
         if not NAME.fullmatch(name):
-            raise MigrateError(VzExitCode.NO_CONTAINER, f"{name!r} is no container's name")
-        said = self._ask(
+            raise MigrateError(VzExitCode.NO_CONTAINER, f"{name!r} cannot be a container's name")
+        output = self._ask(
             VzExitCode.NO_CONTAINER, self._host.vzlist, "-o", "ctid", "-H", name
         ).strip()
-        if not CTID.fullmatch(said):
+        if not CTID.fullmatch(output):
             raise MigrateError(
-                VzExitCode.NO_CONTAINER, f"no container {name} (vzlist said {said[:40]!r})"
+                VzExitCode.NO_CONTAINER,
+                f"vzlist knows no container {name} on this host: it printed {output[:40]!r}",
             )
-        return said
+        return output
 
     # ---- commands
 
@@ -69,33 +72,35 @@ class VzctlContainer:
         return run(argv, code, self._host.command_timeout)
 
     def _vzctl(self, code: int, command: str, *words: str, skiplock: bool = True) -> str:
-        """MigrateError with vzctl's own reason, or `code`."""
+        """vzctl's output.  MigrateError with the code for its exit code, or with `code`."""
         argv = [self._host.vzctl, *(["--skiplock"] if skiplock else []), command]
         argv += [self.container, *words]
         try:
-            status, said = Command(argv, self.keep_fds).wait(self._host.command_timeout)
-        except OSError as e:
+            status, output = Command(argv, self.keep_fds).wait(self._host.command_timeout)
+        except OSError as e:  # TimeoutError is one
             raise MigrateError(code, f"{' '.join(argv)}: {e.strerror or e}") from e
         if status:
             raise MigrateError(
                 _SPECIAL.get(status, code),
-                f"{' '.join(argv)} ended with {status}: {last_words(said)}",
+                f"{' '.join(argv)} ended with {status}: {last_words(output)}",
             )
-        return said
+        return output
 
     def _checkpoint_version(self) -> int | None:
-        """What this kernel writes and reads; None: no vzcptcheck here."""
+        """The version of the dumps that this kernel writes and reads.  None: this host has no
+        vzcptcheck."""
         if shutil.which(self._host.vzcptcheck) is None:
             return None
-        said = self._ask(VzExitCode.CHECKPOINT_VERSION, self._host.vzcptcheck, "version").strip()
-        if not said.isascii() or not said.isdecimal():
+        code = VzExitCode.CHECKPOINT_VERSION
+        output = self._ask(code, self._host.vzcptcheck, "version").strip()
+        if not output.isascii() or not output.isdecimal():
             raise MigrateError(
-                VzExitCode.CHECKPOINT_VERSION, f"vzcptcheck version said {said[:40]!r}"
+                code, f"{self._host.vzcptcheck} version printed {output[:40]!r}, not a number"
             )
-        return int(said)
+        return int(output)
 
     def stop(self) -> None:
-        # Its disk is still read, and stays mounted for that.
+        # The disk stays mounted: its device is still read.
         if self.state().running:
             self._vzctl(VzExitCode.DUMP_FAILED, "stop", "--skip-umount")
 
@@ -116,14 +121,15 @@ class VzctlContainer:
     # ---- what there is
 
     def state(self) -> State:
-        said = self._vzctl(VzExitCode.NO_CONTAINER, "status", skiplock=False)
-        line = next((x for x in said.splitlines() if x.startswith("CTID")), said)
+        output = self._vzctl(VzExitCode.NO_CONTAINER, "status", skiplock=False)
+        line = next((x for x in output.splitlines() if x.startswith("CTID")), output)
         status = parse_status(line, self.container)
-        # Its own word: a simfs may have the device number of the folder above.
+        # vzctl knows whether it is mounted.  Device numbers do not tell: a simfs may have
+        # that of the folder above.
         return State(status.exists, status.running, status.suspended, status.mounted)
 
     def _is_simfs(self) -> bool:
-        """Its private area is its root, and holds no disk."""
+        """Whether its private area is its root, and has no disk."""
         if self._simfs is not None:
             return self._simfs
         return not (self._private / HDD).exists() and self._private.is_dir()
@@ -153,16 +159,21 @@ class VzctlContainer:
         return [Disk(str(self._private / self._top), "", "", "", opened)]
 
     def _check_plain(self, top: Path) -> None:
-        """MigrateError(6) unless the disk, which is not mounted, is a regular file here,
-        behind no link.  A container whose private area is its root may have made one."""
+        """MigrateError(6) unless the disk, which is not mounted, is a regular file in the
+        private area, and no link leads to it.  A container whose private area is its root
+        could have made one."""
         try:
             with beneath.place(str(top), str(self._private)) as at:
                 mode = os.lstat(at.name, dir_fd=at.dir_fd).st_mode
         except OSError as e:
-            raise MigrateError(VzExitCode.COPY_FAILED, f"the disk {top}: {e.strerror}") from e
+            raise MigrateError(
+                VzExitCode.COPY_FAILED, f"cannot use the disk {top}: {e.strerror}", path=str(top)
+            ) from e
         if not stat.S_ISREG(mode):
             raise MigrateError(
-                VzExitCode.COPY_FAILED, f"the disk {top} is not a regular file: mount it first"
+                VzExitCode.COPY_FAILED,
+                f"the disk {top} is not a regular file: mount the container first (vzctl mount)",
+                path=str(top),
             )
 
     def _descriptor(self) -> disk_descriptor.Descriptor:
@@ -170,7 +181,9 @@ class VzctlContainer:
         if not path.exists():
             raise MigrateError(
                 VzExitCode.NO_PLOOP,
-                f"{path} is not there: only containers on ploop can be migrated",
+                f"{path} does not exist: only a container on a ploop disk or in a directory can be "
+                "migrated",
+                path=str(path),
             )
         found = disk_descriptor.read(str(path))
         for file in found.files:
@@ -178,13 +191,16 @@ class VzctlContainer:
         return found
 
     def _check_delta(self, file: str) -> None:
-        """A descriptor names files by paths, and vzctl and the copy open what these
-        lead to.  Of a container in a directory it is the container's own."""
+        """MigrateError(6) unless the delta is a regular file in the private area.  A descriptor
+        names deltas by their paths, and vzctl and the copy open what these lead to.  A
+        container in a directory could have written the descriptor."""
         try:
             with beneath.place(file, str(self._private)) as at:
                 mode = os.lstat(at.name, dir_fd=at.dir_fd).st_mode if beneath.exists(at) else 0
         except OSError as e:
             why = f"the disk {file} lies outside the private area, or behind a link ({e.strerror})"
-            raise MigrateError(VzExitCode.COPY_FAILED, why) from e
+            raise MigrateError(VzExitCode.COPY_FAILED, why, path=file) from e
         if mode and not stat.S_ISREG(mode):
-            raise MigrateError(VzExitCode.COPY_FAILED, f"the disk {file} is not a regular file")
+            raise MigrateError(
+                VzExitCode.COPY_FAILED, f"the disk {file} is not a regular file", path=file
+            )

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""OpenVZ containers, on a ploop disk or in a directory (simfs), by vzctl's
-documented contract.
+"""OpenVZ containers, on a ploop disk or in a directory (simfs), migrated by vzctl's
+documented commands.
 
-The suspended container is undumped on the target, and only resumed after the
-commit: so it is vzctl's own two steps that the turning point lies between.
+The target first undumps the suspended container, and resumes it after the commit.  These
+are two steps of vzctl, so the commit point lies between them.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ class Vzctl(SourceSteps, TargetSteps):
 
     name = "vzctl"
     dump_writes = True
-    """The kernel gives deleted files that are open a name below VE_PRIVATE."""
+    """The kernel gives an open file without a name a new one below VE_PRIVATE."""
 
     drop_exec = False
     locks_itself = True

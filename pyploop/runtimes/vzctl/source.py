@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is done with an OpenVZ container on the source: it is checked, suspended and
-dumped, and in the end removed or put aside.
+"""The steps of a migration on the source: an OpenVZ container is checked, suspended and
+dumped, and in the end destroyed or renamed.
 """
 
 from __future__ import annotations
@@ -24,14 +24,15 @@ class SourceSteps(VzctlContainer):
     def __init__(self, host: HostConfig, container: str) -> None:
         super().__init__(host, container)
         self._left: list[str] = []
+        """Lines for `left_behind`."""
 
     def check_source(self, live: bool) -> Facts:
-        # Decided once: a container whose root it is can change what lies there.
+        # Decided only once: a container whose private area is its root can change it.
         self._simfs = self._is_simfs()
         self._check_root()
         self._left = [
-            f"{e.source} ({e.root}) is mounted on {e.point}, within the container, and does not "
-            "move: the target has to have what its mount script mounts there"
+            f"{e.source} ({e.root}) is mounted on {e.point}, within the container, and is not "
+            "migrated: the container's mount script has to mount it on the target too"
             for e in mount_table.below(self._root)
         ]
         facts: Facts = {
@@ -50,14 +51,16 @@ class SourceSteps(VzctlContainer):
         return facts | {"top": str(Path(top).relative_to(self._private)), "links": links}
 
     def _check_root(self) -> None:
-        """MigrateError(15) unless what is mounted on VE_ROOT is the private area's, as
-        far as the mount table tells."""
+        """MigrateError(15) unless VE_ROOT shows the container's private area, as far as the
+        mount table tells."""
         mounted = mount_table.at(self._root)
         if mounted is None:
             if (state := self.state()).running or state.mounted:
                 raise MigrateError(
                     VzExitCode.BAD_CONFIG,
-                    f"nothing is mounted on {self._root}, or something hides it",
+                    f"vzctl says that the container is mounted, but nothing is mounted on "
+                    f"{self._root}: another mount hides it, or VE_ROOT was changed since the start",
+                    path=self._root,
                 )
             return
         if self._is_simfs():
@@ -77,8 +80,8 @@ class SourceSteps(VzctlContainer):
         return {path: copied.identity(path) for path in paths}
 
     def _files(self) -> Iterator[Path]:
-        """The private area without the top delta, which the disk's copy brings;
-        nothing of a simfs container's, which is a tree."""
+        """Files and links of the private area, without the top delta, which is copied as a
+        disk.  None for a container in a directory, which is copied as a tree."""
         if self._is_simfs():
             return
         found: list[Path] = []
@@ -86,8 +89,12 @@ class SourceSteps(VzctlContainer):
             for names, _, entries in walk(str(self._private)):
                 found += [self._private.joinpath(*names, e.name) for e in entries]
                 if len(found) > MOST_FILES:
-                    why = f"has more than {MOST_FILES} files: no ploop disk"
-                    raise MigrateError(VzExitCode.COPY_FAILED, f"{self._private} {why}")
+                    raise MigrateError(
+                        VzExitCode.COPY_FAILED,
+                        f"{self._private} has more than {MOST_FILES} files, too many for a "
+                        "container on a ploop disk",
+                        path=str(self._private),
+                    )
         yield from (path for path in sorted(found) if path != self._private / self._top)
 
     def items(self) -> list[Item]:
@@ -110,16 +117,16 @@ class SourceSteps(VzctlContainer):
         try:
             self._vzctl(VzExitCode.DUMP_FAILED, "chkpnt", "--resume")
         except MigrateError:
-            # vzctl refuses to resume what is not suspended (any more).
+            # vzctl refuses to resume a container that is not suspended.
             state = self.state()
             if not state.running or state.suspended:
                 raise
 
     def why_no_pre_dump(self) -> str:
-        return "vzctl has none"
+        return "vzctl has no pre-dump"
 
     def pre_dump(self, images: Path, parent: Path | None) -> float | None:
-        raise MigrateError(VzExitCode.DUMP_FAILED, f"no pre-dump: {self.why_no_pre_dump()}")
+        raise MigrateError(VzExitCode.DUMP_FAILED, f"cannot pre-dump: {self.why_no_pre_dump()}")
 
     def dump(self, images: Path, parent: Path | None = None) -> None:
         self._vzctl(VzExitCode.DUMP_FAILED, "chkpnt", "--dump", "--dumpfile", str(images / DUMP))

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What is done with an OpenVZ container on the target: its files are checked and put in
-place, and it is restored.
+"""The steps of a migration on the target: the files of an OpenVZ container are checked and
+put in place, and it is restored.
 """
 
 from __future__ import annotations
@@ -21,10 +21,9 @@ from pyploop.runtimes.vzctl.container import DUMP, HDD, MOST_FILES, SCRIPTS, Vzc
 from pyploop.system import beneath
 
 NOT_YET = ".pyploop-not-yet"
-"""End of the name of an action script, or a configuration, which vzctl must not see
-yet."""
+"""End of the name of an action script or a configuration that vzctl must not see yet."""
 LARGEST_TEXT = 1 << 20
-"""Bytes of CTID.conf, and of a script."""
+"""Bytes of CTID.conf, or of a script, at most."""
 
 
 class TargetSteps(VzctlContainer):
@@ -33,18 +32,28 @@ class TargetSteps(VzctlContainer):
     def __init__(self, host: HostConfig, container: str) -> None:
         super().__init__(host, container)
         self._scripts: list[str] = []
-        """Action scripts that have come."""
+        """Action scripts that are received."""
 
     def check_target(self, facts: Facts, live: bool) -> None:
         self._simfs = facts.get("simfs") is True
         if not self._simfs and shutil.which(self._host.ploop) is None:
-            raise MigrateError(VzExitCode.NO_PLOOP, f"no {self._host.ploop} here")
+            raise MigrateError(
+                VzExitCode.NO_PLOOP,
+                f"this host has no {self._host.ploop}: install OpenVZ's ploop, or set ploop in "
+                "[vzctl] of migrate.toml",
+            )
         if self.state().exists:
-            raise MigrateError(VzExitCode.EXISTS, f"container {self.container} exists")
+            raise MigrateError(
+                VzExitCode.EXISTS, f"a container {self.container} exists on this host already"
+            )
         for path in (self._private, Path(self._root)):
             with contextlib.suppress(FileNotFoundError):
                 if any(not p.name.endswith(volumes.KEPT) for p in path.iterdir()):
-                    raise MigrateError(VzExitCode.EXISTS, f"{path} is not empty")
+                    raise MigrateError(
+                        VzExitCode.EXISTS,
+                        f"{path}, where the container goes, is not empty",
+                        path=str(path),
+                    )
         if scripts := facts.get("scripts"):
             self._check_scripts(str(scripts)[:80])
         if not self._simfs:
@@ -58,7 +67,8 @@ class TargetSteps(VzctlContainer):
         if ours is not None and isinstance(theirs, int) and ours < theirs:
             raise MigrateError(
                 VzExitCode.CHECKPOINT_VERSION,
-                f"checkpoint version {ours} here, {theirs} at the source",
+                f"this host restores dumps up to version {ours}, but the source writes version "
+                f"{theirs}: its kernel is newer",
             )
 
     def _check_addresses(self, facts: Facts) -> None:
@@ -67,27 +77,33 @@ class TargetSteps(VzctlContainer):
             wanted = {ip for ip in wanted if ":" not in ip}
         if not wanted:
             return
-        said = self._ask(VzExitCode.IP_IN_USE, self._host.vzlist, "-a", "-H", "-o", "ip")
-        used = wanted & {*map(conf_check.address_of, said.split())}
+        output = self._ask(VzExitCode.IP_IN_USE, self._host.vzlist, "-a", "-H", "-o", "ip")
+        used = wanted & {*map(conf_check.address_of, output.split())}
         if used:
-            raise MigrateError(VzExitCode.IP_IN_USE, f"{', '.join(sorted(used))} is in use here")
+            raise MigrateError(
+                VzExitCode.IP_IN_USE,
+                f"another container of this host has the address {', '.join(sorted(used))}",
+            )
 
     def _links(self, facts: Facts) -> dict[str, str]:
-        """Links of the private area of a ploop container, which has one: .ve.layout,
-        whose text is no path.  MigrateError(6) for any other."""
+        """Symbolic links of the private area, of a container on a ploop disk.  Real ones have
+        one, .ve.layout, whose text is not a path.  MigrateError(6) for a link that could
+        lead elsewhere."""
         found = {} if self._simfs else facts.get("links") or {}
         if not isinstance(found, dict) or len(found) > MOST_FILES:
-            raise MigrateError(VzExitCode.COPY_FAILED, "the source told no table of links")
+            raise MigrateError(VzExitCode.COPY_FAILED, "the source sent no table of links")
         for link, text in found.items():
             plain = isinstance(text, str) and not {"/", "\0"} & {*text}
             if not plain or text in ("", ".", ".."):
                 raise MigrateError(
                     VzExitCode.COPY_FAILED,
-                    f"{link[:80]!r}: a link to {str(text)[:80]!r} is not made here",
+                    f"the source sends the link {link[:80]!r} to {str(text)[:80]!r}, which could "
+                    "lead out of the private area",
                 )
             if f"{self._top}/".startswith(f"{self._inside(link)}/"):
                 raise MigrateError(
-                    VzExitCode.COPY_FAILED, f"{link[:80]!r} is where the disk comes to"
+                    VzExitCode.COPY_FAILED,
+                    f"the source sends the link {link[:80]!r} to the place where the disk goes",
                 )
         return found
 
@@ -95,17 +111,19 @@ class TargetSteps(VzctlContainer):
         if not self._policy.action_scripts:
             raise MigrateError(
                 VzExitCode.BAD_CONFIG,
-                f"the container has action scripts ({names}), which would run as root here: write "
-                "action_scripts = true in [policy] of this host, or move them away at the source",
+                f"the container has action scripts ({names}), which would run as root on this "
+                "host: write action_scripts = true in [policy] of this host, or move them away on "
+                "the source",
             )
 
     def _inside(self, name: Any) -> str:
-        """A path within the private area; MigrateError for any other."""
+        """The name, if it is a path within the private area; else MigrateError(6)."""
         if not isinstance(name, str) or {"", ".", ".."} & {*name.split("/")} or "\0" in name:
             raise MigrateError(
-                VzExitCode.COPY_FAILED, f"{str(name)[:80]!r} lies outside the private area"
+                VzExitCode.COPY_FAILED,
+                f"the source sends {str(name)[:80]!r}, which lies outside the private area",
             )
-        if within(name, "scripts"):  # by whatever way it comes
+        if within(name, "scripts"):  # vzctl runs them from there too
             self._check_scripts(name[:80])
         return name
 
@@ -121,10 +139,13 @@ class TargetSteps(VzctlContainer):
             return f"{self._script(rest)}{NOT_YET}"
         if kind == "private" and not self._is_simfs() and self._inside(rest) != self._top:
             return str(self._private / rest)
-        raise MigrateError(VzExitCode.COPY_FAILED, f"no item {label[:80]!r} belongs to a container")
+        raise MigrateError(
+            VzExitCode.COPY_FAILED,
+            f"the source sends the file {label[:80]!r}, which no such container has",
+        )
 
     def largest(self, label: str) -> int:
-        # A lower delta is as large as the disk; what vzctl reads as text is not.
+        # A lower delta may be as large as the disk.  The other files are texts.
         return LARGEST_FILE if label.startswith("private:") else LARGEST_TEXT
 
     def makes(self, facts: Facts) -> list[str]:
@@ -148,35 +169,39 @@ class TargetSteps(VzctlContainer):
         os.replace(f"{path}{NOT_YET}", path)
         if not self._is_simfs():
             self._check_descriptor()
-        # Its own file may name other places than this host's vz.conf does.
+        # The container's own file may name other places than this host's vz.conf.
         try:
             conf = config_files.load(self.container, Path(self._host.vz_etc))
             same = (conf.path("VE_PRIVATE"), conf.path("VE_ROOT"))
         except ParameterError as e:
-            raise MigrateError(VzExitCode.BAD_CONFIG, str(e)) from e
+            raise MigrateError(VzExitCode.BAD_CONFIG, str(e), path=str(path)) from e
         if same != (str(self._private), self._root):
             raise MigrateError(
                 VzExitCode.BAD_CONFIG,
-                f"{self.container}.conf names {same[0]} and {same[1]}, this host's vz.conf "
-                f"{self._private} and {self._root}",
+                f"the source's {self.container}.conf has {same[0]} as VE_PRIVATE and {same[1]} as "
+                f"VE_ROOT, but vz.conf of this host has {self._private} and {self._root}: remove "
+                "them from that file, or make vz.conf the same",
             )
 
     def _check_descriptor(self) -> None:
         found = self._descriptor()
         if found.top.path != str(self._private / self._top):
             raise MigrateError(
-                VzExitCode.COPY_FAILED, f"{found.top.path[:80]!r} is not the disk that comes"
+                VzExitCode.COPY_FAILED,
+                f"the source's disk descriptor names {found.top.path[:80]!r}, which is not the "
+                "disk that it sends",
             )
 
     def check_images(self, images: Path) -> None:
-        """OpenVZ's are the kernel's own, and nothing outside it can read them."""
+        """Nothing to check: only the kernel can read OpenVZ's dumps."""
 
     def release(self) -> None:
         if self._is_simfs() and os.path.lexists(self._private / HDD):
-            # vzctl would take it for one on ploop, and open what its descriptor names.
+            # vzctl would take it for a container on ploop, and open what its descriptor names.
             raise MigrateError(
                 VzExitCode.BAD_CONFIG,
-                f"{self._private / HDD} has come, which no container in a directory has",
+                f"the source has sent {self._private / HDD}, which no container in a directory has",
+                path=str(self._private / HDD),
             )
         for name in self._scripts:
             path = self._script(name)
@@ -187,10 +212,10 @@ class TargetSteps(VzctlContainer):
     # ---- restore
 
     def attach(self, disk: Disk) -> list[dict[str, Any]]:
-        return []  # vzctl mounts it by itself
+        return []  # vzctl mounts the disk itself
 
     def mount(self, disk: Disk) -> None:
-        # As the source's: ploop opens it by this mode.
+        # The same mode as on the source: ploop needs it.
         Path(disk.image).chmod(stat.S_IRUSR | stat.S_IWUSR)
 
     def undump(self, images: Path, commit: Callable[[], None]) -> None:
