@@ -1,9 +1,29 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Container runtimes as a migration drives them: one small interface.
+"""Container runtimes behind one small protocol, `Runtime`: how each step of a migration is
+done.
 
-The same class serves on both hosts, each time with its own host's
-configuration.  A runtime decides nothing about the order of a migration; it
-knows how one step is done, and its undoing steps can be repeated.
+    runc     runc and CRIU (package `runc`; `oci` has the checks of what comes from a host)
+    vzctl    OpenVZ (package `vzctl`)
+    command  any other runtime, by commands of migrate.toml (module `command`)
+
+The same class serves on both hosts, on each with that host's configuration (`config` and
+`policy` read migrate.toml).  A runtime does not know the order of a migration.  It knows
+how one step is done, and each step that undoes something can be repeated.  `copied`,
+`volumes` and `tree_folders` do what all runtimes need for disks and trees.
+
+A new runtime is a class with the attributes and methods of `Runtime`:
+ 1. Write it in a module or package of its own.  If the host knows its disks and trees only
+    from the configuration, begin with `configured.Configured`.
+ 2. Add its name to `registry.RUNTIMES` and a branch to `make_runtime`, its keys of
+    migrate.toml to `config`, and a package of its own to the table of
+    tests/unit/test_layers.py.
+ 3. Nothing that the source sends may become a path, an option or a command before it is
+    checked.  Follow `vzctl.conf_check` and `oci`, and docs/internals/trust.md.
+ 4. Let each of its commands fail on both hosts, as tests/migrate/test_runc_failures.py does.
+Often runtime = "command" is enough, without a line of Python.
+
+This package may import `disks` and what is below it.  The packages in it may import it,
+and only `registry` imports those of single runtimes.
 """
 
 from __future__ import annotations
@@ -14,22 +34,22 @@ from pathlib import Path
 from typing import Any, Protocol
 
 Facts = dict[str, Any]
-"""What the source tells the target before anything starts; JSON."""
+"""The source facts: what the source tells the target before anything starts.  JSON."""
 
 Copied = dict[str, list[int]]
-"""What a copy was made of: path -> [device, inode, generation]; JSON."""
+"""The files and folders that were copied: path -> [device, inode, generation].  JSON."""
 
 LARGEST_FILE = 1 << 50
-"""Bytes of one file of a container that are taken."""
+"""Bytes that a target accepts for one file of a container."""
 
 
 @dataclass(frozen=True)
 class State:
-    """Of a container on this host."""
+    """The state of a container on this host."""
 
     exists: bool
     running: bool = False
-    """Its processes are there, suspended or not."""
+    """It has processes, suspended or not."""
     suspended: bool = False
     mounted: bool = False
 
@@ -39,125 +59,132 @@ class Disk:
     """A disk of the container on this host."""
 
     image: str
-    """The file that travels: the image, or the top delta."""
+    """The file that is copied: the image, or the top delta."""
     mount: str
     fstype: str
     options: str
     source: str = ""
-    """What is opened for copying; on the target empty."""
+    """The device or file that is opened for copying; empty on the target."""
 
 
 @dataclass(frozen=True)
 class Tree:
-    """A directory of the container on this host, moved as it is."""
+    """A directory of the container on this host, which is copied as it is."""
 
     path: str
 
 
 @dataclass(frozen=True)
 class Item:
-    """A file that is copied while the container runs: its label says what it
-    is, and the target's runtime where it goes."""
+    """A static file, which is copied while the container runs.  Its label says what it is;
+    the target's runtime decides from that where it goes."""
 
     label: str
     path: str
 
 
 class Runtime(Protocol):
-    """Steps raise MigrateError, with the code of what failed."""
+    """One container of one host.  Each step raises MigrateError with the exit code for what
+    failed."""
 
     name: str
     container: str
     keep_fds: tuple[int, ...]
-    """Inherited by commands: a lock that lasts until they have ended."""
+    """Descriptors that the runtime's commands inherit: a lock, which so lasts until they
+    have ended."""
 
     lock_dir: str
-    """Where the container's lock file lies."""
+    """The folder of the container's lock file."""
 
     locks_itself: bool
-    """Its commands take that lock on the target, so nobody else may have it there."""
+    """Its commands take that lock themselves on the target, so pyploop must not hold it
+    there."""
 
     def state(self) -> State: ...
 
     def disks(self, source: bool) -> list[Disk]:
-        """source: with what is opened for copying."""
+        """source: fill in Disk.source."""
 
     def trees(self) -> list[Tree]:
-        """On the target after `check_target`."""
+        """On the target only after `check_target`."""
 
     # ---- on the source
 
     dump_writes: bool
-    """A dump may add something to the trees, which then has to be copied after it."""
+    """A dump may add files to the trees.  They have to be copied after it."""
 
     drop_exec: bool
-    """Processes that are in the container without being its own end with the move."""
+    """--drop-exec: processes in the container that its first process has not started may
+    end with the migration."""
 
     def check_source(self, live: bool) -> Facts:
-        """All that can be known before anything starts."""
+        """Check all that can be checked before anything starts.  Returns the source facts."""
 
     def left_behind(self) -> list[str]:
-        """What of the container does not move, in words, as `check_source` and `dump`
-        find; each once."""
+        """Lines for the user about what is not migrated, as `check_source` and `dump` have
+        found it.  Each line is returned once."""
 
     def copied(self, disks: list[Disk]) -> Copied:
-        """What is copied, now that the disks' sources are open.  MigrateError when
-        that is not what `check_source` has seen."""
+        """The identity of what is copied, now that the disks' sources are open.
+        MigrateError when it is not what `check_source` has checked."""
 
-    def items(self) -> list[Item]: ...
+    def items(self) -> list[Item]:
+        """The static files."""
 
     def suspend(self) -> None:
-        """No process of it runs and no packet of it goes, until `resume`."""
+        """Until `resume` no process of the container runs, and it sends no packet."""
 
     def resume(self) -> None:
-        """Undo `suspend`, also a half-done one, and what a failed `dump` left."""
+        """Undo `suspend`, also one that failed half-way, and what a failed `dump` left."""
 
     def why_no_pre_dump(self) -> str:
-        """Why `pre_dump` cannot work here; empty when it does."""
+        """Why `pre_dump` cannot work on this host; empty when it can."""
 
     def pre_dump(self, images: Path, parent: Path | None) -> float | None:
-        """The running container's memory into the folder, from the second time on
-        only what was written to since `parent`, the folder before.  Returns for
-        how many seconds it stood still, None when that is not known.  After a
-        failure, which `resume` undoes, there is no parent for what follows."""
+        """Write the running container's memory into the folder `images`.  With `parent`, the
+        folder of the pre-dump before, only what was written since.  Returns for how many
+        seconds the container stood still; None when that is not known.  After a failure
+        the caller does `resume`, and the next dump has no parent."""
 
     def dump(self, images: Path, parent: Path | None = None) -> None:
-        """The suspended container's memory into the folder, or what was written to
-        since the pre-dump in `parent`; it stays suspended."""
+        """Write the suspended container's memory into the folder `images`.  With `parent` only
+        what was written since that pre-dump.  It stays suspended."""
 
     def kill(self) -> None:
-        """End the suspended container, for it runs on the target."""
+        """End the suspended container, after it has begun to run on the target."""
 
     def stop(self) -> None: ...
 
     def start(self) -> None: ...
 
     def discard(self, remove: bool, copied: Copied | None) -> None:
-        """What is left on the source after `kill` or `stop`.  copied: what `copied`
-        returned, None when that is not known; nothing else is removed."""
+        """Put away what is left on the source after `kill` or `stop`.  remove: delete the
+        disks and trees, and nothing but what `copied` has returned.  copied: that; None
+        when it is not known."""
 
     # ---- on the target
 
-    def check_target(self, facts: Facts, live: bool) -> None: ...
+    def check_target(self, facts: Facts, live: bool) -> None:
+        """Check that the container fits this host, which has none of that name."""
 
     def destination(self, label: str) -> str:
-        """Where an item goes; MigrateError for a label that is none."""
+        """Where the item with this label goes.  MigrateError for an unknown label."""
 
     def largest(self, label: str) -> int:
-        """Bytes of an item at most, holes included."""
+        """Bytes that an item may have, holes included."""
 
     def root_of(self, path: str) -> str:
-        """The folder above this one of its paths in which names and links came from
-        the source; empty: there is none."""
+        """The folder above one of the container's paths in which names and links came from the
+        source; empty when there is none."""
 
     def makes(self, facts: Facts) -> list[str]:
-        """Files that `placed` makes."""
+        """Files that `placed` creates."""
 
     def folders(self) -> list[str]:
-        """Folders that must be there before a restore."""
+        """Folders that must exist before a restore."""
 
     def placed(self, facts: Facts) -> None:
-        """All items are there: fit them to this host."""
+        """All items have arrived: fit them to this host."""
 
     def attach(self, disk: Disk) -> list[dict[str, Any]]:
         """Journal entries for what `mount` is about to do."""
@@ -165,17 +192,16 @@ class Runtime(Protocol):
     def mount(self, disk: Disk) -> None: ...
 
     def check_images(self, images: Path) -> None:
-        """The dump has come, and nothing of it changes any more: MigrateError(15)
-        when a process in it may do more than the container."""
+        """The dump is complete.  MigrateError(15) when a process in it may do more than the
+        container may."""
 
     def release(self) -> None:
-        """Nothing but the restore, or the start, is left: what was kept without
-        effect until now, such as set-user-ID bits, has its effect."""
+        """Only the restore or the start is left.  What had no effect until now, such as
+        set-user-ID bits and action scripts, gets its effect."""
 
     def undump(self, images: Path, commit: Callable[[], None]) -> None:
-        """Restore and resume.  Calls `commit` when all that may fail is done,
-        before the container runs or answers; when that raises, the container
-        does not run."""
+        """Restore and resume.  Calls `commit` when all that may fail is done, before the
+        container runs or answers.  When `commit` raises, the container does not run."""
 
     def abandon(self) -> None:
-        """Undo a restore, done or half-done."""
+        """Undo a restore, also one that failed half-way."""

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which runtime has a container."""
+"""Which runtime a container belongs to."""
 
 from __future__ import annotations
 
