@@ -2,7 +2,7 @@
 """Container runtimes behind one small protocol, `Runtime`: how each step of a migration is
 done.
 
-    runc     runc and CRIU (package `runc`; `oci` has the checks of what comes from a host)
+    runc     runc and CRIU (package `runc`; `oci` checks what another host sends)
     vzctl    OpenVZ (package `vzctl`)
     command  any other runtime, by commands of migrate.toml (module `command`)
 

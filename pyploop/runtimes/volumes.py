@@ -146,7 +146,7 @@ def check_private(path: str) -> None:
             return
     raise MigrateError(
         VzExitCode.BAD_CONFIG,
-        f"all users of this host could reach what comes to {path}, and run the programs in it "
+        f"all users of this host could reach {path}, and run the programs in it "
         f"that have the set-user-ID bit: run chmod 0700 {above} on this host (or set private = "
         "false in [policy])",
         path=str(above),

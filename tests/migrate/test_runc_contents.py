@@ -257,7 +257,7 @@ def test_data_in_a_second_directory_that_is_bound_move_with_it(scene: Scene) -> 
     scene.refused(15, "/tmp/one")  # the container has the old one
     a.outside(f"{data}/one").rmdir()
     a.outside(f"{data}/two").rename(a.outside(f"{data}/one"))
-    scene.refused(15, "could reach what comes to /srv/data", "chmod 0700 /srv on this host")
+    scene.refused(15, "could reach /srv/data", "chmod 0700 /srv on this host")
     b.outside("/srv").chmod(0o700)
     scene.moves()
     (pid, *_) = scene.processes(b)

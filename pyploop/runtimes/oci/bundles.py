@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The OCI bundle of a container: reading its config.json, and fitting it to the host that
-it comes to."""
+"""The OCI bundle of a container: reading its config.json, and fitting it to this
+host."""
 
 from __future__ import annotations
 

@@ -43,7 +43,7 @@ class Cgroups:
                 members = set().union(*(tops.get(c, set()) for c in controller.texts(1)))
                 if name == "/" or not members or not all(within(path, name) for path in members):
                     self._images.refuse(
-                        f"has the cgroup {name!r}, which does not hold the container"
+                        f"has the cgroup {name!r}, which does not contain the container"
                     )
                 self._folder(folder, 0)
 
