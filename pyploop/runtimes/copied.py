@@ -300,7 +300,7 @@ def check_same(path: str, copied: Copied | None) -> None:
         raise MigrateError(
             VzExitCode.BAD_CONFIG,
             f"{path} is not what was copied: something else has taken its place, and was not "
-            "removed.  Move it away, then run `pyploop migrate --recover`",
+            "removed; move it away, then run `pyploop migrate --recover`",
             path=path,
         )
 

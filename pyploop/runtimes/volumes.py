@@ -38,12 +38,14 @@ def check_free(disk: Disk, size: int) -> None:
     if os.path.lexists(disk.image):
         raise MigrateError(
             VzExitCode.EXISTS,
-            f"the image {disk.image} exists on this host already",
+            f"the image {disk.image} exists on this host already: move it away",
             path=disk.image,
         )
     if disk.mount and is_mounted(disk.mount):
         raise MigrateError(
-            VzExitCode.EXISTS, f"something is mounted on {disk.mount} already", path=disk.mount
+            VzExitCode.EXISTS,
+            f"something is mounted on {disk.mount} already: unmount it",
+            path=disk.mount,
         )
     folder = existing_parent(disk.image)
     with contextlib.suppress(FileNotFoundError):

@@ -380,5 +380,5 @@ def test_a_btrfs_on_two_devices_is_refused_with_both_names(tmp_path: Path) -> No
         support.run("btrfs", "device", "add", "-f", loop, pair.a / "one")
         done = pair.migrate(pair.a, "--live")
         assert done.returncode == 15, done.stderr
-        assert loop.removeprefix("/dev/") in done.stderr and "only one image moves" in done.stderr
+        assert loop.removeprefix("/dev/") in done.stderr and "several devices" in done.stderr
         assert pair.step(pair.a, "status") == "running"
