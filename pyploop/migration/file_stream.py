@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Files in a data channel, piece by piece: configuration and lower deltas while
-the container runs, and a memory dump while it is being written.
+"""The file stream: files in a data channel, piece by piece.  It carries configuration and
+lower deltas while the container runs, and a memory dump while it is being written.
 
 A piece is `name length u16, mode u16, data length u32, position u64`, little
-endian, then the name and the data.  One without data says that the file is
-complete and `position` bytes long; one without a name ends the stream.
+endian, then the name and the data.  A piece without data says that the file is
+complete and `position` bytes long.  A piece without a name ends the stream.
 """
 
 from __future__ import annotations
@@ -32,23 +32,23 @@ HEADER = struct.Struct("<HHIQ")
 LONGEST_NAME = 1024
 PIECE = 256 * KIB
 LARGEST = MIB
-"""Bytes of data of one piece that are taken."""
+"""Bytes of data in one piece at most, when it is received."""
 MOST_FILES = 100_000
-"""Of a container with more than 10,000 processes: CRIU writes seven or so for each."""
+"""Enough for more than 10,000 processes: CRIU writes about seven files for each."""
 MOST_NAMES = 8 * MIB
 """Bytes of all names together."""
 MOST_OPEN = 64
-"""Files that are open at a time.  CRIU's grow one after the other."""
+"""Files that are open at a time.  CRIU's files grow one after the other."""
 PLAIN = 0o666
-"""Mode bits of a file that is no program, whatever its source has made of it."""
+"""Mode bits of a file that must not be a program, whatever mode the source sends."""
 
 
 class Writer:
-    """Pieces into a channel's descriptor, which it closes."""
+    """Writes pieces into a channel's descriptor, and closes it."""
 
     def __init__(self, fd: int, stall: float, rate: int = 0) -> None:
-        """stall: seconds for the peer to take a piece; rate: bytes per second at
-        most, 0 for any."""
+        """stall: seconds within which the peer must take a piece.  rate: bytes per second
+        at most; 0: no limit."""
         self._sock = socket.socket(fileno=fd)
         self._sock.settimeout(stall)
         self._rate, self._start = rate, time.monotonic()
@@ -69,7 +69,7 @@ class Writer:
         self.sent += len(data)
 
     def grown(self, name: str, path: Path, pos: int) -> int:
-        """What the file has from `pos` on; returns where it ends now."""
+        """Send what the file has from `pos` on.  Returns where it ends now."""
         with open(path, "rb", buffering=0) as f:
             while data := os.pread(f.fileno(), PIECE, pos):
                 self.piece(name, 0o600, pos, data)
@@ -80,7 +80,7 @@ class Writer:
         self.piece(name, mode, size, b"")
 
     def file(self, name: str, path: str) -> None:
-        """A whole file, without its holes."""
+        """Send a whole file, without its holes."""
         try:
             with open(path, "rb", buffering=0) as f:
                 st = os.fstat(f.fileno())
@@ -91,13 +91,13 @@ class Writer:
                         pos += len(data)
                 self.complete(name, st.st_mode & 0o7777, st.st_size)
         except OSError as e:
-            raise ReadError.of(f"cannot read {path}", e) from e
+            raise ReadError.of(f"cannot read {path}", e, path=path) from e
 
     def end(self) -> None:
         self._send(HEADER.pack(0, 0, 0, 0))
 
     def cancel(self) -> None:
-        """From any thread: sending fails, and so does the peer's reading."""
+        """From any thread: from now on sending fails here, and reading fails at the peer."""
         with contextlib.suppress(OSError):
             self._sock.shutdown(socket.SHUT_RDWR)
 
@@ -112,11 +112,12 @@ class Writer:
 
 
 def stream_dump(folder: Path, out: Writer, dump: Job[Any]) -> None:
-    """Send a folder of CRIU images that is being written until `dump` has ended;
-    its failure is raised here too, and the stream has no end then.
+    """Send a folder of CRIU images, which is being written until `dump` has ended.
+    When the dump fails, its failure is raised here too, and the stream gets no end.
 
-    CRIU writes the pages strictly in order, and they are nearly all of it, so
-    they go as they grow; the other files may be changed yet, and go at the end.
+    The pages are nearly all of the data, and CRIU writes them strictly in order, so
+    they are sent as they grow.  CRIU may still change the other files, so they are
+    sent at the end.
     """
     at: dict[str, int] = {}
     done = False
@@ -145,11 +146,14 @@ class _Reader:
             try:
                 n = self._patience.recv_into(view[got:])
             except TimeoutError as e:
-                raise ReadError("the source sent less than 64 KiB within --timeout") from e
+                raise ReadError(
+                    "the source sent less than 64 KiB within --timeout",
+                    hint="give `pyploop migrate` a longer --timeout if the connection is slow",
+                ) from e
             except OSError as e:
                 raise ReadError.of("cannot read files from the source", e) from e
             if n == 0:
-                raise ReadError("the stream of files ended too early: the source may have failed")
+                raise ReadError("the file stream ended too early: the source may have failed")
             got += n
         return bytes(data)
 
@@ -159,61 +163,63 @@ class _Reader:
 
 @dataclass(frozen=True)
 class Received:
-    """A whole stream: its files, in the order in which they ended, and bytes of data."""
+    """A whole stream: its files, in the order of their ends, and bytes of data."""
 
     names: list[str]
     data: int
 
 
 class Budget:
-    """Bytes that some streams may bring together, whatever becomes of each."""
+    """Bytes of data that several streams may bring together, even if some of them fail."""
 
     def __init__(self, most: int) -> None:
         self.most = self._left = most
         self._lock = threading.Lock()
 
     def spend(self, size: int) -> None:
-        """ProtocolError when it is not enough."""
+        """ProtocolError when fewer than `size` bytes are left."""
         with self._lock:
             self._left -= size
             if self._left < 0:
                 raise ProtocolError(
-                    f"more than {self.most} bytes came, which is all that was announced"
+                    f"the source sent more than {self.most} bytes of memory images, which is the "
+                    "limit for what it announced"
                 )
 
 
 @dataclass(frozen=True)
 class Place:
-    """Where the files of a stream go, and how much they may be."""
+    """Where the files of a stream go, and the limits that they must keep."""
 
     create: Callable[[str], int]
-    """Opens a new file for a name, or refuses it."""
+    """Opens a new file of that name, or raises when the name is refused."""
     reopen: Callable[[str], int] | None = None
-    """The same for one that `create` made; None: each is complete before the next."""
+    """Opens again a file that `create` has made.  None: each file must be complete before
+    the next one begins."""
     largest: Callable[[str], int] = lambda _: LARGEST_FILE
-    """Bytes of the file of that name at most: where it may end, sparse or not."""
+    """Size of the file of that name at most, in bytes, holes included."""
     most_files: int = MOST_FILES
     budget: Budget | None = None
-    """Of the data of all pieces."""
+    """For the data of all pieces."""
     durable: bool = False
-    """Each file is on the disk when it is complete."""
+    """Whether each complete file is written to the disk before the next piece is read."""
     modes: int = 0o777
-    """Bits of the source's modes that are taken over."""
+    """Mode bits that are taken over from the source."""
 
 
 class _Files:
-    """The files of one stream.  Of those that are not complete, MOST_OPEN are open."""
+    """The files of one stream.  At most MOST_OPEN of the incomplete ones are open."""
 
     def __init__(self, place: Place) -> None:
         self._place = place
         self._open: dict[str, int] = {}
-        """The one that was longest in no piece comes first."""
+        """The file whose last piece is the longest ago comes first."""
         self._began: set[str] = set()
         self._complete: dict[str, None] = {}
         self._names = self._bytes = 0
 
     def take(self, name: str, mode: int, pos: int, data: bytes) -> None:
-        """One piece.  ProtocolError when it may not come."""
+        """Store one piece.  ProtocolError when it breaks a rule of the stream or a limit."""
         place, fd = self._place, self._file(name)
         if pos + len(data) > place.largest(name):
             raise ProtocolError(
@@ -235,7 +241,7 @@ class _Files:
         elif name not in self._began:
             fd = self._begin(name)
         elif self._place.reopen is None or name in self._complete:
-            raise ProtocolError(f"{name[:80]!r} came after its end")
+            raise ProtocolError(f"the source sent more of {name[:80]!r} after its end")
         else:
             self._make_room()
             fd = self._place.reopen(name)
@@ -244,8 +250,15 @@ class _Files:
 
     def _begin(self, name: str) -> int:
         self._names += len(name)
-        if len(self._began) >= self._place.most_files or self._names > MOST_NAMES:
-            raise ProtocolError(f"more than {len(self._began)} files came, which is the limit")
+        if len(self._began) >= self._place.most_files:
+            raise ProtocolError(
+                f"the source sent more than {len(self._began)} files, which is the limit"
+            )
+        if self._names > MOST_NAMES:
+            raise ProtocolError(
+                f"the names of the source's files have more than {MOST_NAMES} bytes together, "
+                "which is the limit"
+            )
         self._make_room()
         fd = self._place.create(name)
         self._began.add(name)
@@ -255,16 +268,19 @@ class _Files:
         if len(self._open) < MOST_OPEN:
             return
         if self._place.reopen is None:
-            raise ProtocolError(f"{MOST_OPEN} files are not complete, and another one comes")
+            raise ProtocolError(
+                f"the source began another file while {MOST_OPEN} are not complete, which is the "
+                "limit"
+            )
         self._close(next(iter(self._open)))
 
     def _close(self, name: str) -> None:
         os.close(self._open.pop(name))
 
     def end(self) -> Received:
-        """No more pieces: each file must be complete."""
+        """No more pieces come.  ProtocolError when a file is not complete."""
         if missing := self._began.difference(self._complete):
-            raise ProtocolError(f"the stream ended before the end of {min(missing)!r}")
+            raise ProtocolError(f"the file stream ended before {min(missing)!r} was complete")
         return Received(list(self._complete), self._bytes)
 
     def close(self) -> None:
@@ -273,17 +289,20 @@ class _Files:
 
 
 def receive(fd: int, stall: float, place: Place) -> Received:
-    """Take pieces until the end of the stream.  The descriptor is closed."""
+    """Receive pieces until the stream ends.  Closes the descriptor."""
     reader = _Reader(fd, stall)
     files = _Files(place)
     try:
         while (head := HEADER.unpack(reader.exactly(HEADER.size)))[0]:
             name_length, mode, length, pos = head
             if name_length > LONGEST_NAME or length > LARGEST or pos + length > LARGEST_FILE:
-                raise ProtocolError(f"a piece of {length} bytes at {pos} is out of bounds")
+                raise ProtocolError(
+                    f"the source sent a piece that is out of bounds: {length} bytes at byte {pos} "
+                    f"of a file, with a name of {name_length} bytes"
+                )
             raw = reader.exactly(name_length)
             if b"\0" in raw:
-                raise ProtocolError("a file's name with a NUL in it")
+                raise ProtocolError("the source sent a file whose name contains a NUL byte")
             files.take(os.fsdecode(raw), mode, pos, reader.exactly(length))
         return files.end()
     finally:
@@ -302,13 +321,13 @@ def _put(fd: int, name: str, mode: int, pos: int, data: bytes) -> None:
             n = os.pwrite(fd, view, pos)
             view, pos = view[n:], pos + n
     except OSError as e:
-        raise WriteError.of(f"cannot write {name}", e) from e
+        raise WriteError.of(f"cannot write the incoming file {name[:80]!r}", e) from e
 
 
 def _sync(fd: int, name: str) -> None:
     try:
         fdatasync(fd)
-        with contextlib.suppress(OSError):  # only a hint
+        with contextlib.suppress(OSError):  # this is only advice to the kernel
             os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
     except OSError as e:
-        raise SyncError.of(f"cannot sync {name}", e) from e
+        raise SyncError.of(f"cannot sync the incoming file {name[:80]!r}", e) from e

@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """One connection that carries control messages and numbered data channels.
 
-Each channel is one end of a socket pair here, so that its readers and writers
-need to know nothing of this; threads move the bytes in large pieces.
+Each channel is one end of a socket pair here, so its readers and writers need to know
+nothing of the connection.  Threads move the bytes in large pieces.
 
-Invariants: the reader of the connection never waits for a channel (a sender
-has at most WINDOW bytes under way in it, which are kept here), so no channel
-delays another; a peer that sends nothing for `silence` seconds is gone.  What
-waits here to be read is bounded: WINDOW for each channel, INBOX for messages.
+Invariants: the reader of the connection never waits for a channel, so no channel delays
+another: a sender has at most WINDOW bytes under way in a channel, and they are stored
+here.  A peer that sends nothing for `silence` seconds is dead.  What is stored here is
+bounded: WINDOW for each channel, INBOX for messages.
 """
 
 from __future__ import annotations
@@ -33,16 +33,16 @@ from pyploop.wire.channels import AT_ONCE, LAST
 from pyploop.wire.mux import Message
 
 INBOX = 4 * MIB
-"""Bytes of messages that were not received yet.  A peer that sends more floods us."""
+"""Bytes of messages that wait to be received.  A peer that sends more floods us."""
 OVERHEAD = 256
-"""Bytes that a message counts for beyond its own."""
+"""Bytes that each message counts for in addition to its length."""
 MERGED = 64 * KIB
-"""Bytes up to which small frames of a channel are kept as one: each object costs memory."""
+"""Bytes up to which small frames of a channel are stored as one: each object costs memory."""
 
 
 class Mux:
-    """rfd, wfd: the connection, owned by the caller.  early: bytes that were
-    read from it already.  on_dead: called once, from a thread, with the cause."""
+    """rfd, wfd: the connection; the caller closes it.  early: bytes that were already
+    read from it.  on_dead: called once, from a thread, with the cause."""
 
     def __init__(
         self,
@@ -58,15 +58,15 @@ class Mux:
         self._out = threading.Lock()
         self._channels: dict[int, _Channel] = {}
         self._ended: set[int] = set()
-        """Channels that the peer closed before they were opened here: it gave up its
-        request before that was taken."""
+        """Channels that the peer closed before they were opened here.  The peer abandoned
+        its request before the request was read."""
         self._used: set[int] = set()
-        """Numbers of channels that were opened here: each only once."""
+        """Numbers of channels that were opened here.  Each is used only once."""
         self._inbox: queue.SimpleQueue[bytes | None] = queue.SimpleQueue()
-        """As they came: what they stand for takes many times as much memory."""
+        """Messages as they came.  Decoded, they take many times as much memory."""
         self._arrived = 0
         self.taken = 0
-        """Bytes of messages, with OVERHEAD for each, that `receive` has returned."""
+        """Bytes of the messages that `receive` has returned, with OVERHEAD for each."""
         self._stop_r, self._stop_w = os.pipe()
         self._stopping = threading.Event()
         self._lock = threading.Lock()
@@ -88,11 +88,11 @@ class Mux:
         self._write([wire.encode(message)])
 
     def receive(self, timeout: float | None) -> Message:
-        """The next message.  ReadError: none in time; the connection's own
-        error when it is dead and all that came is taken."""
+        """The next message.  ReadError when none comes in time.  When the connection is
+        dead and all messages were returned: the error that ended it."""
         deadline = math.inf if timeout is None else time.monotonic() + timeout
         while True:
-            try:  # for a short time: jobs.Latch has why
+            try:  # wait a short time only; jobs.Latch says why
                 left = deadline - time.monotonic()
                 payload = self._inbox.get(timeout=max(0.0, min(TICK, left)))
                 break
@@ -101,7 +101,7 @@ class Mux:
                     raise ReadError(f"no answer within {timeout:g} s") from None
         if payload is None:
             self._inbox.put(None)
-            raise self.failure or ReadError("the connection ended")
+            raise self.failure or ReadError("the connection to the peer has ended")
         self.taken += len(payload) + OVERHEAD
         try:
             return wire.decode(payload)
@@ -112,11 +112,11 @@ class Mux:
     # ---- channels
 
     def open(self, number: int) -> int:
-        """A descriptor (a socket's) for the channel, owned by the caller.
+        """A descriptor of a socket for the channel; the caller closes it.
         ProtocolError when the number was used before or is out of range, or when
-        AT_ONCE are open."""
+        AT_ONCE channels are open."""
         if not 0 < number <= LAST:
-            raise ProtocolError(f"agent protocol: no channel {number!r}")
+            raise ProtocolError(f"agent protocol: there is no channel {number!r} (1 to {LAST})")
         ours, theirs = socket.socketpair()
         for s in (ours, theirs):
             s.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, MIB)
@@ -132,18 +132,20 @@ class Mux:
         return theirs.detach()
 
     def _refusal(self, number: int) -> PyploopError | None:
-        """Why no channel of that number is opened."""
+        """Why a channel of that number cannot be opened.  None: it can."""
         if number in self._used and self.failure is None:
-            return ProtocolError(f"agent protocol: channel {number} was opened before")
+            return ProtocolError(
+                f"agent protocol: channel {number} was opened before, and each is used only once"
+            )
         if len(self._channels) >= AT_ONCE and self.failure is None:
             return ProtocolError(
-                f"agent protocol: {AT_ONCE} channels are open already (each disk has one, each "
-                "directory tree two)"
+                f"agent protocol: {AT_ONCE} channels are open already, which is the limit (each "
+                "disk has one, each directory tree two)"
             )
         return self.failure
 
     def reset_channels(self) -> None:
-        """End all that are open, in both directions; the connection goes on."""
+        """End all open channels, in both directions.  The connection goes on."""
         with self._lock:
             channels = list(self._channels.items())
         for number, channel in channels:
@@ -158,8 +160,8 @@ class Mux:
     # ---- the connection
 
     def close(self) -> None:
-        """End all channels and threads; the descriptors stay the caller's."""
-        self.end(ReadError("the connection was closed"))
+        """End all channels and threads.  The caller closes the descriptors."""
+        self.end(ReadError("the connection was closed on this host"))
         self._stopping.set()
         with contextlib.suppress(OSError):
             os.write(self._stop_w, b"x")
@@ -170,7 +172,8 @@ class Mux:
         os.close(self._stop_w)
 
     def end(self, cause: PyploopError) -> None:
-        """From any thread: the connection is dead, and why.  `close` still follows."""
+        """From any thread: mark the connection as dead.  cause: why.  The owner must still
+        call `close`."""
         with self._lock:
             if self.failure is not None:
                 return
@@ -184,22 +187,22 @@ class Mux:
             self._on_dead(cause)
 
     def _write(self, parts: list[bytes]) -> None:
-        """Whole frames, from any thread."""
+        """Write whole frames, from any thread."""
         poll = select.poll()
         poll.register(self._wfd, select.POLLOUT)
         with self._out:
-            # Not before: what others have to write may take its time on a slow link.
+            # Not before the lock: on a slow link other threads' frames take long.
             deadline = time.monotonic() + self._silence
             left = [memoryview(p) for p in parts]
             while left:
                 if self.failure:
-                    raise WriteError(f"the connection is dead: {self.failure}")
+                    raise WriteError(f"the connection to the peer has ended: {self.failure}")
                 try:
                     n = os.writev(self._wfd, left)
                 except BlockingIOError:
                     poll.poll(200)
                     if time.monotonic() > deadline:
-                        self.end(WriteError(f"the peer took nothing for {self._silence:g} s"))
+                        self.end(WriteError(f"the peer took no data for {self._silence:g} s"))
                     continue
                 except OSError as e:
                     cause = WriteError.of("the connection to the peer broke", e)
@@ -216,7 +219,7 @@ class Mux:
                 self._write([wire.frame(wire.PING, 0, 0)])
 
     def _read(self, size: int) -> bytearray:
-        """Exactly so many bytes of the connection."""
+        """Read exactly `size` bytes from the connection."""
         data = bytearray(size)
         view, got = memoryview(data), min(size, len(self._early))
         view[:got] = self._early[:got]
@@ -227,9 +230,9 @@ class Mux:
         while got < size:
             ready = dict(poll.poll(self._silence * 1000))
             if self._stop_r in ready:
-                raise ReadError("the connection was closed")
+                raise ReadError("the connection was closed on this host")
             if not ready:
-                raise ReadError(f"nothing came from the peer for {self._silence:g} s")
+                raise ReadError(f"the peer sent nothing for {self._silence:g} s, not even a ping")
             try:
                 n = os.readv(self._rfd, [view[got:]])
             except BlockingIOError:
@@ -237,7 +240,7 @@ class Mux:
             except OSError as e:
                 raise ReadError.of("the connection to the peer broke", e) from e
             if n == 0:
-                raise ReadError("the peer ended the connection")
+                raise ReadError("the peer closed the connection")
             got += n
         return data
 
@@ -253,7 +256,10 @@ class Mux:
         if frame.kind == wire.CONTROL:
             self._arrived += len(payload) + OVERHEAD
             if self._arrived - self.taken > INBOX:
-                raise ProtocolError("agent protocol: a flood of messages that nobody asked for")
+                raise ProtocolError(
+                    f"agent protocol: a flood of messages: more than {INBOX >> 20} MiB of them "
+                    "wait to be read"
+                )
             self._inbox.put(bytes(payload))
             return
         with self._lock:
@@ -261,7 +267,7 @@ class Mux:
             if channel is None and frame.kind == wire.END:
                 self._ended.add(frame.channel)
         if channel is None:
-            return  # closed here a moment ago, not yet open, or a ping
+            return  # a ping, or a channel that is not open yet or was just closed here
         if frame.kind == wire.DATA:
             channel.deliver(payload)
         elif frame.kind == wire.CREDIT:
@@ -273,7 +279,8 @@ class Mux:
 
 
 class _Channel:
-    """Two threads: socket -> frames as credit allows, frames -> socket."""
+    """Two threads: one sends the socket's bytes in frames, as the credit allows; the other
+    writes the bytes of incoming frames to the socket."""
 
     def __init__(
         self,
@@ -294,13 +301,17 @@ class _Channel:
             threading.Thread(target=self._run, args=(body,), daemon=True).start()
 
     def deliver(self, data: bytearray) -> None:
-        """Bytes from the peer."""
+        """Store bytes from the peer."""
         with self._changed:
             self._buffered += len(data)
             if self._buffered > wire.WINDOW:
-                raise ProtocolError(f"agent protocol: more than the credit on {self._number}")
+                raise ProtocolError(
+                    f"agent protocol: the peer sent more than the credit of channel {self._number}"
+                )
             if self._finished:
-                raise ProtocolError(f"agent protocol: data after the end of {self._number}")
+                raise ProtocolError(
+                    f"agent protocol: the peer sent data after the end of channel {self._number}"
+                )
             if self._incoming and len(self._incoming[-1]) + len(data) <= MERGED:
                 self._incoming[-1] += data
             else:
@@ -308,7 +319,7 @@ class _Channel:
             self._changed.notify_all()
 
     def finish(self) -> None:
-        """No more will come from the peer."""
+        """The peer sends no more in this channel."""
         with self._changed:
             self._finished = True
             self._changed.notify_all()
@@ -317,11 +328,14 @@ class _Channel:
         with self._changed:
             self._credit += n
             if self._credit > wire.WINDOW:
-                raise ProtocolError(f"agent protocol: credit of {self._credit} on {self._number}")
+                raise ProtocolError(
+                    f"agent protocol: the peer granted {self._credit} bytes of credit on channel "
+                    f"{self._number}, and {wire.WINDOW} is the limit"
+                )
             self._changed.notify_all()
 
     def reset(self) -> None:
-        """Nothing more in either direction; the user of the socket sees its end."""
+        """End both directions.  The user of the socket sees its end."""
         with self._changed:
             self._reset = True
             self._changed.notify_all()
@@ -371,7 +385,7 @@ class _Channel:
                     return
                 self._sock.sendall(data)
             except OSError:
-                # It is not read here any more: say so, or the peer goes on.
+                # Nothing reads the channel here any more.  Tell the peer, or it goes on.
                 self._write([wire.frame(wire.RESET, self._number, 0)])
                 self.reset()
                 return
