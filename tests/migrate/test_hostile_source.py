@@ -144,7 +144,7 @@ def test_items_come_once(target: VzHost, source: Hostile) -> None:
     refused(
         source,
         lambda: source.send_items([("private:x/evil", 0o644, b"evil")]),
-        "items come once",
+        "the request `items` came twice",
     )
     assert not private.exists()
     assert not (target.folder / f"etc/vz/conf/{CTID}.conf").exists()

@@ -1,11 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The memory of a container that still runs, sent ahead in rounds (pre-dumps), and
-how they and the disks' rounds take turns, so that both have little left at the
-same moment.
+"""Memory rounds (pre-dumps): the memory is sent while the container still runs.  Memory
+rounds and the disks' rounds take turns, so that both have little left at the same moment.
 
-Invariant: what is dumped with a parent lacks nothing that the target does not
-have.  A round that fails may have begun the tracking anew, so after it nothing
-has a parent: the dump is whole again, as without rounds.
+Invariant: a dump with a parent leaves out only pages that the target has.  A failed
+round may have restarted the kernel's tracking.  After it nothing has a parent, and the
+dump contains all of the memory, as without rounds.
 """
 
 from __future__ import annotations
@@ -27,11 +26,11 @@ from pyploop.undo.journal import Journal
 from pyploop.units import format_size
 
 PREVIEW = 0.25
-"""Part of the memory in use that the dump after a round may be larger."""
+"""Room for the dump that follows a round: this part of the memory in use, beyond all of it."""
 
 
 class Memory:
-    """Of one migration, at its source."""
+    """The memory rounds of one migration, at its source."""
 
     def __init__(
         self,
@@ -49,9 +48,9 @@ class Memory:
         report: Reporter,
     ) -> None:
         """folder: where images are made.  undo: a journal, and the entry that undoes
-        a pre-dump that hangs or fails.  jobs: gets what must have ended before
-        anything is undone.  memory: bytes in use, 0 when not known.  policy: None for
-        no rounds.  stall, rate: as of the disks."""
+        a pre-dump that hangs or fails.  jobs: the jobs that must have ended before
+        anything is undone; those of a round are added.  memory: bytes in use, 0 when not
+        known.  policy: None for no rounds.  stall, rate: as for the disks."""
         self._runtime, self._remote, self._folder = runtime, remote, folder
         self._log, self._entry = undo
         self._jobs, self._memory, self._policy = jobs, memory, policy
@@ -63,12 +62,12 @@ class Memory:
 
     @property
     def wanted(self) -> bool:
-        """There may be (more) rounds."""
+        """Whether another round is possible."""
         return self._policy is not None
 
     @property
     def parent(self) -> int:
-        """Number of the round that the dump builds upon, 0 for none."""
+        """The round that is the dump's parent; 0: none."""
         return 0 if self._spoiled else len(self.rounds)
 
     @property
@@ -76,15 +75,15 @@ class Memory:
         return image_chain.folder_of(self._folder, self.parent) if self.parent else None
 
     def round(self, wire: float) -> bool:
-        """One more, if it pays.  wire: bytes per second of the connection, 0 when
-        not known."""
+        """Make one more round, if it pays.  wire: bytes per second of the connection, 0
+        when not known.  Returns whether another round is possible after it."""
         if self._policy is None:
             return False
         number = len(self.rounds) + 1
         age = time.monotonic() - self._began if self.rounds else 0.0
         choice = another(self.rounds, self._policy, memory=self._memory, wire=wire, age=age)
         self._report.info(
-            f"Memory round {number}{'' if choice.pays else ' not made'}: {choice.why}"
+            f"Memory round {number}{'' if choice.pays else ' is left out'}: {choice.why}"
         )
         if not choice.pays:
             return False
@@ -93,7 +92,7 @@ class Memory:
         return self.wanted
 
     def _one(self, number: int, age: float, room: int) -> bool:
-        """False when there is no room for it, or it failed."""
+        """False when there is no room for the round, or it failed."""
         channel, fd = self._remote.open_channel()
         with file_stream.Writer(fd, self._stall, self._rate) as out:
             try:
@@ -101,7 +100,7 @@ class Memory:
                 args = {"number": number, "parent": self.parent, "room": room}
                 self._remote.call("dump", deadlines.REQUEST, channel=channel, **args)
             except MigrateError as e:
-                self._report.note(f"Memory is not copied ahead any further: {e}")
+                self._report.note(f"There are no more memory rounds: {e}")
                 return False
             entry = self._log.add(self._entry)
             try:
@@ -126,7 +125,8 @@ class Memory:
             frozen = dump.join()
             stream.join()
         except BaseException:
-            # A failed pre-dump may have left it frozen: not until the target reads.
+            # A failed pre-dump may have left the container frozen.  It must not stay so
+            # until the target reads the rest of the stream.
             end_all([stream], out.cancel)
             raise
         self._remote.call("join", self._stall, name=f"memory {number}", timeout=self._stall)
@@ -135,13 +135,14 @@ class Memory:
         done = MemoryRound(out.sent, end - start, age, frozen)
         self.rounds.append(done)
         self._report.event("memory round", number=number, **vars(done))
-        still = "" if frozen is None else f", stood still for {frozen:.3f} s"
+        still = "" if frozen is None else f", container frozen for {frozen:.3f} s"
         self._report.info(
             f"Memory round {number}: {format_size(done.sent)} in {done.seconds:.3f} s{still}"
         )
 
     def _undo(self, cause: Exception) -> None:
-        """As if the failed round had not been, but for the tracking."""
+        """Undo a failed round.  The kernel's tracking stays lost.  MigrateError(8) when the
+        container does not run after it."""
         self._spoiled = True
         end_all(self._jobs)
         if not self._remote.alive():
@@ -151,28 +152,33 @@ class Memory:
         if state.suspended or not state.running:
             raise MigrateError(
                 VzExitCode.DUMP_FAILED,
-                f"the container no longer runs after a failed pre-dump: {cause}",
+                "after a failed pre-dump the container does not run on the source any more: "
+                f"{cause}",
+                hint="look at its state on the source, and start it there if it has ended",
             ) from cause
-        self._report.note(f"A pre-dump failed, so all of the memory is dumped: {cause}")
+        self._report.note(
+            f"A memory round failed, so the dump will contain all of the memory: {cause}"
+        )
 
 
 def policy_for(
     runtime: Runtime, most: int | None, report: Reporter, taken: bool
 ) -> MemoryPolicy | None:
-    """For rounds of memory, `most` at most, where they work; logged in any case.
-    most: None when there is no memory to move.  taken: by the target's agent."""
+    """The policy for `most` memory rounds at most; None: no rounds.  The log says which, and
+    why.  most: None when there is no memory to move.  taken: whether the target's agent
+    takes memory rounds."""
     if most is None:
         return None
-    why = "not wanted"
+    why = "--pre-dumps is 0"
     if most:
         why = runtime.why_no_pre_dump() if taken else "the target's pyploop is too old"
     report.event("pre-dump", works=not why, why=why)
-    report.info(f"Memory is copied ahead: no ({why})" if why else "Memory is copied ahead: yes")
+    report.info(f"Memory rounds: no ({why})" if why else f"Memory rounds: {most} at most")
     return None if why else MemoryPolicy(max_rounds=most)
 
 
 def approach(disks: Copies, memory: Memory) -> None:
-    """All that is sent while the container runs."""
+    """Send all that is sent while the container runs."""
     if not memory.wanted:
         disks.copy_while_running()
         return
@@ -182,6 +188,7 @@ def approach(disks: Copies, memory: Memory) -> None:
     while memory.round(wire):
         disks.converge()
     disks.prepare_freeze()
-    # That may have waited for a quiet moment (--max-freeze), which memory did not see.
+    # That may have waited for a moment with few writes (--max-freeze).  The memory was
+    # written to meanwhile.
     while memory.round(wire):
         disks.prepare_freeze()

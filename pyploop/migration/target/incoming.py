@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The target's side of one migration: what was made for it, and its undoing.
+"""The target's side of one migration: what was made for it, and how that is undone.
 
-Invariants: whatever is made is in the journal before; paths and commands come
-from this host's configuration, of the peer's names only labels and positions
-are used, and are checked; nothing that is committed is undone here.
+Invariants: whatever is made is in the journal first.  Paths and commands come from this
+host's configuration; of the peer's names only labels and positions are used, and they are
+checked.  Nothing that is committed is undone here.
 """
 
 from __future__ import annotations
@@ -35,13 +35,13 @@ from pyploop.system.jobs import Job
 from pyploop.undo.journal import Journal
 
 MOST_ITEMS = 4096
-"""Files beside the disks: a vzctl container may have 1,000."""
+"""Static files of one migration at most: a vzctl container may have 1,000."""
 TREE_PASSES = 4
-"""Over one tree at a time: the last one has two servers, and may be made again."""
+"""Passes over one tree at a time.  The last one has two servers, and may be repeated."""
 
 
 class Incoming:
-    """One migration that comes to this host."""
+    """One migration to this host."""
 
     def __init__(
         self,
@@ -54,8 +54,8 @@ class Incoming:
         keep: bool,
         report: Reporter,
     ) -> None:
-        """facts: what the source announced; stall: seconds without a byte after
-        which a stream is given up; keep: what was copied outlives a failure."""
+        """facts: the source facts.  stall: seconds without a byte after which a stream is
+        given up.  keep: copied data are kept after a failure (--keep-dst)."""
         self._host, self._runtime, self._facts = host, runtime, facts
         self.migration = migration
         self._stall, self._report = (
@@ -65,9 +65,9 @@ class Incoming:
         self._disks = runtime.disks(source=False)
         self._jobs: dict[str, Job[None]] = {}
         self.committed = False
-        """From the commit on, until it is withdrawn."""
+        """True from the commit on, unless the commit is withdrawn."""
         self.ran = False
-        """It was seen to run here."""
+        """Whether the container was seen running here."""
         folder = commit_record.make_folder(Path(host.state_dir))
         self._journal = Journal.create(
             f"migration of {runtime.container} to this host",
@@ -78,7 +78,7 @@ class Incoming:
             source=resumable_files.source_of(facts),
             **undo_kinds.naming(host, runtime),
         )
-        # What is in it came from elsewhere, programs with the set-user-ID bit as well.
+        # The contents come from another host, programs with the set-user-ID bit too.
         self._mode = 0o700 if host.policy_of(runtime.container).private else 0o755
         made = contextlib.ExitStack()
         try:
@@ -115,7 +115,7 @@ class Incoming:
         undo_kinds.make_folders(self._journal, Path(path).parent, self._mode, root)
 
     def _give_way(self, at: beneath.Place, root: str) -> None:
-        """Before a file is made: what is there is put aside, to be put back."""
+        """Before a file is made: move an existing one aside, so that it can be put back."""
         if beneath.exists(at):
             saved = f"{at.path}.pyploop-saved"
             self._log("put-back", path=at.path, saved=saved, root=root)
@@ -124,19 +124,20 @@ class Incoming:
         else:
             self._log("remove", path=at.path, root=root)
 
-    # ---- what comes by channels
+    # ---- what comes through channels
 
     @property
     def kept_names(self) -> list[str]:
-        """What the source need not send again where it is the same."""
+        """Names of the resumable files and trees: the source sends only what differs."""
         return self._files.names + self._trees.kept
 
     def working(self) -> bool:
-        """Something is being received."""
+        """Whether something is being received."""
         return any(not job.over.is_set() for job in self._jobs.values())
 
     def placing(self) -> bool:
-        """Items are being received, which write into the journal: one at a time does."""
+        """Whether static files are being received.  That writes into the journal, which only
+        one job may do at a time."""
         return "items" in self._jobs and not self._jobs["items"].over.is_set()
 
     def _start(self, name: str, job: Job[None]) -> None:
@@ -144,7 +145,7 @@ class Incoming:
         job.start()
 
     def send_digests(self, files: Any, fd: int) -> None:
-        """Digests of kept files, [name, size] each, into the channel."""
+        """Send digests of resumable files into the channel.  files: a list of [name, size]."""
         out = socket.socket(fileno=fd)
         out.settimeout(self._stall or None)
         try:
@@ -155,9 +156,9 @@ class Incoming:
         self._start(f"digests {len(self._jobs)}", Job(work, out.close))
 
     def take_items(self, fd: int) -> None:
-        """The container's files, each to where its label belongs; once."""
+        """Receive the static files, once.  The label of each says where it belongs."""
         if "items" in self._jobs:
-            raise ProtocolError("agent protocol: items come once")
+            raise ProtocolError("agent protocol: the request `items` came twice")
         self._start("items", Job(lambda: self._items(fd), lambda: os.close(fd)))
 
     def _items(self, fd: int) -> None:
@@ -189,17 +190,22 @@ class Incoming:
         self._runtime.placed(self._facts)
 
     def take_disk(self, index: int, fd: int, reuse: bool) -> None:
-        """One disk's stream; mounted as soon as it is durable.  reuse: only what
-        differs from what was kept."""
-        if not 0 <= index < len(self._disks) or f"disk {index}" in self._jobs:
-            raise ProtocolError(f"agent protocol: no disk {index!r} to receive")
+        """Receive one disk, and mount it as soon as it is durable.  reuse: the source sends
+        only what differs from the resumable file."""
+        if not 0 <= index < len(self._disks):
+            raise ProtocolError(
+                f"agent protocol: there is no disk {index!r}: this container has "
+                f"{len(self._disks)} disks here"
+            )
+        if f"disk {index}" in self._jobs:
+            raise ProtocolError(f"agent protocol: disk {index} was sent twice")
         disk = self._disks[index]
         announced = self._facts.get("images") or []
         largest = announced[index] if index < len(announced) else 0
         root = self._runtime.root_of(disk.image)
         self._make_parent(disk.image, root)
         with beneath.place(disk.image, root):
-            pass  # no link leads elsewhere from here on, for none is made any more
+            pass  # no link leads elsewhere now, and from here on none is made
         sink = self._files.disk(f"disk {index}", disk.image, reuse)
         for entry in self._runtime.attach(disk):
             self._journal.add(entry)
@@ -217,7 +223,7 @@ class Incoming:
                     largest=largest,
                 )
             except PyploopError as e:
-                # The source hears only that it failed.
+                # In the disk's stream the source hears only that it failed.
                 self._report.note(f"disk {index}: {e}")
                 raise
             finally:
@@ -227,18 +233,21 @@ class Incoming:
         self._start(f"disk {index}", Job(work, lambda: os.close(fd)))
 
     def take_tree(self, index: int, fd: int, last: bool) -> str:
-        """One pass over a directory tree; the name to join."""
+        """Receive one pass over a directory tree.  Returns its name for `join`."""
         busy = [n for n, job in self._jobs.items() if not job.over.is_set()]
         if sum(n.startswith(f"tree {index}.") for n in busy) >= TREE_PASSES:
             os.close(fd)
-            raise ProtocolError(f"agent protocol: {TREE_PASSES} passes over tree {index} at once")
+            raise ProtocolError(
+                f"agent protocol: {TREE_PASSES} passes over tree {index} are under way, which is "
+                "the limit"
+            )
         name, job = self._trees.take(index, fd, last)
         self._start(name, job)
         return name
 
     def take_dump(self, fd: int, number: int, parent: int, room: int) -> None:
-        """The memory, into tmpfs, as it is written at the source: of a pre-dump, or
-        (0) of the dump.  room: bytes that must be left for it, and what follows."""
+        """Receive memory images into tmpfs, as the source writes them.  number: of the
+        pre-dump; 0: the dump.  room: bytes that must be free for them and for what follows."""
         self._memory.check(number, parent)
         self._end_rounds(forget=not parent)
         check_room(self._folder, room)
@@ -247,34 +256,41 @@ class Incoming:
         self._start(name, Job(work, lambda: os.close(fd)))
 
     def _end_rounds(self, forget: bool) -> None:
-        """One comes after the other.  forget: one of them failed, the dump comes whole."""
+        """Wait for the memory rounds: they come one after the other.  forget: one of them
+        failed, and the dump will contain all of the memory."""
         for name in [n for n in self._jobs if n.startswith("memory ")]:
             if not self._jobs[name].over.wait(self._stall):
-                raise ProtocolError(f"agent protocol: {name} is still being received")
+                raise ProtocolError(
+                    f"agent protocol: more memory images were announced, and {name} is still "
+                    f"being received after {self._stall:g} s"
+                )
             if forget:
                 del self._jobs[name]
 
     def join(self, name: str, timeout: float) -> float:
-        """Wait for one of these; returns when it ended (time.monotonic()), or
-        raises how."""
+        """Wait for one of these jobs.  Returns when it ended (time.monotonic()), or raises
+        its failure."""
         ended = self._wait(name, timeout)
         self._trees.check(name)
         return ended
 
     def _wait(self, name: str, timeout: float) -> float:
         if name not in self._jobs:
-            raise ProtocolError(f"agent protocol: nothing called {name!r} is received")
+            raise ProtocolError(f"agent protocol: nothing with the name {name!r} is received here")
         try:
             self._jobs[name].join(timeout)
         except TimeoutError as e:
-            raise MigrateError(VzExitCode.COPY_FAILED, f"{name}: {e}") from e
+            raise MigrateError(
+                VzExitCode.COPY_FAILED,
+                f"{name!r} has not arrived on this host within {timeout:g} s",
+            ) from e
         return self._jobs[name].ended
 
-    # ---- the turning point
+    # ---- the commit
 
     def restore(self, alive: Callable[[], None], timeout: float) -> dict[str, float]:
-        """Let the container run here.  alive: raises when the source is gone,
-        for then it may have decided otherwise.  Returns moments (monotonic)."""
+        """Let the container run here.  alive: raises when the connection to the source has
+        ended, because the source may then have rolled back.  Returns moments (monotonic)."""
         deadline = time.monotonic() + timeout
         moments = {f"{name} ended": self._wait(name, timeout) for name in list(self._jobs)}
         self._need_disks()
@@ -286,7 +302,8 @@ class Incoming:
             if time.monotonic() > deadline:
                 raise MigrateError(
                     VzExitCode.RESTORE_FAILED,
-                    f"not restored within the {timeout:.0f} s that the source allows",
+                    f"the container was not restored within {timeout:.0f} s, which is all that "
+                    "the source allows; it does not run here",
                 )
             self.record.write(COMMITTED)
             self.committed = True
@@ -304,7 +321,7 @@ class Incoming:
         return moments
 
     def start(self, alive: Callable[[], None], timeout: float, run: bool) -> None:
-        """The same without a dump; run: the container ran on the source."""
+        """The same without a dump.  run: the container ran on the source, so start it."""
         for name in list(self._jobs):
             self._wait(name, timeout)
         self._need_disks()
@@ -326,22 +343,24 @@ class Incoming:
         self.ran = True
 
     def _runs_after(self, failure: BaseException) -> bool:
-        """Whether the container runs here although the last step failed: what
-        its peers have heard since then is true.  When that cannot be known, the
-        question's own failure goes on, and the commit record stays as it is."""
+        """Whether the container runs here although the last step failed.  Its network peers
+        may rely on what it has sent since, so it is not taken back.  When the runtime
+        cannot say whether it runs, that failure is raised, and the commit record stays as
+        it is."""
         if not undo_kinds.runs(self._runtime):
             return False
-        self._report.note(f"The container runs here, although the restore reported: {failure}")
+        self._report.note(f"The container runs here, although the restore failed: {failure}")
         return True
 
     def _need_disks(self) -> None:
-        if any(f"disk {n}" not in self._jobs for n in range(len(self._disks))):
-            raise ProtocolError("agent protocol: not all disks were sent")
+        for n in range(len(self._disks)):
+            if f"disk {n}" not in self._jobs:
+                raise ProtocolError(f"agent protocol: disk {n} was not sent before the restore")
         self._trees.check_whole()
 
     def _withdraw(self) -> None:
         """The restore failed before the container could run."""
-        with contextlib.suppress(OSError, PyploopError):  # undo() tries again, and reports
+        with contextlib.suppress(OSError, PyploopError):  # undo() tries it again, and reports
             self._runtime.abandon()
         self.record.write(ABORTED)
         self.committed = False
@@ -349,17 +368,18 @@ class Incoming:
     # ---- ends
 
     def complete(self) -> list[str]:
-        """It stays: forget how it is undone, drop what was needed on the way."""
+        """The container stays: forget how it is undone, and remove what only the migration
+        needed.  Returns what could not be removed."""
         self._files.close()
         failed = complete(self._journal)
         self.record.close()
         return failed
 
     def undo(self) -> list[str]:
-        """It goes, or what was copied is kept.  Returns what could not be
-        undone, which a later process may try again."""
+        """Remove what came, or keep the copied data (--keep-dst).  Returns what could not be
+        undone; a later process may try it again."""
         for job in self._jobs.values():
-            job.end(deadlines.UNMOVED)  # what it made is in the journal
+            job.end(deadlines.UNMOVED)  # all that it made is in the journal
             job.interrupt(deadlines.INTERRUPTED)
         self._files.close()
         failed = undo_kinds.undo_all(self._journal, self._journal.get("keep"))
@@ -367,7 +387,7 @@ class Incoming:
             self._journal
         )
         if what:
-            self._report.note(f"Kept for the next migration from there: {', '.join(what)}")
+            self._report.note(f"Kept for the next migration from the same host: {', '.join(what)}")
         if not failed:
             self.record.write(ABORTED)
         self.record.close(remove=not failed)

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The files of one migration that comes here, as far as they outlive its failure:
-what was kept of an earlier one is gone on with, and with --keep-dst what comes
-now lies where it can be kept (resumable_files.py).
+"""The incoming files of one migration that may outlive its failure.  Resumable files of an
+earlier migration are used again.  With --keep-dst the files that come now lie where they
+can be kept (resumable_files.py).
 
-Invariant: a file is in the journal, with the name that it has until it is
-finished, before it is made or moved.
+Invariant: before a file is made or moved, it is in the journal, with the name that it has
+until it is finished.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from pyploop.undo.journal import Journal
 
 
 class IncomingFiles:
-    """`close` ends it, on every path."""
+    """The owner calls `close`, on every path."""
 
     def __init__(
         self,
@@ -42,9 +42,10 @@ class IncomingFiles:
         disks: Sequence[Disk],
         report: Reporter,
     ) -> None:
-        """log: has `migration`, `source` and `keep`, and takes what must be undone."""
+        """log: the journal, with the fields `migration`, `source` and `keep`; it gets the
+        undo steps."""
         self._log, self._container = log, runtime.container
-        # Before anything is made: folders that stay, on the file system of each disk.
+        # Looked up before anything is made: folders that stay, on each disk's file system.
         self._homes = {f"disk {n}": existing_parent(disk.image) for n, disk in enumerate(disks)}
         self._items_home = next(iter(self._homes.values()), Path(host.state_dir))
         homes = {*self._homes.values(), self._items_home}
@@ -55,25 +56,29 @@ class IncomingFiles:
 
     @property
     def names(self) -> list[str]:
-        """What was kept and may be gone on with."""
+        """Names of the resumable files."""
         return list(self._files)
 
     def send_digests(self, wanted: Any, out: socket.socket) -> Callable[[], None]:
-        """The work of sending digests of [name, size] after [name, size]; the sizes
+        """Returns the work that sends the digests.  wanted: a list of [name, size]; the sizes
         are those of the files at the source."""
         sizes = []
         for name, size in wanted:
             file = self._files.get(name)
             if file is None or name in self._asked:
-                raise ProtocolError(f"agent protocol: no {str(name)[:80]!r} is kept here")
+                raise ProtocolError(
+                    f"agent protocol: {str(name)[:80]!r} is not among the resumable files here"
+                )
             if not isinstance(size, int) or not 0 <= size <= LARGEST_FILE:
-                raise ProtocolError(f"agent protocol: {size!r} is no size of a file")
+                raise ProtocolError(f"agent protocol: {size!r} is not the size of a file")
             sizes.append((file, size))
         for file, size in sizes:
             try:
                 os.ftruncate(file.fd, size)
             except OSError as e:
-                raise WriteError.of(f"cannot set the size of {file.path} to {size}", e) from e
+                raise WriteError.of(
+                    f"cannot set the size of {file.path} to {size} bytes", e, path=file.path
+                ) from e
             self._asked[file.name] = size
 
         def work() -> None:
@@ -83,10 +88,10 @@ class IncomingFiles:
 
         return work
 
-    # ---- what comes
+    # ---- what is received
 
     def disk(self, name: str, path: str, reuse: bool) -> Sink | None:
-        """Where a disk is received; None: a new file without a name will do.
+        """Where a disk is received.  None: a new file that has no name until it is finished.
         reuse: the source has asked for its digests, and sends what differs."""
         file = self._used(name, reuse)
         if file is not None:
@@ -100,13 +105,13 @@ class IncomingFiles:
         flags = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
         fd = os.open(unfinished, flags, 0o600)
         leased = False
-        with contextlib.suppress(OSError):  # not on this file system
+        with contextlib.suppress(OSError):  # not all file systems have leases
             lease(fd)
             leased = True
         return ResumableSink(path, unfinished, fd, 0, leased)
 
     def item(self, label: str, at: Place, root: str) -> int:
-        """The open file of an item, at its place; the caller closes it.  root: see
+        """The open file for a static file, at its place; the caller closes it.  root: see
         Runtime.root_of."""
         file = self._used(label, label in self._asked)
         if file is not None:
@@ -121,7 +126,8 @@ class IncomingFiles:
         return beneath.create(at)
 
     def check_items(self) -> None:
-        """All items are there: check that no other process wrote them.  WriteError."""
+        """All static files are there.  WriteError when another process has opened one of
+        them for writing."""
         for fd, path in self._placed:
             check_untouched(fd, path)
         self._let_go()
@@ -129,7 +135,9 @@ class IncomingFiles:
     def _used(self, name: str, reuse: bool) -> ResumableFile | None:
         file = self._files.pop(name, None)
         if reuse and (file is None or name not in self._asked):
-            raise ProtocolError(f"agent protocol: {name[:80]!r} was not asked for")
+            raise ProtocolError(
+                f"agent protocol: {name[:80]!r} cannot be reused: its digests were not requested"
+            )
         if file is not None and not reuse:
             os.close(file.fd)
             Path(file.path).unlink(missing_ok=True)

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The memory images of one migration that comes to this host, received into tmpfs as
-they are written at the source."""
+"""The incoming memory images of one migration.  They are received into tmpfs while the
+source writes them."""
 
 from __future__ import annotations
 
@@ -16,27 +16,27 @@ from pyploop.migration.image_chain import Chain
 from pyploop.runtimes import LARGEST_FILE, memory_in_use
 
 IMAGE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.@+-]{0,127}")
-"""Of CRIU's images, and vzctl's dump."""
+"""A name of CRIU's images, or of vzctl's dump."""
 
 
 class IncomingMemory:
-    """Of one migration."""
+    """The memory images of one migration."""
 
     def __init__(self, folder: Path, announced: int | None, stall: float) -> None:
-        """folder: of all its images.  announced: bytes of memory that `check` announced.
-        stall: seconds without a byte after which the stream is given up."""
+        """folder: for all images.  announced: bytes of memory that the source announced in
+        `check`.  stall: seconds without a byte after which the stream is given up."""
         self._chain, self._stall = Chain(folder), stall
         self._budget = Budget(memory_in_use.most_taken(announced) if announced else LARGEST_FILE)
 
     def check(self, number: int, parent: int) -> None:
-        """ProtocolError unless these images may come next; see Chain."""
+        """ProtocolError unless these images may come next (image_chain.Chain)."""
         self._chain.check(number, parent)
 
     def receive(
         self, fd: int, number: int, parent: int, dumped: Callable[[Path], None]
     ) -> Callable[[], None]:
-        """The work of receiving the images of a pre-dump, or (0) of the dump, which
-        `dumped` gets then."""
+        """Returns the work that receives the images of a pre-dump, or (0) of the dump.
+        dumped: called with the folder of the complete dump."""
         images = self._chain.append(number, parent)
 
         def opened(name: str, flags: int) -> int:
@@ -54,8 +54,8 @@ class IncomingMemory:
             )
             file_stream.receive(fd, self._stall, place)
             if not number:
-                # Here, and not when the restore is asked for: the last blocks of the
-                # disks are on their way meanwhile.
+                # Now, and not when the restore is requested: the last blocks of the disks
+                # are still on their way, so this costs no downtime.
                 dumped(images)
 
         return work

@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The target's side of a migration's directory trees: one rsync server for each
-pass, and what it wrote made durable.
+"""The target's side of a migration's directory trees.  Each pass has one rsync server, and
+what it has written is made durable.
 
-Invariant: a tree counts as whole only when the server of its last pass has
-ended well.
+Invariant: a tree is whole only when the server of its last pass has succeeded.
 """
 
 from __future__ import annotations
@@ -25,20 +24,23 @@ from pyploop.undo.journal import Journal
 
 
 def check(command: str, trees: Sequence[Tree], sizes: Sequence[Any], kept: dict[int, int]) -> None:
-    """Before anything starts: rsync is here, and there is room for the trees,
-    and nothing in their way.  kept: bytes that are there.  MigrateError."""
+    """Check before anything starts: rsync is installed, there is room for the trees, and
+    nothing lies in their place.  kept: bytes of each tree that are here already.
+    MigrateError."""
     if trees or sizes:
         rsync.check_installed(command)
     if len(trees) != len(sizes):
         raise ProtocolError(
-            f"the source has {len(sizes)} trees, and the target's configuration {len(trees)}"
+            f"the container has {len(sizes)} trees on the source, and {len(trees)} in the "
+            "target's configuration",
+            hint="name the same trees in migrate.toml on both hosts",
         )
     for index, (tree, size) in enumerate(zip(trees, sizes, strict=True)):
         tree_folders.check_free(tree, max(int(size) - kept.get(index, 0), 0))
 
 
 class IncomingTrees:
-    """Of one migration."""
+    """The directory trees of one migration."""
 
     def __init__(
         self,
@@ -52,20 +54,20 @@ class IncomingTrees:
         report: Reporter,
         mode: int = 0o700,
     ) -> None:
-        """command: rsync; folder: for its configurations; stall: seconds
-        after which a silent client is given up; keep_fds: see Runtime; mode: of
-        folders that are made."""
+        """command: rsync.  folder: for rsync's configurations.  stall: seconds after which
+        a silent client is given up.  keep_fds: see Runtime.  mode: of the folders that are
+        made above the trees."""
         self._command, self._trees, self._folder = command, trees, folder
         self._log, self._stall, self._keep_fds = log, stall, keep_fds
         self._passes = 0
         self._mode = mode
-        # Before anything is made: what is kept lies in folders that stay.
+        # Computed before anything is made: kept trees lie in folders that stay.
         self._entries = [
             resumable_trees.entry_for(log, n, tree.path) for n, tree in enumerate(trees)
         ]
         self._made = resumable_trees.adopt(log, self._entries, self._make_parent, report)
         self.kept = [f"tree {index}" for index in sorted(self._made)]
-        """What was kept of an earlier migration, and lies in its place."""
+        """Names of the trees that an earlier migration has left, and that lie in their place."""
         self._last: dict[int, str] = {}
         self._failed: dict[str, str] = {}
 
@@ -73,11 +75,15 @@ class IncomingTrees:
         undo_kinds.make_folders(self._log, Path(path).parent, self._mode)
 
     def take(self, index: int, fd: int, last: bool) -> tuple[str, Job[None]]:
-        """Serve one pass; (its name, what waits for its end, and never fails).
-        last: it is the last one, or replaces that.  The descriptor is closed."""
+        """Start the server of one pass.  Returns the pass's name, and a job that waits for
+        its end and never fails.  last: this is the last pass, or a repetition of it.
+        Closes the descriptor."""
         try:
             if not 0 <= index < len(self._trees):
-                raise ProtocolError(f"agent protocol: no tree {index!r} to receive")
+                raise ProtocolError(
+                    f"agent protocol: there is no tree {index!r}: this container has "
+                    f"{len(self._trees)} trees here"
+                )
             path = self._trees[index].path
             if index not in self._made:
                 undo_kinds.make_folders(self._log, Path(path), self._mode)
@@ -118,17 +124,17 @@ class IncomingTrees:
         return name, Job(work)
 
     def check(self, name: str) -> None:
-        """MigrateError(6), with the reason, when this pass has ended badly; its
-        source decides what that means."""
+        """MigrateError(6), with the reason, when this pass has failed.  The source decides
+        what follows from that."""
         if name in self._failed:
             raise MigrateError(VzExitCode.COPY_FAILED, self._failed[name])
 
     def check_whole(self) -> None:
-        """All servers have ended: MigrateError unless the last pass over each tree
-        has ended well."""
+        """All servers have ended.  MigrateError unless the last pass over each tree has
+        succeeded."""
         for index in range(len(self._trees)):
             if index not in self._last:
-                raise ProtocolError("agent protocol: not all trees were sent")
+                raise ProtocolError(f"agent protocol: tree {index} was not sent before the restore")
             self.check(self._last[index])
 
 
