@@ -423,14 +423,14 @@ def test_memory_is_not_taken_after_a_check_for_a_container_that_has_stopped(
 ) -> None:
     started(source)
     for op, args in (("dump", {"channel": 9}), ("restore", {"timeout": 1.0})):
-        with pytest.raises(MigrateError, match="not live"):
+        with pytest.raises(MigrateError, match="only in a live migration"):
             source.ask(op, **args)
 
 
 def test_nothing_begins_after_a_check_that_failed(target: VzHost, source: Hostile) -> None:
     with pytest.raises(MigrateError, match="lies outside"):
         source.check(CTID, "vzctl", {**FACTS, "top": "../x"}, sizes=[0])
-    with pytest.raises(MigrateError, match="begin comes after check"):
+    with pytest.raises(MigrateError, match="`begin` must come once"):
         source.begin()
     assert not list(target.folder.glob("varlib/**/*.json"))
     started(source)  # by all the checks of another one
@@ -438,7 +438,7 @@ def test_nothing_begins_after_a_check_that_failed(target: VzHost, source: Hostil
 
 def test_a_second_check_after_the_first_changes_nothing(source: Hostile) -> None:
     started(source)
-    with pytest.raises(MigrateError, match="check comes once"):
+    with pytest.raises(MigrateError, match="`check` came twice"):
         source.check(CTID, "vzctl", FACTS, sizes=[0], live=True)
 
 

@@ -262,7 +262,7 @@ def _fails(*_: object, **__: object) -> None:
 def test_one_connection_takes_one_place(connect: Connect) -> None:
     source = connect()
     source.begin()
-    assert "check comes once" in source.refused("check", {**CHECK, "facts": FACTS})
+    assert "`check` came twice" in source.refused("check", {**CHECK, "facts": FACTS})
 
 
 def test_a_check_that_fails_gives_its_place_back(connect: Connect, world: World) -> None:
@@ -495,7 +495,7 @@ def test_messages_that_nobody_reads_are_left_out_and_counted(connect: Connect) -
         told.line(3, 0.0, f"{n}")
     assert len(events) == agent_events.MOST_EVENTS
     told.asked()
-    assert events[-1]["fields"]["text"] == "7 messages were left out here"
+    assert events[-1]["fields"]["text"] == "7 messages were left out: too many at once"
     assert source.call("clock")
 
 

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The agent on the other host, over one ssh connection.
+"""The agent on the target, over one ssh connection.
 
-Nothing here asks a person anything: BatchMode, host keys as ssh_config has them.
+Nobody is asked for a password or to accept a host key: ssh runs with BatchMode, and host
+keys are checked as ssh_config says.
 """
 
 from __future__ import annotations
@@ -34,19 +35,19 @@ from pyploop.wire import channels, messages
 from pyploop.wire import mux as wire
 
 EVENT_BYTES = 8 * MIB
-"""Bytes of events that are handed on in one connection: they go into a log."""
+"""Bytes of events that one connection may add to the log."""
 VALUE = 100
-"""Bytes that a value in an event counts for beyond its own."""
+"""Bytes that each value in an event counts for in addition to its length."""
 LONGEST_OUTPUT = 1000
-"""Characters of what ssh and the agent printed that go into a message."""
+"""Characters of the output of ssh and the agent that go into a message."""
 SSH_OPTIONS = (
     "-T",
-    # The target needs nothing of ours: no keys of the user's agent, no display, no
-    # tickets, no way back.  These count whatever ssh_config says, and the first three
-    # whatever --ssh says, too.
+    # The target gets no keys of the user's ssh agent, no display, no tickets, and no
+    # forwarding back to us.  These options overrule ssh_config; the first three overrule
+    # --ssh, too.
     *("-a", "-x", "-k", "-oClearAllForwardings=yes"),
     *("-oTunnel=no", "-oPermitLocalCommand=no", "-oRemoteCommand=none"),
-    # Nor does it write keys into our known_hosts.
+    # The target must not write keys into our known_hosts.
     "-oUpdateHostKeys=no",
     "-oBatchMode=yes",
     "-oConnectTimeout=15",
@@ -54,11 +55,11 @@ SSH_OPTIONS = (
     "-oServerAliveCountMax=4",
 )
 OnEvent = Callable[[str, float, dict[str, Any]], None]
-"""An event's name, its moment on the target's clock, and its fields."""
+"""Called with an event's name, its time on the target's clock, and its fields."""
 
 
 class Remote:
-    """An agent at work; a context manager that ends the connection."""
+    """The connection to an agent; a context manager that ends it."""
 
     def __init__(
         self,
@@ -68,21 +69,21 @@ class Remote:
         agent: Sequence[str],
         on_event: OnEvent = lambda *_: None,
     ) -> None:
-        """ssh: program and arguments; options: of the user's, before ours.
-        agent: the command on the target, as words.  MigrateError(4) when there
-        is no agent, or one that does not fit."""
+        """ssh: program and arguments.  options: the user's options for ssh, which come
+        before ours.  agent: the command on the target, as words.  MigrateError(4) when no
+        agent answers, or one of another version."""
         if host.startswith("-"):
-            raise MigrateError(1, f"{host!r} is not a host")
+            raise MigrateError(VzExitCode.USAGE, f"{host!r} is not a host name")
         self.host = host
         self._on_event = on_event
         self._lock = threading.Lock()
         self.capabilities: Sequence[str] = ()
-        """What of this major version the agent knows, as its answer to `check` says."""
+        """Optional parts of the protocol that the agent knows, by its answer to `check`."""
         self._channel = 0
         self._request = 0
         self._event_bytes = 0
         self._errors = LastWords()
-        # ssh hands one string to the login shell there: quoted for it here.
+        # ssh passes one string to the login shell on the target, so it is quoted for a shell.
         command = [*ssh, *options, *SSH_OPTIONS, "--", host, shlex.join(agent)]
         try:
             self._process = subprocess.Popen(
@@ -90,12 +91,15 @@ class Remote:
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=self._errors.fd,
-                start_new_session=True,  # a ^C is ours to handle
+                start_new_session=True,  # a ^C must not end ssh before the target is undone
             )
         except OSError as e:
             self._errors.close()
             raise MigrateError(
-                VzExitCode.CANNOT_CONNECT, f"cannot run {ssh[0]}: {e.strerror}"
+                VzExitCode.CANNOT_CONNECT,
+                f"cannot run {ssh[0]} on this host: {e.strerror}",
+                path=ssh[0],
+                hint="install it, or name another program as `ssh` in migrate.toml",
             ) from e
         self._errors.started()
         assert self._process.stdin is not None and self._process.stdout is not None
@@ -107,34 +111,36 @@ class Remote:
             early = self._greet()
             self._mux = Mux(self._rfd, self._wfd, early)
         except BaseException:
-            self._process.terminate()  # nothing was asked of it: nothing is to be undone
+            self._process.terminate()  # no request was sent, so nothing has to be undone
             self.close()
             raise
 
     def _greet(self) -> bytes:
-        """Both hellos; returns what came after the peer's."""
+        """Exchange hellos.  Returns the bytes that came after the peer's."""
         deadline = time.monotonic() + deadlines.CONNECT
         data = b""
         while (peer := wire.find_hello(data)) is None:
             if len(data) > wire.HELLO_LIMIT:
                 raise self._no_agent(
-                    f"its login shell prints more than {wire.HELLO_LIMIT >> 10} KiB"
+                    f"the login shell there prints more than {wire.HELLO_LIMIT >> 10} KiB"
                 )
             left = deadline - time.monotonic()
             if left <= 0:
-                raise self._no_agent(f"no hello within {deadlines.CONNECT:g} s")
+                raise self._no_agent(f"no answer within {deadlines.CONNECT:g} s")
             if not descriptors.readable(self._rfd, min(left, descriptors.POLL_SLICE)):
                 continue
             part = os.read(self._rfd, 4096)
             if not part:
-                raise self._no_agent("the connection ended before its hello")
+                raise self._no_agent("the connection ended before the agent answered")
             data += part
         self.version = peer.version
         if why := wire.mismatch(peer, __version__):
             raise MigrateError(
-                VzExitCode.CANNOT_CONNECT, f"the agent on {self.host} does not fit: {why}"
+                VzExitCode.CANNOT_CONNECT,
+                f"cannot work with the pyploop on {self.host}: {why}",
+                hint="install the same version of pyploop on both hosts",
             )
-        with contextlib.suppress(BrokenPipeError):  # the next read fails by it
+        with contextlib.suppress(BrokenPipeError):  # the next read reports it
             os.write(self._wfd, wire.hello(__version__))
         return data[peer.end :]
 
@@ -143,10 +149,14 @@ class Remote:
             self._process.wait(0.5)
         printed = self.stderr()
         text = f"no pyploop agent on {self.host}: {why}" + (f" ({printed})" if printed else "")
-        return MigrateError(VzExitCode.CANNOT_CONNECT, text)
+        return MigrateError(
+            VzExitCode.CANNOT_CONNECT,
+            text,
+            hint=f"`ssh {self.host} pyploop agent </dev/null` must print a line PYPLOOP-AGENT …",
+        )
 
     def stderr(self) -> str:
-        """The end of what ssh and the agent printed, as one line."""
+        """The end of the output of ssh and the agent on stderr, as one line."""
         text = self._errors.text(self._process.poll() is not None)
         return "; ".join(text[-LONGEST_OUTPUT:].split("\n")).strip("; \r")
 
@@ -155,9 +165,9 @@ class Remote:
     def call(
         self, op: str, timeout: float, gone: Callable[[], bool] = bool, /, **args: Any
     ) -> dict[str, Any]:
-        """One request.  MigrateError as the agent raised it, or PyploopError
-        when the connection is dead or the answer late; CancelledError when it is not
-        waited for any more (`gone`)."""
+        """Send one request, and return its answer.  MigrateError: the agent's own failure.
+        PyploopError: the connection is dead, or the answer is late.  CancelledError: `gone`
+        says that the answer is not needed any more."""
         mux = self._live()
         with self._lock:
             self._request += 1
@@ -172,13 +182,18 @@ class Remote:
                 before = mux.taken
                 message = self._next(mux, op, deadline, timeout, gone)
                 if mux.taken > most:
-                    mux.end(ProtocolError(f"agent protocol: events without end instead of {op!r}"))
-                    raise mux.failure or ReadError("the connection ended")
+                    mux.end(
+                        ProtocolError(
+                            f"agent protocol: more than {INBOX >> 20} MiB of events came instead "
+                            f"of the answer to {op!r}"
+                        )
+                    )
+                    raise mux.failure or ReadError("the connection to the peer has ended")
                 if "event" in message:
                     self._hand_on(*messages.event(message), size=mux.taken - before)
                 elif message.get("id") == number:
                     break
-                # else: the late answer to a request that was given up
+                # else: the late answer to a request that is not waited for any more
         if "error" in message:
             code, text = messages.failure(message["error"])
             raise MigrateError(code, f"{self.host}: {text}")
@@ -190,7 +205,7 @@ class Remote:
         if self._event_bytes <= EVENT_BYTES:
             self._on_event(name, at, fields)
         elif within:
-            text = "it sends too many messages: the rest of them is left out"
+            text = "this host sends too many messages: the rest of them is left out"
             self._on_event("line", at, {"level": NOTE, "text": text})
 
     def _next(
@@ -199,11 +214,12 @@ class Remote:
         while True:
             if gone():
                 raise CancelledError(
-                    f"{op} on {self.host} was given up: the migration is being ended"
+                    f"the request {op!r} to {self.host} was cancelled: the migration is being ended"
                 )
             left = deadline - time.monotonic()
             try:
-                # Also when there is a message: one who always has another is late, too.
+                # Even if there is another message: a peer that always sends one more event
+                # is late, too.
                 if left <= 0 and mux.failure is None:
                     raise ReadError("no answer")
                 return mux.receive(min(max(left, 0.0), deadlines.GLANCE))
@@ -221,7 +237,8 @@ class Remote:
                 self._process.wait(deadlines.LAST_WORDS)
         printed = self.stderr()
         return error.saying(
-            f"{op} on {self.host}: {why}" + (f" (it said: {printed})" if printed else "")
+            f"the request {op!r} to {self.host} failed: {why}"
+            + (f" (its output: {printed})" if printed else "")
         )
 
     def _live(self) -> Mux:
@@ -232,26 +249,28 @@ class Remote:
         return self._mux
 
     def open_channel(self) -> tuple[int, int]:
-        """(number for a request, descriptor): the caller closes it.  MigrateError when
-        the agent takes no more of them."""
+        """Returns (the number for a request, a descriptor, which the caller closes).
+        MigrateError when the agent takes no more channels."""
         if self.channels_left < 1:
             raise MigrateError(
                 VzExitCode.COPY_FAILED,
                 f"pyploop {self.version} on {self.host} takes no more than {self._channel} "
                 "channels in one migration",
+                hint="install a newer pyploop there, or migrate fewer disks and trees at once",
             )
         self._channel += 1
         return self._channel, self._live().open(self._channel)
 
     @property
     def channels_left(self) -> int:
-        """How many can still be opened: their numbers are not used again."""
+        """How many channels can still be opened.  No number is used twice."""
         last = channels.LAST if "channels" in self.capabilities else channels.LAST_OLD
         return last - self._channel
 
     @contextlib.contextmanager
     def explained(self) -> Iterator[None]:
-        """What fails in it because the connection is dead says why it is dead."""
+        """A failure in the body that comes of the dead connection also says why that is
+        dead."""
         try:
             yield
         except MigrateError:
@@ -263,26 +282,26 @@ class Remote:
             raise MigrateError(VzExitCode.COPY_FAILED, f"{self.host}: {cause} ({e})") from e
 
     def cut(self, cause: PyploopError) -> None:
-        """From any thread: the connection is given up, and each wait for the
-        target fails."""
+        """From any thread: end the connection, so that each wait for the target fails."""
         if self._mux is not None:
             self._mux.end(cause)
 
     def alive(self) -> bool:
-        """A request would be sent."""
+        """Whether a request can still be sent."""
         return self._mux is not None and self._mux.failure is None
 
     # ---- end
 
     def close(self) -> None:
-        """End the connection; the agent undoes what is not committed, and then
-        ends, which is waited for."""
+        """End the connection.  The agent then undoes what is not committed, and ends.  Wait
+        for that."""
         process = self._process
         assert process.stdin is not None and process.stdout is not None
         if process.stdin.closed:
             return
         if self._mux is not None:
-            # The agent sees our end of stdin, and we see its: that it has undone.
+            # The agent sees the end of its stdin.  We see the end of its output, which says
+            # that it has undone everything.
             self._mux.close()
             self._mux = None
         process.stdin.close()

@@ -11,8 +11,8 @@ from pathlib import Path
 
 
 def identity(state_dir: str) -> dict[str, str]:
-    """Of this host as a source: a target takes what it has kept of a container
-    only for the same one from the same host."""
+    """Identity of this host as a source.  A target uses resumable files only for the same
+    container from the same host."""
     machine = ""
     with contextlib.suppress(OSError):
         machine = Path("/etc/machine-id").read_text().strip()

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """`pyploop agent`: the target's end of a migration (docs/internals/agent-protocol.md).
 
-Serves one connection on stdin and stdout, request by request.  When it ends
-before the commit, everything is undone; after it, nothing.
+It serves one connection on stdin and stdout, request by request.  When the connection ends
+before the commit, everything is undone.  After the commit nothing is.
 """
 
 from __future__ import annotations
@@ -44,14 +44,15 @@ class Agent:
     """One connection."""
 
     def __init__(self, host: HostConfig, rfd: int, wfd: int, source: Source) -> None:
-        """source: who is at the other end, as this host knows it."""
+        """source: the source, as this host knows it."""
         self._host, self._source = host, source
         self._live = False
-        """A live migration was asked for, from a source that may do that."""
+        """A live migration was requested, and this host trusts the source with it."""
         self._runtime: Runtime | None = None
         self._incoming: Incoming | None = None
         self._had_begun = False
-        """What was checked may be there by now, as what this connection has brought."""
+        """`begin` has come.  The checks hold no longer: this connection itself may have
+        made what they look for."""
         self._facts: Facts = {}
         self._locks = contextlib.ExitStack()
         self._mux = Mux(rfd, wfd, greet(rfd, wfd))
@@ -77,14 +78,15 @@ class Agent:
         }
 
     def serve(self) -> None:
-        """Until the connection ends."""
+        """Answer requests until the connection ends."""
         try:
             while True:
+                patience = self._patience()
                 try:
-                    request = self._mux.receive(self._patience())
-                except PyploopError as e:
+                    request = self._mux.receive(patience)
+                except PyploopError:
                     if self._mux.failure is None:  # else the source knows
-                        _say(f"{clipped(e)} from the source, so the connection is ended")
+                        _say(f"the source sent no request for {patience:g} s, so the agent ends")
                     return
                 self._events.asked()
                 self._answer(request)
@@ -92,7 +94,7 @@ class Agent:
             self._end()
 
     def _patience(self) -> float:
-        """Seconds for the next request."""
+        """Seconds within which the next request must come."""
         if self._incoming is not None:
             return deadlines.IDLE if self._incoming.working() else deadlines.UNBEGUN
         return deadlines.UNBEGUN if self._runtime is not None else deadlines.UNASKED
@@ -105,12 +107,13 @@ class Agent:
             args = messages.request(op, request.get("args"))
             answer: wire.Message = {"id": number, "ok": self._requests[str(op)](**args)}
         except PyploopError as e:
-            answer = {"id": number, "error": {"code": vz_code(e), "message": clipped(e)}}
+            text = f"{e}. Hint: {e.hint}" if e.hint else str(e)
+            answer = {"id": number, "error": {"code": vz_code(e), "message": clipped(text)}}
         except OSError as e:
             text = f"{e.filename}: {e.strerror}" if e.filename else str(e.strerror)
             answer = {"id": number, "error": {"code": VzExitCode.USAGE, "message": text}}
         except (TypeError, ValueError, LookupError, AttributeError, ArithmeticError) as e:
-            text = f"agent protocol: {op!r} with wrong arguments ({clipped(e)})"
+            text = f"agent protocol: the request {op!r} has wrong arguments ({clipped(e)})"
             answer = {"id": number, "error": {"code": VzExitCode.USAGE, "message": text}}
         with contextlib.suppress(PyploopError):  # a dead connection ends serve()
             self._mux.send(answer)
@@ -123,7 +126,7 @@ class Agent:
                 failed = done.complete()
             elif not done.committed:
                 failed = done.undo()
-            # else: it is not known whether it runs; settle() finds the journal.
+            # Else it is not known whether the container runs.  settle() finds the journal.
         self._mux.close()
         self._locks.close()
         for text in failed:
@@ -145,9 +148,9 @@ class Agent:
         nodeps: list[str],
     ) -> dict[str, Any]:
         if self._runtime is not None:
-            raise ProtocolError("agent protocol: check comes once")
+            raise ProtocolError("agent protocol: the request `check` came twice")
         if not NAME.fullmatch(container):
-            raise ProtocolError(f"{container[:40]!r} is not a container's name")
+            raise ProtocolError(f"agent protocol: {container[:40]!r} is not a container's name")
         chosen = make_runtime(self._host, runtime, container)
         facts = {**facts, "source": resumable_files.source_of(facts, str(self._source))}
         if live:
@@ -156,25 +159,28 @@ class Agent:
             checks.lock(self._host, chosen, self._locks)
             answer = checks.check_all(self._host, chosen, live, facts, sizes=sizes, nodeps=nodeps)
         except BaseException:
-            self._locks.close()  # for others: nothing comes of this one
+            self._locks.close()  # this migration has failed, and others may begin
             raise
-        # Not before: what comes next rests on all of these checks.
+        # Not before this: all that follows relies on all of these checks.
         self._runtime, self._facts, self._live = chosen, facts, live
         return answer
 
     def _begin(self, migration: str, stall: float, keep: bool) -> dict[str, Any]:
         if self._runtime is None or self._had_begun:
-            raise ProtocolError("agent protocol: begin comes after check, once")
+            raise ProtocolError("agent protocol: `begin` must come once, after `check`")
         chosen = self._runtime
-        if not 0 <= float(stall) <= deadlines.IDLE:  # a NaN is neither
-            raise ProtocolError(f"agent protocol: {stall!r} is no time to wait")
-        # vzctl's containers are not locked here: another source may have been as far.
+        if not 0 <= float(stall) <= deadlines.IDLE:  # false for a NaN
+            raise ProtocolError(
+                f"agent protocol: {stall!r} is not a time-out from 0 to {deadlines.IDLE:g} seconds"
+            )
+        # vzctl's containers are not locked here, so another source may have come as far.
         with locks.exclusive(commit_record.make_folder(Path(self._host.state_dir))):
             settle_dead(self._host, chosen)
             if chosen.state().exists:
                 raise MigrateError(
                     VzExitCode.EXISTS,
-                    f"container {chosen.container} was created here since the checks",
+                    f"container {chosen.container} was created on this host after the checks; "
+                    "nothing of the migration is left here",
                 )
             self._incoming = Incoming(
                 self._host,
@@ -190,15 +196,17 @@ class Agent:
 
     def _begun(self) -> Incoming:
         if self._incoming is None:
-            raise ProtocolError("agent protocol: begin comes first")
+            raise ProtocolError("agent protocol: this request must come after `begin`")
         return self._incoming
 
     def _receiving(self) -> Incoming:
-        """The migration that comes here, of which not all has come yet."""
+        """The incoming migration.  ProtocolError when it may receive nothing now."""
         if self._begun().committed:
             raise ProtocolError("agent protocol: nothing is received after the commit")
         if self._begun().placing():
-            raise ProtocolError("agent protocol: the items are not all there yet (join)")
+            raise ProtocolError(
+                "agent protocol: the static files are not all there yet; `join` must come first"
+            )
         return self._begun()
 
     def _items(self, channel: int) -> dict[str, Any]:
@@ -222,8 +230,8 @@ class Agent:
 
     @contextlib.contextmanager
     def _opened(self, channel: int) -> Iterator[int]:
-        """A channel's descriptor, closed here if the body fails.  Else the one to whom
-        the body gave it closes it."""
+        """A channel's descriptor.  It is closed here if the body fails; otherwise the body
+        has passed it on."""
         fd = self._mux.open(channel)
         try:
             yield fd
@@ -249,7 +257,9 @@ class Agent:
 
     def _need_live(self) -> None:
         if not self._live:
-            raise ProtocolError("agent protocol: no memory comes in a migration that is not live")
+            raise ProtocolError(
+                "agent protocol: memory is received only in a live migration, and this one is not"
+            )
 
     def _restore(self, timeout: float) -> dict[str, Any]:
         self._need_live()
@@ -262,23 +272,28 @@ class Agent:
     def _finish(self) -> dict[str, Any]:
         done = self._begun()
         if not done.committed:
-            raise ProtocolError("agent protocol: finish comes after restore")
+            raise ProtocolError("agent protocol: `finish` must come after the commit")
         self._incoming = None
         return {"failed": done.complete()}
 
     def _undo(self) -> dict[str, Any]:
         done = self._begun()
         if done.committed:
-            raise ProtocolError("agent protocol: what is committed is not undone")
+            raise ProtocolError(
+                "agent protocol: the migration is committed, so it cannot be undone here"
+            )
         self._incoming = None
-        # What still receives ends by that, and makes nothing more.
+        # This ends the jobs that still receive, so that they make nothing more.
         self._mux.reset_channels()
         return {"failed": done.undo()}
 
     def _not_ours(self, migration: str) -> str:
-        """ProtocolError for the migration of this connection, which is not over."""
+        """The checked ID of another migration.  ProtocolError when it is the one that this
+        connection still has."""
         if self._incoming is not None and self._incoming.migration == migration:
-            raise ProtocolError("agent protocol: this migration is not over (finish, undo)")
+            raise ProtocolError(
+                "agent protocol: this migration is not over: `finish` or `undo` must come first"
+            )
         return commit_record.check_id(migration)
 
     def _settle(self, migration: str) -> dict[str, Any]:
@@ -287,28 +302,28 @@ class Agent:
         return answer
 
     def _forget(self, migration: str) -> dict[str, Any]:
-        """The source has done what the commit record asks of it."""
+        """The source has done what follows from the commit record, so the record can go."""
         commit_record.forget(Path(self._host.state_dir), self._not_ours(migration))
         locks.remove_dead(Path(self._host.lock_dir))
         return {}
 
 
 def _say(text: str) -> None:
-    """On stderr, which ssh passes on to the source, if it still listens."""
+    """Print on stderr.  ssh passes it on to the source, if that still listens."""
     with contextlib.suppress(OSError):
         os.write(2, one_line(f"pyploop agent: {text}").encode() + b"\n")
 
 
 def vz_code(error: PyploopError) -> int:
-    """vzmigrate's exit code for what failed here."""
+    """vzmigrate's exit code for a failure here."""
     if isinstance(error, MigrateError):
         return error.exit_code
     return VzExitCode.LOCKED if isinstance(error, BusyError) else VzExitCode.COPY_FAILED
 
 
 def greet(rfd: int, wfd: int) -> bytes:
-    """Both hellos; returns what came after the peer's.  ProtocolError when it
-    does not fit, which the peer sees by our hello."""
+    """Exchange hellos.  Returns the bytes that came after the peer's.  ProtocolError when the
+    versions do not fit; the peer sees that from our hello."""
     descriptors.write_all(wfd, wire.hello(__version__), "cannot say hello")
     deadline = time.monotonic() + deadlines.HELLO
     data = b""
@@ -316,14 +331,17 @@ def greet(rfd: int, wfd: int) -> bytes:
         # Byte by byte: what follows belongs to the frames.
         data += descriptors.read_exactly(rfd, 1, lambda: deadline, "waiting for a hello")
         if len(data) > 128:
-            raise ProtocolError(
-                "agent protocol: the peer sent no hello (only `pyploop migrate` starts this)"
-            )
+            raise _no_hello()
     peer = wire.find_hello(data)
     if peer is None:
-        raise ProtocolError(
-            "agent protocol: the peer sent no hello (only `pyploop migrate` starts this)"
-        )
+        raise _no_hello()
     if why := wire.mismatch(peer, __version__):
-        raise ProtocolError(f"the source does not fit: {why}")
+        raise ProtocolError(f"this agent cannot work with the pyploop of the source: {why}")
     return b""
+
+
+def _no_hello() -> ProtocolError:
+    return ProtocolError(
+        "agent protocol: the peer sent no hello",
+        hint="do not run `pyploop agent` by hand: `pyploop migrate` on the source starts it",
+    )

@@ -13,22 +13,22 @@ from pyploop.report.events import NOTE
 from pyploop.wire.messages import clipped
 
 MOST_EVENTS = 1000
-"""Events that are sent between two requests; more are left out, and counted."""
+"""Events that are sent between two requests at most.  The others are only counted."""
 
 
 class Events:
-    """What happens here, sent to the source."""
+    """A renderer that sends the agent's events to the source."""
 
     def __init__(self, mux: Mux) -> None:
         self._mux = mux
         self._sent = 0
-        """Since the last request: the source may not be reading them."""
+        """Events since the last request.  The source may not be reading them."""
 
     def asked(self) -> None:
-        """A request came, so the source has read what was sent before."""
+        """A request came, so the source has read the events that were sent before."""
         left_out, self._sent = self._sent - MOST_EVENTS, 0
         if left_out > 0:
-            self.line(NOTE, 0.0, f"{left_out} messages were left out here")
+            self.line(NOTE, 0.0, f"{left_out} messages were left out: too many at once")
 
     def event(self, name: str, at: float, fields: dict[str, Any]) -> None:
         self._sent += 1
