@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
-"""On which host a container runs: the record at the target that decides it.
+"""The commit record: a file at the target that decides which host runs the container.
 
-Invariant: exactly one host runs the container.  The source lets it run again
-only after the target has said `aborted`, or was never asked to restore; the
-target lets it run only after `committed` is durable here, and never gives it
-back once it `ran`.  A process that asks later waits until the one that might still
-decide has ended: that one, and each command that it starts, has a lock on the record.
+Invariant: exactly one host runs the container.  The source lets it run again only after
+the target has answered `aborted`, or if the target was never asked to restore.  The
+target lets it run only after `committed` is durable here, and never gives it back once it
+`ran`.  The process that decides, and each command that it starts, has a lock on the
+record.  A process that asks later waits for that lock.
 """
 
 from __future__ import annotations
@@ -23,34 +23,35 @@ from pyploop.errors import BusyError, CreateError, ProtocolError, SyncError
 from pyploop.system import private_folder
 
 PENDING, COMMITTED, RAN, ABORTED = "pending", "committed", "ran", "aborted"
-"""RAN: it was seen to run here after the commit, so what its peers have heard since
-is true whatever became of it; `committed` alone may still have come to nothing."""
+"""RAN: the container was seen running here after the commit.  Its network peers may rely on
+what it has sent since, so it stays here whatever happens.  COMMITTED alone does not say
+that it ever ran."""
 _SIZE = 16
 _NAME = re.compile(r"[0-9a-f]{16}")
 POLL = 0.05
 
 
 def make_folder(folder: Path) -> Path:
-    """The folder of journals and records.  CreateError when it cannot be made,
-    OpenError when it is not this user's alone."""
+    """Make the folder of journals and commit records.  CreateError when it cannot be made,
+    OpenError when other users can write to it."""
     try:
         with private_folder.opened(folder, make=True):
             pass
     except OSError as e:
-        raise CreateError.of(f"cannot make {folder}", e) from e
+        raise CreateError.of(f"cannot make the state folder {folder}", e, path=str(folder)) from e
     return folder
 
 
 def new_id() -> str:
-    """Of a migration; unguessable, so that no other one is asked about."""
+    """An ID for a migration.  It cannot be guessed, so nobody can ask about another's."""
     return os.urandom(8).hex()
 
 
 def check_id(text: object) -> str:
-    """ProtocolError unless it is one of ours: it becomes a file's name."""
+    """ProtocolError unless it has the form of an ID: it becomes a part of a file name."""
     if isinstance(text, str) and _NAME.fullmatch(text):
         return text
-    raise ProtocolError(f"{str(text)[:40]!r} is not a migration's ID")
+    raise ProtocolError(f"agent protocol: {str(text)[:40]!r} is not the ID of a migration")
 
 
 class CommitRecord:
@@ -61,32 +62,35 @@ class CommitRecord:
 
     @classmethod
     def create(cls, folder: Path, migration: str, side: str = "target") -> CommitRecord:
-        """A new one, `pending`; CreateError when it cannot be made.  The
-        source has one too, for its lock only: a dump must have ended before
-        anything is undone."""
+        """Make a new record, `pending`.  CreateError when it cannot be made.  The source has
+        a record too, but only for its lock: a dump must have ended before anything is
+        undone."""
         path = folder / f"{migration}.{side}"
         try:
             with private_folder.opened(folder) as where:
                 record = cls(path, private_folder.create(where, path.name))
                 try:
                     fcntl.flock(record.fd, fcntl.LOCK_EX)
-                    # Its block is allocated now: the one write that counts is short.
+                    # Allocate its block now, so that the write of the decision is short and
+                    # needs no room.
                     record.write(PENDING)
                     os.fsync(where)
                 except BaseException:
                     record.close(remove=True)
                     raise
         except OSError as e:
-            raise CreateError.of(f"cannot make {path}", e) from e
+            raise CreateError.of(f"cannot make the commit record {path}", e, path=str(path)) from e
         return record
 
     def write(self, word: str) -> None:
-        """Durable when this returns; SyncError when that is not sure."""
+        """The word is durable when this returns.  SyncError when that is not certain."""
         try:
             os.pwrite(self.fd, word.ljust(_SIZE - 1).encode() + b"\n", 0)
             fdatasync(self.fd)
         except OSError as e:
-            raise SyncError.of(f"cannot write {self.path}", e) from e
+            raise SyncError.of(
+                f"cannot write {word!r} to the commit record {self.path}", e, path=str(self.path)
+            ) from e
 
     def read(self) -> str:
         return os.pread(self.fd, _SIZE, 0).decode(errors="replace").strip()
@@ -101,7 +105,7 @@ class CommitRecord:
 def locked(
     folder: Path, migration: str, wait: float, side: str = "target"
 ) -> Iterator[CommitRecord | None]:
-    """The record as its owner left it; None when there is none.  BusyError when
+    """The record as its owner left it, locked.  None: there is no record.  BusyError when
     the owner, or one of its commands, has not ended within `wait` seconds."""
     path = folder / f"{migration}.{side}"
     try:
@@ -119,7 +123,11 @@ def locked(
                 break
             except BlockingIOError:
                 if time.monotonic() > deadline:
-                    raise BusyError(f"{path} is in use: that migration is still at work") from None
+                    raise BusyError(
+                        f"the migration of {path} is still at work after {wait:g} s",
+                        path=str(path),
+                        hint="try again when its processes have ended",
+                    ) from None
                 time.sleep(POLL)
         yield record
     finally:
@@ -127,13 +135,16 @@ def locked(
 
 
 def forget(folder: Path, migration: str, side: str = "target") -> None:
-    """Remove a record that was acted upon.  ProtocolError for one that is
-    not decided yet."""
+    """Remove a record that is not needed any more.  ProtocolError when it is not decided
+    yet."""
     path = folder / f"{migration}.{side}"
     try:
         word = private_folder.read_path(path)[:_SIZE].decode(errors="replace").strip()
     except FileNotFoundError:
         return
     if word == PENDING:
-        raise ProtocolError(f"migration {migration} is not decided yet, and not forgotten")
+        raise ProtocolError(
+            f"migration {migration} is not decided yet, so its commit record stays",
+            path=str(path),
+        )
     path.unlink(missing_ok=True)

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which process may touch a container, and how many migrations a host takes at once.
+"""Locks: which process may touch a container, and how many migrations a host has at once.
 
-The lock is vzctl's and vzmigrate's own: LOCKDIR/CTID.lck, made with O_EXCL,
-holding the owner's PID, so that vzctl respects ours (it is called with
---skiplock under it) and we respect theirs.
+A container's lock is the one of vzctl and vzmigrate: LOCKDIR/CTID.lck, which contains the
+owner's PID.  It appears whole or not at all, as with O_EXCL.  So vzctl respects our lock
+(under it we call vzctl with --skiplock), and we respect vzctl's.
 """
 
 from __future__ import annotations
@@ -19,23 +19,27 @@ from pyploop.errors import BusyError, CreateError, OpenError
 from pyploop.system import private_folder
 
 POLL = 0.1
-"""Seconds between looks at the slots of a host that is full."""
+"""Seconds between two attempts to get a place on a host that has none free."""
 MAX_LOCK = 64
-"""Bytes read of a lock file: it holds a number."""
+"""Bytes that are read of a lock file: it contains a number."""
 
 
 @contextlib.contextmanager
 def container_lock(folder: Path, ctid: str) -> Iterator[None]:
-    """Hold FOLDER/CTID.lck.  BusyError while its owner lives; a lock whose
-    owner is gone is taken over."""
+    """Have the lock FOLDER/CTID.lck.  BusyError while its owner lives.  A lock whose owner
+    is dead is taken over."""
     name = f"{ctid}.lck"
     try:
-        # Two processes that find the same stale lock must not both take it over.
+        # Only one of two processes that find the same stale lock may take it over.
         with private_folder.opened(folder, make=True) as fd, private_folder.alone(fd):
             _remove_stale(fd, name)
             _make(fd, name, f"container {ctid} is locked ({folder / name}, process {{}})")
     except OSError as e:
-        raise CreateError.of(f"cannot lock container {ctid} with {folder / name}", e) from e
+        raise CreateError.of(
+            f"cannot make the lock of container {ctid}, {folder / name}",
+            e,
+            path=str(folder / name),
+        ) from e
     try:
         yield
     finally:
@@ -45,7 +49,7 @@ def container_lock(folder: Path, ctid: str) -> Iterator[None]:
 
 
 def remove_dead(folder: Path) -> None:
-    """Remove the locks whose owners are gone; others stay."""
+    """Remove the locks whose owners are dead."""
     with (
         contextlib.suppress(FileNotFoundError),
         private_folder.opened(folder) as fd,
@@ -57,9 +61,9 @@ def remove_dead(folder: Path) -> None:
 
 
 def _make(folder: int, name: str, taken: str) -> None:
-    # Under a name of its own first: a lock is never seen without its PID.
+    # Made under another name first, so that a lock is never seen without its PID.
     temp = f".{name}.{os.getpid()}"
-    with contextlib.suppress(FileNotFoundError):  # of one that was killed just here
+    with contextlib.suppress(FileNotFoundError):  # left by a process that was killed here
         os.unlink(temp, dir_fd=folder)
     fd = private_folder.create(folder, temp)
     try:
@@ -67,7 +71,7 @@ def _make(folder: int, name: str, taken: str) -> None:
         os.link(temp, name, src_dir_fd=folder, dst_dir_fd=folder)
     except FileExistsError:
         owner = _owner(folder, name) or "?"
-        raise BusyError(f"{taken.format(owner)}: wait for that process to end") from None
+        raise BusyError(taken.format(owner), hint="wait for that process to end") from None
     finally:
         os.close(fd)
         os.unlink(temp, dir_fd=folder)
@@ -77,8 +81,8 @@ def _remove_stale(folder: int, name: str) -> None:
     owner = _owner(folder, name)
     if owner is None:
         return
-    # An empty one is being written just now, or was left by a crash; only its
-    # age can tell.
+    # An empty lock is being written at this moment, or was left by a crash.  Only its age
+    # can tell.
     if owner == 0 and time.time() - os.stat(name, dir_fd=folder).st_mtime < 60:
         return
     if owner and (owner == os.getpid() or _may_own(owner)):
@@ -87,8 +91,8 @@ def _remove_stale(folder: int, name: str) -> None:
 
 
 def _may_own(pid: int) -> bool:
-    """A process that could have made a lock here.  Another user's, which has got the
-    number since, would keep the container locked for as long as he likes."""
+    """Whether this process could have made a lock here.  The PID may have passed to a
+    process of another user, who could then keep the container locked."""
     try:
         return os.stat(f"/proc/{pid}").st_uid in (0, os.geteuid())
     except OSError:
@@ -96,7 +100,7 @@ def _may_own(pid: int) -> bool:
 
 
 def _owner(folder: int, name: str) -> int | None:
-    """The PID in the lock file; 0: it holds none; None: there is no file."""
+    """The PID in the lock file.  0: the file contains no PID.  None: there is no file."""
     try:
         text = private_folder.read(folder, name, MAX_LOCK)
     except FileNotFoundError:
@@ -109,28 +113,32 @@ def _owner(folder: int, name: str) -> int | None:
 
 @contextlib.contextmanager
 def exclusive(folder: Path) -> Iterator[None]:
-    """Other processes that do the same with this folder wait."""
+    """Make other processes that do the same with this folder wait."""
     with private_folder.opened(folder) as fd, private_folder.alone(fd):
         yield
 
 
 @contextlib.contextmanager
 def host_slot(folder: Path, slots: int, wait: float) -> Iterator[None]:
-    """One of `slots` places for migrations of this host, kept by a lock of the
-    kernel's, so that a killed owner frees it.  BusyError when none is free
-    within `wait` seconds."""
+    """Have one of this host's `slots` places for migrations.  It is a lock in the kernel, so
+    a killed owner frees it.  BusyError when none is free within `wait` seconds."""
     deadline = time.monotonic() + wait
     try:
         with private_folder.opened(folder, make=True) as places:
             while (fd := _free_slot(places, slots)) is None:
                 if time.monotonic() >= deadline:
                     raise BusyError(
-                        f"this host already has {slots} migrations under way ({folder}): wait for "
-                        "one to end"
+                        f"{slots} migrations are under way on this host, which is the limit",
+                        path=str(folder),
+                        hint="wait for one to end, or raise `migrations` in migrate.toml",
                     )
                 time.sleep(POLL)
     except OSError as e:
-        raise CreateError.of(f"cannot take a place among the migrations in {folder}", e) from e
+        raise CreateError.of(
+            f"cannot lock one of the host's places for migrations in {folder}",
+            e,
+            path=str(folder),
+        ) from e
     try:
         yield
     finally:

@@ -87,7 +87,7 @@ def test_what_a_target_tells_is_told_as_its_word(pair: Pair) -> None:  # noqa: F
     with_target(pair, "claims")
     done = pair.migrate(pair.a, "--live")
     assert done.returncode == 8, done.stderr
-    assert "not undone: other: box: it does not run any more here" in done.stderr
+    assert "not finished: other: box: it does not run any more here" in done.stderr
     (pair.b / "migrate.toml.claims").unlink()
     pair.runs_only_on(pair.b)
 

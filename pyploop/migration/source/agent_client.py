@@ -25,7 +25,7 @@ from pyploop.errors import (
     ReadError,
     VzExitCode,
 )
-from pyploop.migration import deadlines
+from pyploop.migration import deadlines, hints
 from pyploop.migration.mux import INBOX, Mux
 from pyploop.report.events import NOTE
 from pyploop.system import descriptors
@@ -196,7 +196,8 @@ class Remote:
                 # else: the late answer to a request that is not waited for any more
         if "error" in message:
             code, text = messages.failure(message["error"])
-            raise MigrateError(code, f"{self.host}: {text}")
+            text, hint = hints.parted(text)
+            raise MigrateError(code, f"{self.host}: {text}", hint=hint)
         return messages.answer(op, message.get("ok"))
 
     def _hand_on(self, name: str, at: float, fields: dict[str, Any], size: int) -> None:

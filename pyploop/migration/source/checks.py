@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What both sides check before anything is changed on either."""
+"""The checks of both hosts, before anything is changed on either."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from pyploop.wire.messages import clipped
 
 
 def connect(host: HostConfig, request: Request, report: Reporter) -> Remote:
-    """The agent; its events become ours."""
+    """Connect to the agent.  Its events and messages are passed on to `report`."""
 
     def on_event(name: str, at: float, fields: dict[str, Any]) -> None:
         if name == "line":
@@ -40,18 +40,18 @@ def connect(host: HostConfig, request: Request, report: Reporter) -> Remote:
 
 @dataclass(frozen=True)
 class Here:
-    """The source is checked."""
+    """The result of the checks on the source."""
 
     runtime: Runtime
     request: Request
     report: Reporter
     running: bool
-    """The container runs; else it is stopped."""
+    """True: the container runs.  False: it is stopped."""
     facts: Facts
     disks: list[Disk]
 
     def there(self, remote: Remote, sources: Sequence[Source]) -> Checked:
-        """Let the target check, for the opened disks.  MigrateError."""
+        """Let the target check.  sources: the opened disks.  MigrateError."""
         runtime, request, facts = self.runtime, self.request, self.facts
         copied = runtime.copied(self.disks)
         facts["images"] = [0 if s.is_image else s.size for s in sources]
@@ -66,14 +66,14 @@ class Here:
             sizes=sizes,
             nodeps=sorted(request.nodeps),
         )
-        remote.capabilities = checked.get("takes", [])  # an older agent says nothing
+        remote.capabilities = checked.get("takes", [])  # an older agent does not name them
         if runtime.trees() and "tree" not in remote.capabilities:
             raise MigrateError(
                 VzExitCode.CANNOT_CONNECT,
-                f"pyploop {remote.version} on {request.host} is too old to receive directories: "
-                "install a newer one there",
+                f"pyploop {remote.version} on {request.host} is too old to receive directories",
+                hint="install a newer pyploop there",
             )
-        self.report.info(f"Both sides are checked; {request.host} has pyploop {remote.version}")
+        self.report.info(f"Both hosts are checked; {request.host} has pyploop {remote.version}")
         rounds = memory.policy_for(
             runtime,
             request.pre_dumps if request.live else None,
@@ -87,33 +87,37 @@ class Here:
 
 @dataclass(frozen=True)
 class Checked:
-    """Both sides are checked."""
+    """The result of the checks on both hosts."""
 
     sources: Sequence[Source]
     copied: Copied
     running: bool
-    """The container runs; else it is stopped."""
+    """True: the container runs.  False: it is stopped."""
     memory: int
     """Bytes of memory in use, 0 when not known."""
     rounds: MemoryPolicy | None
-    """For rounds of memory; None: there are none."""
+    """The policy for memory rounds; None: there are none."""
 
 
 def here(host: HostConfig, runtime: Runtime, request: Request, report: Reporter) -> Here:
     """Check the source.  MigrateError."""
     state = runtime.state()
     if not state.exists:
-        raise MigrateError(VzExitCode.NO_CONTAINER, f"there is no container {runtime.container}")
+        raise MigrateError(
+            VzExitCode.NO_CONTAINER, f"there is no container {runtime.container} on this host"
+        )
     if request.live and not state.running:
         raise MigrateError(
             VzExitCode.STOPPED,
-            f"container {runtime.container} is stopped: migrate it without --live",
+            f"container {runtime.container} does not run, so it cannot be migrated with --live",
+            hint="migrate it without --live",
         )
     if state.suspended:
         raise MigrateError(
             VzExitCode.STOPPED,
-            f"container {runtime.container} is suspended: if a migration left it so, run "
-            "`pyploop migrate --recover`",
+            f"container {runtime.container} is suspended, and only a running or stopped one can be "
+            "migrated",
+            hint="run `pyploop migrate --recover` if an earlier migration has suspended it",
         )
     runtime.drop_exec = request.drop_exec
     facts = runtime.check_source(request.live)
@@ -126,6 +130,6 @@ def here(host: HostConfig, runtime: Runtime, request: Request, report: Reporter)
 
 
 def _allocated(fd: int) -> int:
-    """Bytes that a copy without holes needs."""
+    """Bytes that a copy needs on the target's disk: holes take none."""
     st = os.fstat(fd)
     return st.st_blocks * 512

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The source's disks of one migration, copied at the same time through channels
-of one connection: each step of the senders for all of them."""
+"""The disks of one migration, at its source.  All are copied at the same time, through
+channels of one connection: each step is made for all of them."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ from pyploop.wire import channels
 
 T = TypeVar("T")
 MEASURABLE = 16 * MIB
-"""Bytes of a first pass from which on its speed is that of the connection."""
+"""Bytes that a first pass must have sent before its speed counts as the connection's."""
 
 
 @contextlib.contextmanager
@@ -58,8 +58,8 @@ class Disks:
         *,
         trees: int = 0,
     ) -> None:
-        """kept: names of what the target can go on from, `disk N` among them.
-        trees: how many are copied beside the disks."""
+        """kept: names of what the target can reuse, `disk N` for a disk.  trees: how many
+        directory trees are copied beside the disks."""
         self._stack = contextlib.ExitStack()
         self._senders: list[Sender] = []
         self._kept: dict[Sender, RemoteDigests] = {}
@@ -111,11 +111,11 @@ class Disks:
             digests.reader.cancel()
 
     def spans(self) -> list[Span]:
-        """What each sender did when."""
+        """What each sender did when, for the timeline."""
         return [span for s in self._senders for span in s.recorder.spans]
 
     def copy_while_running(self) -> None:
-        """First pass, rounds, and what must be ready before the freeze."""
+        """Make the first pass and the rounds, and prepare the freeze."""
 
         def one(sender: Sender) -> None:
             self._compare(sender)
@@ -125,10 +125,11 @@ class Disks:
 
         self._each(one)
 
-    # ---- the same by steps, for all disks each
+    # ---- the same in steps, each for all disks
 
     def first_pass(self) -> float:
-        """Bytes per second of all together, 0 when that is not the connection's speed."""
+        """Returns the bytes per second of all disks together; 0 when that does not show the
+        connection's speed."""
         self._each(self._compare)
         start = time.monotonic()
         sent = sum(r.sent for r in self._each(Sender.first_pass))
@@ -143,7 +144,7 @@ class Disks:
         self._each(Sender.prepare_freeze)
 
     def _compare(self, sender: Sender) -> None:
-        """What the target has kept of its disk need not be sent."""
+        """Find out what of the disk the target has already."""
         if digests := self._kept.get(sender):
             digests.log(self._wanted[3], digests.names[0], sender.reuse(digests.reader))
 
@@ -152,8 +153,9 @@ class Disks:
         return in_parallel(works, self._cancel)
 
     def finish(self) -> list[Summary]:
-        """All frozen together, the last blocks, durable at the target; thawed
-        then.  Nothing may write to them any more, frozen or not."""
+        """Freeze all disks together, send the last blocks, wait until they are durable at
+        the target, and thaw.  The container that writes to the disks must stand still,
+        for longer than the freeze."""
         with contextlib.ExitStack() as frozen:
             for sender in self._senders:
                 frozen.enter_context(sender.frozen())
@@ -163,9 +165,10 @@ class Disks:
                 sender.finish()
 
             self._each(one)
-        for sender in self._senders:
+        for index, sender in enumerate(self._senders):
             if sender.summary.acknowledged != "acknowledged":
                 raise MigrateError(
-                    VzExitCode.COPY_FAILED, "the target did not confirm that its disk is durable"
+                    VzExitCode.COPY_FAILED,
+                    f"the target did not confirm that disk {index} is durable there",
                 )
         return [s.summary for s in self._senders]

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Files of which the target has kept something (--keep-dst): what differs is sent."""
+"""Static files of which the target has a resumable file (--keep-dst): only the delta is
+sent."""
 
 from __future__ import annotations
 
@@ -14,8 +15,9 @@ from pyploop.migration.file_stream import Writer
 
 
 def send_file(out: Writer, name: str, path: str, size: int, digests: Reader) -> Reused:
-    """Send a file that is not written to, and of which the target has kept something.
-    digests: what the target has, for a file of `size` bytes."""
+    """Send what differs between a file and the target's resumable file.  Nothing may write
+    to the file.  digests: those of the target's file.  size: of the file when the digests
+    were requested, in bytes."""
     covered = Bitmap(size, cluster(size).bit_length() - 1)
     compared = equals = 0
     try:
@@ -23,7 +25,11 @@ def send_file(out: Writer, name: str, path: str, size: int, digests: Reader) -> 
             fd = f.fileno()
             st = os.fstat(fd)
             if st.st_size != size:
-                raise ReadError(f"{path} had {size} bytes at the start and has {st.st_size} now")
+                raise ReadError(
+                    f"the size of {path} has changed during the migration, from {size} to "
+                    f"{st.st_size} bytes",
+                    path=path,
+                )
 
             def read(pos: int, length: int) -> memoryview:
                 return memoryview(os.pread(fd, length, pos))
@@ -42,12 +48,12 @@ def send_file(out: Writer, name: str, path: str, size: int, digests: Reader) -> 
                     pos += len(part)
             out.complete(name, st.st_mode & 0o7777, size)
     except OSError as e:
-        raise ReadError.of(f"cannot read {path}", e) from e
+        raise ReadError.of(f"cannot read {path}", e, path=path) from e
     return Reused(compared, equals)
 
 
 def _others(fd: int, size: int, covered: Bitmap) -> Iterator[tuple[int, int]]:
-    """The file's data that were not compared."""
+    """Extents of the file with data that were not compared."""
     left = Bitmap(covered.size, covered.shift)
     for start, end in data_extents(fd, size):
         left.set(start, end)

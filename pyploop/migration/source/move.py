@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""One migration from its first change on either side to its last: its journal, its
-lock, what must have ended before anything is undone, and how it ends.
+"""One migration from its first change on either host to its last: its journal, its lock,
+the jobs that must have ended before anything is undone, and how it ends.
 
 Invariant: after the target was asked to restore (`ask`), only its commit record lets
 the source run again.
@@ -28,7 +28,7 @@ from pyploop.undo.journal import Journal
 
 
 class Move:
-    """From the first change on either side to the last; what the stages share."""
+    """What the stages share, from the first change on either host to the last."""
 
     def __init__(
         self,
@@ -66,15 +66,15 @@ class Move:
         runtime.keep_fds = (self._lock.fd,)
         self.jobs: list[Job[Any]] = []
         self.quiet = contextlib.ExitStack()
-        """Nothing is logged while the container stands still: logging waits for the log's
-        reader."""
-        # Not named by the ID, which names the target's folder: a user who sees that name
-        # there could make this folder first, by a process here.
+        """Closed when logging may go on.  Nothing is logged while the container is
+        suspended, because logging waits for the log's reader."""
+        # The name has another number than the migration's ID, which names the target's
+        # folder.  A user who sees that name there could otherwise make this folder first.
         self.folder = Path(host.images_dir) / f"pyploop-{commit_record.new_id()}-out"
 
     def begin(self) -> list[str]:
-        """The target makes its journal and its commit record.  Returns the names of
-        what it has kept of this container, from this host."""
+        """Let the target make its journal and its commit record.  Returns the names of the
+        resumable files and trees that it has of this container from this host."""
         request = self.request
         args = {"migration": self.id, "stall": request.copy.stall, "keep": request.keep_dst}
         kept: list[str] = self.remote.call("begin", deadlines.REQUEST, **args).get("kept", [])
@@ -84,7 +84,7 @@ class Move:
         self._journal.add({"kind": kind, **undo_kinds.naming(self.host, self.runtime)})
 
     def begin_memory(self, policy: MemoryPolicy | None, used: int) -> memory.Memory:
-        """The container's, of which `used` bytes are in use."""
+        """Prepare the memory rounds.  used: bytes of memory that the container uses."""
         self._journal.add({"kind": "remove-tree", "path": str(self.folder)})
         private_folder.make_new(self.folder)
         return memory.Memory(
@@ -105,81 +105,100 @@ class Move:
         )
 
     def ask(self, op: str, timeout: float, **args: Any) -> dict[str, Any]:
-        """From here on the target decides."""
+        """Send the request after which the target decides which host runs the container."""
         self._journal.set(stage=recover.ASKED)
         return self.remote.call(op, timeout, timeout=timeout, **args)
 
     def lost(self, cause: BaseException) -> bool:
-        """After a failure: false when it runs here again, true when it turns
-        out that it runs on the target.  MigrateError: that cannot be known."""
+        """After a failure: roll back.  False: the container is here as before.  True: it
+        turned out that it runs on the target.  MigrateError(4): that cannot be known now."""
         signals.ignore(self.report, "the migration has already failed and is being rolled back")
         with self.quiet:
             return self._lost(cause)
 
     def _lost(self, cause: BaseException) -> bool:
-        end_all(self.jobs)  # CRIU, ended in the midst of a dump, spoils the container
+        end_all(self.jobs)  # killing CRIU during a dump damages the container
         try:
             moved = self._journal.get("stage") == recover.ASKED and self._settle(cause)
         except BaseException:
-            self._lock.close()  # --recover's from now on
+            self._lock.close()  # from now on --recover may take it
             raise
         if moved:
             self.report.note(
                 f"The container runs on the target, but afterwards this failed: {cause}"
             )
             return True
-        self._log_failed(undo_kinds.undo_all(self._journal))
+        self._log_failed("not undone", undo_kinds.undo_all(self._journal))
         self.quiet.close()
         self._lock.close(remove=True)
-        # What the connection's end would do anyway, but now its result is known.
+        # The end of the connection would undo it, too, but without telling the result.
         self._there("undo")
+        self._say_state(cause)
         return False
+
+    def _say_state(self, cause: BaseException) -> None:
+        """Add to a failure what was rolled back."""
+        if not isinstance(cause, PyploopError):
+            return
+        if self.result.failed:
+            cause.add("not all of the migration could be rolled back")
+            cause.hint = cause.hint or (
+                "remove the cause of each step that was not undone, and run `pyploop migrate "
+                "--recover`"
+            )
+        else:
+            cause.add("the migration was rolled back, and the container is on this host as before")
 
     def _settle(self, cause: BaseException) -> bool:
         with contextlib.suppress(PyploopError):
-            self._log_theirs(self.remote.call("undo", deadlines.UNDOING))
-            return False  # it was not committed, and will not be
+            self._log_theirs("not undone", self.remote.call("undo", deadlines.UNDOING))
+            return False  # the target has not committed, and never will
         self.remote.close()
         return recover.settled(self.host, self._journal, cause, self.report)
 
-    def _log_failed(self, failed: Sequence[str]) -> None:
+    def _log_failed(self, what: str, failed: Sequence[str]) -> None:
         for text in failed:
             self.result.failed.append(text)
-            self.report.error(f"not undone: {text}")
+            self.report.error(f"{what}: {text}")
 
-    def _log_theirs(self, answer: dict[str, Any]) -> None:
-        self._log_failed([f"{self.request.host}: {text}" for text in answer.get("failed", [])])
+    def _log_theirs(self, what: str, answer: dict[str, Any]) -> None:
+        failed = answer.get("failed", [])
+        self._log_failed(what, [f"{self.request.host}: {text}" for text in failed])
 
     def _there(self, op: str, **args: Any) -> None:
-        """Tidy the target.  An agent that was killed has left that to another one."""
+        """Let the target clean up.  When its agent was killed, a new one does it."""
+        what = "not undone" if op == "undo" else "not finished"
         try:
-            self._log_theirs(self.remote.call(op, deadlines.REQUEST, **args))
+            self._log_theirs(what, self.remote.call(op, deadlines.REQUEST, **args))
         except PyploopError:
             self.remote.close()
             try:
                 if op == "forget":
                     recover.forget(self.host, self._journal)
                 else:
-                    self._log_theirs(recover.ask(self.host, self._journal))
+                    self._log_theirs(what, recover.ask(self.host, self._journal))
             except PyploopError as e:
                 self.report.note(f"Files of the migration may be left on {self.request.host}: {e}")
 
     def too_late(self) -> None:
-        """There is no way back, and what is left takes seconds."""
+        """From now on ignore signals: the migration cannot be undone, and what is left takes
+        seconds."""
         signals.ignore(self.report, "the container has already moved")
 
     def arrived(self) -> None:
-        """It runs on the target: end it here, and tidy both sides."""
+        """The container runs on the target: end it here, and clean up on both hosts."""
         self.too_late()
-        # A full folder: the record says that the target was asked, and it knows.
+        # Fails when the file system is full.  Then the record still says that the target was
+        # asked, and the target knows the rest.
         with contextlib.suppress(DeviceControlError):
             self._journal.set(stage=recover.MOVED)
         self._there("finish")
         request = self.request
         self._log_failed(
+            "not finished",
             recover.finish_source(
                 self._journal, self.runtime, request.remove_area, stopped=not request.live
-            )
+            ),
         )
         self._lock.close(remove=True)
         self._there("forget", migration=self.id)

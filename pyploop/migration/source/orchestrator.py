@@ -1,19 +1,23 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The story of one migration, top to bottom; the only module that sees both hosts.
+"""The story of one migration, from top to bottom; the only module that sees both hosts.
 
     checks of both sides -> files, disks and, where the kernel tracks it, memory
-    copied while it runs -> suspended: dump, streamed as it is written, at the same
-    time as the last blocks -> the target restores, and says that it runs -> the
-    source is killed
+    copied while the container runs -> suspended: the dump is streamed as it is written,
+    at the same time as the last blocks -> the target restores, and says that it runs ->
+    the container on the source is killed
 
-Invariants: the source's container stays as it is until the target has said that
-it runs; after the target was asked to restore, only its commit record lets the
-source run again (commit_record.py).  docs/internals/migrate.md has the order and the commit
+Invariants: the source's container stays as it is until the target has said that it runs.
+After the target was asked to restore, only its commit record lets the source run the
+container again (commit_record.py).  docs/internals/migrate.md has the order and the commit
 point.
 """
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
+
+from pyploop.errors import PyploopError
 from pyploop.migration.source import checks, stages
 from pyploop.migration.source.disks import opened
 from pyploop.migration.source.move import Move
@@ -24,12 +28,15 @@ from pyploop.runtimes.config import HostConfig
 
 
 def migrate(host: HostConfig, runtime: Runtime, request: Request, report: Reporter) -> Result:
-    """Move the container; when this returns it runs on the target (or would,
-    check_only).  On an exception it runs here as before, unless the message
-    says that the target could not be asked."""
-    here = checks.here(host, runtime, request, report)
-    with opened(here.disks) as sources, checks.connect(host, request, report) as remote:
-        checked = here.there(remote, sources)
+    """Move the container.  When this returns, it runs on the target (with check_only: it
+    would).  After an exception it runs here as before, unless the message says that the
+    target could not be asked."""
+    with contextlib.ExitStack() as stack:
+        with _nothing_changed():
+            here = checks.here(host, runtime, request, report)
+            sources = stack.enter_context(opened(here.disks))
+            remote = stack.enter_context(checks.connect(host, request, report))
+            checked = here.there(remote, sources)
         if request.check_only:
             return Result()
         move = Move(host, runtime, request, report, remote, copied=checked.copied)
@@ -47,3 +54,13 @@ def migrate(host: HostConfig, runtime: Runtime, request: Request, report: Report
             report.note(text)
         move.arrived()
         return move.result
+
+
+@contextlib.contextmanager
+def _nothing_changed() -> Iterator[None]:
+    """A failure in the body says that the migration has changed nothing yet."""
+    try:
+        yield
+    except PyploopError as e:
+        e.add("the migration has changed nothing on either host")
+        raise

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""All of a container's files in one migration: its disks, and its directory
-trees, each kind by its own steps, at the same time where that is right."""
+"""The payload of one migration: the container's disks and directory trees.  Each kind has
+its own steps, and both are copied at the same time where that is right."""
 
 from __future__ import annotations
 
@@ -17,29 +17,30 @@ from pyploop.wire import channels
 
 
 def check_number(remote: Remote, disks: int, trees: int, rounds: int) -> None:
-    """MigrateError when the connection has too few channels for so many disks,
-    trees, and rounds of memory."""
+    """MigrateError(6) when the connection has too few channels for so many disks,
+    trees, and memory rounds."""
     if disks + 2 * trees + channels.OTHERS > channels.AT_ONCE:
         raise MigrateError(
             VzExitCode.COPY_FAILED,
-            f"{disks} disks and {trees} trees are too many for one migration: it has "
-            f"{channels.AT_ONCE} channels at once, one for each disk and two for each tree",
+            f"{disks} disks and {trees} trees are too many for one migration: each disk needs a "
+            f"channel, each tree two, and a connection has {channels.AT_ONCE - channels.OTHERS}",
         )
     if channels.needed(disks, trees, rounds) > remote.channels_left:
         raise MigrateError(
             VzExitCode.COPY_FAILED,
-            f"{disks} disks, {trees} trees and {rounds} rounds of memory (--pre-dumps) are too "
-            f"many for pyploop {remote.version} on {remote.host}, which takes "
-            f"{remote.channels_left} channels: install a newer one there",
+            f"{disks} disks, {trees} trees and {rounds} memory rounds are too many for pyploop "
+            f"{remote.version} on {remote.host}, which takes {remote.channels_left} channels",
+            hint="install a newer pyploop there, or allow fewer memory rounds (--pre-dumps)",
         )
 
 
 class Copies:
-    """A context manager, in which the disks are tracked.  The steps are those of
-    the disks; the disks come last in each, for their forecast is of the next moment."""
+    """The copies of all disks and trees; a context manager, in which the disks are tracked.
+    It has the steps of `Disks`.  In each step the disks come last, because their forecast
+    is for the moment after it."""
 
     def __init__(self, disks: Disks, trees: Trees, dump_writes: bool) -> None:
-        """dump_writes: a dump may add something to the trees."""
+        """dump_writes: whether a dump may write to the trees."""
         self._disks, self._trees, self._dump_writes = disks, trees, dump_writes
         self._stack = contextlib.ExitStack()
 
@@ -54,16 +55,16 @@ class Copies:
         self._stack.close()
 
     def spans(self) -> list[Span]:
-        """What was done when."""
+        """What was done when, for the timeline."""
         return self._disks.spans() + self._trees.spans
 
     def copy_while_running(self) -> None:
-        """All but what is for the suspended time."""
+        """Copy all that can be copied before the container is suspended."""
         self._trees.copy_while_running()
         self._disks.copy_while_running()
         self._trees.prepare_last()
 
-    # ---- the same by steps
+    # ---- the same in steps
 
     def first_pass(self) -> float:
         """As Disks.first_pass."""
@@ -71,7 +72,7 @@ class Copies:
         return self._disks.first_pass()
 
     def converge(self) -> None:
-        """After something else has taken time."""
+        """Copy what was written since the last step."""
         self._trees.again()
         self._disks.converge()
 
@@ -82,7 +83,8 @@ class Copies:
     # ---- suspended
 
     def finish(self, dump: Job[None] | None = None) -> list[Summary]:
-        """What is left, durable at the target.  dump: the one that is being made."""
+        """Copy what is left.  It is durable at the target when this returns.  dump: the
+        dump that is being made meanwhile."""
         if not self._trees:
             return self._disks.finish()
 

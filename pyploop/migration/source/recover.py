@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a killed migration left at its source: undone or finished, as its target
-says (`pyploop migrate --recover`, and before each new migration)."""
+"""Recovery: what a killed migration left at its source is rolled back or finished, as its
+target decides (`pyploop migrate --recover`, and before each new migration)."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ from pyploop.undo import journal
 from pyploop.undo.journal import Journal, Record
 
 COPYING, ASKED, MOVED = "copying", "asked", "moved"
-"""Stages of a source's record: the target was not asked to restore; it was,
-and its answer is not known; it runs there."""
+"""Stages of a source's record.  COPYING: the target was not asked to restore.  ASKED: it
+was asked, and its answer is not known.  MOVED: the container runs there."""
 
 
 def finish_source(log: Journal, runtime: Runtime, remove: bool, *, stopped: bool) -> list[str]:
-    """End the container that runs on the target now; what failed, in words.
-    Then the record stays, MOVED, for a recovery that tries it again.  stopped: what
-    moved stands still here, so that one which runs was started since, and is spared."""
+    """End the container here, because it runs on the target.  Returns what failed, in words;
+    the record then stays, MOVED, for another recovery.  stopped: the container must not
+    run here any more.  If it does, it was started since, and is left alone."""
     failed = []
     for entry in log.entries:
         if entry["kind"] in ("resume", "start"):
@@ -37,19 +37,19 @@ def finish_source(log: Journal, runtime: Runtime, remove: bool, *, stopped: bool
         if stopped and undo_kinds.runs(runtime):
             raise MigrateError(
                 VzExitCode.LOCKED,
-                f"{runtime.container} runs here, although it has moved to {log.get('host')}: stop "
-                "it, and `pyploop migrate --recover` removes it; or, if it is to stay, remove "
-                f"the record of the migration, {log.path}",
+                f"{runtime.container} runs here, although it has moved to {log.get('host')}. Stop "
+                "it, and `pyploop migrate --recover` will remove it from this host. To keep it, "
+                f"remove {log.path}",
             )
         runtime.kill()
         runtime.discard(remove, _copied(log))
     except (OSError, PyploopError) as e:
-        failed.append(f"the container left on the source: {e}")
+        failed.append(f"removing the container from the source: {e}")
     return failed + undo_kinds.undo_all(log, over=not failed)
 
 
 def _copied(log: Journal) -> Copied | None:
-    """What the migration has copied; None: the record is an older one's."""
+    """What the migration has copied.  None: the record was written by an older pyploop."""
     known: Copied | None = log.get("copied")
     if known is not None and log.get("boot") != journal.boot_id():
         return {path: [ANY_DEVICE, *rest] for path, (_, *rest) in known.items()}
@@ -63,9 +63,9 @@ def settled(
     report: Reporter,
     patience: float = deadlines.ATTEMPTS,
 ) -> bool:
-    """Whether the target has committed, asked through a new connection.
-    MigrateError(4) when it cannot be asked within `patience` seconds: the
-    source stays suspended."""
+    """Whether the target has committed.  It is asked through a new connection.
+    MigrateError(4) when it cannot be asked within `patience` seconds; the container then
+    stays suspended, or stopped."""
     deadline = time.monotonic() + patience
     while True:
         try:
@@ -78,7 +78,8 @@ def settled(
                 raise MigrateError(
                     VzExitCode.CANNOT_CONNECT,
                     f"{cause}; {log.get('host')} cannot be asked whether the container runs there "
-                    f"({e}): it stays {how} here until `pyploop migrate --recover` can ask",
+                    f"({e}); it stays {how} here",
+                    hint="run `pyploop migrate --recover` when the target can be reached again",
                 ) from e
             time.sleep(deadlines.RETRY)
     _log_failed(answer, log, report)
@@ -86,15 +87,16 @@ def settled(
 
 
 def ask(host: HostConfig, log: Journal) -> dict[str, Any]:
-    """Through a new connection: what became of it on the target, where what a
-    killed agent left is undone, or finished."""
+    """Ask the target through a new connection what became of the migration.  It also undoes
+    or finishes what a killed agent left there."""
     with Remote(log.get("host"), host.ssh, log.get("ssh_options") or [], host.agent) as remote:
         return remote.call("settle", deadlines.SETTLING, migration=log.get("migration"))
 
 
 def _tidy(host: HostConfig, log: Journal, report: Reporter, moved: bool) -> None:
-    """The target's end.  Not moved: it has undone it by itself, unless its agent was
-    killed, too.  Where the container runs is settled whether it can be asked or not."""
+    """Let the target clean up.  moved: the container runs there.  If not, the target has
+    cleaned up by itself, unless its agent was killed, too.  When the target cannot be
+    asked, nothing is lost: it is already decided which host runs the container."""
     try:
         if moved:
             forget(host, log)
@@ -110,7 +112,7 @@ def _log_failed(answer: dict[str, Any], log: Journal, report: Reporter) -> None:
 
 
 def forget(host: HostConfig, log: Journal) -> None:
-    """Tell the target that the source has done what its commit record asks."""
+    """Tell the target that its commit record is not needed any more."""
     with Remote(log.get("host"), host.ssh, log.get("ssh_options") or [], host.agent) as remote:
         remote.call("forget", deadlines.SETTLING, migration=log.get("migration"))
 
@@ -118,10 +120,10 @@ def forget(host: HostConfig, log: Journal) -> None:
 def recover(
     host: HostConfig, container: str | None, report: Reporter, locked: bool = False
 ) -> list[str]:
-    """Settle all migrations from this host whose orchestrator is dead (of one
-    container, or all); returns what could not be undone.  locked: the caller
-    has that container's lock.  A migration whose target cannot be asked does not keep the
-    others from being settled: the last such failure is raised at the end."""
+    """Settle the migrations from this host whose orchestrator is dead, of one container or
+    of all.  Returns what could not be undone.  locked: the caller has that container's
+    lock.  When the target of a migration cannot be asked, the others are settled all the
+    same, and the last such failure is raised at the end."""
     folder = Path(host.state_dir)
     failed: list[str] = []
     found = False
@@ -151,14 +153,14 @@ def recover(
         except PyploopError as e:
             if container is not None:
                 raise
-            # Other containers are not to stay suspended for it.
+            # Other containers must not stay suspended because of this one.
             if doubt is not None:
                 report.error(str(doubt))
             doubt = e
     if not locked:
         if container is not None and not found:
             report.note(f"There is no unfinished migration of {container} from this host")
-        # Who was killed before it had anything to undo has left no record.
+        # A process that was killed early has left a lock and no record.
         locks.remove_dead(Path(host.lock_dir))
     if doubt is not None:
         for text in failed:
@@ -168,14 +170,14 @@ def recover(
 
 
 def _quick_first(found: list[Record]) -> list[Record]:
-    """Those whose target must be asked before anything is done come last."""
+    """Put those last whose target must be asked before anything is done."""
     return sorted(found, key=lambda record: record.fields.get("stage") == ASKED)
 
 
 @contextlib.contextmanager
 def lock(host: HostConfig, runtime: Runtime) -> Iterator[None]:
-    """The container's lock, and a place among the host's migrations.
-    MigrateError(20) when another process has it, or no place is free."""
+    """Take the container's lock, and one of the host's places for migrations.
+    MigrateError(20) when another process has the lock, or no place is free."""
     try:
         with (
             locks.host_slot(Path(host.lock_dir), host.migrations, 0),
@@ -183,7 +185,7 @@ def lock(host: HostConfig, runtime: Runtime) -> Iterator[None]:
         ):
             yield
     except BusyError as e:
-        raise MigrateError(VzExitCode.LOCKED, str(e)) from e
+        raise MigrateError(VzExitCode.LOCKED, str(e), path=e.path, hint=e.hint) from e
 
 
 def _one(host: HostConfig, log: Journal, report: Reporter) -> list[str]:
@@ -201,19 +203,19 @@ def _one(host: HostConfig, log: Journal, report: Reporter) -> list[str]:
                 moved = settled(own, log, what, report, patience=0)
             if moved:
                 log.set(stage=MOVED)
-                report.note(f"Finished: {what}; the container runs there")
+                report.note(f"Finished: {what}; the container runs on the target")
                 runtime = undo_kinds.runtime_of(names)
                 runtime.keep_fds = (lock.fd,) if lock is not None else ()
                 remove = bool(log.get("remove_area"))
                 failed = finish_source(log, runtime, remove, stopped=True)
             else:
-                report.note(f"Rolled back: {what}")
+                report.note(f"Rolled back: {what}; the container is on this host")
                 failed = undo_kinds.undo_all(log)
-            # Before the target is asked: that may take long, and be interrupted.
+            # Before the target is asked, because that may take long, or be interrupted.
             if lock is not None and not failed:
                 lock.path.unlink(missing_ok=True)
             if moved or stage == COPYING:
                 _tidy(own, log, report, moved)
             return failed
     except BusyError as e:
-        raise MigrateError(VzExitCode.LOCKED, str(e)) from e
+        raise MigrateError(VzExitCode.LOCKED, str(e), path=e.path, hint=e.hint) from e

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the target has kept of files here, asked for over the one connection."""
+"""Digests of the target's resumable files, requested over the agent's connection."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from pyploop.units import format_size
 
 
 class RemoteDigests:
-    """The digests of one file after the other; a context manager."""
+    """The digests of several files, one after the other; a context manager."""
 
     def __init__(self, remote: Remote, files: Sequence[tuple[str, int]], stall: float) -> None:
-        """files: (name, size here)."""
+        """files: (name, size on the source)."""
         self._host = remote.host
         self.names = [name for name, _ in files]
         number, fd = remote.open_channel()
@@ -31,11 +31,11 @@ class RemoteDigests:
             raise
 
     def log(self, report: Reporter, name: str, found: Reused) -> None:
-        """What came of it."""
+        """Report how much of the file need not be sent."""
         report.event("reused", name=name, held=found.kept, same=found.same)
         report.info(
-            f"{self._host} had kept {format_size(found.kept)} of {name}: {format_size(found.same)} "
-            "of these are unchanged and are not sent"
+            f"{self._host} has kept {format_size(found.kept)} of {name} from an earlier "
+            f"migration; {format_size(found.same)} of it are unchanged and are not sent again"
         )
 
     def __enter__(self) -> RemoteDigests:

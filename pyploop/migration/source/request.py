@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a migration is asked for, and what came of it."""
+"""The migration request, and the result."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ class Request:
     drop_exec: bool = False
     """See Runtime."""
     pre_dumps: int = MemoryPolicy.max_rounds
-    """Rounds of memory before the freeze at most."""
+    """Memory rounds before the freeze, at most."""
     suspend_limit: float = 60.0
     """Seconds after which a suspended container goes on here, unless the target was
-    asked to restore it and may have done so; 0: no limit."""
+    already asked to restore it.  0: no limit."""
     ssh_options: tuple[str, ...] = ()
     rsync_options: tuple[str, ...] = ()
     copy: Options = field(default_factory=Options)
@@ -35,13 +35,13 @@ class Request:
 
 @dataclass
 class Result:
-    """What a migration was; moments are of time.monotonic() here."""
+    """The result of a migration.  Moments are times of time.monotonic() on the source."""
 
     moments: Moments | None = None
     steps: dict[str, float] = field(default_factory=dict)
-    """Name -> seconds of a step of the suspended time; they overlap."""
+    """Name -> seconds of each step of the suspended time.  The steps overlap."""
     disks: list[Summary] = field(default_factory=list)
     recorder: Recorder = field(default_factory=Recorder)
     """What happened when, on both hosts."""
     failed: list[str] = field(default_factory=list)
-    """What is left to do by hand on either side."""
+    """What must still be done on either host, by hand or with --recover."""

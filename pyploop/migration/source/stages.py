@@ -4,7 +4,7 @@
     begin -> Copies, entered -> ahead -> Ahead.suspended -> Committed.recorded     (live)
                              -> stopped                                       (not live)
 
-`Move` is what they share.  Its `lost` and `arrived` end each of them.
+`Move` is what the stages share.  Its `lost` or `arrived` ends the migration.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ from pyploop.system.jobs import Job, end_all
 
 
 def begin(move: Move, checked: Checked) -> Copies:
-    """The target makes its journal, and the static files are copied.  Returns the
-    disks and trees, to be entered."""
+    """Let the target make its journal, and copy the static files.  Returns the copies of
+    disks and trees, which the caller enters."""
     runtime, options = move.runtime, move.request.copy
     kept = move.begin()
     send_items(runtime.items(), move.remote, options, move.report, kept)
@@ -48,7 +48,7 @@ def begin(move: Move, checked: Checked) -> Copies:
 
 
 def ahead(move: Move, copies: Copies, checked: Checked) -> Ahead:
-    """All that is copied while it runs."""
+    """Copy all that is copied while the container runs."""
     rounds = move.begin_memory(checked.rounds, checked.memory)
     memory.approach(copies, rounds)
     return Ahead(move, copies, rounds)
@@ -56,14 +56,15 @@ def ahead(move: Move, copies: Copies, checked: Checked) -> Ahead:
 
 @dataclass(frozen=True)
 class Ahead:
-    """Little is left to copy."""
+    """The stage in which little is left to copy, and the container still runs."""
 
     move: Move
     copies: Copies
     memory: memory.Memory
 
     def suspended(self) -> Committed:
-        """Suspend, dump and last blocks at once, restore on the target."""
+        """Suspend the container, send the dump and the last blocks at the same time, and
+        restore it on the target."""
         move, ahead = self.move, self.memory
         runtime, remote = move.runtime, move.remote
         images, parent = image_chain.folder_of(move.folder, 0), ahead.parent_folder
@@ -73,7 +74,7 @@ class Ahead:
         with file_stream.Writer(fd, move.request.copy.stall) as out, limit, remote.explained():
             dump = Job(lambda: runtime.dump(images, parent))
             stream = Job(lambda: file_stream.stream_dump(images, out, dump))
-            # An agent that knows no rounds knows no such argument.
+            # An agent that does not know memory rounds does not know this argument.
             after = {"parent": ahead.parent} if ahead.parent else {}
             remote.call("dump", deadlines.REQUEST, channel=number, **after)
             _compare_clocks(move)
@@ -92,7 +93,7 @@ class Ahead:
                 dump.join()
                 stream.join()
             except BaseException:
-                # Not when the target likes: its channel is about to be closed.
+                # The target must not decide when this ends: its channel is about to be closed.
                 end_all([stream], out.cancel)
                 raise
             there = move.ask("restore", timeout=limit.ask(deadlines.RESTORING))["moments"]
@@ -103,18 +104,18 @@ class Ahead:
 
 @dataclass(frozen=True)
 class Committed:
-    """It runs on the target."""
+    """The stage in which the container runs on the target."""
 
     ahead: Ahead
     moments: Moments
-    """Of time.monotonic() here, as those below."""
+    """Times of time.monotonic() on the source, as `suspended` is."""
     suspended: float
     there: dict[str, float]
-    """Moments of the restore, by the target's clock."""
+    """Times of the restore, by the target's clock."""
     dump_bytes: int
 
     def recorded(self) -> None:
-        """What took how long, into the result and an event."""
+        """Put into the result, and into an event, how long each step took."""
         move, moments, there = self.ahead.move, self.moments, self.there
         disks_there = max(
             (at for name, at in there.items() if name.startswith(("disk ", "tree "))), default=0.0
@@ -125,7 +126,7 @@ class Committed:
             "dump": moments.dumped - self.suspended,
             "dump sent": moments.sent - self.suspended,
             "disks": moments.copied - self.suspended,
-            # Beyond the dump, on the target: durable and mounted there.
+            # How much later than the dump the disks were durable and mounted on the target.
             "disks waited for": max(0.0, disks_there - there["dump ended"]),
             "restore": there["running"] - there["restore"],
             "total": moments.resumed - moments.suspend,
@@ -164,7 +165,8 @@ def _compare_clocks(move: Move) -> None:
 
 
 def stopped(move: Move, copies: Copies, running: bool) -> None:
-    """Not live: stop, last blocks, start on the target.  running: it runs now."""
+    """A migration that is not live: stop the container, send the last blocks, and start it
+    on the target.  running: whether it runs now."""
     copies.copy_while_running()
     if running:
         move.log_undo("start")
@@ -174,7 +176,9 @@ def stopped(move: Move, copies: Copies, running: bool) -> None:
     if move.runtime.state().running:
         name = move.runtime.container
         raise MigrateError(
-            VzExitCode.COPY_FAILED, f"container {name} was started during the migration"
+            VzExitCode.COPY_FAILED,
+            f"container {name} was started during the migration, so its copy is out of date",
+            hint="keep the container stopped during the migration, or migrate it with --live",
         )
     move.ask("start", timeout=deadlines.RESTORING, run=running)
     move.quiet.close()

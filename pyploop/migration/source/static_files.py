@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The files that are copied before the disks, while the container runs."""
+"""The static files: they are copied before the disks, while the container runs."""
 
 from __future__ import annotations
 
@@ -23,7 +23,8 @@ def send_items(
     report: Reporter,
     kept: Container[str] = (),
 ) -> None:
-    """Configuration and lower deltas, durable on the target when this returns."""
+    """Send the configuration and lower deltas.  They are durable on the target when this
+    returns.  kept: names of what the target can reuse."""
     known = {item.label: os.stat(item.path).st_size for item in items if item.label in kept}
     with contextlib.ExitStack() as stack:
         digests = None

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How long a container may stay suspended here: one deadline for all that is waited
-for from then on, on either host, whatever the target does meanwhile.
+"""The suspend limit: how long a container may stay suspended on the source.  It is one
+deadline for every wait from the suspend on, whatever the target does meanwhile.
 
-When it passes, the connection is cut, so that each wait for the target fails, and the
-migration is undone.  Once the target was asked to restore, it decides (commit_record.py):
-then the limit ends only the wait for its answer.
+When it passes, the connection is ended.  Each wait for the target then fails, and the
+migration is rolled back.  After the target was asked to restore, the target decides
+(commit_record.py).  Then the limit ends only the wait for its answer.
 """
 
 from __future__ import annotations
@@ -17,21 +17,21 @@ from pyploop.errors import MigrateError, PyploopError, VzExitCode
 from pyploop.system import signals
 
 FOR_UNDOING = 1.0
-"""Seconds of the limit that are left for letting the container go on; a quarter of
-a limit below four seconds."""
+"""Seconds of the limit that are reserved for letting the container go on.  Of a limit below
+four seconds it is a quarter."""
 
 
 class SuspendLimit:
-    """A context manager: nothing is cut after it."""
+    """A context manager: after it, the limit has no effect."""
 
     def __init__(self, seconds: float, cut: Callable[[PyploopError], None]) -> None:
-        """seconds: 0 for no limit.  cut: ends the connection, from another thread."""
+        """seconds: 0 for no limit.  cut: called from another thread to end the connection."""
         self._seconds, self._cut = seconds, cut
         self._lock = threading.Lock()
         self._timer: threading.Timer | None = None
         self._deadline = 0.0
         self.passed = False
-        """The connection was cut."""
+        """The limit has passed, and the connection was ended."""
 
     def start(self) -> None:
         """The container is about to be suspended."""
@@ -54,14 +54,15 @@ class SuspendLimit:
     def _failure(self) -> MigrateError:
         return MigrateError(
             VzExitCode.COPY_FAILED,
-            f"the container was suspended for more than {self._seconds:g} s (--suspend-limit), "
-            "so the migration was given up before the target was asked to restore it",
+            f"the container was suspended for more than {self._seconds:g} s (--suspend-limit); "
+            "the target was not asked to restore it",
+            hint="give a larger --suspend-limit, or copy more memory before (--pre-dumps)",
         )
 
     def ask(self, most: float) -> float:
-        """The target is about to be asked to restore: nothing is cut any more.
-        Returns for how many seconds its answer may be waited for, `most` at most.
-        MigrateError when the limit has passed."""
+        """The target is about to be asked to restore: from now on the connection is not
+        ended.  Returns the seconds that its answer may take, `most` at most.
+        MigrateError(6) when the limit has passed."""
         self.stop()
         left = self._deadline - time.monotonic() if self._seconds else most
         if self.passed or left <= 0:

@@ -23,7 +23,7 @@ from pyploop.errors import (
     VzExitCode,
     one_line,
 )
-from pyploop.migration import commit_record, deadlines, locks
+from pyploop.migration import commit_record, deadlines, hints, locks
 from pyploop.migration.mux import Mux
 from pyploop.migration.target import checks, resumable_files
 from pyploop.migration.target.agent_events import Events
@@ -107,8 +107,8 @@ class Agent:
             args = messages.request(op, request.get("args"))
             answer: wire.Message = {"id": number, "ok": self._requests[str(op)](**args)}
         except PyploopError as e:
-            text = f"{e}. Hint: {e.hint}" if e.hint else str(e)
-            answer = {"id": number, "error": {"code": vz_code(e), "message": clipped(text)}}
+            text = clipped(hints.joined(e))
+            answer = {"id": number, "error": {"code": vz_code(e), "message": text}}
         except OSError as e:
             text = f"{e.filename}: {e.strerror}" if e.filename else str(e.strerror)
             answer = {"id": number, "error": {"code": VzExitCode.USAGE, "message": text}}

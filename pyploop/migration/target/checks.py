@@ -1,6 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the target checks before anything is made here, and the places and locks that
-it takes for it."""
+"""The checks of the target, before anything is made there, and the locks that it takes."""
 
 from __future__ import annotations
 
@@ -19,35 +18,37 @@ from pyploop.runtimes.policy import Source
 from pyploop.system import cpu
 
 CAPABILITIES = ("memory", "tree", "channels")
-"""What an agent of this major version need not know: rounds of memory, trees, and numbers
-of channels beyond channels.LAST_OLD."""
+"""Optional parts of this major version of the protocol: memory rounds, trees, and channels
+with a number above channels.LAST_OLD."""
 
 
 def check_trust(host: HostConfig, source: Source) -> None:
-    """Memory images make processes as they say, root's on this host as well: no
-    check of them can be complete."""
+    """MigrateError(15) unless this host restores memory from this source.  Memory images
+    say which processes a restore makes, root's on this host too.  No check of the images
+    can be complete."""
     if not policy.trusts(host.trusted_live, source):
         entry = source.name or source.address or "NAME"
         how = "" if entry != "NAME" else ", and start the agent with --source NAME"
         raise MigrateError(
             VzExitCode.BAD_CONFIG,
-            f"this host does not restore memory that comes from {source}: who sends it "
-            f'can become root here. If it may, write [trust] live = ["{entry}"] in '
-            f"{host.path or config.DEFAULT} here{how}; without --live the container "
-            "moves as it is",
+            f"this host does not restore memory from {source}, because the sender of a memory "
+            "image can become root here. If you trust the source with that, write "
+            f'[trust] live = ["{entry}"] in {host.path or config.DEFAULT} on this host{how}. '
+            "Without --live no trust is needed",
+            path=host.path or config.DEFAULT,
         )
 
 
 def lock(host: HostConfig, runtime: Runtime, taken: contextlib.ExitStack) -> None:
-    """Take one of the host's places and the container's lock, until `taken` is closed.
-    MigrateError(20)."""
+    """Take one of the host's places for migrations, and the container's lock, until `taken`
+    is closed.  MigrateError(20)."""
     folder = Path(host.lock_dir)
     try:
         taken.enter_context(locks.host_slot(folder, host.migrations, 0))
         if not runtime.locks_itself:
             taken.enter_context(locks.container_lock(folder, runtime.container))
     except BusyError as e:
-        raise MigrateError(VzExitCode.LOCKED, str(e)) from e
+        raise MigrateError(VzExitCode.LOCKED, str(e), path=e.path, hint=e.hint) from e
 
 
 def check_all(
@@ -64,20 +65,24 @@ def check_all(
     if platform.machine() != facts.get("machine"):
         raise MigrateError(
             VzExitCode.CPU,
-            f"the target is {platform.machine()}, the source {facts.get('machine')}",
+            f"this host is a {platform.machine()} machine, and the source is a "
+            f"{facts.get('machine')} machine",
         )
     if live and "cpu" not in nodeps:
         missing = set(facts.get("cpu") or ()) - set(cpu.flags())
         if missing:
             raise MigrateError(
                 VzExitCode.CPU,
-                f"the VzExitCode.CPU lacks {' '.join(sorted(missing))} (--nodeps=cpu goes on)",
+                f"the CPU of this host lacks {' '.join(sorted(missing))}, which the source has",
+                hint="use a target with such a CPU, or ignore it at your own risk (--nodeps=cpu)",
             )
     chosen.check_target({**facts, "nodeps": nodeps}, live)
     disks = chosen.disks(source=False)
     if len(disks) != len(sizes):
         raise ProtocolError(
-            f"the source has {len(sizes)} disks, and the target's configuration {len(disks)}"
+            f"the container has {len(sizes)} disks on the source, and {len(disks)} in the target's "
+            "configuration",
+            hint="name the same disks in migrate.toml on both hosts",
         )
     there = resumable_files.allocated(host, chosen, facts)
     for n, (disk, size) in enumerate(zip(disks, sizes, strict=True)):

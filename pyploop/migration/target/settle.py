@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Migrations to this host that have ended: completed, and what became of those whose
-agent was killed."""
+"""Migrations to this host that have ended.  Those that succeeded are completed here, and
+those whose agent was killed are settled."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from pyploop.undo.journal import Journal
 
 
 def settle(host: HostConfig, migration: str) -> dict[str, Any]:
-    """What became of a migration to this host: {"verdict": "committed"}, and
-    the container runs here, or "aborted", and nothing of it is left.  BusyError
-    while one may still decide."""
+    """Settle a migration to this host, and answer what became of it.  {"verdict":
+    "committed"}: the container runs here.  "aborted": nothing of it is left here.
+    BusyError while another process may still decide."""
     folder = Path(host.state_dir)
     with commit_record.locked(folder, migration, deadlines.SETTLE_WAIT) as record:
         if record is None:
@@ -35,7 +35,7 @@ def settle(host: HostConfig, migration: str) -> dict[str, Any]:
         ):
             failed = complete(log.adopt()) if log else []
             return {"verdict": commit_record.COMMITTED, "failed": failed}
-        # Committed and not running: its end came before it could run.
+        # Committed and not running: the agent was killed before the container could run.
         failed = undo_kinds.undo_all(log.adopt(), bool(log.fields.get("keep"))) if log else []
         record.write(commit_record.ABORTED)
         if not failed:
@@ -48,8 +48,8 @@ def _runs(log: journal.Record) -> bool:
 
 
 def settle_dead(host: HostConfig, runtime: Runtime) -> None:
-    """Settle the migrations of this container whose agent was killed and about which no
-    source has asked since.  MigrateError(20) when one cannot be settled."""
+    """Settle the migrations of this container whose agent was killed, and about which the
+    source has not asked since.  MigrateError(20) when one cannot be settled."""
     folder = Path(host.state_dir)
     ours = (runtime.name, runtime.container)
     for log in journal.records(folder):
@@ -61,31 +61,35 @@ def settle_dead(host: HostConfig, runtime: Runtime) -> None:
                 VzExitCode.LOCKED, f"{log.what} is under way (process {log.owner()})"
             )
         if fields.get("side") == "source":
-            # Finished later, it would end what comes now.
+            # If it were finished later, that would end the container that comes now.
             raise MigrateError(
                 VzExitCode.LOCKED,
-                f"the {log.what}, which this host began, is not finished: run "
-                "`pyploop migrate --recover` on it first",
+                f"the {log.what}, which this host began, is not finished",
+                path=str(log.path),
+                hint="run `pyploop migrate --recover` on this host first",
             )
         try:
             failed = settle(host, commit_record.check_id(fields.get("migration")))["failed"]
         except BusyError as e:
-            raise MigrateError(VzExitCode.LOCKED, str(e)) from e
+            raise MigrateError(VzExitCode.LOCKED, str(e), path=e.path, hint=e.hint) from e
         if failed:
             raise MigrateError(
-                VzExitCode.LOCKED, f"{log.what} could not be rolled back: {'; '.join(failed)}"
+                VzExitCode.LOCKED,
+                f"an earlier {log.what} could not be rolled back: {'; '.join(failed)}",
+                path=str(log.path),
+                hint="remove the cause on this host, and migrate again",
             )
 
 
 def complete(log: Journal) -> list[str]:
-    """Undo only what was needed on the way, and forget the rest."""
+    """Undo only what the migration needed on its way, and forget the other undo steps."""
     for entry in log.entries:
         if entry["kind"] == "put-back":
             root = str(entry.get("root") or "")
             with contextlib.suppress(FileNotFoundError), beneath.place(entry["saved"], root) as at:
                 beneath.remove(at)
         if entry["kind"] == "copied":
-            Path(entry["kept"]).unlink(missing_ok=True)  # it was of no use
+            Path(entry["kept"]).unlink(missing_ok=True)  # a resumable file that was not used
         if not entry.get("transient"):
             undo_kinds.note_done(log, entry)
     return undo_kinds.undo_all(log)
