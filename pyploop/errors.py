@@ -70,6 +70,15 @@ def one_line(text: str) -> str:
     return "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
 
 
+HINT = ". Hint: "
+"""Stands between a message and its hint, here and in an agent's answer."""
+
+
+def joined(text: str, hint: str | None) -> str:
+    """A message and its hint as one line of text."""
+    return f"{text}{HINT}{one_line(hint)}" if hint else text
+
+
 class PyploopError(Exception):
     """An expected failure.  `str(error)` is the whole message, in one line."""
 
@@ -100,6 +109,10 @@ class PyploopError(Exception):
         if path is None and isinstance(error.filename, str):
             path = error.filename
         return cls(f"{what}: {reason}", path=path, hint=hint)
+
+    def with_hint(self) -> str:
+        """The message and what to do, in one line: what a person is shown."""
+        return joined(str(self), self.hint)
 
     def saying(self, text: str) -> PyploopError:
         """One of the same kind."""

@@ -186,7 +186,7 @@ def _runtime_errors() -> Iterator[None]:
     try:
         yield
     except PyploopError as e:
-        raise RuntimeError(str(e)) from e
+        raise RuntimeError(e.with_hint()) from e
     except OSError as e:
         raise RuntimeError(f"{e.filename or 'copying'}: {e.strerror}") from e
 

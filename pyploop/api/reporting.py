@@ -6,7 +6,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Literal
 
-from pyploop.report.events import DETAIL, ERROR, INFO, NOTE, Reporter
+from pyploop.errors import joined
+from pyploop.report.events import DETAIL, INFO, NOTE, Reporter
 
 if TYPE_CHECKING:
     from pyploop.report.event_types import Event
@@ -41,7 +42,7 @@ class _Logger:
         if not self._log.handlers:
             # Else logging prints warnings for a program that configures nothing.
             self._log.addHandler(logging.NullHandler())
-        self._levels = {ERROR: logging.ERROR, NOTE: logging.WARNING, INFO: logging.INFO}
+        self._levels = {NOTE: logging.WARNING, INFO: logging.INFO}
         self._other = logging.DEBUG
 
     def event(self, name: str, at: float, fields: dict[str, Any]) -> None:
@@ -50,6 +51,9 @@ class _Logger:
 
     def line(self, level: int, at: float, text: str) -> None:
         self._log.log(self._levels.get(level, self._other), "%s", text)
+
+    def error(self, at: float, text: str, hint: str | None) -> None:
+        self._log.error("%s", joined(text, hint))
 
     def close(self) -> None:
         pass
@@ -67,11 +71,11 @@ class _Typed:
         self._on_event(self._types.typed(name, at, fields))
 
     def line(self, level: int, at: float, text: str) -> None:
-        if level == ERROR:
-            self._on_event(self._types.Error(time=at, message=text))
-        else:
-            name = _NAMES.get(level, "detail")
-            self._on_event(self._types.Message(time=at, level=name, text=text))
+        name = _NAMES.get(level, "detail")
+        self._on_event(self._types.Message(time=at, level=name, text=text))
+
+    def error(self, at: float, text: str, hint: str | None) -> None:
+        self._on_event(self._types.Error(time=at, message=text, hint=hint))
 
     def close(self) -> None:
         pass

@@ -47,7 +47,7 @@ def run(args: list[str], level: int) -> int:
             else:
                 _send(o, report)
         except PyploopError as e:
-            report.error(str(e))
+            report.failure(e)
             return e.exit_code
         except OSError as e:
             # Not expected one by one: a device that was removed, for example.

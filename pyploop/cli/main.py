@@ -166,7 +166,7 @@ def _main(args: list[str]) -> int:
         with signals_raise():
             return _run(args)
     except PyploopError as e:
-        print(f"pyploop: {e}", file=sys.stderr)
+        print(f"pyploop: {e.with_hint()}", file=sys.stderr)
         return e.exit_code
     except Interrupted as e:
         return _die_by(e.signum)

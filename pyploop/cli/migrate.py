@@ -25,10 +25,10 @@ def run(args: list[str], level: int) -> int:
         try:
             return _run(o, report)
         except MigrateError as e:
-            report.error(str(e))
+            report.failure(e)
             return e.exit_code
         except PyploopError as e:
-            report.error(str(e))
+            report.failure(e)
             return VzExitCode.COPY_FAILED
         except OSError as e:
             report.error(f"{e.filename or 'migrate'}: {e.strerror}; undone")

@@ -47,7 +47,7 @@ def run(args: list[str], level: int) -> int:
             chosen = _chosen(o, records(ignored=_complain))
             return _forget(chosen, level) if o.forget else _undo(chosen, level)
     except PyploopError as e:
-        print(f"pyploop thaw: {e}", file=sys.stderr)
+        print(f"pyploop thaw: {e.with_hint()}", file=sys.stderr)
         return e.exit_code
 
 

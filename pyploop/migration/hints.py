@@ -4,17 +4,10 @@ hint, so that a source that does not know hints shows both."""
 
 from __future__ import annotations
 
-from pyploop.errors import PyploopError
-
-_MARK = ". Hint: "
-
-
-def joined(error: PyploopError) -> str:
-    """The text for the wire."""
-    return f"{error}{_MARK}{error.hint}" if error.hint else str(error)
+from pyploop.errors import HINT
 
 
 def parted(text: str) -> tuple[str, str | None]:
     """The message and the hint of such a text.  None: it has no hint."""
-    message, mark, hint = text.rpartition(_MARK)
+    message, mark, hint = text.rpartition(HINT)
     return (message, hint) if mark else (text, None)

@@ -202,6 +202,8 @@ class Error(Event):
 
     EVENT: ClassVar = "error"
     message: str
+    hint: str | None = None
+    """What to do about it, when the message does not say so already."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from typing import IO, Any, Protocol
 
-from pyploop.errors import ParameterError, one_line
+from pyploop.errors import ParameterError, PyploopError, joined, one_line
 
 SCHEMA = "pyploop.events/1"
 """Name and version in each NDJSON line's `schema`; the number changes when a
@@ -32,6 +32,9 @@ class Renderer(Protocol):
         """`at`: seconds since the start."""
 
     def line(self, level: int, at: float, text: str) -> None: ...
+
+    def error(self, at: float, text: str, hint: str | None) -> None:
+        """A failure, and what to do about it; None: the text says that already."""
 
     def close(self) -> None: ...
 
@@ -60,6 +63,9 @@ class Reporter:
             self._show(partial(r.event, name, at, fields))
 
     def line(self, level: int, text: str) -> None:
+        if level == ERROR:
+            self.error(text)
+            return
         at = self.now()
         for r in self._renderers:
             self._show(partial(r.line, level, at, one_line(text)))
@@ -97,8 +103,15 @@ class Reporter:
         for r in self._renderers:
             r.line(NOTE, at, one_line(text))
 
-    def error(self, text: str) -> None:
-        self.line(ERROR, text)
+    def error(self, text: str, hint: str | None = None) -> None:
+        at = self.now()
+        hint = None if hint is None else one_line(hint)
+        for r in self._renderers:
+            self._show(partial(r.error, at, one_line(text), hint))
+
+    def failure(self, error: PyploopError) -> None:
+        """Its message, and its hint."""
+        self.error(str(error), error.hint)
 
     def note(self, text: str) -> None:
         self.line(NOTE, text)
@@ -127,7 +140,11 @@ class TextRenderer:
 
     def line(self, level: int, at: float, text: str) -> None:
         if level <= self._level:
-            self._print(self._err if level == ERROR else self._out, at, text)
+            self._print(self._out, at, text)
+
+    def error(self, at: float, text: str, hint: str | None) -> None:
+        if self._level >= ERROR:
+            self._print(self._err, at, joined(text, hint))
 
     def _print(self, to: IO[str] | None, at: float, text: str) -> None:
         if to is None:
@@ -162,8 +179,10 @@ class JsonRenderer:
             return
 
     def line(self, level: int, at: float, text: str) -> None:
-        if level == ERROR:
-            self.event("error", at, {"message": text})
+        pass
+
+    def error(self, at: float, text: str, hint: str | None) -> None:
+        self.event("error", at, {"message": text} | ({"hint": hint} if hint else {}))
 
     def close(self) -> None:
         pass
@@ -223,6 +242,9 @@ class ProgressRenderer:
             )
 
     def line(self, level: int, at: float, text: str) -> None:
+        pass
+
+    def error(self, at: float, text: str, hint: str | None) -> None:
         pass
 
     def close(self) -> None:

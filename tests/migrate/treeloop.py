@@ -74,6 +74,9 @@ class Events:
     def line(self, level: int, at: float, text: str) -> None:
         pass
 
+    def error(self, at: float, text: str, hint: str | None) -> None:
+        pass
+
     def close(self) -> None:
         pass
 

@@ -163,7 +163,7 @@ def test_receiver_never_touches_a_file_that_is_there(tmp_path: Path) -> None:
     for name in ("image", "dangling"):
         got = receive(tmp_path / name, GOOD)
         assert got.code == 1
-        got.one_line("File exists")
+        got.one_line("File exists", "Hint: ")
     assert (tmp_path / "image").read_text() == "mine"
     assert not (tmp_path / "nowhere").exists()
 

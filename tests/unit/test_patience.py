@@ -32,6 +32,9 @@ class Lines:
         if self.hangs is not None:
             self.hangs.wait(20)
 
+    def error(self, at: float, text: str, hint: str | None) -> None:
+        pass
+
     def close(self) -> None:
         pass
 

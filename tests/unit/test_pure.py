@@ -42,7 +42,7 @@ from pyploop.errors import (
     WriteError,
 )
 from pyploop.freeze import FileSystems
-from pyploop.report.events import ERROR, JsonRenderer, Reporter, TextRenderer
+from pyploop.report.events import JsonRenderer, Reporter, TextRenderer
 from pyploop.system import descriptors, kernel, mount_table
 from pyploop.system.mount_table import Mount
 from pyploop.system.sysblock import BlockDevice
@@ -161,6 +161,18 @@ def test_each_event_is_one_json_object_with_its_schema() -> None:
     assert [r["event"] for r in records] == ["round", "error"]
     assert all(r["schema"] == "pyploop.events/1" and r["time"] >= 0 for r in records)
     assert (records[0]["number"], records[1]["message"]) == (1, "bad\\nthing \\udcff")
+
+
+def test_the_hint_of_a_failure_follows_its_message_and_has_a_field_of_its_own() -> None:
+    report, errors, out = Reporter(), io.StringIO(), io.StringIO()
+    report.add(TextRenderer(-1, None, errors))
+    report.add(JsonRenderer(out))
+    report.failure(OpenError("cannot open x", hint="mount\nit"))
+    report.failure(OpenError("cannot open y"))
+    assert errors.getvalue() == "cannot open x. Hint: mount\\nit\ncannot open y\n"
+    with_hint, without = (json.loads(line) for line in out.getvalue().splitlines())
+    assert (with_hint["message"], with_hint["hint"]) == ("cannot open x", "mount\\nit")
+    assert without["message"] == "cannot open y" and "hint" not in without
 
 
 def test_a_log_that_nobody_reads_does_not_stop_the_copy() -> None:
@@ -558,5 +570,5 @@ def test_a_line_of_the_log_is_written_at_once_so_that_threads_do_not_mix_theirs(
     seen: list[str] = []
     out = Writes()
     one = TextRenderer(9, out, out) if renderer == "text" else JsonRenderer(out)
-    one.line(ERROR, 1.0, "what went wrong")
+    one.error(1.0, "what went wrong", None)
     assert len(seen) == 1 and seen[0].endswith("\n")

@@ -23,7 +23,7 @@ from pyploop.errors import (
     VzExitCode,
     one_line,
 )
-from pyploop.migration import commit_record, deadlines, hints, locks
+from pyploop.migration import commit_record, deadlines, locks
 from pyploop.migration.mux import Mux
 from pyploop.migration.target import checks, resumable_files
 from pyploop.migration.target.agent_events import Events
@@ -107,8 +107,10 @@ class Agent:
             args = messages.request(op, request.get("args"))
             answer: wire.Message = {"id": number, "ok": self._requests[str(op)](**args)}
         except PyploopError as e:
-            text = clipped(hints.joined(e))
-            answer = {"id": number, "error": {"code": vz_code(e), "message": text}}
+            answer = {
+                "id": number,
+                "error": {"code": vz_code(e), "message": clipped(e.with_hint())},
+            }
         except OSError as e:
             text = f"{e.filename}: {e.strerror}" if e.filename else str(e.strerror)
             answer = {"id": number, "error": {"code": VzExitCode.USAGE, "message": text}}

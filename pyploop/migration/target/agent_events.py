@@ -7,9 +7,9 @@ import contextlib
 import time
 from typing import Any
 
-from pyploop.errors import PyploopError
+from pyploop.errors import PyploopError, joined
 from pyploop.migration.mux import Mux
-from pyploop.report.events import NOTE
+from pyploop.report.events import ERROR, NOTE
 from pyploop.wire.messages import clipped
 
 MOST_EVENTS = 1000
@@ -39,6 +39,9 @@ class Events:
 
     def line(self, level: int, at: float, text: str) -> None:
         self.event("line", at, {"level": level, "text": clipped(text)})
+
+    def error(self, at: float, text: str, hint: str | None) -> None:
+        self.line(ERROR, at, joined(text, hint))
 
     def close(self) -> None:
         pass
