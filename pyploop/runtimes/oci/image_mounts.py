@@ -44,7 +44,7 @@ class Mounts:
         self._points = points
         for point, entry in points.items():
             if entry is not root:
-                self._mount(point, entry, root, points)
+                self._mount(point, entry, root)
         for kernel in ("/proc", "/sys"):
             if kernel in points and points[kernel].number32(Mount.PARENT) != root.number32(
                 Mount.ID
@@ -52,7 +52,7 @@ class Mounts:
                 self._images.refuse(f"has {kernel} mounted on another file system than the root")
         self._check_covered(points)
 
-    def _mount(self, point: str, entry: Message, root: Message, points: dict[str, Message]) -> None:
+    def _mount(self, point: str, entry: Message, root: Message) -> None:
         kind, key = entry.number32(Mount.FSTYPE), entry.text(Mount.KEY)
         if entry.number32(Mount.EXTERNAL) or entry.number32(Mount.PLUGIN):
             self._images.refuse(f"has a mount on {point} that CRIU did not dump itself")

@@ -25,7 +25,7 @@ _SETS = {
 
 
 class Processes:
-    """What each process of the images may do, against what config.json gives."""
+    """What the processes of the images may do, against what config.json gives them."""
 
     def __init__(self, images: Images, config: dict[str, Any], labels: Collection[str]) -> None:
         self._images, self._labels_allowed = images, labels
@@ -37,6 +37,8 @@ class Processes:
             self._any_cap |= bits
 
     def check_ids(self, names: dict[str, str]) -> None:
+        """Each process has its image, and lies in namespaces of its own.  names: all images
+        of the dump."""
         inventory = self._images.only("inventory.img", "inventory")
         host = inventory.message(Inventory.ROOT_IDS)
         if host is None:
