@@ -206,12 +206,16 @@ class Copy:
         compat = _FRAMINGS.get(o.protocol)
         if compat is None:
             if fd is None:
-                raise ParameterError("packets go to a socket, and not to a file")
+                raise ParameterError(
+                    f"protocol {o.protocol!r} needs a socket, and the target is a file"
+                )
             from pyploop.diskcopy.d2_target import PacketOutput
 
             descriptors.check_open(fd, "descriptor")
             if not descriptors.is_socket(fd):
-                raise ParameterError(f"descriptor {fd} is not a socket, which packets need")
+                raise ParameterError(
+                    f"protocol {o.protocol!r} needs a socket, and descriptor {fd} is none"
+                )
             yield PacketOutput(
                 fd,
                 self._report,
@@ -336,14 +340,14 @@ class Copy:
     @property
     def _opened(self) -> Sender:
         if self._sender is None:
-            raise ParameterError("this copy was not entered: with Copy(…) as copying")
+            raise ParameterError("this copy is not open: use it inside `with Copy(…) as copying:`")
         return self._sender
 
 
 def _internal(o: CopyOptions, report: Reporter) -> Options:
     """ParameterError for a value that cannot be."""
     if o.readers is not None and not 0 <= o.readers <= 64:
-        raise ParameterError(f"readers is 0 to 64, and not {o.readers}")
+        raise ParameterError(f"readers={o.readers}: it must be 0 to 64")
     limit = o.freeze_limit
     if limit is None:
         limit = FREEZE_LIMIT if o.max_freeze is None else 2 * o.max_freeze + 1

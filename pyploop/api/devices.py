@@ -24,13 +24,15 @@ def device_of(descriptor: str | os.PathLike[str]) -> str:
     found = disk_descriptor.serving_loop(name)
     if found is None:
         raise DeviceError(
-            f"no device serves {top.path}, the top delta of {name}: is it mounted?",
+            f"no device shows {top.path}, the top delta of {name}",
             path=top.path,
+            hint="mount the disk (ploop mount), or attach a raw delta to a loop device (losetup)",
         )
     if top.format != "raw":
         raise FormatError(
-            f"{top.path} is {top.format}, which a loop device ({found}) cannot serve: "
-            "a ploop device is needed",
+            f"{top.path} has the format {top.format}, which the loop device {found} does not "
+            "understand: it shows the file as it is",
             path=top.path,
+            hint="attach it to a ploop device (ploop mount)",
         )
     return found

@@ -59,22 +59,22 @@ def frozen(
     frozen).
     """
     if limit <= 0:
-        raise ParameterError(f"the limit of a freeze is {limit:g} seconds: it must be more than 0")
+        raise ParameterError(f"limit={limit:g}: a freeze needs a limit of more than 0 s")
     name = os.fspath(path)
     report = make_reporter(on_event)
     plan = UndoLedger(f"freeze of {name}", report)
     limits = Limits.of(limit)
     with contextlib.ExitStack() as undo:
         undo.callback(plan.close)
-        # It would say what a copy does about one that cannot be frozen.
+        # A silent reporter: the notes of FileSystems are about a copy.
         systems = FileSystems(_mounts_of(name), Reporter(), plan)
         undo.callback(systems.close)
         session = FreezeSession((), systems, plan, report, Deadline(time.monotonic))
         systems.try_out()
         if systems.unfreezable:
             raise DeviceControlError(
-                f"{', '.join(systems.unfreezable)} cannot be frozen: its kind of file system "
-                "has no freeze",
+                f"cannot freeze {', '.join(systems.unfreezable)}: this kind of file system has no "
+                "freeze; nothing was frozen",
                 path=name,
             )
         session.prepare()
@@ -91,8 +91,9 @@ def frozen(
                     raise
                 raise LoopError(
                     f"the freeze of {name} lasted longer than its limit of {limit:g} s: it was "
-                    "thawed, and what was read in it may be torn",
+                    "thawed, and what was read in it may be inconsistent",
                     path=name,
+                    hint="allow more time (limit=), and take the snapshot again",
                 ) from e
             session.release(resume=True)
 
@@ -114,5 +115,7 @@ def _mounts_of(path: str) -> list[Mount]:
         raise ParameterError(f"{path} is neither a block device nor a folder", path=path)
     entry = mount_table.holding(os.path.realpath(path))
     if entry is None:
-        raise OpenError(f"{path} is on no file system that can be seen from here", path=path)
+        raise OpenError(
+            f"{path} is on a file system that is not mounted in this mount namespace", path=path
+        )
     return [Mount(entry.point, entry.fstype, entry.source)]

@@ -146,7 +146,8 @@ def _gather(path: str) -> Report:
             return _of_device(path)
         if stat.S_ISDIR(mode) and os.path.exists(os.path.join(path, disk_descriptor.NAME)):
             raise DeviceError(
-                f"{path} is a directory: name {os.path.join(path, disk_descriptor.NAME)}"
+                f"{path} is a directory: name {os.path.join(path, disk_descriptor.NAME)}",
+                path=path,
             )
         if path.lower().endswith(".xml"):
             return _of_descriptor(path)
@@ -356,7 +357,7 @@ def _unopened(path: str) -> Source:
     """What sysfs and mountinfo tell about a device that cannot be opened."""
     st = os.stat(path)
     if not stat.S_ISBLK(st.st_mode):
-        raise DeviceError(f"cannot open the source {path}: {os.strerror(errno.EACCES)}")
+        raise DeviceError(f"cannot open the source {path}: {os.strerror(errno.EACCES)}", path=path)
     block = sysblock.find((os.major(st.st_rdev), os.minor(st.st_rdev)))
     mounts = mount_table.mounts_of(sysblock.stacked_on(block), Path("/proc/self/mountinfo"))
     return Source(path, "block", block.size, -1, block=block, mounts=mounts)

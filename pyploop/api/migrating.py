@@ -114,7 +114,10 @@ def migrate(
     with recovery.lock(here, runtime):
         if failed := recovery.recover(here, runtime.container, report, locked=True):
             raise MigrateError(
-                VzExitCode.LOCKED, f"an earlier migration is not undone: {'; '.join(failed)}"
+                VzExitCode.LOCKED,
+                f"an earlier migration of {runtime.container} could not be undone: "
+                f"{'; '.join(failed)}; nothing was moved",
+                hint="correct what is named, then run `pyploop migrate --recover`",
             )
         return _public(orchestrator.migrate(here, runtime, request, report))
 
@@ -151,9 +154,9 @@ def _public(result: Result) -> MigrationResult:
 
 def _request(host: str, o: MigrationOptions) -> Request:
     if o.max_freeze is not None and not o.live:
-        raise MigrateError(VzExitCode.USAGE, "--max-freeze goes with --live")
+        raise MigrateError(VzExitCode.USAGE, "--max-freeze needs --live")
     if o.suspend_limit is not None and not o.live:
-        raise MigrateError(VzExitCode.USAGE, "--suspend-limit goes with --live")
+        raise MigrateError(VzExitCode.USAGE, "--suspend-limit needs --live")
     limit = Request.suspend_limit if o.suspend_limit is None else o.suspend_limit
     return Request(
         host=host,

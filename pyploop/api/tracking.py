@@ -168,7 +168,9 @@ class Tracker:
     @property
     def _opened(self) -> tuple[Source, Marks, FileSystems]:
         if self._open is None:
-            raise ParameterError(f"{self._path} is not tracked: with pyploop.track(…) as tracker")
+            raise ParameterError(
+                f"{self._path} is not tracked: use it inside `with pyploop.track(…) as tracker:`"
+            )
         return self._open
 
 

@@ -156,7 +156,7 @@ def _show_times(recorder: Recorder, predicted: float | None, report: Reporter) -
 def _check_output(fd: int) -> None:
     mode = descriptors.check_open(fd, "-o").st_mode
     if not (stat.S_ISREG(mode) or descriptors.is_stream(fd)):
-        raise ParameterError(f"output descriptor {fd} must be a file, a pipe or a socket")
+        raise ParameterError(f"-o {fd} must be a file, a pipe or a socket")
 
 
 @contextlib.contextmanager
@@ -181,7 +181,7 @@ def _reporter(o: argparse.Namespace, level: int) -> Iterator[Reporter]:
         elif o.json == "-":
             to = out or err
             if to is None:
-                raise ParameterError("--json: stdout and stderr are both taken; name a file")
+                raise ParameterError("--json -: stdout and stderr are both in use; use --json FILE")
             report.add(JsonRenderer(to))
             if to is not err:
                 report.add(TextRenderer(level, None, err))

@@ -61,7 +61,7 @@ def parse_globals(args: list[str]) -> tuple[int, list[str]]:
         elif re.fullmatch(r"-v+", arg):
             level += len(arg) - 1
         else:
-            raise ParameterError(f"unknown option {arg}")
+            raise ParameterError(f"unknown option {arg}", hint="`pyploop --help` shows them")
     return level, []
 
 

@@ -31,7 +31,7 @@ def run(args: list[str], level: int) -> int:
             report.failure(e)
             return VzExitCode.COPY_FAILED
         except OSError as e:
-            report.error(f"{e.filename or 'migrate'}: {e.strerror}; undone")
+            report.error(f"{e.filename or 'migrate'}: {e.strerror}; everything was undone")
             return VzExitCode.COPY_FAILED
         except Interrupted as e:
             what = "`--recover` goes on from there" if o.recover else "everything was undone"
@@ -59,7 +59,7 @@ def _run(o: MigrateOptions, report: Reporter) -> int:
             table = timings.table(result.moments.rows(), result.moments.total)
             print(table, file=sys.stderr if o.json == "-" else sys.stdout, flush=True)
         except OSError as e:
-            report.error(f"-t: {e.strerror}; the container has moved")
+            report.error(f"-t: cannot print the table: {e.strerror}; the container has moved")
     # The container moved; what is left over is not nothing.
     return VzExitCode.DUMP_FAILED if result.left_over else VzExitCode.OK
 

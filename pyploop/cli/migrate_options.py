@@ -194,14 +194,14 @@ def parser() -> Parser:
 
 def _count(text: str) -> int:
     if not text.isdecimal() or int(text) > LONGEST:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number up to {LONGEST}")
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number from 0 to {LONGEST}")
     return int(text)
 
 
 def _some_time(text: str) -> float:
     seconds = parse_time(text)
     if seconds < 1:  # rsync takes whole seconds, and 0 for ever
-        raise ValueError(f"{text!r} is less than a second")
+        raise ValueError(f"{text!r} is less than 1 s")
     return seconds
 
 

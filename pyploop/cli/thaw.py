@@ -73,7 +73,10 @@ def _chosen(o: argparse.Namespace, found: list[Record]) -> list[Record]:
     by_id = {r.id: r for r in found}
     for name in o.ids:
         if name not in by_id:
-            raise OpenError(f"there is no journal {name} in {folder()}")
+            raise OpenError(
+                f"there is no journal {name} in {folder()}",
+                hint="`pyploop thaw` lists the journals",
+            )
     return [by_id[name] for name in dict.fromkeys(o.ids)]
 
 

@@ -76,7 +76,10 @@ class Approach:
             c.mounts.cool_down()
             raise LoopError(
                 f"a scan of {c.source.path} would keep it frozen for about {f.total:.0f} s, and "
-                f"--freeze-limit allows {limit:g} s; nothing was frozen, no target was made"
+                f"--freeze-limit allows {limit:g} s; nothing was frozen, no target was made",
+                path=c.source.path,
+                hint="raise --freeze-limit, or use a tracker that follows the writes "
+                "(--tracker bpf, as root)",
             )
 
     def sync_target(self) -> str:
@@ -118,7 +121,7 @@ class Approach:
             return True
         why = f"{f.total * 1000:.0f} ms expected, {policy.max_freeze * 1000:.0f} ms allowed"
         if self._measurements.elapsed < policy.deadline:
-            self._context.report.info(f"Not now: {why}")
+            self._context.report.info(f"No freeze yet: {why}")
             return False
-        self._precopy.give_up(Decision(policy.on_deadline, f"no moment fitted ({why})", f))
+        self._precopy.give_up(Decision(policy.on_deadline, f"no freeze fitted ({why})", f))
         return True

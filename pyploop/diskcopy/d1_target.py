@@ -99,9 +99,16 @@ class StreamOutput:
             self._ask_for_times(self._answers)
             return PYPLOOP
         if answer == d1.FAILURE:
-            raise SyncError("the receiver cannot sync its target")
+            raise SyncError(
+                "the receiver cannot make its target durable (see its own message); nothing was "
+                "sent"
+            )
         if answer != d1.SUCCESS:
-            raise ProtocolError(f"the receiver answered {answer!r} to the first SYNC")
+            raise ProtocolError(
+                f"the receiver answered {answer!r} to the first SYNC, which no receiver of "
+                "pyploop or ploop does; nothing was sent",
+                hint="check that -o and -f lead to one and the same receiver",
+            )
         return NATIVE if self._compat == "native" else PLOOP
 
     def _greet(self, answers: int) -> bytes | None:
@@ -123,9 +130,14 @@ class StreamOutput:
         descriptors.write_all(self.fd, d1.sync(d1.HELLO_2), "cannot ask the receiver")
         answer = self._read(answers)
         if answer == d1.FAILURE:
-            raise SyncError("the receiver cannot sync its target")
+            raise SyncError(
+                "the receiver cannot make its target durable (see its own message); nothing was "
+                "sent"
+            )
         if answer not in (d1.SUCCESS, d1.HELLO_2_REPLY):
-            raise ProtocolError(f"the receiver answered {answer!r} to the second SYNC")
+            raise ProtocolError(
+                f"the receiver answered {answer!r} to the second SYNC; nothing was sent"
+            )
         self._timed = answer == d1.HELLO_2_REPLY
         self._read_times(answers)
 
@@ -146,10 +158,13 @@ class StreamOutput:
         if answer == d1.FAILURE:
             raise WriteError(
                 f"the receiver cannot take the {source.size} bytes of {source.path} (see its own "
-                "message); nothing was sent"
+                "message); nothing was sent",
+                path=source.path,
             )
         if answer not in (d1.SUCCESS, d1.PLACE_REPLY):
-            raise ProtocolError(f"the receiver answered {answer!r} to the third SYNC")
+            raise ProtocolError(
+                f"the receiver answered {answer!r} to the third SYNC; nothing was sent"
+            )
         if answer == d1.PLACE_REPLY:
             self._read_place(self._answers)
             if compare_room and self._place and self._place.room != d1.UNKNOWN_ROOM:
@@ -164,7 +179,9 @@ class StreamOutput:
         try:
             self._place = d1.Place.unpack(partial(self._read, fd))
         except ValueError as e:
-            raise ProtocolError(f"the receiver describes its target wrongly: {e}") from e
+            raise ProtocolError(
+                f"the receiver sent a wrong description of its target: {e}; nothing was sent"
+            ) from e
 
     def things(self) -> set[Thing] | None:
         here = backing.boot()
@@ -209,7 +226,10 @@ class StreamOutput:
     def _answer(self, fd: int, about: str) -> None:
         answer = self._read(fd)
         if answer == d1.FAILURE:
-            raise SyncError(f"the receiver failed to make its target durable ({about})")
+            raise SyncError(
+                f"the receiver failed to make its target durable (its answer to {about}; see its "
+                "own message)"
+            )
         if answer != d1.SUCCESS:
             raise ProtocolError(f"the receiver answered {answer!r} to {about}")
         self._read_times(fd)
@@ -259,7 +279,8 @@ class StreamOutput:
         """A receiver that reads END too late would keep an image that is stale by then."""
         if self.deadline.passed:
             raise WriteError(
-                "the receiver did not read the end of the stream in time (--freeze-limit)"
+                "the receiver did not read the end of the stream within --freeze-limit; the "
+                "source is being thawed"
             )
 
 

@@ -65,7 +65,10 @@ class _Blocks:
         """The data at `pos`, valid until the next call.  ReadError."""
         found = small_reads.read(self._source, memoryview(self._page), pos, length)
         if len(found) < length:
-            raise ReadError(f"{self._source.path} ends before byte {pos + length}")
+            raise ReadError(
+                f"{self._source.path} ends before byte {pos + length}: it has become shorter",
+                path=self._source.path,
+            )
         return found
 
     def __enter__(self) -> _Blocks:

@@ -81,9 +81,11 @@ def send(fd: int, size: int, out: socket.socket) -> None:
                 out.sendall(RUN.pack(pos, len(found)) + b"".join(found))
         out.sendall(RUN.pack(size, 0))
     except TimeoutError as e:
-        raise WriteError("the source does not read the digests (--timeout)") from e
+        raise WriteError(
+            "the source does not read the digests of the resumable files (--timeout)"
+        ) from e
     except OSError as e:
-        raise WriteError.of("cannot send the digests of what was kept", e) from e
+        raise WriteError.of("cannot send the digests of the resumable files", e) from e
 
 
 def _digests(fd: int, pos: int, length: int, unit: int) -> Iterator[bytes]:
@@ -117,7 +119,10 @@ class Reader:
                 return
             last = pos + (count - 1) * unit
             if pos % unit or pos < floor or count > LONGEST_RUN or last >= size:
-                raise ProtocolError(f"{count} digests at {pos} are out of order or out of range")
+                raise ProtocolError(
+                    f"the target sent {count} digests at byte {pos}, which is out of order or past "
+                    "the end"
+                )
             floor = last + unit
             raw = self._exactly(count * SIZE)
             yield pos, [raw[i : i + SIZE] for i in range(0, len(raw), SIZE)]
@@ -129,12 +134,14 @@ class Reader:
             try:
                 n = self._patience.recv_into(view[got:])
             except TimeoutError as e:
-                raise ReadError("the target sends no digests (--timeout)") from e
+                raise ReadError(
+                    "the target does not send the digests of its resumable files (--timeout)"
+                ) from e
             except OSError as e:
-                raise ReadError.of("cannot read the digests of what the target has kept", e) from e
+                raise ReadError.of("cannot read the digests of the resumable files", e) from e
             if not n:
                 raise ReadError(
-                    "the digests of what the target has kept ended early (did it fail?)"
+                    "the digests of the resumable files ended early (the target has failed)"
                 )
             got += n
         self.received += size

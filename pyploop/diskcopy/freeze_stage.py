@@ -72,7 +72,7 @@ class FreezeStage:
                 raise
             if c.options.before_thaw:
                 with step("before thaw"):
-                    what = "the target is complete, but the command before the thaw"
+                    what = "the target is complete, but the --before-thaw command"
                     run_command(c.options.before_thaw, what, c.deadline.left)
             with step("thaw"):
                 c.session.complete()
@@ -244,7 +244,9 @@ class FreezeStage:
         if repair is None:
             raise DeviceControlError(
                 f"tracking of {path} lost events ({completeness}), and the tracker cannot say "
-                "for which blocks; no target was made"
+                "for which blocks; no target was made",
+                path=path,
+                hint="copy again; with --tracker scan no events are needed",
             )
         self._compare(repair, f"tracking of {path} could not be proven complete ({completeness})")
 
@@ -262,21 +264,34 @@ class FreezeStage:
         if self._may_thaw:
             raise FreezeGivenUp(f"{why}, too long for a freeze (--max-freeze)")
         raise LoopError(
-            f"{why}, longer than the freeze may last (--freeze-limit); no target was made. After "
-            "a stop that can be undone (--undo, --freeze cgroup:PATH) the source runs meanwhile"
+            f"{why}, longer than the freeze may last (--freeze-limit); no target was made",
+            path=c.source.path,
+            hint="raise --freeze-limit, or use a stop that can be undone (--undo, --freeze "
+            "cgroup:PATH): then the source runs while blocks are compared",
         )
 
     def _still_written(self) -> LoopError:
         c = self._context
         if self._doubt:
             return LoopError(
-                f"tracking of {c.source.path} could not be proven complete ({self._doubt}), in "
-                "none of several passes; no target was made"
+                f"tracking of {c.source.path} could not be proven complete in any of several "
+                f"passes ({self._doubt}); no target was made",
+                path=c.source.path,
+                hint="copy again; with --tracker scan no such proof is needed",
             )
-        who = "and nothing stops its writer (-F)"
         if c.stops:
-            who = "although it should be stopped"
-        return LoopError(f"{c.source.path} is still being written to {who}; no target was made")
+            return LoopError(
+                f"{c.source.path} is still being written to although it should be stopped; no "
+                "target was made",
+                path=c.source.path,
+                hint="stop the programs that write to it, too (-F, --freeze)",
+            )
+        return LoopError(
+            f"{c.source.path} is still being written to, and nothing stops its writers; no target "
+            "was made",
+            path=c.source.path,
+            hint="stop them with -F or --freeze",
+        )
 
     def _unseen(self) -> bool:
         monitor = self._context.source.monitor

@@ -243,8 +243,10 @@ class PreCopy:
         if decision.action == "abort":
             raise LoopError(
                 f"{self._context.source.path} is written too fast to be frozen as asked: "
-                f"{decision.why}; nothing was frozen, no target was made "
-                "(--throttle, --max-freeze, --on-deadline)"
+                f"{decision.why}; nothing was frozen, no target was made",
+                path=self._context.source.path,
+                hint="allow a longer freeze (--max-freeze), slow the writers down (--throttle), "
+                "or freeze in any case (--on-deadline freeze)",
             )
 
 

@@ -241,38 +241,42 @@ def explain(fault: Fault, path: str, dialect: int) -> PyploopError:
     left = f"; {path} was not created"
     code = fault.errno
     if fault.stage == "write":
-        return WriteError.of(f"cannot write {path} at {fault.pos}{left}", fault)
+        return WriteError.of(f"cannot write {path} at byte {fault.pos}{left}", fault, path=path)
     if fault.stage == "reply":
         return WriteError.of(f"cannot answer the sender at {where}{left}", fault)
     if code == errno.EBADMSG:
         return ProtocolError(f"{_bad_marker(fault.mark, dialect)} at {where}{left}")
     if code == errno.EMSGSIZE:
         return TooLargeError(
-            f"frame of {fault.size} bytes is larger than {MAX_FRAME} at {where}{left}"
+            f"a frame of {fault.size} bytes is larger than the {MAX_FRAME} bytes allowed, at "
+            f"{where}{left}"
         )
     if code == errno.EFBIG:
         return TooLargeError(
-            f"position {fault.pos} with size {fault.size} is past the size that the source "
+            f"{fault.size} bytes for position {fault.pos} are past the size that the source "
             f"announced, at {where}{left}"
         )
     if code == errno.ERANGE:
         return WriteError(
-            f"position {fault.pos} with size {fault.size} is past what a file can hold, "
+            f"{fault.size} bytes for position {fault.pos} are past the largest size of a file, "
             f"at {where}{left}"
         )
     if code == errno.EOPNOTSUPP:
         what = d2.name_of(fault.type, fault.command)
         return NotSupportedError(f"{what} is not supported, at {where}{left}")
     if code == errno.EPROTO:
-        return ProtocolError(f"a command of {fault.size} bytes at {where}{left}")
+        return ProtocolError(f"a command has {fault.size} bytes, at {where}{left}")
     if code == errno.EBADE:
-        return ProtocolError(f"the MD5 of the data is not the one sent, at {where}{left}")
+        return ProtocolError(f"the data do not match their MD5, at {where}{left}")
     if code == errno.ENOTSOCK:
         return ParameterError(
-            f"a D2 stream is answered on its own socket, and this is a pipe{left}"
+            f"the input is a pipe, but a D2 stream is answered on the socket it comes from{left}",
+            hint="give the receiver a socket",
         )
     if code == errno.ENODATA:
-        return ReadError(f"the stream ended without END at {where} (did the sender fail?){left}")
+        return ReadError(
+            f"the stream ended without END at {where} (see the sender's message){left}"
+        )
     if code == errno.ETIMEDOUT:
         return ReadError(
             f"the sender sends nothing, or next to nothing (--timeout), at {where}{left}"

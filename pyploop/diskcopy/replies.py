@@ -176,7 +176,7 @@ class Replies:
         if pos == 0 or self._pump is None:
             return False
         if not first or self._pump.stats.frames:
-            raise ProtocolError("a handshake in the middle of a copy")
+            raise ProtocolError("the sender sent a handshake in the middle of the copy")
         reply, features = d3.answer(pos)
         self._say(reply)
         if features & d3.MD5:

@@ -116,7 +116,8 @@ class Sender:
         if source.must_be_mounted and not source.mounts:
             raise OpenError(
                 f"{source.path} has no mount point, so it cannot be frozen: mount it, or name its "
-                "mount point (--mount)"
+                "mount point (--mount)",
+                path=source.path,
             )
         with contextlib.ExitStack() as undo:
             self._context = context = self._open(undo)
@@ -200,7 +201,9 @@ class Sender:
         if (points := self._context.mounts.unfreezable) and not self._context.writes.knows:
             raise DeviceControlError(
                 f"{', '.join(points)} cannot be frozen, and nothing shows whether it is written "
-                "to (queue/iostats is off): unmount it, or mount -o remount,ro"
+                "to (queue/iostats is off); nothing was copied",
+                path=self._source.path,
+                hint="unmount it, or make it read-only (mount -o remount,ro)",
             )
 
     def __exit__(self, *exc: object) -> None:

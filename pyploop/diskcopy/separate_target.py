@@ -22,7 +22,9 @@ def check(source: Source, points: Iterable[str], out: Output) -> None:
         return
     error = ParameterError(
         f"the target lies on {in_words(both)}, which is part of the source and will be frozen: "
-        "writing it would never end; nothing was copied"
+        "writing it would never end; nothing was copied",
+        path=source.path,
+        hint="choose a target on another file system",
     )
     out.refuse(error)
     raise error
@@ -33,5 +35,7 @@ def check_output(source: Source, fd: int) -> None:
     if is_below(source, fd):
         raise ParameterError(
             f"the output is a file in which {source.path} itself is stored: to copy onto it would "
-            "destroy the source; nothing was written"
+            "destroy the source; nothing was written",
+            path=source.path,
+            hint="choose another file for the output",
         )

@@ -208,14 +208,18 @@ class SourcePump:
         if fault.errno == errno.ECANCELED:
             return CancelledError(f"the copy of {path} was cancelled; no target was made")
         if fault.stage == "hook":
-            return DeviceControlError.of(f"tracking {path} failed at {fault.pos}", fault)
+            return DeviceControlError.of(
+                f"tracking {path} failed at byte {fault.pos}", fault, path=path
+            )
         if fault.stage == "read" and fault.errno == errno.ENODATA:
             return ReadError(
-                f"{path} ends at or after byte {fault.pos}: shorter than its {self._source.size} "
-                "bytes at the start"
+                f"{path} has become shorter during the copy: it had {self._source.size} bytes, and "
+                f"ends near byte {fault.pos}; no target was made",
+                path=path,
+                hint="start the copy again",
             )
         if fault.stage == "read":
-            return ReadError.of(f"cannot read {path} at byte {fault.pos}", fault)
+            return ReadError.of(f"cannot read {path} at byte {fault.pos}", fault, path=path)
         if self._out.sink == _core.SINK_FILE:
             return WriteError.of(f"cannot write the target at byte {fault.pos}", fault)
         return explain_write(fault)

@@ -37,14 +37,17 @@ from pyploop.undo.journal import Journal
 
 MODE = 0o600
 _KINDS = {
-    stat.S_IFBLK: "a block device, and a target is a new file: copy to a file, and write that onto "
-    "the device while nothing uses it (dd conv=fsync)",
-    stat.S_IFCHR: "a character device, and a target is a new file",
-    stat.S_IFDIR: "a folder: name a file in it",
-    stat.S_IFIFO: "a named pipe, and a target is a new file (without -d, the stream goes to -o)",
-    stat.S_IFSOCK: "a socket, and a target is a new file",
-    stat.S_IFLNK: "a symbolic link: name the file itself",
+    stat.S_IFBLK: (
+        "a block device",
+        "copy to a new file, and write that onto the device while nothing uses it (dd conv=fsync)",
+    ),
+    stat.S_IFCHR: ("a character device", "name a file that does not exist yet"),
+    stat.S_IFDIR: ("a folder", "name a file in it"),
+    stat.S_IFIFO: ("a named pipe", "name a new file; without -d, the stream goes to -o"),
+    stat.S_IFSOCK: ("a socket", "name a file that does not exist yet"),
+    stat.S_IFLNK: ("a symbolic link", "name the file itself"),
 }
+"""What stands in the way of a target, and what to do instead."""
 
 
 class Sink:
@@ -76,7 +79,7 @@ class Sink:
             self._dir_fd = os.open(target.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         except OSError as e:
             raise CreateError.of(
-                f"cannot create {path}: folder {target.parent}", e, path=path
+                f"cannot create {path} in the folder {target.parent}", e, path=path
             ) from e
         except OpenError as e:
             raise CreateError(str(e), path=path) from None
@@ -188,14 +191,16 @@ class Sink:
             if os.fstat(self.fd).st_size != size:
                 os.ftruncate(self.fd, size)
         except OSError as e:
-            raise WriteError.of(f"cannot set the size of {self.path} to {size}", e) from e
+            raise WriteError.of(
+                f"cannot make {self.path} {size} bytes long", e, path=self.path
+            ) from e
 
     def sync(self) -> None:
         """Make durable what was written so far."""
         try:
             make_durable(self.fd, self.path)
         except OSError as e:
-            raise SyncError.of(f"cannot sync {self.path}", e) from e
+            raise SyncError.of(f"cannot sync {self.path}", e, path=self.path) from e
         self.synced_ns = time.monotonic_ns()
 
     # ---- the end
@@ -237,7 +242,9 @@ class Sink:
         except OSError as e:
             if e.errno not in target_name.UNSUPPORTED:
                 raise SyncError.of(
-                    f"cannot sync the folder of {self.path}, so a crash may take its name away", e
+                    f"cannot sync the folder of {self.path}, so a crash may take its name away",
+                    e,
+                    path=self.path,
                 ) from e
             self._sync_file_system()
 
@@ -264,7 +271,9 @@ class Sink:
         self._complete = ""
         raise CreateError(
             f"the copy is complete, but no path leads to it: the folder of {self.path} was hidden "
-            "by a mount during the copy, or its file system was unmounted"
+            "by a mount during the copy, or its file system was unmounted",
+            path=self.path,
+            hint="unmount what hides the folder, or mount its file system again: the file is there",
         )
 
     def _is_folder(self, path: str) -> bool:
@@ -274,13 +283,13 @@ class Sink:
             return False
 
     def _keep_aside(self, why: OSError) -> NoReturn:
-        """It cannot get its name: keep what is complete by another one."""
+        """The complete file cannot get its name: keep it under another one."""
         failed = f"the copy is complete and durable, but cannot be named {self.path}"
         if not self._owner_undoes:
             self._complete = self._other_name()
         if not (self._complete or self._owner_undoes):
             failed += "; it is lost, since no folder of its file system takes a name for it"
-        raise CreateError.of(failed, why) from why
+        raise CreateError.of(failed, why, path=self.path) from why
 
     def _other_name(self) -> str:
         """Name it otherwise in the same folder; a file without a name also in a folder
@@ -368,12 +377,14 @@ def _check_free(path: str) -> None:
     except FileNotFoundError:
         return
     except OSError as e:
-        raise CreateError.of(f"cannot create {path}", e) from e
-    kind = _KINDS.get(stat.S_IFMT(mode))
+        raise CreateError.of(f"cannot create {path}", e, path=path) from e
+    if (kind := _KINDS.get(stat.S_IFMT(mode))) is not None:
+        what, hint = kind
+        raise CreateError(
+            f"cannot create {path}: File exists, and it is {what}", path=path, hint=hint
+        )
     raise CreateError(
-        f"cannot create {path}: File exists (it was not touched)"
-        if kind is None
-        else f"cannot create {path}: File exists, and it is {kind}",
+        f"cannot create {path}: File exists (it was not touched)",
         path=path,
         hint="name a file that does not exist yet, or remove this one",
     )

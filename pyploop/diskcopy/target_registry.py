@@ -88,7 +88,7 @@ class FileOutput:
         try:
             os.pwrite(self.fd, data, 0)
         except OSError as e:
-            raise WriteError.of("cannot write the image header", e) from e
+            raise WriteError.of(f"cannot write the image header to {self._name}", e) from e
 
     def finish(self, pump: Pump, size: int, start: bytes) -> str:
         if self._sink is not None:
@@ -100,7 +100,7 @@ class FileOutput:
             if os.fstat(self.fd).st_size != size:
                 os.ftruncate(self.fd, size)
         except OSError as e:
-            raise WriteError.of(f"cannot set the size of the output to {size}", e) from e
+            raise WriteError.of(f"cannot make {self._name} {size} bytes long", e) from e
         self._durable()
         self.before_end()
         self.holds = "the complete copy"
@@ -110,7 +110,7 @@ class FileOutput:
         try:
             run_cancellable(lambda: make_durable(self.fd, self._name))
         except OSError as e:
-            raise SyncError.of("cannot sync the target", e) from e
+            raise SyncError.of(f"cannot sync {self._name}", e) from e
 
 
 @contextlib.contextmanager
@@ -137,7 +137,8 @@ def open_output(
     if stat.S_ISREG(mode):
         if flags & os.O_APPEND:
             raise ParameterError(
-                f"-o {out_fd} is a file opened for appending (>>): an image is written in place"
+                f"-o {out_fd} is a file opened for appending (>>): an image is written in place",
+                hint="redirect with > instead of >>",
             )
         in_place = FileOutput(out_fd, report)
         try:

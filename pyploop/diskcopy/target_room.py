@@ -106,9 +106,10 @@ def check_size(fd: int, size: int, fstype: str, path: str) -> None:
             os.ftruncate(fd, before)
     except OSError as e:
         raise WriteError.of(
-            f"{path} cannot have the {size} bytes of the source (a limit of its file system, or of "
-            "this process: ulimit -f); nothing was copied",
+            f"{path} cannot become {size} bytes large, as the source is (a limit of its file "
+            "system, or of this process: ulimit -f); nothing was copied",
             e,
+            path=path,
         ) from e
 
 
@@ -165,8 +166,11 @@ def shared(source: Source, things: set[Thing], reserve: int | None, has: int = 0
         if (data := data_of(source, max(left, 0))) > left:
             raise WriteError(
                 f"{source.path} has {format_size(data)} of data, and its copy would lie on the "
-                f"file system where it grows itself ({fs.name}): {format_size(free)} are free, of "
-                f"which {format_size(keep)} are left to the source (--reserve); nothing was copied"
+                f"file system on which the source grows ({fs.name}): {format_size(free)} are free, "
+                f"of which {format_size(keep)} are left to the source (--reserve); nothing was "
+                "copied",
+                path=source.path,
+                hint="copy to another file system, or leave less to the source (--reserve)",
             )
         found.append(Watched(fs.name, fs.path, keep))
     return found

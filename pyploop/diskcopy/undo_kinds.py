@@ -43,7 +43,8 @@ def thaw(entry: Entry) -> None:
         return  # a frozen file system claims its device, mounted or not
     raise DeviceControlError(
         f"{entry['mount']} is not mounted any more, there or elsewhere, and may still be frozen: "
-        f"mount device {entry['dev']} again, and run this again"
+        f"mount device {entry['dev']} again, and try again",
+        path=entry["mount"],
     )
 
 

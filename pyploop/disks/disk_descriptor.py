@@ -99,7 +99,7 @@ def parse(data: bytes, path: str) -> Descriptor:
             raise DescriptorError(f"it is larger than {MAX_SIZE} bytes")
         return _parse(data, path)
     except PyploopError as e:
-        raise DescriptorError(f"{path}: {e}") from e
+        raise DescriptorError(f"{path}: {e}", path=path) from e
 
 
 def _parse(data: bytes, path: str) -> Descriptor:
@@ -110,13 +110,13 @@ def _parse(data: bytes, path: str) -> Descriptor:
     except (ET.ParseError, ValueError, LookupError) as e:
         raise DescriptorError(f"not XML: {e}") from e
     if root.tag != "Parallels_disk_image":
-        raise DescriptorError(f"the root is {root.tag!r}, not 'Parallels_disk_image'")
+        raise DescriptorError(f"the root element is {root.tag!r}, not 'Parallels_disk_image'")
     size = _sectors(_only(root, "Disk_Parameters"), "Disk_size")
     storage = _only(_only(root, "StorageData"), "Storage")
     start, end = _sectors(storage, "Start"), _sectors(storage, "End")
     if start or end != size:
         raise DescriptorError(
-            f"Storage goes from {start} to {end} bytes, the disk from 0 to {size}"
+            f"Storage goes from byte {start} to {end}, and the disk from 0 to {size}"
         )
     cluster = _sectors(storage, "Blocksize")
     if cluster == 0:
@@ -171,7 +171,7 @@ def _images(storage: ET.Element, folder: str) -> dict[str, tuple[str, Format]]:
         kind = _text(element, "Type")
         if kind not in FORMATS:
             raise DescriptorError(
-                f"Image {guid} has the Type {kind[:40]!r} (one of {', '.join(FORMATS)})"
+                f"Image {guid} has the unknown Type {kind[:40]!r} (known: {', '.join(FORMATS)})"
             )
         path = os.path.join(folder, _text(element, "File"))
         if (plain := os.path.normpath(path)) in files:
@@ -210,7 +210,7 @@ def _snapshots(
     if not top:
         raise DescriptorError("it has no TopGUID, so the top delta is not known")
     if top not in parents:
-        raise DescriptorError(f"the top {top} is not among the Shots")
+        raise DescriptorError(f"no Shot has the TopGUID {top}")
     return top, parents
 
 
@@ -225,7 +225,7 @@ def _chain(
     guid: str | None = top
     while guid is not None:
         if guid in seen:
-            raise DescriptorError(f"the Shots go round in a circle at {guid}")
+            raise DescriptorError(f"Shot {guid} is its own ancestor")
         seen.add(guid)
         if guid not in parents:
             raise DescriptorError(f"Shot {chain[-1].guid} has the parent {guid}, which is missing")
@@ -253,7 +253,9 @@ def serving_loop(path: str) -> str | None:
     except (OSError, ValueError) as e:
         raise OpenError(f"cannot open the top delta {top!r}: {e}") from e
     if len(loops) > 1:
-        raise DeviceError(f"{top} is attached to {', '.join(loops)}: name the device")
+        raise DeviceError(
+            f"{top} is attached to {', '.join(loops)}: name the device to use", path=top
+        )
     return loops[0] if loops else None
 
 

@@ -62,5 +62,6 @@ class Identity:
             what = "another part of its file than" if same_file else "another file than"
         raise ReadError(
             f"{self._path} shows {what} at the start of the copy (it was reconfigured "
-            "meanwhile); no target was made: start the copy again"
+            "meanwhile); no target was made: start the copy again",
+            path=self._path,
         )

@@ -140,13 +140,13 @@ def parse_header(start: bytes, name: str) -> Header:
     sig, kind, _heads, _cylinders, sectors, entries, size, in_use, first, flags, ext = fields
     version = SIGNATURES[sig]
     if kind != EXPANDING:
-        raise _bad(name, 16, f"type {kind} ({EXPANDING} expected)")
+        raise _bad(name, 16, f"the image type is {kind} ({EXPANDING} expected)")
     if sectors == 0 or sectors % 2:
-        raise _bad(name, 28, f"a cluster of {sectors} sectors (an even number expected)")
+        raise _bad(name, 28, f"the cluster has {sectors} sectors (an even number expected)")
     if version == 1:
         size &= 0xFFFFFFFF  # the upper half is unused
     if size * SECTOR >= 1 << 63:
-        raise _bad(name, 36, f"a disk of {size} sectors")
+        raise _bad(name, 36, f"the disk has {size} sectors, which is more than a file can hold")
     if -(-size // sectors) != entries:
         raise _bad(
             name, 32, f"{entries} clusters of {sectors} sectors do not make {size} sectors (at 36)"
@@ -160,9 +160,11 @@ def parse_header(start: bytes, name: str) -> Header:
         after = -(-header.bat_end // SECTOR) * SECTOR
         return replace(header, data_start=after)
     if version == 2 and (first == 0 or first % sectors):
-        raise _bad(name, 48, f"first block at sector {first}, not a multiple of {sectors}")
+        raise _bad(name, 48, f"the first block is at sector {first}, not a multiple of {sectors}")
     if header.data_start < header.bat_end:
-        raise _bad(name, 48, f"first block at sector {first}, inside the BAT of {entries} entries")
+        raise _bad(
+            name, 48, f"the first block is at sector {first}, inside the BAT of {entries} entries"
+        )
     return header
 
 
@@ -201,7 +203,7 @@ def _count_part(fd: int, start: int, end: int, used: _Used, name: str) -> int:
         want = min(PIECE, end - at)
         piece = os.pread(fd, want, at)
         if len(piece) != want:
-            raise _bad(name, at + len(piece), "the file ends in the BAT (it shrank)")
+            raise _bad(name, at + len(piece), "the file ends in the BAT (it has become shorter)")
         if piece != _ZEROES[:want]:
             words = array(_WORD)
             words.frombytes(piece)
@@ -252,7 +254,7 @@ class _Used:
                 self._grid = low + (word - low) % step
             slot, off = divmod(word - self._grid, step)
             if off:
-                raise self._bad(at, i, word, "not a whole number of clusters behind the first")
+                raise self._bad(at, i, word, "not a whole number of clusters after the first")
             if slot >= MAX_CLUSTERS:
                 raise self._bad(at, i, word, f"more than {MAX_CLUSTERS} clusters into the file")
             byte, bit = slot >> 3, 1 << (slot & 7)

@@ -127,7 +127,8 @@ def _check_whole(path: str, size: int, loop: str) -> None:
     if shown != size:
         raise DeviceError(
             f"{path} ({size} bytes) is attached to {loop} only in part ({shown} bytes): "
-            "name the device to copy that part"
+            "name the device to copy that part",
+            path=path,
         )
 
 
@@ -149,7 +150,7 @@ def _open_file(path: str) -> Source:
     pin = _open(path, os.O_PATH, owned, "the source")
     if not stat.S_ISREG(os.fstat(pin).st_mode):
         owned.close()
-        raise DeviceError(f"the source {path} is not a regular file any more")
+        raise DeviceError(f"the source {path} is not a regular file any more", path=path)
     fd = _open(f"/proc/self/fd/{pin}", os.O_RDONLY, owned, "the source", path)
     size = os.fstat(fd).st_size
     return Source(
@@ -185,11 +186,18 @@ def _open_block(path: str, dev: tuple[int, int], read: ReadPath) -> Source:
             _owned=owned,
         )
         if size == 0:
-            raise DeviceError(f"the source {path} has no size (nothing attached to it?)", path=path)
+            raise DeviceError(
+                f"the source {path} has no size",
+                path=path,
+                hint="attach something to the device first (losetup), or insert a medium",
+            )
         if related.loop is not None:
             _use_backing(source, related, related.loop, read)
         elif read == "backing":
-            raise ParameterError(f"{path} is not on a loop device: it has no backing file to read")
+            raise ParameterError(
+                f"--read backing: {path} is not on a loop device, so it has no backing file",
+                path=path,
+            )
         if source.fd == fd and related.queue.dev != block.dev:
             _use_lower(source, related)
         _identify(source, related)
@@ -302,7 +310,9 @@ def _open_ploop(path: str) -> Source:
         image = sysblock.attribute(delta / "image")
         fmt = sysblock.attribute(delta / "format")
         if fmt not in ("raw", "ploop1"):
-            raise FormatError(f"{image}: delta format {fmt!r} cannot be copied (raw, ploop1 can)")
+            raise FormatError(
+                f"{image}: delta format {fmt!r} cannot be copied (raw and ploop1 can)", path=image
+            )
         # The image file is copied, and the driver tracks its bytes.
         image_fd = _open_image(image, owned)
         st = os.stat(path)
@@ -351,7 +361,7 @@ def _check_mount(source: Source, mount: str) -> None:
     try:
         st = os.stat(mount)
     except OSError as e:
-        raise OpenError.of(f"cannot open the mount point {mount}", e) from e
+        raise OpenError.of(f"cannot open the mount point {mount}", e, path=mount) from e
     if source.related is None:
         return
     devices = source.related.tracked
@@ -365,4 +375,4 @@ def _check_mount(source: Source, mount: str) -> None:
     for known in mount_table.mounts_of(devices, Path(f"/proc/{process}/mountinfo")):
         if known.point == point:
             return
-    raise OpenError(f"{mount} is not on a file system of {source.path}")
+    raise OpenError(f"--mount {mount}: it is not on a file system of {source.path}", path=mount)

@@ -96,7 +96,8 @@ class Source:
         if size != self.size:
             raise ReadError(
                 f"{self.path} had {self.size} bytes at the start and has {size} now; no target "
-                "was made: start the copy again"
+                "was made: start the copy again",
+                path=self.path,
             )
 
     def check_same(self) -> None:
@@ -125,7 +126,9 @@ class Source:
             try:
                 kernel.write_back(self.fd, self.path)
             except OSError as e:
-                raise DeviceControlError.of(f"cannot write back {self.path}", e) from e
+                raise DeviceControlError.of(
+                    f"cannot write back {self.path}", e, path=self.path
+                ) from e
 
     def holes(self) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
         """(data, holes) as (start, end) in bytes: ascending and disjoint, together the whole

@@ -39,7 +39,10 @@ def find(path: str) -> Freezer:
     # systemd and others make the same cgroup in each hierarchy: take the one with processes.
     populated = [c for c in candidates.values() if c.processes()] or list(candidates.values())
     if not populated:
-        raise OpenError(f"no cgroup {path} with a freezer (the root of a hierarchy has none)")
+        raise OpenError(
+            f"no cgroup {path} with a freezer (the root of a hierarchy has none)",
+            hint="name the cgroup by its whole path, below /sys/fs/cgroup",
+        )
     if len(populated) > 1:
         names = " and ".join(str(c.folder) for c in populated)
         raise ParameterError(f"cgroup {path} is both {names}: give the whole path")
@@ -70,7 +73,9 @@ class CgroupStopper:
         processes = freezer.processes()
         if os.getpid() in processes:
             raise ParameterError(
-                f"{freezer.folder} contains this process, which would freeze itself"
+                f"cannot freeze cgroup {freezer.folder}: this process is in it; nothing was frozen",
+                path=str(freezer.folder),
+                hint="start pyploop in another cgroup",
             )
         if not processes:
             self._report.note(f"{freezer.folder} contains no process: freezing it stops nothing")
@@ -94,7 +99,7 @@ class CgroupStopper:
         try:
             if freezer.asked():
                 self._report.info(
-                    f"{freezer.folder} is already frozen, and stays so after the copy"
+                    f"{freezer.folder} is already frozen, and stays frozen after the copy"
                 )
                 plan.done(self._undo_step)
                 self._undo_step = None
@@ -125,7 +130,11 @@ class CgroupStopper:
 
     def check(self) -> None:
         if self._stopped and not self.freezer.frozen():
-            raise LoopError(f"cgroup {self.freezer.folder} was thawed during the last blocks")
+            raise LoopError(
+                f"cgroup {self.freezer.folder} was thawed by another process during the last "
+                "blocks",
+                path=str(self.freezer.folder),
+            )
 
     def leave(self) -> None:
         self._stopped = False

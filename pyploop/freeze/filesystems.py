@@ -88,7 +88,7 @@ class FileSystems:
                 return m.mount
         if not os.path.ismount(folder):
             raise ParameterError(
-                f"{folder} is neither a mount point nor on a file system of the source"
+                f"{folder} is neither a mount point nor on a file system of the source", path=folder
             )
         return self._add(Mount(folder, "?", folder, dev))
 
@@ -135,7 +135,7 @@ class FileSystems:
             try:
                 kernel.syncfs(m.fd, m.point)
             except OSError as e:
-                raise DeviceControlError.of(f"cannot sync {m.point}", e) from e
+                raise DeviceControlError.of(f"cannot sync {m.point}", e, path=m.point) from e
 
     # ---- before the freeze
 
@@ -207,7 +207,10 @@ class FileSystems:
                 except BlockingIOError:
                     if time.monotonic() > deadline:
                         raise BusyError(
-                            f"another copy has frozen {m.point}, or is about to freeze it"
+                            f"another copy has frozen {m.point}, or is about to freeze it; nothing "
+                            "was frozen here",
+                            path=m.point,
+                            hint="try again when that copy has ended",
                         ) from None
                     time.sleep(0.02)
                 except OSError:
@@ -222,7 +225,7 @@ class FileSystems:
         self._freeze_all(only)
         for m in self._all:
             if m.by_others and m not in before:
-                self._report.info(f"{m.point} is already frozen, and stays so after the copy")
+                self._report.info(f"{m.point} is already frozen, and stays frozen after the copy")
 
     def _freeze_all(self, only: Mount | None = None) -> None:
         if not self._all:
@@ -272,7 +275,8 @@ class FileSystems:
             elif m.thaw_step is not None:
                 if not self._is_frozen(m):
                     raise LoopError(
-                        f"{m.point} was thawed by another process during the last blocks"
+                        f"{m.point} was thawed by another process during the last blocks",
+                        path=m.point,
                     )
             elif m.by_others:
                 # FIFREEZE may freeze it, and this process may die right after that.
@@ -281,7 +285,8 @@ class FileSystems:
                 if not frozen:
                     self._plan.undo(step, keep_prepared=True)
                     raise LoopError(
-                        f"{m.point}, frozen by another process, was thawed during the last blocks"
+                        f"{m.point}, frozen by another process, was thawed during the last blocks",
+                        path=m.point,
                     )
                 self._plan.release(step)
 

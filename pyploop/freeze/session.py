@@ -28,7 +28,8 @@ STOP_ASSUMED = 0.01
 def newer(why: str) -> LoopError:
     """The failure after which there is a target that must not be used."""
     return LoopError(
-        f"the target is complete, but the source {why}: use the source, it may be newer"
+        f"the target is complete, but may be older than the source, which {why}",
+        hint="go on with the source, and copy it again",
     )
 
 
@@ -136,7 +137,7 @@ class FreezeSession:
         try:
             self._plan.watch()
         except LoopError:
-            raise newer("was thawed, since the limit had passed (--freeze-limit)") from None
+            raise newer("was thawed when the limit had passed (--freeze-limit)") from None
         except DeviceControlError:
             # No watchdog is left to undo.  Whether all is still stopped and frozen
             # is checked below.

@@ -78,7 +78,7 @@ def find(group: str, disk: str) -> Knob:
         knob = Knob(folder, v2, disk)
         if knob.path.exists():
             return knob
-    raise OpenError(f"no cgroup {group} with blkio.throttle.write_bps_device or io.max")
+    raise OpenError(f"--throttle: no cgroup {group} with blkio.throttle.write_bps_device or io.max")
 
 
 def find_of(specs: Sequence[Spec], disk: str) -> Knob:
@@ -147,7 +147,9 @@ class Throttle:
             )
             knob.path.write_text(knob.value(self._rate))
         except OSError as e:
-            raise DeviceControlError.of(f"cannot throttle by {knob.path}", e) from e
+            raise DeviceControlError.of(
+                f"--throttle: cannot write {knob.path}", e, path=str(knob.path)
+            ) from e
         self._report.note(f"Throttled {knob.folder} to {format_size(self._rate)}/s of writes")
 
     def remove(self) -> None:

@@ -75,9 +75,7 @@ def parse_status(text: str, ctid: str) -> Status:
         and words[5:] in ([], ["suspended"])
     )
     if not good:
-        raise CommandError(
-            f"vzctl status {ctid} answered {text.strip()[:80]!r}, which is no status of a container"
-        )
+        raise CommandError(f"vzctl status {ctid} answered {text.strip()[:80]!r}, not with a status")
     return Status(
         words[2] == "exist", words[4] == "running", len(words) == 6, words[3] == "mounted"
     )
@@ -130,7 +128,7 @@ class VzctlStopper:
         assert self._plan is not None, "prepared"
         if self._left_so:
             self._report.info(
-                f"Container {self._ctid} is already suspended, and stays so after the copy"
+                f"Container {self._ctid} is already suspended, and stays suspended after the copy"
             )
             self._see_suspended()
             return
@@ -161,7 +159,9 @@ class VzctlStopper:
     def check(self) -> None:
         """By its cgroup, since vzctl would cost frozen time."""
         if self._freezer is not None and not self._freezer.frozen():
-            raise LoopError(f"container {self._ctid} was resumed during the last blocks")
+            raise LoopError(
+                f"container {self._ctid} was resumed by another process during the last blocks"
+            )
 
     def leave(self) -> None:
         if self._undo_step is not None and self._plan is not None:

@@ -55,7 +55,9 @@ def check_stream(fd: int, option: str) -> None:
         with socket.socket(fileno=os.dup(fd)) as s:
             listens = s.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN)
             if s.type != socket.SOCK_STREAM or listens:
-                raise ParameterError(f"{option} {fd} is not the socket of a stream (SOCK_STREAM)")
+                raise ParameterError(
+                    f"{option} {fd} is a socket, but not of a stream (SOCK_STREAM)"
+                )
 
 
 def check_input(fd: int, option: str) -> None:
@@ -175,7 +177,7 @@ def write_all(fd: int, data: bytes, what: str, timeout: float = ANSWER_TIMEOUT) 
     try:
         while data:
             if not poll.poll(timeout * 1000):
-                raise WriteError(f"{what}: the peer does not read its answer")
+                raise WriteError(f"{what}: the peer does not read what is sent to it")
             if is_socket(fd):
                 with socket.socket(fileno=os.dup(fd)) as s:
                     n = s.send(data, socket.MSG_NOSIGNAL)

@@ -109,7 +109,7 @@ class Job(Generic[T]):
         never begins."""
         with self._gate:
             if not self._begun and not self.over.is_set():
-                self.failure = CancelledError("not begun")
+                self.failure = CancelledError("it was cancelled before it began")
                 self._dropped()
                 self.over.set()
         self.over.wait(timeout)

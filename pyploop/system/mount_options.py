@@ -107,9 +107,9 @@ def parse(options: str) -> MountWords:
         if why := _REFUSED.get(name):
             raise ParameterError(f"mount option {option}: {why}")
         if name.startswith("verity."):
-            raise ParameterError(f"mount option {option}: dm-verity is not set up")
+            raise ParameterError(f"mount option {option}: dm-verity is not supported")
         if name == "loop" and equals:
-            raise ParameterError(f"mount option {option}: any free loop device is taken")
+            raise ParameterError(f"mount option {option}: the loop device cannot be chosen")
         if not equals and name in _SET:
             flags |= dict.fromkeys(_SET[name], True)
         elif not equals and name in _CLEAR:

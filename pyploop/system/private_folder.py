@@ -55,7 +55,9 @@ def check_way(path: Path) -> None:
         if links > MOST_LINKS:
             raise OpenError(f"{path}: too many symbolic links")
         if st.st_uid not in (0, os.geteuid()):
-            raise OpenError(f"{path} is not used: user {st.st_uid} owns the link {step} in it")
+            raise OpenError(
+                f"{path} is not used: user {st.st_uid} owns the link {step} in it", path=step
+            )
         text = os.readlink(step)
         here = "/" if text.startswith("/") else here
         todo += reversed([part for part in text.split("/") if part not in ("", ".")])
@@ -64,11 +66,19 @@ def check_way(path: Path) -> None:
 def _check_above(folder: str, path: Path) -> None:
     st = os.lstat(folder)
     if st.st_uid not in (0, os.geteuid()):
-        raise OpenError(f"{path} is not used: {folder} above it belongs to user {st.st_uid}")
+        raise OpenError(
+            f"{path} is not used: {folder} above it belongs to user {st.st_uid}",
+            path=folder,
+            hint="choose a folder to which only this user has a way",
+        )
     # In a folder with the sticky bit (/tmp) others cannot replace what is ours.
     if st.st_mode & 0o022 and not st.st_mode & stat.S_ISVTX:
         mode = stat.S_IMODE(st.st_mode)
-        raise OpenError(f"{path} is not used: others can write to {folder} above it ({mode:04o})")
+        raise OpenError(
+            f"{path} is not used: others can write to {folder} above it ({mode:04o})",
+            path=folder,
+            hint=f"chmod go-w {folder}, or choose another folder",
+        )
 
 
 @contextlib.contextmanager
@@ -167,10 +177,12 @@ def read_trusted(path: str) -> tuple[str, bytes]:
         if not stat.S_ISREG(st.st_mode):
             raise OpenError(f"{path} is not a regular file")
         if st.st_uid not in (0, os.geteuid()):
-            raise OpenError(f"{path} is not used: it belongs to user {st.st_uid}")
+            raise OpenError(f"{path} is not used: it belongs to user {st.st_uid}", path=path)
         if st.st_mode & 0o022:
             mode = stat.S_IMODE(st.st_mode)
-            raise OpenError(f"{path} is not used: others can write to it ({mode:04o}; chmod go-w)")
+            raise OpenError(
+                f"{path} is not used: others can write to it ({mode:04o}; chmod go-w)", path=path
+            )
         return real, f.read(LARGEST)
 
 

@@ -74,7 +74,9 @@ class BpfTracker:
     def __init__(self, source: Source, why: str = "asked for") -> None:
         if source.queue is None:
             raise DeviceControlError(
-                f"{source.path} is a plain file: --tracker bpf follows block devices (use scan)"
+                f"{source.path} is a plain file, and --tracker bpf follows block devices only",
+                path=source.path,
+                hint="use --tracker scan",
             )
         self.why = why
         self._block: BlockDevice = source.queue
@@ -147,7 +149,8 @@ class BpfTracker:
             self._stat_fd = os.open(self._block.stat_path, os.O_RDONLY | os.O_CLOEXEC)
         except OSError as e:
             raise DeviceControlError(
-                f"cannot track {self._source.path} with BPF: {e.strerror}"
+                f"cannot track {self._source.path} with BPF: {e.strerror}",
+                path=self._source.path,
             ) from e
 
     def _find_base(self) -> None:

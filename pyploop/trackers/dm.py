@@ -37,7 +37,9 @@ def dmsetup(args: list[str]) -> str:
             [tool, *args], capture_output=True, text=True, timeout=TIMEOUT, check=False
         )
     except subprocess.TimeoutExpired as e:
-        raise DeviceControlError(f"dmsetup {' '.join(args)} hung for {TIMEOUT:.0f} s") from e
+        raise DeviceControlError(
+            f"dmsetup {' '.join(args)} did not end within {TIMEOUT:.0f} s"
+        ) from e
     if done.returncode:
         reason = (done.stderr.strip().splitlines() or ["no message"])[-1]
         raise DeviceControlError(f"dmsetup {' '.join(args)} failed: {reason}")
@@ -60,7 +62,7 @@ class DmTracker:
         self._active = False
         self._shift = source.cluster.bit_length() - 1
         if source.cluster != 1 << self._shift:
-            raise DeviceControlError(f"{source.path}: cluster size is not a power of two")
+            raise DeviceControlError(f"--cluster {source.cluster} is not a power of two")
         self._device = device_name(source)
 
     def _message(self, *words: str) -> str:
@@ -86,11 +88,13 @@ class DmTracker:
                 cluster = int(answer)
             except ValueError:
                 raise DeviceControlError(
-                    f"{self._device}: tracking_get_next answered {answer[:40]!r}"
+                    f"{self._device}: tracking_get_next answered {answer[:40]!r}, not a number"
                 ) from None
             start = cluster << self._shift
             if cluster < 0 or start >= self._source.size:
-                raise DeviceControlError(f"{self._device}: dirty cluster {cluster} is out of range")
+                raise DeviceControlError(
+                    f"{self._device}: dirty cluster {cluster} lies past the end of the device"
+                )
             dirty.set(start, start + (1 << self._shift))
         return [Batch(dirty.extents())]
 

@@ -32,7 +32,7 @@ class PloopTracker:
 
     def __init__(self, source: Source, why: str = "asked for") -> None:
         if source.kind != "ploop":
-            raise DeviceControlError(f"{source.path} is not a ploop device")
+            raise DeviceControlError(f"{source.path} is not a ploop device", path=source.path)
         self.why = why
         self._path = source.path
         self._size = source.size
@@ -45,7 +45,11 @@ class PloopTracker:
         try:
             self._tracking.start(self._size)
         except OSError as e:
-            raise DeviceControlError.of(f"TRACK_INIT failed on {self._path}", e) from e
+            raise DeviceControlError.of(
+                f"cannot start the tracking of {self._path} (PLOOP_IOC_TRACK_INIT)",
+                e,
+                path=self._path,
+            ) from e
         self._active = True
 
     def hook(self) -> Hook | None:
@@ -57,7 +61,11 @@ class PloopTracker:
         try:
             self._tracking.set_position(self._size)
         except OSError as e:
-            raise DeviceControlError.of(f"TRACK_SETPOS failed on {self._path}", e) from e
+            raise DeviceControlError.of(
+                f"cannot set the position of the tracking of {self._path} (PLOOP_IOC_TRACK_SETPOS)",
+                e,
+                path=self._path,
+            ) from e
         return False
 
     def pending(self) -> int | None:
@@ -94,7 +102,11 @@ class PloopTracker:
             try:
                 found = self._tracking.next()
             except OSError as e:
-                raise DeviceControlError.of(f"TRACK_READ failed on {self._path}", e) from e
+                raise DeviceControlError.of(
+                    f"cannot read the dirty blocks of {self._path} (PLOOP_IOC_TRACK_READ)",
+                    e,
+                    path=self._path,
+                ) from e
             if found is None:
                 return None
             # The driver's last cluster may reach past the end of the file.
@@ -107,7 +119,9 @@ class PloopTracker:
             try:
                 self._tracking.sync()
             except OSError as e:
-                raise DeviceControlError.of(f"PLOOP_IOC_SYNC failed on {self._path}", e) from e
+                raise DeviceControlError.of(
+                    f"cannot sync {self._path} (PLOOP_IOC_SYNC)", e, path=self._path
+                ) from e
         return Completeness("unknown", why="the driver marks blocks itself, synchronously")
 
     def repair(self, quiesced: bool) -> Repair | None:
@@ -128,4 +142,8 @@ class PloopTracker:
         except OSError as e:
             with contextlib.suppress(OSError):
                 self._tracking.abort()
-            raise DeviceControlError.of(f"TRACK_STOP failed on {self._path}", e) from e
+            raise DeviceControlError.of(
+                f"cannot end the tracking of {self._path} (PLOOP_IOC_TRACK_STOP)",
+                e,
+                path=self._path,
+            ) from e

@@ -29,13 +29,20 @@ def choose(name: str, source: Source, cluster: int | None = None) -> Tracker:
     if name == "bpf":
         reason = bpf_problem(source)
         if reason:
-            raise DeviceControlError(f"--tracker bpf cannot follow {source.path}: {reason}")
+            raise DeviceControlError(
+                f"--tracker bpf cannot follow {source.path}: {reason}",
+                path=source.path,
+                hint="use --tracker auto or scan",
+            )
         return bpf.BpfTracker(source)
     if name == "ploop":
         return PloopTracker(source)
     if name == "dm":
         if cluster is None:
-            raise ParameterError("--tracker dm needs --cluster: the target does not report its own")
+            raise ParameterError(
+                "--tracker dm needs --cluster: the device-mapper target does not report its "
+                "cluster size"
+            )
         source.cluster = cluster
         return dm.DmTracker(source)
     if name == "scan":
@@ -48,7 +55,9 @@ def choose_marking(source: Source, cluster: int | None = None) -> Tracker:
     comparison of everything could tell."""
     tracker = _auto(source, cluster)
     if isinstance(tracker, ScanTracker):
-        raise DeviceControlError(f"{source.path} cannot be tracked: {tracker.why}")
+        raise DeviceControlError(
+            f"{source.path} cannot be tracked: {tracker.why}", path=source.path
+        )
     return tracker
 
 

@@ -74,7 +74,7 @@ def folder() -> Path:
     if own := os.environ.get("XDG_RUNTIME_DIR"):
         return Path(own) / "pyploop"
     raise OpenError(
-        "no folder for undo journals: this user is not root and XDG_RUNTIME_DIR is not set "
+        "no folder for undo journals: this user is not root, and XDG_RUNTIME_DIR is not set "
         f"(set {ENVIRONMENT} to a folder)"
     )
 
@@ -117,7 +117,9 @@ class Journal:
             with private_folder.opened(where, make=True, private=True) as fd:
                 path = where / _claim(fd)
         except OSError as e:
-            raise OpenError.of(f"cannot write an undo journal in {where}", e) from e
+            raise OpenError.of(
+                f"cannot write an undo journal in {where}", e, path=str(where)
+            ) from e
         record = {
             **fields,
             "schema": SCHEMA,
@@ -236,7 +238,7 @@ class Record:
         pid = self.owner()
         if pid not in (None, but):
             raise BusyError(
-                f"{self.id} belongs to process {pid}, which is running and undoes it itself"
+                f"journal {self.id} belongs to process {pid}, which is running and undoes it itself"
             )
 
     def adopt(self) -> Journal:
@@ -256,7 +258,7 @@ class Record:
             try:
                 self._undo(entry)
             except (OSError, PyploopError) as e:
-                why = str(e) if isinstance(e, PyploopError) else e.strerror
+                why = e.with_hint() if isinstance(e, PyploopError) else e.strerror
                 failed.append(f"{describe(entry)}: {why}")
                 left.insert(0, entry)
         if left:
@@ -280,7 +282,10 @@ class Record:
 def _kind(entry: Entry) -> Kind:
     kind = _kinds.get(entry["kind"])
     if kind is None:
-        raise DeviceControlError(f"this pyploop cannot undo entries of kind {entry['kind']!r}")
+        raise DeviceControlError(
+            f"this pyploop cannot undo entries of kind {entry['kind']!r}",
+            hint="use the version of pyploop that made the journal",
+        )
     return kind
 
 

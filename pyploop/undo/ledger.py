@@ -95,7 +95,7 @@ class UndoLedger:
             try:
                 self._journal = Journal.create(self._what)
             except OpenError as e:
-                self._report.info(f"{e}; `pyploop thaw` will know nothing of this copy")
+                self._report.info(f"{e}; after a crash `pyploop thaw` cannot undo this copy")
         self._spawn()
 
     def start(self) -> None:
@@ -133,7 +133,7 @@ class UndoLedger:
             try:
                 change(self._journal)
             except DeviceControlError as e:
-                self.drop_journal(f"{e}; `pyploop thaw` will know nothing of this copy")
+                self.drop_journal(f"{e}; after a crash `pyploop thaw` cannot undo this copy")
 
     def _forget(self, entry: Entry) -> None:
         self._write(lambda journal: journal.done(entry))
@@ -213,14 +213,14 @@ class UndoLedger:
         self._listen()
         if self._ended == "undone":
             raise LoopError(
-                f"frozen for more than {self._limit:g} s (--freeze-limit): the watchdog undid it; "
-                "no target was made"
+                f"the source was frozen for more than {self._limit:g} s (--freeze-limit): the "
+                "watchdog thawed it; no target was made"
             )
         if self._ended == "dead" and self._until is not None and time.monotonic() >= self._until:
             # It may have begun to undo, and died before it could report that.
             raise LoopError(
-                f"frozen for more than {self._limit:g} s (--freeze-limit), and the watchdog does "
-                "not answer: it may have thawed the source; no target was made"
+                f"the source was frozen for more than {self._limit:g} s (--freeze-limit), and the "
+                "watchdog does not answer: it may have thawed the source; no target was made"
             )
         if self._ended == "dead":
             raise DeviceControlError(
@@ -246,8 +246,8 @@ class UndoLedger:
         self.watch()
         if self._until is not None and time.monotonic() >= self._until:
             raise LoopError(
-                f"frozen for more than {self._limit:g} s (--freeze-limit): the watchdog is "
-                "thawing the source; no target was made"
+                f"the source was frozen for more than {self._limit:g} s (--freeze-limit): the "
+                "watchdog is thawing it; no target was made"
             )
 
     def renew(self, seconds: float | None) -> None:
@@ -283,7 +283,10 @@ class UndoLedger:
         Only for a step that is harmless to undo when it was not done."""
         step = UndoStep({**entry, "id": next(self._numbers)}, fd)
         if len(json.dumps(step.entry)) > watchdog.LONGEST // 2:
-            raise ParameterError(f"{describe(entry)[:60]!r}…: too long for an undo step")
+            raise ParameterError(
+                f"the undo step {describe(entry)[:60]!r}… is too long: {watchdog.LONGEST // 2} "
+                "bytes are allowed"
+            )
         self._write(lambda journal: journal.add(step.entry))
         return step
 
@@ -378,8 +381,8 @@ class UndoLedger:
             undone_elsewhere = self._ended == "undone"
             if undone_elsewhere and self._journal.path.exists():
                 self._report.error(
-                    "not everything could be undone: see journal "
-                    f"{self._journal.id} in `pyploop thaw --list`"
+                    f"not everything could be undone: see journal {self._journal.id}",
+                    "`pyploop thaw --list` shows what is left",
                 )
             elif not undone_elsewhere:
                 for entry in self._journal.entries:

@@ -118,10 +118,9 @@ class Monitor:
         self.look()
         if self.found.unknown and not self._unsafe:
             raise OpenError(
-                f"{users.refusal(self.found.unknown)} (or copy in spite of that with {FLAG}); "
-                "no target was made",
+                f"{users.refusal(self.found.unknown)}; no target was made",
                 path=s.path,
-                hint="end what uses it, or set CopyOptions(unsafe_in_use=True)",
+                hint=f"to copy all the same: {FLAG} (unsafe_in_use=True); the copy may be stale",
             )
 
     def account(self, ledger: UndoLedger) -> None:
@@ -151,7 +150,10 @@ class Monitor:
                 if self._unsafe:
                     continue
                 raise OpenError(
-                    f"{what}, to see who uses it: {e.strerror} (copy in spite of that with {FLAG})"
+                    f"{what}, to see who uses it: {e.strerror}; no target was made",
+                    path=path,
+                    hint=f"to copy all the same: {FLAG} (unsafe_in_use=True); the copy may be "
+                    "stale",
                 ) from e
             self._owned.callback(os.close, fd)
             self._caches[member.device.dev] = member, fd
@@ -258,7 +260,10 @@ class Monitor:
         except SysfsError as e:  # a device was removed: the next call sees all of it
             if not last:
                 return []
-            raise LoopError(f"{e}: cannot find out who uses {self._subject.path}") from e
+            raise LoopError(
+                f"cannot find out who uses {self._subject.path}: {e}; no target was made",
+                path=self._subject.path,
+            ) from e
         openers.clear()
         self._snapshot = snapshot
         if not self._unsafe:
@@ -266,7 +271,8 @@ class Monitor:
             if bad:
                 raise LoopError(
                     f"{users.refusal(bad)}; this began during the copy of {self._subject.path}; "
-                    "no target was made"
+                    "no target was made",
+                    path=self._subject.path,
                 )
         return [u for u in self.found.users if u not in known.users]
 
@@ -305,7 +311,9 @@ class Monitor:
         if found:
             raise LoopError(
                 f"{'; '.join(found)}: this happened while the last blocks of "
-                f"{self._subject.path} were sent; no target was made"
+                f"{self._subject.path} were sent; no target was made",
+                path=self._subject.path,
+                hint="end that use, then copy again",
             )
 
     def _mounted_since(self) -> list[str]:

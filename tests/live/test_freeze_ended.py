@@ -18,8 +18,8 @@ from support_live import copy, file_system, sparse_file, work_dir
 from test_kill_matrix import SIZE, Bench, make_bench, stopped_at
 
 pytestmark = pytest.mark.root
-COMPLETE = "the target is complete, but the source"
-NEWER = "it may be newer"
+COMPLETE = "the target is complete, but may be older than the source"
+NEWER = "go on with the source"
 
 
 @pytest.fixture

@@ -94,4 +94,4 @@ def test_what_a_target_tells_is_told_as_its_word(pair: Pair) -> None:  # noqa: F
 
 def test_the_limit_goes_with_live(pair: Pair) -> None:  # noqa: F811
     done = pair.migrate(pair.a, "--suspend-limit", "5")
-    assert (done.returncode, "goes with --live" in done.stderr) == (1, True), done.stderr
+    assert (done.returncode, "needs --live" in done.stderr) == (1, True), done.stderr

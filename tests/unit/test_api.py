@@ -298,7 +298,7 @@ def test_another_thread_cancels_a_copy(disk: Path, tmp_path: Path, moment: str) 
 def test_a_copy_that_was_not_entered_says_so(disk: Path, tmp_path: Path) -> None:
     copying = pyploop.Copy(disk, tmp_path / "copy")
     assert copying.recorder is None
-    with pytest.raises(pyploop.ParameterError, match="not entered"):
+    with pytest.raises(pyploop.ParameterError, match="not open"):
         copying.first_pass()
 
 

@@ -97,7 +97,11 @@ BROKEN = {
     "truncated data": (d1_frame(0, DATA)[:-1], 6, "without END"),
     "a truncated SYNC": (d1_sync()[:-1], 6, "without END"),
     "a bad marker": (d1_frame(0, DATA) + d1_header(0, 0, 0x1234), 13, "frame 1"),
-    "a D2 stream on a pipe": (d1_header(0, 0, 0x4CC0AC3E) + bytes(40), 38, "its own socket"),
+    "a D2 stream on a pipe": (
+        d1_header(0, 0, 0x4CC0AC3E) + bytes(40),
+        38,
+        "answered on the socket",
+    ),
     "D2 in D1": (d1_frame(0, DATA) + d1_header(0, 0, 0x4CC0AC3E), 13, "D2 frame in a D1 stream"),
     "text": (b"Welcome to host.example.com\n" * 9, 13, "bad marker"),
     "4 GiB - 1 of data": (d1_header(0xFFFFFFFF, 0) + DATA, 5, "4294967295"),

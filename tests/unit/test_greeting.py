@@ -196,7 +196,7 @@ def test_a_size_that_no_file_can_have_is_refused(tmp_path: Path, size: int) -> N
         assert exactly(back, 64)[:8] == FAILURE
         code, err = ended(child)
     assert code == 7
-    assert f"image cannot have the {size} bytes" in err
+    assert f"image cannot become {size} bytes large" in err
     assert "Traceback" not in err
     assert list(tmp_path.iterdir()) == []
 

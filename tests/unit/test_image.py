@@ -230,13 +230,17 @@ def test_the_extension_is_a_cluster_too(img: Path) -> None:
 @pytest.mark.parametrize(
     ("damage", "offset", "what"),
     [
-        ({"kind": 3}, 16, "type 3"),
+        ({"kind": 3}, 16, "type is 3"),
         ({"sectors": 0, "size": 80}, 28, "0 sectors"),
         ({"sectors": 63}, 28, "63 sectors"),
         ({"size": 81}, 32, "do not make 81"),
         ({"size": 72}, 32, "do not make 72"),
         ({"clusters": 0, "size": 80}, 32, "0 clusters"),
-        ({"sectors": 1 << 31, "clusters": 0xFFFFFFFF, "size": 0xFFFFFFFF << 31}, 36, "a disk of"),
+        (
+            {"sectors": 1 << 31, "clusters": 0xFFFFFFFF, "size": 0xFFFFFFFF << 31},
+            36,
+            "more than a file can hold",
+        ),
         ({"clusters": 20000, "first": 160}, 32, "past the end"),
         ({"clusters": 0xFFFFFFFF}, 48, "inside the BAT"),
         ({"first": 0}, 48, "first block"),

@@ -145,7 +145,7 @@ REFUSED = {
     "MOUNT": (d2_peer.command(4), 38, "MOUNT"),
     "UMOUNT": (d2_peer.command(5), 38, "UMOUNT"),
     "FINISH with data": (d2_peer.command(1), 38, "FINISH"),
-    "a short command": (d2_peer.packet(CMD, 0, b"\0\0"), 13, "command of 2 bytes"),
+    "a short command": (d2_peer.packet(CMD, 0, b"\0\0"), 13, "command has 2 bytes"),
     "a D1 frame": (support.d1_frame(0, b"x" * 100), 13, "a D1 frame in a D2 stream"),
     "text": (b"Welcome to host.example.com\n", 13, "bad marker"),
     "64 MiB + 1": (HEAD.pack(d2_peer.MARK, DATA, (64 << 20) + 1, 0, 0), 5, "67108865"),

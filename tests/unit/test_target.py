@@ -499,7 +499,7 @@ def test_a_target_that_exists_is_named_for_what_it_is(
     (tmp_path / "file").touch()
     for name, words in {
         "/dev/null": "it is a character device",
-        str(tmp_path / "dir"): "it is a folder: name a file in it",
+        str(tmp_path / "dir"): "it is a folder. Hint: name a file in it",
         str(tmp_path / "link"): "it is a symbolic link",
         str(tmp_path / "pipe"): "it is a named pipe",
         str(tmp_path / "file"): "File exists (it was not touched)",
@@ -516,6 +516,4 @@ def test_a_block_device_as_target_is_refused_with_what_to_do(
     (tmp_path / "img").write_bytes(bytes(1 << 20))
     with support.loop_device(tmp_path / "img") as device:
         assert cli.run(["-s", "/etc/hostname", "-d", device], 0) == 1
-    assert "it is a block device, and a target is a new file: copy to a file" in (
-        capfd.readouterr().err
-    )
+    assert "it is a block device. Hint: copy to a new file" in (capfd.readouterr().err)

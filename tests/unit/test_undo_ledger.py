@@ -164,7 +164,7 @@ def test_what_is_added_after_the_limit_does_not_stay(place: Path) -> None:
         # As one who was asleep between looking and acting.
         ledger._send(op="add", id=9, entry={"kind": "write", "path": str(path), "value": "new"})
         wait_until(lambda: path.read_text() == "new", "undone")
-        with pytest.raises(LoopError, match="the watchdog undid it"):
+        with pytest.raises(LoopError, match="the watchdog thawed it"):
             ledger.watch()
     finally:
         ledger.close()
@@ -223,15 +223,15 @@ def test_what_the_watchdog_has_undone_is_never_forgotten_by_a_new_one(place: Pat
         ledger.set_file(str(path), "new", "put it back")
         ledger.limit(0)
         wait_until(lambda: path.read_text() == "old", "the limit has passed")
-        with pytest.raises(LoopError, match="the watchdog undid it"):
+        with pytest.raises(LoopError, match="the watchdog thawed it"):
             ledger.renew(60)
         for _ in range(2):
-            with pytest.raises(LoopError, match="the watchdog undid it"):
+            with pytest.raises(LoopError, match="the watchdog thawed it"):
                 ledger.start()
-        with pytest.raises(LoopError, match="the watchdog undid it"):
+        with pytest.raises(LoopError, match="the watchdog thawed it"):
             ledger.add({"kind": "write", "path": str(path), "value": "old"})
         ledger.unlimit()
-        with pytest.raises(LoopError, match="the watchdog undid it"):
+        with pytest.raises(LoopError, match="the watchdog thawed it"):
             ledger.in_time()
     finally:
         ledger.close()
@@ -370,7 +370,8 @@ def test_what_can_never_be_undone_is_forgotten_by_name(place: Path, owner: Owner
     owner.do("ledger.add(dict(kind='run', argv=['false'], timeout=9, what='resume it'))")
     assert thaw("--forget", name) == (
         17,
-        f"pyploop thaw: {name} belongs to process {name}, which is running and undoes it itself\n",
+        f"pyploop thaw: journal {name} belongs to process {name}, which is running and undoes it "
+        "itself\n",
     )
     owner.process.kill()
     wait_until(lambda: "failed" in thaw("--list")[1], "it is told")
@@ -515,4 +516,4 @@ def test_a_folder_that_takes_no_more_costs_the_journal_only(place: Path, full: s
         ledger.close()
         assert [p.name for p in run.iterdir() if "json" in p.name] == []
     assert log.read_text() == "undone\n"
-    assert said.getvalue().count("`pyploop thaw` will know nothing of this copy") == 1
+    assert said.getvalue().count("after a crash `pyploop thaw` cannot undo this copy") == 1
