@@ -28,6 +28,7 @@ def corpus(name: str) -> list[bytes]:
 
 
 @pytest.mark.parametrize("name", list(conversations.TARGETS))
+@pytest.mark.invariant(number=4)
 def test_every_conversation_ends_well(tmp_path: Path, name: str) -> None:
     run, seeds = conversations.TARGETS[name]
     world = World(tmp_path / "world")

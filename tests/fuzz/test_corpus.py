@@ -37,6 +37,7 @@ def replay(name: str, compiler: Compiler, csrc: Path = campaign.CSRC) -> tuple[i
 
 
 @pytest.mark.parametrize("name", list(CORPORA))
+@pytest.mark.invariant(number=5)
 def test_the_parser_agrees_with_the_model_on_every_input(compiler: Compiler, name: str) -> None:
     code, out, err = replay(name, compiler)
     assert (code, err) == (0, b"")

@@ -414,6 +414,7 @@ def test_a_peer_that_may_be_c_gets_the_data_whole_and_no_holes(tmp_path: Path) -
 
 
 @pytest.mark.parametrize("answers", [b"PYPLOOP\x01" + SUCCESS * 8, None, SUCCESS * 9])
+@pytest.mark.invariant(number=8)
 def test_our_own_peer_gets_no_zeroes_and_so_does_one_that_is_called_native(
     tmp_path: Path, answers: bytes | None
 ) -> None:

@@ -129,6 +129,7 @@ ways = pytest.mark.parametrize("via", ["pipe", "local"])
 
 
 @ways
+@pytest.mark.invariant(number=7)
 def test_a_sender_killed_at_any_moment_leaves_nothing(bench: Bench, via: str) -> None:
     dice = random.Random(via)
     for _ in range(3 * REPEAT):
@@ -146,6 +147,7 @@ def test_a_sender_killed_at_any_moment_leaves_nothing(bench: Bench, via: str) ->
 
 @ways
 @pytest.mark.parametrize("group", [False, True])
+@pytest.mark.invariant(number=3)
 def test_a_sender_killed_while_frozen_is_thawed_by_its_watchdog(
     bench: Bench, via: str, group: bool
 ) -> None:
@@ -198,6 +200,7 @@ def test_a_sender_killed_in_its_last_blocks_is_thawed(bench: Bench) -> None:
 
 
 @pytest.mark.parametrize("when", ["first pass", "frozen"])
+@pytest.mark.invariant(number=3)
 def test_a_killed_receiver_ends_the_sender_with_7_and_thaws(bench: Bench, when: str) -> None:
     marker = bench.folder / "stopping"
     options = ["-F", f": >{marker}; sleep 0.3"] if when == "frozen" else ["--bwlimit", "4M"]
@@ -216,6 +219,7 @@ def test_a_killed_receiver_ends_the_sender_with_7_and_thaws(bench: Bench, when: 
 
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 @pytest.mark.parametrize("when", ["first pass", "frozen"])
+@pytest.mark.invariant(number=3)
 def test_a_signal_undoes_everything(bench: Bench, signum: signal.Signals, when: str) -> None:
     marker = bench.folder / "stopping"
     options = ["--before-thaw", f": >{marker}; exec sleep 30"]

@@ -172,6 +172,7 @@ def test_a_stopped_source_without_a_file_system_that_is_written_fails_the_copy(
     )
 
 
+@pytest.mark.invariant(number=9)
 def test_what_stays_in_the_page_cache_of_a_stopped_device_fails_the_copy(folder: Path) -> None:
     with loop_device(sparse_file(folder / "image", SIZE)) as device:
         write = f"dd if=/dev/urandom of={device} bs=4k count=1 conv=notrunc 2>/dev/null"

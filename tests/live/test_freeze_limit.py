@@ -110,6 +110,7 @@ def test_a_sync_that_hangs_past_the_limit_after_the_stop_is_noticed(held: float,
         assert not target.exists() and not is_frozen(point)
 
 
+@pytest.mark.invariant(number=6)
 def test_end_is_not_written_late_into_a_pipe_that_was_full(bench: Bench) -> None:
     """The receiver takes nothing until the source has been undone."""
     with stopped_at(bench, "END begins", *LIMIT) as made:

@@ -248,6 +248,7 @@ def table(bench: Bench) -> str:
     return "\n".join(lines)
 
 
+@pytest.mark.invariant(number=3)
 def test_whoever_is_killed_at_whatever_step_the_container_runs_and_nothing_is_left(
     bench: Bench, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -100,6 +100,7 @@ def live_file_system(
 
 
 @both_ways
+@pytest.mark.invariant(number=1)
 def test_ext4_under_random_writes_arrives_as_it_was_frozen(folder: Path, via: str) -> None:
     live_file_system(folder, via, case="ext4")
 
@@ -124,6 +125,7 @@ def test_the_middle_of_a_file_arrives_as_it_was_frozen(folder: Path, via: str) -
 
 @both_ways
 @pytest.mark.parametrize("read", ["auto", "device"])
+@pytest.mark.invariant(number=1)
 def test_a_raw_device_under_deep_queues_arrives_as_it_was_stopped(
     folder: Path, via: str, read: str
 ) -> None:

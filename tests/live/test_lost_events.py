@@ -303,6 +303,7 @@ def test_submissions_alone_may_be_lost_without_a_repair(lab: Lab) -> None:
     assert summary.completeness == "complete" and not script.repairs
 
 
+@pytest.mark.invariant(number=9)
 def test_a_single_lost_event_is_noticed(lab: Lab) -> None:
     loss = Loss(done=1.0)
 
@@ -513,6 +514,7 @@ def test_accounting_that_is_switched_off_in_every_round_and_freeze_ends_the_copy
     assert not lab.target.exists()
 
 
+@pytest.mark.invariant(number=9)
 def test_accounting_that_is_switched_off_all_the_time_ends_the_copy_with_its_reason(
     lab: Lab, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -123,6 +123,7 @@ def test_a_file_that_is_attached_only_in_part_is_not_cut(folder: Path) -> None:
         fails(2, "only in part", folder / "target", "-s", image)
 
 
+@pytest.mark.invariant(number=6)
 def test_commands_inside_the_freeze_share_its_limit(folder: Path) -> None:
     image = sparse_file(folder / "image", SIZE)
     with loop_device(image) as device, file_system(device, folder / "m") as point:

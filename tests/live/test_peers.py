@@ -123,6 +123,8 @@ def check_target(truth: Path, target: Path, fmt: str) -> None:
 @pytest.mark.parametrize("fmt", ["raw", "ploop1"])
 @pytest.mark.parametrize("sender", ["C", "ours"])
 @pytest.mark.parametrize("receiver", ["C", "ours"])
+@pytest.mark.invariant(number=1)
+@pytest.mark.invariant(number=8)
 def test_scripted_writes_arrive_between_all_senders_and_receivers(
     folder: Path, library: Path, via: str, fmt: str, sender: str, receiver: str
 ) -> None:

@@ -84,6 +84,7 @@ def test_a_write_behind_the_last_scan_is_scanned_again(
 
 
 @pytest.mark.parametrize("kind", ["device", "file"])
+@pytest.mark.invariant(number=9)
 def test_a_write_behind_the_scan_after_a_stop_ends_the_copy(
     kind: str, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -366,6 +366,7 @@ def test_what_a_second_loop_device_gets_while_its_accounting_is_off_arrives(
             assert switch.read_text().strip() == left
 
 
+@pytest.mark.invariant(number=9)
 def test_a_write_to_the_file_during_the_freeze_arrives_or_ends_the_copy(folder: Path) -> None:
     disk = image(folder)
     dd = f"dd if=/dev/urandom of={shlex.quote(str(disk))} bs=64K seek=200 conv=notrunc status=none"
@@ -407,6 +408,7 @@ def test_who_opens_the_file_during_the_freeze_may_read_it_but_not_write_it(folde
         assert "(sleep) has" in got.errors and not (folder / "held").exists()
 
 
+@pytest.mark.invariant(number=9)
 def test_a_second_loop_device_that_is_mounted_meanwhile_ends_the_copy(folder: Path) -> None:
     disk = image(folder)
     with (

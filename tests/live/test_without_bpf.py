@@ -60,6 +60,7 @@ def info(device: str, prefix: Sequence[str]) -> dict[str, str]:
 
 
 @pytest.mark.parametrize("case", REFUSED)
+@pytest.mark.invariant(number=8)
 def test_auto_scans_and_says_why_where_bpf_is_refused(case: str, folder: Path) -> None:
     code, command, why = REFUSED[case]
     prefix = forbidden(code, command)
@@ -75,6 +76,7 @@ def test_auto_scans_and_says_why_where_bpf_is_refused(case: str, folder: Path) -
 
 
 @pytest.mark.parametrize("case", ["in a container", "without raw tracepoints"])
+@pytest.mark.invariant(number=8)
 def test_bpf_that_is_asked_for_by_name_fails_where_it_is_refused(case: str, folder: Path) -> None:
     code, command, why = REFUSED[case]
     image, target = random_file(folder / "image", 4 * MIB), folder / "target"

@@ -123,6 +123,7 @@ def test_a_link_of_the_private_area_leads_and_lies_nowhere_else(
         "",
     ],
 )
+@pytest.mark.invariant(number=5)
 def test_an_item_comes_to_no_other_place(target: VzHost, source: Hostile, label: str) -> None:
     before = snapshot(target.folder)
     started(source)

@@ -204,6 +204,7 @@ def fail(s: Scene, side: str, step: str, wrong: str, number: int = 0) -> None:
         if table.ALL or (step, wrong) in ORDINARY
     ],
 )
+@pytest.mark.invariant(number=4)
 def test_a_command_that_goes_wrong(
     scenes: Reused[Scene], here: Scene, side: str, step: str, wrong: str
 ) -> None:
@@ -224,6 +225,7 @@ def test_a_command_that_goes_wrong(
     ("place", "disturbance"),
     [(p, d) for p in PLACES for d in DISTURBANCES if table.ALL or (p, d) in ORDINARY],
 )
+@pytest.mark.invariant(number=4)
 def test_a_process_that_goes(
     scenes: Reused[Scene], here: Scene, place: str, disturbance: str
 ) -> None:

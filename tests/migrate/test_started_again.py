@@ -81,6 +81,7 @@ def test_recover_leaves_one_that_runs_on_the_source_again(pair: Pair) -> None:
     pair.runs_only_on(pair.b)
 
 
+@pytest.mark.invariant(number=4)
 def test_one_that_comes_back_before_its_source_is_tidied_is_refused(pair: Pair) -> None:
     """By what is left of the first migration, its recovery would end it."""
     image = pair.a / "one.img"

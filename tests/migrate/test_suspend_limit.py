@@ -27,6 +27,7 @@ def with_target(pair: Pair, how: str) -> None:  # noqa: F811
 
 
 @pytest.mark.parametrize("how", ["deaf", "flood", "drip"])
+@pytest.mark.invariant(number=6)
 def test_it_goes_on_here_when_the_target_stalls_the_suspended_time(
     pair: Pair,  # noqa: F811
     how: str,
@@ -51,6 +52,7 @@ def test_it_goes_on_here_when_the_target_forgets_the_restore(pair: Pair) -> None
     pair.runs_only_on(pair.a)
 
 
+@pytest.mark.invariant(number=4)
 def test_it_is_not_run_twice_when_the_answer_to_the_restore_is_lost(
     pair: Pair,  # noqa: F811
 ) -> None:

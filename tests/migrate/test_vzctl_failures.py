@@ -268,6 +268,7 @@ def test_these_are_all_calls(labs: Labs, lab: VzLab) -> None:
     ),
     ids=str,
 )
+@pytest.mark.invariant(number=4)
 def test_a_call_that_goes_wrong(labs: Labs, lab: VzLab, call: Call, wrong: str) -> None:
     fail(lab, call, wrong)
     with migration(lab, call.stopped) as moving:

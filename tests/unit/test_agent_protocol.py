@@ -132,6 +132,7 @@ def test_the_end_of_the_connection_ends_messages_and_channels() -> None:
     a.close()
 
 
+@pytest.mark.invariant(number=6)
 def test_a_silent_peer_is_given_up() -> None:
     a, b = socket.socketpair()
     mux = Mux(a.fileno(), a.fileno(), silence=0.3)
@@ -225,6 +226,7 @@ def header(kind: int, channel: int, length: int, zero: int = 0) -> bytes:
         header(wire.CONTROL, 0, 60000) + b"[" * 60000,
     ],
 )
+@pytest.mark.invariant(number=5)
 def test_a_frame_that_may_not_come_ends_the_connection(bad: bytes) -> None:
     a, b = socket.socketpair()
     mux = Mux(a.fileno(), a.fileno())

@@ -115,6 +115,7 @@ BROKEN = {
 
 
 @pytest.mark.parametrize("case", list(BROKEN))
+@pytest.mark.invariant(number=5)
 def test_receiver_refuses_a_broken_stream(tmp_path: Path, case: str) -> None:
     stream, code, word = BROKEN[case]
     got = receive(tmp_path / "image", stream)
@@ -428,6 +429,7 @@ def test_sender_speaks_d1_to_a_c_receiver(source: Path) -> None:
     ids=["FAILURE", "garbage", "short", "EOF"],
 )
 @pytest.mark.parametrize("good", [0, 1])
+@pytest.mark.invariant(number=2)
 def test_sender_with_a_bad_answer(source: Path, answer: bytes | None, code: int, good: int) -> None:
     peer = Peer([*[SUCCESS] * good, answer])
     got = peer.run(source, "-F", "true")
@@ -436,6 +438,7 @@ def test_sender_with_a_bad_answer(source: Path, answer: bytes | None, code: int,
     assert not any(f.is_end for f in d1_parse(peer.got))
 
 
+@pytest.mark.invariant(number=2)
 def test_sender_learns_that_the_last_sync_of_a_pyploop_receiver_failed_defect_7(
     source: Path,
 ) -> None:
@@ -490,6 +493,7 @@ def test_sender_whose_peer_closes_the_one_socket_instead_of_an_answer_ends_with_
     assert err == "the receiver closed the stream (see its own message)\n"
 
 
+@pytest.mark.invariant(number=2)
 def test_sender_whose_peer_leaves_before_end_does_not_succeed_defect_1(source: Path) -> None:
     full = Peer([SUCCESS] * 9)
     assert full.run(source).code == 0

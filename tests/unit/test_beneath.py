@@ -57,6 +57,7 @@ def test_a_folder_below_is_opened_by_its_name(top: int, tmp_path: Path, opener: 
 
 
 @pytest.mark.parametrize("text", ["../outside", "/", "b", "/proc/self/cwd", ".."])
+@pytest.mark.invariant(number=5)
 def test_no_link_is_followed_wherever_it_leads(
     top: int, tmp_path: Path, opener: Opener, text: str
 ) -> None:

@@ -152,6 +152,7 @@ def test_all_events_seen_is_complete(kernel: Kernel) -> None:
     assert blocks(t.take()) == set()
 
 
+@pytest.mark.invariant(number=9)
 def test_one_lost_event_is_lossy_and_says_how_much(kernel: Kernel) -> None:
     t = started(kernel)
     kernel.write(3)
@@ -380,6 +381,8 @@ def test_modes_follow_the_driver(kernel: Kernel) -> None:
 
 
 @pytest.mark.parametrize("seed", range(40))
+@pytest.mark.invariant(number=1)
+@pytest.mark.invariant(number=9)
 def test_no_random_history_ends_complete_with_a_block_missing(kernel: Kernel, seed: int) -> None:
     import random
 

@@ -40,6 +40,7 @@ def runs(answer: bool, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     "word", [commit_record.PENDING, commit_record.COMMITTED, commit_record.ABORTED]
 )
+@pytest.mark.invariant(number=4)
 def test_a_container_that_never_ran_here_is_given_back(
     word: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -60,6 +61,7 @@ def test_a_committed_container_that_runs_stays(
     assert made.exists()
 
 
+@pytest.mark.invariant(number=4)
 def test_a_container_that_ran_here_and_died_is_never_run_again_from_its_older_state(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -70,6 +72,7 @@ def test_a_container_that_ran_here_and_died_is_never_run_again_from_its_older_st
     assert made.exists()
 
 
+@pytest.mark.invariant(number=4)
 def test_who_asks_waits_for_the_one_who_may_still_decide(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

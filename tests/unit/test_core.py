@@ -249,6 +249,7 @@ def test_receiver_fault_names_frame_and_stream_position(tmp_path: Path) -> None:
     assert (e.value.frame, e.value.mark, e.value.stream) == (1, 0x4CC0AC3E, 132)
 
 
+@pytest.mark.invariant(number=5)
 def test_read_at_the_size_limit_is_refused_before_memory_is_taken(tmp_path: Path) -> None:
     with pytest.raises(Fault) as e:
         received(d1_header((1 << 20) + 1, 0), tmp_path / "image")

@@ -58,6 +58,7 @@ def test_the_limit_counts_from_the_beginning_of_the_freeze(
     assert deadline.left_to_watchdog == LIMITS.hard - 2.5
 
 
+@pytest.mark.invariant(number=6)
 def test_past_the_limit_the_check_fails_and_nothing_is_left(
     deadline: Deadline, clock: Clock
 ) -> None:

@@ -57,6 +57,7 @@ D1_STREAM, D2_STREAM = d1_header(MIB, 0) + bytes(MIB), D2_DATA + bytes(MIB)
     (D1_STREAM, 0), (D1_STREAM, 7), (D1_STREAM, 16), (D1_STREAM, 1000), (D2_STREAM, 20),
     (D2_STREAM, 24),
 ])  # fmt: skip
+@pytest.mark.invariant(number=6)
 def test_a_sender_that_drips_is_given_up(tmp_path: Path, stream: bytes, at_once: int) -> None:
     """In a header or in data: a byte now and then is no progress."""
     ours, theirs = socket.socketpair()
@@ -76,6 +77,7 @@ def test_a_sender_that_drips_is_given_up(tmp_path: Path, stream: bytes, at_once:
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.invariant(number=6)
 def test_a_receiver_that_drips_is_given_up(tmp_path: Path) -> None:
     source = tmp_path / "source"
     source.write_bytes(os.urandom(2 * MIB))

@@ -353,6 +353,7 @@ def test_holes_of_a_bat_are_not_read(img: Path, monkeypatch: pytest.MonkeyPatch)
     assert sum(read) < MIB
 
 
+@pytest.mark.invariant(number=5)
 def test_too_many_entries_and_clusters_are_refused(img: Path) -> None:
     n = image.MAX_ENTRIES + 1
     head = make(2, 2, n, first=2 * (n // 128), file_size=4096)

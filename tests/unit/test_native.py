@@ -98,6 +98,7 @@ def runs(
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("name", "kind"), PROGRAMS)
+@pytest.mark.invariant(number=1)
 def test_native_code_is_right_and_clean_under_sanitizers(
     runs: dict[tuple[str, str], Future[subprocess.CompletedProcess[str]]], name: str, kind: str
 ) -> None:

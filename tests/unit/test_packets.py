@@ -313,6 +313,7 @@ def test_a_pyploop_peer_is_spared_the_zeroes(source: Path, tmp_path: Path) -> No
 
 @pytest.mark.parametrize("answer", [OLD, NEW])
 @pytest.mark.parametrize("fail_at", [1, 3, 8, 10])
+@pytest.mark.invariant(number=2)
 def test_sender_looks_at_every_reply(source: Path, answer: int, fail_at: int) -> None:
     """The C library's sender reads replies and never looks at them."""
     with pair() as (peer, ours):
@@ -335,6 +336,7 @@ def test_sender_says_why_the_peer_refuses_it(source: Path, code: int, words: str
         model.join()
 
 
+@pytest.mark.invariant(number=2)
 def test_a_failed_sync_and_a_failed_end_are_errors(source: Path) -> None:
     for last in (2, 1):
         with pair() as (peer, ours):

@@ -378,6 +378,7 @@ def test_a_policy_may_ask_for_more_than_the_default(policies: dict[str, Any], na
         fit(config, **policies)
 
 
+@pytest.mark.invariant(number=5)
 def test_what_is_written_is_made_of_known_keys_whatever_came() -> None:
     """Nothing of the source's text reaches runc but what passed each check."""
     known: set[str] = set()

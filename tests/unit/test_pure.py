@@ -242,6 +242,7 @@ def test_the_wrong_file_system_is_never_frozen_when_a_mount_hides_another(tmp_pa
 # ---- transports
 
 
+@pytest.mark.invariant(number=6)
 def test_reading_is_exact_and_ends_with_the_peer_or_the_deadline() -> None:
     r, w = os.pipe()
     os.write(w, b"12345")
@@ -328,6 +329,7 @@ def any_sink(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) ->
     return str(request.param)
 
 
+@pytest.mark.invariant(number=7)
 def test_a_target_has_no_name_until_it_is_complete(tmp_path: Path, any_sink: str) -> None:
     with Sink(str(tmp_path / "image")) as sink:
         os.write(sink.fd, b"data")
@@ -341,6 +343,7 @@ def test_a_target_has_no_name_until_it_is_complete(tmp_path: Path, any_sink: str
     assert (tmp_path / "image").stat().st_mode & 0o7777 == 0o600
 
 
+@pytest.mark.invariant(number=7)
 def test_an_unfinished_target_leaves_nothing(tmp_path: Path, any_sink: str) -> None:
     with pytest.raises(ZeroDivisionError), Sink(str(tmp_path / "image")):
         raise ZeroDivisionError
@@ -408,6 +411,7 @@ def test_a_process_is_waited_for_until_it_ends_or_the_time_is_over(
         assert wait_for(process, None) == 3
 
 
+@pytest.mark.invariant(number=3)
 def test_a_signal_at_the_moment_of_the_freeze_still_thaws(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

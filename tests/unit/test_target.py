@@ -99,6 +99,7 @@ def test_a_copy_gets_its_name_on_any_file_system(
     assert list(folder().glob("*.json")) == []
 
 
+@pytest.mark.invariant(number=7)
 def test_a_name_that_was_taken_meanwhile_is_not_replaced_and_the_copy_is_kept(
     tmp_path: Path, any_fs: str
 ) -> None:
@@ -247,6 +248,8 @@ def test_nothing_is_said_of_a_file_whose_owner_undoes_it(tmp_path: Path) -> None
     assert names(tmp_path) == ["a"]
 
 
+@pytest.mark.invariant(number=2)
+@pytest.mark.invariant(number=7)
 def test_data_that_cannot_be_synced_are_no_target(tmp_path: Path, monkeypatch: Patch) -> None:
     broken = failing(_core.fdatasync, errno.EIO, lambda fd: True)
     monkeypatch.setattr("pyploop.diskcopy.target_file.fdatasync", broken)
@@ -268,6 +271,7 @@ def test_a_folder_that_was_removed_meanwhile_leaves_the_copy_in_the_one_above(
 
 
 @pytest.mark.root
+@pytest.mark.invariant(number=7)
 def test_a_folder_that_takes_no_name_any_more_does_not_lose_the_copy(
     tmp_path: Path, any_fs: str
 ) -> None:
@@ -310,6 +314,7 @@ def test_an_answer_that_was_lost_is_no_failure(tmp_path: Path, monkeypatch: Patc
     assert names(tmp_path / "t") == ["image"]
 
 
+@pytest.mark.invariant(number=7)
 def test_a_command_before_the_thaw_that_fails_leaves_the_complete_target(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:

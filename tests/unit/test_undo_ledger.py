@@ -108,6 +108,7 @@ def setting(place: Path, value: str = "old") -> Path:
 
 
 @pytest.mark.parametrize("group", [False, True])
+@pytest.mark.invariant(number=3)
 def test_the_steps_of_a_killed_process_are_undone_in_reverse(
     place: Path, owner: Owner, group: bool
 ) -> None:
@@ -131,6 +132,7 @@ def test_the_watchdog_takes_no_signal_that_ends_others(
     wait_until(lambda: text(log) == "2\n1\n", "everything is undone")
 
 
+@pytest.mark.invariant(number=3)
 def test_a_process_that_hangs_past_the_limit_is_undone_and_notices_it(
     place: Path, owner: Owner
 ) -> None:
@@ -326,6 +328,7 @@ def zombie(pid: int) -> bool:
     return journal.start_time(pid) is None
 
 
+@pytest.mark.invariant(number=3)
 def test_when_both_are_killed_pyploop_thaw_undoes(place: Path, owner: Owner) -> None:
     log = owner.two_steps(place, "log")
     assert thaw("--all") == (0, "")
