@@ -112,6 +112,7 @@ class Sender:
         report.event("sending", image=source.image, size=source.size, clock=report.start)
         report.info(f"Source: {source.path}, {format_size(source.size)}, read by {source.io_mode}")
         report.info(f"Tracker: {self._tracker.name} ({self._tracker.why})")
+        report.detail(f"Hash code: {self.summary.hash_kernel}")
         self._report_users()
         if source.must_be_mounted and not source.mounts:
             raise OpenError(

@@ -259,6 +259,40 @@ static void hooks(void)
 	close(src);
 }
 
+static int write_then(void *ctx, uint64_t start, uint64_t end)
+{
+	static const uint8_t late[64 * KiB] = { [0 ... 64 * KiB - 1] = 0xa5 };
+
+	OK(end - start <= sizeof(late));
+	OK(pwrite(*(const int *)ctx, late, end - start, (off_t)start) ==
+	   (ssize_t)(end - start));
+	return 0;
+}
+
+/* Clear, then read: what is written while the hook clears a mark is sent. */
+static void hook_before_read(unsigned flags)
+{
+	struct pl_extent all = { 0, MiB };
+	struct pl_pump_cfg cfg;
+	struct pl_fault fault;
+	struct pl_pump *p;
+	struct taker t;
+	int src = temp_file(NULL, MiB), out;
+
+	out = taker_start(&t, MiB, false);
+	cfg = config(src, MiB, out, PL_SINK_FRAMES);
+	cfg.hook = write_then;
+	cfg.hook_ctx = &src;
+	p = new_pump(&cfg);
+	EQ(pl_pump_pass(p, &all, 1, PL_PASS_HOOK | flags, &fault), 0);
+	pl_pump_free(p);
+	taker_end(&t, out);
+	for (uint64_t i = 0; i < MiB; i++)
+		EQ(t.image[i], 0xa5);
+	taker_free(&t);
+	close(src);
+}
+
 /* known: zeroes, unchanged chunks, holes, the last byte. */
 static void passes(uint32_t shift)
 {
@@ -746,6 +780,8 @@ int main(void)
 	tail(300 * KiB + 1536);
 	tail(512);
 	hooks();
+	hook_before_read(0);
+	hook_before_read(PL_PASS_LIVE);
 	passes(12);
 	passes(16);
 	random_rounds(12);
