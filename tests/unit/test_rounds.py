@@ -156,18 +156,19 @@ def test_without_a_limit_rounds_are_few_and_the_freeze_short(load: Load) -> None
     assert got.at < 6
 
 
-@pytest.mark.parametrize("load", LOADS.values(), ids=LOADS)
+@pytest.mark.parametrize("name", LOADS)
 @pytest.mark.parametrize("limit", [0.025, 0.04, 0.1])
-def test_a_freeze_never_begins_above_the_limit_before_the_deadline(
-    load: Load, limit: float
+def test_a_freeze_that_begins_before_the_deadline_ends_within_the_limit(
+    name: str, limit: float
 ) -> None:
-    policy = Policy(max_freeze=limit, deadline=20)
-    got = simulate(World(load), policy)
+    got = simulate(World(LOADS[name]), Policy(max_freeze=limit, deadline=20))
     if got.decision.action == "freeze":
         assert got.forecast.total <= limit and got.at < 20.5
+        # Bursts that are shorter than a round may begin in the freeze.
+        assert got.actual <= (1.5 * limit if name == "quick bursts" else limit)
     else:
         assert got.decision.action == "abort" and got.at >= 20
-        assert got.forecast.total > limit
+        assert got.actual > limit, "it would have ended within the limit"
 
 
 @pytest.mark.parametrize("phase", [0.0, 0.3, 0.6, 0.9, 1.2, 1.5, 1.8])
@@ -349,11 +350,20 @@ def test_recorded_freezes_ended_within_their_forecasts() -> None:
     assert sum(today) >= 0.95 * len(today), f"{sum(today)} of {len(today)}"
 
 
-@pytest.mark.parametrize("limit", [0.01, 0.02, 0.04, 0.5])
-def test_on_recorded_rounds_the_limit_holds(limit: float) -> None:
+@pytest.mark.parametrize(("limit", "begun"), [(0.01, 0), (0.02, 4), (0.04, 22), (0.5, 23)])
+def test_recorded_freezes_that_the_limit_lets_begin_ended_within_it(
+    limit: float, begun: int
+) -> None:
+    """Apart from FIFREEZE, and nine of ten of them: the machine was busy."""
+    policy = Policy(max_freeze=limit)
+    seconds = [c["frozen"] - c["fifreeze"] for c in RECORDED if decide(recorded(c), policy).freeze]
+    assert len(seconds) == begun
+    assert sum(s <= limit for s in seconds) >= 0.9 * begun
+
+
+def test_a_limit_that_no_recorded_freeze_has_kept_lets_none_begin() -> None:
+    shortest = min(c["frozen"] - c["fifreeze"] for c in RECORDED)
     for copy in RECORDED:
         m = recorded(copy)
         for n in range(1, len(m.rounds) + 1):
-            decision = decide(m.until(n), Policy(max_freeze=limit))
-            assert decision.forecast is not None and decision.action != "abort"
-            assert (decision.action == "freeze") <= (decision.forecast.total <= limit)
+            assert decide(m.until(n), Policy(max_freeze=shortest / 2)).action == "round"

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import ctypes
 import shutil
+import struct
 import subprocess
 from pathlib import Path
 
@@ -48,6 +49,13 @@ def test_without_a_criu_there_is_no_pre_dump() -> None:
     assert "No such file" in memory_tracking.problem("/nonexistent/criu")
 
 
+def test_the_standstill_is_the_freezing_and_what_followed_in_seconds(tmp_path: Path) -> None:
+    dump = bytes([1 << 3, 100, 2 << 3, 120, 3 << 3, 7])  # microseconds
+    message = bytes([1 << 3 | 2, len(dump)]) + dump
+    (tmp_path / "stats-dump").write_bytes(struct.pack("<III", 1, 2, len(message)) + message + b"\0")
+    assert memory_tracking.frozen_seconds(tmp_path) == pytest.approx(220e-6)
+
+
 def real() -> str:
     needs("root")
     program = criu.program()
@@ -86,8 +94,12 @@ def test_criu_s_own_word_for_the_standstill_is_read(tmp_path: Path) -> None:
     seconds = memory_tracking.frozen_seconds(work)
     assert seconds is not None and 0 < seconds < 60
     stats = work / "stats-dump"
-    for size in range(len(stats.read_bytes())):
-        stats.write_bytes(stats.read_bytes()[:size])
-        assert memory_tracking.frozen_seconds(work) is None or size > 24
+    whole = stats.read_bytes()
+    length = int.from_bytes(whole[8:12], "little")
+    for size in range(12 + length):
+        stats.write_bytes(whole[:size])
+        assert memory_tracking.frozen_seconds(work) is None, f"{size} of {12 + length} bytes"
+    stats.write_bytes(whole[: 12 + length])
+    assert memory_tracking.frozen_seconds(work) == seconds
     stats.unlink()
     assert memory_tracking.frozen_seconds(work) is None

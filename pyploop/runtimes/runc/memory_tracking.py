@@ -12,6 +12,7 @@ from pathlib import Path
 from pyploop.errors import MigrateError, VzExitCode
 from pyploop.system import private_folder
 from pyploop.system.commands import Command, last_words, run
+from pyploop.wire.protobuf import Malformed, Message
 
 FEATURE = "mem_dirty_track"
 TIMEOUT = 30.0
@@ -67,39 +68,10 @@ def frozen_seconds(work: Path) -> float | None:
     try:
         data = (work / "stats-dump").read_bytes()
         size = _STATS.unpack_from(data)[2]
-        dump = _fields(data[_STATS.size : _STATS.size + size])[_DUMP]
-        if not isinstance(dump, bytes):
+        dump = Message(data[_STATS.size : _STATS.size + size]).message(_DUMP)
+        frozen = dump and dump.number(_FROZEN)
+        if dump is None or frozen is None:
             return None
-        times = _fields(dump)
-        parts = [times.get(_FREEZING, 0), times[_FROZEN]]
-        return sum(p for p in parts if isinstance(p, int)) / 1e6
-    except (OSError, LookupError, struct.error):
+        return ((dump.number(_FREEZING) or 0) + frozen) / 1e6
+    except (OSError, Malformed, struct.error):
         return None
-
-
-def _fields(data: bytes) -> dict[int, int | bytes]:
-    """A protobuf message of numbers and byte strings."""
-    found: dict[int, int | bytes] = {}
-    at = 0
-    while at < len(data):
-        key, at = _varint(data, at)
-        value, at = _varint(data, at)
-        if key & 7 == 2:
-            found[key >> 3] = data[at : at + value]
-            at += value
-        elif key & 7 == 0:
-            found[key >> 3] = value
-        else:
-            raise LookupError(f"field {key >> 3} of type {key & 7}")
-    return found
-
-
-def _varint(data: bytes, at: int) -> tuple[int, int]:
-    """(value, where it ends); IndexError when it does not."""
-    value = shift = 0
-    while True:
-        byte = data[at]
-        value |= (byte & 0x7F) << shift
-        shift, at = shift + 7, at + 1
-        if byte < 0x80:
-            return value, at
