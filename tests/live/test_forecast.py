@@ -51,27 +51,30 @@ def place() -> Iterator[tuple[Path, str, Path]]:
         yield folder, device, point
 
 
-def forecasts_are_kept(got: Copied) -> None:
-    s = got.summary
-    assert s["predicted"] is not None and s["prediction_ratio"] is not None
-    assert s["prediction_ratio"] == pytest.approx(s["frozen_window"] / s["predicted"])
-    waited = s["frozen"]["target commit"]
-    remote = {k: v for k, v in s["frozen_remote"].items() if k != "remote receive"}
-    assert set(remote) >= {"way there", "remote write", "remote sync", "remote commit", "way back"}
-    assert 0 < sum(remote.values()) <= waited + 1e-6
-    assert abs(s["clock_offset"]) <= s["clock_error"] + 1e-6, "one machine has one clock"
-
-
 @pytest.mark.parametrize("load", LOADS)
 def test_a_copy_under_load_forecasts_its_freeze_and_says_where_it_went(
     load: str, place: tuple[Path, str, Path]
 ) -> None:
     folder, device, point = place
     with fio(point, load, *LOADS[load]) as writer:
-        got = copy(device, folder / "target", "-F", writer.stop_command)
+        words = ["-F", f"{writer.stop_command}; sleep 0.1", "--before-thaw", "sleep 0.2"]
+        got = copy(device, folder / "target", *words)
     succeeded(got)
-    forecasts_are_kept(got)
-    assert got.summary["frozen_bytes"] < 16 * MIB
+    s, steps = got.summary, list(got.summary["frozen"])
+    assert s["predicted"] > 0
+    began = next(e["time"] for e in got.events if e.get("phase") == "frozen")
+    ended = next(e["time"] for e in got.events if e["event"] == "frozen")
+    assert steps[0] == "stop command" and s["frozen"]["stop command"] >= 0.1
+    assert s["frozen"]["before thaw"] >= 0.2
+    until_durable = [s["frozen"][k] for k in steps[: steps.index("target commit") + 1]]
+    assert sum(until_durable) <= s["frozen_window"] + 1e-6
+    assert s["frozen_window"] <= ended - began - 0.2, "the command before the thaw is no part of it"
+    waited = s["frozen"]["target commit"]
+    remote = {k: v for k, v in s["frozen_remote"].items() if k != "remote receive"}
+    assert set(remote) >= {"way there", "remote write", "remote sync", "remote commit", "way back"}
+    assert 0 < sum(remote.values()) <= waited + 1e-6
+    assert abs(s["clock_offset"]) <= s["clock_error"] + 1e-6, "one machine has one clock"
+    assert s["frozen_bytes"] < 16 * MIB
     assert not is_frozen(point)
 
 
