@@ -61,6 +61,8 @@ INTERRUPTED = 600.0
 
 # ---- rsync
 
+RSYNC_VERSION = 30.0
+"""For rsync to print its version."""
 RSYNC_READY = 30.0
 """For rsync to start its remote shell."""
 RSYNC_LOOK = 0.2

@@ -93,7 +93,9 @@ def check_installed(command: str) -> None:
             VzExitCode.COPY_FAILED,
             f"{command} is not installed on this host: it copies a container's directories",
         )
-    done = subprocess.run([command, "--version"], capture_output=True, check=False, timeout=30)
+    done = subprocess.run(
+        [command, "--version"], capture_output=True, check=False, timeout=deadlines.RSYNC_VERSION
+    )
     found = re.match(rb"rsync +version v?(\d+)\.(\d+)", done.stdout)
     if found is None:
         raise MigrateError(VzExitCode.COPY_FAILED, f"{command} is not rsync, by its --version")

@@ -12,7 +12,6 @@ from pathlib import Path
 import pytest
 from support import MIB, is_frozen, loop_device, needs
 from support_live import (
-    Copied,
     comparison,
     copy,
     file_system,
