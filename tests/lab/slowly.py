@@ -78,7 +78,7 @@ def slow_down(factor: float) -> None:
     for module, names in LONGER.items():
         found = importlib.import_module(f"pyploop.{module}")
         for name in names.split():
-            before = getattr(found, name)
+            before: float = getattr(found, name)
             for other in [m for n, m in sys.modules.items() if n.startswith("pyploop.")]:
                 if vars(other).get(name) is before:
                     setattr(other, name, before * factor)

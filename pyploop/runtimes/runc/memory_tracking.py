@@ -69,8 +69,7 @@ def frozen_seconds(work: Path) -> float | None:
         data = (work / "stats-dump").read_bytes()
         size = _STATS.unpack_from(data)[2]
         dump = Message(data[_STATS.size : _STATS.size + size]).message(_DUMP)
-        frozen = dump and dump.number(_FROZEN)
-        if dump is None or frozen is None:
+        if dump is None or (frozen := dump.number(_FROZEN)) is None:
             return None
         return ((dump.number(_FREEZING) or 0) + frozen) / 1e6
     except (OSError, Malformed, struct.error):
