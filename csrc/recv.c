@@ -221,10 +221,10 @@ int pl_recv_new(struct pl_recv **out, const struct pl_recv_cfg *c)
 		return -ENOMEM;
 	r->cfg = *c;
 	r->cancel_fd = -1;
-	r->written_end = c->held;
+	r->written_end = c->old_end;
 	/* Only of a new file it is known that it has holes where nothing was
 	   written. */
-	if (c->sparse && !c->held)
+	if (c->sparse && !c->old_end)
 		pl_huge_init(&r->huge, c->out_fd, 1);
 	pthread_mutex_init(&r->lock, NULL);
 	pthread_cond_init(&r->work, NULL);

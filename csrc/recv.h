@@ -26,7 +26,7 @@ struct pl_recv_cfg {
 	uint64_t window;	/* dirty bytes of the target kept unwritten at
 				   most, roughly; 0: no rolling writeback */
 	uint32_t sparse;	/* 1: zero blocks become holes */
-	uint64_t held;		/* the file may hold data below this position; 0: it
+	uint64_t old_end;	/* the file may hold data below this position; 0: it
 				   is new */
 	uint64_t largest;	/* data past this position are refused (-EFBIG); 0:
 				   no limit */

@@ -151,7 +151,7 @@ cdef extern from "pl.h" nogil:
         uint32_t stall_ms
         uint64_t window
         uint32_t sparse
-        uint64_t held
+        uint64_t old_end
         uint64_t largest
         int reply_fd
         pl_digest digest

@@ -154,7 +154,7 @@ class Receiver:
         stall_ms: int = 0,
         window: int = 0,
         sparse: bool = True,
-        held: int = 0,
+        old_end: int = 0,
         largest: int = 0,
         reply_fd: int = -1,
     ) -> Self: ...

@@ -129,7 +129,7 @@ cdef class Receiver:
 
     def __cinit__(self, *, int in_fd, int out_fd, uint32_t slots,
                   uint32_t slot_size, uint32_t max_frame, uint32_t stall_ms=0,
-                  uint64_t window=0, bint sparse=True, uint64_t held=0, uint64_t largest=0,
+                  uint64_t window=0, bint sparse=True, uint64_t old_end=0, uint64_t largest=0,
                   int reply_fd=-1):
         cdef pl_recv_cfg cfg
         self.md5 = _Md5()
@@ -138,7 +138,7 @@ cdef class Receiver:
         cfg.in_fd, cfg.out_fd = in_fd, out_fd
         cfg.slots, cfg.slot_size, cfg.max_frame = slots, slot_size, max_frame
         cfg.stall_ms, cfg.window, cfg.sparse = stall_ms, window, sparse
-        cfg.held = held
+        cfg.old_end = old_end
         cfg.largest = largest
         cfg.reply_fd, cfg.digest, cfg.digest_ctx = reply_fd, _md5, <void *>self.md5
         _check(pl_recv_new(&self.r, &cfg))

@@ -60,7 +60,7 @@ class FreezeStage:
         before = c.source_pump.stats.data
         with contextlib.ExitStack() as freeze:
             freeze.callback(self._run_on)
-            freeze.enter_context(report.held())
+            freeze.enter_context(report.deferred())
             freeze.enter_context(c.session.undo_on_failure())
             freeze.enter_context(_no_collection())
             c.recorder.stage = "frozen"

@@ -176,7 +176,7 @@ class _Receipt:
                 stall_ms=int(stall * 1000),
                 window=WINDOW,
                 sparse=True,
-                held=sink.held,
+                old_end=sink.old_end,
                 largest=self._largest,
                 reply_fd=self._in_fd if descriptors.is_socket(self._in_fd) else -1,
             )

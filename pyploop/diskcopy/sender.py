@@ -35,7 +35,7 @@ from pyploop.errors import DeviceControlError, OpenError
 from pyploop.freeze import FileSystems
 from pyploop.freeze.session import FreezeSession
 from pyploop.report.events import Reporter
-from pyploop.report.slow_steps import Patience
+from pyploop.report.slow_steps import SlowSteps
 from pyploop.report.timeline import Recorder
 from pyploop.trackers import Tracker
 from pyploop.undo.ledger import UndoLedger
@@ -139,7 +139,7 @@ class Sender:
         undo.callback(tracker.stop, False)
         mounts = FileSystems(source.mounts, report, plan)
         undo.callback(mounts.close)
-        undo.callback(Patience(recorder, report, source.path).close)
+        undo.callback(SlowSteps(recorder, report, source.path).close)
         session = FreezeSession(options.stop_specs, mounts, plan, report, out.deadline)
         writes = Writes(source)
         undo.callback(writes.close)

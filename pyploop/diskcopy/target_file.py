@@ -90,7 +90,7 @@ class Sink:
             if isinstance(e, OSError):
                 raise CreateError.of(f"cannot create {path}", e, path=path) from e
             raise
-        self.held = 0
+        self.old_end = 0
         """The file may hold data below this position."""
 
     # ---- before the first byte

@@ -313,7 +313,7 @@ class FileSystems:
         seconds = 0.0
         self.guard()  # the watchdog may have died meanwhile
         self._expedite()
-        with self._report.held():
+        with self._report.deferred():
             for _ in range(2):
                 start = time.monotonic()
                 self._freeze_all()

@@ -77,7 +77,7 @@ class Mux:
             threading.Thread(target=self._read_loop, daemon=True),
             threading.Thread(target=self._ping_loop, daemon=True),
         ]
-        with signals.held_back():
+        with signals.deferred():
             for t in self._threads:
                 t.start()
 

@@ -47,7 +47,7 @@ class Reporter:
         self.start = clock()
         """CLOCK_MONOTONIC of the moment from which events count their time."""
         self._renderers: list[Renderer] = []
-        self._held: list[Callable[[], None]] | None = None
+        self._deferred: list[Callable[[], None]] | None = None
 
     def add(self, renderer: Renderer) -> None:
         self._renderers.append(renderer)
@@ -71,13 +71,13 @@ class Reporter:
             self._show(partial(r.line, level, at, one_line(text)))
 
     def _show(self, show: Callable[[], None]) -> None:
-        if self._held is None:
+        if self._deferred is None:
             show()
         else:
-            self._held.append(show)
+            self._deferred.append(show)
 
     @contextlib.contextmanager
-    def held(self) -> Iterator[None]:
+    def deferred(self) -> Iterator[None]:
         """Keep everything back until the end of the body; within another such body,
         of that.
 
@@ -85,15 +85,15 @@ class Reporter:
         it would wait for a thaw that waits for us.  And while a container is
         suspended, which is not to wait for whoever reads the log.
         """
-        if self._held is not None:
+        if self._deferred is not None:
             yield
             return
-        self._held = []
+        self._deferred = []
         try:
             yield
         finally:
-            held, self._held = self._held, None
-            for show in held or []:
+            deferred, self._deferred = self._deferred, None
+            for show in deferred or []:
                 show()
 
     def at_once(self, text: str) -> None:

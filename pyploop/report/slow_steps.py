@@ -31,7 +31,7 @@ WORDS = {
 """Step of the recorder -> what it waits for.  Other steps show their progress."""
 
 
-class Patience:
+class SlowSteps:
     """Watches the steps of one copy until `close`."""
 
     def __init__(self, recorder: Recorder, report: Reporter, what: str) -> None:

@@ -78,7 +78,7 @@ class Job(Generic[T]):
 
     def start(self) -> Job[T]:
         """Once; this job."""
-        with signals.held_back():  # it waits by an Event
+        with signals.deferred():  # it waits by an Event
             self._thread.start()
         return self
 

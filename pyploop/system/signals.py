@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Code that the exception of a signal (cli/main.py) must not interrupt.
 
-Handlers belong to the program.  `held_back` defers what they do for some microseconds,
+Handlers belong to the program.  `deferred` delays what they do for some microseconds,
 since an exception there would lose a thread or a process.  Only our command line, which
 says so by `handled_here`, has them replaced for good.
 """
@@ -38,7 +38,7 @@ def handled_here() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def held_back() -> Iterator[None]:
+def deferred() -> Iterator[None]:
     """Delay signals until the end of the body, so that its result is always known."""
     came: list[int] = []
     old = _handle(lambda number, _: came.append(number))
@@ -56,7 +56,7 @@ def begun(begin: Callable[[], T], end: Callable[[T], object]) -> T:
     signal's exception goes on.  (Else a command that Popen has started would stay behind.)"""
     made: list[T] = []
     try:
-        with held_back():
+        with deferred():
             made.append(begin())
     except BaseException:
         for one in made:

@@ -30,7 +30,7 @@ class LastWords:
     def started(self) -> None:
         """Close our copy of the program's end, and begin to read."""
         self._close_ours()
-        with signals.held_back():
+        with signals.deferred():
             self._thread.start()
 
     def _close_ours(self) -> None:

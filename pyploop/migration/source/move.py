@@ -46,7 +46,7 @@ class Move:
         self.id = commit_record.new_id()
         folder = commit_record.make_folder(Path(host.state_dir))
         with contextlib.ExitStack() as made:
-            with signals.held_back():
+            with signals.deferred():
                 self._journal = Journal.create(
                     f"migration of {runtime.container} to {request.host}",
                     folder,

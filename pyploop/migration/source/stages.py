@@ -79,7 +79,7 @@ class Ahead:
             remote.call("dump", deadlines.REQUEST, channel=number, **after)
             _compare_clocks(move)
             move.log_undo("resume")
-            move.quiet.enter_context(move.report.held())
+            move.quiet.enter_context(move.report.deferred())
             start = time.monotonic()
             limit.start()
             runtime.suspend()
@@ -170,7 +170,7 @@ def stopped(move: Move, copies: Copies, running: bool) -> None:
     copies.copy_while_running()
     if running:
         move.log_undo("start")
-        move.quiet.enter_context(move.report.held())
+        move.quiet.enter_context(move.report.deferred())
         move.runtime.stop()
     move.result.disks = copies.finish()
     if move.runtime.state().running:

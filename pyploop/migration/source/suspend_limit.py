@@ -41,7 +41,7 @@ class SuspendLimit:
         self._deadline = time.monotonic() + wait
         self._timer = threading.Timer(wait, self._pass)
         self._timer.daemon = True
-        with signals.held_back():
+        with signals.deferred():
             self._timer.start()
 
     def _pass(self) -> None:

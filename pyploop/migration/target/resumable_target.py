@@ -39,16 +39,16 @@ class ResumableSink(Sink):
     """A target with a name from the beginning.  What becomes of it after a
     failure is its owner's matter."""
 
-    def __init__(self, path: str, unfinished: str, fd: int, held: int, leased: bool) -> None:
+    def __init__(self, path: str, unfinished: str, fd: int, old_end: int, leased: bool) -> None:
         """unfinished: its name until then, on the same file system.  fd: it, open,
-        which is closed.  held: bytes of it that may be data.  leased: by `lease`."""
+        which is closed.  old_end: it may hold data below this position.  leased: by `lease`."""
         self._unfinished, self._given, self._leased = unfinished, fd, leased
         try:
             super().__init__(path, owner_undoes=True)
         except BaseException:
             os.close(fd)
             raise
-        self.held = held
+        self.old_end = old_end
 
     def _create(self) -> int:
         return self._given

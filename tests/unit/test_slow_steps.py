@@ -13,7 +13,7 @@ from support import wait_until
 
 from pyploop.report import slow_steps
 from pyploop.report.events import NOTE, Reporter
-from pyploop.report.slow_steps import Patience
+from pyploop.report.slow_steps import SlowSteps
 from pyploop.report.timeline import Recorder
 
 
@@ -45,7 +45,7 @@ def watched(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Recorder, Reporte
     monkeypatch.setattr(slow_steps, "LOOK", 0.02)
     recorder, report, lines = Recorder(), Reporter(), Lines()
     report.add(lines)
-    watching = Patience(recorder, report, "/dev/x")
+    watching = SlowSteps(recorder, report, "/dev/x")
     try:
         yield recorder, report, lines
     finally:
@@ -57,7 +57,7 @@ def test_a_long_step_is_named_once_also_while_lines_are_kept_back(
     watched: tuple[Recorder, Reporter, Lines],
 ) -> None:
     recorder, report, lines = watched
-    with report.held(), recorder.step("source sync"):
+    with report.deferred(), recorder.step("source sync"):
         report.note("kept back")
         wait_until(lambda: lines.found, "it is said")
         time.sleep(0.3)
