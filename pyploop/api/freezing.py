@@ -79,7 +79,7 @@ def frozen(
             )
         session.prepare()
         systems.sync()  # so that the freeze is short
-        with report.held(), session.undo_on_failure():
+        with report.deferred(), session.undo_on_failure():
             start = time.monotonic()
             session.stop(limits)
             systems.freeze()

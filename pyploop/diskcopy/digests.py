@@ -128,24 +128,20 @@ class Reader:
             yield pos, [raw[i : i + SIZE] for i in range(0, len(raw), SIZE)]
 
     def _exactly(self, size: int) -> bytes:
-        data = bytearray(size)
-        view, got = memoryview(data), 0
-        while got < size:
-            try:
-                n = self._patience.recv_into(view[got:])
-            except TimeoutError as e:
-                raise ReadError(
-                    "the target does not send the digests of its resumable files (--timeout)"
-                ) from e
-            except OSError as e:
-                raise ReadError.of("cannot read the digests of the resumable files", e) from e
-            if not n:
-                raise ReadError(
-                    "the digests of the resumable files ended early (the target has failed)"
-                )
-            got += n
+        try:
+            data = self._patience.exactly(size)
+        except TimeoutError as e:
+            raise ReadError(
+                "the target does not send the digests of its resumable files (--timeout)"
+            ) from e
+        except EOFError as e:
+            raise ReadError(
+                "the digests of the resumable files ended early (the target has failed)"
+            ) from e
+        except OSError as e:
+            raise ReadError.of("cannot read the digests of the resumable files", e) from e
         self.received += size
-        return bytes(data)
+        return data
 
     def cancel(self) -> None:
         """From any thread: a read of digests fails."""

@@ -140,22 +140,17 @@ class _Reader:
         self._patience = Patience(self._sock, stall)
 
     def exactly(self, size: int) -> bytes:
-        data = bytearray(size)
-        view, got = memoryview(data), 0
-        while got < size:
-            try:
-                n = self._patience.recv_into(view[got:])
-            except TimeoutError as e:
-                raise ReadError(
-                    "the source sent less than 64 KiB within --timeout",
-                    hint="give `pyploop migrate` a longer --timeout if the connection is slow",
-                ) from e
-            except OSError as e:
-                raise ReadError.of("cannot read files from the source", e) from e
-            if n == 0:
-                raise ReadError("the file stream ended too early: the source may have failed")
-            got += n
-        return bytes(data)
+        try:
+            return self._patience.exactly(size)
+        except TimeoutError as e:
+            raise ReadError(
+                "the source sent less than 64 KiB within --timeout",
+                hint="give `pyploop migrate` a longer --timeout if the connection is slow",
+            ) from e
+        except EOFError as e:
+            raise ReadError("the file stream ended too early: the source may have failed") from e
+        except OSError as e:
+            raise ReadError.of("cannot read files from the source", e) from e
 
     def close(self) -> None:
         self._sock.close()

@@ -34,3 +34,14 @@ class Patience:
         if self._moved >= PROGRESS:
             self._waited, self._moved = 0.0, 0
         return n
+
+    def exactly(self, size: int) -> bytes:
+        """So many bytes.  EOFError when the peer has ended before, else as `recv_into`."""
+        data = bytearray(size)
+        view, got = memoryview(data), 0
+        while got < size:
+            n = self.recv_into(view[got:])
+            if not n:
+                raise EOFError
+            got += n
+        return bytes(data)
