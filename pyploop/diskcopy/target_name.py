@@ -19,7 +19,7 @@ import time
 from collections.abc import Callable
 
 from pyploop.system import kernel
-from pyploop.undo.journal import Entry, boot_id, register
+from pyploop.undo.journal import Entry, register
 
 UNSUPPORTED = (errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP)
 """The errors of a file system that does not support an operation."""
@@ -88,7 +88,7 @@ def give_name(dir_fd: int, old: str, new: str, ways: tuple[Way, ...] = WAYS) -> 
 
 def part_of(dir_fd: int, name: str) -> str:
     """A new name for the unfinished `name`, short enough for the file system."""
-    return f".{_stem(dir_fd, name)}.{boot_id()[:8]}-{os.urandom(4).hex()}.part"
+    return f".{_stem(dir_fd, name)}.{kernel.boot_id()[:8]}-{os.urandom(4).hex()}.part"
 
 
 def complete_of(dir_fd: int, name: str) -> str:
@@ -139,7 +139,7 @@ def remove_part(dir_fd: int, part: str) -> bool:
         if not stat.S_ISREG(st.st_mode) or st.st_uid != os.geteuid() or not st.st_mode & 0o200:
             return False
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        if match["boot"] != boot_id()[:8] and time.time() - st.st_mtime < OLD:
+        if match["boot"] != kernel.boot_id()[:8] and time.time() - st.st_mtime < OLD:
             return False
         os.unlink(part, dir_fd=dir_fd)
     except OSError:

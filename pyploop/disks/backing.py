@@ -17,7 +17,6 @@ import re
 import stat
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
 
 from pyploop.disks.source import Source
 from pyploop.errors import SysfsError
@@ -285,10 +284,9 @@ def _exists(number: Number) -> bool:
 
 
 def boot() -> bytes:
-    """The kernel's boot_id, 16 bytes: different on each machine and after each boot."""
+    """The kernel's boot_id, 16 bytes; zeroes when it is not known."""
     try:
-        text = Path("/proc/sys/kernel/random/boot_id").read_text()
-        return bytes.fromhex(text.strip().replace("-", ""))
+        return bytes.fromhex(kernel.boot_id().replace("-", ""))
     except (OSError, ValueError):
         return bytes(16)
 

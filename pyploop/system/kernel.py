@@ -23,6 +23,12 @@ def _check(ret: int, path: str | None = None) -> int:
     return ret
 
 
+def boot_id() -> str:
+    """A UUID: different on each machine and after each boot."""
+    with open("/proc/sys/kernel/random/boot_id") as f:
+        return f.read().strip()
+
+
 def fifreeze(fd: int, path: str) -> None:
     """Freeze the file system that `fd` (its mount point `path`) is on; returns
     once no write is in flight.  EBUSY: it is frozen already."""

@@ -28,7 +28,7 @@ from pathlib import Path
 from typing import Any
 
 from pyploop.errors import BusyError, DeviceControlError, OpenError, PyploopError
-from pyploop.system import private_folder
+from pyploop.system import kernel, private_folder
 
 SCHEMA = "pyploop.journal/1"
 """The `schema` field of each file.  The number changes when a field changes its meaning."""
@@ -90,11 +90,6 @@ def start_time(pid: int) -> int | None:
     return None if fields[0] in b"ZX" else int(fields[19])
 
 
-def boot_id() -> str:
-    with open("/proc/sys/kernel/random/boot_id") as f:
-        return f.read().strip()
-
-
 def _save(path: Path, record: dict[str, Any]) -> None:
     with private_folder.reopened(path.parent) as where:
         private_folder.replace(where, path.name, json.dumps(record).encode())
@@ -124,7 +119,7 @@ class Journal:
             **fields,
             "schema": SCHEMA,
             "what": what,
-            "boot": boot_id(),
+            "boot": kernel.boot_id(),
             "started": round(time.time(), 3),
             "owners": [_identity(os.getpid())],
             "entries": [],
@@ -224,7 +219,7 @@ class Record:
 
     @property
     def of_this_boot(self) -> bool:
-        return bool(self.fields.get("boot") == boot_id())
+        return bool(self.fields.get("boot") == kernel.boot_id())
 
     def owner(self) -> int | None:
         """The PID of an owner that lives; None when all have ended."""

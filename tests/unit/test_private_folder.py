@@ -16,7 +16,7 @@ from support import needs, pyploop_env
 from pyploop.errors import BusyError, CreateError, OpenError, PyploopError
 from pyploop.migration import commit_record, locks, undo_kinds
 from pyploop.migration.target import resumable_trees
-from pyploop.system import private_folder
+from pyploop.system import kernel, private_folder
 from pyploop.undo import journal
 
 NOBODY = 65534
@@ -156,7 +156,7 @@ def test_a_fifo_in_the_place_of_a_record_does_not_block(tmp_path: Path) -> None:
 def planted(folder: Path, precious: Path) -> Path:
     """A journal that removes root's file, as a dead process would have left it."""
     entry = {"kind": "write", "path": str(precious), "value": "overwritten"}
-    fields = {"schema": journal.SCHEMA, "what": "a copy", "boot": journal.boot_id(), "owners": []}
+    fields = {"schema": journal.SCHEMA, "what": "a copy", "boot": kernel.boot_id(), "owners": []}
     path = folder / "1.json"
     path.write_text(json.dumps({**fields, "started": 1, "entries": [entry]}))
     return path

@@ -26,7 +26,7 @@ from pyploop.diskcopy.target_file import Sink
 from pyploop.errors import CreateError, Interrupted
 from pyploop.report.events import Reporter, TextRenderer
 from pyploop.system import kernel
-from pyploop.undo.journal import boot_id, folder
+from pyploop.undo.journal import folder
 
 DATA = os.urandom(100_000)
 Patch = pytest.MonkeyPatch
@@ -332,7 +332,7 @@ def test_a_trace_and_events_that_cannot_be_written_do_not_spoil_the_copy(tmp_pat
 
 
 def part(path: Path, name: str = "image", boot: str | None = None) -> Path:
-    boot = boot or boot_id()[:8]
+    boot = boot or kernel.boot_id()[:8]
     made = path / f".{name}.{boot}-0123abcd.part"
     made.write_bytes(b"unfinished")
     made.chmod(0o600)
@@ -410,11 +410,11 @@ NOT_OURS: dict[str, Callable[[Path], object]] = {
     "another name": lambda p: part(p, "image2"),
     "a name that only begins alike": lambda p: (p / ".image.part").write_text("x"),
     "no random part": lambda p: (p / ".image.0123abcd-xyz.part").write_text("x"),
-    "a folder": lambda p: (p / f".image.{boot_id()[:8]}-0123abcd.part").mkdir(),
-    "a symbolic link": lambda p: (p / f".image.{boot_id()[:8]}-0123abcd.part").symlink_to(
+    "a folder": lambda p: (p / f".image.{kernel.boot_id()[:8]}-0123abcd.part").mkdir(),
+    "a symbolic link": lambda p: (p / f".image.{kernel.boot_id()[:8]}-0123abcd.part").symlink_to(
         part(p, "image2")
     ),
-    "a pipe": lambda p: os.mkfifo(p / f".image.{boot_id()[:8]}-0123abcd.part"),
+    "a pipe": lambda p: os.mkfifo(p / f".image.{kernel.boot_id()[:8]}-0123abcd.part"),
     "complete": lambda p: part(p).chmod(target_name.COMPLETE),
     "perhaps of another machine": lambda p: part(p, boot="00000000"),
 }

@@ -17,6 +17,7 @@ from pyploop.report.events import Reporter
 from pyploop.runtimes import Copied, Runtime
 from pyploop.runtimes.config import HostConfig
 from pyploop.runtimes.copied import ANY_DEVICE
+from pyploop.system import kernel
 from pyploop.undo import journal
 from pyploop.undo.journal import Journal, Record
 
@@ -51,7 +52,7 @@ def finish_source(log: Journal, runtime: Runtime, remove: bool, *, stopped: bool
 def _copied(log: Journal) -> Copied | None:
     """What the migration has copied.  None: the record was written by an older pyploop."""
     known: Copied | None = log.get("copied")
-    if known is not None and log.get("boot") != journal.boot_id():
+    if known is not None and log.get("boot") != kernel.boot_id():
         return {path: [ANY_DEVICE, *rest] for path, (_, *rest) in known.items()}
     return known
 
