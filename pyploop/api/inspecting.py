@@ -307,7 +307,7 @@ def _put_device(report: Report, path: str) -> Source:
         source.io_mode = why
         report["tracker"] = _no_tracker(why)
     try:
-        if source.block is not None or source.kind != "file":
+        if source.is_device:
             report["device"] = _device(source)
             report["mounts"] = [
                 {"point": m.point, "fstype": m.fstype, "source": m.source} for m in source.mounts

@@ -86,7 +86,7 @@ def _watched(
     try:
         if check is not None:
             check(source)
-        if source.kind == "ploop":
+        if source.is_image:  # its driver tracks all writes, by whomever
             if to_freeze:
                 _find_mounts(source, mounts)
             return source

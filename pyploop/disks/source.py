@@ -82,6 +82,11 @@ class Source:
         return self.kind == "ploop"
 
     @property
+    def is_device(self) -> bool:
+        """A block device, whatever it is read from; else a plain file."""
+        return self.kind != "file"
+
+    @property
     def queue(self) -> BlockDevice | None:
         """The block device, and the part of it, that all writes to the source pass: the
         source, or a device below it."""
@@ -122,7 +127,7 @@ class Source:
 
     def write_back_file(self) -> None:
         """Write back the page cache of a plain file; does nothing for a device."""
-        if self.kind == "file":
+        if not self.is_device:
             try:
                 kernel.write_back(self.fd, self.path)
             except OSError as e:

@@ -25,7 +25,7 @@ class Writes:
 
     def __init__(self, source: Source) -> None:
         self._source = source
-        self._file = source.fd if source.kind == "file" else -1
+        self._file = -1 if source.is_device else source.fd
         self._stat = -1
         self._iostats: Path | None = None
         if (device := _accounted(source)) is not None:
