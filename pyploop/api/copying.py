@@ -21,7 +21,6 @@ from pyploop.diskcopy.target_registry import open_output
 from pyploop.disks import opening
 from pyploop.errors import CancelledError, ParameterError
 from pyploop.freeze.stoppers import Spec, parse_spec
-from pyploop.freeze.throttle import Throttle
 from pyploop.report.events import Reporter
 from pyploop.report.timeline import Recorder
 from pyploop.system import descriptors
@@ -353,6 +352,8 @@ def _internal(o: CopyOptions, report: Reporter) -> Options:
         limit = FREEZE_LIMIT if o.max_freeze is None else 2 * o.max_freeze + 1
     throttle = None
     if o.throttle_rate is not None:
+        from pyploop.freeze.throttle import Throttle
+
         throttle = Throttle(o.throttle_rate, o.throttle_cgroup, report)
     try:
         stops = [parse_spec(s) if isinstance(s, str) else s for s in o.stops]

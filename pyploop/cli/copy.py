@@ -25,7 +25,6 @@ from pyploop.errors import (
     ReadError,
     TooLargeError,
 )
-from pyploop.report import timings
 from pyploop.report.events import JsonRenderer, ProgressRenderer, Reporter, TextRenderer
 from pyploop.report.timeline import Recorder, chrome_trace
 from pyploop.system import descriptors, shared_folder
@@ -143,6 +142,8 @@ def _show_times(recorder: Recorder, predicted: float | None, report: Reporter) -
     parts = recorder.frozen_parts()
     if not parts:
         return
+    from pyploop.report import timings
+
     rows = [(name.capitalize(), seconds) for name, seconds in parts.items()]
     for line in timings.table(rows, sum(parts.values()), total_name="Total", decimals=4).split(
         "\n"

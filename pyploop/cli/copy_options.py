@@ -7,7 +7,6 @@ from pyploop.api.copying import CopyOptions
 from pyploop.cli.arguments import Parser, parsed
 from pyploop.cli.stops import StopAction
 from pyploop.diskcopy.framing import COMPATS
-from pyploop.freeze.throttle import parse_throttle
 from pyploop.trackers import TRACKERS
 from pyploop.units import parse_size, parse_time
 
@@ -17,6 +16,15 @@ def _descriptor(text: str) -> int:
     if not -1 <= fd <= 1 << 20:
         raise ValueError(f"{text} is not a descriptor")
     return fd
+
+
+def parse_throttle(text: str) -> tuple[int, str | None]:
+    """RATE[:CGROUP]; ValueError for anything else, and for a rate of 0."""
+    rate, _, group = text.partition(":")
+    size = parse_size(rate)
+    if not size:
+        raise ValueError(f"{text!r}: at 0 bytes per second a writer would never finish a write")
+    return size, group or None
 
 
 DESCRIPTOR = parsed(_descriptor, "descriptor")

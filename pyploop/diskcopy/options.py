@@ -5,11 +5,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pyploop.diskcopy.freeze_policy import Policy
 from pyploop.freeze.stoppers import Spec
-from pyploop.freeze.throttle import Throttle
+
+if TYPE_CHECKING:
+    from pyploop.freeze.throttle import Throttle
 
 
 @dataclass

@@ -16,10 +16,8 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from pyploop.errors import ParameterError
-from pyploop.freeze.cgroup import CgroupStopper
 from pyploop.freeze.command import run_command
 from pyploop.freeze.filesystems import FileSystems
-from pyploop.freeze.vzctl import VzctlStopper
 from pyploop.report.events import Reporter
 from pyploop.system.mount_table import Mount
 from pyploop.undo.ledger import UNDO_TIMEOUT, UndoLedger, UndoStep
@@ -158,7 +156,7 @@ class FsStopper:
 
 
 def build(specs: list[Spec], mounts: FileSystems, report: Reporter) -> list[Stopper]:
-    """The stoppers of these specs, in order."""
+    """The stoppers of these specs, in order.  Only what is used is loaded."""
     made: list[Stopper] = []
     for spec in specs:
         if spec.kind == "fs":
@@ -167,8 +165,12 @@ def build(specs: list[Spec], mounts: FileSystems, report: Reporter) -> list[Stop
                 raise ParameterError("--freeze fs: nothing is mounted from the source")
             made.append(FsStopper(mounts, only))
         elif spec.kind == "cgroup":
+            from pyploop.freeze.cgroup import CgroupStopper
+
             made.append(CgroupStopper(spec.argument, report))
         elif spec.kind == "vzctl":
+            from pyploop.freeze.vzctl import VzctlStopper
+
             made.append(VzctlStopper(spec.argument, report))
         else:
             made.append(CommandStopper(spec))

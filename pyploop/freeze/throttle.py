@@ -24,7 +24,7 @@ from pyploop.report.events import Reporter
 from pyploop.system.mount_table import cgroup_mounts
 from pyploop.system.sysblock import text_of
 from pyploop.undo.ledger import UndoLedger, UndoStep
-from pyploop.units import format_size, parse_size
+from pyploop.units import format_size
 
 
 @dataclass(frozen=True)
@@ -55,15 +55,6 @@ class Knob:
             limit = (limits or ["max"])[0] if self.v2 else words[1]
             return None if limit == "max" else int(limit)
         return None
-
-
-def parse_throttle(text: str) -> tuple[int, str | None]:
-    """RATE[:CGROUP]; ValueError for anything else, and for a rate of 0."""
-    rate, _, group = text.partition(":")
-    size = parse_size(rate)
-    if not size:
-        raise ValueError(f"{text!r}: at 0 bytes per second a writer would never finish a write")
-    return size, group or None
 
 
 def find(group: str, disk: str) -> Knob:

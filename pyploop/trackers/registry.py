@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Which tracker a copy uses.  `auto` says which one it chose and why.  A tracker that
-was named and cannot work is an error: there is no silent fallback."""
+was named and cannot work is an error: there is no silent fallback.  A tracker is loaded
+when it may be used."""
 
 from __future__ import annotations
 
@@ -8,8 +9,7 @@ from pathlib import Path
 
 from pyploop.disks.source import Source
 from pyploop.errors import DeviceControlError, ParameterError
-from pyploop.trackers import TRACKERS, Tracker, bpf, dm
-from pyploop.trackers.ploop import PloopTracker
+from pyploop.trackers import TRACKERS, Tracker
 from pyploop.trackers.scan import ScanTracker
 from pyploop.units import SECTOR
 from pyploop.usage.io_accounting import Accounting
@@ -26,17 +26,14 @@ def choose(name: str, source: Source, cluster: int | None = None) -> Tracker:
         raise ParameterError(f"--cluster is for --tracker dm, not {name}")
     if name not in TRACKERS:
         raise ParameterError(f"unknown tracker {name!r} (one of {', '.join(TRACKERS)})")
-    if name == "bpf":
-        reason = bpf_problem(source)
-        if reason:
-            raise DeviceControlError(
-                f"--tracker bpf cannot follow {source.path}: {reason}",
-                path=source.path,
-                hint="use --tracker auto or scan",
-            )
-        return bpf.BpfTracker(source)
-    if name == "ploop":
-        return PloopTracker(source)
+    if name == "auto":
+        return _auto(source, cluster)
+    if name == "bpf" and (reason := bpf_problem(source)):
+        raise DeviceControlError(
+            f"--tracker bpf cannot follow {source.path}: {reason}",
+            path=source.path,
+            hint="use --tracker auto or scan",
+        )
     if name == "dm":
         if cluster is None:
             raise ParameterError(
@@ -44,10 +41,23 @@ def choose(name: str, source: Source, cluster: int | None = None) -> Tracker:
                 "cluster size"
             )
         source.cluster = cluster
-        return dm.DmTracker(source)
-    if name == "scan":
-        return ScanTracker(source)
-    return _auto(source, cluster)
+    return _made(name, source, "asked for")
+
+
+def _made(name: str, source: Source, why: str) -> Tracker:
+    if name == "bpf":
+        from pyploop.trackers.bpf import BpfTracker
+
+        return BpfTracker(source, why)
+    if name == "ploop":
+        from pyploop.trackers.ploop import PloopTracker
+
+        return PloopTracker(source, why)
+    if name == "dm":
+        from pyploop.trackers.dm import DmTracker
+
+        return DmTracker(source, why)
+    return ScanTracker(source, why)
 
 
 def choose_marking(source: Source, cluster: int | None = None) -> Tracker:
@@ -63,21 +73,25 @@ def choose_marking(source: Source, cluster: int | None = None) -> Tracker:
 
 def _auto(source: Source, cluster: int | None) -> Tracker:
     if source.kind == "ploop":
-        return PloopTracker(source, "a ploop device has its own tracking")
-    is_dm = source.block is not None and source.block.disk.startswith("dm-")
-    if is_dm and cluster is not None and dm.has_tracking(source):
-        source.cluster = cluster
-        return dm.DmTracker(source, "the device-mapper target has its own tracking")
+        return _made("ploop", source, "a ploop device has its own tracking")
+    if cluster is not None and source.block is not None and source.block.disk.startswith("dm-"):
+        from pyploop.trackers.dm import has_tracking
+
+        if has_tracking(source):
+            source.cluster = cluster
+            return _made("dm", source, "the device-mapper target has its own tracking")
     reason = bpf_problem(source)
     if not reason:
+        from pyploop.trackers.bpf import BpfTracker
+
         # Capabilities, seccomp, lockdown, memory: only a trial shows.
-        tracker = bpf.BpfTracker(source, "a block device, and the kernel has BPF with BTF")
+        tracker = BpfTracker(source, "a block device, and the kernel has BPF with BTF")
         try:
             tracker.try_out()
             return tracker
         except DeviceControlError as e:
             reason = str(e)
-    return ScanTracker(source, f"BPF cannot be used: {reason}")
+    return _made("scan", source, f"BPF cannot be used: {reason}")
 
 
 def bpf_problem(source: Source) -> str:

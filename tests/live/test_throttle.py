@@ -16,9 +16,10 @@ from support import MIB, is_frozen, loop_device, missing, needs, wait_until
 from support_hold import Container, cgroup, container, hierarchy
 from support_live import Copy, copy, file_system, sparse_file, work_dir
 
+from pyploop.cli.copy_options import parse_throttle
 from pyploop.errors import OpenError, ParameterError
 from pyploop.freeze.stoppers import parse_spec
-from pyploop.freeze.throttle import Knob, Throttle, find, find_of, parse_throttle
+from pyploop.freeze.throttle import Knob, Throttle, find, find_of
 from pyploop.report.events import Reporter
 from pyploop.undo.journal import ENVIRONMENT
 from pyploop.undo.ledger import UndoLedger
