@@ -1,6 +1,7 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /* The ploop driver's tracking ioctls. */
 #include <errno.h>
+#include <stddef.h>
 #include <sys/ioctl.h>
 
 #include "ploop.h"
@@ -8,7 +9,8 @@
 struct track_extent {
 	uint64_t start, end;
 };
-_Static_assert(sizeof(struct track_extent) == 16, "the driver's, in its ioctls");
+_Static_assert(sizeof(struct track_extent) == 16 &&
+	       offsetof(struct track_extent, end) == 8, "the driver's, in its ioctls");
 
 #define TRACK_INIT _IOR('P', 6, struct track_extent)
 #define TRACK_STOP _IO('P', 7)

@@ -96,6 +96,9 @@ static int write_part(struct pl_recv *r, const uint8_t *data,
 	uint32_t at = 0;
 	int err = 0;
 
+	/* recv_head.c has refused all others. */
+	assert(part->len <= r->cfg.max_frame &&
+	       (!r->cfg.largest || part->pos + part->len <= r->cfg.largest));
 	if (!r->cfg.sparse) {
 		*fault_pos = part->pos;
 		return write_data(r, data, part->len, part->pos);

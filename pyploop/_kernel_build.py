@@ -203,6 +203,7 @@ ffi.set_source(
                           uint64_t resolve)
     {
         struct { uint64_t flags, mode, resolve; } how = { flags, mode, resolve };
+        _Static_assert(sizeof how == 24, "open_how of the kernel, in its first version");
         return result((int)syscall(SYS_openat2, dirfd, path, &how, sizeof how));
     }
     """,

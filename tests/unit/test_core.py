@@ -17,6 +17,7 @@ from support import ROOT, Frame, d1_end, d1_frame, d1_header, d1_parse, d1_repla
 
 from pyploop import _core, units
 from pyploop._core import Bitmap, Extents, Fault, Known, Pump, Receiver
+from pyploop.system import peer_patience
 from pyploop.wire import d1, d2
 
 SIZE = 300_001
@@ -258,13 +259,16 @@ def test_read_at_the_size_limit_is_refused_before_memory_is_taken(tmp_path: Path
 
 def test_numbers_that_python_writes_down_too_are_those_of_the_headers() -> None:
     """The modules of the wire format know nothing of C (docs/internals/design.md)."""
-    text = "".join((ROOT / "csrc" / name).read_text() for name in ("base.h", "wire.h"))
+    text = "".join(
+        (ROOT / "csrc" / name).read_text() for name in ("base.h", "patience.h", "wire.h")
+    )
     define = re.findall(r"#define PL_(\w+) (0x\w+?|\d+)u\s", text)
     c = {name: int(value, 0) for name, value in define}
     del c["DIGEST"]  # of MD5, which hashlib knows
     c |= {name: int(value) for name, value in re.findall(r"PL_(PACKET_\w+) = (\d+)", text)}
     assert c == {
         "BLOCK": units.BLOCK,
+        "PROGRESS": peer_patience.PROGRESS,
         "D1_MARK": d1.MARK,
         "D1_HEADER": d1.HEADER.size,
         "SYNC_SIZE": d1.SYNC_SIZE,
