@@ -276,23 +276,52 @@ def test_damaged_bytes(cuts: list[tuple[int, int, bytes]]) -> None:
 GUIDS = st.sampled_from([NONE, TOP, *(guid(i) for i in range(4))])
 
 
-@given(
-    st.lists(st.tuples(GUIDS, st.sampled_from(["Plain", "Compressed"]), st.just("f")), max_size=5),
-    st.lists(st.tuples(GUIDS, GUIDS), max_size=5),
-    GUIDS | st.none(),
-)
-@settings(max_examples=600, deadline=None)
-def test_any_tree(
-    images: list[tuple[str, str, str]], shots: list[tuple[str, str]], top: str | None
-) -> None:
-    try:
-        d = disk_descriptor.parse(xml(images, shots, top), "x.xml")
-    except DescriptorError as e:
-        assert "\n" not in str(e)
-        return
-    assert d.chain[0].parent is None
-    assert all(b.parent == a.guid for a, b in zip(d.chain, d.chain[1:], strict=False))
-    assert top is None or d.top.guid == top
+@st.composite
+def trees(draw: st.DrawFn) -> tuple[list[tuple[str, str, str]], list[tuple[str, str]], str]:
+    """(images, shots, top) of a chain, in which up to two things are not what they were."""
+    chain = draw(st.permutations([TOP, *(guid(i) for i in range(4))]))[: draw(st.integers(1, 5))]
+    images = [(g, "Compressed", f"{n}.hds") for n, g in enumerate(chain)]
+    shots = list(zip(chain, [NONE, *chain], strict=False))
+    top = chain[-1]
+    for what in draw(st.lists(st.integers(0, 4), max_size=2)):
+        at = draw(st.integers(0, len(chain) - 1))
+        if what == 0:
+            images[at] = (images[at][0], "Plain", images[at][2])
+        elif what == 1:
+            images[at] = (draw(GUIDS), *images[at][1:])
+        elif what == 2:
+            shots[at] = (shots[at][0], draw(GUIDS))
+        elif what == 3:
+            shots[at] = (draw(GUIDS), shots[at][1])
+        else:
+            top = draw(GUIDS)
+    return images, draw(st.permutations(shots)), top
+
+
+def test_any_tree() -> None:
+    lengths: list[int] = []
+
+    @given(trees())
+    @settings(max_examples=600, deadline=None)
+    def parsed(
+        tree: tuple[list[tuple[str, str, str]], list[tuple[str, str]], str],
+    ) -> None:
+        images, shots, top = tree
+        try:
+            d = disk_descriptor.parse(xml(images, shots, top), "x.xml")
+        except DescriptorError as e:
+            assert "\n" not in str(e)
+            return
+        lengths.append(len(d.chain))
+        assert d.chain[0].parent is None and d.top.guid == top
+        assert all(b.parent == a.guid for a, b in zip(d.chain, d.chain[1:], strict=False))
+        parents = dict(shots)
+        assert all(parents[x.guid] == (x.parent or NONE) for x in d.chain)
+        files = {g: file for g, _, file in images}
+        assert all(x.path == files[x.guid] for x in d.chain)
+
+    parsed()
+    assert sum(n > 2 for n in lengths) > 40
 
 
 def test_a_file_comes_once(tmp_path: Path) -> None:

@@ -109,7 +109,9 @@ def test_the_example_of_migrate_toml_is_a_configuration(tmp_path: Path) -> None:
 
 def test_the_pages_are_clean_roff(made: Path) -> None:
     needs("man", "groff")
-    for page in sorted(made.glob("man/man*/*")):
+    pages = sorted(made.glob("man/man*/*"))
+    assert len(pages) > len(COMMANDS)
+    for page in pages:
         words = ["man", "--warnings", "-E", "UTF-8", "-l", "-Tutf8", "-Z", str(page)]
         done = subprocess.run(
             words,

@@ -183,7 +183,11 @@ def test_a_log_that_nobody_reads_does_not_stop_the_copy() -> None:
     report = Reporter()
     report.add(TextRenderer(9, Full(), Full()))
     report.add(JsonRenderer(Full()))
+    read = io.StringIO()
+    report.add(TextRenderer(9, read, read))
     report.error("bad")
+    report.note("good")
+    assert read.getvalue().count("\n") == 2, "the others get it all the same"
 
 
 # ---- mountinfo

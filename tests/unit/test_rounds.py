@@ -256,6 +256,24 @@ def test_a_growing_load_is_forecast_ahead() -> None:
     assert math.isclose(grown.left, flat.left * 40 / 30, rel_tol=0.01)
 
 
+def test_a_forecast_adds_up_as_the_document_says() -> None:
+    """docs/internals/rounds.md, by hand: 100 MiB/s of wire, 40 of disk, 10 are dirtied."""
+    costs = Costs(0.05, freeze=0.002, target=0.03, target_rate=50 * MIB, fixed=0.004, prelude=0.006)
+    last = Round(10 * MIB, 0.1, 1.0, sync=0.25, flushed=8 * MIB)
+    before = replace(last, sync=0.15)
+    f = forecast(Measured(Round(100 * MIB, 1.0, 1.0), [before, last], costs))
+    late = 10 * (0.1 + 0.006 + 0.05)
+    cached = late + 10 * 0.25  # MiB
+    bare = (0.25 - 0.2) / 2
+    assert f.left / MIB == pytest.approx(cached)
+    assert f.sync == pytest.approx(bare + cached / 40)
+    assert f.send == pytest.approx(0.004 + cached / 100)
+    assert f.target == pytest.approx(0.03 + cached / 50)
+    assert f.total == pytest.approx(0.05 + f.sync + 0.002 + f.send + f.target)
+    assert f.floor == pytest.approx(0.05 + bare + 0.002 + 0.004 + 0.03)
+    assert f.variable == pytest.approx(f.total - f.floor)
+
+
 def test_what_is_marked_already_counts() -> None:
     m = Measured(FIRST, [Round(4096, 0.001, 0.1)], COSTS)
     assert forecast(m, pending=50 * MIB).left >= 50 * MIB
