@@ -8,7 +8,7 @@ while a migration uses them, its journal does instead.
 
 Invariants: no content of a kept file is trusted (digests.py), so it may
 be half-written, old or damaged; it is ours alone from `adopt` on (a lease, which
-which ends when another process opens it for writing); what cannot be used is removed,
+ends when another process opens it for writing); what cannot be used is removed,
 and reported.
 """
 
@@ -17,7 +17,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import hashlib
-import json
 import os
 import re
 import stat
@@ -27,22 +26,29 @@ from pathlib import Path
 from typing import Any
 
 from pyploop._core import fdatasync
-from pyploop.errors import OpenError, PyploopError
+from pyploop.errors import PyploopError
+from pyploop.migration.target.resumable_record import RecordKind
 from pyploop.migration.target.resumable_target import lease
 from pyploop.report.events import Reporter
 from pyploop.runtimes import Runtime
 from pyploop.runtimes.config import HostConfig
 from pyploop.runtimes.volumes import KEPT, existing_parent
-from pyploop.system import beneath, private_folder
+from pyploop.system import beneath
 from pyploop.undo import journal
 from pyploop.undo.journal import Entry, Journal
 from pyploop.units import MIB, format_size
 
-SCHEMA = "pyploop.kept/1"
+RECORD = RecordKind(
+    "pyploop.kept/1",
+    ".kept",
+    "files",
+    "name",
+    str,
+    ("migration", "runtime", "container", "source"),
+    most=64,
+)
 LEAST = MIB
 """Bytes below which a file is not kept: sending it again costs less."""
-MOST = 64
-"""Files that are kept of a container."""
 
 
 class Unusable(Exception):
@@ -95,7 +101,8 @@ def retain(log: Journal, entry: Entry) -> None:
                 os.fchmod(fd, 0o600)  # it lies in another folder than it will
                 # The kernel reports a failed writeback only once: now, perhaps.
                 fdatasync(fd)
-                if _add(log, str(entry["what"]), kept, st.st_ino):
+                part = {"name": str(entry["what"]), "path": kept, "inode": st.st_ino}
+                if RECORD.add(log, part):
                     return
     remove(entry)
 
@@ -120,54 +127,12 @@ def _opened(path: str) -> Iterator[int]:
         os.close(fd)
 
 
-def _file(state_dir: str, runtime: str, container: str) -> Path:
-    return Path(state_dir) / f"{runtime}-{container}.kept"
-
-
-def _add(log: Journal, name: str, path: str, inode: int) -> bool:
-    """Durable when this returns; false when there are too many."""
-    file = _file(str(log.path.parent), log.get("runtime"), log.get("container"))
-    record = _read(file) if file.exists() else None
-    if record is None or record["migration"] != log.get("migration"):
-        names = ("migration", "runtime", "container", "source")
-        record = {"schema": SCHEMA, **{n: log.get(n) for n in names}, "files": []}
-    # Again after a kill in the midst of this.
-    files = [f for f in record["files"] if f["name"] != name]
-    record["files"] = [*files, {"name": name, "path": path, "inode": inode}]
-    if len(record["files"]) > MOST:
-        return False
-    _save(file, record)
-    return True
-
-
-def _save(file: Path, record: dict[str, Any]) -> None:
-    with private_folder.reopened(file.parent) as where:
-        private_folder.replace(where, file.name, json.dumps(record).encode(), durable=True)
-
-
-def _read(file: Path) -> dict[str, Any] | None:
-    """None when it is not what `_save` wrote."""
-    try:
-        record = json.loads(private_folder.read_path(file))
-        if record["schema"] != SCHEMA or not isinstance(record["source"]["id"], str):
-            return None
-        str(record["migration"]), str(record["source"]["name"])
-        for f in record["files"]:
-            if not (isinstance(f["name"], str) and isinstance(f["inode"], int)):
-                return None
-            if not os.path.isabs(f["path"]) or not f["path"].endswith(KEPT):
-                return None
-    except (OSError, OpenError, ValueError, KeyError, TypeError):
-        return None
-    return dict(record)
-
-
 # ---- the next migration: taking
 
 
 def allocated(host: HostConfig, runtime: Runtime, facts: dict[str, Any]) -> dict[str, int]:
     """Bytes on the disk of what is kept for this source: room that it has."""
-    record = _read(_file(host.state_dir, runtime.name, runtime.container))
+    record = RECORD.read(RECORD.file(host.state_dir, runtime.name, runtime.container))
     found: dict[str, int] = {}
     if record is not None and record["source"]["id"] == source_of(facts)["id"]:
         for f in record["files"]:
@@ -181,7 +146,7 @@ def adopt(
 ) -> dict[str, ResumableFile]:
     """Take over what was kept; from now on it is in this journal.  homes: where
     files are kept at present."""
-    file = _file(host.state_dir, runtime.name, runtime.container)
+    file = RECORD.file(host.state_dir, runtime.name, runtime.container)
     record = _claim(file, report)
     usable: dict[str, ResumableFile] = {}
     for f in record["files"] if record is not None else ():
@@ -201,7 +166,7 @@ def adopt(
 
 def _claim(file: Path, report: Reporter) -> dict[str, Any] | None:
     """The record, which no other process can take after that."""
-    record = _read(file)
+    record = RECORD.read(file)
     try:
         file.unlink()
     except FileNotFoundError:
@@ -274,7 +239,7 @@ def _sweep(home: Path, container: str, state_dir: Path) -> None:
 
 def described(host: HostConfig, log: Journal) -> list[str]:
     """What is kept now, for a person."""
-    record = _read(_file(host.state_dir, log.get("runtime"), log.get("container")))
+    record = RECORD.read(RECORD.file(host.state_dir, log.get("runtime"), log.get("container")))
     if record is None or record["migration"] != log.get("migration"):
         return []
     sizes = []

@@ -12,24 +12,23 @@ compares all of it by contents, and its other passes go by times only then.
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import stat
 from collections.abc import Callable, Sequence
-from pathlib import Path
-from typing import Any
 
-from pyploop.errors import OpenError, PyploopError
+from pyploop.errors import PyploopError
 from pyploop.migration import tree_scan
+from pyploop.migration.target.resumable_record import RecordKind
 from pyploop.report.events import Reporter
 from pyploop.runtimes import tree_folders
 from pyploop.runtimes.volumes import KEPT, existing_parent
-from pyploop.system import private_folder
 from pyploop.system.tree_walk import walk
 from pyploop.undo import journal
 from pyploop.undo.journal import Entry, Journal
 
-SCHEMA = "pyploop.kept-trees/1"
+RECORD = RecordKind(
+    "pyploop.kept-trees/1", ".kept-trees", "trees", "index", int, ("migration", "source")
+)
 
 
 def entry_for(log: Journal, index: int, path: str) -> Entry:
@@ -63,46 +62,12 @@ def retain(log: Journal, entry: Entry) -> None:
             if not entry["made"]:
                 os.mkdir(path)
         inode = os.lstat(kept).st_ino
-        _add(log, {"index": entry["index"], "path": kept, "inode": inode})
+        RECORD.add(log, {"index": entry["index"], "path": kept, "inode": inode})
     except OSError:  # a mount point, for instance
         undo(entry)
 
 
 journal.register("tree", undo, keep=retain, outlives_boot=True)
-
-
-def _file(state_dir: str | Path, runtime: str, container: str) -> Path:
-    return Path(state_dir) / f"{runtime}-{container}.kept-trees"
-
-
-def _add(log: Journal, tree: dict[str, Any]) -> None:
-    file = _file(log.path.parent, log.get("runtime"), log.get("container"))
-    record = _read(file)
-    if record is None or record["migration"] != log.get("migration"):
-        names = ("migration", "source")
-        record = {"schema": SCHEMA, **{n: log.get(n) for n in names}, "trees": []}
-    # Again after a kill in the midst of this.
-    others = [t for t in record["trees"] if t["index"] != tree["index"]]
-    record["trees"] = [*others, tree]
-    with private_folder.reopened(file.parent) as where:
-        private_folder.replace(where, file.name, json.dumps(record).encode(), durable=True)
-
-
-def _read(file: Path) -> dict[str, Any] | None:
-    """None when it is not there, or not what `_add` wrote."""
-    try:
-        record = json.loads(private_folder.read_path(file))
-        if record["schema"] != SCHEMA or not isinstance(record["source"]["id"], str):
-            return None
-        for tree in record["trees"]:
-            if not (isinstance(tree["index"], int) and isinstance(tree["inode"], int)):
-                return None
-            if not os.path.isabs(tree["path"]) or not tree["path"].endswith(KEPT):
-                return None
-        str(record["migration"])
-    except (OSError, OpenError, ValueError, KeyError, TypeError):
-        return None
-    return dict(record)
 
 
 # ---- the next migration
@@ -112,7 +77,7 @@ def allocated(
     state_dir: str, runtime: str, container: str, source: dict[str, str]
 ) -> dict[int, int]:
     """Bytes of what is kept for this source, by the tree's index: room that it has."""
-    record = _read(_file(state_dir, runtime, container))
+    record = RECORD.read(RECORD.file(state_dir, runtime, container))
     found: dict[int, int] = {}
     if record is not None and record["source"]["id"] == source["id"]:
         for tree in record["trees"]:
@@ -127,8 +92,8 @@ def adopt(
     """Take what was kept to its place; from now on it is in this journal.  Returns
     the indexes of those trees.  What cannot be used is removed.  entries: of all
     trees.  make_parent: makes the folders above a path, as far as they are missing."""
-    file = _file(log.path.parent, log.get("runtime"), log.get("container"))
-    record = _read(file)
+    file = RECORD.file_of(log)
+    record = RECORD.read(file)
     taken: set[int] = set()
     for kept in record["trees"] if record is not None else ():
         index, old = kept["index"], kept["path"]
@@ -182,7 +147,7 @@ def _part(path: str) -> None:
 
 def described(log: Journal) -> list[str]:
     """What is kept now, for a person."""
-    record = _read(_file(log.path.parent, log.get("runtime"), log.get("container")))
+    record = RECORD.read(RECORD.file_of(log))
     if record is None or record["migration"] != log.get("migration"):
         return []
     return [f"tree {tree['index']}" for tree in record["trees"]]
