@@ -25,6 +25,8 @@ nitpicky = True
 # ---- Markdown
 myst_enable_extensions = ["deflist"]
 myst_heading_anchors = 4
+# Quotes become curly, but `--option` stays as one types it.
+smartquotes_action = "q"
 # What is written in several languages, or as a sketch, need not be highlighted.
 highlight_language = "none"
 
