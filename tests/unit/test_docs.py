@@ -14,7 +14,7 @@ import pytest
 from support import ROOT
 
 DOCS = ROOT / "docs"
-OTHERS = [ROOT / "README.md", ROOT / "SECURITY.md", ROOT / "CHANGELOG.md"]
+OTHERS = [ROOT / f"{n}.md" for n in ("README", "SECURITY", "CHANGELOG", "CONTRIBUTING")]
 TESTS = {path: path.read_text() for path in (ROOT / "tests").rglob("test_*.py")}
 NAMED = re.compile(r"(?:(?P<folder>\w+)/)?(?P<file>test_\w+\.py)(?:::(?P<test>test_\w+))?")
 PAGE = re.compile(r"\bdocs/[\w/-]+\.md\b")
@@ -118,7 +118,7 @@ def test_the_picture_of_the_architecture_names_packages_that_exist() -> None:
 
 @pytest.mark.parametrize("folder", ["tutorial", "how-to", "reference", "internals", "."])
 def test_lines_have_at_most_120_characters_but_for_tables_and_commands(folder: str) -> None:
-    pages = [ROOT / "README.md", ROOT / "SECURITY.md"] if folder == "." else []
+    pages = list(OTHERS) if folder == "." else []
     pages += sorted((DOCS / folder).glob("*.md"))
     long = [
         f"{page.relative_to(ROOT)}:{number}"
