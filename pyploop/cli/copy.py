@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`pyploop copy`: the options are checked here, and the API does the rest.
+"""`pyploop copy`: checks the options, calls the API, and shows what happens.
 
-The order of the checks is ploop's, because callers probe for it: options,
-then the target (1) or the descriptors (38), then the source.
+The order of the checks is that of `ploop copy`, because its callers rely on it: options,
+then the target (exit code 1) or the descriptors (38), then the source.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def run(args: list[str], level: int) -> int:
             report.failure(e)
             return e.exit_code
         except OSError as e:
-            # Not expected one by one: a device that was removed, for example.
+            # Failures without a class of their own: a device that was removed, for example.
             report.error(f"{e.filename or o.source or o.target}: {e.strerror}; no target was made")
             return ReadError.exit_code
         except MemoryError:
@@ -71,8 +71,8 @@ def _receive(o: argparse.Namespace, report: Reporter) -> None:
 
 
 def _clear_stderr(o: argparse.Namespace) -> None:
-    """A stream or feedback on descriptor 2 moves elsewhere: commands that the
-    user gave would write their messages into it."""
+    """If the stream or the feedback uses descriptor 2, move it to another one.  The user's
+    commands would otherwise write their messages into it."""
     moved = None
     for name in ("out", "feedback"):
         if getattr(o, name) == 2:
@@ -120,7 +120,7 @@ def _send(o: argparse.Namespace, report: Reporter) -> None:
         with copy:
             copy.run()
     finally:
-        # After a failure too: that is when it is wanted.
+        # Also after a failure, when it is needed most.
         if o.trace is not None and copy.recorder is not None:
             _write_trace(o.trace, copy.recorder, report)
     if o.times and copy.recorder is not None:
@@ -162,7 +162,8 @@ def _check_output(fd: int) -> None:
 
 @contextlib.contextmanager
 def _reporter(o: argparse.Namespace, level: int) -> Iterator[Reporter]:
-    """Text to stdout and stderr, unless the stream or the feedback is there."""
+    """A reporter that writes text to stdout and stderr, unless the stream or the feedback
+    uses them."""
     taken: set[int] = {o.feedback} if o.feedback is not None else set()
     if o.source is not None and o.target is None:
         taken.add(o.out)

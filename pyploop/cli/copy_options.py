@@ -99,7 +99,7 @@ def parser() -> Parser:
         action="append",
         default=[],
         metavar="DIR",
-        help="mount point to freeze, instead of those found; may be given several times",
+        help="mount point to freeze, instead of those that are found; may be given several times",
     )
     add(
         "--unsafe-in-use",
@@ -133,7 +133,7 @@ def parser() -> Parser:
         type=parsed(parse_time, "time"),
         default=CopyOptions.sync_wait,
         metavar="TIME",
-        help="time that a receiver without answers gets to become durable (5)",
+        help="time to wait before the freeze while a receiver that cannot answer syncs (5)",
     )
     add(
         "--compat",

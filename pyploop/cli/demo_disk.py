@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The main job on a throw-away disk: make one, write to it, copy it live through
-a pipe, compare while it is frozen, clean up - also when interrupted.
+"""The steps of `pyploop demo`: make a temporary disk, write to it, copy it live through a
+pipe, compare source and copy while the source is frozen, and clean up.  An interrupted demo
+cleans up, too.
 
-As root an ext4 on a loop device, tracked by BPF.  Without root a plain file,
-tracked by scanning, because loop devices and freezing need privileges.
+As root the disk is an ext4 on a loop device, tracked by BPF.  Loop devices and freezing need
+privileges, so without root it is a plain file, tracked by scanning.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ from pyploop.units import format_size
 
 TOOL_PATH = ":".join([p for p in [os.environ.get("PATH", "")] if p] + ["/usr/sbin", "/sbin"])
 FILL = 0.25
-"""Part of the disk that has data before the copy."""
+"""Fraction of the disk that has data before the copy."""
 
 _WRITER = """
 import os, random, sys
@@ -49,8 +50,8 @@ while True:
 
 @dataclass
 class Disk:
-    """A throw-away source: `device` to copy, `image` to compare with, `file`
-    to write to."""
+    """A temporary source.  device: what is copied.  image: what the copy is compared with.
+    file: what the writer writes, `file_size` bytes.  what: all this in words."""
 
     device: str
     image: Path
@@ -96,7 +97,7 @@ def loop_disk(folder: Path, size: int) -> Iterator[Disk]:
 
 @contextlib.contextmanager
 def file_disk(folder: Path, size: int) -> Iterator[Disk]:
-    """A plain sparse file."""
+    """A sparse file, which is copied as it is."""
     image = folder / "disk.img"
     with open(image, "wb") as f:
         f.truncate(size)
@@ -105,7 +106,7 @@ def file_disk(folder: Path, size: int) -> Iterator[Disk]:
 
 @contextlib.contextmanager
 def writer(disk: Disk) -> Iterator[int]:
-    """A process that writes random blocks and syncs; yields its PID."""
+    """Run a process that writes random blocks and syncs now and then.  Yields its PID."""
     process = subprocess.Popen(
         [sys.executable, "-I", "-c", _WRITER, str(disk.file), str(disk.file_size)],
         stdout=subprocess.PIPE,
@@ -126,9 +127,9 @@ def writer(disk: Disk) -> Iterator[int]:
 
 
 def copy_live(disk: Disk, target: Path, events: Path, pid: int) -> tuple[int, int]:
-    """Sender and receiver as they are used, with a pipe for the stream and one
-    for the feedback; (sender's, receiver's exit code)."""
-    # -P: a folder that happens to be called pyploop here is not the package.
+    """Copy the disk as users do: a sender and a receiver, with one pipe for the stream and
+    one for the feedback.  Returns the exit codes (sender's, receiver's)."""
+    # -P: never import a folder called pyploop that happens to be in the current folder.
     command = [sys.executable, "-P", "-m", "pyploop.cli.main"]
     stream_r, stream_w = os.pipe()
     answer_r, answer_w = os.pipe()
@@ -152,7 +153,7 @@ def copy_live(disk: Disk, target: Path, events: Path, pid: int) -> tuple[int, in
 
 
 def table(summary: dict[str, Any]) -> str:
-    """The steps of the frozen time, in milliseconds."""
+    """What the demo prints: the steps of the frozen time in milliseconds, and the amounts."""
     steps = dict(summary["frozen"])
     compared = steps.pop("before thaw", 0.0)
     lines = ["", "Frozen time, step by step:"]
@@ -171,7 +172,7 @@ def table(summary: dict[str, Any]) -> str:
 
 
 def run_demo(size: int, folder: str | None) -> None:
-    """The whole demo; CommandError when the copy fails or differs."""
+    """Run the whole demo.  CommandError if the copy fails or differs."""
     try:
         _demo(size, folder)
     except OSError as e:
@@ -180,7 +181,7 @@ def run_demo(size: int, folder: str | None) -> None:
 
 def _demo(size: int, folder: str | None) -> None:
     root = os.geteuid() == 0
-    # Others could put their own in its place, and root would write and mount there.
+    # Another user could replace such a folder, and root would then write and mount there.
     private_folder.check_way(Path(folder or tempfile.gettempdir()) / "x")
     with contextlib.ExitStack() as undo:
         work = Path(tempfile.mkdtemp(prefix="pyploop-demo-", dir=folder))
@@ -196,5 +197,5 @@ def _demo(size: int, folder: str | None) -> None:
             raise CommandError(f"the copy failed: sender exited {codes[0]}, receiver {codes[1]}")
         summary = json.loads(events.read_text().splitlines()[-1])
         print(table(summary))
-        # The sender's --before-thaw compared them, and would have failed.
+        # The sender's --before-thaw has compared them.  The copy fails if they differ.
         print(f"\nSource and copy were compared while the source was frozen: identical{os.linesep}")

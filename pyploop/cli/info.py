@@ -27,7 +27,7 @@ def parser() -> Parser:
         "and how it would be copied. Changes nothing.",
     )
     p.add_argument(
-        "--json", action="store_true", help="print one JSON object (docs/internals/images.md)"
+        "--json", action="store_true", help="print one JSON object (schema pyploop.info/1)"
     )
     p.add_argument("path", metavar="IMAGE|DEVICE|DiskDescriptor.xml")
     return p

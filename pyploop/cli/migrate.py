@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`pyploop migrate`: vzmigrate's exit codes for what happens."""
+"""`pyploop migrate`: checks the options, calls the API, and turns failures into the exit
+codes of vzmigrate."""
 
 from __future__ import annotations
 
@@ -60,7 +61,7 @@ def _run(o: MigrateOptions, report: Reporter) -> int:
             print(table, file=sys.stderr if o.json == "-" else sys.stdout, flush=True)
         except OSError as e:
             report.error(f"-t: cannot print the table: {e.strerror}; the container has moved")
-    # The container moved; what is left over is not nothing.
+    # The container has moved, but something is left on this host: not a full success.
     return VzExitCode.DUMP_FAILED if result.left_over else VzExitCode.OK
 
 

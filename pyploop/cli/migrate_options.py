@@ -160,13 +160,13 @@ def parser() -> Parser:
         "--max-freeze",
         type=parsed(parse_time, "time"),
         metavar="TIME",
-        help="freeze a disk for at most so long",
+        help="freeze a disk only when its freeze is expected to last at most so long",
     )
     add(
         "--deadline",
         type=parsed(parse_time, "time"),
         metavar="TIME",
-        help="with --max-freeze: send rounds for at most so long",
+        help="with --max-freeze: send rounds for at most so long after the first pass (600)",
     )
     add(
         "--bwlimit",
