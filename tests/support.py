@@ -50,6 +50,8 @@ _PACKAGES = {
     "gcc": "gcc",
     "readelf": "binutils",
     "objdump": "binutils",
+    "addpart": "util-linux",
+    "delpart": "util-linux",
     "chattr": "e2fsprogs",
     "ip": "iproute2",
     "ss": "iproute2",
@@ -178,6 +180,23 @@ def loop_device(
 def _loops(image: Path | str) -> set[str]:
     """The loop devices on an image file, as /dev/loopN."""
     return set(run("losetup", "-nO", "NAME", "--associated", image).split())
+
+
+@contextlib.contextmanager
+def partition(device: str, number: int, start: int, size: int) -> Iterator[str]:
+    """A partition of the device, without a table: not every kernel reads one."""
+    needs("addpart", "delpart")
+    run("addpart", device, number, start // 512, size // 512)
+    try:
+        yield f"{device}p{number}"
+    finally:
+        # Busy for a while: the server of a FUSE file system closes it some time after
+        # umount(8), and a new mount namespace of another test may have it mounted.
+        words = ["delpart", device, str(number)]
+        wait_until(
+            lambda: subprocess.run(words, capture_output=True, check=False).returncode == 0,
+            f"{device}p{number} is not in use",
+        )
 
 
 @contextlib.contextmanager

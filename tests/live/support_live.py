@@ -21,7 +21,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from support import MIB, is_frozen, needs, pyploop_cmd, pyploop_env, run, wait_until
+from support import MIB, is_frozen, pyploop_cmd, pyploop_env, run
 
 REPEAT = int(os.environ.get("PYPLOOP_REPEAT", "1"))
 """Copies per live case."""
@@ -386,19 +386,3 @@ def file_system(device: str, folder: Path, fstype: str = "ext4") -> Iterator[Pat
     run(f"mkfs.{fstype}", *quiet[fstype], device)
     with mounted(device, folder, fstype=fstype) as point:
         yield point
-
-
-@contextlib.contextmanager
-def partition(device: str, number: int, start: int, size: int) -> Iterator[str]:
-    """A partition of the device, without a table: not every kernel reads one."""
-    needs("addpart")
-    run("addpart", device, number, start // 512, size // 512)
-    try:
-        yield f"{device}p{number}"
-    finally:
-        # The server of a FUSE file system closes it some time after umount(8).
-        words = ["delpart", device, str(number)]
-        wait_until(
-            lambda: subprocess.run(words, capture_output=True, check=False).returncode == 0,
-            f"{device}p{number} is not in use",
-        )

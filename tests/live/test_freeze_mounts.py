@@ -21,12 +21,13 @@ from support import (
     loop_device,
     mounted,
     needs,
+    partition,
     pyploop_cmd,
     pyploop_env,
     run,
     wait_until,
 )
-from support_live import Copied, comparison, copy, file_system, partition, sparse_file, work_dir
+from support_live import Copied, comparison, copy, file_system, sparse_file, work_dir
 
 from pyploop.errors import BusyError
 from pyploop.freeze import FileSystems, filesystems

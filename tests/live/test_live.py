@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from support import MIB, loop_device, needs, run
+from support import MIB, loop_device, needs, partition, run
 from support_live import (
     LIVE_SIZE,
     REPEAT,
@@ -24,7 +24,6 @@ from support_live import (
     file_system,
     fio,
     note,
-    partition,
     random_file,
     same,
     sparse_file,

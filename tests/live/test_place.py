@@ -19,6 +19,7 @@ from support import (
     missing,
     mounted,
     needs,
+    partition,
     pyploop_cmd,
     pyploop_env,
     run,
@@ -214,16 +215,14 @@ def test_a_target_on_a_subvolume_of_its_source_is_refused(folder: Path, via: str
 
 
 def test_the_disk_below_a_partition_is_found(folder: Path) -> None:
-    needs("addpart")
     image = sparse_file(folder / "image", SIZE)
-    with loop_device(image, options=["--partscan"]) as disk:
-        run("addpart", disk, 1, 2048, SIZE // 512 - 2048)
-        try:
-            with file_system(f"{disk}p1", folder / "m") as point:
-                got = copy(disk, point / "target", via="local", json_events=False)
-                refused(got, point, "local")
-        finally:
-            run("delpart", disk, 1)
+    with (
+        loop_device(image, options=["--partscan"]) as disk,
+        partition(disk, 1, MIB, SIZE - MIB) as part,
+        file_system(part, folder / "m") as point,
+    ):
+        got = copy(disk, point / "target", via="local", json_events=False)
+        refused(got, point, "local")
 
 
 def test_what_only_shares_the_disk_with_the_source_is_no_target_on_it(folder: Path) -> None:

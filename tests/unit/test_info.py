@@ -254,20 +254,16 @@ def test_loop_device_and_its_image(tmp_path: Path) -> None:
 
 @pytest.mark.root
 def test_partition(tmp_path: Path) -> None:
-    support.needs("loop", "addpart", "delpart")
+    support.needs("loop")
     image = raw(tmp_path / "disk", 16 * MIB)
     with support.loop_device(image) as device:
         disk = device.removeprefix("/dev/")
-        # Told to the kernel, which then need not know any kind of table.
-        support.run("addpart", device, 1, 2048, 8192)
-        try:
+        with support.partition(device, 1, MIB, 4 * MIB):
             number = Path(f"/sys/block/{disk}/{disk}p1/dev").read_text()
             # A name of our own: not every container or udev makes one.
             node = tmp_path / "part"
             os.mknod(node, 0o600 | stat.S_IFBLK, os.makedev(*map(int, number.split(":"))))
             report = as_json(node)
-        finally:
-            support.run("delpart", device, 1)
     assert (report["size"], report["data"]) == (4 * MIB, 0)
     assert report["device"]["partition_offset"] == MIB
     assert report["device"]["disk"] == disk
