@@ -4,7 +4,7 @@
     stepper.py STEP FOLDER ARGUMENTS…
 
 FOLDER/at appears at the step, FOLDER/go ends the standstill.  When the source
-is frozen, FOLDER/frozen gets the hash of its image ($STEPPER_IMAGE).  The steps
+is frozen, FOLDER/frozen gets the hash of its image ($STEPPER_IMAGE, if set).  The steps
 are methods of the product, wrapped here: it has no switch for this.
 """
 
@@ -98,6 +98,8 @@ def throttle(precopy: PreCopy) -> None:
 
 
 def remember(folder: Path) -> None:
+    if "STEPPER_IMAGE" not in os.environ:
+        return
     with open(os.environ["STEPPER_IMAGE"], "rb") as f:
         (folder / "frozen").write_text(hashlib.file_digest(f, "sha1").hexdigest())
 
