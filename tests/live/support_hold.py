@@ -112,8 +112,8 @@ class Container:
         texts = [p.read_text() for p in sorted(self._beats.parent.glob(f"{self._beats.name}.*"))]
         return [int(text) for text in texts if text]
 
-    def running(self, seconds: float = 1.0) -> bool:
-        """Both go on writing."""
+    def running(self, seconds: float = 20.0) -> bool:
+        """Both go on writing, at some time within so many seconds."""
         before, deadline = self.count(), time.monotonic() + seconds
         while time.monotonic() < deadline:
             if all(b > a for a, b in zip(before, self.count(), strict=True)):

@@ -207,7 +207,7 @@ def test_a_sender_that_hangs_is_undone_by_the_watchdog_and_never_ends_the_stream
     options = [*bench.spec, "--freeze", "fs", "-F", f": >{marker}; kill -STOP $PPID"]
     with Copy(bench.device, bench.target, *options, "--freeze-limit", "2") as running:
         wait_until(marker.exists, "all is held")
-        wait_until(lambda: not frozen(bench.group), "the watchdog has undone it", 2.5)
+        wait_until(lambda: not frozen(bench.group), "the watchdog has undone it")
         assert bench.container.running()
         running.sender.send_signal(signal.SIGCONT)
         got = running.wait(20)
@@ -357,7 +357,8 @@ def test_each_failure_of_vzctl_is_a_clear_error_and_a_running_container(
     vz: Bench, fail: str, code: int, words: str
 ) -> None:
     (vz.folder / "vz/fail").write_text(fail)
-    got = copy(vz.device, vz.target, *VZCTL, "--freeze-limit", "2", via="local")
+    limit = ("--freeze-limit", "2") if fail == "suspend hang" else ()
+    got = copy(vz.device, vz.target, *VZCTL, *limit, via="local")
     lines = [x for x in got.errors.splitlines() if words in x]
     assert (got.code, len(lines)) == (code, 1), got.errors
     assert "Traceback" not in got.errors
