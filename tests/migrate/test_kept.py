@@ -98,9 +98,10 @@ def reused(events: list[dict[str, Any]]) -> dict[str, tuple[int, int]]:
     return {e["name"]: (e["held"], e["same"]) for e in events if e["event"] == "reused"}
 
 
-def wire(events: list[dict[str, Any]]) -> int:
-    """Bytes of the disk's stream."""
-    return int(next(e for e in events if e["event"] == "summary")["wire_bytes"])
+def first_pass(events: list[dict[str, Any]]) -> int:
+    """Bytes of the disk that were sent then.  The rounds after it send what the container
+    writes meanwhile, and a slow machine gives it the time to write more."""
+    return int(next(e for e in events if e["event"] == "round" and e["number"] == 0)["sent"])
 
 
 @pytest.fixture
@@ -128,8 +129,9 @@ def test_the_next_migration_sends_only_what_differs(kept: Kept) -> None:
     assert top.stat().st_ino == before
     held, same = reused(events)["disk 0"]
     assert DATA <= held < 2 * DATA
-    assert held - 3 * MIB < same < held - MIB
-    assert wire(events) < 4 * MIB
+    # The rest, inodes and the journal, changes as the container runs.
+    assert DATA - 2 * MIB < same < held - MIB
+    assert first_pass(events) + same <= blocks(top) + 2 * MIB  # with zeroes, now holes
     assert reused(events)["private:root.hdd/lower.hds"] == (DATA // 2, DATA // 2)
 
 
@@ -172,14 +174,16 @@ def test_what_a_killed_migration_had_copied_is_gone_on_with(kept: Kept, disturbe
     events = kept.arrives()
     held, same = reused(events)["disk 0"]
     assert 4 * MIB < same <= held
-    assert wire(events) < DATA + 4 * MIB - same
+    top = kept.folder / CTID / "root.hdd/root.hds"
+    assert first_pass(events) + same <= blocks(top) + MIB
 
 
 def kill_midway(kept: Kept, whom: str, least: int) -> None:
-    """SIGKILL of one end, or both, when host b has so much of the disk."""
+    """SIGKILL of one end, or both, when host b has so much of the disk.  The rest takes
+    seconds, so that a busy machine finds it under way."""
     lab = kept.lab
     process = subprocess.Popen(
-        lab.command(lab.a, "--live", "--keep-dst", "--bwlimit", "8M", "hostb", CTID),
+        lab.command(lab.a, "--live", "--keep-dst", "--bwlimit", "2M", "hostb", CTID),
         env=support.pyploop_env(),
         stdin=subprocess.DEVNULL,
         stdout=subprocess.DEVNULL,
