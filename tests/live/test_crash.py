@@ -36,7 +36,6 @@ pytestmark = pytest.mark.root
 
 SIZE = 64 * MIB
 WRITES = ["--rw=randwrite", "--bsrange=4k-64k", "--fsync=16", "--ioengine=psync"]
-THAW_SECONDS = 2.0
 BPF = ("--tracker", "bpf")
 
 
@@ -91,11 +90,10 @@ def watchdogs_on(point: Path) -> list[str]:
     return [fd.parts[2] for fd, name in open_files() if name == str(point)]
 
 
-def recovered(bench: Bench, died: float, copies: Callable[[], None] | None = None) -> None:
+def recovered(bench: Bench, copies: Callable[[], None] | None = None) -> None:
     """Everything is as if no copy had been tried."""
     # A frozen file system makes no write; the writer's own counter tells.
-    wait_until(lambda: not watchdogs_on(bench.point), "the watchdog has gone", THAW_SECONDS)
-    assert time.monotonic() - died < THAW_SECONDS + 0.5
+    wait_until(lambda: not watchdogs_on(bench.point), "the watchdog has gone")
     assert not is_frozen(bench.point)
     assert not bench.target.exists()
     left = [p.name for p in bench.folder.iterdir() if ".part" in p.name]
@@ -137,12 +135,11 @@ def test_a_sender_killed_at_any_moment_leaves_nothing(bench: Bench, via: str) ->
             time.sleep(dice.uniform(0.0, 0.6))
             running.sender.kill()
             running.sender.wait()
-            died = time.monotonic()
             if running.receiver is not None:
                 running.receiver.wait(10)
         if bench.target.exists():  # it was quicker
             bench.target.unlink()
-        recovered(bench, died)
+        recovered(bench)
 
 
 @ways
@@ -169,11 +166,10 @@ def test_a_sender_killed_while_frozen_is_thawed_by_its_watchdog(
         else:
             running.sender.kill()
         running.sender.wait()
-        died = time.monotonic()
         if running.receiver is not None:
             running.receiver.wait(10)
     # The command is the user's own, in a session of its own: it ends by itself.
-    recovered(bench, died)
+    recovered(bench)
 
 
 def test_a_sender_killed_in_its_last_blocks_is_thawed(bench: Bench) -> None:
@@ -191,12 +187,11 @@ def test_a_sender_killed_in_its_last_blocks_is_thawed(bench: Bench) -> None:
             assert is_frozen(bench.point)
             running.sender.kill()
             running.sender.wait()
-            died = time.monotonic()
             running.receiver.send_signal(signal.SIGCONT)
             assert running.receiver.wait(10) == 6
             for probe in probes:
                 probe.wait(10)
-        recovered(bench, died)
+        recovered(bench)
 
 
 @pytest.mark.parametrize("when", ["first pass", "frozen"])
@@ -212,9 +207,8 @@ def test_a_killed_receiver_ends_the_sender_with_7_and_thaws(bench: Bench, when: 
             wait_until(lambda: running.in_phase("first pass"), "the first pass runs")
         running.receiver.kill()
         got = running.wait(20)
-        died = time.monotonic()
     assert got.code == 7, got.errors
-    recovered(bench, died)
+    recovered(bench)
 
 
 @pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
@@ -232,6 +226,5 @@ def test_a_signal_undoes_everything(bench: Bench, signum: signal.Signals, when: 
             wait_until(lambda: running.in_phase("first pass"), "the first pass runs")
         running.sender.send_signal(signum)
         got = running.wait(20)
-        died = time.monotonic()
     assert got.code == -signum, got.errors
-    recovered(bench, died)
+    recovered(bench)

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """SIGKILL to each process of a copy at each of its steps.
 
-Afterwards the container runs within 2 s, nothing is frozen, tracked, throttled
+Afterwards the container runs, nothing is frozen, tracked, throttled
 or journaled, no target has its name unless it is complete, and the source is
 as it was.  All steps, three times, with a table:
 
@@ -50,7 +50,8 @@ SOME = (
 )  # fmt: skip
 DONE = ("END may go", "END begins", "END sent", "acknowledged", "thawed", "released")
 """Steps from which on the target may be complete."""
-SECONDS = 2.0
+SECONDS = 20.0
+"""More is a failure: a fourth of the limit at which the watchdog thaws anyway."""
 
 
 @dataclass
@@ -120,7 +121,7 @@ class Run:
             *(sys.executable, stepper.__file__, step, str(self.folder), "copy", "-s", bench.device),
             *("--freeze", f"cgroup:{bench.container.cgroup.parent}", "--resume"),
             *("--throttle", f"4M:{bench.throttle}", "--tracker", "bpf"),
-            *(options or ("--freeze-limit", "20")),
+            *(options or ("--freeze-limit", "80")),
         ]
         with contextlib.ExitStack() as fds:
             inp, out = os.pipe()
@@ -160,7 +161,7 @@ class Run:
             self.receiver.kill()
         start = time.monotonic()
         (self.folder / "go").touch()
-        assert self.bench.container.running(SECONDS), self.words("the container runs within 2 s")
+        assert self.bench.container.running(SECONDS), self.words("the container runs")
         return time.monotonic() - start
 
     def watchdog(self) -> int:
