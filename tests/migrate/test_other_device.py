@@ -59,7 +59,7 @@ def a_tmpfs(pair: Pair) -> Iterator[tuple[str, ...]]:
 @contextlib.contextmanager
 def the_other_disk(pair: Pair) -> Iterator[tuple[str, ...]]:
     with mounted(pair.a / "two", "--bind", pair.a / "one"):
-        yield (str(pair.a / "one.img"), f"{pair.a}/two, too")
+        yield (str(pair.a / "one.img"), f"{pair.a}/two too")
 
 
 @contextlib.contextmanager
@@ -75,7 +75,7 @@ def a_folder_above_hidden(pair: Pair) -> Iterator[tuple[str, ...]]:
         mounted(pair.a / "above/two", "--bind", folder),
         mounted(pair.a / "above", "-t", "tmpfs", "none"),
     ):
-        yield ("nothing is mounted on", str(pair.a / "two.img"))
+        yield ("is not mounted on", str(pair.a / "two.img"))
     (pair.a / "migrate.toml").write_text(text)
 
 
@@ -93,7 +93,7 @@ def a_new_file_of_that_name(pair: Pair) -> Iterator[tuple[str, ...]]:
 @contextlib.contextmanager
 def a_mount_over_the_image(pair: Pair) -> Iterator[tuple[str, ...]]:
     with mounted(pair.a / "one.img", "--bind", other_image(pair)):
-        yield (str(pair.a / "one.img"), "not to the file that has this name now")
+        yield (str(pair.a / "one.img"), "another file that had this name")
 
 
 @contextlib.contextmanager
@@ -117,7 +117,7 @@ def another_kind_of_file_system(pair: Pair) -> Iterator[tuple[str, ...]]:
     config = pair.a / "migrate.toml"
     text = config.read_text()
     config.write_text(text.replace('fstype = "ext4"', 'fstype = "xfs"', 1))
-    yield ("is ext4, not xfs", str(pair.a / "one"))
+    yield ("is ext4, and not xfs", str(pair.a / "one"))
     config.write_text(text)
 
 
