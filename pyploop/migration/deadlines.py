@@ -1,27 +1,27 @@
 # SPDX-License-Identifier: Apache-2.0
 """How long each end of a migration waits, in seconds, in one place.
 
-Read them as `deadlines.NAME`: who changes one here (tests/lab/slowly.py does, for an
-emulated machine) changes it everywhere.  Waits that the user sets are elsewhere:
+Read them as `deadlines.NAME`, so that a change here works everywhere (tests/lab/slowly.py
+makes them longer for an emulated machine).  Waits that the user sets are elsewhere:
 `stall` and `--suspend-limit`.
 """
 
 # ---- the connection
 
 CONNECT = 30.0
-"""For ssh and the agent, until the agent has said hello."""
+"""For ssh and the agent, until the agent's hello has come."""
 HELLO = 30.0
 """For the source's hello, at the agent."""
 PING_EVERY = 2.0
 """Between two pings, which both ends send."""
 SILENCE = 30.0
-"""Without a byte from a peer that pings: then it is given up."""
+"""Without a byte from the peer, which pings.  Then the connection is ended."""
 LAST_WORDS = 0.2
-"""For ssh to end after its connection, so that all it printed is read."""
+"""For ssh to end after its connection, so that all of its output is read."""
 ENDING = 10.0
-"""For the agent to undo and to end.  Then ssh is killed."""
+"""For the agent to undo, and to end.  Then ssh is killed."""
 GLANCE = 0.5
-"""Between two looks at whether an answer is still wanted."""
+"""Between two checks whether an answer is still needed."""
 
 # ---- requests, at the source
 
@@ -36,7 +36,7 @@ UNDOING = 120.0
 SETTLING = 120.0
 """For the target to say what became of a migration.  It may wait SETTLE_WAIT itself."""
 ATTEMPTS = 60.0
-"""In which a target that does not answer is asked again, every RETRY."""
+"""While a target does not answer, it is asked again every RETRY, for so long."""
 RETRY = 2.0
 DUMP_WAIT = 180.0
 """For a dump whose orchestrator was killed to end."""
@@ -44,20 +44,20 @@ DUMP_WAIT = 180.0
 # ---- requests, at the agent
 
 UNASKED = 60.0
-"""Without a request, pings notwithstanding, before `check`.  Then the connection ends."""
+"""Without a request before `check`, even if pings come.  Then the connection is ended."""
 UNBEGUN = 600.0
-"""The same between `check` and `begin`, and in a migration of which nothing is being
-received: it has one of the host's places.  The source may try CRIU meanwhile."""
+"""The same between `check` and `begin`, and in a migration that is receiving nothing: it
+takes one of the host's places.  The source may be trying CRIU meanwhile."""
 IDLE = 24 * 3600.0
-"""The same while something is received.  What receives has its own limit, `stall`."""
+"""The same while something is received.  That has its own limit, `stall`."""
 LONGEST_STALL = 24 * 3600.0
 """For a byte of a stream, whatever `stall` the source asks for."""
 SETTLE_WAIT = 60.0
 """For another process that may still decide where the container runs."""
 UNMOVED = 10.0
-"""For receivers to end by themselves when nothing comes any more, before an undo."""
+"""For receivers to end by themselves, before an undo.  Nothing comes any more."""
 INTERRUPTED = 600.0
-"""After UNMOVED: for receivers that are interrupted again and again meanwhile."""
+"""After UNMOVED, for receivers to end while they are interrupted again and again."""
 
 # ---- rsync
 
@@ -66,8 +66,8 @@ RSYNC_VERSION = 30.0
 RSYNC_READY = 30.0
 """For rsync to start its remote shell."""
 RSYNC_LOOK = 0.2
-"""Between two looks at the connection, and at what rsync does, while it runs."""
+"""Between two checks of the connection and of a running rsync."""
 RSYNC_SOONEST = 0.01
-"""The same at its beginning, and after it has waited for a FIFO's other end."""
+"""The same when rsync has just started, or has just waited for a FIFO's other end."""
 RSYNC_ENDING = 1.0
-"""For a client to end after its connection."""
+"""For an rsync client to end after its connection."""

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What rsync prints (`--out-format=%i %n`) of the files that it sends.
+"""What rsync prints (`--out-format=%i %n`) about the files that it sends.
 
-What its peer says is printed among it, as much as the peer likes: so it is read as it
-comes, and of the names no more is kept than KEPT_NAMES bytes.
+The peer's own output is mixed with it, and may be of any length.  So it is read as it
+comes, and at most KEPT_NAMES bytes of names are stored.
 """
 
 from __future__ import annotations
@@ -15,22 +15,22 @@ from pyploop.system.stderr_tail import LastWords
 from pyploop.units import KIB, MIB
 
 LONGEST_LINE = 32 * KIB
-"""Of an item: a path of PATH_MAX bytes, each of which may be printed as five."""
+"""Bytes: a path of PATH_MAX bytes, each of which may be printed as five."""
 KEPT_NAMES = 64 * MIB
 EACH = 100
-"""Bytes in memory that a name takes beyond its own."""
+"""Bytes in memory that each name takes in addition to its length."""
 _ITEM = re.compile(rb"(\S{11}) (.+)", re.DOTALL)
 _ESCAPED = re.compile(rb"\\#([0-7]{3})")
 
 
 class Names(set[bytes]):
-    """Paths below the tree, in KEPT_NAMES bytes of memory."""
+    """A set of paths below the tree that takes KEPT_NAMES bytes of memory at most."""
 
     def __init__(self) -> None:
         super().__init__()
         self._room = KEPT_NAMES
         self.complete = True
-        """None was left out."""
+        """No name was left out."""
 
     def add(self, name: bytes) -> None:
         if name in self:
@@ -42,14 +42,14 @@ class Names(set[bytes]):
             self.complete = False
 
     def forget(self) -> None:
-        """It is not known which they are."""
+        """Remove all names, and take no more: it is not known any more which they are."""
         self.clear()
         self._room = 0
         self.complete = False
 
 
 class Itemized(LastWords):
-    """As it is read; whole when the program has ended."""
+    """rsync's output, parsed as it is read.  It is complete when rsync has ended."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -58,17 +58,18 @@ class Itemized(LastWords):
         self._lock = threading.Lock()
         self._wanted: Set[bytes] | None = None
         self.sent = 0
-        """Files whose contents were sent, as rsync says."""
+        """Number of files whose contents were sent, as rsync says."""
         self.linked = False
-        """A second name was made for a file."""
+        """Whether a file got a second name."""
         self.names = Names()
-        """Of files that were sent.  Not all of very many."""
+        """Names of files that were sent.  It may be incomplete when there are very many."""
         self.second_names: Names | None = None
-        """Gets the names that became another one's, where somebody wants them."""
+        """Gets the names that became a second name of another file.  None: they are not
+        needed."""
 
     def only(self, wanted: Set[bytes]) -> None:
-        """Of the names that were sent keep these alone; there may be millions.  From any
-        thread, at any time."""
+        """Store only these of the names that are sent, because there may be millions.  From
+        any thread, at any time."""
         with self._lock:
             before, self.names, self._wanted = self.names, Names(), wanted
             for name in before & wanted:

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Whether another round of memory pays before the freeze: a pure function of
+"""Whether another memory round pays before the container is suspended: a pure function of
 what was measured.  No I/O, no clock of its own (docs/internals/migrate.md).
 
-A round is a pre-dump: what was written to since the round before, on the target.
-It costs the container a short standstill, and saves it the time in which the
-dump inside the suspended time would take and send those pages.
+A round is a pre-dump: it copies the pages that were written since the round before.  For
+it the container is frozen for a short time.  It saves the time that the dump, in the
+suspended time, would need for those pages.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 MEANINGFUL = 1 << 20
-"""Bytes from which on a round shows the throughput."""
+"""Bytes that a round must have sent to show the throughput."""
 
 
 @dataclass(frozen=True)
@@ -23,26 +23,26 @@ class MemoryRound:
     sent: int
     seconds: float
     window: float = 0.0
-    """Seconds of writing that it covers: since the round before began.  Of the
-    first, which has all memory, it says nothing."""
+    """Seconds of writing that it covers: since the round before began.  It has no meaning
+    for the first round, which sends all of the memory."""
     frozen: float | None = None
-    """Seconds that the container stood still for it; None: not known."""
+    """Seconds for which the container was frozen; None: not known."""
 
 
 @dataclass(frozen=True)
 class MemoryPolicy:
-    """What the user allows."""
+    """The limits for memory rounds."""
 
     max_rounds: int = 5
     shrink: float = 0.8
-    """A round must be smaller than this part of the one before, else what is
-    written again and again is all that is left."""
+    """A round must be smaller than this part of the one before.  Otherwise only pages are
+    left that are written again and again."""
     max_volume: float = 2.0
-    """Bytes of all rounds over those of the memory: they lie in tmpfs, at both ends."""
+    """Bytes of all rounds, over the bytes of the memory.  They lie in tmpfs at both ends."""
     frozen: float = 0.05
-    """Seconds of standstill, before one was measured."""
+    """Seconds of a round's freeze, before one was measured."""
     wire: float = 100e6
-    """Bytes per second of the connection, when nothing else shows it."""
+    """Bytes per second of the connection, before it was measured."""
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ def another(
     """memory: bytes in use, 0 when not known.  wire: bytes per second of the
     connection, 0 when not known.  age: seconds since the last round began."""
     if len(rounds) >= policy.max_rounds:
-        return Another(False, f"{len(rounds)} memory rounds done")
+        return Another(False, f"{len(rounds)} memory rounds were made, which is the limit")
     if len(rounds) < 2:
         return _early(rounds, policy, memory or sum(r.sent for r in rounds), wire)
     before, last = rounds[-2:]
@@ -76,11 +76,11 @@ def another(
         expected = min(expected, memory)
     total = sum(r.sent for r in rounds) + expected
     if total > policy.max_volume * (memory or rounds[0].sent):
-        return Another(False, f"the memory was sent {policy.max_volume:g} times")
+        return Another(False, f"it would send more than {policy.max_volume:g} times the memory")
     if last.sent >= policy.shrink * before.sent:
         return Another(False, "the memory rounds have stopped shrinking")
-    # What is written during the round goes with the dump in any case.  Some of a
-    # round's time is there whatever it holds.
+    # Pages that are written during the round are sent with the dump in any case.  A part of
+    # a round's time does not depend on how much it sends.
     takes = min(max(r.seconds - r.sent / speed, 0.0) for r in rounds) + expected / speed
     saves = (expected - min(expected, rate * takes)) / speed
     return _weigh(saves, _standstill(rounds, policy), int(expected))
@@ -89,28 +89,29 @@ def another(
 def _early(
     rounds: Sequence[MemoryRound], policy: MemoryPolicy, memory: int, wire: float
 ) -> Another:
-    """How fast memory is written to shows the second round: until then, what could
-    be saved at most must be worth it."""
+    """Only the second round shows how fast the memory is written.  Until then a round is made
+    if it could save more than it costs at best."""
     speed = _speed(rounds, wire or policy.wire)
     if not memory:
-        return Another(True, "nothing is known yet", memory)
+        return Another(True, "the size of the memory is not known yet", memory)
     return _weigh(memory / speed, _standstill(rounds, policy), memory)
 
 
 def _weigh(saves: float, costs: float, expected: int) -> Another:
-    saving = f"saves {saves * 1000:.0f} ms, stands still for {costs * 1000:.0f} ms"
+    saving = f"saves {saves * 1000:.0f} ms of downtime, freezes for {costs * 1000:.0f} ms"
     if saves > costs:
         return Another(True, saving, expected)
-    return Another(False, f"another memory round does not pay ({saving})", expected)
+    return Another(False, f"it does not pay ({saving})", expected)
 
 
 def _speed(rounds: Sequence[MemoryRound], wire: float) -> float:
-    """Bytes per second of memory to the target: of the fastest round that is large enough."""
+    """Bytes of memory per second to the target, by the fastest round that is large enough."""
     rates = [r.sent / r.seconds for r in rounds if r.sent >= MEANINGFUL and r.seconds > 0]
     return max(rates, default=wire)
 
 
 def _standstill(rounds: Sequence[MemoryRound], policy: MemoryPolicy) -> float:
-    """The last that was measured: the first one's is that of all memory."""
+    """Seconds of the last measured freeze.  The last, because the first round's freeze is for
+    all of the memory."""
     known = [r.frozen for r in rounds if r.frozen is not None]
     return known[-1] if known else policy.frozen

@@ -1,10 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""rsync(1) as a migration uses it: its client here, its server at the agent.
+"""rsync(1) as a migration uses it: its client at the source, its server at the agent.
 
-The server is rsync's own daemon on a channel instead of a port.  Its one
-module, its chroot there, and the options that it takes are in a configuration
-that the agent writes; so the peer can name no other place, read nothing, and
-run nothing.
+The server is rsync's own daemon, on a channel instead of a port.  The agent writes its
+configuration, with one module, its chroot, and the options that it accepts.  So the peer
+can name no other place, read nothing, and run nothing.
 """
 
 from __future__ import annotations
@@ -34,9 +33,9 @@ from pyploop.system.stderr_tail import LastWords
 from pyploop.units import GIB
 
 OLDEST = (3, 2)
-"""The first whose daemon can refuse all options but some."""
+"""The first version whose daemon can refuse all options except some."""
 ALWAYS = (
-    # The second X: with what a backup's rsync --fake-super has written (user.rsync.%stat).
+    # The second X: also the attributes that rsync --fake-super writes (user.rsync.%stat).
     "-aHAXXSx",
     "--numeric-ids",
     # Times to the nanosecond: a change within the same second is seen.
@@ -44,22 +43,22 @@ ALWAYS = (
     "--out-format=%i %n",
 )
 TREE = ("--delete",)
-"""Of a pass over all of it."""
+"""Options of a pass over the whole tree."""
 CHANGING = ("--no-inc-recursive",)
-"""Of one over a tree that changes meanwhile.  With hard links in it, an rsync that
-lists it bit by bit (3.5.0) may wait endlessly for a name that has moved away."""
+"""Options of a pass over a tree that changes meanwhile.  If the tree has hard links, an
+rsync that lists it bit by bit (3.5.0) may wait forever for a name that has moved away."""
 FED = "--files-from=-"
 _LISTED = (FED, "--from0", "--ignore-missing-args")
 COMPARED = (*_LISTED, "--checksum")
-"""Of one over files by name, compared by what they hold.  What is gone meanwhile
-is the next pass's."""
+"""Options of a pass over files by name, compared by their contents.  Files that are removed
+meanwhile are left to the next pass."""
 PARTED = (*_LISTED, "--ignore-times")
-"""The same, where files at the target have several names: each becomes a file of its
-own again, with the names that it has here.  A name that was one of another file's, and
-got the same contents, would stay that."""
+"""The same, where files at the target have several names.  Each file is written anew, with
+the names that it has at the source.  With COMPARED, a name of another file with the same
+contents would stay a name of that file."""
 VANISHED, PARTIAL = 24, 23
 _OPENS_FIFO = ("wait_for_partner", "fifo_open")
-"""The kernel's function in which open(2) waits for a FIFO's other end."""
+"""The kernel's functions in which open(2) waits for a FIFO's other end."""
 
 _TAKEN = (
     "a hard-links acls xattrs sparse one-file-system numeric-ids modify-window log-format "
@@ -67,7 +66,7 @@ _TAKEN = (
     "compress* new-compress old-compress whole-file no-whole-file block-size bwlimit timeout "
     "inplace partial"
 )
-"""What a client of ours sends, with the options that a user may add."""
+"""The options that our client sends, and those that a user may add."""
 _CONFIG = """\
 use chroot = yes
 uid = 0
@@ -87,27 +86,36 @@ path = {path}
 
 
 def check_installed(command: str) -> None:
-    """MigrateError(6) when it is not there, or too old."""
+    """MigrateError(6) when rsync is not installed, or too old."""
     if shutil.which(command) is None:
         raise MigrateError(
             VzExitCode.COPY_FAILED,
-            f"{command} is not installed on this host: it copies a container's directories",
+            f"{command} is not installed on this host, and it copies a container's directories",
+            path=command,
+            hint="install it, or set rsync.command in migrate.toml",
         )
     done = subprocess.run(
         [command, "--version"], capture_output=True, check=False, timeout=deadlines.RSYNC_VERSION
     )
     found = re.match(rb"rsync +version v?(\d+)\.(\d+)", done.stdout)
     if found is None:
-        raise MigrateError(VzExitCode.COPY_FAILED, f"{command} is not rsync, by its --version")
+        raise MigrateError(
+            VzExitCode.COPY_FAILED,
+            f"{command} on this host is not rsync: its --version does not print rsync's version",
+            path=command,
+            hint="set rsync.command in migrate.toml",
+        )
     if (int(found[1]), int(found[2])) < OLDEST:
         raise MigrateError(
             VzExitCode.COPY_FAILED,
-            f"{command} is {found[0].decode()} on this host: 3.2 or newer is needed",
+            f"{command} on this host is {found[0].decode()}, and 3.2 or newer is needed",
+            path=command,
         )
 
 
 def _environment() -> dict[str, str]:
-    """Without what changes rsync's ways, and its messages in English."""
+    """The environment without variables that change what rsync does, and with messages in
+    English."""
     kept = {k: v for k, v in os.environ.items() if not k.startswith("RSYNC_")}
     return kept | {"LC_ALL": "C"}
 
@@ -125,22 +133,24 @@ class Done:
 
     def explain(self, what: str) -> MigrateError:
         return MigrateError(
-            VzExitCode.COPY_FAILED, f"rsync of {what} ended with {self.status}: {self.said}"
+            VzExitCode.COPY_FAILED,
+            f"rsync of {what} ended with status {self.status}: {self.said}",
+            path=what,
         )
 
 
 class Client:
-    """One pass, started, which waits until it gets a channel."""
+    """The client of one pass.  It is started, and waits for its channel."""
 
     def __init__(self, command: str, words: Sequence[str], source: str) -> None:
-        """words: options; source: the tree's path here."""
+        """words: options.  source: the tree's path on this host."""
         ours, theirs = socket.socketpair()
         self._control = ours
-        self._errors = LastWords()  # the server's are among them
+        self._errors = LastWords()  # they include the server's errors
         self.items = Itemized()
         self._source = source
         python, relay = os.path.realpath(_interpreter()), str(Path(relay_program.__file__))
-        # rsync splits this at spaces, and knows quotes.
+        # rsync splits this at spaces, and understands quotes.
         shell = shlex.join([python, "-I", "-S", relay, str(theirs.fileno())])
         self._process: subprocess.Popen[bytes] | None = None
         self._pidfd = -1
@@ -151,7 +161,7 @@ class Client:
         try:
             self._process = subprocess.Popen(
                 argv,
-                # A daemon may have it ask for a password, which it reads there.
+                # A daemon may make rsync ask for a password, which it reads from stdin.
                 stdin=subprocess.PIPE if FED in words else subprocess.DEVNULL,
                 stdout=self.items.fd,
                 stderr=self._errors.fd,
@@ -161,7 +171,11 @@ class Client:
             )
         except OSError as e:
             self.close()
-            raise MigrateError(VzExitCode.COPY_FAILED, f"cannot run {command}: {e.strerror}") from e
+            raise MigrateError(
+                VzExitCode.COPY_FAILED,
+                f"cannot run {command} on this host: {e.strerror}",
+                path=command,
+            ) from e
         finally:
             theirs.close()
         self._pidfd = os.pidfd_open(self._process.pid)
@@ -169,7 +183,8 @@ class Client:
         self.items.started()
 
     def wait_ready(self) -> None:
-        """Only the channel is missing.  MigrateError when rsync does not come so far."""
+        """Wait until only the channel is missing.  MigrateError when rsync has ended before, or
+        is late."""
         self._control.settimeout(deadlines.RSYNC_READY)
         try:
             if self._control.recv(1):
@@ -177,27 +192,33 @@ class Client:
             why = self.wait().said
         except OSError as e:
             why = str(e)
-        raise MigrateError(VzExitCode.COPY_FAILED, f"rsync does not start its remote shell: {why}")
+        raise MigrateError(
+            VzExitCode.COPY_FAILED,
+            f"the rsync of {self._source} does not start its remote shell: {why}",
+            path=self._source,
+        )
 
     def connect(self, channel: int) -> None:
-        """Go.  The channel's descriptor stays the caller's."""
+        """Let the pass begin.  The caller still closes the channel's descriptor."""
         try:
             socket.send_fds(self._control, [b"."], [channel])
         except OSError as e:
-            raise WriteError.of("cannot give rsync its channel", e) from e
+            raise WriteError.of(
+                f"cannot connect the rsync of {self._source} to the target", e, path=self._source
+            ) from e
 
     def feed(self, names: Iterable[bytes]) -> None:
-        """The files of a COMPARED or PARTED pass, which rsync reads when it is connected."""
+        """Name the files of a COMPARED or PARTED pass.  rsync reads them when it is connected."""
         assert self._process is not None and self._process.stdin is not None
         stdin = self._process.stdin
         with contextlib.suppress(BrokenPipeError):  # its exit status says why
-            # Before a name that begins with # or ; too: no comment.
+            # With ./ a name that begins with # or ; is not taken for a comment.
             stdin.write(b"".join(b"./" + name + b"\0" for name in names))
             stdin.close()
 
     def wait(self, connected: Callable[[], bool] = lambda: True) -> Done:
-        """When it has ended, however; it gives a silent peer up by itself.  Soon, when
-        it is not `connected` any more."""
+        """Wait until rsync has ended, successfully or not.  It ends by itself when the peer
+        is silent.  When the connection has ended (`connected`), it is soon killed."""
         assert self._process is not None
         look = deadlines.RSYNC_SOONEST
         while not descriptors.readable(self._pidfd, look):
@@ -207,17 +228,18 @@ class Client:
             if self._skip_fifo():
                 look = deadlines.RSYNC_SOONEST  # there may be more of them
         status = self._process.wait()
-        # What the server refuses is not reported as an error.
+        # When the server refuses something, rsync prints that on stdout.
         text = self._errors.text(ended=True)[-2000:] or self.items.text(ended=True)[-2000:]
-        # As the tree is called outside.
+        # Show the tree's own path, and not the one in rsync's enclosure.
         said = last_words(text).replace(f'"{enclosure.TREE}/', f'"{self._source}/')
         self.items.wait()
         return Done(status, said, self.items)
 
     def _skip_fifo(self) -> bool:
-        """A container may put a FIFO in the place of a file that rsync has listed.  Its
-        open(2) would wait endlessly, with keep-alives going to and fro.  A signal that
-        rsync takes anyway ends that; it goes on without the file."""
+        """A container may replace a file that rsync has listed by a FIFO.  rsync's open(2)
+        would then wait forever, while keep-alives go to and fro.  A signal that rsync
+        handles anyway ends the wait, and it goes on without the file.  Returns whether the
+        signal was sent."""
         assert self._process is not None
         with contextlib.suppress(OSError):  # it has ended
             if Path(f"/proc/{self._process.pid}/wchan").read_text() in _OPENS_FIFO:
@@ -232,7 +254,7 @@ class Client:
                 os.killpg(self._process.pid, signal.SIGKILL)
 
     def close(self) -> None:
-        """End it, wherever it is."""
+        """End rsync at any point, and wait for it."""
         self.kill()
         self._control.close()
         if self._process is not None:
@@ -248,7 +270,7 @@ class Client:
 
 
 def _interpreter() -> str:
-    """The program that runs this, and not a virtual environment's link to it."""
+    """Python's own program, and not a virtual environment's link to it."""
     return str(getattr(sys, "_base_executable", "") or sys.executable)
 
 
@@ -259,8 +281,8 @@ _SHOWN = (
 
 
 def _needed(python: str) -> list[str]:
-    """What programs need of the host, outer folders first: programs, libraries
-    and Python's modules, which hold no secrets."""
+    """What programs need to read of the host, outer folders first: programs, libraries
+    and Python's modules.  There are no secrets in them."""
     modules = {os.path.realpath(sysconfig.get_path(k)) for k in ("stdlib", "platstdlib")}
     own = sorted(os.path.dirname(path) for path in modules)
     return [*_SHOWN, *own, python]
@@ -269,9 +291,9 @@ def _needed(python: str) -> list[str]:
 # ---- the server
 
 LEAST_MEMORY = GIB
-"""Bytes that a server may have on any host: some eight million files."""
+"""Bytes of memory that a server may have on any host.  Enough for eight million files."""
 MEMORY_PART = 8
-"""Or this part of the host's memory, where that is more."""
+"""The server may have one part in so many of the host's memory, if that is more."""
 
 
 def serve(
@@ -284,11 +306,11 @@ def serve(
     stall: float,
     keep_fds: Sequence[int],
 ) -> subprocess.Popen[bytes]:
-    """Start the server of one pass, whose client is at the socket fd (which
-    stays the caller's): it writes below `path` and nowhere else.
+    """Start the server of one pass.  It writes below `path` and nowhere else.
 
-    config: the file for its configuration.  log: what it says; the client has it
-    say what it likes, as much as it likes.  MigrateError(6) when it cannot be run."""
+    fd: a socket to the client; the caller closes it.  config: the file for the server's
+    configuration.  log: gets the server's output, which the client can make as long as it
+    likes.  MigrateError(6) when the server cannot be run."""
     taken = " ".join(f"!{word}" for word in _TAKEN.split())
     said = f"/dev/fd/{log.fd}"
     config.write_text(_CONFIG.format(stall=max(1, int(stall)), log=said, path=path, taken=taken))
@@ -303,29 +325,35 @@ def serve(
             start_new_session=True,
         )
     except OSError as e:
-        raise MigrateError(VzExitCode.COPY_FAILED, f"cannot run {command}: {e.strerror}") from e
+        raise MigrateError(
+            VzExitCode.COPY_FAILED,
+            f"cannot run {command} on this host: {e.strerror}",
+            path=command,
+        ) from e
     _bound(process.pid)
     log.started()
     return process
 
 
 def wait(process: subprocess.Popen[bytes]) -> int:
-    """The exit status of a server.  It has a child that writes, which may outlive it if
-    it is killed, and must not: a later pass would have come before."""
-    os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)  # its number stays its own
+    """Wait for a server, and return its exit status.  The server's child writes the files,
+    and may outlive a killed server.  It is killed here, or it could overwrite what a later
+    pass has brought."""
+    os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)  # its PID stays reserved
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
     return process.wait()
 
 
 def _bound(pid: int) -> None:
-    """The server lists all files that its client sends.  It has read nothing yet."""
+    """Limit the server's memory: it stores a list of all files that its client names.  Called
+    before it has read anything."""
     most = max(
         LEAST_MEMORY, os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // MEMORY_PART
     )
     with contextlib.suppress(OSError):  # it has ended
         resource.prlimit(pid, resource.RLIMIT_DATA, (most, most))
-        # The kernel ends it sooner than any other process, if that is still too much.
+        # If that is still too much, the kernel kills it before any other process.
         Path(f"/proc/{pid}/oom_score_adj").write_text("1000")
 
 

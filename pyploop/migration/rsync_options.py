@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The options for rsync that a user may add (--rsync): none that leaves files
-out, changes what arrives or where, or runs a command."""
+"""The options for rsync that a user may add (--rsync).  None of them leaves files out,
+changes what arrives or where, or runs a command."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ _CHECKSUM = ("--checksum-choice", "--cc")
 
 
 def check_options(words: Sequence[str]) -> tuple[str, ...]:
-    """The user's options, values joined to their names.  MigrateError(1) for
-    one that changes what arrives, or where, or runs a command."""
+    """The user's options, with values joined to their names.  MigrateError(1) for an option
+    that is not allowed."""
     result: list[str] = []
     left = list(words)
     while left:
@@ -42,18 +42,21 @@ def check_options(words: Sequence[str]) -> tuple[str, ...]:
         if name in _VALUED:
             if not equals:
                 if not left:
-                    raise MigrateError(VzExitCode.USAGE, f"--rsync: {word} needs a value")
+                    raise MigrateError(
+                        VzExitCode.USAGE, f"--rsync: the option {word} needs a value"
+                    )
                 word = f"{word}={left.pop(0)}"
             value = word.partition("=")[2]
             if name in _CHECKSUM and "none" in value.split(","):  # it would compare nothing
                 raise MigrateError(
-                    VzExitCode.USAGE, f"--rsync: {word} is not taken: there must be a checksum"
+                    VzExitCode.USAGE,
+                    f"--rsync: {word} is not allowed, because files are compared by checksum",
                 )
         elif word not in _ALONE and not _LETTERS.fullmatch(word):
             raise MigrateError(
                 VzExitCode.USAGE,
-                f"--rsync: {word} is not taken: only options for compression, speed and comparison "
-                f"are ({', '.join(sorted(_VALUED | {'-z', '-W', '-c'}))})",
+                f"--rsync: {word} is not allowed; only options for compression, speed and "
+                f"comparison are: {', '.join(sorted(_VALUED | {'-z', '-W', '-c'}))}",
             )
         result.append(word)
     return tuple(result)

@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a directory tree holds, and which of its files may have changed.
+"""What a directory tree contains, and which of its files may have changed.
 
-A file's ctime is set by the kernel at each change of contents or attributes,
-and nobody can set it back; but it does not see everything: a page that a
-program has mapped, and written to once, is written to again without notice
-until it has been written back.  `Since` says from when on a ctime counts.
+The kernel sets a file's ctime at each change of contents or attributes, and nobody can set
+it back.  It misses one thing: a mapped page that a program has written once is written
+again without a new ctime, until it has been written back.  `Since` says from when on a
+ctime counts.
 """
 
 from __future__ import annotations
@@ -19,28 +19,29 @@ from pyploop.system import kernel, mount_table
 from pyploop.system.tree_walk import FLAGS, walk
 
 _CLOCK_REALTIME_COARSE = 5
-"""Of linux/time.h; Python has no name for it."""
+"""From linux/time.h; Python has no name for it."""
 SECOND = 1_000_000_000
 LONGEST_PATH = 4096 - len("/tree/") - 256
-"""Bytes of a folder's path below the tree's top: PATH_MAX, less what rsync and a
-name in it take."""
+"""Bytes of a folder's path below the tree's top: PATH_MAX, without what rsync puts before
+it and the name of a file in it."""
 TIMED = frozenset(("ext2", "ext3", "ext4", "xfs", "btrfs", "f2fs"))
-"""File systems that set a file's times when a mapped page is first written to.
-tmpfs does not; of others nobody knows."""
+"""File systems that set a file's times when a mapped page is first written to.  tmpfs does
+not.  Others are not known."""
 
 
 def entries(root: str) -> Iterator[tuple[bytes, os.stat_result]]:
-    """(path below root, lstat) of all in it, a folder before what is in it, and
-    not below what lies on another file system; what goes away meanwhile is left
-    out.  A container that swaps a folder for a link leads it nowhere.
-    MigrateError(6) for a name that rsync cannot have."""
+    """(path below root, lstat) of everything in the tree, a folder before its contents.
+    Other file systems are not entered.  What is removed meanwhile is left out.  A folder
+    that the container replaces by a link is not followed.
+    MigrateError(6) for a path that is too long for rsync."""
     for names, _, listing in walk(root):
         above = os.fsencode("".join(f"{name}/" for name in names))
         if len(above) >= LONGEST_PATH:
             raise MigrateError(
                 VzExitCode.COPY_FAILED,
-                f"{root}/{os.fsdecode(above[:100])}...: folders are nested too deeply for rsync "
-                f"({len(above)} bytes of name, {LONGEST_PATH} are possible)",
+                f"{root}/{os.fsdecode(above[:100])}...: folders are nested too deeply for rsync: "
+                f"the path has {len(above)} bytes, and less than {LONGEST_PATH} are possible",
+                path=root,
             )
         for entry in listing:
             try:
@@ -51,10 +52,10 @@ def entries(root: str) -> Iterator[tuple[bytes, os.stat_result]]:
 
 
 def check_source(path: str) -> int:
-    """Bytes that the tree's files take.  MigrateError(6) unless it is a
-    directory that moves as a whole."""
+    """Bytes that the tree's files take.  MigrateError(6) unless the path is a directory that
+    lies on one file system."""
     if not os.path.isdir(path) or os.path.islink(path):
-        raise MigrateError(VzExitCode.COPY_FAILED, f"{path} is not a directory")
+        raise MigrateError(VzExitCode.COPY_FAILED, f"{path} is not a directory", path=path)
     device = os.stat(path).st_dev
     seen: set[int] = set()
     total = 0
@@ -62,8 +63,10 @@ def check_source(path: str) -> int:
         if st.st_dev != device:
             raise MigrateError(
                 VzExitCode.COPY_FAILED,
-                f"{path}/{os.fsdecode(name)} belongs to another file system, "
-                "and would not be copied",
+                f"{path}/{os.fsdecode(name)} belongs to another file system than {path}, so it "
+                "would not be copied",
+                path=path,
+                hint="unmount it, or name it as a disk or tree of its own in migrate.toml",
             )
         if st.st_nlink > 1 and not stat.S_ISDIR(st.st_mode):
             if st.st_ino in seen:
@@ -74,9 +77,9 @@ def check_source(path: str) -> int:
 
 
 def suspects(root: str, since: int, first: int) -> dict[int, list[bytes]]:
-    """Files with a ctime of `since` (nanoseconds) or later, in a folder that may
-    have been moved since then those of `first` or later, for a scan that ran
-    meanwhile may not have met them: inode -> its names."""
+    """Files that may have changed: inode -> its names.  These have a ctime of `since`
+    (nanoseconds) or later.  In a folder that may have been moved since then, those of
+    `first` or later count too, because an earlier scan may have missed them."""
     found: dict[int, list[bytes]] = {}
     moved: set[bytes] = set()
     for name, st in entries(root):
@@ -90,7 +93,7 @@ def suspects(root: str, since: int, first: int) -> dict[int, list[bytes]]:
 
 
 def named(root: str, names: Set[bytes] | None) -> dict[int, list[bytes]]:
-    """Files that have one of these names, or all of them: inode -> all its names."""
+    """Files that have one of these names: inode -> all its names.  names: None for all files."""
     found: dict[int, list[bytes]] = {}
     wanted: set[int] = set()
     for name, st in entries(root):
@@ -103,17 +106,16 @@ def named(root: str, names: Set[bytes] | None) -> dict[int, list[bytes]]:
 
 
 class Since:
-    """The beginning of a pass over a tree: what a file holds that was read
-    after it is what the file holds now, unless its ctime is `threshold()` or
-    later."""
+    """The beginning of a pass over a tree.  A file that was read after it has the same
+    contents now, unless its ctime is `threshold()` or later."""
 
     def __init__(self, root: str) -> None:
-        # The clock that file times are taken from; whole seconds, since some
-        # file systems keep no more.
+        # The clock that file times are taken from.  In whole seconds, because some file
+        # systems store no more.
         now = time.clock_gettime_ns(_CLOCK_REALTIME_COARSE)
         self._at = now // SECOND * SECOND
         self._offset = _clock_offset()
-        # After this a mapped page that is written to gets a new ctime again.
+        # After this, a write to a mapped page sets a new ctime again.
         fd = os.open(root, FLAGS)
         try:
             kernel.syncfs(fd, root)
@@ -121,7 +123,7 @@ class Since:
             os.close(fd)
 
     def threshold(self) -> int:
-        """In nanoseconds; earlier when the clock was set back since."""
+        """Nanoseconds.  Earlier, if the clock was set back since."""
         back = self._offset - _clock_offset()
         return self._at - back - SECOND if back > SECOND // 10 else self._at
 
@@ -131,6 +133,6 @@ def _clock_offset() -> int:
 
 
 def file_system(path: str) -> str:
-    """The type of the file system that holds it, as /proc names it."""
+    """The type of the path's file system, as /proc names it."""
     entry = mount_table.holding_by_name(os.path.realpath(path))
     return "?" if entry is None else entry.fstype

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How the steps of a migration are undone, by the process that did them or by
-a later one: the kinds of journal entries, on both hosts.
+"""How the steps of a migration are undone, by the process that made them or by a later
+one: the kinds of journal entries, on both hosts.
 
-Each can be repeated, and is well when there is nothing (left) to undo.
+Each can be repeated, and succeeds when there is nothing (left) to undo.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ from pyploop.undo.journal import Entry, Journal
 
 
 def _place(entry: Entry) -> contextlib.AbstractContextManager[beneath.Place]:
-    """Of its `path`; `root`: the folder above whose contents came from the source."""
+    """The place of the entry's `path`.  `root`: the folder above it whose contents came from
+    the source."""
     return beneath.place(str(entry["path"]), str(entry.get("root") or ""))
 
 
@@ -32,7 +33,7 @@ def _remove(entry: Entry) -> None:
 
 
 def _rmdir(entry: Entry) -> None:
-    # Not empty: it has files that are not ours.
+    # A folder that is not empty has files that are not ours, and stays.
     with contextlib.suppress(OSError), _place(entry) as at:
         os.rmdir(at.name, dir_fd=at.dir_fd)
 
@@ -41,7 +42,7 @@ def _remove_tree(entry: Entry) -> None:
     # A CRIU that was killed leaves the cgroup hierarchies mounted in its folder.
     path = str(entry["path"])
     if not private_folder.is_ours(Path(path)):
-        return  # another user had taken the name: it was never made
+        return  # another user has taken the name, so this folder was never made
     for point in mount_table.mount_points_below(path):
         kernel.umount(point, lazy=True)
     removal.remove_tree(path)
@@ -54,9 +55,9 @@ def _put_back(entry: Entry) -> None:
 
 
 def config_of(fields: Entry, host: HostConfig) -> HostConfig:
-    """The configuration that a journal's record names.  MigrateError(1) when it has
-    changed since, unless it is this run's own (`host`), as `--config` says: its
-    commands undo, and those of today may undo something else."""
+    """The configuration that a journal's record names.  MigrateError(1) when it has changed
+    since: its commands undo the steps, and those of today may undo something else.  A
+    changed one is used when it is this run's own (`host`, of `--config`)."""
     named = fields.get("config")
     own = _load(named)
     if own.path == host.path:
@@ -65,9 +66,9 @@ def config_of(fields: Entry, host: HostConfig) -> HostConfig:
         raise MigrateError(
             VzExitCode.USAGE,
             f"{named or config.DEFAULT} is not what it was when the migration of "
-            f"{fields.get('container')} began; nothing was undone, and "
-            f"`pyploop migrate --recover --config {named or config.DEFAULT}` does with what it "
-            "is now",
+            f"{fields.get('container')} began, so nothing was undone; `pyploop migrate --recover "
+            f"--config {named or config.DEFAULT}` undoes it with the file as it is now",
+            path=named or config.DEFAULT,
         )
     return own
 
@@ -76,14 +77,15 @@ def _load(named: str | None) -> HostConfig:
     if named is not None and not os.path.isabs(named):
         raise MigrateError(
             VzExitCode.USAGE,
-            f"a journal names its configuration {named!r}, which any user may own: write the "
-            "absolute path into the journal",
+            f"a journal names its configuration {named!r}, which is not an absolute path, so any "
+            "user could have made that file; nothing was undone; write the absolute path into "
+            "the journal",
         )
     return config.load(named)
 
 
 def runtime_of(entry: Entry) -> Runtime:
-    """The runtime that an entry, or a journal's record, names."""
+    """The runtime that an entry or a journal's record names."""
     return make_runtime(_load(entry["config"]), entry["runtime"], entry["container"])
 
 
@@ -98,7 +100,7 @@ def naming(host: HostConfig, runtime: Runtime) -> dict[str, Any]:
 
 
 def runs(runtime: Runtime) -> bool:
-    """Its processes run, and are not suspended."""
+    """Whether the container's processes run, and are not suspended."""
     state = runtime.state()
     return state.running and not state.suspended
 
@@ -114,8 +116,8 @@ journal.register("abandon", lambda e: runtime_of(e).abandon())
 
 
 def make_folders(log: Journal, path: Path, mode: int, root: str = "") -> None:
-    """A folder and those above it, each to be removed again.  root: what is below it
-    came from the source."""
+    """Make a folder and those above it.  Each has an undo step.  root: what is below it came
+    from the source."""
     if root and str(path) != root:
         make_folders(log, Path(root), mode)
         parts = beneath.parts_of(root, str(path))
@@ -136,16 +138,39 @@ def make_folders(log: Journal, path: Path, mode: int, root: str = "") -> None:
 
 
 def note_done(log: Journal, entry: Entry) -> None:
-    """A folder that takes no more (others have filled its file system) costs the note,
-    and not the steps that come next: each may be undone again."""
+    """Note in the journal that the entry is undone.  When that cannot be written (its file
+    system is full), the next steps are undone all the same: each may be repeated."""
     with contextlib.suppress(DeviceControlError):
         log.done(entry)
 
 
+_WORDS = {
+    "remove": "removing {path}",
+    "put-back": "putting the original file back to {path}",
+    "rmdir": "removing the folder {path}",
+    "remove-tree": "removing the folder {path}",
+    "unmount": "unmounting {mount}",
+    "resume": "resuming container {container}",
+    "start": "starting container {container}",
+    "abandon": "removing what was restored of container {container}",
+    "copied": "removing the copy of {what}, {path}",
+    "tree": "removing the copied directory tree {path}",
+}
+
+
+def described(entry: Entry) -> str:
+    """What undoing the entry does, for a person."""
+    words = _WORDS.get(str(entry["kind"]))
+    try:
+        return words.format(**entry) if words else journal.describe(entry)
+    except KeyError:  # an older pyploop's entry
+        return journal.describe(entry)
+
+
 def undo_all(log: Journal, keep: bool = False, over: bool = True) -> list[str]:
-    """Undo the journal's entries in reverse; returns what could not be undone,
-    which stays in it.  keep: what was copied is kept (--keep-dst).  over: an
-    empty journal goes."""
+    """Undo the journal's entries, the last one first.  Returns what could not be undone; that
+    stays in the journal.  keep: keep copied data instead of removing them (--keep-dst).
+    over: remove the journal when it is empty."""
     failed = []
     for entry in reversed(log.entries):
         try:
@@ -155,7 +180,7 @@ def undo_all(log: Journal, keep: bool = False, over: bool = True) -> list[str]:
                 journal.undo(entry)
         except (OSError, PyploopError) as e:
             why = str(e) if isinstance(e, PyploopError) else e.strerror
-            failed.append(f"{journal.describe(entry)}: {why}")
+            failed.append(f"{described(entry)}: {why}")
             continue
         note_done(log, entry)
     if over:

@@ -441,7 +441,7 @@ def test_a_file_that_never_arrives_fails_before_anything_is_suspended(
         support.mounted("none", tmp_path / "target/busy", fstype="tmpfs"),
         copying(tmp_path, source) as c,
     ):
-        with pytest.raises(MigrateError, match=r"ended with 23: .*busy") as e:
+        with pytest.raises(MigrateError, match=r"ended with status 23: .*busy") as e:
             c.trees.copy_while_running()
         assert e.value.exit_code == 6
         assert [x["phase"] for x in c.events] == ["first pass", "round 1"]

@@ -461,7 +461,7 @@ UNUSABLE: dict[str, tuple[Callable[[Path], object], str, bool]] = {
     "gone": (lambda f: f.unlink(), "is gone", False),
     "another file": (swap, "another file now", True),
     "a link": (link, "another file now", True),
-    "a second name": (lambda f: os.link(f, f.with_name("x")), "has another name", False),
+    "a second name": (lambda f: os.link(f, f.with_name("x")), "has a second name", False),
     "a FIFO": (fifo, "another file now", True),
 }
 
@@ -499,8 +499,8 @@ def test_a_kept_file_of_another_source_is_not_used(target: Target) -> None:
     _, own, said = target.begin(keep=False, source=other)
     assert own.names == []
     assert said == [
-        "What was kept of disk 0 is not used; all of it is copied again: it came from here, not "
-        "from there"
+        "The kept file of disk 0 is not used, and all of it is copied again: it came from here, "
+        "not from there"
     ]
     assert (target.files(), target.record.exists()) == ([], False)
     assert resumable_files.allocated(target.host, target.runtime, {"source": other}) == {}

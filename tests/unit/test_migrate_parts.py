@@ -25,10 +25,32 @@ from pyploop.errors import (
     PyploopError,
     ReadError,
 )
-from pyploop.migration import commit_record, file_stream
+from pyploop.migration import commit_record, file_stream, hints, undo_kinds
 from pyploop.runtimes import config
 from pyploop.system.commands import Command
 from pyploop.system.jobs import Job, in_parallel
+
+# ---- messages
+
+
+@pytest.mark.parametrize("hint", ["wait for it. Then try again", None])
+def test_a_hint_of_the_agent_is_a_hint_at_the_source(hint: str | None) -> None:
+    error = BusyError("it is locked", hint=hint)
+    assert hints.parted(hints.joined(error)) == ("it is locked", hint)
+
+
+@pytest.mark.parametrize(
+    ("entry", "text"),
+    [
+        ({"kind": "rmdir", "path": "/a/b"}, "removing the folder /a/b"),
+        ({"kind": "resume", "container": "box", "runtime": "runc"}, "resuming container box"),
+        ({"kind": "unmount"}, "unmount"),  # an older journal's, without its fields
+        ({"kind": "new", "what": "a new step"}, "a new step"),
+    ],
+)
+def test_an_undo_step_is_described_by_what_it_undoes(entry: dict[str, str], text: str) -> None:
+    assert undo_kinds.described(entry) == text
+
 
 # ---- configuration
 

@@ -117,7 +117,9 @@ class IncomingTrees:
                 _sync(path)
                 if status not in (0, rsync.VANISHED) or (last and status):
                     said = rsync.last_errors(log.text(ended=True))
-                    self._failed[name] = f"rsync ended with {status} here: {said}"
+                    self._failed[name] = (
+                        f"the rsync server of {path} ended with status {status}: {said}"
+                    )
             finally:
                 log.close()
 

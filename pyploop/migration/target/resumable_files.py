@@ -1,15 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a migration to this host has left behind with --keep-dst, for the next
-one of the same container from the same source to go on from.
+"""Resumable files: what a failed migration to this host has left with --keep-dst.  The next
+migration of the same container from the same source goes on from them.
 
-A kept file lies under a name of its own, where nothing takes it for a disk. One
-record for each container (STATE_DIR/RUNTIME-CONTAINER.kept) says which they are;
-while a migration uses them, its journal does instead.
+A resumable file has a name of its own, so that no program takes it for a disk.  One record
+for each container (STATE_DIR/RUNTIME-CONTAINER.kept) lists them.  While a migration uses
+them, its journal lists them instead.
 
-Invariants: no content of a kept file is trusted (digests.py), so it may
-be half-written, old or damaged; it is ours alone from `adopt` on (a lease, which
-ends when another process opens it for writing); what cannot be used is removed,
-and reported.
+Invariants: no content of such a file is trusted (digests.py), so it may be half-written,
+old or damaged.  From `adopt` on no other process writes to it unnoticed: it has a lease,
+which ends when another process opens it for writing.  A file that cannot be used is
+removed, and reported.
 """
 
 from __future__ import annotations
@@ -48,31 +48,32 @@ RECORD = RecordKind(
     most=64,
 )
 LEAST = MIB
-"""Bytes below which a file is not kept: sending it again costs less."""
+"""Bytes.  A smaller file is not kept: sending it again costs less."""
 
 
 class Unusable(Exception):
-    """Why a kept file is not used, in words."""
+    """Why a resumable file is not used, in words."""
 
 
 @dataclass
 class ResumableFile:
-    """One that is used, and ours alone; its user closes it."""
+    """A file that is used, with a lease on it; its user closes it."""
 
     name: str
-    """`disk N`, or an item's label."""
+    """`disk N`, or a static file's label."""
     path: str
     fd: int
 
 
 def new_path(folder: Path, container: str, migration: str, number: int) -> str:
-    """For a file that may be kept; no other ever has this name."""
+    """A name for a file that may be kept.  No other file ever gets it."""
     return str(folder / f".{container}-{migration}-{number}{KEPT}")
 
 
 def source_of(facts: dict[str, Any], known: str = "") -> dict[str, str]:
-    """The identity that the source claims, in plain text.  known: as this host knows
-    it; it becomes a part of the `id`, for no source may have what another one sent."""
+    """The identity that the source claims: its `id` and `name`.  known: the source as this
+    host knows it.  It becomes a part of the `id`, so that no source gets the data of
+    another one."""
     claimed = facts.get("source")
     claimed = claimed if isinstance(claimed, dict) else {}
     found = {key: str(claimed.get(key, ""))[:64] for key in ("id", "name")}
@@ -86,8 +87,8 @@ def source_of(facts: dict[str, Any], known: str = "") -> dict[str, str]:
 
 
 def retain(log: Journal, entry: Entry) -> None:
-    """In place of undoing an entry of kind `copied`: what it made is kept, and
-    recorded.  What is not worth it, or cannot be, is removed."""
+    """Instead of undoing an entry of kind `copied`: keep and record the file.  It is removed
+    if it is too small, or cannot be kept."""
     path, kept = str(entry["path"]), str(entry["kept"])
     with contextlib.suppress(OSError):
         with (
@@ -98,8 +99,8 @@ def retain(log: Journal, entry: Entry) -> None:
         with _opened(kept) as fd:
             st = os.fstat(fd)
             if stat.S_ISREG(st.st_mode) and st.st_blocks * 512 >= LEAST:
-                os.fchmod(fd, 0o600)  # it lies in another folder than it will
-                # The kernel reports a failed writeback only once: now, perhaps.
+                os.fchmod(fd, 0o600)  # other users may enter the folder that it lies in
+                # The kernel reports a failed writeback only once, and perhaps now.
                 fdatasync(fd)
                 part = {"name": str(entry["what"]), "path": kept, "inode": st.st_ino}
                 if RECORD.add(log, part):
@@ -131,7 +132,7 @@ def _opened(path: str) -> Iterator[int]:
 
 
 def allocated(host: HostConfig, runtime: Runtime, facts: dict[str, Any]) -> dict[str, int]:
-    """Bytes on the disk of what is kept for this source: room that it has."""
+    """Bytes on the disk of each file that is kept for this source.  They need no new room."""
     record = RECORD.read(RECORD.file(host.state_dir, runtime.name, runtime.container))
     found: dict[str, int] = {}
     if record is not None and record["source"]["id"] == source_of(facts)["id"]:
@@ -144,8 +145,8 @@ def allocated(host: HostConfig, runtime: Runtime, facts: dict[str, Any]) -> dict
 def adopt(
     host: HostConfig, runtime: Runtime, log: Journal, homes: Collection[Path], report: Reporter
 ) -> dict[str, ResumableFile]:
-    """Take over what was kept; from now on it is in this journal.  homes: where
-    files are kept at present."""
+    """Take over the kept files.  From now on they are in this journal.  homes: the folders
+    in which files are kept now."""
     file = RECORD.file(host.state_dir, runtime.name, runtime.container)
     record = _claim(file, report)
     usable: dict[str, ResumableFile] = {}
@@ -153,11 +154,13 @@ def adopt(
         try:
             _of_this_source(record, log)
             path = _destination(runtime, f["name"])
-            # It stays where it is until it is used.
+            # The file stays where it is until it is used.
             log.add({"kind": "copied", "what": f["name"], "path": f["path"], "kept": f["path"]})
             usable[f["name"]] = ResumableFile(f["name"], f["path"], _take(f, path))
         except Unusable as e:
-            report.note(f"What was kept of {f['name']} is not used; all of it is copied again: {e}")
+            report.note(
+                f"The kept file of {f['name']} is not used, and all of it is copied again: {e}"
+            )
             _drop(f)
     for home in homes:
         _sweep(home, runtime.container, file.parent)
@@ -165,7 +168,7 @@ def adopt(
 
 
 def _claim(file: Path, report: Reporter) -> dict[str, Any] | None:
-    """The record, which no other process can take after that."""
+    """Take the record, so that no other process can.  None: there is none."""
     record = RECORD.read(file)
     try:
         file.unlink()
@@ -191,13 +194,14 @@ def _destination(runtime: Runtime, name: str) -> str:
 
 
 def _take(f: dict[str, Any], destination: str) -> int:
-    """The open file; Unusable when it is not what was kept, or not ours alone."""
+    """Open the file and take a lease.  Unusable when it is not the file that was kept, or when
+    others can write to it."""
     try:
         st = os.lstat(f["path"])
         if not stat.S_ISREG(st.st_mode) or st.st_ino != f["inode"]:
             raise Unusable(f"{f['path']} is another file now")
         if st.st_nlink != 1:
-            raise Unusable(f"{f['path']} has another name, too")
+            raise Unusable(f"{f['path']} has a second name")
         if st.st_dev != os.stat(existing_parent(destination)).st_dev:
             raise Unusable(f"{f['path']} lies on another file system than {destination}")
         fd = os.open(f["path"], os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
@@ -221,14 +225,14 @@ def _take(f: dict[str, Any], destination: str) -> int:
 
 
 def _drop(f: dict[str, Any]) -> None:
-    """Remove one that is not used, unless another file has its name by now."""
+    """Remove a file that is not used, unless another file has its name by now."""
     with contextlib.suppress(OSError):
         if os.lstat(f["path"]).st_ino == f["inode"]:
             os.unlink(f["path"])
 
 
 def _sweep(home: Path, container: str, state_dir: Path) -> None:
-    """Remove those of this container that no journal knows: a record was lost."""
+    """Remove this container's files that no journal lists.  Their record was lost."""
     ours = re.compile(rf"\.{re.escape(container)}-[0-9a-f]{{16}}-[0-9]+{re.escape(KEPT)}")
     with contextlib.suppress(OSError):
         found = {str(p) for p in home.iterdir() if ours.fullmatch(p.name)}
@@ -238,7 +242,7 @@ def _sweep(home: Path, container: str, state_dir: Path) -> None:
 
 
 def described(host: HostConfig, log: Journal) -> list[str]:
-    """What is kept now, for a person."""
+    """The files that are kept now, for a message."""
     record = RECORD.read(RECORD.file(host.state_dir, log.get("runtime"), log.get("container")))
     if record is None or record["migration"] != log.get("migration"):
         return []

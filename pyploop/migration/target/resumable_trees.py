@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Directory trees that a failed migration to this host has left with --keep-dst.
 
-A kept tree lies under a name of its own beside its place, and one record for each
-container (STATE_DIR/RUNTIME-CONTAINER.kept-trees) says so; while a migration uses
-it, that one's journal does instead.
+A kept tree lies beside its place, under a name of its own.  One record for each container
+(STATE_DIR/RUNTIME-CONTAINER.kept-trees) lists them.  While a migration uses a tree, its
+journal lists it instead.
 
-Invariant: no content of a kept tree is trusted.  The source's first pass
-compares all of it by contents, and its other passes go by times only then.
+Invariant: no content of a kept tree is trusted.  The source's first pass compares all of
+it by contents.  Only after that may a pass compare times.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ RECORD = RecordKind(
 
 
 def entry_for(log: Journal, index: int, path: str) -> Entry:
-    """The journal's entry of a tree that is about to come, before any folder is made;
-    `made`: its own is not there yet."""
+    """The journal's entry for a tree that is about to come, before any folder is made.
+    `made`: the tree's folder did not exist before."""
     name = f".{log.get('container')}-{log.get('migration')}-tree{index}{KEPT}"
     made = not os.path.isdir(path)
     home = existing_parent(path)
@@ -41,7 +41,7 @@ def entry_for(log: Journal, index: int, path: str) -> Entry:
 
 
 def undo(entry: Entry) -> None:
-    """Journal kind `tree`."""
+    """Undo an entry of kind `tree`."""
     for name in ("path", "kept"):
         tree_folders.remove_contents(str(entry[name]))
         if name == "kept" or entry["made"]:
@@ -50,12 +50,13 @@ def undo(entry: Entry) -> None:
 
 
 def retain(log: Journal, entry: Entry) -> None:
-    """In place of undoing it: put aside and recorded; removed where it cannot be."""
+    """Instead of undoing the entry: move the tree aside, and record it.  It is removed if that
+    fails."""
     path, kept = str(entry["path"]), str(entry["kept"])
     try:
         if os.path.isdir(path) and any(os.scandir(path)):
-            # It may lie in a folder that everybody may enter, with set-user-ID programs
-            # in it; rsync gives it its own owner and mode again.
+            # Its new folder may be one that everybody can enter, and it may contain
+            # set-user-ID programs.  rsync sets its own owner and mode again.
             os.chown(path, 0, 0)
             os.chmod(path, 0o700)
             os.rename(path, kept)
@@ -76,7 +77,7 @@ journal.register("tree", undo, keep=retain, outlives_boot=True)
 def allocated(
     state_dir: str, runtime: str, container: str, source: dict[str, str]
 ) -> dict[int, int]:
-    """Bytes of what is kept for this source, by the tree's index: room that it has."""
+    """Bytes of the trees that are kept for this source, by index.  They need no new room."""
     record = RECORD.read(RECORD.file(state_dir, runtime, container))
     found: dict[int, int] = {}
     if record is not None and record["source"]["id"] == source["id"]:
@@ -89,9 +90,9 @@ def allocated(
 def adopt(
     log: Journal, entries: Sequence[Entry], make_parent: Callable[[str], None], report: Reporter
 ) -> set[int]:
-    """Take what was kept to its place; from now on it is in this journal.  Returns
-    the indexes of those trees.  What cannot be used is removed.  entries: of all
-    trees.  make_parent: makes the folders above a path, as far as they are missing."""
+    """Move the kept trees to their places.  From now on they are in this journal.  Returns
+    their indexes.  Trees that cannot be used are removed.  entries: of all trees.
+    make_parent: makes the missing folders above a path."""
     file = RECORD.file_of(log)
     record = RECORD.read(file)
     taken: set[int] = set()
@@ -99,7 +100,7 @@ def adopt(
         index, old = kept["index"], kept["path"]
         try:
             if os.lstat(old).st_ino != kept["inode"]:
-                report.note(f"{old} is another folder now, so its tree is copied again")
+                report.note(f"{old} is another folder now, so the whole tree is copied again")
                 continue
         except OSError:
             continue
@@ -108,7 +109,7 @@ def adopt(
             _part(str(entries[index]["path"]))
             taken.add(index)
         else:
-            report.note(f"{old} cannot be used, so its tree is copied again")
+            report.note(f"{old} cannot be used, so it is removed and the tree is copied again")
             with contextlib.suppress(OSError):
                 undo({"path": old, "kept": old, "made": True})
     file.unlink(missing_ok=True)
@@ -119,7 +120,7 @@ def _move(log: Journal, entry: Entry, old: str, make_parent: Callable[[str], Non
     path = str(entry["path"])
     try:
         make_parent(path)
-        log.add({**entry, "kept": old})  # it lies there until it is moved
+        log.add({**entry, "kept": old})  # where it lies until it is moved
         if not entry["made"]:
             os.rmdir(path)
         try:
@@ -135,8 +136,9 @@ def _move(log: Journal, entry: Entry, old: str, make_parent: Callable[[str], Non
 
 
 def _part(path: str) -> None:
-    """Leave each file one name: those that it has at the source by now are links again
-    after the first pass.  One that is another file there would stay this one."""
+    """Leave each file only one name.  The first pass links the names again that are one file
+    at the source now.  A name that has become another file there would otherwise stay a
+    name of this one."""
     for _, fd, entries in walk(path):
         for entry in entries:
             with contextlib.suppress(OSError):
@@ -146,7 +148,7 @@ def _part(path: str) -> None:
 
 
 def described(log: Journal) -> list[str]:
-    """What is kept now, for a person."""
+    """The trees that are kept now, for a message."""
     record = RECORD.read(RECORD.file_of(log))
     if record is None or record["migration"] != log.get("migration"):
         return []
