@@ -123,5 +123,5 @@ class Approach:
         if self._measurements.elapsed < policy.deadline:
             self._context.report.info(f"No freeze yet: {why}")
             return False
-        self._precopy.give_up(Decision(policy.on_deadline, f"no freeze fitted ({why})", f))
+        self._precopy.give_up(Decision(policy.on_deadline, f"no moment fitted ({why})", f))
         return True

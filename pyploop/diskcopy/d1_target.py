@@ -279,8 +279,7 @@ class StreamOutput:
         """A receiver that reads END too late would keep an image that is stale by then."""
         if self.deadline.passed:
             raise WriteError(
-                "the receiver did not read the end of the stream within --freeze-limit; the "
-                "source is being thawed"
+                "the receiver did not read the end of the stream in time (--freeze-limit)"
             )
 
 

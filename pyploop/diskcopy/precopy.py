@@ -168,7 +168,7 @@ class PreCopy:
         c.report.info(
             f"Round {fields['number']}: {format_size(r.sent)} in {r.seconds:.3f} s, "
             f"dirtied at {format_size(r.dirty_rate)}/s"
-            + (f", {format_size(r.left)} hot left for last" if r.left else "")
+            + (f", {format_size(r.left)} of hot blocks left for last" if r.left else "")
             + ("" if completeness.state == "unknown" else f", tracking {completeness}")
         )
 

@@ -233,7 +233,7 @@ def _use_lower(source: Source, related: RelatedDevices) -> None:
     """Read the block device that the source lies on.  A loop device between them would read
     through that device's page cache, which misses writes that bypass the cache."""
     path = f"/dev/{related.queue.name}"
-    fd = _open(path, os.O_RDONLY | os.O_DIRECT, source._owned, f"what {source.path} lies on,")
+    fd = _open(path, os.O_RDONLY | os.O_DIRECT, source._owned, f"the device below {source.path},")
     align = kernel.logical_block_size(fd, path)
     if related.base % align or source.size % align:
         source.io_mode += f" ({path}, on which it lies, not used: {align}-byte sectors)"

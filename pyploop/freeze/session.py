@@ -182,13 +182,16 @@ class FreezeSession:
 
     @contextlib.contextmanager
     def undo_on_failure(self) -> Iterator[None]:
-        """When the body fails, all is undone.  What could not be undone is added to
-        the failure's message."""
+        """When the body fails, all is undone.  The failure's message then ends with the
+        state of the source: that it was resumed, or what could not be undone."""
         try:
             yield
         except BaseException as e:
             left = self.undo()
             if isinstance(e, PyploopError) and e.args:
+                # What a command without --undo has stopped is not known here.
+                if not left and self and self.can_undo:
+                    left = ["what this copy had stopped or frozen was resumed"]
                 e.args = ("; ".join([str(e.args[0]), *left]),)
             else:
                 for words in left:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a copy tells while it runs: one stream of events, rendered as text with
+"""What a run reports: one stream of events, rendered as text with
 ploop's levels and timestamps, as NDJSON, or as a progress bar.
 
 Levels are ploop's: -1 errors, 0 the important lines, 3 (default) what a user
@@ -78,12 +78,12 @@ class Reporter:
 
     @contextlib.contextmanager
     def deferred(self) -> Iterator[None]:
-        """Keep everything back until the end of the body; within another such body,
-        of that.
+        """Show everything only at the end of the body; within another such body, at the
+        end of that one.
 
         While a file system is frozen: the log may be a file on it, and writing
         it would wait for a thaw that waits for us.  And while a container is
-        suspended, which is not to wait for whoever reads the log.
+        suspended, which must not wait for the reader of the log.
         """
         if self._deferred is not None:
             yield
@@ -97,8 +97,8 @@ class Reporter:
                 show()
 
     def at_once(self, text: str) -> None:
-        """A note that is not kept back, and may wait for a frozen file system:
-        for a thread that nobody waits for."""
+        """A note that is written at once, even if that waits for a frozen file system:
+        only for a thread that no other waits for."""
         at = self.now()
         for r in self._renderers:
             r.line(NOTE, at, one_line(text))

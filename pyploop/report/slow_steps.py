@@ -17,7 +17,7 @@ LONG = 5.0
 LOOK = 0.5
 """Seconds between two checks."""
 WORDS = {
-    "stop command": "what stops the source to end",
+    "stop command": "the stop of the source to end",
     "source sync": "the source to write back what is dirty (syncfs): the storage below may hang",
     "freeze": "the source's file systems to freeze: the storage below may hang",
     "prove": "the source's last writes to complete",
@@ -25,7 +25,7 @@ WORDS = {
     "repair": "blocks to be compared",
     "target sync": "the target to sync its data",
     "target commit": "the target to become durable",
-    "before thaw": "the command before the thaw",
+    "before thaw": "the --before-thaw command to end",
     "thaw": "the source's file systems to thaw: the storage below may hang",
 }
 """Step of the recorder -> what it waits for.  Other steps show their progress."""

@@ -151,6 +151,7 @@ class BpfTracker:
             raise DeviceControlError(
                 f"cannot track {self._source.path} with BPF: {e.strerror}",
                 path=self._source.path,
+                hint="run as root, or use --tracker scan",
             ) from e
 
     def _find_base(self) -> None:
@@ -274,7 +275,7 @@ class BpfTracker:
         shot = self._caught_up(2000 if quiesced else 200)
         self._checked = shot.after if quiesced and shot.stable else None
         if self._base is None:
-            self._suspect = self._suspect or "the device was never still enough to count"
+            self._suspect = self._suspect or "there was no moment without writes to begin to count"
         if self._suspect:
             return Completeness("undecided", 0, self._size, self._suspect, needs_repair=True)
         assert self._base is not None
@@ -301,7 +302,9 @@ class BpfTracker:
             if left:
                 time.sleep(0.002)
         else:
-            self._suspect = self._suspect or "the kernel accounted less than was seen"
+            self._suspect = (
+                self._suspect or "the kernel has accounted less than the tracker has seen"
+            )
         return shot
 
     def _check_still(self, shot: Snapshot, quiesced: bool) -> Completeness:
@@ -314,7 +317,9 @@ class BpfTracker:
             # An earlier loss was repaired among the submitted blocks only.  That is
             # right if no submission was missed either.
             if not still:
-                return Completeness("undecided", 0, 0, "repaired; proof needs a still moment")
+                return Completeness(
+                    "undecided", 0, 0, "repaired; the proof needs a moment without writes"
+                )
             if self._queued_gap(shot) != self._base.queued_gap:
                 self._base.queued_gap = None
                 return Completeness("lossy", SECTOR, self._size, "submissions were missed too")

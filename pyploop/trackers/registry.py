@@ -100,7 +100,7 @@ def bpf_problem(source: Source) -> str:
     if queue is None:
         return "a plain file"
     if source.size % SECTOR or queue.start % SECTOR:
-        return "not made of sectors"
+        return "its start or size is no multiple of 512 bytes"
     zoned = Path("/sys/block") / queue.disk / "queue/zoned"
     if zoned.exists() and zoned.read_text().strip() != "none":
         return "a zoned device (a zone reset changes data without an event)"

@@ -36,7 +36,7 @@ from pyploop.system.jobs import Job, in_parallel
 @pytest.mark.parametrize("hint", ["wait for it. Then try again", None])
 def test_a_hint_of_the_agent_is_a_hint_at_the_source(hint: str | None) -> None:
     error = BusyError("it is locked", hint=hint)
-    assert hints.parted(hints.joined(error)) == ("it is locked", hint)
+    assert hints.parted(error.with_hint()) == ("it is locked", hint)
 
 
 @pytest.mark.parametrize(
