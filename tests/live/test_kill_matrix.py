@@ -53,6 +53,9 @@ DONE = ("END may go", "END begins", "END sent", "acknowledged", "thawed", "relea
 SECONDS = 20.0
 """More is a failure: a fourth of the limit at which the watchdog thaws anyway."""
 
+ARRIVAL = 60.0
+"""Seconds until a copy stands at its step, by ssh on a busy machine."""
+
 
 @dataclass
 class Bench:
@@ -151,7 +154,11 @@ class Run:
 
     def strike(self) -> float:
         """Kill at the step; seconds until the container runs again."""
-        wait_until(lambda: self.at_step() or self.sender.poll() is not None, self.words("arrives"))
+        wait_until(
+            lambda: self.at_step() or self.sender.poll() is not None,
+            self.words("arrives"),
+            ARRIVAL,
+        )
         assert self.at_step(), self.words("arrives")
         if self.victim == "group":
             os.killpg(self.sender.pid, signal.SIGKILL)
@@ -175,7 +182,7 @@ class Run:
         raise AssertionError(self.words("a watchdog is there"))
 
     def kill_watchdog(self) -> None:
-        wait_until(self.at_step, self.words("arrives"))
+        wait_until(self.at_step, self.words("arrives"), ARRIVAL)
         pid = self.watchdog()
         os.kill(pid, signal.SIGKILL)
         wait_until(lambda: start_time(pid) is None, "the watchdog is dead")
@@ -189,11 +196,11 @@ class Run:
 
     def check(self) -> None:
         bench, words = self.bench, self.words
-        code = self.sender.wait(20)
-        self.receiver.wait(20)
+        code = self.sender.wait(ARRIVAL)
+        self.receiver.wait(ARRIVAL)
         journal = bench.folder / "run"
         wait_until(lambda: not list(journal.glob("*")), words("the journal is empty"), SECONDS)
-        wait_until(lambda: not self.processes(), words(f"processes end: {self.processes()}"), 10)
+        wait_until(lambda: not self.processes(), words("processes end"), SECONDS)
         assert not is_frozen(bench.point), words("thawed")
         assert bench.container.running(SECONDS), words("the container still runs")
         assert (bench.throttle / "blkio.throttle.write_bps_device").read_text() == "", words(
@@ -254,12 +261,17 @@ def test_whoever_is_killed_at_whatever_step_the_container_runs_and_nothing_is_le
     bench: Bench, capsys: pytest.CaptureFixture[str]
 ) -> None:
     cells = [(s, v) for s in STEPS for v in VICTIMS] if ROUNDS else list(SOME)
+    failures = []
     for _ in range(max(ROUNDS, 1)):
         for step, victim in cells:
-            cell(bench, step, victim)
+            try:
+                cell(bench, step, victim)
+            except (AssertionError, subprocess.TimeoutExpired) as e:
+                failures.append(str(e))
     if ROUNDS:
         with capsys.disabled():
-            print(f"\n{bench.runs} kills, nothing left behind by any\n{table(bench)}")
+            print(f"\n{bench.runs} kills, {len(failures)} failures\n{table(bench)}")
+    assert not failures, "\n".join(failures)
 
 
 @contextlib.contextmanager
