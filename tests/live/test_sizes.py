@@ -26,7 +26,7 @@ from support_live import (
 pytestmark = pytest.mark.root
 
 GIB = 1 << 30
-DATA = 256 * MIB
+DATA = 96 * MIB
 MEMORY = 64 * MIB
 
 

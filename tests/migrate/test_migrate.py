@@ -14,7 +14,7 @@ from lab.hosts import Lab
 from moving import files, judge, migrate
 from support import run
 
-MIGRATIONS = int(os.environ.get("PYPLOOP_MIGRATIONS", "6"))
+MIGRATIONS = int(os.environ.get("PYPLOOP_MIGRATIONS", "4"))
 """Back and forth."""
 LOAD = 20
 """MB of random writes a second in every second pair of migrations."""
