@@ -27,6 +27,7 @@ LONGER = {
     "runtimes.runc.memory_tracking": "TIMEOUT",
     "runtimes.volumes": "BUSY_DEADLINE",
     "system.commands": "BEGUN",
+    "system.network": "ANSWER",
     "system.stderr_tail": "DRAINED LAST",
     "trackers.bpf": "BASE_DEADLINE",
     "trackers.dm": "TIMEOUT",
@@ -44,6 +45,8 @@ AS_IT_IS = {
     "migration.commit_record": "POLL",
     "migration.locks": "POLL",
     "report.slow_steps": "LONG LOOK",
+    "runtimes.runc.connections": "ACKNOWLEDGED LOOK",
+    "runtimes.runc.link_cut": "LAST_REQUEST",
     "system.claims": "PAUSE",
     "system.jobs": "TICK",
     "undo.watchdog": "LATE RETRY",
@@ -67,7 +70,7 @@ AS_IT_IS = {
     "cli.demo_disk": "FILL",
     "diskcopy.target_room": "PART",
     "migration.source.memory": "PREVIEW",
-    "runtimes.runc.runtime": "PREVIEW",
+    "runtimes.runc.container": "PREVIEW",
 }
 """All other constants that are no whole number.  tests/unit/test_slowly.py finds one that is
 in neither table."""
