@@ -178,9 +178,9 @@ class TargetSteps(VzctlContainer):
         if same != (str(self._private), self._root):
             raise MigrateError(
                 VzExitCode.BAD_CONFIG,
-                f"the source's {self.container}.conf has {same[0]} as VE_PRIVATE and {same[1]} as "
-                f"VE_ROOT, but vz.conf of this host has {self._private} and {self._root}: remove "
-                "them from that file, or make vz.conf the same",
+                f"the source's {self.container}.conf names {same[0]} as VE_PRIVATE and {same[1]} "
+                f"as VE_ROOT, but vz.conf of this host has {self._private} and {self._root}: "
+                "remove them from that file, or make vz.conf the same",
             )
 
     def _check_descriptor(self) -> None:
