@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support import missing
 
 ROOT = Path(__file__).resolve().parents[2]
 
