@@ -124,7 +124,8 @@ def locked(
             except BlockingIOError:
                 if time.monotonic() > deadline:
                     raise BusyError(
-                        f"the migration of {path} is still at work after {wait:g} s",
+                        f"the migration with the commit record {path} is still at work after "
+                        f"{wait:g} s",
                         path=str(path),
                         hint="try again when its processes have ended",
                     ) from None

@@ -33,7 +33,7 @@ def container_lock(folder: Path, ctid: str) -> Iterator[None]:
         # Only one of two processes that find the same stale lock may take it over.
         with private_folder.opened(folder, make=True) as fd, private_folder.alone(fd):
             _remove_stale(fd, name)
-            _make(fd, name, f"container {ctid} is locked ({folder / name}, process {{}})")
+            _make(fd, folder / name, f"container {ctid} is locked ({folder / name}, process {{}})")
     except OSError as e:
         raise CreateError.of(
             f"cannot make the lock of container {ctid}, {folder / name}",
@@ -60,8 +60,10 @@ def remove_dead(folder: Path) -> None:
                 _remove_stale(fd, name)
 
 
-def _make(folder: int, name: str, taken: str) -> None:
+def _make(folder: int, path: Path, taken: str) -> None:
+    """taken: the message of the BusyError, with {} for the owner's PID."""
     # Made under another name first, so that a lock is never seen without its PID.
+    name = path.name
     temp = f".{name}.{os.getpid()}"
     with contextlib.suppress(FileNotFoundError):  # left by a process that was killed here
         os.unlink(temp, dir_fd=folder)
@@ -71,7 +73,9 @@ def _make(folder: int, name: str, taken: str) -> None:
         os.link(temp, name, src_dir_fd=folder, dst_dir_fd=folder)
     except FileExistsError:
         owner = _owner(folder, name) or "?"
-        raise BusyError(taken.format(owner), hint="wait for that process to end") from None
+        raise BusyError(
+            taken.format(owner), path=str(path), hint="wait for that process to end"
+        ) from None
     finally:
         os.close(fd)
         os.unlink(temp, dir_fd=folder)

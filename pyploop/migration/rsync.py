@@ -128,13 +128,13 @@ class Done:
     """An rsync that has ended."""
 
     status: int
-    said: str
+    errors: str
     items: Itemized
 
     def explain(self, what: str) -> MigrateError:
         return MigrateError(
             VzExitCode.COPY_FAILED,
-            f"rsync of {what} ended with status {self.status}: {self.said}",
+            f"rsync of {what} ended with status {self.status}: {self.errors}",
             path=what,
         )
 
@@ -189,7 +189,7 @@ class Client:
         try:
             if self._control.recv(1):
                 return
-            why = self.wait().said
+            why = self.wait().errors
         except OSError as e:
             why = str(e)
         raise MigrateError(
@@ -231,9 +231,9 @@ class Client:
         # When the server refuses something, rsync prints that on stdout.
         text = self._errors.text(ended=True)[-2000:] or self.items.text(ended=True)[-2000:]
         # Show the tree's own path, and not the one in rsync's enclosure.
-        said = last_words(text).replace(f'"{enclosure.TREE}/', f'"{self._source}/')
+        errors = last_words(text).replace(f'"{enclosure.TREE}/', f'"{self._source}/')
         self.items.wait()
-        return Done(status, said, self.items)
+        return Done(status, errors, self.items)
 
     def _skip_fifo(self) -> bool:
         """A container may replace a file that rsync has listed by a FIFO.  rsync's open(2)
@@ -312,8 +312,8 @@ def serve(
     configuration.  log: gets the server's output, which the client can make as long as it
     likes.  MigrateError(6) when the server cannot be run."""
     taken = " ".join(f"!{word}" for word in _TAKEN.split())
-    said = f"/dev/fd/{log.fd}"
-    config.write_text(_CONFIG.format(stall=max(1, int(stall)), log=said, path=path, taken=taken))
+    output = f"/dev/fd/{log.fd}"
+    config.write_text(_CONFIG.format(stall=max(1, int(stall)), log=output, path=path, taken=taken))
     try:
         process = subprocess.Popen(
             [command, "--server", "--daemon", f"--config={config}", "."],

@@ -192,8 +192,8 @@ def test_an_rsync_that_follows_links_finds_nothing_behind_them(
     finally:
         client.close()
     assert (done.status, printed) == (1, "x" * len(SECRET))
-    assert "a/link/0: No such file" in done.said
-    assert str(SECRET, "ascii").strip() not in done.said
+    assert "a/link/0: No such file" in done.errors
+    assert str(SECRET, "ascii").strip() not in done.errors
 
 
 def test_without_the_right_to_mount_nothing_is_read(source: Path) -> None:

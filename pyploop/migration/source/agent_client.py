@@ -99,7 +99,7 @@ class Remote:
                 VzExitCode.CANNOT_CONNECT,
                 f"cannot run {ssh[0]} on this host: {e.strerror}",
                 path=ssh[0],
-                hint="install it, or name another program as `ssh` in migrate.toml",
+                hint="install it, or set remote.ssh in migrate.toml",
             ) from e
         self._errors.started()
         assert self._process.stdin is not None and self._process.stdout is not None

@@ -138,7 +138,9 @@ def recover(
             if container is None:
                 continue
             raise MigrateError(
-                VzExitCode.LOCKED, f"{record.what} is under way (process {record.owner()})"
+                VzExitCode.LOCKED,
+                f"{record.what} is under way (process {record.owner()})",
+                hint="wait for that process to end",
             )
         try:
             undo_kinds.config_of(fields, host)

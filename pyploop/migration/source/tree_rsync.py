@@ -108,7 +108,7 @@ class Rsyncs:
         try:
             self._join(prepared, self._options.stall)
         except MigrateError as e:
-            return replace(done, status=rsync.PARTIAL, said=str(e))
+            return replace(done, status=rsync.PARTIAL, errors=str(e))
         return done
 
     def _check_cancelled(self, tree: Tree) -> None:

@@ -116,9 +116,9 @@ class IncomingTrees:
                 status = rsync.wait(process)
                 _sync(path)
                 if status not in (0, rsync.VANISHED) or (last and status):
-                    said = rsync.last_errors(log.text(ended=True))
+                    errors = rsync.last_errors(log.text(ended=True))
                     self._failed[name] = (
-                        f"the rsync server of {path} ended with status {status}: {said}"
+                        f"the rsync server of {path} ended with status {status}: {errors}"
                     )
             finally:
                 log.close()

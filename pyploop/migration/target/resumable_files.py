@@ -208,7 +208,7 @@ def _take(f: dict[str, Any], destination: str) -> int:
     except FileNotFoundError:
         raise Unusable(f"{f['path']} is gone") from None
     except OSError as e:
-        raise Unusable(f"{f['path']}: {e.strerror}") from e
+        raise Unusable(f"{f['path']} cannot be opened: {e.strerror}") from e
     try:
         if os.fstat(fd).st_ino != f["inode"]:
             raise Unusable(f"{f['path']} is another file now")

@@ -58,7 +58,9 @@ def settle_dead(host: HostConfig, runtime: Runtime) -> None:
             continue
         if log.owner() is not None:
             raise MigrateError(
-                VzExitCode.LOCKED, f"{log.what} is under way (process {log.owner()})"
+                VzExitCode.LOCKED,
+                f"{log.what} is under way (process {log.owner()})",
+                hint="wait for that process to end",
             )
         if fields.get("side") == "source":
             # If it were finished later, that would end the container that comes now.
