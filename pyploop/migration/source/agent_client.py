@@ -197,7 +197,8 @@ class Remote:
         if "error" in message:
             code, text = messages.failure(message["error"])
             text, hint = hints.parted(text)
-            raise MigrateError(code, f"{self.host}: {text}", hint=hint)
+            # Marked as the target's words, both of them: it may be hostile.
+            raise MigrateError(code, f"{self.host}: {text}", hint=hint and f"{self.host}: {hint}")
         return messages.answer(op, message.get("ok"))
 
     def _hand_on(self, name: str, at: float, fields: dict[str, Any], size: int) -> None:
