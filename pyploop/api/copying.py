@@ -213,7 +213,7 @@ class Copy:
             descriptors.check_open(fd, "descriptor")
             if not descriptors.is_socket(fd):
                 raise ParameterError(
-                    f"protocol {o.protocol!r} needs a socket, and descriptor {fd} is none"
+                    f"protocol {o.protocol!r} needs a socket, and descriptor {fd} is not one"
                 )
             yield PacketOutput(
                 fd,

@@ -38,7 +38,7 @@ def run(args: list[str], level: int) -> int:
         p.print_usage(sys.stderr)
         return ParameterError.exit_code
     if o.readers is not None and not 0 <= o.readers <= 64:
-        p.error("--readers is 0 to 64")
+        p.error("--readers must be 0 to 64")
     with _reporter(o, level) as report:
         try:
             if o.source is None:

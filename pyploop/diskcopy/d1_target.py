@@ -105,8 +105,8 @@ class StreamOutput:
             )
         if answer != d1.SUCCESS:
             raise ProtocolError(
-                f"the receiver answered {answer!r} to the first SYNC, which no receiver of "
-                "pyploop or ploop does; nothing was sent",
+                f"the receiver answered {answer!r} to the first SYNC, which is no answer "
+                "of pyploop or ploop; nothing was sent",
                 hint="check that -o and -f lead to one and the same receiver",
             )
         return NATIVE if self._compat == "native" else PLOOP

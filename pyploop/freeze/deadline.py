@@ -102,7 +102,8 @@ class Deadline:
         """Raises LoopError when the limit has passed, and whatever `watch` raises."""
         if self._limits is not None and self._clock() > self._at:
             raise LoopError(
-                f"the source was frozen for almost {self._limits.hard:g} s (--freeze-limit); "
-                "it was thawed, and no target was made"
+                f"the freeze has almost reached its limit of {self._limits.hard:g} s "
+                "(--freeze-limit); the source was thawed, and no target was made",
+                hint="allow a longer freeze with --freeze-limit",
             )
         self._watch()

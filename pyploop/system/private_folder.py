@@ -69,7 +69,7 @@ def _check_above(folder: str, path: Path) -> None:
         raise OpenError(
             f"{path} is not used: {folder} above it belongs to user {st.st_uid}",
             path=folder,
-            hint="choose a folder to which only this user has a way",
+            hint="choose a folder that only root and this user can move or replace",
         )
     # In a folder with the sticky bit (/tmp) others cannot replace what is ours.
     if st.st_mode & 0o022 and not st.st_mode & stat.S_ISVTX:

@@ -108,8 +108,8 @@ class Accounting:
                 Path(self._path).write_text("1")
         except OSError as e:
             raise DeviceControlError.of(
-                f"cannot switch on the accounting of {self._disk} ({self._path}), without which "
-                "nothing proves that all writes were tracked",
+                f"cannot switch on the accounting of {self._disk} ({self._path}), which is needed "
+                "to prove that all writes were tracked",
                 e,
             ) from e
         self._was_touched()  # ignore our own write
