@@ -98,6 +98,29 @@ def test_no_more_rounds_nor_bytes_are_sent_than_allowed() -> None:
     assert sum(r.sent for r in world.rounds) <= POLICY.max_volume * GIB
 
 
+def test_what_a_round_saves_is_what_is_written_less_what_is_written_meanwhile() -> None:
+    """By hand: 100 MiB/s of wire, and 20 that are written."""
+    rounds = [MemoryRound(200 * MIB, 2.0), MemoryRound(60 * MIB, 0.8, window=3.0, frozen=0.1)]
+    got = another(rounds, POLICY, memory=GIB, wire=0.0, age=1.0)
+    assert (got.pays, got.expected) == (True, 20 * MIB)
+    assert got.why == "saves 160 ms, stands still for 100 ms"
+    got = another(rounds, POLICY, memory=4 * MIB, wire=0.0, age=1.0)
+    assert not got.pays, "no more than all of the memory"
+    # Rounds of next to nothing do not show the speed, but that each takes 80 ms.
+    rounds = [MemoryRound(MIB // 2, 0.18), MemoryRound(MIB // 4, 0.13, window=0.25)]
+    got = another(rounds, POLICY, memory=GIB, wire=5 * MIB, age=4.0)
+    assert (got.expected, got.why) == (4 * MIB, "saves 624 ms, stands still for 50 ms")
+
+
+def test_rounds_that_do_not_shrink_enough_are_the_last() -> None:
+    shrink = MemoryPolicy(shrink=0.5)
+    for last, pays in ((50, False), (49, True)):
+        rounds = [MemoryRound(100 * MIB, 1.0), MemoryRound(last * MIB, 0.5, window=1.0)]
+        got = another(rounds, shrink, memory=GIB, wire=0.0, age=1.0)
+        assert got.pays == pays
+        assert ("stopped shrinking" in got.why) != pays
+
+
 def test_what_is_not_known_is_tried() -> None:
     assert another([], POLICY, memory=0, wire=0.0, age=0.0).pays
     one = [MemoryRound(100 * MIB, 1.0)]
