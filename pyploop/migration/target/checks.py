@@ -73,8 +73,8 @@ def check_all(
         if missing:
             raise MigrateError(
                 VzExitCode.CPU,
-                f"the CPU of this host lacks {' '.join(sorted(missing))}, which the source has",
-                hint="use a target with such a CPU, or ignore it at your own risk (--nodeps=cpu)",
+                f"the CPU of this host lacks {' '.join(sorted(missing))}, which the source has "
+                "(--nodeps=cpu ignores that, at your own risk)",
             )
     chosen.check_target({**facts, "nodeps": nodeps}, live)
     disks = chosen.disks(source=False)
