@@ -58,7 +58,7 @@ ffi.cdef(
     int pk_enter_network(int ns_fd);
     static const unsigned int FAN_MARK_FILESYSTEM;
     int pk_watch(int file_fd, unsigned int whole, uint64_t mask);
-    int pk_read_accesses(int fd, struct pk_access *found, int max);
+    int pk_read_access(int fd, struct pk_access *found);
     int pk_io_priority(int tid);
     int pk_kcmp_files(int one, int other);
     int pk_openat2(int dirfd, const char *path, uint64_t flags, uint64_t mode,
@@ -175,25 +175,23 @@ ffi.set_source(
         }
         return fd;
     }
-    /* Each event has an open file.  inode 0: this one has none. */
-    static int pk_read_accesses(int fd, struct pk_access *found, int max)
+    /* One event at a time: when its file cannot be opened, read(2) fails.  After other events
+       it would drop that one without a word.  Each event has an open file; inode 0: this one
+       has none.  1, or -errno. */
+    static int pk_read_access(int fd, struct pk_access *found)
     {
-        struct fanotify_event_metadata events[64], *e = events;
-        int n = 0;
-        ssize_t left = read(fd, events, sizeof events[0] * (max < 64 ? max : 64));
-        if (left < 0)
+        struct fanotify_event_metadata e;
+        struct stat st = { .st_ino = 0 };
+        if (read(fd, &e, sizeof e) < 0)
             return -errno;
-        for (; FAN_EVENT_OK(e, left); e = FAN_EVENT_NEXT(e, left)) {
-            struct stat st = { .st_ino = 0 };
-            if (e->fd >= 0) {
-                if (fstat(e->fd, &st) < 0)
-                    st.st_ino = 0;
-                close(e->fd);
-            }
-            found[n++] = (struct pk_access){
-                .mask = e->mask, .dev = st.st_dev, .inode = st.st_ino, .pid = e->pid };
+        if (e.fd >= 0) {
+            if (fstat(e.fd, &st) < 0)
+                st.st_ino = 0;
+            close(e.fd);
         }
-        return n;
+        *found = (struct pk_access){
+            .mask = e.mask, .dev = st.st_dev, .inode = st.st_ino, .pid = e.pid };
+        return 1;
     }
     static int pk_io_priority(int tid)
     { return result((int)syscall(SYS_ioprio_get, 1 /* a thread */, tid)); }

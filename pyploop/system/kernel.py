@@ -243,22 +243,19 @@ def read_accesses(fd: int, path: str) -> list[Access]:
     """The events since the last call; never waits.  When the kernel lost events, one of PID 0
     stands for all of them: it may be anything."""
     found: list[Access] = []
-    events = _ffi.new("struct pk_access[64]")
-    while True:
-        n = _lib.pk_read_accesses(fd, events, 64)
-        if n == -errno.EAGAIN:
-            return found
+    event = _ffi.new("struct pk_access *")
+    while (n := _lib.pk_read_access(fd, event)) != -errno.EAGAIN:
         if n < 0:  # the kernel could not open the event's file: the event is lost
             found.append(Access(True, True, True, 0, None))
             return found
-        for e in events[0:n]:
-            lost = bool(e.mask & _lib.FAN_Q_OVERFLOW)
-            closed = bool(e.mask & _lib.FAN_CLOSE_WRITE) or lost
-            wrote = bool(e.mask & _lib.FAN_MODIFY) or closed
-            opened = bool(e.mask & _lib.FAN_OPEN) or lost
-            dev = os.major(e.dev), os.minor(e.dev)
-            file = (dev, int(e.inode)) if e.inode else None
-            found.append(Access(opened, wrote, closed, int(e.pid), file))
+        lost = bool(event.mask & _lib.FAN_Q_OVERFLOW)
+        closed = bool(event.mask & _lib.FAN_CLOSE_WRITE) or lost
+        wrote = bool(event.mask & _lib.FAN_MODIFY) or closed
+        opened = bool(event.mask & _lib.FAN_OPEN) or lost
+        dev = os.major(event.dev), os.minor(event.dev)
+        file = (dev, int(event.inode)) if event.inode else None
+        found.append(Access(opened, wrote, closed, int(event.pid), file))
+    return found
 
 
 def share_files(one: int, other: int) -> bool:

@@ -268,6 +268,30 @@ def test_a_writer_that_is_named_like_the_loop_driver_and_has_ended_is_noticed(
         assert same(disk, folder / "copy", SIZE)
 
 
+FEW_DESCRIPTORS = """
+import os, resource, subprocess, sys
+from pyploop.system import kernel
+
+path = sys.argv[1]
+fd = os.open(path, os.O_RDONLY)
+watch = kernel.watch_file(fd, path)
+for _ in range(2):
+    subprocess.run(["dd", "if=/dev/zero", f"of={path}", "bs=1", "count=1", "status=none"])
+free = os.dup(fd)  # the lowest number that is free
+os.close(free)
+resource.setrlimit(resource.RLIMIT_NOFILE, (free + 1, free + 1))
+found = kernel.read_accesses(watch, path)
+print(sum(a.closed for a in found))
+"""
+
+
+def test_no_event_is_dropped_where_descriptors_are_few(folder: Path) -> None:
+    """The kernel opens the file of each event that is read."""
+    disk = image(folder)
+    done = run(sys.executable, "-c", FEW_DESCRIPTORS, disk)
+    assert done == "2\n"
+
+
 def test_a_file_whose_name_is_gone_is_watched_all_the_same(folder: Path) -> None:
     disk, other = image(folder), folder / "other name"
     with loop_device(disk) as source:
