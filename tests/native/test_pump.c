@@ -656,6 +656,63 @@ static void faults(void)
 	close(src);
 }
 
+struct cut {
+	int src, reader, writer;
+	bool over;	/* atomic */
+};
+
+/* When the pipe is full: the source is cut, and the pipe emptied. */
+static void *cut_main(void *arg)
+{
+	struct cut *c = arg;
+	struct pollfd ready = { .fd = c->writer, .events = POLLOUT };
+	char page[4096];
+
+	while (poll(&ready, 1, 0) == 1)
+		;
+	OK(ftruncate(c->src, 0) == 0);
+	while (!__atomic_load_n(&c->over, __ATOMIC_RELAXED))
+		while (read(c->reader, page, sizeof(page)) > 0)
+			;
+	return NULL;
+}
+
+/* A source that gets shorter after it was read and before its pages are in the pipe is
+   named, not the stream. */
+static void spliced_source_gets_shorter(void)
+{
+	uint8_t *data = must_alloc(MiB);
+	const struct pl_extent all = { 0, MiB };
+	struct pl_pump_cfg cfg;
+	struct pl_fault fault;
+	struct pl_known known;
+	struct pl_pump *p;
+	pthread_t thread;
+	struct cut c;
+	int fd[2];
+
+	fill_random(data, MiB);
+	OK(pipe2(fd, O_NONBLOCK) == 0);
+	c = (struct cut){ temp_file(data, MiB), fd[0], fd[1], false };
+	EQ(pl_known_init(&known, MiB, 12), 0);
+	cfg = config(c.src, MiB, c.writer, PL_SINK_FRAMES);
+	cfg.known = &known;
+	cfg.cluster = MiB;	/* one run, many times what a pipe holds */
+	p = new_pump(&cfg);
+	OK(pthread_create(&thread, NULL, cut_main, &c) == 0);
+	EQ(pl_pump_pass(p, &all, 1, PL_PASS_LIVE, &fault), -ENODATA);
+	EQ(fault.stage, PL_STAGE_READ);
+	EQ(fault.pos, 0);
+	__atomic_store_n(&c.over, true, __ATOMIC_RELAXED);
+	pthread_join(thread, NULL);
+	pl_pump_free(p);
+	pl_known_fini(&known);
+	close(c.src);
+	close(fd[0]);
+	close(fd[1]);
+	free(data);
+}
+
 static void *cancel_amid(void *arg)
 {
 	struct pl_pump_stats stats;
@@ -787,6 +844,7 @@ int main(void)
 	random_rounds(12);
 	random_rounds(14);
 	faults();
+	spliced_source_gets_shorter();
 	cancelled_pass_is_no_success();
 	four_gib();
 	return 0;
