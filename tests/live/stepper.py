@@ -40,7 +40,7 @@ STEPS: dict[str, tuple[type, str, int, str]] = {
     "source synced": (FileSystems, "sync", AFTER, ""),
     "watchdog ready": (FreezeSession, "prepare", AFTER, ""),
     "target synced": (Approach, "sync_target", AFTER, "watchdog ready"),
-    "warm-up": (FileSystems, "freeze", AFTER, "watchdog ready"),
+    "warm-up": (FileSystems, "_freeze_all", AFTER, "watchdog ready"),
     "stop begins": (FreezeSession, "stop", 0, ""),
     "cgroup frozen": (CgroupStopper, "stop", AFTER, ""),
     "stopped source synced": (FileSystems, "sync", AFTER, "cgroup frozen"),
