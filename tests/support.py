@@ -216,8 +216,8 @@ def mounted(
 
 
 def unmount(point: Path) -> None:
-    """Once nobody looks into it any more."""
-    deadline = time.monotonic() + 5
+    """All that is mounted there, once nobody looks into it any more."""
+    deadline = time.monotonic() + 20
     while os.path.ismount(point):
         if time.monotonic() > deadline:
             run("umount", "--lazy", point)

@@ -131,13 +131,7 @@ def any_pair(folder: Path, fstype: str = "ext4", options: str = "noatime,nodev")
         for host in (made.a, made.b):
             made.step(host, "kill")
             for disk in ("one", "two"):
-                while (
-                    subprocess.run(
-                        ["umount", str(host / disk)], capture_output=True, check=False
-                    ).returncode
-                    == 0
-                ):
-                    pass
+                support.unmount(host / disk)
         for line in support.run("losetup", "-nO", "NAME,BACK-FILE").splitlines():
             if str(folder) in line:
                 support.run("losetup", "--detach", line.split()[0], check=False)
