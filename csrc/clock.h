@@ -20,4 +20,11 @@ static inline uint64_t pl_now_ns(void)
 	return (uint64_t)t.tv_sec * PL_NS_PER_S + (uint64_t)t.tv_nsec;
 }
 
+/* For a condition variable whose clock is CLOCK_MONOTONIC. */
+static inline struct timespec pl_timespec(uint64_t ns)
+{
+	return (struct timespec){ .tv_sec = (time_t)(ns / PL_NS_PER_S),
+				  .tv_nsec = (long)(ns % PL_NS_PER_S) };
+}
+
 #endif

@@ -1,7 +1,7 @@
 # cython: language_level=3
 # SPDX-License-Identifier: Apache-2.0
 """csrc/pl.h as Cython sees it."""
-from libc.stdint cimport int32_t, int64_t, uint8_t, uint32_t, uint64_t
+from libc.stdint cimport int32_t, int64_t, uint8_t, uint16_t, uint32_t, uint64_t
 
 
 cdef extern from "pl.h" nogil:
@@ -235,3 +235,82 @@ cdef extern from "pl.h" nogil:
 
     int pl_bpf_take_snapshot "pl_bpf_snapshot"(
         const pl_bpf *t, int stat_fd, unsigned tries, pl_bpf_snapshot *out)
+
+    struct pl_gate:
+        pass
+
+    int pl_gate_new(pl_gate **out, int fd)
+    void pl_gate_free(pl_gate *g)
+    int pl_gate_enter(pl_gate *g, bint urgent, uint32_t ms)
+    void pl_gate_leave(pl_gate *g)
+    void pl_gate_shut(pl_gate *g)
+
+    struct pl_files_out_cfg:
+        pl_gate *gate
+        uint16_t channel
+        uint64_t window
+        uint64_t rate
+        uint32_t stall_ms
+        uint32_t silence_ms
+
+    struct pl_files_out_stats:
+        uint64_t data_bytes
+        uint64_t zero_bytes
+
+    struct pl_files_out:
+        pass
+
+    int pl_files_out_new(pl_files_out **out, const pl_files_out_cfg *cfg)
+    void pl_files_out_free(pl_files_out *o)
+    int pl_files_out_grow(pl_files_out *o, const char *name, uint16_t len, uint16_t mode,
+                          int fd, uint64_t *pos, pl_stage *stage)
+    int pl_files_out_complete(pl_files_out *o, const char *name, uint16_t len,
+                              uint16_t mode, uint64_t size, pl_stage *stage)
+    int pl_files_out_credit(pl_files_out *o, uint32_t bytes)
+    void pl_files_out_stop(pl_files_out *o, int err)
+    void pl_files_out_get_stats(const pl_files_out *o, pl_files_out_stats *to)
+
+    enum:
+        PL_PIECE_NAME
+
+    struct pl_files_in_cfg:
+        pl_gate *gate
+        uint16_t channel
+        uint64_t window
+        uint32_t stall_ms
+        uint32_t silence_ms
+
+    struct pl_piece:
+        uint16_t name_len
+        uint16_t mode
+        uint32_t length
+        uint64_t pos
+        char name[PL_PIECE_NAME]
+
+    struct pl_files_in:
+        pass
+
+    int pl_files_in_new(pl_files_in **out, const pl_files_in_cfg *cfg)
+    void pl_files_in_free(pl_files_in *f)
+    int pl_files_in_next(pl_files_in *f, pl_piece *p, pl_stage *stage)
+    int pl_files_in_take(pl_files_in *f, int fd, uint32_t most, uint64_t largest,
+                         uint64_t *budget, pl_piece *p, pl_stage *stage)
+    void pl_files_in_finish(pl_files_in *f)
+    void pl_files_in_stop(pl_files_in *f, int err)
+
+    struct pl_intake_cfg:
+        int fd
+        int stop_fd
+        uint32_t silence_ms
+        const uint8_t *early
+        size_t early_len
+
+    struct pl_intake:
+        pass
+
+    int pl_intake_new(pl_intake **out, const pl_intake_cfg *cfg)
+    void pl_intake_free(pl_intake *i)
+    int pl_intake_read(pl_intake *i, void *buf, size_t len)
+    int pl_intake_head(pl_intake *i, uint8_t *head)
+    int pl_intake_add(pl_intake *i, pl_files_in *f)
+    void pl_intake_remove(pl_intake *i, pl_files_in *f)

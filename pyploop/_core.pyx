@@ -5,11 +5,12 @@ and -errno becomes OSError in `_check` / `Fault`, nowhere else."""
 import os
 from typing import NamedTuple
 
-from libc.errno cimport ENOMEM
+from libc.errno cimport EAGAIN, ENOMEM
 from libc.stdlib cimport free, realloc
 from libc.string cimport memcpy, memset
 from cpython.buffer cimport PyBUF_READ
 from cpython.bytes cimport PyBytes_FromStringAndSize
+from cpython.exc cimport PyErr_CheckSignals
 from cpython.memoryview cimport PyMemoryView_FromMemory
 
 
@@ -299,3 +300,4 @@ cdef int _md5(void *ctx, const void *data, size_t size, uint8_t *out) noexcept w
 
 include "_core_pumps.pxi"
 include "_core_tracking.pxi"
+include "_core_files.pxi"
