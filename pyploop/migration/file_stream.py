@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """The file stream: files in a data channel, piece by piece.  It carries configuration and
-lower deltas while the container runs, and a memory dump while it is being written.
+lower deltas; memory images go the same way, by image_channels.py.
 
 A piece is `name length u16, mode u16, data length u32, position u64`, little
 endian, then the name and the data.  A piece without data says that the file is
@@ -10,6 +10,7 @@ complete and `position` bytes long.  A piece without a name ends the stream.
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import socket
 import struct
@@ -17,14 +18,11 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
 from pyploop._core import fdatasync
 from pyploop.errors import ProtocolError, ReadError, SyncError, WriteError
 from pyploop.runtimes import LARGEST_FILE
 from pyploop.system.file_extents import data_extents
-from pyploop.system.jobs import Job
 from pyploop.system.peer_patience import Patience
 from pyploop.units import KIB, MIB
 
@@ -68,14 +66,6 @@ class Writer:
         self._send(HEADER.pack(len(raw), mode, len(data), pos) + raw + data)
         self.sent += len(data)
 
-    def grown(self, name: str, path: Path, pos: int) -> int:
-        """Send what the file has from `pos` on.  Returns where it ends now."""
-        with open(path, "rb", buffering=0) as f:
-            while data := os.pread(f.fileno(), PIECE, pos):
-                self.piece(name, 0o600, pos, data)
-                pos += len(data)
-        return pos
-
     def complete(self, name: str, mode: int, size: int) -> None:
         self.piece(name, mode, size, b"")
 
@@ -111,29 +101,6 @@ class Writer:
         self.close()
 
 
-def stream_dump(folder: Path, out: Writer, dump: Job[Any]) -> None:
-    """Send a folder of CRIU images, which is being written until `dump` has ended.
-    When the dump fails, its failure is raised here too, and the stream gets no end.
-
-    The pages are nearly all of the data, and CRIU writes them strictly in order, so
-    they are sent as they grow.  CRIU may still change the other files, so they are
-    sent at the end.
-    """
-    at: dict[str, int] = {}
-    done = False
-    while not done:
-        done = dump.over.wait(0.002)
-        for path in folder.glob("pages-*.img"):
-            at[path.name] = out.grown(path.name, path, at.get(path.name, 0))
-    dump.join()
-    for path in sorted(folder.iterdir()):
-        if path.name in at:
-            out.complete(path.name, 0o600, at[path.name])
-        elif path.is_file():  # and not the link to a pre-dump's folder
-            out.file(path.name, str(path))
-    out.end()
-
-
 class _Reader:
     def __init__(self, fd: int, stall: float) -> None:
         self._sock = socket.socket(fileno=fd)
@@ -142,15 +109,10 @@ class _Reader:
     def exactly(self, size: int) -> bytes:
         try:
             return self._patience.exactly(size)
-        except TimeoutError as e:
-            raise ReadError(
-                "the source sent less than 64 KiB within --timeout",
-                hint="give `pyploop migrate` a longer --timeout if the connection is slow",
-            ) from e
         except EOFError as e:
-            raise ReadError("the file stream ended too early: the source may have failed") from e
+            raise ended_early() from e
         except OSError as e:
-            raise ReadError.of("cannot read files from the source", e) from e
+            raise cannot_read(e) from e
 
     def close(self) -> None:
         self._sock.close()
@@ -170,6 +132,16 @@ class Budget:
     def __init__(self, most: int) -> None:
         self.most = self._left = most
         self._lock = threading.Lock()
+
+    def lease(self) -> int:
+        """All bytes that are left, for one stream.  What it does not use it gives back."""
+        with self._lock:
+            left, self._left = max(self._left, 0), min(self._left, 0)
+            return left
+
+    def give_back(self, size: int) -> None:
+        with self._lock:
+            self._left += size
 
     def spend(self, size: int) -> None:
         """ProtocolError when fewer than `size` bytes are left."""
@@ -202,7 +174,7 @@ class Place:
     """Mode bits that are taken over from the source."""
 
 
-class _Files:
+class Files:
     """The files of one stream.  At most MOST_OPEN of the incomplete ones are open."""
 
     def __init__(self, place: Place) -> None:
@@ -215,20 +187,41 @@ class _Files:
 
     def take(self, name: str, mode: int, pos: int, data: bytes) -> None:
         """Store one piece.  ProtocolError when it breaks a rule of the stream or a limit."""
+        fd = self.admit(name, pos, len(data))
+        if data:
+            _write(fd, name, pos, data)
+        else:
+            self.complete(name, mode, pos)
+
+    def admit(self, name: str, pos: int, length: int) -> int:
+        """The descriptor for a piece with so many bytes of data.  ProtocolError when it
+        breaks a rule of the stream or a limit."""
         place, fd = self._place, self._file(name)
-        if pos + len(data) > place.largest(name):
+        if pos + length > place.largest(name):
             raise ProtocolError(
                 f"{name[:80]!r} is larger than {place.largest(name)} bytes, which is the limit"
             )
-        self._bytes += len(data)
+        self.count(length)
         if place.budget is not None:
-            place.budget.spend(len(data))
-        _put(fd, name, mode & place.modes, pos, data)
-        if not data:
-            if place.durable:
-                _sync(fd, name)
-            self._close(name)
-            self._complete[name] = None
+            place.budget.spend(length)
+        return fd
+
+    def count(self, length: int) -> None:
+        """So many bytes of data were taken."""
+        self._bytes += length
+
+    def complete(self, name: str, mode: int, size: int) -> None:
+        """The piece that was admitted last ends its file."""
+        place, fd = self._place, self._open[name]
+        try:
+            os.ftruncate(fd, size)
+            os.fchmod(fd, mode & place.modes)
+        except OSError as e:
+            raise cannot_write(name, e) from e
+        if place.durable:
+            _sync(fd, name)
+        self._close(name)
+        self._complete[name] = None
 
     def _file(self, name: str) -> int:
         if name in self._open:
@@ -286,37 +279,60 @@ class _Files:
 def receive(fd: int, stall: float, place: Place) -> Received:
     """Receive pieces until the stream ends.  Closes the descriptor."""
     reader = _Reader(fd, stall)
-    files = _Files(place)
+    files = Files(place)
     try:
         while (head := HEADER.unpack(reader.exactly(HEADER.size)))[0]:
             name_length, mode, length, pos = head
-            if name_length > LONGEST_NAME or length > LARGEST or pos + length > LARGEST_FILE:
-                raise ProtocolError(
-                    f"the source sent a piece that is out of bounds: {length} bytes at byte {pos} "
-                    f"of a file, with a name of {name_length} bytes"
-                )
-            raw = reader.exactly(name_length)
-            if b"\0" in raw:
-                raise ProtocolError("the source sent a file whose name contains a NUL byte")
-            files.take(os.fsdecode(raw), mode, pos, reader.exactly(length))
+            check_piece(name_length, length, pos)
+            name = decode_name(reader.exactly(name_length))
+            files.take(name, mode, pos, reader.exactly(length))
         return files.end()
     finally:
         reader.close()
         files.close()
 
 
-def _put(fd: int, name: str, mode: int, pos: int, data: bytes) -> None:
+def check_piece(name_length: int, length: int, pos: int) -> None:
+    """The numbers in its head, before anything else is read.  ProtocolError."""
+    if name_length > LONGEST_NAME or length > LARGEST or pos + length > LARGEST_FILE:
+        raise ProtocolError(
+            f"the source sent a piece that is out of bounds: {length} bytes at byte {pos} "
+            f"of a file, with a name of {name_length} bytes"
+        )
+
+
+def decode_name(raw: bytes) -> str:
+    if b"\0" in raw:
+        raise ProtocolError("the source sent a file whose name contains a NUL byte")
+    return os.fsdecode(raw)
+
+
+def cannot_write(name: str, e: OSError) -> WriteError:
+    return WriteError.of(f"cannot write the incoming file {name[:80]!r}", e)
+
+
+def cannot_read(e: OSError) -> ReadError:
+    """The stream, not a file."""
+    if isinstance(e, TimeoutError) or e.errno == errno.ETIMEDOUT:
+        return ReadError(
+            "the source sent less than 64 KiB within --timeout",
+            hint="give `pyploop migrate` a longer --timeout if the connection is slow",
+        )
+    return ReadError.of("cannot read files from the source", e)
+
+
+def ended_early() -> ReadError:
+    return ReadError("the file stream ended too early: the source may have failed")
+
+
+def _write(fd: int, name: str, pos: int, data: bytes) -> None:
     try:
-        if not data:
-            os.ftruncate(fd, pos)
-            os.fchmod(fd, mode)
-            return
         view = memoryview(data)
         while view:
             n = os.pwrite(fd, view, pos)
             view, pos = view[n:], pos + n
     except OSError as e:
-        raise WriteError.of(f"cannot write the incoming file {name[:80]!r}", e) from e
+        raise cannot_write(name, e) from e
 
 
 def _sync(fd: int, name: str) -> None:

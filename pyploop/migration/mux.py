@@ -7,7 +7,8 @@ nothing of the connection.  Threads move the bytes in large pieces.
 Invariants: the reader of the connection never waits for a channel, so no channel delays
 another: a sender has at most WINDOW bytes under way in a channel, and they are stored
 here.  A peer that sends nothing for `silence` seconds is dead.  What is stored here is
-bounded: WINDOW for each channel, INBOX for messages.
+bounded: WINDOW (or what both ends agreed on) for each channel, INBOX for messages.
+A message waits for one frame at most: the gate lets a stream of images go last.
 """
 
 from __future__ import annotations
@@ -22,9 +23,18 @@ import socket
 import threading
 import time
 from collections.abc import Callable
+from typing import Protocol, TypeVar
 
+from pyploop._core import Gate, Intake
 from pyploop.errors import ProtocolError, PyploopError, ReadError, WriteError
 from pyploop.migration import deadlines
+from pyploop.migration.image_channels import (
+    ImageReader,
+    ImageWriter,
+    Line,
+    milliseconds,
+    why_unread,
+)
 from pyploop.system import signals
 from pyploop.system.jobs import TICK
 from pyploop.units import KIB, MIB
@@ -40,6 +50,18 @@ MERGED = 64 * KIB
 """Bytes up to which small frames of a channel are stored as one: each object costs memory."""
 
 
+class Channel(Protocol):
+    """What the connection's reader needs of a channel.  It never waits in one of these."""
+
+    def deliver(self, data: bytearray) -> None: ...
+    def credit(self, n: int) -> None: ...
+    def finish(self) -> None: ...
+    def reset(self) -> None: ...
+
+
+C = TypeVar("C", bound=Channel)
+
+
 class Mux:
     """rfd, wfd: the connection; the caller closes it.  early: bytes that were already
     read from it.  on_dead: called once, from a thread, with the cause."""
@@ -53,10 +75,10 @@ class Mux:
         silence: float = deadlines.SILENCE,
         on_dead: Callable[[PyploopError], None] | None = None,
     ) -> None:
-        self._rfd, self._wfd, self._early = rfd, wfd, early
+        self._wfd = wfd
         self._silence, self._on_dead = silence, on_dead
-        self._out = threading.Lock()
-        self._channels: dict[int, _Channel] = {}
+        self._gate = Gate(wfd)
+        self._channels: dict[int, Channel] = {}
         self._ended: set[int] = set()
         """Channels that the peer closed before they were opened here.  The peer abandoned
         its request before the request was read."""
@@ -68,6 +90,8 @@ class Mux:
         self.taken = 0
         """Bytes of the messages that `receive` has returned, with OVERHEAD for each."""
         self._stop_r, self._stop_w = os.pipe()
+        ms = milliseconds(silence)
+        self._intake = Intake(rfd, self._stop_r, bytes(early), silence_ms=ms)
         self._stopping = threading.Event()
         self._lock = threading.Lock()
         self.failure: PyploopError | None = None
@@ -85,7 +109,7 @@ class Mux:
 
     def send(self, message: Message) -> None:
         """WriteError when the connection is dead."""
-        self._write([wire.encode(message)])
+        self.write([wire.encode(message)])
 
     def receive(self, timeout: float | None) -> Message:
         """The next message.  ReadError when none comes in time.  When the connection is
@@ -115,21 +139,38 @@ class Mux:
         """A descriptor of a socket for the channel; the caller closes it.
         ProtocolError when the number was used before or is out of range, or when
         AT_ONCE channels are open."""
-        if not 0 < number <= LAST:
-            raise ProtocolError(f"agent protocol: there is no channel {number!r} (1 to {LAST})")
         ours, theirs = socket.socketpair()
         for s in (ours, theirs):
             s.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, MIB)
+        try:
+            self._open(number, lambda: _Channel(number, ours, self.write, self.forget))
+        except PyploopError:
+            ours.close()
+            theirs.close()
+            raise
+        return theirs.detach()
+
+    def open_writer(self, number: int, window: int, stall: float, rate: int = 0) -> ImageWriter:
+        """Like `open`, for sending memory images."""
+        made = Line(self, self._gate, self._intake, number, window, self._silence)
+        return self._open(number, lambda: ImageWriter(made, stall, rate))
+
+    def open_reader(self, number: int, window: int, stall: float) -> ImageReader:
+        """Like `open`, for receiving memory images."""
+        made = Line(self, self._gate, self._intake, number, window, self._silence)
+        return self._open(number, lambda: ImageReader(made, stall))
+
+    def _open(self, number: int, make: Callable[[], C]) -> C:
+        if not 0 < number <= LAST:
+            raise ProtocolError(f"agent protocol: there is no channel {number!r} (1 to {LAST})")
         with self._lock:
             if refusal := self._refusal(number):
-                ours.close()
-                theirs.close()
                 raise refusal
             self._used.add(number)
-            made = self._channels[number] = _Channel(number, ours, self._write, self._forget)
+            made = self._channels[number] = make()
             if number in self._ended:
                 made.finish()
-        return theirs.detach()
+        return made
 
     def _refusal(self, number: int) -> PyploopError | None:
         """Why a channel of that number cannot be opened.  None: it can."""
@@ -151,9 +192,9 @@ class Mux:
         for number, channel in channels:
             channel.reset()
             with contextlib.suppress(PyploopError):  # the connection's end is reported elsewhere
-                self._write([wire.frame(wire.RESET, number, 0)])
+                self.write([wire.frame(wire.RESET, number, 0)])
 
-    def _forget(self, number: int) -> None:
+    def forget(self, number: int) -> None:
         with self._lock:
             self._channels.pop(number, None)
 
@@ -181,16 +222,17 @@ class Mux:
             channels = list(self._channels.values())
         for c in channels:
             c.reset()
+        self._gate.shut()
         self._inbox.put(None)
         self._stopping.set()
         if self._on_dead is not None:
             self._on_dead(cause)
 
-    def _write(self, parts: list[bytes]) -> None:
+    def write(self, parts: list[bytes]) -> None:
         """Write whole frames, from any thread."""
         poll = select.poll()
         poll.register(self._wfd, select.POLLOUT)
-        with self._out:
+        with self._gate:
             # Not before the lock: on a slow link other threads' frames take long.
             deadline = time.monotonic() + self._silence
             left = [memoryview(p) for p in parts]
@@ -216,43 +258,19 @@ class Mux:
     def _ping_loop(self) -> None:
         while not self._stopping.wait(deadlines.PING_EVERY):
             with contextlib.suppress(PyploopError):
-                self._write([wire.frame(wire.PING, 0, 0)])
-
-    def _read(self, size: int) -> bytearray:
-        """Read exactly `size` bytes from the connection."""
-        data = bytearray(size)
-        view, got = memoryview(data), min(size, len(self._early))
-        view[:got] = self._early[:got]
-        self._early = self._early[got:]
-        poll = select.poll()
-        poll.register(self._rfd, select.POLLIN)
-        poll.register(self._stop_r, select.POLLIN)
-        while got < size:
-            ready = dict(poll.poll(self._silence * 1000))
-            if self._stop_r in ready:
-                raise ReadError("the connection was closed on this host")
-            if not ready:
-                raise ReadError(f"the peer sent nothing for {self._silence:g} s, not even a ping")
-            try:
-                n = os.readv(self._rfd, [view[got:]])
-            except BlockingIOError:
-                continue
-            except OSError as e:
-                raise ReadError.of("the connection to the peer broke", e) from e
-            if n == 0:
-                raise ReadError("the peer closed the connection")
-            got += n
-        return data
+                self.write([wire.frame(wire.PING, 0, 0)])
 
     def _read_loop(self) -> None:
         try:
             while True:
-                self._take(wire.parse(bytes(self._read(wire.HEADER_SIZE))))
+                self._take(wire.parse(self._intake.head()))
+        except OSError as e:
+            self.end(why_unread(e, self._silence))
         except PyploopError as e:
             self.end(e)
 
     def _take(self, frame: wire.Frame) -> None:
-        payload = self._read(frame.length) if frame.length else bytearray()
+        payload = self._intake.read(frame.length)
         if frame.kind == wire.CONTROL:
             self._arrived += len(payload) + OVERHEAD
             if self._arrived - self.taken > INBOX:

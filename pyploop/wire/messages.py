@@ -13,6 +13,7 @@ from collections.abc import Callable
 from typing import Any
 
 from pyploop.errors import ProtocolError
+from pyploop.units import MIB
 from pyploop.wire import channels
 
 LARGEST = 1 << 50
@@ -176,6 +177,7 @@ _REQUESTS: dict[str, dict[str, Check]] = {
         "number": _whole(0, 1023),
         "parent": _whole(0, 1023),
         "room": _SIZE,
+        "window": _whole(2 * MIB, 16 * MIB),
     },
     "join": {"name": _text, "timeout": _number(0.0, 2.0**53)},
     "restore": {"timeout": _TIME},
@@ -185,7 +187,7 @@ _REQUESTS: dict[str, dict[str, Check]] = {
     "settle": {"migration": _text},
     "forget": {"migration": _text},
 }
-_OPTIONAL = {"reuse", "number", "parent", "room"}
+_OPTIONAL = {"reuse", "number", "parent", "room", "window"}
 _VERDICT = re.compile("committed|aborted")
 
 

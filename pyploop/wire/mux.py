@@ -28,6 +28,9 @@ MAX_CONTROL = 256 * KIB
 MAX_DATA = 256 * KIB
 WINDOW = 2 * MIB
 """Bytes of one channel that may be under way in one direction."""
+IMAGE_WINDOW = 16 * MIB
+"""The same of a channel of memory images, when both ends know `window`.  ssh's own window
+(2 MiB) and the pipes lie within it, so it is never what slows a long line."""
 DEEPEST = 64
 """Levels of nested objects and lists in a message."""
 HELLO_LIMIT = 64 * KIB

@@ -228,35 +228,6 @@ def test_files_arrive_with_their_holes_sizes_and_modes(
     assert (target / "two").stat().st_size == 0
 
 
-def test_a_dump_is_sent_while_it_is_written(channel: tuple[int, int], tmp_path: Path) -> None:
-    source, target = tmp_path / "source", tmp_path / "target"
-    source.mkdir()
-    target.mkdir()
-    data, arrived = os.urandom(900_000), threading.Event()
-
-    def dump() -> None:
-        with (source / "pages-1.img").open("wb", buffering=0) as f:
-            f.write(data[:500_000])
-            assert arrived.wait(10)  # the first half is there before the second exists
-            f.write(data[500_000:])
-        (source / "core.img").write_bytes(b"core")
-
-    job = receive(channel[1], target)
-    dumping = Job(dump).start()
-    with file_stream.Writer(channel[0], 10) as out:
-        sending = Job(lambda: file_stream.stream_dump(source, out, dumping)).start()
-        deadline = time.monotonic() + 10
-        pages = target / "pages-1.img"
-        while not (pages.exists() and pages.stat().st_size == 500_000):
-            assert time.monotonic() < deadline
-            time.sleep(0.002)
-        arrived.set()
-        sending.join(10)
-    job.join(10)
-    assert pages.read_bytes() == data
-    assert (target / "core.img").read_bytes() == b"core"
-
-
 def test_a_limited_writer_takes_its_time(channel: tuple[int, int], tmp_path: Path) -> None:
     (tmp_path / "source").write_bytes(bytes(1 << 20))
     (tmp_path / "target").mkdir()
@@ -267,24 +238,6 @@ def test_a_limited_writer_takes_its_time(channel: tuple[int, int], tmp_path: Pat
         out.end()
     assert time.monotonic() - start >= 0.2
     assert job.join(20).names == ["one"]
-
-
-def test_a_dump_that_fails_is_not_taken_for_a_whole_one(
-    channel: tuple[int, int], tmp_path: Path
-) -> None:
-    source, target = tmp_path / "source", tmp_path / "target"
-    source.mkdir()
-    target.mkdir()
-    (source / "pages-1.img").write_bytes(b"x" * 1000)
-
-    def dump() -> None:
-        raise MigrateError(8, "no")
-
-    job = receive(channel[1], target)
-    with file_stream.Writer(channel[0], 10) as out, pytest.raises(MigrateError):
-        file_stream.stream_dump(source, out, Job(dump).start())
-    with pytest.raises(ReadError, match="ended too early"):
-        job.join(10)
 
 
 def head(name: int, length: int, pos: int) -> bytes:

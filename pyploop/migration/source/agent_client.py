@@ -26,6 +26,7 @@ from pyploop.errors import (
     VzExitCode,
 )
 from pyploop.migration import deadlines, hints
+from pyploop.migration.image_channels import ImageWriter
 from pyploop.migration.mux import INBOX, Mux
 from pyploop.report.events import NOTE
 from pyploop.system import descriptors
@@ -250,9 +251,21 @@ class Remote:
             )
         return self._mux
 
+    def open_images(self, stall: float, rate: int = 0) -> tuple[dict[str, int], ImageWriter]:
+        """(arguments of the request, the sender) for memory images; see open_channel."""
+        number = self._next_channel()
+        args, window = {"channel": number}, wire.WINDOW
+        if "window" in self.capabilities:
+            args["window"] = window = wire.IMAGE_WINDOW
+        return args, self._live().open_writer(number, window, stall, rate)
+
     def open_channel(self) -> tuple[int, int]:
         """Returns (the number for a request, a descriptor, which the caller closes).
         MigrateError when the agent takes no more channels."""
+        number = self._next_channel()
+        return number, self._live().open(number)
+
+    def _next_channel(self) -> int:
         if self.channels_left < 1:
             raise MigrateError(
                 VzExitCode.COPY_FAILED,
@@ -261,7 +274,7 @@ class Remote:
                 hint="install a newer pyploop there, or migrate fewer disks and trees at once",
             )
         self._channel += 1
-        return self._channel, self._live().open(self._channel)
+        return self._channel
 
     @property
     def channels_left(self) -> int:

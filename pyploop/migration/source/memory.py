@@ -14,8 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from pyploop.errors import MigrateError, PyploopError, VzExitCode
-from pyploop.migration import deadlines, file_stream, image_chain
+from pyploop.migration import deadlines, image_chain
+from pyploop.migration.image_channels import ImageWriter
 from pyploop.migration.memory_policy import MemoryPolicy, MemoryRound, another
+from pyploop.migration.source import dump_stream
 from pyploop.migration.source.agent_client import Remote
 from pyploop.migration.source.payload import Copies
 from pyploop.report.events import Reporter
@@ -71,6 +73,12 @@ class Memory:
         return 0 if self._spoiled else len(self.rounds)
 
     @property
+    def room(self) -> int:
+        """Bytes that the dump needs in images_dir, 0 when that is not known."""
+        whole = self._memory if not self.parent else self.rounds[-1].sent
+        return int(whole * (1 + PREVIEW))
+
+    @property
     def parent_folder(self) -> Path | None:
         return image_chain.folder_of(self._folder, self.parent) if self.parent else None
 
@@ -93,12 +101,12 @@ class Memory:
 
     def _one(self, number: int, age: float, room: int) -> bool:
         """False when there is no room for the round, or it failed."""
-        channel, fd = self._remote.open_channel()
-        with file_stream.Writer(fd, self._stall, self._rate) as out:
+        channel, out = self._remote.open_images(self._stall, self._rate)
+        with out:
             try:
                 image_chain.check_room(self._folder, room)
                 args = {"number": number, "parent": self.parent, "room": room}
-                self._remote.call("dump", deadlines.REQUEST, channel=channel, **args)
+                self._remote.call("dump", deadlines.REQUEST, **channel, **args)
             except MigrateError as e:
                 self._report.note(f"There are no more memory rounds: {e}")
                 return False
@@ -110,20 +118,20 @@ class Memory:
             self._log.done(entry)
         return not self._spoiled
 
-    def _send(self, number: int, age: float, out: file_stream.Writer) -> None:
+    def _send(self, number: int, age: float, out: ImageWriter) -> None:
         images = image_chain.folder_of(self._folder, number)
         images.mkdir(mode=0o700)
         parent = self.parent_folder
         self._report.event("phase", phase=f"memory {number}", bytes=None)
         start = self._began = time.monotonic()
         dump = Job(lambda: self._runtime.pre_dump(images, parent))
-        stream = Job(lambda: file_stream.stream_dump(images, out, dump))
+        stream = Job(lambda: dump_stream.stream_dump(images, out, dump))
         self._jobs += [dump, stream]
         try:
             dump.start()
             stream.start()
             frozen = dump.join()
-            stream.join()
+            dump_stream.explained(self._remote, f"memory {number}", stream.join)
         except BaseException:
             # A failed pre-dump may have left the container frozen.  It must not stay so
             # until the target reads the rest of the stream.

@@ -13,8 +13,8 @@ import time
 from dataclasses import dataclass
 
 from pyploop.errors import MigrateError, VzExitCode
-from pyploop.migration import deadlines, file_stream, image_chain
-from pyploop.migration.source import memory
+from pyploop.migration import deadlines, image_chain
+from pyploop.migration.source import dump_stream, memory
 from pyploop.migration.source.checks import Checked
 from pyploop.migration.source.disks import Disks
 from pyploop.migration.source.move import Move
@@ -69,14 +69,17 @@ class Ahead:
         runtime, remote = move.runtime, move.remote
         images, parent = image_chain.folder_of(move.folder, 0), ahead.parent_folder
         images.mkdir(mode=0o700)
-        number, fd = remote.open_channel()
+        channel, out = remote.open_images(move.request.copy.stall)
         limit = SuspendLimit(move.request.suspend_limit, remote.cut)
-        with file_stream.Writer(fd, move.request.copy.stall) as out, limit, remote.explained():
+        with out, limit, remote.explained():
             dump = Job(lambda: runtime.dump(images, parent))
-            stream = Job(lambda: file_stream.stream_dump(images, out, dump))
+            stream = Job(lambda: dump_stream.stream_dump(images, out, dump))
             # An agent that does not know memory rounds does not know this argument.
             after = {"parent": ahead.parent} if ahead.parent else {}
-            remote.call("dump", deadlines.REQUEST, channel=number, **after)
+            if "memory" in remote.capabilities:
+                after["room"] = ahead.room
+            image_chain.check_room(move.folder, ahead.room)
+            remote.call("dump", deadlines.REQUEST, **channel, **after)
             _compare_clocks(move)
             move.log_undo("resume")
             move.quiet.enter_context(move.report.deferred())
@@ -91,7 +94,7 @@ class Ahead:
                 move.result.disks = self.copies.finish(dump)
                 copied = time.monotonic()
                 dump.join()
-                stream.join()
+                dump_stream.explained(remote, "dump", stream.join)
             except BaseException:
                 # The target must not decide when this ends: its channel is about to be closed.
                 end_all([stream], out.cancel)

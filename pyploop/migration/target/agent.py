@@ -242,12 +242,21 @@ class Agent:
             raise
 
     def _dump(
-        self, channel: int, number: int = 0, parent: int = 0, room: int = 0
+        self,
+        channel: int,
+        number: int = 0,
+        parent: int = 0,
+        room: int = 0,
+        window: int = wire.WINDOW,
     ) -> dict[str, Any]:
         incoming = self._receiving()
         self._need_live()
-        with self._opened(channel) as fd:
-            incoming.take_dump(fd, number, parent, room)
+        images = self._mux.open_reader(channel, window, incoming.stall)
+        try:
+            incoming.take_dump(images, number, parent, room)
+        except BaseException:
+            images.close()
+            raise
         return {}
 
     def _join(self, name: str, timeout: float) -> dict[str, Any]:

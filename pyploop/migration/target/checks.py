@@ -17,9 +17,9 @@ from pyploop.runtimes.config import HostConfig
 from pyploop.runtimes.policy import Source
 from pyploop.system import cpu
 
-CAPABILITIES = ("memory", "tree", "channels")
-"""Optional parts of this major version of the protocol: memory rounds, trees, and channels
-with a number above channels.LAST_OLD."""
+CAPABILITIES = ("memory", "tree", "channels", "window")
+"""Optional parts of this major version of the protocol: memory rounds, trees, channels
+with a number above channels.LAST_OLD, and the window of a channel of memory images."""
 
 
 def check_trust(host: HostConfig, source: Source) -> None:

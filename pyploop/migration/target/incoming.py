@@ -22,6 +22,7 @@ from pyploop.migration import commit_record, deadlines, file_stream, undo_kinds
 from pyploop.migration.commit_record import ABORTED, COMMITTED, RAN, CommitRecord
 from pyploop.migration.file_stream import Place
 from pyploop.migration.image_chain import check_room, folder_of
+from pyploop.migration.image_channels import ImageReader
 from pyploop.migration.target import resumable_files, resumable_trees
 from pyploop.migration.target.incoming_files import IncomingFiles
 from pyploop.migration.target.incoming_memory import IncomingMemory
@@ -58,7 +59,7 @@ class Incoming:
         given up.  keep: copied data are kept after a failure (--keep-dst)."""
         self._host, self._runtime, self._facts = host, runtime, facts
         self.migration = migration
-        self._stall, self._report = (
+        self.stall, self._report = (
             min(stall or deadlines.LONGEST_STALL, deadlines.LONGEST_STALL),
             report,
         )
@@ -88,7 +89,7 @@ class Incoming:
             self._folder = Path(host.images_dir) / f"pyploop-{migration}"
             self._log("remove-tree", path=str(self._folder), transient=True)
             private_folder.make_new(self._folder)
-            self._memory = IncomingMemory(self._folder, facts.get("memory"), self._stall)
+            self._memory = IncomingMemory(self._folder, facts.get("memory"))
             self._files = IncomingFiles(host, runtime, self._journal, self._disks, report)
             made.callback(self._files.close)
             self._trees = IncomingTrees(
@@ -96,7 +97,7 @@ class Incoming:
                 runtime.trees(),
                 folder=self._folder,
                 log=self._journal,
-                stall=self._stall,
+                stall=self.stall,
                 keep_fds=runtime.keep_fds,
                 report=report,
                 mode=self._mode,
@@ -147,7 +148,7 @@ class Incoming:
     def send_digests(self, files: Any, fd: int) -> None:
         """Send digests of resumable files into the channel.  files: a list of [name, size]."""
         out = socket.socket(fileno=fd)
-        out.settimeout(self._stall or None)
+        out.settimeout(self.stall or None)
         try:
             work = self._files.send_digests(files, out)
         except BaseException:
@@ -179,7 +180,7 @@ class Incoming:
             durable=True,
             modes=file_stream.PLAIN,
         )
-        file_stream.receive(fd, self._stall, place)
+        file_stream.receive(fd, self.stall, place)
         self._files.check_items()
         for folder in self._runtime.folders():
             undo_kinds.make_folders(self._journal, Path(folder), self._mode)
@@ -217,7 +218,7 @@ class Incoming:
                     fd,
                     None,
                     self._report,
-                    self._stall,
+                    self.stall,
                     sink=sink,
                     owner_undoes=True,
                     largest=largest,
@@ -245,24 +246,24 @@ class Incoming:
         self._start(name, job)
         return name
 
-    def take_dump(self, fd: int, number: int, parent: int, room: int) -> None:
+    def take_dump(self, channel: ImageReader, number: int, parent: int, room: int) -> None:
         """Receive memory images into tmpfs, as the source writes them.  number: of the
         pre-dump; 0: the dump.  room: bytes that must be free for them and for what follows."""
         self._memory.check(number, parent)
         self._end_rounds(forget=not parent)
         check_room(self._folder, room)
-        work = self._memory.receive(fd, number, parent, self._runtime.check_images)
+        work = self._memory.receive(channel, number, parent, self._runtime.check_images)
         name = f"memory {number}" if number else "dump"
-        self._start(name, Job(work, lambda: os.close(fd)))
+        self._start(name, Job(work, channel.close))
 
     def _end_rounds(self, forget: bool) -> None:
         """Wait for the memory rounds: they come one after the other.  forget: one of them
         failed, and the dump will contain all of the memory."""
         for name in [n for n in self._jobs if n.startswith("memory ")]:
-            if not self._jobs[name].over.wait(self._stall):
+            if not self._jobs[name].over.wait(self.stall):
                 raise ProtocolError(
                     f"agent protocol: more memory images were announced, and {name} is still "
-                    f"being received after {self._stall:g} s"
+                    f"being received after {self.stall:g} s"
                 )
             if forget:
                 del self._jobs[name]

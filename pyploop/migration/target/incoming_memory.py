@@ -10,9 +10,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 from pyploop.errors import ProtocolError
-from pyploop.migration import file_stream
 from pyploop.migration.file_stream import Budget, Place
 from pyploop.migration.image_chain import Chain
+from pyploop.migration.image_channels import ImageReader
 from pyploop.runtimes import LARGEST_FILE, memory_in_use
 
 IMAGE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.@+-]{0,127}")
@@ -22,10 +22,10 @@ IMAGE_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.@+-]{0,127}")
 class IncomingMemory:
     """The memory images of one migration."""
 
-    def __init__(self, folder: Path, announced: int | None, stall: float) -> None:
+    def __init__(self, folder: Path, announced: int | None) -> None:
         """folder: for all images.  announced: bytes of memory that the source announced in
-        `check`.  stall: seconds without a byte after which the stream is given up."""
-        self._chain, self._stall = Chain(folder), stall
+        `check`."""
+        self._chain = Chain(folder)
         self._budget = Budget(memory_in_use.most_taken(announced) if announced else LARGEST_FILE)
 
     def check(self, number: int, parent: int) -> None:
@@ -33,7 +33,7 @@ class IncomingMemory:
         self._chain.check(number, parent)
 
     def receive(
-        self, fd: int, number: int, parent: int, dumped: Callable[[Path], None]
+        self, channel: ImageReader, number: int, parent: int, dumped: Callable[[Path], None]
     ) -> Callable[[], None]:
         """Returns the work that receives the images of a pre-dump, or (0) of the dump.
         dumped: called with the folder of the complete dump."""
@@ -52,7 +52,7 @@ class IncomingMemory:
                 largest=lambda _: self._budget.most,
                 budget=self._budget,
             )
-            file_stream.receive(fd, self._stall, place)
+            channel.receive(place)
             if not number:
                 # Now, and not when the restore is requested: the last blocks of the disks
                 # are still on their way, so this costs no downtime.

@@ -1,0 +1,107 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Memory images are sent while CRIU writes them."""
+
+from __future__ import annotations
+
+import os
+import select
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from pyploop.errors import MigrateError, PyploopError, WriteError
+from pyploop.migration import deadlines
+from pyploop.migration.image_channels import ImageWriter
+from pyploop.migration.source.agent_client import Remote
+from pyploop.system import kernel
+from pyploop.system.jobs import Job
+
+LOOK = 0.1
+"""Seconds between two looks at the folder, whatever the kernel reports of it."""
+LOOK_UNTOLD = 0.01
+"""The same when the kernel reports nothing: no more inotify instances are allowed."""
+
+
+def stream_dump(folder: Path, out: ImageWriter, dump: Job[Any]) -> None:
+    """Send a folder of CRIU images, which is being written until `dump` has ended.
+    When the dump fails, its failure is raised here too, and the stream gets no end.
+
+    The pages are nearly all of the data, and CRIU writes them strictly in order, so
+    they are sent as they grow.  CRIU may still change the other files, so they are
+    sent at the end.
+    """
+    at: dict[str, int] = {}
+    with _Growth(folder, dump) as growth:
+        done = False
+        while not done:
+            done = growth.wait()
+            for path in folder.glob("pages-*.img"):
+                at[path.name] = out.grown(path.name, path, at.get(path.name, 0))
+    dump.join()
+    for path in sorted(folder.iterdir()):
+        if path.name in at:
+            out.complete(path.name, 0o600, at[path.name])
+        elif path.is_file():  # and not the link to a pre-dump's folder
+            out.file(path.name, str(path))
+    out.end()
+
+
+class _Growth:
+    """Waits until a file of the folder was written to, or the job is over."""
+
+    def __init__(self, folder: Path, job: Job[Any]) -> None:
+        self._job = job
+        self._over = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        self._poll = select.poll()
+        self._poll.register(self._over, select.POLLIN)
+        self._changes, self._look = -1, LOOK
+        try:
+            self._changes = kernel.watch_writes(str(folder))
+            self._poll.register(self._changes, select.POLLIN)
+        except OSError:
+            self._look = LOOK_UNTOLD
+        self._watcher = threading.Thread(target=self._watch, daemon=True)
+
+    def _watch(self) -> None:
+        self._job.over.wait()
+        os.eventfd_write(self._over, 1)
+
+    def __enter__(self) -> _Growth:
+        self._watcher.start()
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        if self._job.over.is_set():
+            self._close()
+        else:  # the dump is never given up: its end comes
+            threading.Thread(target=self._close, daemon=True).start()
+
+    def _close(self) -> None:
+        self._watcher.join()
+        os.close(self._over)
+        if self._changes >= 0:
+            os.close(self._changes)
+
+    def wait(self) -> bool:
+        """Whether the job is over.  Its last writes came before that."""
+        ready = dict(self._poll.poll(self._look * 1000))
+        if self._changes in ready:
+            os.read(self._changes, 65536)
+        return self._over in ready
+
+
+def explained(remote: Remote, name: str, join: Callable[[], object]) -> None:
+    """Wait for a stream that sends what the target calls `name`.  When the target ended it,
+    the failure is the target's own, which no broken channel tells: a full images_dir, say."""
+    try:
+        join()
+    except WriteError as e:
+        if remote.alive():
+            try:
+                remote.call("join", deadlines.REQUEST, name=name, timeout=deadlines.GLANCE)
+            except MigrateError as why:
+                raise why from e
+            except PyploopError:
+                pass  # the stream's failure is what is known
+        raise
