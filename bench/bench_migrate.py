@@ -26,6 +26,7 @@ from common import Results, Sample, cleaned_up
 TESTS = Path(__file__).resolve().parents[1] / "tests"
 sys.path.insert(0, str(TESTS))
 
+import memory_bench  # noqa: E402
 import migrate_report  # noqa: E402
 from lab import container, hosts, verify  # noqa: E402
 
@@ -115,11 +116,31 @@ def measure(o: argparse.Namespace, load: int) -> dict[str, list[Sample]]:
     return samples
 
 
+def _memory(o: argparse.Namespace, document: Results) -> int:
+    with cleaned_up():
+        for size in o.memory.split(","):
+            bytes_ = int(size) << 20
+            document.samples[size] = memory_bench.measure(o.dir, bytes_, o.iterations, o.base)
+            if o.json:
+                document.write(o.json)
+    text = memory_bench.report(document.samples)
+    print(text)
+    if o.report:
+        o.report.write_text(text + "\n")
+    return 0
+
+
 def main() -> int:
     p = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
     add = p.add_argument
     add("--iterations", type=int, default=6, metavar="N", help="of each kind (6)")
     add("--loads", default="0,20", help="MB of random writes a second, 0 is idle (%(default)s)")
+    add(
+        "--memory",
+        metavar="MIB,…",
+        help="instead: containers with so much memory, ours in turns with ssh cat of the images",
+    )
+    add("--base", type=Path, metavar="PYTHON", help="with --memory, and another checkout's pyploop")
     add("--dir", type=Path, default=Path("/var/tmp"), help="where the hosts' disks lie")
     add("--json", type=Path, metavar="FILE", help="all samples")
     add("--report", type=Path, metavar="FILE", help="the tables, as Markdown")
@@ -129,6 +150,8 @@ def main() -> int:
     results: dict[str, Any] = {}
     document = Results(samples=results)
     document.settings = {"iterations": o.iterations, "image_bytes": container.IMAGE_BYTES}
+    if o.memory:
+        return _memory(o, document)
     with cleaned_up():
         for load in (int(x) for x in o.loads.split(",")):
             results[str(load)] = measure(o, load)
