@@ -155,6 +155,18 @@ class Tree(Event):
 
 
 @dataclass(frozen=True, kw_only=True)
+class Connection(Event):
+    """The migration's target is connected."""
+
+    EVENT: ClassVar = "connection"
+    cipher: str
+    """Of ssh; empty: it did not say."""
+    asked: str
+    """The cipher that ssh was asked for first; empty: its own order, or the user's, applies."""
+    why: str
+
+
+@dataclass(frozen=True, kw_only=True)
 class PreDump(Event):
     """Whether memory can be copied ahead."""
 
@@ -180,6 +192,9 @@ class Moved(Event):
     steps: dict[str, float]
     """Name -> seconds of the suspended time; they overlap."""
     dump_bytes: int
+    """Sent of the dump's images."""
+    dump_zero_bytes: int
+    """Of its images, left out because they are zero."""
     memory_rounds: tuple[MemoryRoundFigures, ...]
     parent: int
     """Number of the memory round that the dump builds upon; 0: none."""
@@ -217,7 +232,7 @@ class Message(Event):
 
 IN_JSON: tuple[type[Event], ...] = (
     *(Sending, Phase, Round, Repair, Frozen, Summary, Received, Reused, Tree, PreDump),
-    *(MemoryRound, Moved, Target, Error),
+    *(Connection, MemoryRound, Moved, Target, Error),
 )
 """What `--json` writes; the others are for `on_event` alone."""
 

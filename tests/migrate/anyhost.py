@@ -9,6 +9,7 @@ with two disks.
 from __future__ import annotations
 
 import os
+import shutil
 import sys
 import time
 from pathlib import Path
@@ -47,7 +48,7 @@ def pre_dump(host: Path, images: Path) -> None:
     reach(host, "pre_dump", f"-{images.name}")
     dump(images, os.environ["PYPLOOP_CONTAINER"])
     with (images / "pages-1.img").open("wb") as f:
-        f.write(bytes((16 << 20) // int(images.name) ** 4))
+        f.write(b"\1" * ((16 << 20) // int(images.name) ** 4))
     time.sleep(0.1)
 
 
@@ -74,6 +75,8 @@ def main(host: str, step: str) -> int:
         pre_dump(folder, Path(images))
     elif step == "dump":
         dump(Path(images), os.environ["PYPLOOP_CONTAINER"])
+        if (pages := folder / "pages").exists():  # what it is to hold besides
+            shutil.copyfile(pages, Path(images) / "pages-1.img")
     elif step == "undump":
         assert memory(Path(images)) == os.environ["PYPLOOP_CONTAINER"]
         g.launch(disks, frozen=True)

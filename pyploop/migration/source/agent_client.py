@@ -28,6 +28,7 @@ from pyploop.errors import (
 from pyploop.migration import deadlines, hints
 from pyploop.migration.image_channels import ImageWriter
 from pyploop.migration.mux import INBOX, Mux
+from pyploop.migration.source.ssh_cipher import chosen, without_kex
 from pyploop.report.events import NOTE
 from pyploop.system import descriptors
 from pyploop.system.stderr_tail import LastWords
@@ -110,6 +111,8 @@ class Remote:
         self._mux: Mux | None = None
         try:
             early = self._greet()
+            self.cipher = chosen(self._errors.text())
+            """Of the connection, empty when ssh did not say."""
             self._mux = Mux(self._rfd, self._wfd, early)
         except BaseException:
             self._process.terminate()  # no request was sent, so nothing has to be undone
@@ -158,7 +161,7 @@ class Remote:
 
     def stderr(self) -> str:
         """The end of the output of ssh and the agent on stderr, as one line."""
-        text = self._errors.text(self._process.poll() is not None)
+        text = without_kex(self._errors.text(self._process.poll() is not None))
         return "; ".join(text[-LONGEST_OUTPUT:].split("\n")).strip("; \r")
 
     # ---- requests

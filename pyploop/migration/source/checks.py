@@ -13,7 +13,7 @@ from pyploop.disks.source import Source
 from pyploop.errors import MigrateError, VzExitCode
 from pyploop.migration import deadlines
 from pyploop.migration.memory_policy import MemoryPolicy
-from pyploop.migration.source import host_identity, memory, trees
+from pyploop.migration.source import host_identity, memory, ssh_cipher, trees
 from pyploop.migration.source.agent_client import Remote
 from pyploop.migration.source.payload import check_number
 from pyploop.migration.source.request import Request
@@ -35,7 +35,18 @@ def connect(host: HostConfig, request: Request, report: Reporter) -> Remote:
         else:
             report.event("target", name=name, monotonic=at, fields=fields)
 
-    return Remote(request.host, host.ssh, request.ssh_options, host.agent, on_event)
+    # Where the target's CPU must have all that ours has (checks.py at the target).
+    aes = request.live and "cpu" not in request.nodeps and "aes" in cpu.flags()
+    choice = ssh_cipher.choose(host.ssh, request.ssh_options, request.host, aes)
+    options = (*request.ssh_options, *choice.options)
+    remote = Remote(request.host, host.ssh, options, host.agent, on_event)
+    asked = ssh_cipher.PREFERRED if choice.preferred else ""
+    report.event("connection", cipher=remote.cipher, asked=asked, why=choice.why)
+    report.info(
+        f"ssh encrypts with {remote.cipher or 'a cipher that it does not name'}; it was "
+        f"{f'asked for {asked} first' if asked else 'not asked for another one'} ({choice.why})"
+    )
+    return remote
 
 
 @dataclass(frozen=True)

@@ -102,7 +102,7 @@ class Ahead:
             there = move.ask("restore", timeout=limit.ask(deadlines.RESTORING))["moments"]
         moments = Moments(start, copied, dump.ended, stream.ended, time.monotonic())
         move.quiet.close()
-        return Committed(self, moments, suspended, there, out.sent)
+        return Committed(self, moments, suspended, there, out.sent, out.zeroes)
 
 
 @dataclass(frozen=True)
@@ -116,6 +116,7 @@ class Committed:
     there: dict[str, float]
     """Times of the restore, by the target's clock."""
     dump_bytes: int
+    dump_zero_bytes: int
 
     def recorded(self) -> None:
         """Put into the result, and into an event, how long each step took."""
@@ -140,6 +141,7 @@ class Committed:
             "moved",
             steps=move.result.steps,
             dump_bytes=self.dump_bytes,
+            dump_zero_bytes=self.dump_zero_bytes,
             memory_rounds=[vars(r) for r in memory.rounds],
             parent=memory.parent,
         )
