@@ -29,7 +29,7 @@ from pyploop.diskcopy.options import Options
 from pyploop.errors import MigrateError, ProtocolError, PyploopError, VzExitCode
 from pyploop.migration import deadlines, undo_kinds
 from pyploop.migration.mux import Mux
-from pyploop.migration.source import orchestrator, recover
+from pyploop.migration.source import orchestrator, recover, ssh_cipher
 from pyploop.migration.source.agent_client import Remote
 from pyploop.migration.source.request import Request
 from pyploop.migration.target import agent
@@ -320,6 +320,7 @@ def run_source(world: World, data: bytes) -> None:
     request = Request("made-up", live=True, copy=Options(stall=1))
     with (
         mock.patch.object(subprocess, "Popen", popen),
+        mock.patch.object(ssh_cipher, "choose", lambda *_: ssh_cipher.Choice((), False, "")),
         mock.patch.object(Remote, "call", call),
         mock.patch.object(deadlines, "LAST_WORDS", LAST_WORDS),
         mock.patch.object(recover, "settled", partial(recover.settled, patience=0.0)),

@@ -94,7 +94,7 @@ def _whole_migration(last: list[str]) -> bytes:
         request("join", 5, name="items", timeout=5),
         request("disk", 6, index=0, channel=2),
         f"D 2 {escaped(disk)}",
-        request("dump", 7, channel=3, number=0, parent=0, room=0),
+        request("dump", 7, channel=3, number=0, parent=0, room=0, window=4 << 20),
         f"D 3 {escaped(dump)}",
         *last,
     ]

@@ -14,6 +14,9 @@ from lab.hosts import Lab
 from moving import files, judge, migrate
 from support import run
 
+from pyploop.migration.source.ssh_cipher import PREFERRED
+from pyploop.system import cpu
+
 MIGRATIONS = int(os.environ.get("PYPLOOP_MIGRATIONS", "4"))
 """Back and forth."""
 LOAD = 20
@@ -41,6 +44,9 @@ def test_a_container_that_goes_back_and_forth_keeps_its_connection_and_every_wri
             done = migrate(two_hosts, here)
             assert done.code == 0, done.errors
             assert TABLE.search(done.out), done.out
+            (connection,) = (e for e in done.events if e["event"] == "connection")
+            if "aes" in cpu.flags():
+                assert connection["cipher"] == connection["asked"] == PREFERRED
             here = two_hosts.other(here)
             assert judge(two_hosts, client, before) is here
             verify.check_append_log(here.outside(container.ROOTFS))
