@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from pyploop.api.devices import device_of
     from pyploop.api.freezing import Frozen, frozen
     from pyploop.api.inspecting import DiskInfo, inspect
+    from pyploop.api.memory import MemoryStatus, forget_memory, memory_status
     from pyploop.api.migrating import MigrationOptions, MigrationResult, migrate, recover
     from pyploop.api.receiving import receive
     from pyploop.api.syncing import sync
@@ -66,6 +67,7 @@ __all__ = [
     "FormatError",
     "Frozen",
     "LoopError",
+    "MemoryStatus",
     "MigrateError",
     "MigrationOptions",
     "MigrationResult",
@@ -87,8 +89,10 @@ __all__ = [
     "copy",
     "device_of",
     "events",
+    "forget_memory",
     "frozen",
     "inspect",
+    "memory_status",
     "migrate",
     "receive",
     "recover",
@@ -101,6 +105,7 @@ _HOMES = {
     "api.devices": ("device_of",),
     "api.freezing": ("Frozen", "frozen"),
     "api.inspecting": ("DiskInfo", "inspect"),
+    "api.memory": ("MemoryStatus", "forget_memory", "memory_status"),
     "api.migrating": ("MigrationOptions", "MigrationResult", "migrate", "recover"),
     "api.receiving": ("receive",),
     "api.syncing": ("sync",),

@@ -25,6 +25,7 @@ from pyploop.report.timeline import Recorder
 from pyploop.report.timings import Moments
 from pyploop.runtimes import config
 from pyploop.runtimes.config import CTID
+from pyploop.runtimes.lazy_policy import Wanted
 from pyploop.runtimes.registry import make_runtime
 
 if TYPE_CHECKING:
@@ -59,6 +60,9 @@ class MigrationOptions:
     """Processes of `runc exec`, which cannot be moved, end with the move."""
     memory_rounds: int = MemoryPolicy.max_rounds
     """Copy memory ahead in so many rounds at most; 0: not at all."""
+    lazy_restore: Wanted = "auto"
+    """Whether the target loads memory after the container has begun to run: where it pays,
+    never or always.  The target's configuration wins."""
     suspend_limit: float | None = None
     """With `live`: after so long a suspended container goes on here, unless the target may
     have restored it already.  None: 60.  0: no limit."""
@@ -83,6 +87,10 @@ class MigrationResult:
     """What is left to do by hand, on either host; the container has moved all the same."""
     recorder: Recorder
     """What happened when, on both hosts."""
+    lazy: bool
+    """The target loads the container's memory while it runs there."""
+    why_not_lazy: str
+    """Empty: it does."""
     moments: Moments | None
     """Of a live migration, as vzmigrate's table has them."""
 
@@ -148,6 +156,8 @@ def _public(result: Result) -> MigrationResult:
         disks=tuple(copy_result(vars(d)) for d in result.disks),
         left_over=tuple(result.failed),
         recorder=result.recorder,
+        lazy=result.lazy.lazy,
+        why_not_lazy=result.lazy.why,
         moments=result.moments,
     )
 
@@ -167,6 +177,7 @@ def _request(host: str, o: MigrationOptions) -> Request:
         nodeps=frozenset(o.skip_checks),
         drop_exec=o.drop_exec,
         pre_dumps=o.memory_rounds,
+        lazy_restore=o.lazy_restore,
         suspend_limit=limit,
         ssh_options=tuple(o.ssh_options),
         rsync_options=rsync_options.check_options(tuple(o.rsync_options)),

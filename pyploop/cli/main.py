@@ -31,6 +31,7 @@ Commands:
        copy    copy a disk that is in use, or receive such a copy
        migrate move a container to another host, live
        agent   the target's side of migrate; started through ssh
+       status  show how much of a container's memory is still to be loaded
        sync    fsync files, as vzfsync does
        thaw    undo what killed copies have left frozen or stopped
        info    show what an image, a device or a DiskDescriptor.xml is
@@ -40,7 +41,7 @@ Commands:
 Command = Callable[[list[str], int], int]
 
 
-COMMANDS = ("copy", "migrate", "agent", "sync", "thaw", "info", "demo")
+COMMANDS = ("copy", "migrate", "agent", "status", "sync", "thaw", "info", "demo")
 
 
 def _command(name: str) -> Command:

@@ -78,6 +78,7 @@ def _options(o: MigrateOptions) -> MigrationOptions:
         rsync_options=o.rsync,
         drop_exec=o.drop_exec,
         memory_rounds=o.pre_dumps,
+        lazy_restore=o.lazy_restore,
         suspend_limit=o.suspend_limit,
         max_freeze=o.max_freeze,
         deadline=MigrationOptions.deadline if o.deadline is None else o.deadline,

@@ -12,6 +12,7 @@ from pyploop.cli.arguments import Parser, parsed
 from pyploop.errors import VzExitCode
 from pyploop.migration.image_chain import LONGEST
 from pyploop.migration.memory_policy import MemoryPolicy
+from pyploop.runtimes.lazy_policy import WANTED, Wanted
 from pyploop.units import parse_size, parse_time
 
 if TYPE_CHECKING:
@@ -44,6 +45,8 @@ class MigrateOptions:
     """Processes of `runc exec` end with the move."""
     pre_dumps: int
     """Rounds of memory before the freeze at most."""
+    lazy_restore: Wanted
+    """Whether the target loads memory while it runs."""
     suspend_limit: float | None
     max_freeze: float | None
     deadline: float | None
@@ -150,6 +153,13 @@ def parser() -> Parser:
         help="end processes of `runc exec`, which cannot be moved, instead of failing",
     )
     add(
+        "--lazy-restore",
+        choices=WANTED,
+        default="auto",
+        help="let the container run on the target before its memory is loaded there: where it "
+        "pays (auto), never, or always; the target's configuration wins",
+    )
+    add(
         "--suspend-limit",
         type=parsed(_limit, "time"),
         metavar="TIME",
@@ -244,6 +254,7 @@ def parse(args: list[str]) -> MigrateOptions:
         verbose=min(o.verbose, 4),
         drop_exec=o.drop_exec,
         pre_dumps=o.pre_dumps,
+        lazy_restore=o.lazy_restore,
         suspend_limit=o.suspend_limit,
         max_freeze=o.max_freeze,
         deadline=o.deadline,

@@ -38,6 +38,8 @@ SETTLING = 120.0
 ATTEMPTS = 60.0
 """While a target does not answer, it is asked again every RETRY, for so long."""
 RETRY = 2.0
+LOADING = 120.0
+"""For the memory of a container, which came here by a lazy restore, to be loaded."""
 DUMP_WAIT = 180.0
 """For a dump whose orchestrator was killed to end."""
 

@@ -177,6 +177,20 @@ class PreDump(Event):
 
 
 @dataclass(frozen=True, kw_only=True)
+class LazyRestore(Event):
+    """Whether the target will load the container's memory while it runs."""
+
+    EVENT: ClassVar = "lazy-restore"
+    lazy: bool
+    why: str
+    """Why not; empty: it will."""
+    private: int
+    """Bytes that can be loaded so."""
+    whole: int
+    """Bytes that must be there before: shared, locked, of a tmpfs."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class MemoryRound(Event, MemoryRoundFigures):
     """A round of memory has ended."""
 
@@ -198,6 +212,9 @@ class Moved(Event):
     memory_rounds: tuple[MemoryRoundFigures, ...]
     parent: int
     """Number of the memory round that the dump builds upon; 0: none."""
+    lazy: bool
+    """Its memory is being loaded lazily."""
+    why_not_lazy: str
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -232,7 +249,7 @@ class Message(Event):
 
 IN_JSON: tuple[type[Event], ...] = (
     *(Sending, Phase, Round, Repair, Frozen, Summary, Received, Reused, Tree, PreDump),
-    *(Connection, MemoryRound, Moved, Target, Error),
+    *(Connection, LazyRestore, MemoryRound, Moved, Target, Error),
 )
 """What `--json` writes; the others are for `on_event` alone."""
 

@@ -33,6 +33,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
+from pyploop.runtimes.lazy_policy import Choice, Wanted
+
 Facts = dict[str, Any]
 """The source facts: what the source tells the target before anything starts.  JSON."""
 
@@ -81,6 +83,30 @@ class Item:
 
     label: str
     path: str
+
+
+class Lazy(Protocol):
+    """How a runtime restores memory lazily: the container runs, and its memory is loaded
+    behind it (docs/internals/lazy-restore.md)."""
+
+    choice: Choice
+
+    def choose(self, want: Wanted, told: Any) -> Choice:
+        """Whether this container's restore will be lazy.  told: the source's words about its
+        memory."""
+
+    def start(self, folder: Path, commit: Path, record: Path, **fields: Any) -> None:
+        """Before the container is suspended.  folder: of all images.  commit: the commit
+        record.  record: the record to make, with these fields."""
+
+    def serve(self, images: Path) -> None:
+        """All images are there, and checked."""
+
+    def keep(self) -> None:
+        """The container runs."""
+
+    def stop(self) -> None:
+        """It does not run, or its memory is all there."""
 
 
 class Runtime(Protocol):
@@ -163,6 +189,10 @@ class Runtime(Protocol):
         when it is not known."""
 
     # ---- on the target
+
+    @property
+    def lazy(self) -> Lazy | None:
+        """None: it cannot."""
 
     def check_target(self, facts: Facts, live: bool) -> None:
         """Check that the container fits this host, which has none of that name."""

@@ -16,6 +16,7 @@ from typing import Any
 
 from pyploop.errors import MigrateError, OpenError, ParameterError, VzExitCode
 from pyploop.runtimes import policy as policies
+from pyploop.runtimes.lazy_policy import WANTED, Wanted
 from pyploop.runtimes.policy import Policy
 from pyploop.system import mount_options, private_folder
 
@@ -88,6 +89,8 @@ class HostConfig:
     vzcptcheck: str = "vzcptcheck"
     ploop: str = "ploop"
     rsync: str = "rsync"
+    lazy_restore: Wanted | None = None
+    """Whether memory that comes to this host is loaded lazily; None: as the source asks."""
     containers: dict[str, ContainerConfig] = field(default_factory=dict)
     policy: Policy = policies.PLAIN
     """It also counts for containers that are not in `containers`."""
@@ -117,6 +120,7 @@ _TOP = {
     "images_dir": str,
     "migrations": int,
     "command_timeout": float,
+    "lazy_restore": str,
 }
 _SECTIONS: dict[str, dict[str, tuple[str, type]]] = {
     "remote": {"ssh": ("ssh", tuple), "agent": ("agent", tuple)},
@@ -211,6 +215,8 @@ def parse(table: dict[str, Any], path: str) -> HostConfig:
             values["trusted_live"] = policies.parse_trust(_table(value, where), where)
         elif key not in ("container", "policy"):
             raise _bad(f"{path}: unknown key {key!r}")
+    if values.get("lazy_restore", "auto") not in WANTED:
+        raise _bad(f"{path}: lazy_restore is {', '.join(WANTED)}")
     where = f"{path}: [policy]"
     policy = policies.parse(_table(table.get("policy", {}), where), policies.PLAIN, where)
     containers = {

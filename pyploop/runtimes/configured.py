@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from pyploop.errors import MigrateError, VzExitCode
-from pyploop.runtimes import Copied, Disk, Tree, copied, volumes
+from pyploop.runtimes import Copied, Disk, Lazy, Tree, copied, volumes
 from pyploop.runtimes.config import ContainerConfig
 
 
@@ -17,6 +17,7 @@ class Configured:
     """The part of a Runtime that concerns disks and trees (see runtimes/__init__.py)."""
 
     _config: ContainerConfig
+    lazy: Lazy | None = None
     drop_exec = False
     locks_itself = False
 

@@ -63,6 +63,13 @@ def _of_cgroup(cgroups: Mapping[str, str]) -> int:
     return numbers.get("anon", 0) + numbers.get("shmem", 0) + swap
 
 
+def shared_of(cgroups: Mapping[str, str]) -> int:
+    """Bytes of shared memory and files of tmpfs, as the container's cgroup counts them."""
+    if v1 := cgroups.get("memory"):
+        return _numbers(Path(v1)).get("total_shmem", 0)
+    return _numbers(Path(cgroups.get("") or "/nonexistent")).get("shmem", 0)
+
+
 def _numbers(folder: Path) -> dict[str, int]:
     try:
         lines = (folder / "memory.stat").read_text().split("\n")

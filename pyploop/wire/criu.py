@@ -27,6 +27,7 @@ MAGICS = {
     "userns": 0x55474906,
     "files": 0x56303138,
     "seccomp": 0x64413049,
+    "pagemap": 0x56084025,
 }
 _NAME = re.compile(r"([a-z0-9-]*?[a-z])(?:-[0-9]+|(?<=ghost-file)-[0-9a-f]+)?(?:\.tar\.gz)?\.img")
 
@@ -68,6 +69,16 @@ class Creds(IntEnum):
 
     INHERITABLE, PERMITTED, EFFECTIVE, BOUNDING = 9, 10, 11, 12
     LSM_PROFILE, LSM_SOCKCREATE, NO_NEW_PRIVS, AMBIENT = 15, 16, 18, 19
+
+
+class Pagemap(IntEnum):
+    """pagemap_entry of pagemap.proto"""
+
+    OLD_PAGES, FLAGS, PAGES = 2, 4, 5
+
+
+LAZY_PAGES = 2
+"""A bit of its flags: these pages can be loaded by page faults."""
 
 
 class Mount(IntEnum):

@@ -151,6 +151,9 @@ _FACTS = _known(
         "scripts": _list(_text, 64),
         "criu": _list(_whole(0, 1 << 20), 8),
         "memory": _SIZE,
+        "lazy": _known(
+            {"want": _text, "private": _SIZE, "forked": _SIZE, "whole": _SIZE},
+        ),
         "simfs": _flag,
         "ips": _list(_text),
         "checkpoint": _or_none(_whole(0, 1 << 31)),
@@ -214,14 +217,15 @@ def _verdict(value: Any) -> str:
     return str(value)
 
 
+_LAZY = _known({"lazy": _flag, "why": lambda value: clipped(_is(value, str))})
 _FAILED = _list(lambda value: clipped(_is(value, str)))
 _ANSWERS: dict[str, tuple[dict[str, Check], tuple[str, ...]]] = {
     "clock": ({"monotonic": _MOMENT}, ("monotonic",)),
-    "check": ({"takes": _list(_text)}, ()),
+    "check": ({"takes": _list(_text), "lazy": _LAZY}, ()),
     "begin": ({"kept": _list(_text)}, ()),
     "tree": ({"name": _text}, ("name",)),
     "join": ({"ended": _MOMENT}, ()),
-    "restore": ({"moments": _table(_MOMENT)}, ("moments",)),
+    "restore": ({"moments": _table(_MOMENT), "lazy": _LAZY}, ("moments",)),
     "finish": ({"failed": _FAILED}, ()),
     "undo": ({"failed": _FAILED}, ()),
     "settle": ({"verdict": _verdict, "failed": _FAILED}, ("verdict",)),

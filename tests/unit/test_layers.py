@@ -49,6 +49,7 @@ PURE = (
     "wire.criu",
     "freeze.deadline",
     "runtimes.policy",
+    "runtimes.lazy_policy",
     "diskcopy.freeze_policy",
     "migration.memory_policy",
     "diskcopy.framing",
@@ -56,7 +57,10 @@ PURE = (
 """These decide or format.  They do no I/O and have no clock."""
 IO = {"io", "socket", "subprocess", "select", "selectors", "fcntl", "time", "threading"}
 
-STANDALONE = ("undo.watchdog", "migration.relay", "system.enclosure")
+STANDALONE = (
+    *("undo.watchdog", "migration.relay", "system.enclosure"),
+    "runtimes.runc.lazy_guard",
+)
 """These are started by their paths with `python -I -S`, without the package."""
 
 

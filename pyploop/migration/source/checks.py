@@ -13,7 +13,7 @@ from pyploop.disks.source import Source
 from pyploop.errors import MigrateError, VzExitCode
 from pyploop.migration import deadlines
 from pyploop.migration.memory_policy import MemoryPolicy
-from pyploop.migration.source import host_identity, memory, ssh_cipher, trees
+from pyploop.migration.source import host_identity, lazy, memory, ssh_cipher, trees
 from pyploop.migration.source.agent_client import Remote
 from pyploop.migration.source.payload import check_number
 from pyploop.migration.source.request import Request
@@ -85,6 +85,8 @@ class Here:
                 hint="install a newer pyploop there",
             )
         self.report.info(f"Both hosts are checked; {request.host} has pyploop {remote.version}")
+        if request.live:
+            lazy.report_choice(self.report, checked.get("lazy"), facts.get("lazy"))
         rounds = memory.policy_for(
             runtime,
             request.pre_dumps if request.live else None,
@@ -131,10 +133,14 @@ def here(host: HostConfig, runtime: Runtime, request: Request, report: Reporter)
             hint="run `pyploop migrate --recover` if an earlier migration has suspended it",
         )
     runtime.drop_exec = request.drop_exec
+    if request.live:
+        lazy.wait_loaded(host, runtime, report)
     facts = runtime.check_source(request.live)
     facts |= {"machine": platform.machine(), "cpu": cpu.flags()}
     facts["source"] = host_identity.identity(host.state_dir)
     facts["trees"] = trees.check_source(runtime.trees(), host.rsync)
+    if "lazy" in facts:
+        facts["lazy"]["want"] = request.lazy_restore
     for text in runtime.left_behind():
         report.note(text)
     return Here(runtime, request, report, state.running, facts, runtime.disks(source=True))

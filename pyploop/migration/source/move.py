@@ -16,7 +16,7 @@ from typing import Any
 from pyploop.errors import DeviceControlError, PyploopError
 from pyploop.migration import commit_record, deadlines, undo_kinds
 from pyploop.migration.memory_policy import MemoryPolicy
-from pyploop.migration.source import memory, recover
+from pyploop.migration.source import lazy, memory, recover
 from pyploop.migration.source.agent_client import Remote
 from pyploop.migration.source.request import Request, Result
 from pyploop.report.events import Reporter
@@ -200,5 +200,6 @@ class Move:
                 self._journal, self.runtime, request.remove_area, stopped=not request.live
             ),
         )
+        lazy.forget(self.host, self.runtime, self.report)
         self._lock.close(remove=True)
         self._there("forget", migration=self.id)

@@ -9,6 +9,7 @@ from pyploop.diskcopy.options import Options, Summary
 from pyploop.migration.memory_policy import MemoryPolicy
 from pyploop.report.timeline import Recorder
 from pyploop.report.timings import Moments
+from pyploop.runtimes.lazy_policy import NOT_LIVE, Choice, Wanted
 
 
 @dataclass(frozen=True)
@@ -25,6 +26,8 @@ class Request:
     """See Runtime."""
     pre_dumps: int = MemoryPolicy.max_rounds
     """Memory rounds before the freeze, at most."""
+    lazy_restore: Wanted = "auto"
+    """Whether the target loads memory lazily, unless its configuration says."""
     suspend_limit: float = 60.0
     """Seconds after which a suspended container goes on here, unless the target was
     already asked to restore it.  0: no limit."""
@@ -43,5 +46,7 @@ class Result:
     disks: list[Summary] = field(default_factory=list)
     recorder: Recorder = field(default_factory=Recorder)
     """What happened when, on both hosts."""
+    lazy: Choice = field(default_factory=lambda: Choice(NOT_LIVE))
+    """Whether the target loaded its memory lazily."""
     failed: list[str] = field(default_factory=list)
     """What must still be done on either host, by hand or with --recover."""

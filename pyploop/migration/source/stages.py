@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 from pyploop.errors import MigrateError, VzExitCode
 from pyploop.migration import deadlines, image_chain
-from pyploop.migration.source import dump_stream, memory
+from pyploop.migration.source import dump_stream, lazy, memory
 from pyploop.migration.source.checks import Checked
 from pyploop.migration.source.disks import Disks
 from pyploop.migration.source.move import Move
@@ -99,9 +99,11 @@ class Ahead:
                 # The target must not decide when this ends: its channel is about to be closed.
                 end_all([stream], out.cancel)
                 raise
-            there = move.ask("restore", timeout=limit.ask(deadlines.RESTORING))["moments"]
+            answer = move.ask("restore", timeout=limit.ask(deadlines.RESTORING))
+            there = answer["moments"]
         moments = Moments(start, copied, dump.ended, stream.ended, time.monotonic())
         move.quiet.close()
+        move.result.lazy = lazy.report_outcome(move.report, answer.get("lazy"), move.request.host)
         return Committed(self, moments, suspended, there, out.sent, out.zeroes)
 
 
@@ -144,6 +146,8 @@ class Committed:
             dump_zero_bytes=self.dump_zero_bytes,
             memory_rounds=[vars(r) for r in memory.rounds],
             parent=memory.parent,
+            lazy=move.result.lazy.lazy,
+            why_not_lazy=move.result.lazy.why,
         )
 
     def _record_spans(self) -> None:

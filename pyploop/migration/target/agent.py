@@ -274,7 +274,8 @@ class Agent:
 
     def _restore(self, timeout: float) -> dict[str, Any]:
         self._need_live()
-        return {"moments": self._receiving().restore(self._alive, timeout)}
+        incoming = self._receiving()
+        return {"moments": incoming.restore(self._alive, timeout), "lazy": incoming.lazy()}
 
     def _start(self, timeout: float, run: bool) -> dict[str, Any]:
         self._receiving().start(self._alive, timeout, run)

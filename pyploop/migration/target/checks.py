@@ -12,8 +12,9 @@ from pyploop.errors import BusyError, MigrateError, ProtocolError, VzExitCode
 from pyploop.migration import locks
 from pyploop.migration.target import incoming_trees, resumable_files, resumable_trees
 from pyploop.migration.target.settle import settle_dead
-from pyploop.runtimes import Facts, Runtime, config, policy, volumes
+from pyploop.runtimes import Facts, Runtime, config, lazy_policy, lazy_record, policy, volumes
 from pyploop.runtimes.config import HostConfig
+from pyploop.runtimes.lazy_policy import NOT_LIVE, UNABLE, Choice
 from pyploop.runtimes.policy import Source
 from pyploop.system import cpu
 
@@ -77,6 +78,7 @@ def check_all(
                 "(--nodeps=cpu ignores that, at your own risk)",
             )
     chosen.check_target({**facts, "nodeps": nodeps}, live)
+    lazy = choose_lazy(host, chosen, facts) if live else Choice(NOT_LIVE)
     disks = chosen.disks(source=False)
     if len(disks) != len(sizes):
         raise ProtocolError(
@@ -91,4 +93,27 @@ def check_all(
         host.state_dir, chosen.name, chosen.container, resumable_files.source_of(facts)
     )
     incoming_trees.check(host.rsync, chosen.trees(), facts.get("trees") or [], kept)
-    return {"disks": [d.image for d in disks], "takes": list(CAPABILITIES)}
+    return {
+        "disks": [d.image for d in disks],
+        "takes": list(CAPABILITIES),
+        "lazy": {"lazy": lazy.lazy, "why": lazy.why},
+    }
+
+
+def choose_lazy(host: HostConfig, runtime: Runtime, facts: Facts) -> Choice:
+    """Whether memory will be loaded lazily.  MigrateError(20) while that of an earlier
+    restore of the container is."""
+    record = lazy_record.read(lazy_record.path_of(host.state_dir, runtime.name, runtime.container))
+    if record is not None and record.busy:
+        raise MigrateError(
+            VzExitCode.LOCKED,
+            f"an earlier restore of {runtime.container} has not ended here (process "
+            f"{record.process('guard') or record.process('daemon')})",
+        )
+    if runtime.lazy is None:
+        return Choice(UNABLE)
+    told = facts.get("lazy") or {}
+    want = told.get("want")
+    return runtime.lazy.choose(
+        lazy_policy.wanted(host.lazy_restore, want if want in lazy_policy.WANTED else None), told
+    )

@@ -29,8 +29,9 @@ from pyploop.migration.target.incoming_memory import IncomingMemory
 from pyploop.migration.target.incoming_trees import IncomingTrees
 from pyploop.migration.target.settle import complete
 from pyploop.report.events import Reporter
-from pyploop.runtimes import Facts, Runtime
+from pyploop.runtimes import Facts, Runtime, lazy_record
 from pyploop.runtimes.config import HostConfig
+from pyploop.runtimes.lazy_policy import UNABLE, Choice
 from pyploop.system import beneath, private_folder
 from pyploop.system.jobs import Job
 from pyploop.undo.journal import Journal
@@ -252,9 +253,32 @@ class Incoming:
         self._memory.check(number, parent)
         self._end_rounds(forget=not parent)
         check_room(self._folder, room)
-        work = self._memory.receive(channel, number, parent, self._runtime.check_images)
+        if not number:
+            self._start_guard()
+        work = self._memory.receive(channel, number, parent, self._dumped)
         name = f"memory {number}" if number else "dump"
         self._start(name, Job(work, channel.close))
+
+    def _start_guard(self) -> None:
+        lazy = self._runtime.lazy
+        if lazy is None or not lazy.choice.lazy:
+            return
+        name = self._runtime.name, self._runtime.container
+        record = lazy_record.path_of(self._host.state_dir, *name)
+        self._log("lazy-guard", record=str(record), images=str(self._folder))
+        lazy.start(
+            self._folder,
+            self.record.path,
+            record,
+            runtime=name[0],
+            container=name[1],
+            migration=self.migration,
+        )
+
+    def _dumped(self, images: Path) -> None:
+        self._runtime.check_images(images)
+        if self._runtime.lazy is not None:
+            self._runtime.lazy.serve(images)
 
     def _end_rounds(self, forget: bool) -> None:
         """Wait for the memory rounds: they come one after the other.  forget: one of them
@@ -318,6 +342,8 @@ class Incoming:
                 self._withdraw()
                 raise
         moments["running"] = time.monotonic()
+        if self._runtime.lazy is not None:
+            self._runtime.lazy.keep()
         self._came_to_run()
         return moments
 
@@ -363,10 +389,17 @@ class Incoming:
         """The restore failed before the container could run."""
         with contextlib.suppress(OSError, PyploopError):  # undo() tries it again, and reports
             self._runtime.abandon()
+        if self._runtime.lazy is not None:
+            self._runtime.lazy.stop()
         self.record.write(ABORTED)
         self.committed = False
 
     # ---- ends
+
+    def lazy(self) -> dict[str, Any]:
+        """Whether it was restored lazily, and why not."""
+        choice = self._runtime.lazy.choice if self._runtime.lazy else Choice(UNABLE)
+        return {"lazy": choice.lazy, "why": choice.why}
 
     def complete(self) -> list[str]:
         """The container stays: forget how it is undone, and remove what only the migration
@@ -382,6 +415,8 @@ class Incoming:
         for job in self._jobs.values():
             job.end(deadlines.UNMOVED)  # all that it made is in the journal
             job.interrupt(deadlines.INTERRUPTED)
+        if self._runtime.lazy is not None:
+            self._runtime.lazy.stop()
         self._files.close()
         failed = undo_kinds.undo_all(self._journal, self._journal.get("keep"))
         what = resumable_files.described(self._host, self._journal) + resumable_trees.described(

@@ -10,7 +10,7 @@ from typing import Any
 
 from pyploop.errors import BusyError, MigrateError, VzExitCode
 from pyploop.migration import commit_record, deadlines, undo_kinds
-from pyploop.runtimes import Runtime
+from pyploop.runtimes import Runtime, lazy_record
 from pyploop.runtimes.config import HostConfig
 from pyploop.system import beneath
 from pyploop.undo import journal
@@ -85,6 +85,9 @@ def settle_dead(host: HostConfig, runtime: Runtime) -> None:
 
 def complete(log: Journal) -> list[str]:
     """Undo only what the migration needed on its way, and forget the other undo steps."""
+    guarded = {
+        e["images"] for e in log.entries if e["kind"] == "lazy-guard" and lazy_record.in_use(e)
+    }
     for entry in log.entries:
         if entry["kind"] == "put-back":
             root = str(entry.get("root") or "")
@@ -92,6 +95,6 @@ def complete(log: Journal) -> list[str]:
                 beneath.remove(at)
         if entry["kind"] == "copied":
             Path(entry["kept"]).unlink(missing_ok=True)  # a resumable file that was not used
-        if not entry.get("transient"):
+        if not entry.get("transient") or entry.get("path") in guarded:
             undo_kinds.note_done(log, entry)
     return undo_kinds.undo_all(log)

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from pyploop.errors import MigrateError, VzExitCode
-from pyploop.runtimes import Copied, Facts, Item, memory_in_use
+from pyploop.runtimes import Copied, Facts, Item, lazy_memory, memory_in_use
 from pyploop.runtimes.config import HostConfig
 from pyploop.runtimes.oci import bundles
 from pyploop.runtimes.runc import (
@@ -74,6 +74,10 @@ class SourceSteps(RuncContainer):
             contents.check_all_mounted(pids, config, self._config.bundle, places, external)
             self._left += leftovers.all_of(self.container, pids, config, self._cgroups())
             self._watchers = leftovers.watchers(pids)
+            found = lazy_memory.of_processes(pids, memory_in_use.shared_of(self._cgroups()))
+            facts["lazy"] = found.told()
+            if words := found.in_words():
+                self._left.append(f"Is never loaded lazily: {words}")
         return facts
 
     def _check_network(self, config: dict[str, Any]) -> None:

@@ -17,8 +17,18 @@ from pyploop.runtimes.config import HostConfig, within
 from pyploop.runtimes.oci import bundles, criu_images, destinations
 from pyploop.runtimes.runc import contents, criu, host_fit
 from pyploop.runtimes.runc.container import RuncContainer
+from pyploop.runtimes.runc.lazy_restore import LazyRestore
 from pyploop.system import beneath
 from pyploop.system.commands import Command, last_words
+
+
+class _NotRestoredError(MigrateError):
+    """CRIU or runc have failed."""
+
+    def __init__(self, text: str, unlocked: bool) -> None:
+        """unlocked: the container is committed, and may answer its peers."""
+        super().__init__(VzExitCode.RESTORE_FAILED, text)
+        self.unlocked = unlocked
 
 
 class TargetSteps(RuncContainer):
@@ -28,6 +38,8 @@ class TargetSteps(RuncContainer):
         super().__init__(host, container)
         self._written: dict[str, Any] | None = None
         """Its config.json, as `placed` has written it."""
+        state = Path(host.runc_root) / container / "state.json"
+        self.lazy: LazyRestore = LazyRestore(host.criu, state)
 
     def check_target(self, facts: Facts, live: bool) -> None:
         if self._record() is not None:
@@ -151,11 +163,24 @@ class TargetSteps(RuncContainer):
     # ---- restore
 
     def undump(self, images: Path, commit: Callable[[], None]) -> None:
+        if self.lazy.serving():
+            try:
+                self._restore(images, self.lazy.work, commit, "--lazy-pages")
+                return
+            except _NotRestoredError as e:
+                if e.unlocked:
+                    raise
+                # The images are as they were, and nobody has heard of it.
+                self.lazy.failed(str(e))
+                self.kill()
         work = images.parent / "restore-work"
         work.mkdir(mode=0o700)
+        self._restore(images, work, commit)
+
+    def _restore(self, images: Path, work: Path, commit: Callable[[], None], *options: str) -> None:
         argv = [*self._runc(), "restore", "--detach", "--bundle", self._config.bundle]
         argv += ["--image-path", str(images), "--work-path", str(work)]
-        argv += [*self._config.options, self.container]
+        argv += [*self._config.options, *options, self.container]
 
         def unlock() -> None:
             commit()
@@ -181,7 +206,7 @@ class TargetSteps(RuncContainer):
         if isinstance(hook.refusal, PyploopError):
             raise hook.refusal
         why = criu.errors_of(work / "restore.log") or last_words(output)
-        raise MigrateError(VzExitCode.RESTORE_FAILED, f"cannot restore {self.container}: {why}")
+        raise _NotRestoredError(f"cannot restore {self.container}: {why}", hook.unlocked)
 
     def _announce_here(self) -> None:
         """On the network of its config.json."""

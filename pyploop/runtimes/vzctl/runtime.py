@@ -8,6 +8,7 @@ are two steps of vzctl, so the commit point lies between them.
 
 from __future__ import annotations
 
+from pyploop.runtimes import Lazy
 from pyploop.runtimes.vzctl.source import SourceSteps
 from pyploop.runtimes.vzctl.target import TargetSteps
 
@@ -21,3 +22,4 @@ class Vzctl(SourceSteps, TargetSteps):
 
     drop_exec = False
     locks_itself = True
+    lazy: Lazy | None = None

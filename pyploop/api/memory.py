@@ -1,0 +1,142 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Memory that is loaded after a migration: `memory_status`, `forget_memory`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from pyploop.runtimes import config, lazy_images, lazy_record
+from pyploop.runtimes.lazy_record import LazyRecord
+from pyploop.runtimes.registry import make_runtime
+
+MemoryState = Literal["complete", "loading", "unguarded", "damaged", "lost", "over"]
+_SAYS: dict[MemoryState, str] = {
+    "complete": "all of its memory is there",
+    "loading": "its memory is being loaded while it runs",
+    "unguarded": "its memory is being loaded, but the guard was killed: if process {daemon} is "
+    "killed, too, what is missing by then will read as zeroes",
+    "damaged": "the guard and the daemon were killed, and what was missing of its memory reads "
+    "as zeroes: end it, and start it again from its disk",
+    "lost": "it was ended while its memory was being loaded: start it again from its disk",
+    "over": "a restore that did not come to its end has left this behind",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class MemoryStatus:
+    """Of one container."""
+
+    container: str
+    state: MemoryState
+    """`complete`: also of a container whose memory was never loaded lazily.  `loading`: it
+    depends on a process of this host.  `unguarded`: the guard was killed.  `damaged`: the
+    daemon, too, so that pages are zero.  `lost`: the daemon has died, and the guard has ended
+    the container.  `over`: of a restore that failed, or of another boot."""
+    text: str
+    """The same in words."""
+    total: int | None
+    """Bytes that are, or were, to be loaded; None: not known (any more)."""
+    left: int | None
+    """Bytes of these that are still to come, at most."""
+    seconds: float | None
+    """From the restore until all was there, or lost; None: not yet, or not known."""
+    daemon: int
+    """Process that loads the memory; 0: none."""
+    guard: int
+    """Process that guards it; 0: none."""
+    images: str
+    """Folder of the memory images that are still there; empty: none."""
+
+    @property
+    def exit_code(self) -> int:
+        """Of `pyploop status`: 0 nothing to come, 2 being loaded, 3 something to do."""
+        return {"complete": 0, "loading": 2}.get(self.state, 3)
+
+
+def memory_status(
+    container: str | None = None,
+    *,
+    config_file: str | None = None,
+    state_dir: str | None = None,
+) -> tuple[MemoryStatus, ...]:
+    """How much of the memory of a container, or of all that came to this host by a lazy
+    restore, is still to be loaded.  state_dir: in place of the configuration's.
+
+    MigrateError: no such container in the configuration.  OpenError: a record cannot be read.
+    """
+    if container is None:
+        folder = state_dir or config.load(config_file).state_dir
+        return tuple(_status(r) for r in lazy_record.all_in(folder))
+    record = _record(container, config_file, state_dir)
+    return (_status(record) if record else _none(container),)
+
+
+def forget_memory(
+    container: str, *, config_file: str | None = None, state_dir: str | None = None
+) -> bool:
+    """Remove the record of a lazy restore, and its images if they are still there.  False:
+    there was none.  BusyError while a process uses them."""
+    record = _record(container, config_file, state_dir)
+    if record is not None:
+        record.forget()
+    return record is not None
+
+
+def _record(container: str, config_file: str | None, state_dir: str | None) -> LazyRecord | None:
+    if state_dir is not None:
+        found = [r for r in lazy_record.all_in(state_dir) if r.container == container]
+        return found[0] if found else None
+    host = config.load(config_file)
+    runtime = make_runtime(host, None, container)
+    return lazy_record.read(lazy_record.path_of(host.state_dir, runtime.name, runtime.container))
+
+
+def _none(container: str) -> MemoryStatus:
+    return MemoryStatus(
+        container=container,
+        state="complete",
+        text=_SAYS["complete"],
+        total=None,
+        left=0,
+        seconds=None,
+        daemon=0,
+        guard=0,
+        images="",
+    )
+
+
+def _state(record: LazyRecord, daemon: int, guard: int) -> MemoryState:
+    if record.state == lazy_record.LOST:
+        return "lost"
+    if record.state == lazy_record.COMPLETE:
+        return "complete"
+    if guard:
+        return "loading"
+    if daemon:
+        return "unguarded"
+    return "damaged" if record.of_this_boot and record.state == lazy_record.LOADING else "over"
+
+
+def _status(record: LazyRecord) -> MemoryStatus:
+    daemon, guard = record.process("daemon"), record.process("guard")
+    state = _state(record, daemon, guard)
+    total = left = None
+    images = str(record.images) if record.images.exists() else ""
+    if images:
+        total = lazy_images.lazy_bytes(record.images / "images")
+        left = max(0, total - record.loaded()) if total is not None and daemon else total
+    if state == "complete":
+        left = 0
+    text = _SAYS[state].format(daemon=daemon)
+    return MemoryStatus(
+        container=record.container,
+        state=state,
+        text=f"{text} ({record.why})" if record.why else text,
+        total=total,
+        left=left,
+        seconds=record.seconds,
+        daemon=daemon,
+        guard=guard,
+        images=images,
+    )

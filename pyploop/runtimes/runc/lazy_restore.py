@@ -1,0 +1,183 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A lazy restore from the images that are on this host: whether it can be, and the agent's
+end of the guard that starts CRIU's daemon and outlives the agent (lazy_guard.py).
+
+Each step may fail, and then the restore is eager: nothing of the container has run yet.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import select
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from pyploop.runtimes import lazy_policy, lazy_record
+from pyploop.runtimes.lazy_policy import Choice
+from pyploop.runtimes.lazy_record import LazyRecord
+from pyploop.runtimes.runc import lazy_guard
+from pyploop.system import signals
+from pyploop.system.commands import Command, last_words
+
+FEATURES = ("uffd", "uffd-noncoop")
+PROBE_SECONDS = 30.0
+READY_SECONDS = 10.0
+"""For the guard to start."""
+SERVING_SECONDS = 15.0
+"""For the daemon to listen.  It reads two small images."""
+STOPPING_SECONDS = 10.0
+WORK = "lazy-work"
+"""The daemon's folder, and the restore's: CRIU looks for its socket there."""
+
+
+def problem(criu: str) -> str:
+    """Why memory cannot be loaded by page faults here; empty: it can."""
+    for feature in FEATURES:
+        try:
+            status, said = Command([criu, "check", "--feature", feature]).wait(PROBE_SECONDS)
+        except OSError as e:  # TimeoutError is one
+            return f"{criu} check --feature {feature}: {e.strerror or e}"
+        if status:
+            return f"{criu} check --feature {feature}: {last_words(said)}"
+    return ""
+
+
+class LazyRestore:
+    """Of one container that comes to this host."""
+
+    def __init__(self, criu: str, state: Path) -> None:
+        """state: runc's record of the container."""
+        self._criu, self._state = criu, state
+        self._want: lazy_policy.Wanted = "never"
+        self._line: socket.socket | None = None
+        self._guard: subprocess.Popen[bytes] | None = None
+        self._folder, self._commit = Path(), Path()
+        self._record: Path | None = None
+        self._asked = False
+        self.choice = Choice(lazy_policy.NOT_LIVE)
+        """Also of what failed on the way."""
+
+    @property
+    def work(self) -> Path:
+        return self._folder / WORK
+
+    def choose(self, want: lazy_policy.Wanted, told: Any) -> Choice:
+        """Before anything is copied.  told: as the source tells of its memory."""
+        self._want = want
+        self.choice = lazy_policy.choose(want, lazy_policy.memory_of(told))
+        if self.choice.lazy:
+            self.choice = Choice(problem(self._criu))
+        return self.choice
+
+    def start(self, folder: Path, commit: Path, record: Path, **fields: Any) -> None:
+        """The guard, before the container is suspended.  folder: of all images.  commit: the
+        commit record.  record: the one to make, with `fields`."""
+        self._folder, self._commit = folder, commit
+        try:
+            self.work.mkdir(mode=0o700)
+            self._record = record
+            LazyRecord.create(record, images=str(folder), **fields)
+            self._line, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+            args = [sys.executable, "-I", "-S", str(Path(lazy_guard.__file__))]
+            self._guard = signals.begun(
+                lambda: subprocess.Popen(
+                    [*args, str(theirs.fileno()), str(record)],
+                    stdin=subprocess.DEVNULL,
+                    stdout=subprocess.DEVNULL,
+                    stderr=subprocess.DEVNULL,
+                    pass_fds=[theirs.fileno()],
+                    cwd="/",
+                    start_new_session=True,
+                ),
+                lambda guard: guard.kill(),
+            )
+            theirs.close()
+        except OSError as e:
+            self._fail(f"no guard: {e.strerror or e}")
+
+    def _fail(self, why: str) -> None:
+        self.choice = Choice(why)
+        self.stop()
+
+    def _answer(self, key: str, seconds: float) -> None:
+        """Wait for one message; what it says is wrong becomes the choice's reason."""
+        why = f"the guard did not answer within {seconds:g} s"
+        with contextlib.suppress(OSError, ValueError):
+            assert self._line is not None
+            if select.select([self._line], [], [], seconds)[0]:
+                data = self._line.recv(lazy_guard.LONGEST)
+                why = json.loads(data).get(key, f"no {key!r}") if data else "the guard has ended"
+        if why:
+            self._fail(why)
+
+    def _tell(self, **message: Any) -> None:
+        assert self._line is not None
+        with contextlib.suppress(OSError):  # its end is seen when it should answer
+            self._line.send(json.dumps(message).encode())
+
+    def serve(self, images: Path) -> None:
+        """All images are there, and checked: the daemon is started, and not waited for."""
+        if not self.choice.lazy:
+            return
+        pages = sum(p.stat().st_size for p in images.glob("pages-*.img"))
+        again = lazy_policy.choose_again(self._want, pages)
+        if not again.lazy:
+            self._fail(again.why)
+            return
+        self._answer("ready", READY_SECONDS)
+        if not self.choice.lazy:
+            return
+        log = self.work / "lazy-pages.log"
+        argv = [self._criu, "lazy-pages", "-D", str(images), "-W", str(self.work)]
+        self._tell(
+            op="serve",
+            argv=[*argv, "-o", log.name],
+            log=str(log),
+            state=str(self._state),
+            images=str(self._folder),
+            commit=str(self._commit),
+        )
+        self._asked = True
+
+    def serving(self) -> bool:
+        """Wait for the daemon.  False: the restore must be eager (`choice` says why)."""
+        if self.choice.lazy and not self._asked:
+            self._fail("the images were not there in time")
+        if self.choice.lazy:
+            self._answer("serving", SERVING_SECONDS)
+        return self.choice.lazy
+
+    def failed(self, why: str) -> None:
+        """The lazy restore has failed, and nothing of the container has run."""
+        self._fail(f"the lazy restore failed: {why}")
+
+    def keep(self) -> None:
+        """The container runs: the guard goes on by itself."""
+        if self._line is not None:
+            self._tell(op="keep")
+            self._line.close()
+            self._line = None
+
+    def stop(self) -> None:
+        """The container does not run, or not by this: the daemon is ended, and the record
+        removed.  Nothing when there is no guard."""
+        line, self._line = self._line, None
+        if line is None:
+            return
+        deadline = time.monotonic() + STOPPING_SECONDS
+        with line, contextlib.suppress(OSError, ValueError):
+            line.send(b'{"op": "stop"}')
+            while select.select([line], [], [], max(0.0, deadline - time.monotonic()))[0]:
+                data = line.recv(lazy_guard.LONGEST)
+                if not data or "stopped" in json.loads(data):
+                    break
+        if self._guard is not None:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self._guard.wait(max(0.1, deadline - time.monotonic()))
+        if self._record is not None and (left := lazy_record.read(self._record)):
+            left.stop()
