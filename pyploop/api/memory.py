@@ -10,14 +10,15 @@ from pyploop.runtimes import config, lazy_images, lazy_record
 from pyploop.runtimes.lazy_record import LazyRecord
 from pyploop.runtimes.registry import make_runtime
 
-MemoryState = Literal["complete", "loading", "unguarded", "damaged", "lost", "over"]
+MemoryState = Literal["complete", "loading", "unguarded", "unknown", "lost", "over"]
 _SAYS: dict[MemoryState, str] = {
     "complete": "all of its memory is there",
     "loading": "its memory is being loaded while it runs",
     "unguarded": "its memory is being loaded, but the guard was killed: if process {daemon} is "
     "killed, too, what is missing by then will read as zeroes",
-    "damaged": "the guard and the daemon were killed, and what was missing of its memory reads "
-    "as zeroes: end it, and start it again from its disk",
+    "unknown": "the guard was killed, and the daemon has ended since: whether all of its memory "
+    "had come by then is not known, and what had not reads as zeroes. To be safe, end it and start "
+    "it again from its disk",
     "lost": "it was ended while its memory was being loaded: start it again from its disk",
     "over": "a restore that did not come to its end has left this behind",
 }
@@ -30,9 +31,9 @@ class MemoryStatus:
     container: str
     state: MemoryState
     """`complete`: also of a container whose memory was never loaded lazily.  `loading`: it
-    depends on a process of this host.  `unguarded`: the guard was killed.  `damaged`: the
-    daemon, too, so that pages are zero.  `lost`: the daemon has died, and the guard has ended
-    the container.  `over`: of a restore that failed, or of another boot."""
+    depends on a process of this host.  `unguarded`: the guard was killed.  `unknown`: the
+    daemon has ended since, perhaps before all of it had come.  `lost`: the daemon has died, and
+    the guard has ended the container.  `over`: of a restore that failed, or of another boot."""
     text: str
     """The same in words."""
     total: int | None
@@ -115,7 +116,7 @@ def _state(record: LazyRecord, daemon: int, guard: int) -> MemoryState:
         return "loading"
     if daemon:
         return "unguarded"
-    return "damaged" if record.of_this_boot and record.state == lazy_record.LOADING else "over"
+    return "unknown" if record.of_this_boot and record.state == lazy_record.LOADING else "over"
 
 
 def _status(record: LazyRecord) -> MemoryStatus:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -40,11 +41,33 @@ esac
 echo "$step" >>{folder}/steps
 count=$(grep -cxF -- "$step" {folder}/steps)
 here $step-before
+# Who starts it must have it itself, and no shell around it.
+[ $step != criu-lazy-pages ] || exec env LD_PRELOAD={folder}.so HOLD={folder}/memory {program} "$@"
 {program} "$@"
 code=$?
 here $step-after
 exit $code
 """
+_HOLD = r"""
+#define _GNU_SOURCE
+#include <stdlib.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+
+ssize_t pread64(int fd, void *to, size_t n, off_t at)
+{
+	while (!access(getenv("HOLD"), F_OK))
+		usleep(2000);
+	return syscall(SYS_pread64, fd, to, n, at);
+}
+
+ssize_t pread(int fd, void *to, size_t n, off_t at)
+{
+	return pread64(fd, to, n, at);
+}
+"""
+"""Of the daemon that loads memory: it reads nothing while the gate `memory` is closed.  (A
+signal that stops it would end CRIU's when it goes on.)"""
 STEPS = {
     "runc": {
         "* --pre-dump *": "pre-dump",
@@ -56,6 +79,7 @@ STEPS = {
         "* --version *": "criu-version",
         "* check *": "criu-check",
         "* dump *": "criu-dump",
+        "* lazy-pages *": "criu-lazy-pages",
     },
     "ip": {"* ct0 down *": "link-down", "* ct0 up *": "link-up"},
 }
@@ -67,6 +91,8 @@ class Gates:
 
     def __init__(self, host: Host, folder: Path) -> None:
         self._folder, self._bin = folder, host.folder / "bin"
+        words = ["gcc", "-shared", "-fPIC", "-x", "c", "-o", f"{folder}.so", "-"]
+        subprocess.run(words, input=_HOLD, text=True, check=True)
         for name, patterns in STEPS.items():
             script, program = self._bin / name, shutil.which(name)
             if os.path.lexists(script):  # another one has its place already
@@ -125,3 +151,4 @@ def gates(host: Host) -> Iterator[Gates]:
     finally:
         made.close()
         shutil.rmtree(folder)
+        Path(f"{folder}.so").unlink()

@@ -25,6 +25,7 @@ _STAY = {
     container.PYPLOOP_CONFIG,
     "/var/lib/pyploop",
     "/var/lib/pyploop/migrate",
+    "/var/lib/pyploop/migrate/runc-ct.lazy",
     "/run/criu.kdat",
     "/run/pyploop",
     "/run/pyploop/lock",
@@ -33,7 +34,7 @@ _STAY = {
     "/run/runc",
 }
 """What a host may keep: the lab's files, empty folders and locks that nobody holds,
-CRIU's notes about the kernel."""
+CRIU's notes about the kernel, how the memory of the container came to the host."""
 
 
 @dataclass(frozen=True)

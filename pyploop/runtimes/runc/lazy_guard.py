@@ -43,6 +43,8 @@ from typing import Any
 
 LONGEST = 1 << 17
 """Bytes of one message at most."""
+SOCKET = "lazy-pages.socket"
+"""Its name in the daemon's folder, as CRIU has it."""
 READY_SECONDS = 20.0
 """For the daemon to listen."""
 ENDING_SECONDS = 30.0
@@ -53,7 +55,11 @@ KEPT = ("committed", "ran")
 _SEIZE, _LISTEN, _CONT, _MESSAGE = 0x4206, 0x4208, 7, 0x4201
 _EVENT_EXIT, _EVENT_STOP, _TRACE_EXIT, _WALL = 6, 128, 0x40, 0x40000000
 _STOPPING = (signal.SIGSTOP, signal.SIGTSTP, signal.SIGTTIN, signal.SIGTTOU)
-_POLITE = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT)
+_POLITE = (
+    *(signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT, signal.SIGTSTP),
+    *(signal.SIGUSR1, signal.SIGUSR2, signal.SIGALRM, signal.SIGPIPE, signal.SIGCONT),
+)
+"""The daemon's end would be the container's: whoever asks for it in this way is not heard."""
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.ptrace.argtypes = [ctypes.c_long, ctypes.c_long, ctypes.c_void_p, ctypes.c_void_p]
@@ -194,6 +200,8 @@ class Guard:
     def _start(self) -> str:
         """Why it does not listen; '' when it does."""
         told, tell = os.pipe2(os.O_CLOEXEC)
+        # Blocked, they wait until its end.  CRIU takes an interrupted wait for an error.
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, _POLITE)
         try:
             daemon = subprocess.Popen(
                 [*self._order["argv"], "--status-fd", str(tell)],
@@ -207,6 +215,7 @@ class Guard:
             os.close(told)
             return f"{self._order['argv'][0]}: {e.strerror}"
         finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
             os.close(tell)
         daemon.returncode = 0  # waited for here, and not by subprocess
         self._daemon = daemon.pid
@@ -215,10 +224,13 @@ class Guard:
             known = {"pid": daemon.pid, "start": start_time(daemon.pid)}
             self._record.set(daemon=known)
             spare(daemon.pid)
-            if self._listens(told):
+            if not self._listens(told):
+                why = f"criu lazy-pages does not listen ({self._said() or 'it said nothing'})"
+            elif not holds_socket(daemon.pid):
+                why = f"{self._order['argv'][0]} is a script around CRIU that does not `exec` it"
+            else:
                 self._record.set(read=bytes_read(daemon.pid))
                 return ""
-            why = f"criu lazy-pages does not listen ({self._said() or 'it said nothing'})"
         except OSError as e:
             why = f"criu lazy-pages: {e.strerror}"
         finally:
@@ -267,8 +279,7 @@ class Guard:
                 elif event == _EVENT_STOP:
                     _ptrace(_LISTEN if stopped in _STOPPING else _CONT, pid)
                 else:
-                    # Its end would be the container's: a polite request for it is not passed.
-                    _ptrace(_CONT, pid, 0 if stopped in _POLITE else stopped)
+                    _ptrace(_CONT, pid, stopped)
 
     def _at_its_end(self) -> None:
         """It still holds the container's memory; what it has not filled in by now is lost."""
@@ -360,6 +371,17 @@ def ended(pid: int) -> bool:
     with contextlib.suppress(OSError), open(f"/proc/{pid}/stat", "rb") as f:
         return f.read().rpartition(b")")[2].split()[0] in b"ZX"
     return True
+
+
+def holds_socket(pid: int) -> bool:
+    """Whether it is this very process that listens, and will hold the container's memory."""
+    with open(f"/proc/{pid}/net/unix") as f:
+        lines = [words for line in f if (words := line.split())[-1] == SOCKET]
+    mine = set()
+    for entry in os.scandir(f"/proc/{pid}/fd"):
+        with contextlib.suppress(OSError):
+            mine.add(os.readlink(entry.path))
+    return any(f"socket:[{words[-2]}]" in mine for words in lines)
 
 
 def can_trace() -> str:
