@@ -49,10 +49,12 @@ def another_container(host: Host) -> Iterator[int]:
     """A container that no migration may touch; its process."""
     bundle = host.folder / "srv" / OTHER
     (bundle / "rootfs").mkdir(parents=True)
-    config = container.config(5)
-    config["process"]["args"] = ["/guest"]  # type: ignore[index]
+    config: dict[str, Any] = container.config(5)
+    config["process"]["args"] = ["/guest", "5", "0"]
     config["annotations"] = {}
     config["root"] = {"path": "rootfs", "readonly": False}
+    for namespace in config["linux"]["namespaces"]:
+        namespace.pop("path", None)
     container.make_root(bundle / "rootfs", container.build_guest(host.folder.parent))
     (bundle / "config.json").write_text(json.dumps(config))
     null = subprocess.DEVNULL
