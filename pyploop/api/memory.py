@@ -52,6 +52,8 @@ class MemoryStatus:
     @property
     def exit_code(self) -> int:
         """Of `pyploop status`: 0 nothing to come, 2 being loaded, 3 something to do."""
+        if self.state == "over" and not self.images:
+            return 0
         return {"complete": 0, "loading": 2}.get(self.state, 3)
 
 
@@ -108,15 +110,17 @@ def _none(container: str) -> MemoryStatus:
 
 
 def _state(record: LazyRecord, daemon: int, guard: int) -> MemoryState:
-    if record.state == lazy_record.LOST:
-        return "lost"
     if record.state == lazy_record.COMPLETE:
         return "complete"
+    if not record.of_this_boot:
+        return "over"
+    if record.state == lazy_record.LOST:
+        return "lost"
     if guard:
         return "loading"
     if daemon:
         return "unguarded"
-    return "unknown" if record.of_this_boot and record.state == lazy_record.LOADING else "over"
+    return "unknown" if record.state == lazy_record.LOADING else "over"
 
 
 def _status(record: LazyRecord) -> MemoryStatus:

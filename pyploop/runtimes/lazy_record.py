@@ -93,6 +93,11 @@ class LazyRecord:
         return bool(self.process("daemon") or self.process("guard"))
 
     @property
+    def loading(self) -> bool:
+        """Of a container that runs: not all of its memory is there."""
+        return self.busy and self.state in (PREPARED, LOADING)
+
+    @property
     def seconds(self) -> float | None:
         """From the restore until all memory was there, or lost."""
         ended, since = self.fields.get("ended"), self.fields.get("since")
@@ -157,7 +162,7 @@ def wait_loaded(path: Path, seconds: float) -> LazyRecord | None:
     """Until all memory of the container is there, or lost; the record then, None when there
     is none.  BusyError after so many seconds."""
     deadline = time.monotonic() + seconds
-    while (record := read(path)) and record.state == LOADING and record.busy:
+    while (record := read(path)) and record.loading:
         if time.monotonic() > deadline:
             raise BusyError(
                 f"the memory of {record.container} is still being loaded (process "
@@ -176,6 +181,6 @@ def stop_entry(entry: Entry) -> None:
 
 def in_use(entry: Entry) -> bool:
     """Whether the images that a journal's entry of kind `lazy-guard` names belong to the
-    guard by now, which removes them."""
+    guard by now, which removes them, or to a person, since the container is lost."""
     record = read(Path(entry["record"]))
-    return record is not None and record.state == LOADING and record.busy
+    return record is not None and (record.busy or record.state == LOST)

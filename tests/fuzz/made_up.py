@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from pyploop.errors import MigrateError, VzExitCode
-from pyploop.runtimes import Copied, Disk, Item, State, Tree
+from pyploop.runtimes import Copied, Disk, Item, Lazy, State, Tree
 from pyploop.runtimes.config import HostConfig
 from pyploop.runtimes.policy import Source
 
@@ -43,6 +43,7 @@ class Box:
     dump_writes: bool = False
     drop_exec: bool = False
     locks_itself: bool = False
+    lazy: Lazy | None = None
     has_disk: bool = False
     told: list[str] = field(default_factory=list)
     """The steps that were done to it."""

@@ -22,7 +22,7 @@ import sys
 from pathlib import Path
 
 PAGE = 4096
-PARENT, PRESENT = 1, 4
+PARENT, LAZY, PRESENT = 1, 2, 4
 VADDR, FLAGS, PAGES = 1, 4, 5
 """Fields of a pagemap's entry."""
 SIZE = struct.Struct("<I")
@@ -92,6 +92,12 @@ class Pagemap:
                     found[address] = None
         return found
 
+    def lazy(self) -> set[int]:
+        """Addresses of pages that can be loaded by page faults."""
+        return {
+            e[VADDR] + n * PAGE for e in self.entries if e[FLAGS] & LAZY for n in range(e[PAGES])
+        }
+
 
 def whole(folder: Path, name: str) -> dict[int, bytes | None]:
     """All pages that a chain of images has, newest first."""
@@ -118,6 +124,7 @@ def deposit(full: Path, images: Path, parent: Path | None, memory_only: bool) ->
 def _pages(path: Path, images: Path, parent: Path | None) -> None:
     old = whole(parent, path.name) if parent is not None else {}
     source = Pagemap(path)
+    lazy = source.lazy()
     entries: list[dict[int, int]] = []
     with (images / source.pages.name).open("wb") as out:
         for address, page in source.known().items():
@@ -125,6 +132,7 @@ def _pages(path: Path, images: Path, parent: Path | None) -> None:
             if flags == PRESENT:
                 assert page is not None
                 out.write(page)
+                flags |= LAZY if address in lazy else 0
             last = entries[-1] if entries else None
             if last and last[FLAGS] == flags and address == last[VADDR] + last[PAGES] * PAGE:
                 last[PAGES] += 1

@@ -269,6 +269,7 @@ def test_a_container_whose_daemon_is_killed_is_ended_and_reads_no_zeroes(
             lab.b.run("runc", "delete", container.NAME)
             container.start(lab.b)
             assert container.state(lab.b) == "running"
+        table.note("lazy restore", "its daemon killed", str(number), now["state"])
         assert json.loads(lab.b.run("runc", "state", OTHER))["pid"] == other
         os.stat(lab.b.outside(f"/proc/{other}"))
 

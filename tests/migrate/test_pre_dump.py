@@ -108,6 +108,31 @@ def test_memory_goes_ahead_where_it_is_tracked_and_not_where_it_is_not(two_hosts
         assert_sent_ahead(done)
 
 
+def test_what_the_last_dump_has_is_loaded_lazily_upon_what_was_sent_ahead(
+    two_hosts: Lab,
+) -> None:
+    a, b = two_hosts.a, two_hosts.b
+    before = files(b)
+    with (
+        container.container(two_hosts, 5 * SLOWNESS, size=SIZE, memory=MEMORY),
+        verify.client(two_hosts, 5 * SLOWNESS) as client,
+    ):
+        with tracking(a, b):
+            done = migrate(two_hosts, a, "--lazy-restore", "always")
+        assert done.code == 0, done.errors
+        (move,) = told(done, "moved")
+        assert move["lazy"] and move["parent"] > 0
+        assert judge(two_hosts, client, before) is b
+
+        # Here that is little, and it would not pay.
+        with tracking(a, b):
+            done = migrate(two_hosts, b)
+        assert done.code == 0, done.errors
+        (move,) = told(done, "moved")
+        assert not move["lazy"] and move["why_not_lazy"].startswith("it does not pay: ")
+        assert judge(two_hosts, client, before) is a
+
+
 def assert_sent_ahead(done: Outcome) -> None:
     """The dump had few pages and a parent, and memory and disk took turns."""
     (move,) = told(done, "moved")

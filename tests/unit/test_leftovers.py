@@ -56,6 +56,21 @@ def test_nothing_is_reported_where_nothing_was_left(folders: tuple[Path, Path]) 
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
+def test_a_container_whose_memory_did_not_all_come_is_reported(
+    folders: tuple[Path, Path],
+) -> None:
+    path = folders[1] / "runc-web.lazy"
+    record = {"schema": "pyploop.lazy/1", "container": "web", "state": "lost", "why": "killed"}
+    record["boot"] = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    path.write_text(json.dumps(record))
+    done = report(folders)
+    assert done.returncode == 1
+    assert "web: it was ended while its memory was being loaded" in done.stdout
+    path.write_text(json.dumps({**record, "state": "complete"}))
+    done = report(folders)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
 def test_what_a_killed_copy_left_is_undone_and_reported(folders: tuple[Path, Path]) -> None:
     frozen = folders[0].parent / "cgroup.freeze"
     frozen.write_text("1")

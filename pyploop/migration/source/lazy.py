@@ -23,7 +23,7 @@ def wait_loaded(host: HostConfig, runtime: Runtime, report: Reporter) -> None:
     path = lazy_record.path_of(host.state_dir, runtime.name, runtime.container)
     try:
         record = lazy_record.read(path)
-        if record is not None and record.state == lazy_record.LOADING and record.busy:
+        if record is not None and record.loading:
             report.note(f"The memory of {runtime.container} is still being loaded: waiting for it")
             lazy_record.wait_loaded(path, deadlines.LOADING)
     except (BusyError, OpenError) as e:

@@ -1,0 +1,314 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A lazy restore's parts: what is chosen, what memory can come later, the record, and what
+`pyploop status` makes of it."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support import MIB, wait_until
+
+import pyploop
+from pyploop.errors import BusyError, MigrateError, OpenError
+from pyploop.runtimes import config, lazy_images, lazy_memory, lazy_policy, lazy_record
+from pyploop.runtimes.lazy_policy import Memory
+from pyploop.runtimes.lazy_record import LazyRecord
+from pyploop.runtimes.runc import lazy_guard
+from pyploop.undo import journal
+
+BIG = Memory(private=1 << 30, forked=0, whole=1 << 20)
+
+# ---- what is chosen
+
+
+@pytest.mark.parametrize(
+    ("target", "source", "chosen"),
+    [
+        (None, None, "auto"),
+        (None, "never", "never"),
+        ("always", "never", "always"),
+        ("never", "always", "never"),
+    ],
+)
+def test_the_targets_configuration_wins(
+    target: lazy_policy.Wanted | None, source: lazy_policy.Wanted | None, chosen: str
+) -> None:
+    assert lazy_policy.wanted(target, source) == chosen
+
+
+@pytest.mark.parametrize(
+    ("want", "memory", "why"),
+    [
+        ("auto", BIG, ""),
+        ("never", BIG, "not wanted"),
+        ("auto", None, "the source does not tell"),
+        ("always", None, "the source does not tell"),
+        ("auto", Memory(lazy_policy.LEAST - 1, 0, 0), "it does not pay"),
+        ("auto", Memory(lazy_policy.LEAST, 0, 0), ""),
+        ("always", Memory(4096, 0, 0), ""),
+        ("auto", Memory(1 << 30, 1 << 29, 0), "512.0 MiB of memory are shared by forked"),
+        ("always", Memory(1 << 30, 1 << 29, 0), ""),
+    ],
+)
+def test_memory_is_loaded_lazily_where_it_pays_and_can_be(
+    want: lazy_policy.Wanted, memory: Memory | None, why: str
+) -> None:
+    chosen = lazy_policy.choose(want, memory)
+    assert chosen.lazy == (not why) and chosen.why.startswith(why)
+
+
+def test_a_dump_with_few_pages_is_restored_eagerly() -> None:
+    assert not lazy_policy.choose_again("auto", 8 * MIB).lazy
+    assert lazy_policy.choose_again("auto", lazy_policy.LEAST).lazy
+    assert lazy_policy.choose_again("always", 0).lazy
+
+
+def test_a_word_that_is_no_policy_is_refused() -> None:
+    with pytest.raises(MigrateError, match="lazy_restore is auto, never, always"):
+        config.parse({"lazy_restore": "sometimes"}, "/x")
+    assert config.parse({"lazy_restore": "never"}, "/x").lazy_restore == "never"
+
+
+# ---- what can come later
+
+
+def test_what_cannot_come_later_is_told_with_its_size() -> None:
+    program = """
+import ctypes, mmap, os
+private = mmap.mmap(-1, 24 << 20, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+shared = mmap.mmap(-1, 5 << 20)
+fd = os.memfd_create("x")
+os.ftruncate(fd, 3 << 20)
+memfd = mmap.mmap(fd, 3 << 20)
+for m in (private, shared, memfd):
+    m.write(b"x" * len(m))
+print(flush=True)
+input()
+"""
+    p = subprocess.Popen(
+        [sys.executable, "-c", program], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    )
+    assert p.stdin is not None and p.stdout is not None
+    try:
+        p.stdout.readline()
+        found = lazy_memory.of_processes([p.pid], 0)
+    finally:
+        p.communicate(b"\n")
+    assert 24 * MIB <= found.private < 64 * MIB
+    assert found.shared == 8 * MIB and found.locked == 0
+    assert "8.0 MiB shared memory" in found.in_words()
+    assert found.told()["whole"] == found.whole >= 8 * MIB
+
+
+def smaps(*mappings: tuple[str, dict[str, int], str]) -> str:
+    text = ""
+    for head, sizes, flags in mappings:
+        lines = [f"{name}:  {size} kB" for name, size in sizes.items()]
+        text += "\n".join([f"7f00-7f01 {head}", *lines, f"VmFlags: {flags}", ""])
+    return text
+
+
+def test_each_kind_of_mapping_counts_where_it_belongs(tmp_path: Path) -> None:
+    (tmp_path / "7").mkdir()
+    (tmp_path / "7/smaps").write_text(
+        smaps(
+            ("rw-p 0 00:00 0", {"Rss": 40, "Pss": 20, "Anonymous": 40, "Swap": 4}, "rd wr"),
+            ("rw-p 0 00:00 0    [heap]", {"Rss": 8, "Pss": 8}, "rd wr"),
+            ("rw-p 0 00:00 0", {"Rss": 16, "Pss": 16}, "rd wr lo"),
+            ("rw-p 0 fe:00 9    /lib/c.so: x", {"Rss": 12, "Anonymous": 4}, "rd wr"),
+            ("rw-s 0 fe:00 9    /data/base", {"Rss": 99, "Pss": 99}, "rd wr sh"),
+            ("rw-s 0 00:01 9    /memfd:x (deleted)", {"Rss": 32, "Pss": 16}, "rd wr sh"),
+            ("rw-p 0 00:0f 9    /anon_hugepage", {"Private_Hugetlb": 2048}, "rd ht"),
+            ("r--p 0 00:00 0    [vvar]", {"Rss": 4}, "rd io pf"),
+        )
+    )
+    found = lazy_memory.of_processes([7, 8], 0, str(tmp_path))
+    kib = {name: size >> 10 for name, size in vars(found).items()}
+    assert kib == {
+        "private": 52, "forked": 20, "locked": 16, "huge": 2048, "files": 4, "shared": 16,
+    }  # fmt: skip
+
+
+# ---- the record
+
+Made = Callable[..., LazyRecord]
+
+
+@pytest.fixture
+def state_dir(tmp_path: Path) -> Path:
+    (tmp_path / "state").mkdir(mode=0o700)
+    return tmp_path / "state"
+
+
+@pytest.fixture
+def made(state_dir: Path, tmp_path: Path) -> Made:
+    """A record as the guard has left it; the processes are `alive` or have ended."""
+
+    def make(
+        state: str, alive: Sequence[str] = (), images: bool = False, **fields: Any
+    ) -> LazyRecord:
+        path = lazy_record.path_of(state_dir, "runc", "web")
+        folder = tmp_path / "images"
+        if images:
+            folder.mkdir(mode=0o700)
+            (folder / "x").touch()
+        record = LazyRecord.create(path, runtime="runc", container="web", images=str(folder))
+        me = {"pid": os.getpid(), "start": journal.start_time(os.getpid())}
+        dead = {"pid": 2**22 + 1, "start": 1}
+        for which in ("guard", "daemon"):
+            record.fields[which] = me if which in alive else dead
+        record.fields.update(state=state, **fields)
+        path.write_text(json.dumps(record.fields))
+        return record
+
+    return make
+
+
+@pytest.mark.parametrize(
+    ("made_as", "said", "code"),
+    [
+        ({"state": "loading", "alive": ("guard", "daemon"), "images": True}, "loading", 2),
+        ({"state": "loading", "alive": ("daemon",), "images": True}, "unguarded", 3),
+        ({"state": "loading", "images": True}, "unknown", 3),
+        ({"state": "complete"}, "complete", 0),
+        ({"state": "lost", "images": True}, "lost", 3),
+        ({"state": "prepared", "images": True}, "over", 3),
+        ({"state": "loading", "boot": "another"}, "over", 0),
+        ({"state": "lost", "boot": "another"}, "over", 0),
+    ],
+)
+def test_the_status_says_what_there_is_to_do(
+    made: Made, state_dir: Path, made_as: dict[str, Any], said: str, code: int
+) -> None:
+    made(**made_as)
+    (status,) = pyploop.memory_status(state_dir=str(state_dir))
+    assert (status.state, status.exit_code) == (said, code)
+    command = [sys.executable, "-m", "pyploop.cli.main", "status", "--state-dir", str(state_dir)]
+    done = subprocess.run([*command, "--json"], capture_output=True, text=True, check=False)
+    assert done.returncode == code
+    assert json.loads(done.stdout)["state"] == said
+    done = subprocess.run([*command, "web"], capture_output=True, text=True, check=False)
+    assert done.returncode == code and done.stdout.startswith("web: ")
+
+
+def test_a_container_that_did_not_come_lazily_has_all_its_memory(state_dir: Path) -> None:
+    assert pyploop.memory_status(state_dir=str(state_dir)) == ()
+    (status,) = pyploop.memory_status("web", state_dir=str(state_dir))
+    assert (status.state, status.left, status.exit_code) == ("complete", 0, 0)
+
+
+def test_what_is_in_use_is_not_forgotten(made: Made, state_dir: Path) -> None:
+    record = made("loading", ["daemon"], images=True)
+    with pytest.raises(BusyError, match="still being loaded"):
+        pyploop.forget_memory("web", state_dir=str(state_dir))
+    assert record.path.exists() and record.images.exists()
+
+
+def test_forgetting_removes_the_record_and_the_images(made: Made, state_dir: Path) -> None:
+    record = made("lost", images=True)
+    assert pyploop.forget_memory("web", state_dir=str(state_dir))
+    assert not record.path.exists() and not record.images.exists()
+    assert not pyploop.forget_memory("web", state_dir=str(state_dir))
+
+
+def test_a_wait_for_memory_has_an_end(made: Made) -> None:
+    record = made("loading", ["daemon"])
+    began = time.monotonic()
+    with pytest.raises(BusyError, match=f"process {os.getpid()}"):
+        lazy_record.wait_loaded(record.path, 0.1)
+    assert time.monotonic() - began >= 0.1
+    made("complete")
+    assert lazy_record.wait_loaded(record.path, 0.0) is not None
+
+
+@pytest.mark.parametrize("text", ["", "[]", '{"schema": "pyploop.kept/1"}'])
+def test_what_is_no_record_is_said(state_dir: Path, text: str) -> None:
+    path = lazy_record.path_of(state_dir, "runc", "web")
+    path.write_text(text)
+    with pytest.raises(OpenError, match=r"runc-web\.lazy"):
+        pyploop.memory_status(state_dir=str(state_dir))
+
+
+# ---- CRIU's lists of pages
+
+
+def test_lazy_pages_are_counted(tmp_path: Path) -> None:
+    head = bytes.fromhex("1943565425400856")
+    entries = [
+        b"\x08\x01",
+        b"\x08\x10\x10\x00\x20\x06\x28\x03",
+        b"\x08\x20\x10\x00\x20\x04\x28\x05",
+    ]
+    text = head + b"".join(len(e).to_bytes(4, "little") + e for e in entries)
+    for pid in (7, 8):
+        (tmp_path / f"pagemap-{pid}.img").write_bytes(text)
+    assert lazy_images.lazy_bytes(tmp_path) == 2 * 3 * os.sysconf("SC_PAGESIZE")
+    (tmp_path / "pagemap-7.img").write_bytes(text[:-1])
+    assert lazy_images.lazy_bytes(tmp_path) is None
+
+
+# ---- the guard
+
+
+@pytest.fixture
+def cgroup(tmp_path: Path) -> Iterator[tuple[Path, subprocess.Popen[bytes]]]:
+    """runc's record of a container, and its process; a folder plays the cgroup."""
+    process = subprocess.Popen(["sleep", "60"])
+    group = tmp_path / "cgroup"
+    (group / "inner").mkdir(parents=True)
+    (group / "cgroup.procs").touch()
+    (group / "inner/cgroup.procs").write_text(f"{process.pid}\n")
+    state = tmp_path / "state.json"
+    state.write_text(json.dumps({"cgroup_paths": {"": str(group)}}))
+    yield state, process
+    process.kill()
+    process.wait()
+
+
+def test_the_guard_ends_each_process_of_the_container_and_no_other(
+    cgroup: tuple[Path, subprocess.Popen[bytes]],
+) -> None:
+    state, process = cgroup
+    with subprocess.Popen(["sleep", "60"]) as other:
+        assert lazy_guard.end_container(str(state))
+        assert process.wait(5) == -9
+        assert other.poll() is None
+        other.kill()
+
+
+def test_the_guard_ends_nothing_where_there_is_no_container(tmp_path: Path) -> None:
+    assert lazy_guard.end_container(str(tmp_path / "state.json"))
+
+
+def test_the_guard_can_trace_here_or_says_why_not() -> None:
+    words = f"import sys; sys.path.insert(0, {str(Path(lazy_guard.__file__).parent)!r})\n"
+    words += "import lazy_guard; print(repr(lazy_guard.can_trace()))"
+    done = subprocess.run(
+        [sys.executable, "-I", "-S", "-c", words], capture_output=True, text=True, check=True
+    )
+    assert done.stdout.strip() == "''"
+
+
+def test_a_guard_whose_agent_ends_before_the_container_runs_leaves_nothing(
+    made: Made,
+) -> None:
+    record = made("prepared")
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    words = [sys.executable, "-I", "-S", lazy_guard.__file__, str(theirs.fileno())]
+    with subprocess.Popen([*words, str(record.path)], pass_fds=[theirs.fileno()]) as guard:
+        theirs.close()
+        assert json.loads(ours.recv(1000)) == {"ready": ""}
+        known = lazy_record.read(record.path)
+        assert known is not None and known.process("guard") == guard.pid
+        ours.close()
+        assert guard.wait(10) == 0
+    wait_until(lambda: not record.path.exists(), "the record is removed")
