@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from pyploop.errors import BusyError, OpenError
-from pyploop.system import private_folder, removal
+from pyploop.system import kernel, private_folder, removal
 from pyploop.undo import journal
 from pyploop.undo.journal import Entry
 
@@ -47,7 +47,7 @@ class LazyRecord:
     @classmethod
     def create(cls, path: Path, **fields: Any) -> LazyRecord:
         """A new one, in place of an older one; the guard completes it."""
-        record = {**fields, "schema": SCHEMA, "boot": journal.boot_id(), "state": PREPARED}
+        record = {**fields, "schema": SCHEMA, "boot": kernel.boot_id(), "state": PREPARED}
         record["started"] = time.time()
         with private_folder.reopened(path.parent) as folder:
             private_folder.replace(folder, path.name, json.dumps(record).encode())
@@ -77,7 +77,7 @@ class LazyRecord:
 
     @property
     def of_this_boot(self) -> bool:
-        return bool(self.fields.get("boot") == journal.boot_id())
+        return bool(self.fields.get("boot") == kernel.boot_id())
 
     def process(self, which: str) -> int:
         """PID of the `guard` or the `daemon`, 0 when it has ended."""
