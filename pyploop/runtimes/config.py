@@ -89,8 +89,8 @@ class HostConfig:
     vzcptcheck: str = "vzcptcheck"
     ploop: str = "ploop"
     rsync: str = "rsync"
-    lazy_restore: Wanted | None = None
-    """Whether memory that comes to this host is loaded lazily; None: as the source asks."""
+    lazy_restore: Wanted = "auto"
+    """Whether memory that comes to this host is loaded lazily; auto: as the source asks."""
     containers: dict[str, ContainerConfig] = field(default_factory=dict)
     policy: Policy = policies.PLAIN
     """It also counts for containers that are not in `containers`."""
@@ -215,7 +215,7 @@ def parse(table: dict[str, Any], path: str) -> HostConfig:
             values["trusted_live"] = policies.parse_trust(_table(value, where), where)
         elif key not in ("container", "policy"):
             raise _bad(f"{path}: unknown key {key!r}")
-    if values.get("lazy_restore", "auto") not in WANTED:
+    if values.get("lazy_restore", HostConfig.lazy_restore) not in WANTED:
         raise _bad(f"{path}: lazy_restore is {', '.join(WANTED)}")
     where = f"{path}: [policy]"
     policy = policies.parse(_table(table.get("policy", {}), where), policies.PLAIN, where)

@@ -56,9 +56,9 @@ def memory_of(told: Any) -> Memory | None:
     return Memory(*(int(told.get(name) or 0) for name in ("private", "forked", "whole")))
 
 
-def wanted(target: Wanted | None, source: Wanted | None) -> Wanted:
-    """The target's configuration wins over what the source asks for."""
-    return target or source or "auto"
+def wanted(target: Wanted, source: Wanted) -> Wanted:
+    """The target's configuration wins over what the source asks for, unless it is auto."""
+    return source if target == "auto" else target
 
 
 def choose(want: Wanted, memory: Memory | None) -> Choice:

@@ -33,14 +33,14 @@ BIG = Memory(private=1 << 30, forked=0, whole=1 << 20)
 @pytest.mark.parametrize(
     ("target", "source", "chosen"),
     [
-        (None, None, "auto"),
-        (None, "never", "never"),
+        ("auto", "auto", "auto"),
+        ("auto", "never", "never"),
         ("always", "never", "always"),
         ("never", "always", "never"),
     ],
 )
 def test_the_targets_configuration_wins(
-    target: lazy_policy.Wanted | None, source: lazy_policy.Wanted | None, chosen: str
+    target: lazy_policy.Wanted, source: lazy_policy.Wanted, chosen: str
 ) -> None:
     assert lazy_policy.wanted(target, source) == chosen
 

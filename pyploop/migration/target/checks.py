@@ -115,5 +115,5 @@ def choose_lazy(host: HostConfig, runtime: Runtime, facts: Facts) -> Choice:
     told = facts.get("lazy") or {}
     want = told.get("want")
     return runtime.lazy.choose(
-        lazy_policy.wanted(host.lazy_restore, want if want in lazy_policy.WANTED else None), told
+        lazy_policy.wanted(host.lazy_restore, want if want in lazy_policy.WANTED else "auto"), told
     )
