@@ -157,8 +157,10 @@ assert state() == before
 
 def test_the_library_neither_prints_nor_ends_the_process() -> None:
     """Programs that are started by their paths, and the `-m` part of libploop, may."""
-    programs = ("undo/watchdog", "migration/relay", "system/enclosure", "libploop")
-    programs += ("runtimes/runc/lazy_guard",)
+    programs = (
+        *("undo/watchdog", "migration/relay", "system/enclosure", "libploop"),
+        "runtimes/runc/lazy_guard",
+    )
     found = []
     for path in (ROOT / "pyploop").rglob("*.py"):
         name = str(path.relative_to(ROOT / "pyploop").with_suffix(""))
