@@ -8,7 +8,7 @@ sources); huge pages are not."""
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -41,18 +41,22 @@ class InUse:
         return self.locked + self.huge + self.files + self.shared
 
     def told(self) -> dict[str, int]:
-        """For the target (lazy_policy.Memory)."""
-        return {"private": self.private, "forked": self.forked, "whole": self.whole}
+        """For the target (lazy_policy.Memory), and for `in_words`."""
+        return {**vars(self), "whole": self.whole}
 
-    def in_words(self) -> str:
-        """What cannot come later, with its size; empty for less than a MiB."""
-        parts = [
-            (self.shared, "shared memory, tmpfs and memfd"),
-            (self.locked, "locked"),
-            (self.huge, "huge pages"),
-            (self.files, "changed pages of mapped files"),
-        ]
-        return ", ".join(f"{format_size(n)} {what}" for n, what in parts if n >= 1 << 20)
+
+_KINDS = {
+    "shared": "shared memory, tmpfs and memfd",
+    "locked": "locked",
+    "huge": "huge pages",
+    "files": "changed pages of mapped files",
+}
+
+
+def in_words(told: Mapping[str, int]) -> str:
+    """What cannot come later, with its size; empty for less than a MiB.  told: see InUse."""
+    sizes = {what: told.get(kind, 0) for kind, what in _KINDS.items()}
+    return ", ".join(f"{format_size(n)} {what}" for what, n in sizes.items() if n >= 1 << 20)
 
 
 def of_processes(pids: Iterable[int], shmem: int, proc: str = "/proc") -> InUse:

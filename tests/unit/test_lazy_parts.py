@@ -105,7 +105,7 @@ input()
         p.communicate(b"\n")
     assert 24 * MIB <= found.private < 64 * MIB
     assert found.shared == 8 * MIB and found.locked == 0
-    assert "8.0 MiB shared memory" in found.in_words()
+    assert "8.0 MiB shared memory" in lazy_memory.in_words(found.told())
     assert found.told()["whole"] == found.whole >= 8 * MIB
 
 

@@ -11,6 +11,7 @@ from pyploop.migration import deadlines
 from pyploop.report.events import Reporter
 from pyploop.runtimes import Runtime, lazy_record
 from pyploop.runtimes.config import HostConfig
+from pyploop.runtimes.lazy_memory import in_words
 from pyploop.runtimes.lazy_policy import Choice
 from pyploop.units import format_size
 
@@ -44,6 +45,8 @@ def report_choice(report: Reporter, answer: Any, told: dict[str, int] | None) ->
     if choice.lazy:
         size = format_size(memory.get("private", 0))
         report.info(f"Memory is loaded lazily on the target: yes, up to {size}")
+        if words := in_words(memory):
+            report.info(f"Cannot be loaded lazily: {words}")
     else:
         report.info(f"Memory is loaded lazily on the target: no ({choice.why})")
     return choice
@@ -61,6 +64,8 @@ def report_outcome(report: Reporter, answer: Any, host: str) -> Choice:
     choice = choice_of(answer)
     if choice.lazy:
         report.info(f"The container runs; its memory is being loaded on {host}")
+    else:
+        report.info(f"The memory was restored before the container ran ({choice.why})")
     return choice
 
 

@@ -265,7 +265,8 @@ class Incoming:
             return
         name = self._runtime.name, self._runtime.container
         record = lazy_record.path_of(self._host.state_dir, *name)
-        self._log("lazy-guard", record=str(record), images=str(self._folder))
+        what = "the guard of its lazy restore"
+        self._log("lazy-guard", what=what, record=str(record), images=str(self._folder))
         lazy.start(
             self._folder,
             self.record.path,

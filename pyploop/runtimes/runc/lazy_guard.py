@@ -45,8 +45,10 @@ LONGEST = 1 << 17
 """Bytes of one message at most."""
 SOCKET = "lazy-pages.socket"
 """Its name in the daemon's folder, as CRIU has it."""
-READY_SECONDS = 20.0
+READY_SECONDS = 8.0
 """For the daemon to listen."""
+LONG_SECONDS = 600.0
+"""Between two lines of the log about memory that is not loaded yet."""
 ENDING_SECONDS = 30.0
 """For the container's processes to end.  Then it is said, and tried again."""
 KEPT = ("committed", "ran")
@@ -146,7 +148,9 @@ class Guard:
         self._say(ready=can_trace())
         while not self._kept or self._daemon:
             lines: list[Any] = [self._chld] if self._kept else [self._chld, self._line]
-            ready = select.select(lines, [], [])[0]
+            ready = select.select(lines, [], [], LONG_SECONDS)[0]
+            if not ready:  # nothing else may be done about it: the container needs it
+                log(f"{self._name()}: its memory is still not loaded", syslog.LOG_WARNING)
             if self._chld in ready:
                 self._look()
             if self._line in ready and not self._kept and not self._hear():

@@ -26,11 +26,11 @@ from pyploop.system.commands import Command, last_words
 
 FEATURES = ("uffd", "uffd-noncoop")
 PROBE_SECONDS = 30.0
-READY_SECONDS = 10.0
+READY_SECONDS = 5.0
 """For the guard to start."""
-SERVING_SECONDS = 15.0
+SERVING_SECONDS = 10.0
 """For the daemon to listen.  It reads two small images."""
-STOPPING_SECONDS = 10.0
+STOPPING_SECONDS = 5.0
 WORK = "lazy-work"
 """The daemon's folder, and the restore's: CRIU looks for its socket there."""
 

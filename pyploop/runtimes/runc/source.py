@@ -76,8 +76,6 @@ class SourceSteps(RuncContainer):
             self._watchers = leftovers.watchers(pids)
             found = lazy_memory.of_processes(pids, memory_in_use.shared_of(self._cgroups()))
             facts["lazy"] = found.told()
-            if words := found.in_words():
-                self._left.append(f"Is never loaded lazily: {words}")
         return facts
 
     def _check_network(self, config: dict[str, Any]) -> None:
