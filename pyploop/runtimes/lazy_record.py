@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from pyploop.errors import BusyError, OpenError
-from pyploop.system import kernel, private_folder, removal
+from pyploop.system import kernel, mount_table, private_folder, removal
 from pyploop.undo import journal
 from pyploop.undo.journal import Entry
 
@@ -134,6 +134,9 @@ class LazyRecord:
         if self.busy:
             raise BusyError(f"the memory of {self.container} is still being loaded")
         if self.fields.get("images") and private_folder.is_ours(self.images):
+            # A CRIU that was killed leaves the cgroup hierarchies mounted in its folder.
+            for point in mount_table.mount_points_below(str(self.images)):
+                kernel.umount(point, lazy=True)
             removal.remove_tree(str(self.images))
         self.remove()
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support import MIB, wait_until
+from support import MIB, needs, run, wait_until
 
 import pyploop
 from pyploop.errors import BusyError, MigrateError, OpenError
@@ -287,6 +287,30 @@ def test_the_guard_ends_each_process_of_the_container_and_no_other(
 
 def test_the_guard_ends_nothing_where_there_is_no_container(tmp_path: Path) -> None:
     assert lazy_guard.end_container(str(tmp_path / "state.json"))
+
+
+def test_the_guard_leaves_the_cgroup_of_the_session(tmp_path: Path) -> None:
+    (tmp_path / "systemd").mkdir()
+    for hierarchy in ("", "systemd"):
+        (tmp_path / hierarchy / "cgroup.procs").touch()
+    lazy_guard.leave_session(str(tmp_path))
+    for hierarchy in ("", "systemd"):
+        assert (tmp_path / hierarchy / "cgroup.procs").read_text() == str(os.getpid())
+
+
+def test_the_guard_removes_the_images_and_nothing_that_is_mounted_there(tmp_path: Path) -> None:
+    needs("root")
+    images, outside = tmp_path / "images", tmp_path / "outside"
+    for folder in (images / "yard", outside):
+        folder.mkdir(parents=True)
+    (outside / "other").touch()
+    run("mount", "--bind", outside, images / "yard")
+    try:
+        lazy_guard.remove(str(images))
+        assert not images.exists()
+        assert (outside / "other").exists()
+    finally:
+        run("umount", "-q", images / "yard", check=False)
 
 
 def test_the_guard_can_trace_here_or_says_why_not() -> None:

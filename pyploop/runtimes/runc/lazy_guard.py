@@ -55,6 +55,8 @@ KEPT = ("committed", "ran")
 """Words of a commit record: the container may run here."""
 
 _SEIZE, _LISTEN, _CONT, _MESSAGE = 0x4206, 0x4208, 7, 0x4201
+_DETACH = 2 | 8
+"""MNT_DETACH, UMOUNT_NOFOLLOW."""
 _EVENT_EXIT, _EVENT_STOP, _TRACE_EXIT, _WALL = 6, 128, 0x40, 0x40000000
 _STOPPING = (signal.SIGSTOP, signal.SIGTSTP, signal.SIGTTIN, signal.SIGTTOU)
 _POLITE = (
@@ -330,11 +332,23 @@ class Guard:
         """All memory is there, or what is left of it is lost and said."""
         if self._why:
             return
-        shutil.rmtree(self._order["images"], ignore_errors=True)
+        remove(self._order["images"])
         now = time.time()
         seconds = now - self._record.fields.get("since", now)
         self._note(state="complete", ended=now)
         log(f"{self._name()}: all of its memory is loaded, after {seconds:.1f} s")
+
+
+def remove(folder: str) -> None:
+    """Unless something stays mounted in it: a CRIU that was killed leaves the cgroup
+    hierarchies there, of all containers."""
+    with open("/proc/self/mounts", errors="surrogateescape") as f:
+        points = [words[1] for line in f if (words := line.split())[1].startswith(f"{folder}/")]
+    for point in reversed(points):
+        if _libc.umount2(os.fsencode(point), _DETACH) < 0:
+            log(f"{folder} is not removed: {point} is mounted", syslog.LOG_WARNING)
+            return
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 def cgroup_of(state: str) -> str:
@@ -418,6 +432,14 @@ def spare(pid: int) -> None:
         f.write("-1000")
 
 
+def leave_session(root: str = "/sys/fs/cgroup") -> None:
+    """Out of the cgroup of the ssh session: with KillUserProcesses systemd ends all that is
+    in it when the agent has ended."""
+    for hierarchy in ("", "/unified", "/systemd"):
+        with contextlib.suppress(OSError), open(f"{root}{hierarchy}/cgroup.procs", "r+") as f:
+            f.write(str(os.getpid()))
+
+
 def log(text: str, level: int = syslog.LOG_INFO) -> None:
     syslog.syslog(level, text)
 
@@ -428,6 +450,7 @@ def main() -> None:
         signal.signal(getattr(signal, name), lambda *_: None)
     syslog.openlog("pyploop-lazy", syslog.LOG_PID, syslog.LOG_DAEMON)
     spare(os.getpid())
+    leave_session()
     line = socket.socket(fileno=int(sys.argv[1]))
     Guard(line, Record(sys.argv[2])).serve()
 

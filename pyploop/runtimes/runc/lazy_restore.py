@@ -58,7 +58,7 @@ class LazyRestore:
         self._guard: subprocess.Popen[bytes] | None = None
         self._folder, self._commit = Path(), Path()
         self._record: Path | None = None
-        self._asked = False
+        self._asked = self._kept = False
         self.choice = Choice(lazy_policy.NOT_LIVE)
         """Also of what failed on the way."""
 
@@ -84,19 +84,19 @@ class LazyRestore:
             LazyRecord.create(record, images=str(folder), **fields)
             self._line, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
             args = [sys.executable, "-I", "-S", str(Path(lazy_guard.__file__))]
-            self._guard = signals.begun(
-                lambda: subprocess.Popen(
-                    [*args, str(theirs.fileno()), str(record)],
-                    stdin=subprocess.DEVNULL,
-                    stdout=subprocess.DEVNULL,
-                    stderr=subprocess.DEVNULL,
-                    pass_fds=[theirs.fileno()],
-                    cwd="/",
-                    start_new_session=True,
-                ),
-                lambda guard: guard.kill(),
-            )
-            theirs.close()
+            with theirs:
+                self._guard = signals.begun(
+                    lambda: subprocess.Popen(
+                        [*args, str(theirs.fileno()), str(record)],
+                        stdin=subprocess.DEVNULL,
+                        stdout=subprocess.DEVNULL,
+                        stderr=subprocess.DEVNULL,
+                        pass_fds=[theirs.fileno()],
+                        cwd="/",
+                        start_new_session=True,
+                    ),
+                    lambda guard: guard.kill(),
+                )
         except OSError as e:
             self._fail(f"no guard: {e.strerror or e}")
 
@@ -162,14 +162,19 @@ class LazyRestore:
             self._tell(op="keep")
             self._line.close()
             self._line = None
+            self._kept = True
 
     def stop(self) -> None:
         """The container does not run, or not by this: the daemon is ended, and the record
         removed.  Nothing when there is no guard."""
         line, self._line = self._line, None
-        if line is None:
-            return
         deadline = time.monotonic() + STOPPING_SECONDS
+        if line is not None:
+            self._end_guard(line, deadline)
+        if self._record is not None and not self._kept and (left := lazy_record.read(self._record)):
+            left.stop()
+
+    def _end_guard(self, line: socket.socket, deadline: float) -> None:
         with line, contextlib.suppress(OSError, ValueError):
             line.send(b'{"op": "stop"}')
             while select.select([line], [], [], max(0.0, deadline - time.monotonic()))[0]:
@@ -179,5 +184,3 @@ class LazyRestore:
         if self._guard is not None:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 self._guard.wait(max(0.1, deadline - time.monotonic()))
-        if self._record is not None and (left := lazy_record.read(self._record)):
-            left.stop()
