@@ -19,11 +19,14 @@ LONGER = {
     "freeze.mounted": "UNMOUNT_DEADLINE",
     "freeze.vzctl": "STATUS_DEADLINE SUSPEND_DEADLINE",
     "migration.deadlines": "ATTEMPTS CHECKING CONNECT DUMP_WAIT ENDING HELLO INTERRUPTED "
-    "LAST_WORDS REQUEST RESTORING RSYNC_ENDING RSYNC_READY RSYNC_VERSION SETTLE_WAIT SETTLING "
+    "LAST_WORDS LOADING REQUEST RESTORING RSYNC_ENDING RSYNC_READY RSYNC_VERSION SETTLE_WAIT SETTLING "
     "SILENCE UNASKED UNBEGUN UNDOING UNMOVED",
+    "migration.source.ssh_cipher": "SECONDS",
+    "runtimes.lazy_record": "ENDING",
     "runtimes.runc.cgroup": "DEADLINE",
     "runtimes.runc.criu": "PROBE_TIMEOUT",
     "runtimes.runc.host_fit": "TIMEOUT",
+    "runtimes.runc.lazy_restore": "PROBE_SECONDS READY_SECONDS SERVING_SECONDS STOPPING_SECONDS",
     "runtimes.runc.memory_tracking": "TIMEOUT",
     "runtimes.volumes": "BUSY_DEADLINE",
     "system.commands": "BEGUN",
@@ -44,7 +47,9 @@ AS_IT_IS = {
     "freeze.cgroup_freezer": "LONGEST_POLL",
     "migration.commit_record": "POLL",
     "migration.locks": "POLL",
+    "migration.source.dump_stream": "LOOK LOOK_UNTOLD",
     "report.slow_steps": "LONG LOOK",
+    "runtimes.lazy_record": "POLL",
     "runtimes.runc.connections": "ACKNOWLEDGED LOOK",
     "runtimes.runc.link_cut": "LAST_REQUEST",
     "system.claims": "PAUSE",
@@ -66,10 +71,13 @@ AS_IT_IS = {
     "system.descriptors": "ANSWER_TIMEOUT POLL_SLICE",
     "units": "LONGEST",
     "wire.messages": "LONGEST_TIME",
+    # Those of a program of its own, which is started by its path.
+    "runtimes.runc.lazy_guard": "ENDING_SECONDS LONG_SECONDS READY_SECONDS",
     # Parts of something.
     "cli.demo_disk": "FILL",
     "diskcopy.target_room": "PART",
     "migration.source.memory": "PREVIEW",
+    "runtimes.lazy_policy": "FORKED",
     "runtimes.runc.container": "PREVIEW",
 }
 """All other constants that are no whole number.  tests/unit/test_slowly.py finds one that is

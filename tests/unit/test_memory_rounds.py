@@ -103,7 +103,7 @@ def test_what_a_round_saves_is_what_is_written_less_what_is_written_meanwhile() 
     rounds = [MemoryRound(200 * MIB, 2.0), MemoryRound(60 * MIB, 0.8, window=3.0, frozen=0.1)]
     got = another(rounds, POLICY, memory=GIB, wire=0.0, age=1.0)
     assert (got.pays, got.expected) == (True, 20 * MIB)
-    assert got.why == "saves 160 ms, stands still for 100 ms"
+    assert got.why == "saves 160 ms of downtime, freezes for 100 ms"
     got = another(rounds, POLICY, memory=4 * MIB, wire=0.0, age=1.0)
     assert not got.pays, "no more than all of the memory"
     # Rounds of next to nothing do not show the speed, but that each takes 80 ms.
