@@ -3,7 +3,7 @@
 """Fuzz a C parser of what the peer says: build its harness with clang, start from
 the corpus of the tree, run for a while, and say how it went.
 
-    tests/fuzz/campaign.py {recv|reply} [--seconds N] [--jobs N] [--folder DIR] [--save]
+    tests/fuzz/campaign.py {recv|reply|files} [--seconds N] [--jobs N] [--folder DIR] [--save]
 
 --folder keeps what was found for a later run, which goes on from there.
 --save minimises what was found interesting and writes it to the tree's corpus.
@@ -28,11 +28,12 @@ CSRC = HERE.parents[1] / "csrc"
 PRODUCT = {
     "recv": ("recv", "recv_ring", "recv_head", "recv_out", "recv_place", "hash", "hash_avx2"),
     "reply": ("pump_reply", "patience"),
+    "files": ("files_in", "patience"),
 }
 """Harness -> the sources of csrc/ in it; the harness stands in for what these call."""
 COMMON = ["-g", "-O1", "-std=gnu11", "-Wall", "-Wextra", "-pthread"]
-COMMON += ["-DPL_HUGE_SHIFT=18u", "-DMIN_RUN=32768u"]
-"""Huge pages that a small stream fills."""
+COMMON += ["-DPL_HUGE_SHIFT=18u", "-DMIN_RUN=32768u", "-DPL_FRAME_MOST=32u"]
+"""Huge pages that a small stream fills, and a ring that it goes around."""
 SANITIZE = "address,undefined"
 MAX_LEN = 400
 ENVIRONMENT = {**os.environ, "ASAN_OPTIONS": "detect_stack_use_after_return=0"}

@@ -17,6 +17,7 @@ FAULTS = Path(campaign.__file__).with_name("faults.corpus")
 CORPORA = {
     "recv": (campaign.corpus_of("recv"), FAULTS),
     "reply": (campaign.corpus_of("reply"),),
+    "files": (campaign.corpus_of("files"),),
 }
 
 
@@ -61,6 +62,18 @@ MUTANTS = {
         "recv", "recv_place.c",
         "uint64_t used = (r->page_used + PL_BLOCK - 1) / PL_BLOCK * PL_BLOCK",
         "uint64_t used = r->page_used / PL_BLOCK * PL_BLOCK",
+    ),
+    "more of a file than all may have": (
+        "files", "files_in.c", "p->length <= *budget &&", "true &&"
+    ),
+    "data past the end that a file may have": (
+        "files", "files_in.c", "p->pos <= largest - p->length);", "p->pos <= largest);"
+    ),
+    "a ring that begins anew with a byte in it": (
+        "files", "files_in.c", "if (!f->used)", "if (f->used < 2)"
+    ),
+    "one file's data in another one": (
+        "files", "files_in.c", "p->name_len == len && !memcmp(p->name, name, len) &&", ""
     ),
     "an answer to a packet that has none": (
         "recv", "recv.c", "r->head.type == PL_PACKET_DATA;", "true;"
