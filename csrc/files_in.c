@@ -31,7 +31,7 @@ struct pl_files_in {
 	uint64_t tail;		/* where the writing thread goes on to take */
 	uint64_t used;
 	bool finished;
-	int stopped;
+	int stopped;		/* atomic, too: pl_gate_write looks at it */
 };
 
 int pl_files_in_new(struct pl_files_in **out, const struct pl_files_in_cfg *cfg)
@@ -128,7 +128,7 @@ void pl_files_in_stop(struct pl_files_in *f, int err)
 {
 	pthread_mutex_lock(&f->lock);
 	if (!f->stopped)
-		f->stopped = err;
+		__atomic_store_n(&f->stopped, err, __ATOMIC_RELEASE);
 	pthread_cond_signal(&f->came);
 	pthread_mutex_unlock(&f->lock);
 }
@@ -197,7 +197,12 @@ static int taken(struct pl_files_in *f, size_t len)
 	amount = htole32((uint32_t)f->due);
 	iov[1].iov_base = &amount;
 	f->due = 0;
-	return pl_gate_write(f->cfg.gate, iov, 2, true, f->cfg.silence_ms);
+	return pl_gate_write(f->cfg.gate, iov, 2, true, f->cfg.silence_ms, &f->stopped);
+}
+
+static bool is_stopped(struct pl_files_in *f, int err)
+{
+	return err == __atomic_load_n(&f->stopped, __ATOMIC_ACQUIRE);
 }
 
 static int exactly(struct pl_files_in *f, void *buf, size_t len, enum pl_stage *stage)
@@ -216,10 +221,11 @@ static int exactly(struct pl_files_in *f, void *buf, size_t len, enum pl_stage *
 		memcpy(to, data, n);
 		to += n;
 		len -= n;
-		*stage = PL_STAGE_REPLY;
 		err = taken(f, n);
-		if (err)
+		if (err) {
+			*stage = is_stopped(f, err) ? PL_STAGE_READ : PL_STAGE_REPLY;
 			return err;
+		}
 	}
 	return 0;
 }
@@ -259,10 +265,11 @@ static int write_data(struct pl_files_in *f, int fd, uint64_t pos, size_t left,
 			return err;
 		pos += n;
 		left -= n;
-		*stage = PL_STAGE_REPLY;
 		err = taken(f, n);
-		if (err)
+		if (err) {
+			*stage = is_stopped(f, err) ? PL_STAGE_READ : PL_STAGE_REPLY;
 			return err;
+		}
 	}
 	return 0;
 }

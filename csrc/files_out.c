@@ -31,7 +31,7 @@ struct pl_files_out {
 	pthread_mutex_t lock;	/* guards all below */
 	pthread_cond_t changed;
 	uint64_t credit;
-	int stopped;
+	int stopped;		/* atomic, too: pl_gate_write looks at it */
 };
 
 int pl_files_out_new(struct pl_files_out **out, const struct pl_files_out_cfg *cfg)
@@ -122,8 +122,10 @@ static int send_frame(struct pl_files_out *o, struct iovec *iov, unsigned n, uin
 	err = take_credit(o, bytes);
 	if (err)
 		return err;
-	*stage = PL_STAGE_WRITE;
-	return pl_gate_write(o->cfg.gate, iov, n, false, o->cfg.silence_ms);
+	err = pl_gate_write(o->cfg.gate, iov, n, false, o->cfg.silence_ms, &o->stopped);
+	if (!err || err != __atomic_load_n(&o->stopped, __ATOMIC_ACQUIRE))
+		*stage = PL_STAGE_WRITE;
+	return err;
 }
 
 static bool is_zero(const struct pl_files_out *o, size_t at, size_t end)
@@ -223,7 +225,7 @@ void pl_files_out_stop(struct pl_files_out *o, int err)
 {
 	pthread_mutex_lock(&o->lock);
 	if (!o->stopped)
-		o->stopped = err;
+		__atomic_store_n(&o->stopped, err, __ATOMIC_RELEASE);
 	pthread_cond_broadcast(&o->changed);
 	pthread_mutex_unlock(&o->lock);
 }

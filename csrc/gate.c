@@ -77,9 +77,17 @@ void pl_gate_leave(struct pl_gate *g)
 	pthread_mutex_unlock(&g->lock);
 }
 
-static int write_all(struct pl_gate *g, struct iovec *iov, unsigned n, uint32_t silence_ms)
+static bool is_set(const int *stopped)
 {
-	uint64_t end = pl_now_ns() + silence_ms * (uint64_t)PL_NS_PER_MS;
+	return __atomic_load_n(stopped, __ATOMIC_ACQUIRE) != 0;
+}
+
+static int write_all(struct pl_gate *g, struct iovec *iov, unsigned n, uint32_t silence_ms,
+		     const int *stopped)
+{
+	uint64_t end = silence_ms ? pl_now_ns() + silence_ms * (uint64_t)PL_NS_PER_MS
+				  : UINT64_MAX;
+	bool begun = false, hurry = false;
 
 	pl_iov_skip(&iov, &n, 0);
 	while (n) {
@@ -88,8 +96,17 @@ static int write_all(struct pl_gate *g, struct iovec *iov, unsigned n, uint32_t 
 
 		if (__atomic_load_n(&g->shut, __ATOMIC_ACQUIRE))
 			return -ESHUTDOWN;
+		if (is_set(stopped) && !hurry) {
+			uint64_t soon = pl_now_ns() + PL_GATE_GRACE_MS * (uint64_t)PL_NS_PER_MS;
+
+			if (!begun)
+				return *stopped;
+			end = soon < end ? soon : end;
+			hurry = true;
+		}
 		k = writev(g->fd, iov, (int)n);
 		if (k >= 0) {
+			begun = begun || k > 0;
 			pl_iov_skip(&iov, &n, (size_t)k);
 			continue;
 		}
@@ -97,7 +114,7 @@ static int write_all(struct pl_gate *g, struct iovec *iov, unsigned n, uint32_t 
 			continue;
 		if (errno != EAGAIN)
 			return -errno;
-		if (silence_ms && pl_now_ns() > end)
+		if (pl_now_ns() > end)
 			return -ETIME;
 		if (poll(&pfd, 1, LOOK_MS) < 0 && errno != EINTR)
 			return -errno;
@@ -106,14 +123,19 @@ static int write_all(struct pl_gate *g, struct iovec *iov, unsigned n, uint32_t 
 }
 
 int pl_gate_write(struct pl_gate *g, struct iovec *iov, unsigned n, bool urgent,
-		  uint32_t silence_ms)
+		  uint32_t silence_ms, const int *stopped)
 {
-	int err = pl_gate_enter(g, urgent, 0);
+	int err;
 
+	do {
+		if (is_set(stopped))
+			return *stopped;
+		err = pl_gate_enter(g, urgent, LOOK_MS);
+	} while (err == -EAGAIN);
 	if (err)
 		return err;
 	/* Its time begins now: what others write may take long on a slow link. */
-	err = write_all(g, iov, n, silence_ms);
+	err = write_all(g, iov, n, silence_ms, stopped);
 	pl_gate_leave(g);
 	return err;
 }

@@ -19,12 +19,16 @@ void pl_gate_free(struct pl_gate *g);
 int pl_gate_enter(struct pl_gate *g, bool urgent, uint32_t ms) PL_CHECKED PL_NONNULL;
 void pl_gate_leave(struct pl_gate *g) PL_NONNULL;
 /*
- * Enter, write all of the vector, which is changed, and leave.  -ETIME: the peer did
- * not take all of it within `silence_ms` (0: for ever).  -ESHUTDOWN: the gate was
- * shut.  After a failure a part may have been written: the connection is of no use.
+ * Enter, write all of the vector, which is changed, and leave.  `stopped` (any thread
+ * sets it, atomically): once it is not 0, what was not begun is not written: *stopped is
+ * the result, and the connection goes on.  What was begun is ended, for PL_GATE_GRACE_MS
+ * at most.  -ETIME: the peer did not take all of it within that or `silence_ms` (0: for
+ * ever).  -ESHUTDOWN: the gate was shut.  After these two, and after another failure, a
+ * part may have been written: the connection is of no use.
  */
+#define PL_GATE_GRACE_MS 1000u
 int pl_gate_write(struct pl_gate *g, struct iovec *iov, unsigned n, bool urgent,
-		  uint32_t silence_ms) PL_CHECKED PL_NONNULL;
+		  uint32_t silence_ms, const int *stopped) PL_CHECKED PL_NONNULL;
 /* The connection is dead: each pl_gate_write fails. */
 void pl_gate_shut(struct pl_gate *g) PL_NONNULL;
 

@@ -31,6 +31,7 @@ from pyploop.migration.file_stream import (
     ended_early,
 )
 from pyploop.runtimes import LARGEST_FILE
+from pyploop.system.jobs import Job
 from pyploop.wire import mux as wire
 
 LONGEST_MS = (1 << 32) - 1
@@ -86,20 +87,26 @@ class _Channel:
 
     def __init__(self, line: Line) -> None:
         self._line, self._connection, self._number = line, line.connection, line.number
-        self._closed = False
+        self._cancelled = self._closed = False
 
     def _close(self, kind: int) -> None:
-        """Tell the peer, unless the connection is dead.  Nothing the second time."""
+        """Tell the peer, unless the connection is dead.  Nothing the second time.  Nobody
+        waits for that: the peer may take nothing, and a container may be suspended."""
         if self._closed:
             return
         self._closed = True
+        self._connection.forget(self._number)
+        Job(lambda: self._tell(kind)).start()
+
+    def _tell(self, kind: int) -> None:
         with contextlib.suppress(PyploopError):  # the connection's end is reported elsewhere
             self._connection.write([wire.frame(kind, self._number, 0)])
-        self._connection.forget(self._number)
 
     def _broken(self, e: OSError) -> PyploopError:
         """A frame was not written: the connection is dead."""
-        if e.errno == errno.ETIME:
+        if e.errno == errno.ETIME and self._cancelled:
+            cause = WriteError("the peer did not take the rest of a frame that was cancelled")
+        elif e.errno == errno.ETIME:
             cause = WriteError(f"the peer took no data for {self._line.silence:g} s")
         else:
             cause = WriteError.of("the connection to the peer broke", e)
@@ -168,11 +175,13 @@ class ImageWriter(_Channel):
         return WriteError.of("cannot send files to the target", e)
 
     def cancel(self) -> None:
-        """From any thread: from now on sending fails here."""
+        """From any thread: from now on sending fails here.  A frame that was begun is still
+        ended.  If the peer does not take it within a second, the connection has ended."""
+        self._cancelled = True
         self._core.stop(errno.ECANCELED)
 
     def close(self) -> None:
-        self._core.stop(errno.ECANCELED)
+        self.cancel()
         self._close(wire.END)
 
     def __enter__(self) -> ImageWriter:

@@ -95,12 +95,13 @@ int fuzz_poll(struct pollfd *pfd, nfds_t n, int timeout)
 }
 
 int pl_gate_write(struct pl_gate *g, struct iovec *iov, unsigned n, bool urgent,
-		  uint32_t silence_ms)
+		  uint32_t silence_ms, const int *stopped)
 {
 	uint32_t amount;
 
 	(void)g;
 	(void)silence_ms;
+	CHECK(!*stopped);
 	CHECK(urgent && n == 2 && iov[0].iov_len == PL_FRAME_HEAD && iov[1].iov_len == 4);
 	memcpy(&amount, iov[1].iov_base, 4);
 	in.credit += amount;

@@ -114,7 +114,7 @@ static void raw(struct line *l, const void *data, size_t len)
 {
 	struct iovec iov = { (void *)data, len };
 
-	OK(!pl_gate_write(l->source, &iov, 1, true, 0));
+	OK(!pl_gate_write(l->source, &iov, 1, true, 0, &(int){ 0 }));
 }
 
 /* ---- exact bytes */
@@ -499,17 +499,58 @@ static void a_peer_that_takes_nothing_is_given_up(void)
 	uint8_t *data = must_alloc(4 * MiB);
 	struct iovec iov = { data, 4 * MiB };
 	struct pl_gate *gate;
-	int fds[2];
+	int fds[2], stopped = 0;
 
 	OK(!pipe2(fds, O_NONBLOCK));
 	OK(!pl_gate_new(&gate, fds[1]));
-	EQ(pl_gate_write(gate, &iov, 1, true, 10), -ETIME);
+	EQ(pl_gate_write(gate, &iov, 1, true, 10, &stopped), -ETIME);
+	/* What was begun is ended soon, what was not is not begun. */
+	OK(read(fds[0], data, 8192) == 8192);
+	iov = (struct iovec){ data, 4 * MiB };
+	stopped = -ECANCELED;
+	EQ(pl_gate_write(gate, &iov, 1, true, 0, &stopped), -ECANCELED);
 	pl_gate_shut(gate);
 	iov = (struct iovec){ data, 1 };
-	EQ(pl_gate_write(gate, &iov, 1, true, 0), -ESHUTDOWN);
+	stopped = 0;
+	EQ(pl_gate_write(gate, &iov, 1, true, 0, &stopped), -ESHUTDOWN);
 	pl_gate_free(gate);
 	close(fds[0]);
 	close(fds[1]);
+	free(data);
+}
+
+/* Nobody reads the connection, and a frame is half written. */
+static void one_who_waits_for_a_stuck_peer_can_be_stopped(void)
+{
+	enum { SIZE = 2 << 20 };
+	struct pl_files_out_cfg cfg = { .channel = CHANNEL, .window = 2 * SIZE };
+	struct line l = { 0 };
+	uint8_t *data = must_alloc(SIZE);
+	enum pl_stage stage;
+	pthread_t stopper;
+	uint64_t pos = 0;
+	int fds[2], fd;
+
+	fill_random(data, SIZE);
+	fd = temp_file(data, SIZE);
+	OK(!pipe2(fds, O_NONBLOCK));
+	OK(!pl_gate_new(&cfg.gate, fds[1]));
+	OK(!pl_files_out_new(&l.out, &cfg));
+	OK(!pl_files_in_new(&l.in, &(struct pl_files_in_cfg){ .gate = cfg.gate,
+			    .channel = CHANNEL, .window = WINDOW }));
+	OK(!pthread_create(&stopper, NULL, stop_soon, &l));
+	EQ(pl_files_out_grow(l.out, "p", 1, 0, fd, &pos, &stage), -ETIME);
+	EQ(stage, PL_STAGE_WRITE);
+	OK(!pthread_join(stopper, NULL));
+	/* Nothing more is begun. */
+	EQ(pl_files_out_complete(l.out, "p", 1, 0, 0, &stage), -ECONNRESET);
+	EQ(stage, PL_STAGE_REPLY);
+	pl_files_out_free(l.out);
+	pl_files_in_free(l.in);
+	pl_gate_free(cfg.gate);
+	close(fds[0]);
+	close(fds[1]);
+	close(fd);
 	free(data);
 }
 
@@ -542,6 +583,7 @@ int main(void)
 	a_full_disk_is_told_as_such();
 	both_ends_can_be_stopped();
 	a_peer_that_takes_nothing_is_given_up();
+	one_who_waits_for_a_stuck_peer_can_be_stopped();
 	the_end_of_the_connection_is_the_end();
 	return 0;
 }

@@ -324,6 +324,43 @@ def test_a_cancelled_stream_ends_at_once_at_both_ends(
     assert pair[1].receive(10) == {}
 
 
+def test_a_stream_to_a_peer_that_reads_nothing_can_be_cancelled(
+    against: tuple[Mux, socket.socket], folders: tuple[Path, Path]
+) -> None:
+    """A container that is suspended must not wait for it."""
+    (folders[0] / "pages-1.img").write_bytes(os.urandom(2 * MIB))
+    writer = against[0].open_writer(1, wire.IMAGE_WINDOW, STALL)
+    sending = Job(lambda: stream_dump(folders[0], writer, Job(lambda: None).start())).start()
+    assert not sending.over.wait(0.3)
+    writer.cancel()
+    with pytest.raises(WriteError):
+        sending.join(10)
+    support.wait_until(lambda: against[0].failure is not None, "the connection has ended")
+    assert "a frame that was cancelled" in str(against[0].failure)
+    writer.close()
+
+
+def test_nobody_waits_to_tell_a_peer_that_reads_nothing(
+    against: tuple[Mux, socket.socket],
+) -> None:
+    end, peer = against
+    writer = end.open_writer(1, wire.IMAGE_WINDOW, STALL)
+    stuck = Job(lambda: end.send({"text": "x" * 200_000})).start()
+    peer.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+
+    def send_more() -> None:
+        for _ in range(9):
+            end.send({"text": "x" * 200_000})
+
+    more = Job(send_more).start()
+    assert not more.over.wait(0.3)
+    done = Job(writer.close).start()
+    done.join(5)
+    end.end(ReadError("enough"))
+    for job in (stuck, more):
+        job.end(10)
+
+
 def test_the_end_of_the_connection_ends_the_stream(
     pair: tuple[Mux, Mux], folders: tuple[Path, Path]
 ) -> None:
