@@ -4,7 +4,9 @@ lines of their output."""
 
 from __future__ import annotations
 
+import contextlib
 import os
+import select
 import subprocess
 from collections.abc import Callable, Mapping, Sequence
 
@@ -52,12 +54,18 @@ class Command:
         except BaseException:
             self._output.close()
             raise
+        self.end_fd: int | None = None
+        """Readable when the command has ended.  Popen.wait(timeout) looks at growing intervals,
+        of up to 50 ms.  None: a kernel before 5.3.  Closed by `wait`."""
+        with contextlib.suppress(OSError):
+            self.end_fd = os.pidfd_open(self._process.pid)
 
     def wait(self, timeout: float) -> tuple[int, str]:
         """(exit status, its output).  TimeoutError when it takes longer; then it is killed."""
         try:
             try:
-                status = self._process.wait(timeout)
+                self._end(timeout)
+                status = self._process.wait(0.0 if self.end_fd is not None else timeout)
             except subprocess.TimeoutExpired:
                 raise
             except BaseException:
@@ -68,9 +76,20 @@ class Command:
             self._process.kill()
             self._process.wait()
             raise TimeoutError(f"it did not end within {timeout:g} s") from None
+        finally:
+            fd, self.end_fd = self.end_fd, None
+            if fd is not None:
+                os.close(fd)
         with self._output as f:
             f.seek(0)
             return status, f.read().decode(errors="replace")
+
+    def _end(self, timeout: float) -> None:
+        """Wait until it has ended, at most so long."""
+        if self.end_fd is not None:
+            poll = select.poll()
+            poll.register(self.end_fd, select.POLLIN)
+            poll.poll(min(timeout * 1000, 1 << 30))
 
     def ended(self) -> bool:
         return self._process.poll() is not None

@@ -110,9 +110,11 @@ class Hook:
         deadline = time.monotonic() + timeout
         poll = select.poll()
         poll.register(self._say_r, select.POLLIN)
-        while not command.ended() and time.monotonic() < deadline:
-            # No descriptor shows that the command has ended, so wait only for 2 ms.
-            if poll.poll(2):
+        if command.end_fd is not None:
+            poll.register(command.end_fd, select.POLLIN)
+        while not command.ended() and (left := deadline - time.monotonic()) > 0:
+            came = dict(poll.poll(2 if command.end_fd is None else min(left * 1000, 1 << 30)))
+            if self._say_r in came:
                 for word in os.read(self._say_r, 256).decode().split():
                     os.write(self._hear_w, b"go\n" if self._allow(word) else b"no\n")
         return command.wait(max(deadline - time.monotonic(), 0.1))
