@@ -13,6 +13,7 @@ from pyploop.system import kernel
 
 _HEADER = struct.Struct("=IHHII")  # struct nlmsghdr
 _REQUEST_DUMP = 0x301  # NLM_F_REQUEST | NLM_F_DUMP
+_REQUEST_ACK = 0x5  # NLM_F_REQUEST | NLM_F_ACK
 _ERROR, _DONE = 2, 3  # NLMSG_ERROR, NLMSG_DONE
 ANSWER = 2.0
 """Seconds for the kernel to answer."""
@@ -66,3 +67,12 @@ def dump(sock: socket.socket, kind: int, request: bytes) -> Iterator[bytes]:
                 raise OSError(number, os.strerror(number))
             yield body
             at += (max(length, _HEADER.size) + 3) & ~3
+
+
+def ask(sock: socket.socket, kind: int, request: bytes) -> None:
+    """Ask for a change, and wait until the kernel has made it.  OSError."""
+    sock.send(_HEADER.pack(_HEADER.size + len(request), kind, _REQUEST_ACK, 1, 0) + request)
+    answer = sock.recv(1 << 16)
+    number = -struct.unpack_from("=i", answer, _HEADER.size)[0]
+    if number:
+        raise OSError(number, os.strerror(number))

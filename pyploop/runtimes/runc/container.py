@@ -18,7 +18,7 @@ from pyploop.freeze.cgroup_freezer import freezer_in
 from pyploop.runtimes import Facts, State, memory_in_use, volumes
 from pyploop.runtimes.config import HostConfig
 from pyploop.runtimes.configured import Configured
-from pyploop.runtimes.runc import announce
+from pyploop.runtimes.runc import announce, link
 from pyploop.runtimes.runc.cgroup import ContainerCgroup
 from pyploop.system.commands import run
 from pyploop.undo import journal
@@ -116,8 +116,18 @@ class RuncContainer(Configured):
 
     def _link(self, argv: tuple[str, ...], code: int) -> None:
         """Run link_up or link_down.  MigrateError(code)."""
-        if argv:
+        if argv and not self._linked(argv):
             run(argv, code, self._host.command_timeout)
+
+    def _linked(self, argv: tuple[str, ...]) -> bool:
+        """Whether it was a plain command, and is done."""
+        wanted = link.plain(argv)
+        try:
+            if wanted is not None:
+                link.set_up(*wanted)
+        except OSError:
+            return False  # the command says why, and knows more names
+        return wanted is not None
 
     def _announce(self, namespace: str) -> None:
         """Tell switches and neighbours where the container's addresses are now."""

@@ -187,8 +187,9 @@ class TargetSteps(RuncContainer):
             # If the agent is killed here, the restore ends too.  A link that came up after
             # that would answer the peers with resets, in the container's place.
             up = self._config.link_up
-            argv = ("setpriv", "--pdeathsig", "KILL", "--", *up) if up else ()
-            self._link(argv, VzExitCode.RESTORE_FAILED)
+            if up and not self._linked(up):
+                argv = ("setpriv", "--pdeathsig", "KILL", "--", *up)
+                self._link(argv, VzExitCode.RESTORE_FAILED)
             self._announce_here()
 
         with criu.Hook(images.parent, unlock) as hook:
