@@ -157,6 +157,18 @@ class Runtime(Protocol):
     def items(self) -> list[Item]:
         """The static files."""
 
+    def prepare_dump(self, images: Path, parent: Path | None) -> str:
+        """The container is about to be suspended, and then `dump` is called with the same
+        arguments: start ahead what it needs, which waits, and has no effect on the container.
+        Returns why nothing is started; empty when it is."""
+
+    def before_suspend(self) -> None:
+        """The last checks before `suspend`.  MigrateError(8), also when what `prepare_dump`
+        has started has failed: nothing is suspended yet."""
+
+    def give_up(self) -> None:
+        """End what `prepare_dump` or `prepare_undump` has started, if it still waits."""
+
     def suspend(self) -> None:
         """Until `resume` no process of the container runs, and it sends no packet."""
 
@@ -220,6 +232,10 @@ class Runtime(Protocol):
         """Journal entries for what `mount` is about to do."""
 
     def mount(self, disk: Disk) -> None: ...
+
+    def prepare_undump(self, images: Path) -> str:
+        """As `prepare_dump`: for `undump`.  The images are still to come, and the disks are
+        not mounted yet.  `abandon` is in the journal."""
 
     def check_images(self, images: Path) -> None:
         """The dump is complete.  MigrateError(15) when a process in it may do more than the

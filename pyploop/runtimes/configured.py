@@ -11,9 +11,10 @@ from typing import Any
 from pyploop.errors import MigrateError, VzExitCode
 from pyploop.runtimes import Copied, Disk, Lazy, Tree, copied, volumes
 from pyploop.runtimes.config import ContainerConfig
+from pyploop.runtimes.unprepared import Unprepared
 
 
-class Configured:
+class Configured(Unprepared):
     """The part of a Runtime that concerns disks and trees (see runtimes/__init__.py)."""
 
     _config: ContainerConfig

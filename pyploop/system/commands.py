@@ -105,7 +105,7 @@ def _outlast(process: subprocess.Popen[bytes]) -> None:
 
 
 def run(
-    argv: Sequence[str],
+    argv: Sequence[str] | Command,
     code: int,
     timeout: float,
     keep_fds: Sequence[int] = (),
@@ -115,11 +115,16 @@ def run(
     meanwhile: Callable[[], None] | None = None,
 ) -> str:
     """Run a command; returns its output.  MigrateError(code) unless it exits with 0.
+    argv: or one that was started ahead, with all options of its own.
     meanwhile: called while the command runs.  When it raises, the exception goes on after
     the command has ended."""
     failure: BaseException | None = None
+    words = argv.argv if isinstance(argv, Command) else argv
     try:
-        command = Command(argv, keep_fds, silent=silent, env=env)
+        if isinstance(argv, Command):
+            command = argv
+        else:
+            command = Command(argv, keep_fds, silent=silent, env=env)
         if meanwhile is not None:
             try:
                 meanwhile()
@@ -127,11 +132,11 @@ def run(
                 failure = e
         status, output = command.wait(timeout)
     except OSError as e:  # TimeoutError is one
-        raise MigrateError(code, f"{' '.join(argv)}: {e.strerror or e}") from e
+        raise MigrateError(code, f"{' '.join(words)}: {e.strerror or e}") from e
     if failure is not None:
         raise failure
     if status:
-        raise MigrateError(code, f"{' '.join(argv)} ended with {status}: {last_words(output)}")
+        raise MigrateError(code, f"{' '.join(words)} ended with {status}: {last_words(output)}")
     return output
 
 

@@ -118,6 +118,7 @@ class Move:
 
     def _lost(self, cause: BaseException) -> bool:
         end_all(self.jobs)  # killing CRIU during a dump damages the container
+        self.runtime.give_up()
         try:
             moved = self._journal.get("stage") == recover.ASKED and self._settle(cause)
         except BaseException:

@@ -79,9 +79,12 @@ class Ahead:
             if "memory" in remote.capabilities:
                 after["room"] = ahead.room
             image_chain.check_room(move.folder, ahead.room)
+            if why := runtime.prepare_dump(images, parent):
+                move.report.info(f"The dump is not started ahead: {why}")
             remote.call("dump", deadlines.REQUEST, **channel, **after)
             _compare_clocks(move)
             move.log_undo("resume")
+            runtime.before_suspend()
             move.quiet.enter_context(move.report.deferred())
             start = time.monotonic()
             limit.start()

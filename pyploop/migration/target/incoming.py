@@ -256,6 +256,10 @@ class Incoming:
         if not number:
             self._start_guard()
         work = self._memory.receive(channel, number, parent, self._dumped)
+        if not number:
+            self._log_abandon()
+            if why := self._runtime.prepare_undump(folder_of(self._folder, 0)):
+                self._report.info(f"The restore is not started ahead: {why}")
         name = f"memory {number}" if number else "dump"
         self._start(name, Job(work, channel.close))
 
@@ -275,6 +279,10 @@ class Incoming:
             container=name[1],
             migration=self.migration,
         )
+
+    def _log_abandon(self) -> None:
+        if not any(entry["kind"] == "abandon" for entry in self._journal.entries):
+            self._log("abandon", **undo_kinds.naming(self._host, self._runtime))
 
     def _dumped(self, images: Path) -> None:
         self._runtime.check_images(images)
@@ -320,7 +328,7 @@ class Incoming:
         deadline = time.monotonic() + timeout
         moments = {f"{name} ended": self._wait(name, timeout) for name in list(self._jobs)}
         self._need_disks()
-        self._log("abandon", **undo_kinds.naming(self._host, self._runtime))
+        self._log_abandon()  # it is there already, unless the source sent no dump
         moments["restore"] = time.monotonic()
 
         def commit() -> None:
@@ -388,6 +396,7 @@ class Incoming:
 
     def _withdraw(self) -> None:
         """The restore failed before the container could run."""
+        self._runtime.give_up()
         with contextlib.suppress(OSError, PyploopError):  # undo() tries it again, and reports
             self._runtime.abandon()
         if self._runtime.lazy is not None:
@@ -416,6 +425,7 @@ class Incoming:
         for job in self._jobs.values():
             job.end(deadlines.UNMOVED)  # all that it made is in the journal
             job.interrupt(deadlines.INTERRUPTED)
+        self._runtime.give_up()
         if self._runtime.lazy is not None:
             self._runtime.lazy.stop()
         self._files.close()

@@ -20,6 +20,7 @@ from pyploop.runtimes.config import HostConfig
 from pyploop.runtimes.configured import Configured
 from pyploop.runtimes.runc import announce, link
 from pyploop.runtimes.runc.cgroup import ContainerCgroup
+from pyploop.runtimes.runc.early import Early
 from pyploop.system.commands import run
 from pyploop.undo import journal
 
@@ -44,6 +45,7 @@ class RuncContainer(Configured):
                 path=host.path,
             )
         # CRIU then gives a deleted file that has other names a new one, for the restore.
+        self._early = Early()
         self.dump_writes = "--link-remap" in self._config.options
 
     # ---- what there is
@@ -113,6 +115,9 @@ class RuncContainer(Configured):
 
     def _runc(self) -> list[str]:
         return [self._host.runc, "--root", self._host.runc_root, "--criu", self._host.criu]
+
+    def give_up(self) -> None:
+        self._early.drop()
 
     def _link(self, argv: tuple[str, ...], code: int) -> None:
         """Run link_up or link_down.  MigrateError(code)."""

@@ -27,7 +27,7 @@ from pyploop.runtimes.runc import (
 )
 from pyploop.runtimes.runc.connections import Connections, own_network
 from pyploop.runtimes.runc.container import RuncContainer
-from pyploop.system.commands import run
+from pyploop.system.commands import last_words, run
 
 
 class SourceSteps(RuncContainer):
@@ -113,12 +113,36 @@ class SourceSteps(RuncContainer):
 
     # ---- suspend and dump
 
-    def suspend(self) -> None:
+    def prepare_dump(self, images: Path, parent: Path | None) -> str:
+        argv = self._checkpoint_argv("--leave-running", images, parent)
+        return self._early.start(images, "dump", argv, self._host.criu, self.keep_fds)
+
+    def before_suspend(self) -> None:
         freezer = self._freezer()
         if freezer is None:
             raise self._no_freezer()
         cgroup.check_none_stopped(freezer, self.container)
         memory_in_use.check_growth(self.container, self._announced, self._memory_of(freezer))
+        if not self._early.argv:
+            return
+        argv = self._early.argv
+        try:
+            if self._early.ready(self._host.command_timeout):
+                return
+            status, output = self._early.drop() or (-1, "")
+            why = f"{' '.join(argv)} ended with {status}: {last_words(output)}"
+        except OSError as e:  # TimeoutError is one
+            self._early.drop(patience=0.0)
+            why = f"{' '.join(argv)}: {e.strerror or e}"
+        raise MigrateError(
+            VzExitCode.DUMP_FAILED,
+            f"cannot checkpoint {self.container}, which was not suspended yet: {why}",
+        )
+
+    def suspend(self) -> None:
+        freezer = self._freezer()
+        if freezer is None:
+            raise self._no_freezer()
         try:
             self._freeze_and_cut(freezer)
         except OSError as e:
@@ -181,25 +205,35 @@ class SourceSteps(RuncContainer):
     ) -> Path:
         """Run `runc checkpoint`; returns CRIU's working folder.  meanwhile: called while CRIU
         starts."""
-        bundles.forget_hook(self._config.bundle)
-        work = images.with_name(f"{images.name}-work")
-        work.mkdir(mode=0o700)
-        command = [*self._runc(), "checkpoint", how]
-        command += ["--image-path", str(images), "--work-path", str(work)]
-        if parent is not None:
-            command += ["--parent-path", os.path.relpath(parent, images)]
-        command += [*self._config.options, self.container]
-        timeout = self._host.command_timeout
+        ahead = self._early.go() if self._early.argv else None
+        argv = ahead.argv if ahead else self._checkpoint_argv(how, images, parent)
         try:
-            run(command, VzExitCode.DUMP_FAILED, timeout, self.keep_fds, meanwhile=meanwhile)
+            run(
+                ahead or argv,
+                VzExitCode.DUMP_FAILED,
+                self._host.command_timeout,
+                self.keep_fds,
+                meanwhile=meanwhile,
+            )
         except members.LostProcessError:
             raise
         except MigrateError as e:
-            why = criu.errors_of(work / "dump.log") or str(e)
+            why = criu.errors_of(work_of(images) / "dump.log") or str(e)
             raise MigrateError(
                 VzExitCode.DUMP_FAILED, f"cannot checkpoint {self.container}: {why}"
             ) from e
-        return work
+        return work_of(images)
+
+    def _checkpoint_argv(self, how: str, images: Path, parent: Path | None) -> list[str]:
+        """Also makes CRIU's working folder."""
+        bundles.forget_hook(self._config.bundle)
+        with contextlib.suppress(FileExistsError):  # by `prepare_dump`
+            work_of(images).mkdir(mode=0o700)
+        argv = [*self._runc(), "checkpoint", how]
+        argv += ["--image-path", str(images), "--work-path", str(work_of(images))]
+        if parent is not None:
+            argv += ["--parent-path", os.path.relpath(parent, images)]
+        return [*argv, *self._config.options, self.container]
 
     # ---- afterwards
 
@@ -214,3 +248,8 @@ class SourceSteps(RuncContainer):
                 config.parent.rmdir()
         elif config.exists():
             config.rename(config.with_name(bundles.CONFIG + ".migrated"))
+
+
+def work_of(images: Path) -> Path:
+    """CRIU's working folder of a checkpoint."""
+    return images.with_name(f"{images.name}-work")

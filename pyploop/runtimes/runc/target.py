@@ -5,6 +5,7 @@ to this host, its memory images are checked, and it is restored.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import stat
 from collections.abc import Callable
@@ -15,11 +16,14 @@ from pyploop.errors import MigrateError, PyploopError, VzExitCode
 from pyploop.runtimes import Facts
 from pyploop.runtimes.config import HostConfig, within
 from pyploop.runtimes.oci import bundles, criu_images, destinations
-from pyploop.runtimes.runc import contents, criu, host_fit
+from pyploop.runtimes.runc import contents, criu, criu_gate, host_fit
 from pyploop.runtimes.runc.container import RuncContainer
 from pyploop.runtimes.runc.lazy_restore import LazyRestore
 from pyploop.system import beneath
 from pyploop.system.commands import Command, last_words
+
+_RESTORING: dict[str, Any] = {"silent": True, "groups": ()}
+"""Options of Command.  A process that had no groups would get those of CRIU."""
 
 
 class _NotRestoredError(MigrateError):
@@ -173,14 +177,11 @@ class TargetSteps(RuncContainer):
                 # The images are as they were, and nobody has heard of it.
                 self.lazy.failed(str(e))
                 self.kill()
-        work = images.parent / "restore-work"
-        work.mkdir(mode=0o700)
-        self._restore(images, work, commit)
+        work_of(images).mkdir(mode=0o700)
+        self._restore(images, work_of(images), commit)
 
     def _restore(self, images: Path, work: Path, commit: Callable[[], None], *options: str) -> None:
-        argv = [*self._runc(), "restore", "--detach", "--bundle", self._config.bundle]
-        argv += ["--image-path", str(images), "--work-path", str(work)]
-        argv += [*self._config.options, *options, self.container]
+        argv = self._restore_argv(images, work, *options)
 
         def unlock() -> None:
             commit()
@@ -195,8 +196,9 @@ class TargetSteps(RuncContainer):
         with criu.Hook(images.parent, unlock) as hook:
             bundles.write_criu(self._config.bundle, hook.script)
             try:
-                # A process that had no groups would get those of CRIU.
-                command = Command(argv, self.keep_fds, silent=True, groups=())
+                command = self._started_ahead(argv)
+                if command is None:
+                    command = Command(argv, self.keep_fds, **_RESTORING)
                 status, output = hook.serve(command, self._host.command_timeout)
             except OSError as e:
                 status, output = -1, str(e)
@@ -208,6 +210,35 @@ class TargetSteps(RuncContainer):
             raise hook.refusal
         why = criu.errors_of(work / "restore.log") or last_words(output)
         raise _NotRestoredError(f"cannot restore {self.container}: {why}", hook.unlocked)
+
+    def prepare_undump(self, images: Path) -> str:
+        root = os.path.join(self._config.bundle, str((self._written or {})["root"]["path"]))
+        if not os.path.isdir(root):
+            return f"{root} is on a disk that is not mounted yet"
+        lazy = self.lazy.choice.lazy
+        work = self.lazy.work if lazy else work_of(images)
+        argv = self._restore_argv(images, work, *(["--lazy-pages"] if lazy else ()))
+        return self._early.start(
+            images, "restore", argv, self._host.criu, self.keep_fds, **_RESTORING
+        )
+
+    def _restore_argv(self, images: Path, work: Path, *options: str) -> list[str]:
+        argv = [*self._runc(), "restore", "--detach", "--bundle", self._config.bundle]
+        argv += ["--image-path", str(images), "--work-path", str(work)]
+        return [*argv, *self._config.options, *options, self.container]
+
+    def _started_ahead(self, argv: list[str]) -> Command | None:
+        """The waiting restore, let go on; None: there is none, or not this one.  OSError."""
+        early = self._early
+        if early.argv != argv or not early.ready(self._host.command_timeout):
+            early.drop()
+            return None
+        # runc makes this folder when it mounts the root, which was not there yet.
+        mounted = Path(self._host.runc_root, self.container, "criu-root").exists()
+        if early.kind != criu_gate.VERSION or mounted:
+            early.drop()
+            return None
+        return early.go()
 
     def _announce_here(self) -> None:
         """On the network of its config.json."""
@@ -222,6 +253,14 @@ class TargetSteps(RuncContainer):
             self._link(self._config.link_down, VzExitCode.RESTORE_FAILED)
         finally:
             self.kill()
+        # Of a restore that was killed before it could remove it.  It would be in the way.
+        with contextlib.suppress(OSError):
+            Path(self._host.runc_root, self.container).rmdir()
+
+
+def work_of(images: Path) -> Path:
+    """CRIU's working folder of a restore."""
+    return images.parent / "restore-work"
 
 
 def version_of(value: Any) -> tuple[int, ...]:

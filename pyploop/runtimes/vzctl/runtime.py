@@ -9,11 +9,12 @@ are two steps of vzctl, so the commit point lies between them.
 from __future__ import annotations
 
 from pyploop.runtimes import Lazy
+from pyploop.runtimes.unprepared import Unprepared
 from pyploop.runtimes.vzctl.source import SourceSteps
 from pyploop.runtimes.vzctl.target import TargetSteps
 
 
-class Vzctl(SourceSteps, TargetSteps):
+class Vzctl(SourceSteps, TargetSteps, Unprepared):
     """One container of one host."""
 
     name = "vzctl"

@@ -1,0 +1,74 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a runc that was started ahead (early.py) runs in CRIU's place.  It waits until pyploop
+lets it go on, and then becomes CRIU.
+
+    criu_gate.py FOLDER dump|restore CRIU swrk FD
+
+FOLDER has pyploop's socket, `line`.  Started by its path (python -I -S); it imports only the
+standard library.
+
+    here:    the kind of runc's request, one byte      it is known, and waits
+    pyploop: "go"                                      anything else, or the end: it fails
+
+For a dump each request waits that may touch the container.  For a restore the first one waits,
+which asks for CRIU's version: runc mounts the root after the answer.  The answer is there
+before it waits.
+"""
+
+import os
+import socket
+import subprocess
+import sys
+
+LINE = "line"
+GO = b"go"
+FEATURES, VERSION = 9, 10  # of CRIU's rpc.proto, enum criu_req_type
+_LONGEST = 1 << 18
+
+
+def kind_of(request: bytes) -> int:
+    """Field 1 of criu_req, which comes first; 0 when it is not known."""
+    return request[1] if request[:1] == b"\x08" and len(request) > 1 else 0
+
+
+def wait(folder: str, kind: int) -> bool:
+    """Whether pyploop lets it go on."""
+    at = os.open(folder, os.O_PATH | os.O_CLOEXEC)
+    with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as line:
+        line.connect(f"/proc/self/fd/{at}/{LINE}")  # its own path may be too long
+        os.close(at)
+        line.send(bytes([kind]))
+        return line.recv(16) == GO
+
+
+def answer_of(criu: str, request: bytes) -> bytes:
+    """CRIU's answer to runc's request."""
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    with ours:
+        with theirs:
+            words = [criu, "swrk", str(theirs.fileno())]
+            process = subprocess.Popen(words, pass_fds=[theirs.fileno()])
+        ours.send(request)
+        answer = ours.recv(_LONGEST)
+    process.wait()
+    return answer
+
+
+def main() -> None:
+    folder, what, *argv = sys.argv[1:]
+    runc = socket.socket(fileno=int(argv[-1]))
+    request = runc.recv(_LONGEST, socket.MSG_PEEK)  # CRIU itself will read it
+    kind = kind_of(request)
+    if what == "dump" and kind in (FEATURES, VERSION):
+        os.execvp(argv[0], argv)
+    answer = answer_of(argv[0], request) if what == "restore" and kind == VERSION else b""
+    if not wait(folder, kind):
+        os._exit(1)
+    if not answer:
+        os.execvp(argv[0], argv)
+    runc.send(answer)
+    os._exit(0)  # at once: the container is suspended
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,24 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A runtime that starts nothing before the container is suspended."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+NOTHING = "this runtime starts nothing ahead"
+
+
+class Unprepared:
+    """These steps of Runtime, with nothing in them."""
+
+    def prepare_dump(self, images: Path, parent: Path | None) -> str:
+        return NOTHING
+
+    def before_suspend(self) -> None:
+        pass
+
+    def prepare_undump(self, images: Path) -> str:
+        return NOTHING
+
+    def give_up(self) -> None:
+        pass
