@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Builds csrc/ as a static library, the two extensions on top of it, and the manual.
+"""Builds csrc/ as a static library, the two extensions on top of it, the helper programs,
+and the manual.
 
 The library is compiled on its own, so that its warnings need not hold for generated
 code.  PYPLOOP_WERROR=1, as CI sets it, makes them errors.  CFLAGS=-O0 makes a build for
@@ -55,7 +56,31 @@ core = Extension(
 
 
 class BuildExtensions(build_ext):
-    """All of them hardened and reproducible, cffi's, too."""
+    """All of them hardened and reproducible, cffi's, too.  And the helper program."""
+
+    def run(self) -> None:
+        super().run()
+        sources = sorted(str(p.relative_to(here)) for p in here.glob("csrc/tmpfs_tar/*.c"))
+        objects = self.compiler.compile(
+            sources,
+            output_dir=self.build_temp,
+            extra_preargs=["-D_GNU_SOURCE"],
+            extra_postargs=cflags,
+            depends=sorted(str(p.relative_to(here)) for p in here.glob("csrc/tmpfs_tar/*.h")),
+        )
+        self.compiler.link_executable(
+            objects,
+            "tar",
+            output_dir=str(self._helpers()),
+            extra_postargs=["-pie", *links],
+        )
+
+    def get_outputs(self) -> list[str]:
+        return [*super().get_outputs(), str(self._helpers() / "tar")]
+
+    def _helpers(self) -> Path:
+        """A folder of their own: it is put into PATH."""
+        return Path(here if self.inplace else self.build_lib, "pyploop", "helpers")
 
     def build_extensions(self) -> None:
         for extension in self.extensions:
