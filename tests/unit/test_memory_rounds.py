@@ -109,7 +109,7 @@ def test_what_a_round_saves_is_what_is_written_less_what_is_written_meanwhile() 
     # Rounds of next to nothing do not show the speed, but that each takes 80 ms.
     rounds = [MemoryRound(MIB // 2, 0.18), MemoryRound(MIB // 4, 0.13, window=0.25)]
     got = another(rounds, POLICY, memory=GIB, wire=5 * MIB, age=4.0)
-    assert (got.expected, got.why) == (4 * MIB, "saves 624 ms, stands still for 50 ms")
+    assert (got.expected, got.why) == (4 * MIB, "saves 624 ms of downtime, freezes for 50 ms")
 
 
 def test_rounds_that_do_not_shrink_enough_are_the_last() -> None:
