@@ -9,11 +9,16 @@ from typing import Literal
 from pyploop.runtimes import config, lazy_images, lazy_record
 from pyploop.runtimes.lazy_record import LazyRecord
 from pyploop.runtimes.registry import make_runtime
+from pyploop.units import MIB
 
-MemoryState = Literal["complete", "loading", "unguarded", "unknown", "lost", "over"]
+MemoryState = Literal["complete", "loading", "stuck", "unguarded", "unknown", "lost", "over"]
+STUCK = 2
+"""So many times the bytes that were to be loaded: a daemon that has read more repeats itself."""
 _SAYS: dict[MemoryState, str] = {
     "complete": "all of its memory is there",
     "loading": "its memory is being loaded while it runs",
+    "stuck": "it runs, and gets its memory as it asks for it, but process {daemon} will not end by "
+    "itself, because 2 GiB or more were given back at once: start the container again when you can",
     "unguarded": "its memory is being loaded, but the guard was killed: if process {daemon} is "
     "killed, too, what is missing by then will read as zeroes",
     "unknown": "the guard was killed, and the daemon has ended since: whether all of its memory "
@@ -31,7 +36,8 @@ class MemoryStatus:
     container: str
     state: MemoryState
     """`complete`: also of a container whose memory was never loaded lazily.  `loading`: it
-    depends on a process of this host.  `unguarded`: the guard was killed.  `unknown`: the
+    depends on a process of this host.  `stuck`: the same, and that process repeats itself (see
+    docs/internals/lazy-restore.md).  `unguarded`: the guard was killed.  `unknown`: the
     daemon has ended since, perhaps before all of it had come.  `lost`: the daemon has died, and
     the guard has ended the container.  `over`: of a restore that failed, or of another boot."""
     text: str
@@ -133,6 +139,8 @@ def _status(record: LazyRecord) -> MemoryStatus:
         left = max(0, total - record.loaded()) if total is not None and daemon else total
     if state == "complete":
         left = 0
+    if state == "loading" and total and record.loaded() > STUCK * total + MIB:
+        state = "stuck"
     text = _SAYS[state].format(daemon=daemon)
     return MemoryStatus(
         container=record.container,

@@ -200,6 +200,18 @@ def test_the_status_says_what_there_is_to_do(
     assert done.returncode == code and done.stdout.startswith("web: ")
 
 
+def test_a_daemon_that_repeats_itself_is_reported(made: Made, state_dir: Path) -> None:
+    images = made("loading", ["guard", "daemon"], images=True, read=0).images
+    (images / "images").mkdir()
+    entry = bytes.fromhex("0810100020062801")
+    text = bytes.fromhex("1943565425400856") + len(entry).to_bytes(4, "little") + entry
+    (images / "images/pagemap-7.img").write_bytes(text)  # one page
+    with open("/dev/zero", "rb", buffering=0) as f:
+        f.read(2 * MIB)  # as this process is the daemon
+    (status,) = pyploop.memory_status(state_dir=str(state_dir))
+    assert (status.state, status.total, status.left) == ("stuck", os.sysconf("SC_PAGESIZE"), 0)
+
+
 def test_a_container_that_did_not_come_lazily_has_all_its_memory(state_dir: Path) -> None:
     assert pyploop.memory_status(state_dir=str(state_dir)) == ()
     (status,) = pyploop.memory_status("web", state_dir=str(state_dir))
