@@ -247,9 +247,10 @@ def test_a_container_whose_daemon_is_killed_is_ended_and_reads_no_zeroes(
 
             asking = threading.Thread(target=ask)
             asking.start()
-            if number:  # else nothing at all was loaded
+            if number:  # else nothing more was loaded
                 at.open_gate("memory")
-                asking.join(chance.uniform(0, 0.3))
+                asking.join(chance.uniform(0, 0.1))
+                at.close_gate("memory")
             with contextlib.suppress(AssertionError, RuntimeError):  # it may be done already
                 send(lab.b, DAEMON, signal.SIGKILL)
             wait_until(lambda: pid_of(lab.b, GUARD) is None, "the guard has ended", 30)
