@@ -43,6 +43,8 @@ count=$(grep -cxF -- "$step" {folder}/steps)
 here $step-before
 # Who starts it must have it itself, and no shell around it.
 [ $step != criu-lazy-pages ] || exec env LD_PRELOAD={folder}.so HOLD={folder}/memory {program} "$@"
+# runc takes this very process for CRIU.
+[ $step != criu ] || exec {program} "$@"
 {program} "$@"
 code=$?
 here $step-after
@@ -79,6 +81,7 @@ STEPS = {
         "* --version *": "criu-version",
         "* check *": "criu-check",
         "* dump *": "criu-dump",
+        "* swrk 3 *": "criu",
         "* lazy-pages *": "criu-lazy-pages",
     },
     "ip": {"* ct0 down *": "link-down", "* ct0 up *": "link-up"},

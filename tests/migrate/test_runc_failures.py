@@ -60,9 +60,11 @@ PLACES = {
     "while checking": ("target", "criu-check-before"),
     "while copying": ("", ""),
     "link going down": ("source", "link-down-before"),
-    "suspended, before the dump": ("source", "checkpoint-before"),
+    "dump started ahead": ("source", "checkpoint-before"),
+    "suspended, before the dump": ("source", "criu-before"),
     "dump made": ("source", "checkpoint-after"),
-    "before the restore": ("target", "restore-before"),
+    "restore started ahead": ("target", "restore-before"),
+    "before the restore": ("target", "criu-before"),
     "committed, not yet running": ("target", "link-up-before"),
     "restored, not yet told": ("target", "restore-after"),
     "source being removed": ("source", "delete-before"),
@@ -208,7 +210,8 @@ def fail(s: Scene, side: str, step: str, wrong: str, number: int = 0) -> None:
 def test_a_command_that_goes_wrong(
     scenes: Reused[Scene], here: Scene, side: str, step: str, wrong: str
 ) -> None:
-    fail(here, side, step, wrong, 1)
+    # A restore that was started ahead and has failed is tried again when it is time.
+    fail(here, side, step, wrong, 0 if step == "restore" else 1)
     done = migrate(here.lab, here.lab.a)
     assert "Traceback" not in done.errors
     assert step in here.gates[side].happened(), f"{step} was not reached"

@@ -66,6 +66,7 @@ def main() -> None:
         os._exit(1)
     if not answer:
         os.execvp(argv[0], argv)
+    runc.recv(_LONGEST)  # a socket that is closed with data unread resets its peer
     runc.send(answer)
     os._exit(0)  # at once: the container is suspended
 

@@ -230,7 +230,12 @@ class TargetSteps(RuncContainer):
     def _started_ahead(self, argv: list[str]) -> Command | None:
         """The waiting restore, let go on; None: there is none, or not this one.  OSError."""
         early = self._early
-        if early.argv != argv or not early.ready(self._host.command_timeout):
+        try:
+            waits = early.argv == argv and early.ready(self._host.command_timeout)
+        except TimeoutError:
+            early.drop(patience=0.0)
+            raise
+        if not waits:
             early.drop()
             return None
         # runc makes this folder when it mounts the root, which was not there yet.
