@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import os
 import stat
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -191,9 +192,8 @@ class TargetSteps(RuncContainer):
             if up and not self._linked(up):
                 argv = ("setpriv", "--pdeathsig", "KILL", "--", *up)
                 self._link(argv, VzExitCode.RESTORE_FAILED)
-            self._announce_here()
 
-        with criu.Hook(images.parent, unlock) as hook:
+        with criu.Hook(images.parent, unlock, self._announce_here) as hook:
             bundles.write_criu(self._config.bundle, hook.script)
             try:
                 command = self._started_ahead(argv)
@@ -204,7 +204,8 @@ class TargetSteps(RuncContainer):
                 status, output = -1, str(e)
             bundles.write_criu(self._config.bundle, None)
         if status == 0 and hook.unlocked:
-            self._announce_here()  # again: a switch may have missed the first
+            # Again: a switch may have missed the first.  Nobody waits for it.
+            threading.Thread(target=self._announce_here, daemon=True).start()
             return
         if isinstance(hook.refusal, PyploopError):
             raise hook.refusal
