@@ -199,6 +199,18 @@ class MemoryRound(Event, MemoryRoundFigures):
 
 
 @dataclass(frozen=True, kw_only=True)
+class Tmpfs(Event):
+    """Each tmpfs of the container that was packed in the same way."""
+
+    EVENT: ClassVar = "tmpfs"
+    packing: Literal["plain", "wrapped", "compressed"]
+    """plain, wrapped (in gzip's format): by pyploop's tar.  compressed: by tar and gzip."""
+    count: int
+    size: int
+    """Bytes of their archives."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Moved(Event):
     """The container runs on the target."""
 
@@ -249,7 +261,7 @@ class Message(Event):
 
 IN_JSON: tuple[type[Event], ...] = (
     *(Sending, Phase, Round, Repair, Frozen, Summary, Received, Reused, Tree, PreDump),
-    *(Connection, LazyRestore, MemoryRound, Moved, Target, Error),
+    *(Connection, LazyRestore, MemoryRound, Tmpfs, Moved, Target, Error),
 )
 """What `--json` writes; the others are for `on_event` alone."""
 

@@ -143,6 +143,9 @@ class Runtime(Protocol):
     """--drop-exec: processes in the container that its first process has not started may
     end with the migration."""
 
+    peer_takes: frozenset[str]
+    """Optional parts of the agent's protocol that the target knows."""
+
     def check_source(self, live: bool) -> Facts:
         """Check all that can be checked before anything starts.  Returns the source facts."""
 

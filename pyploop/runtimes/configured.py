@@ -20,6 +20,7 @@ class Configured(Unprepared):
     _config: ContainerConfig
     lazy: Lazy | None = None
     drop_exec = False
+    peer_takes: frozenset[str] = frozenset()
     locks_itself = False
 
     def _places(self) -> list[str]:

@@ -42,6 +42,7 @@ class Box:
     keep_fds: tuple[int, ...] = ()
     dump_writes: bool = False
     drop_exec: bool = False
+    peer_takes: frozenset[str] = frozenset()
     locks_itself: bool = False
     lazy: Lazy | None = None
     has_disk: bool = False

@@ -78,6 +78,7 @@ class Here:
             nodeps=sorted(request.nodeps),
         )
         remote.capabilities = checked.get("takes", [])  # an older agent does not name them
+        runtime.peer_takes = frozenset(remote.capabilities)
         if runtime.trees() and "tree" not in remote.capabilities:
             raise MigrateError(
                 VzExitCode.CANNOT_CONNECT,

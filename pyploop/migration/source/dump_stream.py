@@ -13,6 +13,7 @@ from typing import Any
 from pyploop.errors import MigrateError, PyploopError, WriteError
 from pyploop.migration import deadlines
 from pyploop.migration.image_channels import ImageWriter
+from pyploop.migration.source import tmpfs_images
 from pyploop.migration.source.agent_client import Remote
 from pyploop.system import kernel
 from pyploop.system.jobs import Job
@@ -27,16 +28,16 @@ def stream_dump(folder: Path, out: ImageWriter, dump: Job[Any]) -> None:
     """Send a folder of CRIU images, which is being written until `dump` has ended.
     When the dump fails, its failure is raised here too, and the stream gets no end.
 
-    The pages are nearly all of the data, and CRIU writes them strictly in order, so
-    they are sent as they grow.  CRIU may still change the other files, so they are
-    sent at the end.
+    The pages and the files of a tmpfs are nearly all of the data, and are written
+    strictly in order, so they are sent as they grow.  CRIU may still change the other
+    files, so they are sent at the end.
     """
     at: dict[str, int] = {}
     with _Growth(folder, dump) as growth:
         done = False
         while not done:
             done = growth.wait()
-            for path in folder.glob("pages-*.img"):
+            for path in (*folder.glob("pages-*.img"), *folder.glob(tmpfs_images.PATTERN)):
                 at[path.name] = out.grown(path.name, path, at.get(path.name, 0))
     dump.join()
     for path in sorted(folder.iterdir()):

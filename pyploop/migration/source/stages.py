@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 from pyploop.errors import MigrateError, VzExitCode
 from pyploop.migration import deadlines, image_chain
-from pyploop.migration.source import dump_stream, lazy, memory
+from pyploop.migration.source import dump_stream, lazy, memory, tmpfs_images
 from pyploop.migration.source.checks import Checked
 from pyploop.migration.source.disks import Disks
 from pyploop.migration.source.move import Move
@@ -106,6 +106,7 @@ class Ahead:
             there = answer["moments"]
         moments = Moments(start, copied, dump.ended, stream.ended, time.monotonic())
         move.quiet.close()
+        tmpfs_images.report(images, move.report)
         move.result.lazy = lazy.report_outcome(move.report, answer.get("lazy"), move.request.host)
         return Committed(self, moments, suspended, there, out.sent, out.zeroes)
 

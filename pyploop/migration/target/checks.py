@@ -16,11 +16,17 @@ from pyploop.runtimes import Facts, Runtime, config, lazy_policy, lazy_record, p
 from pyploop.runtimes.config import HostConfig
 from pyploop.runtimes.lazy_policy import NOT_LIVE, UNABLE, Choice
 from pyploop.runtimes.policy import Source
-from pyploop.system import cpu
+from pyploop.system import cpu, helpers
 
 CAPABILITIES = ("memory", "tree", "channels", "window")
 """Optional parts of this major version of the protocol: memory rounds, trees, channels
-with a number above channels.LAST_OLD, and the window of a channel of memory images."""
+with a number above channels.LAST_OLD, and the window of a channel of memory images.
+`capabilities` adds what this host has."""
+
+
+def capabilities() -> list[str]:
+    """`tmpfs`: one that our tar has packed is unpacked without gzip."""
+    return [*CAPABILITIES, *(["tmpfs"] if helpers.has_tar() else [])]
 
 
 def check_trust(host: HostConfig, source: Source) -> None:
@@ -95,7 +101,7 @@ def check_all(
     incoming_trees.check(host.rsync, chosen.trees(), facts.get("trees") or [], kept)
     return {
         "disks": [d.image for d in disks],
-        "takes": list(CAPABILITIES),
+        "takes": capabilities(),
         "lazy": {"lazy": lazy.lazy, "why": lazy.why},
     }
 

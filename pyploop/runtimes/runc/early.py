@@ -18,7 +18,7 @@ import shlex
 import socket
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Literal
 
@@ -58,6 +58,7 @@ class Early:
         *,
         silent: bool = False,
         groups: Sequence[int] | None = None,
+        env: Mapping[str, str] | None = None,
     ) -> str:
         """Returns why it cannot be started now; empty when it was.  beside: the folder of the
         images.  argv: the command, with the option `--criu` and the word `criu`.  The rest is as
@@ -71,7 +72,7 @@ class Early:
             self._listen(folder)
             waiting = list(argv)
             waiting[waiting.index("--criu") + 1] = str(script)
-            self._command = Command(waiting, keep_fds, silent=silent, groups=groups)
+            self._command = Command(waiting, keep_fds, silent=silent, env=env, groups=groups)
         except OSError as e:
             self.drop()
             return f"{e.filename or folder}: {e.strerror}"

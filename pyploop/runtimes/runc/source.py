@@ -24,6 +24,7 @@ from pyploop.runtimes.runc import (
     link_cut,
     members,
     memory_tracking,
+    tmpfs,
 )
 from pyploop.runtimes.runc.connections import Connections, own_network
 from pyploop.runtimes.runc.container import RuncContainer
@@ -40,10 +41,12 @@ class SourceSteps(RuncContainer):
         self._watchers: list[leftovers.Watcher] = []
         self._announced = 0
         """Bytes of memory, as the target was told."""
+        self._own_users = False
 
     def check_source(self, live: bool) -> Facts:
         config = bundles.read(self._config.bundle)
         host_fit.check_source(config)
+        self._own_users = tmpfs.has_own_users(config)
         self._check_network(config)
         running = self.state().running
         self._check_places(used=running)
@@ -74,6 +77,7 @@ class SourceSteps(RuncContainer):
             contents.check_all_mounted(pids, config, self._config.bundle, places, external)
             self._left += leftovers.all_of(self.container, pids, config, self._cgroups())
             self._watchers = leftovers.watchers(pids)
+            self._left += tmpfs.in_words(tmpfs.used_by(self._init()))
             found = lazy_memory.of_processes(pids, memory_in_use.shared_of(self._cgroups()))
             facts["lazy"] = found.told()
         return facts
@@ -115,7 +119,8 @@ class SourceSteps(RuncContainer):
 
     def prepare_dump(self, images: Path, parent: Path | None) -> str:
         argv = self._checkpoint_argv("--leave-running", images, parent)
-        return self._early.start(images, "dump", argv, self._host.criu, self.keep_fds)
+        env = self._criu_environment()
+        return self._early.start(images, "dump", argv, self._host.criu, self.keep_fds, env=env)
 
     def before_suspend(self) -> None:
         freezer = self._freezer()
@@ -213,6 +218,7 @@ class SourceSteps(RuncContainer):
                 VzExitCode.DUMP_FAILED,
                 self._host.command_timeout,
                 self.keep_fds,
+                env=self._criu_environment(),
                 meanwhile=meanwhile,
             )
         except members.LostProcessError:
@@ -223,6 +229,9 @@ class SourceSteps(RuncContainer):
                 VzExitCode.DUMP_FAILED, f"cannot checkpoint {self.container}: {why}"
             ) from e
         return work_of(images)
+
+    def _criu_environment(self) -> dict[str, str]:
+        return tmpfs.environment(tmpfs.packing(self.peer_takes, self._own_users))
 
     def _checkpoint_argv(self, how: str, images: Path, parent: Path | None) -> list[str]:
         """Also makes CRIU's working folder."""

@@ -17,14 +17,16 @@ from pyploop.errors import MigrateError, PyploopError, VzExitCode
 from pyploop.runtimes import Facts
 from pyploop.runtimes.config import HostConfig, within
 from pyploop.runtimes.oci import bundles, criu_images, destinations
-from pyploop.runtimes.runc import contents, criu, criu_gate, host_fit
+from pyploop.runtimes.runc import contents, criu, criu_gate, host_fit, tmpfs
 from pyploop.runtimes.runc.container import RuncContainer
 from pyploop.runtimes.runc.lazy_restore import LazyRestore
 from pyploop.system import beneath
 from pyploop.system.commands import Command, last_words
 
-_RESTORING: dict[str, Any] = {"silent": True, "groups": ()}
-"""Options of Command.  A process that had no groups would get those of CRIU."""
+
+def _restoring() -> dict[str, Any]:
+    """Options of Command.  A process that had no groups would get those of CRIU."""
+    return {"silent": True, "groups": (), "env": tmpfs.environment(tmpfs.PLAIN)}
 
 
 class _NotRestoredError(MigrateError):
@@ -198,7 +200,7 @@ class TargetSteps(RuncContainer):
             try:
                 command = self._started_ahead(argv)
                 if command is None:
-                    command = Command(argv, self.keep_fds, **_RESTORING)
+                    command = Command(argv, self.keep_fds, **_restoring())
                 status, output = hook.serve(command, self._host.command_timeout)
             except OSError as e:
                 status, output = -1, str(e)
@@ -220,7 +222,7 @@ class TargetSteps(RuncContainer):
         work = self.lazy.work if lazy else work_of(images)
         argv = self._restore_argv(images, work, *(["--lazy-pages"] if lazy else ()))
         return self._early.start(
-            images, "restore", argv, self._host.criu, self.keep_fds, **_RESTORING
+            images, "restore", argv, self._host.criu, self.keep_fds, **_restoring()
         )
 
     def _restore_argv(self, images: Path, work: Path, *options: str) -> list[str]:

@@ -22,5 +22,6 @@ class Vzctl(SourceSteps, TargetSteps, Unprepared):
     """The kernel gives an open file without a name a new one below VE_PRIVATE."""
 
     drop_exec = False
+    peer_takes: frozenset[str] = frozenset()
     locks_itself = True
     lazy: Lazy | None = None
