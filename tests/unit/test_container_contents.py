@@ -209,7 +209,43 @@ def test_memory_that_nobody_has_mapped_counts(tmp_path: Path) -> None:
     assert memory_in_use.memory_of([os.getpid()], {"": str(tmp_path)}) > 1 << 20
 
 
-@pytest.mark.parametrize("name", ["a kB", "VmRSS: 1 kB", "x\ry kB"])
+@contextlib.contextmanager
+def a_family(how: str, size: int) -> Iterator[list[int]]:
+    """Four processes that have the same memory, mapped by their parent: its pids."""
+    code = (
+        "import mmap, os, sys\n"
+        f"m = mmap.mmap(-1, {size}, flags=mmap.MAP_ANONYMOUS | mmap.{how})\n"
+        f"m.write(b'x' * {size})\n"
+        "for _ in range(3):\n"
+        "    if not (child := os.fork()): break\n"
+        f"sum(m[n] for n in range(0, {size}, 4096))\n"
+        "print(os.getpid(), flush=True)\n"
+        "sys.stdin.read()"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as first:
+        assert first.stdout is not None
+        yield [int(first.stdout.readline()) for _ in range(4)]
+        assert first.stdin is not None
+        first.stdin.close()
+
+
+@pytest.mark.parametrize(("how", "times"), [("MAP_SHARED", 1), ("MAP_PRIVATE", 4)])
+def test_memory_that_processes_share_counts_as_often_as_a_dump_has_it(how: str, times: int) -> None:
+    size = 48 << 20
+    with a_family(how, size) as pids:
+        found = memory_in_use.memory_of(pids, {})
+        assert times * size <= found < times * size + 4 * (24 << 20)
+
+
+def test_files_of_a_tmpfs_count_even_if_the_cgroup_does_not_know_them(tmp_path: Path) -> None:
+    (tmp_path / "memory.stat").write_text("anon 100\nshmem 2000\n")
+    assert memory_in_use.memory_of([], {"": str(tmp_path)}, 5000) == 5100
+    assert memory_in_use.memory_of([], {"": str(tmp_path)}, 50) == 2100
+
+
+@pytest.mark.parametrize("name", ["a kB", "VmRSS: 1 kB", "x\ry kB", "RssAnon: 9 kB"])
 def test_a_process_is_called_as_it_likes(name: str) -> None:
     code = "import sys; open('/proc/self/comm','w').write(sys.argv[1]); print(); input()"
     with subprocess.Popen(

@@ -18,7 +18,7 @@ from pyploop.freeze.cgroup_freezer import freezer_in
 from pyploop.runtimes import Facts, State, memory_in_use, volumes
 from pyploop.runtimes.config import HostConfig
 from pyploop.runtimes.configured import Configured
-from pyploop.runtimes.runc import announce, link
+from pyploop.runtimes.runc import announce, link, tmpfs
 from pyploop.runtimes.runc.cgroup import ContainerCgroup
 from pyploop.runtimes.runc.early import Early
 from pyploop.system.commands import run
@@ -97,7 +97,8 @@ class RuncContainer(Configured):
         return (self._record() or {}).get("cgroup_paths") or {}
 
     def _memory_of(self, freezer: ContainerCgroup) -> int:
-        return memory_in_use.memory_of(freezer.pids(), self._cgroups())
+        files = sum(used.size for used in tmpfs.used_by(self._init()))
+        return memory_in_use.memory_of(freezer.pids(), self._cgroups(), files)
 
     def _check_memory(self, facts: Facts) -> None:
         """MigrateError(6) when this host has no room for the dump."""
