@@ -77,8 +77,10 @@ class SourceSteps(RuncContainer):
             contents.check_all_mounted(pids, config, self._config.bundle, places, external)
             self._left += leftovers.all_of(self.container, pids, config, self._cgroups())
             self._watchers = leftovers.watchers(pids)
-            self._left += tmpfs.in_words(tmpfs.used_by(self._init()))
-            found = lazy_memory.of_processes(pids, memory_in_use.shared_of(self._cgroups()))
+            files = tmpfs.used_by(self._init())
+            self._left += tmpfs.in_words(files)
+            shared = max(memory_in_use.shared_of(self._cgroups()), sum(f.size for f in files))
+            found = lazy_memory.of_processes(pids, shared)
             facts["lazy"] = found.told()
         return facts
 
