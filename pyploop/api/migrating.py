@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 from pyploop.api.reporting import make_reporter
-from pyploop.diskcopy.freeze_policy import Policy
+from pyploop.diskcopy.freeze_policy import OnDeadline, Policy
 from pyploop.diskcopy.options import Options
 from pyploop.errors import (
     MigrateError,
@@ -66,10 +66,15 @@ class MigrationOptions:
     suspend_limit: float | None = None
     """With `live`: after so long a suspended container goes on here, unless the target may
     have restored it already.  None: 60.  0: no limit."""
+    max_suspend: float | None = None
+    """With `live`: suspended at most, by the forecast; None: any time."""
     max_freeze: float | None = None
     """With `live`: a disk frozen at most."""
     deadline: float = Policy.deadline
-    """With `max_freeze`: go on with rounds so long at most."""
+    """With `max_suspend`, `max_freeze`: go on with rounds so long at most."""
+    on_deadline: OnDeadline = Policy.on_deadline
+    """When one of them cannot be kept: `freeze` goes on all the same, `abort` lets the
+    container go on here."""
     bandwidth: int = 0
     """Bytes per second of a disk while the container runs; 0: no limit."""
     timeout: float = 600.0
@@ -91,6 +96,8 @@ class MigrationResult:
     """The target loads the container's memory while it runs there."""
     why_not_lazy: str
     """Empty: it does."""
+    forecast: float | None
+    """Of the suspended time, the last one; with `check_only`, too.  None: it was not live."""
     moments: Moments | None
     """Of a live migration, as vzmigrate's table has them."""
 
@@ -158,6 +165,7 @@ def _public(result: Result) -> MigrationResult:
         recorder=result.recorder,
         lazy=result.lazy.lazy,
         why_not_lazy=result.lazy.why,
+        forecast=result.forecast,
         moments=result.moments,
     )
 
@@ -167,6 +175,8 @@ def _request(host: str, o: MigrationOptions) -> Request:
         raise MigrateError(VzExitCode.USAGE, "--max-freeze needs --live")
     if o.suspend_limit is not None and not o.live:
         raise MigrateError(VzExitCode.USAGE, "--suspend-limit needs --live")
+    if o.max_suspend is not None and not o.live:
+        raise MigrateError(VzExitCode.USAGE, "--max-suspend needs --live")
     limit = Request.suspend_limit if o.suspend_limit is None else o.suspend_limit
     return Request(
         host=host,
@@ -179,12 +189,13 @@ def _request(host: str, o: MigrationOptions) -> Request:
         pre_dumps=o.memory_rounds,
         lazy_restore=o.lazy_restore,
         suspend_limit=limit,
+        max_suspend=o.max_suspend,
         ssh_options=tuple(o.ssh_options),
         rsync_options=rsync_options.check_options(tuple(o.rsync_options)),
         copy=Options(
             stall=o.timeout,
             rate=o.bandwidth,
             freeze_limit=limit,  # a disk is frozen while the container is suspended
-            policy=Policy(max_freeze=o.max_freeze, deadline=o.deadline),
+            policy=Policy(max_freeze=o.max_freeze, deadline=o.deadline, on_deadline=o.on_deadline),
         ),
     )

@@ -80,6 +80,8 @@ def _options(o: MigrateOptions) -> MigrationOptions:
         memory_rounds=o.pre_dumps,
         lazy_restore=o.lazy_restore,
         suspend_limit=o.suspend_limit,
+        max_suspend=o.max_suspend,
+        on_deadline=o.on_deadline,
         max_freeze=o.max_freeze,
         deadline=MigrationOptions.deadline if o.deadline is None else o.deadline,
         bandwidth=o.bwlimit,

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from pyploop.cli.arguments import Parser, parsed
+from pyploop.diskcopy.freeze_policy import OnDeadline, Policy
 from pyploop.errors import VzExitCode
 from pyploop.migration.image_chain import LONGEST
 from pyploop.migration.memory_policy import MemoryPolicy
@@ -48,6 +49,8 @@ class MigrateOptions:
     lazy_restore: Wanted
     """Whether the target loads memory while it runs."""
     suspend_limit: float | None
+    max_suspend: float | None
+    on_deadline: OnDeadline
     max_freeze: float | None
     deadline: float | None
     bwlimit: int
@@ -167,6 +170,13 @@ def parser() -> Parser:
         "target may have restored it already (60; 0: no limit)",
     )
     add(
+        "--max-suspend",
+        type=parsed(parse_time, "time"),
+        metavar="TIME",
+        help="with --live: suspend the container only when that is expected to last at most so "
+        "long, memory and restore included",
+    )
+    add(
         "--max-freeze",
         type=parsed(parse_time, "time"),
         metavar="TIME",
@@ -176,7 +186,14 @@ def parser() -> Parser:
         "--deadline",
         type=parsed(parse_time, "time"),
         metavar="TIME",
-        help="with --max-freeze: send rounds for at most so long after the first pass (600)",
+        help="with --max-freeze or --max-suspend: send rounds for at most so long (600)",
+    )
+    add(
+        "--on-deadline",
+        choices=("freeze", "abort"),
+        default=Policy.on_deadline,
+        help="what happens when --max-freeze or --max-suspend cannot be kept: go on all the same, "
+        "or let the container go on here (abort)",
     )
     add(
         "--bwlimit",
@@ -256,6 +273,8 @@ def parse(args: list[str]) -> MigrateOptions:
         pre_dumps=o.pre_dumps,
         lazy_restore=o.lazy_restore,
         suspend_limit=o.suspend_limit,
+        max_suspend=o.max_suspend,
+        on_deadline=o.on_deadline,
         max_freeze=o.max_freeze,
         deadline=o.deadline,
         bwlimit=o.bwlimit,

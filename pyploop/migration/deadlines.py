@@ -29,6 +29,8 @@ REQUEST = 30.0
 """For a request that only starts something."""
 CHECKING = 120.0
 """For the target's checks.  A probe of CRIU is among them."""
+PROBING = 30.0
+"""For the target to read the few bytes of a probe of the connection."""
 RESTORING = 300.0
 """For the target to restore, or to start, the container."""
 UNDOING = 120.0

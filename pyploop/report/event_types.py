@@ -211,6 +211,53 @@ class Tmpfs(Event):
 
 
 @dataclass(frozen=True, kw_only=True)
+class Forecast(Event):
+    """How long the container would be suspended, if it began now."""
+
+    EVENT: ClassVar = "forecast"
+    moment: Literal["check", "suspend"]
+    """`check`: before anything was copied; `suspend`: just before the suspension."""
+    total: float
+    steps: dict[str, float]
+    """`suspend`, `dump`, `transfer` (what is left of it after the dump), `disk` (beside dump and
+    transfer), `restore` -> seconds."""
+    floor: float
+    """What of `total` no further round can make shorter."""
+    memory: int
+    """Bytes in the dump; 0: not known."""
+    later: Literal["", "lazy", "post-copy"]
+    """How memory comes after the container runs; empty: all comes before."""
+    wire: float
+    """Bytes per second of the connection; 0: not known."""
+    wire_from: str
+    """What has shown it: `probe`, `first pass`, `memory rounds`; empty: nothing."""
+    busy: float
+    """How many times longer work takes on the source than if it were idle."""
+    busy_there: float
+    """The same on the target."""
+    learned: dict[str, int]
+    """Step -> number of earlier migrations to this target that it is corrected by; 0: it is
+    the model's alone."""
+    max_suspend: float | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Suspended(Event):
+    """The forecast against what came of it."""
+
+    EVENT: ClassVar = "suspended"
+    forecast: float
+    actual: float
+    ratio: float | None
+    """`actual` over `forecast`."""
+    forecast_steps: dict[str, float]
+    """As in `forecast`."""
+    actual_steps: dict[str, float]
+    memory: int
+    """Bytes of the dump."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Moved(Event):
     """The container runs on the target."""
 
@@ -261,7 +308,7 @@ class Message(Event):
 
 IN_JSON: tuple[type[Event], ...] = (
     *(Sending, Phase, Round, Repair, Frozen, Summary, Received, Reused, Tree, PreDump),
-    *(Connection, LazyRestore, MemoryRound, Tmpfs, Moved, Target, Error),
+    *(Connection, LazyRestore, Forecast, MemoryRound, Tmpfs, Suspended, Moved, Target, Error),
 )
 """What `--json` writes; the others are for `on_event` alone."""
 

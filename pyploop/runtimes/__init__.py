@@ -160,6 +160,9 @@ class Runtime(Protocol):
     def items(self) -> list[Item]:
         """The static files."""
 
+    def memory_now(self) -> int:
+        """Bytes of memory that the running container uses; 0 when that is not known."""
+
     def prepare_dump(self, images: Path, parent: Path | None) -> str:
         """The container is about to be suspended, and then `dump` is called with the same
         arguments: start ahead what it needs, which waits, and has no effect on the container.

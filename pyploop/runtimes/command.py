@@ -98,6 +98,9 @@ class CommandRuntime(Configured):
     def items(self) -> list[Item]:
         return []
 
+    def memory_now(self) -> int:
+        return 0
+
     def suspend(self) -> None:
         self._run("suspend", VzExitCode.DUMP_FAILED)
 

@@ -32,3 +32,9 @@ TREE_LAST = 4
 def needed(disks: int, trees: int, rounds: int = ROUNDS) -> int:
     """Numbers that a migration uses, without digests of disks and more passes."""
     return disks + TREE * trees + rounds + OTHERS
+
+
+PROBE = 32 << 20
+"""Bytes of a probe of the connection at most."""
+PROBES = 8
+"""Probes in a connection at most."""

@@ -170,6 +170,8 @@ _REQUESTS: dict[str, dict[str, Check]] = {
         "sizes": _list(_SIZE, channels.AT_ONCE),
         "nodeps": _list(_text, 16),
     },
+    "busy": {},
+    "probe": {"channel": _CHANNEL, "size": _whole(1, channels.PROBE)},
     "begin": {"migration": _text, "stall": _number(0.0, 2.0**53), "keep": _flag},
     "items": {"channel": _CHANNEL},
     "digests": {"channel": _CHANNEL, "files": _list(_file)},
@@ -222,6 +224,7 @@ _FAILED = _list(lambda value: clipped(_is(value, str)))
 _ANSWERS: dict[str, tuple[dict[str, Check], tuple[str, ...]]] = {
     "clock": ({"monotonic": _MOMENT}, ("monotonic",)),
     "check": ({"takes": _list(_text), "lazy": _LAZY}, ()),
+    "busy": ({"busy": _number(1.0, 1e6)}, ("busy",)),
     "begin": ({"kept": _list(_text)}, ()),
     "tree": ({"name": _text}, ("name",)),
     "join": ({"ended": _MOMENT}, ()),

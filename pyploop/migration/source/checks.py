@@ -18,7 +18,7 @@ from pyploop.migration.source.agent_client import Remote
 from pyploop.migration.source.payload import check_number
 from pyploop.migration.source.request import Request
 from pyploop.report.events import Reporter
-from pyploop.runtimes import Copied, Disk, Facts, Runtime
+from pyploop.runtimes import Copied, Disk, Facts, Runtime, lazy_policy
 from pyploop.runtimes.config import HostConfig
 from pyploop.system import cpu
 from pyploop.wire.messages import clipped
@@ -86,8 +86,10 @@ class Here:
                 hint="install a newer pyploop there",
             )
         self.report.info(f"Both hosts are checked; {request.host} has pyploop {remote.version}")
-        if request.live:
-            lazy.report_choice(self.report, checked.get("lazy"), facts.get("lazy"))
+        is_lazy = (
+            request.live
+            and lazy.report_choice(self.report, checked.get("lazy"), facts.get("lazy")).lazy
+        )
         rounds = memory.policy_for(
             runtime,
             request.pre_dumps if request.live else None,
@@ -96,7 +98,15 @@ class Here:
         )
         most = rounds.max_rounds if rounds else 0
         check_number(remote, len(sources), len(runtime.trees()), most)
-        return Checked(sources, copied, self.running, int(facts.get("memory") or 0), rounds)
+        return Checked(
+            sources,
+            copied,
+            self.running,
+            int(facts.get("memory") or 0),
+            rounds,
+            lazy_policy.memory_of(facts.get("lazy")),
+            is_lazy,
+        )
 
 
 @dataclass(frozen=True)
@@ -111,6 +121,10 @@ class Checked:
     """Bytes of memory in use, 0 when not known."""
     rounds: MemoryPolicy | None
     """The policy for memory rounds; None: there are none."""
+    kinds: lazy_policy.Memory | None
+    """What of the memory can come later; None: not known."""
+    lazy: bool
+    """The target will load it lazily, unless the dump turns out to be too small for that."""
 
 
 def here(host: HostConfig, runtime: Runtime, request: Request, report: Reporter) -> Here:

@@ -6,12 +6,12 @@ from __future__ import annotations
 
 import contextlib
 import os
-import time
 from collections.abc import Callable, Container, Iterator, Sequence
 from functools import partial
 from typing import Any, TypeVar
 
 from pyploop.diskcopy.d1_target import StreamOutput
+from pyploop.diskcopy.freeze_policy import Round
 from pyploop.diskcopy.options import Options, Summary
 from pyploop.diskcopy.sender import Sender
 from pyploop.disks import opening
@@ -66,6 +66,9 @@ class Disks:
         self._wanted = (remote, sources, options, report, kept)
         self._limited = bool(options.rate)
         self._trees = trees
+        self.wire = 0.0
+        """Bytes per second of all disks' first passes together; 0 when they do not show the
+        connection's speed."""
 
     def __enter__(self) -> Disks:
         remote, sources, options, report, kept = self._wanted
@@ -117,13 +120,24 @@ class Disks:
     def copy_while_running(self) -> None:
         """Make the first pass and the rounds, and prepare the freeze."""
 
-        def one(sender: Sender) -> None:
+        def one(sender: Sender) -> Round:
             self._compare(sender)
-            sender.first_pass()
+            first = sender.first_pass()
             sender.converge()
             sender.prepare_freeze()
+            return first
 
-        self._each(one)
+        self._note_wire(self._each(one))
+
+    def _note_wire(self, first: Sequence[Round]) -> None:
+        """first: the first passes, which ran at the same time."""
+        sent, seconds = sum(r.sent for r in first), max((r.seconds for r in first), default=0.0)
+        enough = not self._limited and sent >= MEASURABLE and seconds > 0
+        self.wire = sent / seconds if enough else 0.0
+
+    def forecast(self) -> float:
+        """Seconds of the freeze, as it was forecast by the last `prepare_freeze`."""
+        return max((s.summary.predicted or 0.0 for s in self._senders), default=0.0)
 
     # ---- the same in steps, each for all disks
 
@@ -131,11 +145,8 @@ class Disks:
         """Returns the bytes per second of all disks together; 0 when that does not show the
         connection's speed."""
         self._each(self._compare)
-        start = time.monotonic()
-        sent = sum(r.sent for r in self._each(Sender.first_pass))
-        if self._limited or sent < MEASURABLE:
-            return 0.0
-        return sent / (time.monotonic() - start)
+        self._note_wire(self._each(Sender.first_pass))
+        return self.wire
 
     def converge(self) -> None:
         self._each(Sender.converge)

@@ -25,10 +25,13 @@ from pyploop.report.timeline import Recorder
 from pyploop.runtimes import Runtime
 from pyploop.system.jobs import Job, end_all
 from pyploop.undo.journal import Journal
-from pyploop.units import format_size
+from pyploop.units import MIB, format_size
 
 PREVIEW = 0.25
 """Room for the dump that follows a round: this part of the memory in use, beyond all of it."""
+
+SHOWS_SPEED = 16 * MIB
+"""Bytes that a round must have sent before its speed counts as the connection's."""
 
 
 class Memory:
@@ -68,6 +71,17 @@ class Memory:
         return self._policy is not None
 
     @property
+    def age(self) -> float:
+        """Seconds since the last round began."""
+        return time.monotonic() - self._began if self.rounds else 0.0
+
+    @property
+    def speed(self) -> float:
+        """Bytes per second of the fastest round that shows it; 0: none does."""
+        large = [r for r in self.rounds if r.sent >= SHOWS_SPEED and r.seconds > 0]
+        return 0.0 if self._rate else max((r.sent / r.seconds for r in large), default=0.0)
+
+    @property
     def parent(self) -> int:
         """The round that is the dump's parent; 0: none."""
         return 0 if self._spoiled else len(self.rounds)
@@ -88,7 +102,7 @@ class Memory:
         if self._policy is None:
             return False
         number = len(self.rounds) + 1
-        age = time.monotonic() - self._began if self.rounds else 0.0
+        age = self.age
         choice = another(self.rounds, self._policy, memory=self._memory, wire=wire, age=age)
         self._report.info(
             f"Memory round {number}{'' if choice.pays else ' is left out'}: {choice.why}"

@@ -22,6 +22,7 @@ from pyploop.migration.source import checks, stages
 from pyploop.migration.source.disks import opened
 from pyploop.migration.source.move import Move
 from pyploop.migration.source.request import Request, Result
+from pyploop.migration.source.suspend_plan import SuspendPlan
 from pyploop.report.events import Reporter
 from pyploop.runtimes import Runtime
 from pyploop.runtimes.config import HostConfig
@@ -37,13 +38,17 @@ def migrate(host: HostConfig, runtime: Runtime, request: Request, report: Report
             sources = stack.enter_context(opened(here.disks))
             remote = stack.enter_context(checks.connect(host, request, report))
             checked = here.there(remote, sources)
+            plan = None
+            if request.live:
+                plan = SuspendPlan(host, runtime, request, report, remote, checked)
+                plan.check()
         if request.check_only:
-            return Result()
+            return Result(forecast=plan.total if plan else None)
         move = Move(host, runtime, request, report, remote, copied=checked.copied)
         try:
             with stages.begin(move, checked) as copies:
-                if request.live:
-                    stages.ahead(move, copies, checked).suspended().recorded()
+                if plan is not None:
+                    stages.ahead(move, copies, checked, plan).suspended().recorded()
                 else:
                     stages.stopped(move, copies, checked.running)
             move.too_late()

@@ -80,6 +80,15 @@ class Copies:
         self._disks.prepare_freeze()
         self._trees.prepare_last()
 
+    @property
+    def wire(self) -> float:
+        """As Disks.wire."""
+        return self._disks.wire
+
+    def forecast(self) -> float:
+        """Seconds that `finish` takes beside a dump, as far as is known."""
+        return max(self._disks.forecast(), self._trees.last_seconds)
+
     # ---- suspended
 
     def finish(self, dump: Job[None] | None = None) -> list[Summary]:

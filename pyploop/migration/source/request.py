@@ -31,6 +31,8 @@ class Request:
     suspend_limit: float = 60.0
     """Seconds after which a suspended container goes on here, unless the target was
     already asked to restore it.  0: no limit."""
+    max_suspend: float | None = None
+    """Seconds that the container may be suspended by the forecast; None: any time."""
     ssh_options: tuple[str, ...] = ()
     rsync_options: tuple[str, ...] = ()
     copy: Options = field(default_factory=Options)
@@ -43,6 +45,8 @@ class Result:
     moments: Moments | None = None
     steps: dict[str, float] = field(default_factory=dict)
     """Name -> seconds of each step of the suspended time.  The steps overlap."""
+    forecast: float | None = None
+    """Seconds of the suspended time, as forecast last; None: it was not live."""
     disks: list[Summary] = field(default_factory=list)
     recorder: Recorder = field(default_factory=Recorder)
     """What happened when, on both hosts."""

@@ -21,6 +21,7 @@ from pyploop.migration.source.move import Move
 from pyploop.migration.source.payload import Copies
 from pyploop.migration.source.static_files import send_items
 from pyploop.migration.source.suspend_limit import SuspendLimit
+from pyploop.migration.source.suspend_plan import SuspendPlan
 from pyploop.migration.source.trees import Trees
 from pyploop.report.timings import Moments
 from pyploop.system.jobs import Job, end_all
@@ -47,11 +48,13 @@ def begin(move: Move, checked: Checked) -> Copies:
     return Copies(disks, trees, runtime.dump_writes)
 
 
-def ahead(move: Move, copies: Copies, checked: Checked) -> Ahead:
-    """Copy all that is copied while the container runs."""
+def ahead(move: Move, copies: Copies, checked: Checked, plan: SuspendPlan) -> Ahead:
+    """Copy all that is copied while the container runs.  MigrateError(6): it may not be
+    suspended (--max-suspend)."""
     rounds = move.begin_memory(checked.rounds, checked.memory)
     memory.approach(copies, rounds)
-    return Ahead(move, copies, rounds)
+    plan.wait(copies, rounds)
+    return Ahead(move, copies, rounds, plan)
 
 
 @dataclass(frozen=True)
@@ -61,6 +64,7 @@ class Ahead:
     move: Move
     copies: Copies
     memory: memory.Memory
+    plan: SuspendPlan
 
     def suspended(self) -> Committed:
         """Suspend the container, send the dump and the last blocks at the same time, and
@@ -142,6 +146,9 @@ class Committed:
             "total": moments.resumed - moments.suspend,
         }
         self._record_spans()
+        plan = self.ahead.plan
+        move.result.forecast = plan.total
+        plan.compare(moments, self.suspended, self.dump_bytes, move.result.lazy.lazy)
         memory = self.ahead.memory
         move.report.event(
             "moved",

@@ -60,6 +60,8 @@ class Trees:
         ]
         self._passes = 0
         """Passes so far, while the container runs."""
+        self.last_seconds = 0.0
+        """Of the last pass."""
         self.spans: list[Span] = []
 
     def __enter__(self) -> Trees:
@@ -96,6 +98,8 @@ class Trees:
                 if self._passes > 1 and seconds <= policy.max_freeze and not left_out:
                     break
                 if time.monotonic() - start > policy.deadline or not self._room():
+                    if policy.on_deadline == "freeze":
+                        break
                     raise LoopError(
                         f"the last pass over the directory trees took {seconds * 1000:.0f} ms, and "
                         f"--max-freeze allows {policy.max_freeze * 1000:.0f} ms; the container was "
@@ -175,4 +179,5 @@ class Trees:
 
         start = time.monotonic()
         in_parallel([partial(one, c) for c in self._copies], self.cancel)
-        return time.monotonic() - start
+        self.last_seconds = time.monotonic() - start
+        return self.last_seconds

@@ -25,7 +25,7 @@ from pyploop.errors import (
 )
 from pyploop.migration import commit_record, deadlines, locks
 from pyploop.migration.mux import Mux
-from pyploop.migration.target import checks, resumable_files
+from pyploop.migration.target import checks, resumable_files, wire_probe
 from pyploop.migration.target.agent_events import Events
 from pyploop.migration.target.incoming import Incoming
 from pyploop.migration.target.settle import settle, settle_dead
@@ -34,8 +34,9 @@ from pyploop.runtimes import Facts, Runtime
 from pyploop.runtimes.config import NAME, HostConfig
 from pyploop.runtimes.policy import Source
 from pyploop.runtimes.registry import make_runtime
-from pyploop.system import descriptors
-from pyploop.wire import messages
+from pyploop.system import contention, descriptors
+from pyploop.system.jobs import Job
+from pyploop.wire import channels, messages
 from pyploop.wire import mux as wire
 from pyploop.wire.messages import clipped
 
@@ -53,6 +54,7 @@ class Agent:
         self._had_begun = False
         """`begin` has come.  The checks hold no longer: this connection itself may have
         made what they look for."""
+        self._probes = 0
         self._facts: Facts = {}
         self._locks = contextlib.ExitStack()
         self._mux = Mux(rfd, wfd, greet(rfd, wfd))
@@ -62,6 +64,8 @@ class Agent:
         self._requests: dict[str, Callable[..., dict[str, Any]]] = {
             "clock": self._clock,
             "check": self._check,
+            "busy": self._busy,
+            "probe": self._probe,
             "begin": self._begin,
             "items": self._items,
             "digests": self._digests,
@@ -166,6 +170,20 @@ class Agent:
         # Not before this: all that follows relies on all of these checks.
         self._runtime, self._facts, self._live = chosen, facts, live
         return answer
+
+    def _busy(self) -> dict[str, Any]:
+        return {"busy": contention.busy()}
+
+    def _probe(self, channel: int, size: int) -> dict[str, Any]:
+        if self._runtime is None or self._had_begun:
+            raise ProtocolError("agent protocol: `probe` must come after `check`, before `begin`")
+        self._probes += 1
+        if self._probes > channels.PROBES:
+            raise ProtocolError(f"agent protocol: more than {channels.PROBES} probes")
+        fd = self._mux.open(channel)
+        # It ends by itself: in time, or with the connection.
+        Job(lambda: wire_probe.read(fd, size, deadlines.PROBING)).start()
+        return {}
 
     def _begin(self, migration: str, stall: float, keep: bool) -> dict[str, Any]:
         if self._runtime is None or self._had_begun:

@@ -18,10 +18,10 @@ from pyploop.runtimes.lazy_policy import NOT_LIVE, UNABLE, Choice
 from pyploop.runtimes.policy import Source
 from pyploop.system import cpu, helpers
 
-CAPABILITIES = ("memory", "tree", "channels", "window")
+CAPABILITIES = ("memory", "tree", "channels", "window", "probe")
 """Optional parts of this major version of the protocol: memory rounds, trees, channels
-with a number above channels.LAST_OLD, and the window of a channel of memory images.
-`capabilities` adds what this host has."""
+with a number above channels.LAST_OLD, the window of a channel of memory images, and probes
+of the connection.  `capabilities` adds what this host has."""
 
 
 def capabilities() -> list[str]:

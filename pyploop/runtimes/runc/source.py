@@ -119,6 +119,10 @@ class SourceSteps(RuncContainer):
 
     # ---- suspend and dump
 
+    def memory_now(self) -> int:
+        freezer = self._freezer()
+        return 0 if freezer is None else self._memory_of(freezer)
+
     def prepare_dump(self, images: Path, parent: Path | None) -> str:
         argv = self._checkpoint_argv("--leave-running", images, parent)
         env = self._criu_environment()

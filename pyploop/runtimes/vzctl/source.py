@@ -110,6 +110,9 @@ class SourceSteps(VzctlContainer):
 
     # ---- suspend and dump
 
+    def memory_now(self) -> int:
+        return 0
+
     def suspend(self) -> None:
         self._vzctl(VzExitCode.DUMP_FAILED, "chkpnt", "--suspend")
 
