@@ -171,7 +171,12 @@ _REQUESTS: dict[str, dict[str, Check]] = {
         "nodeps": _list(_text, 16),
     },
     "busy": {},
-    "probe": {"channel": _CHANNEL, "size": _whole(1, channels.PROBE)},
+    "probe": {
+        "channel": _CHANNEL,
+        "size": _whole(1, channels.PROBE),
+        "window": _whole(2 * MIB, 16 * MIB),
+    },
+    "probed": {},
     "begin": {"migration": _text, "stall": _number(0.0, 2.0**53), "keep": _flag},
     "items": {"channel": _CHANNEL},
     "digests": {"channel": _CHANNEL, "files": _list(_file)},

@@ -17,6 +17,8 @@ from lab import container
 from lab.hosts import CONTAINER_NETNS, SLOWNESS, Host, Lab
 from lab.verify import Client
 
+from pyploop.migration.source import host_rates
+
 SECONDS = 90.0 * SLOWNESS
 """For a migration, whatever happens to it."""
 _OURS = ("/srv", "/var/lib", "/run", "/dev/shm")
@@ -144,7 +146,7 @@ def debris(host: Host, before: set[str], runs_here: bool) -> dict[str, Any]:
     was there before the container."""
     left: dict[str, Any] = {}
     sockets = host.run("nsenter", f"--net={CONTAINER_NETNS}", "ss", "-Htan").splitlines()
-    extra = files(host) - before - _STAY
+    extra = {f for f in files(host) - before - _STAY if not f.endswith(host_rates.SUFFIX)}
     processes = host.processes()
     if runs_here:
         prefixes = (str(container.BUNDLE), "/run/runc/ct")

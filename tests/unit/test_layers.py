@@ -52,6 +52,7 @@ PURE = (
     "runtimes.lazy_policy",
     "diskcopy.freeze_policy",
     "migration.memory_policy",
+    "migration.source.suspend_forecast",
     "diskcopy.framing",
 )
 """These decide or format.  They do no I/O and have no clock."""

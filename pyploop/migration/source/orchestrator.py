@@ -40,7 +40,7 @@ def migrate(host: HostConfig, runtime: Runtime, request: Request, report: Report
             checked = here.there(remote, sources)
             plan = None
             if request.live:
-                plan = SuspendPlan(host, runtime, request, report, remote, checked)
+                plan = SuspendPlan(host, runtime, request, report, remote=remote, checked=checked)
                 plan.check()
         if request.check_only:
             return Result(forecast=plan.total if plan else None)

@@ -33,14 +33,14 @@ class Line:
 
 
 MODEL: dict[str, Line] = {
-    "suspend": Line(0.02),
-    "dump": Line(0.12, 0.6),
-    "post-copy dump": Line(0.09, 0.13),
+    "suspend": Line(0.015),
+    "dump": Line(0.085, 0.6),
+    "post-copy dump": Line(0.07, 0.13),
     "transfer": Line(0.01),
-    "restore": Line(0.16, 1.2),
-    "lazy restore": Line(0.17, 0.02),
+    "restore": Line(0.09, 0.75),
+    "lazy restore": Line(0.1, 0.02),
 }
-"""Seconds on two cores that do nothing else (docs/internals/suspended-time.md).  The
+"""Seconds on two idle cores (docs/internals/suspended-time.md).  The
 transfer's part for each byte comes from the connection."""
 OVERLAP = 0.5
 """Part of the dump's time for each byte in which its bytes already cross."""
@@ -168,11 +168,7 @@ def model(facts: Facts) -> dict[str, Step]:
     return {
         "suspend": _step("suspend", 0).times(facts.busy),
         "dump": _step(dump, facts.memory).times(facts.busy),
-        "transfer": Step(
-            f"transfer by {facts.wire_from}" if facts.wire_from else "transfer",
-            MODEL["transfer"].fixed,
-            max(crosses - beside, 0.0),
-        ),
+        "transfer": Step("transfer", MODEL["transfer"].fixed, max(crosses - beside, 0.0)),
         "restore": Step(restore, MODEL[restore].fixed, copied + behind).times(facts.busy_there),
     }
 

@@ -52,6 +52,7 @@ class SuspendPlan:
         runtime: Runtime,
         request: Request,
         report: Reporter,
+        *,
         remote: Remote,
         checked: Checked,
     ) -> None:

@@ -1,28 +1,25 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How many bytes per second the connection to an agent takes, by a short probe: a few MiB
-that the agent reads and forgets; and how busy the agent's host is.  Nothing is changed on
-either host."""
+"""How many bytes of memory images per second the connection to an agent takes, by a short
+probe: a few MiB go the same way as such images, and the agent forgets them; and how busy the
+agent's host is.  Nothing is changed on either host."""
 
 from __future__ import annotations
 
-import contextlib
 import os
-import socket
 import time
 
-from pyploop.errors import MigrateError
+from pyploop.errors import MigrateError, ReadError, WriteError
 from pyploop.migration import deadlines
 from pyploop.migration.source.agent_client import Remote
-from pyploop.system.jobs import Job
-from pyploop.units import KIB, MIB
+from pyploop.units import MIB
 from pyploop.wire import channels
 
 CAPABILITY = "probe"
 SIZES = (MIB, 4 * MIB, 16 * MIB, channels.PROBE)
 """Bytes of each try.  The first ones also open the window of TCP."""
-SECONDS = 0.4
-"""After so long no other try is made."""
-PIECE = 256 * KIB
+SECONDS = 1.0
+"""No try is made that would end after so long."""
+NAME = "probe"
 
 
 def measure(remote: Remote) -> float:
@@ -34,12 +31,12 @@ def measure(remote: Remote) -> float:
     try:
         round_trip = min(_round_trip(remote) for _ in range(3))
         for size in SIZES:
+            if rate and spent + size / rate > SECONDS:
+                break
             seconds = _seconds(remote, size, round_trip)
             rate = max(rate, size / seconds)
             spent += seconds
-            if spent > SECONDS:
-                break
-    except (MigrateError, OSError):
+    except (MigrateError, ReadError, WriteError, OSError):
         if not remote.alive():
             raise
     return rate
@@ -60,27 +57,16 @@ def _round_trip(remote: Remote) -> float:
 
 
 def _seconds(remote: Remote, size: int, round_trip: float) -> float:
-    """Until the agent has read `size` bytes, without the time for its answer: a byte in the
-    same channel.  OSError when that does not come in time."""
-    number, fd = remote.open_channel()
-    with socket.socket(fileno=fd) as sock:
-        remote.call("probe", deadlines.REQUEST, channel=number, size=size)
-        # Bytes that nothing on the way can compress.
-        piece = memoryview(os.urandom(PIECE))
-
-        def send() -> None:
-            for left in range(size, 0, -PIECE):
-                sock.sendall(piece[: min(left, PIECE)])
-
-        sock.settimeout(deadlines.PROBING)
-        job = Job(send)
-        try:
-            start = time.monotonic()
-            job.start()
-            if not sock.recv(1):
-                raise ConnectionError("the agent has not read all bytes of a probe")
-            return max(time.monotonic() - start - round_trip, 1e-4)
-        finally:
-            with contextlib.suppress(OSError):
-                sock.shutdown(socket.SHUT_RDWR)  # a send that waits ends with an error
-            job.end()
+    """Until the agent has read `size` bytes, without the time for its answer."""
+    args, out = remote.open_images(deadlines.PROBING)
+    # Bytes that nothing on the way can compress or leave out.
+    with out, open(os.memfd_create("pyploop-probe"), "wb", buffering=0) as file:
+        piece = os.urandom(MIB)
+        for _ in range(size // MIB):
+            file.write(piece)
+        remote.call("probe", deadlines.REQUEST, **args, size=size)
+        start = time.monotonic()
+        out.file(NAME, f"/proc/self/fd/{file.fileno()}")
+        out.end()
+        remote.call("probed", deadlines.PROBING)
+        return max(time.monotonic() - start - round_trip, 1e-4)

@@ -55,6 +55,7 @@ class Agent:
         """`begin` has come.  The checks hold no longer: this connection itself may have
         made what they look for."""
         self._probes = 0
+        self._probing: Job[None] | None = None
         self._facts: Facts = {}
         self._locks = contextlib.ExitStack()
         self._mux = Mux(rfd, wfd, greet(rfd, wfd))
@@ -66,6 +67,7 @@ class Agent:
             "check": self._check,
             "busy": self._busy,
             "probe": self._probe,
+            "probed": self._probed,
             "begin": self._begin,
             "items": self._items,
             "digests": self._digests,
@@ -174,15 +176,25 @@ class Agent:
     def _busy(self) -> dict[str, Any]:
         return {"busy": contention.busy()}
 
-    def _probe(self, channel: int, size: int) -> dict[str, Any]:
+    def _probe(self, channel: int, size: int, window: int = wire.WINDOW) -> dict[str, Any]:
         if self._runtime is None or self._had_begun:
             raise ProtocolError("agent protocol: `probe` must come after `check`, before `begin`")
+        if self._probing is not None and not self._probing.over.is_set():
+            raise ProtocolError("agent protocol: a probe is under way")
         self._probes += 1
         if self._probes > channels.PROBES:
             raise ProtocolError(f"agent protocol: more than {channels.PROBES} probes")
-        fd = self._mux.open(channel)
-        # It ends by itself: in time, or with the connection.
-        Job(lambda: wire_probe.read(fd, size, deadlines.PROBING)).start()
+        images = self._mux.open_reader(channel, window, deadlines.PROBING)
+        self._probing = Job(wire_probe.receiver(images, size)).start()
+        return {}
+
+    def _probed(self) -> dict[str, Any]:
+        if self._probing is None:
+            raise ProtocolError("agent protocol: `probed` must come after `probe`")
+        try:
+            self._probing.join(deadlines.PROBING)
+        except TimeoutError as e:
+            raise ProtocolError("agent protocol: the bytes of a probe have not come") from e
         return {}
 
     def _begin(self, migration: str, stall: float, keep: bool) -> dict[str, Any]:
