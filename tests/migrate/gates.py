@@ -132,6 +132,11 @@ class Gates:
         path = self._folder / "happened"
         return path.read_text().split() if path.exists() else []
 
+    def calls(self, step: str) -> int:
+        """How often it was called since `mend`."""
+        path = self._folder / "steps"
+        return path.read_text().split().count(step) if path.exists() else 0
+
     def mend(self) -> None:
         """No gates, no faults, no calls seen."""
         for path in self._folder.iterdir():

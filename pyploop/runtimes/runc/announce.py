@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import socket
 import struct
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -21,9 +22,13 @@ _ADDRESS = struct.Struct("=BBBBI")  # struct ifaddrmsg: family, prefix, flags, s
 _ATTRIBUTE = struct.Struct("=HH")  # struct rtattr: length, type
 _HARDWARE, _NAME = 1, 3  # IFLA_ADDRESS, IFLA_IFNAME
 _PEER, _LOCAL = 1, 2  # IFA_ADDRESS, IFA_LOCAL
-_ETHERNET, _UP = 1, 1  # ARPHRD_ETHER, IFF_UP
+_ETHERNET, _UP, _RUNNING = 1, 1, 0x40  # ARPHRD_ETHER, IFF_UP, IFF_RUNNING
 _UNUSABLE = 0x48  # IFA_F_TENTATIVE | IFA_F_DADFAILED: not ours yet, or not at all
 _ARP, _IPV6 = 0x0806, 0x86DD
+RUNNING = 0.03
+"""Seconds, at most, to wait for the carrier of a link that is up."""
+LOOK = 0.0005
+"""Seconds between two looks."""
 _ALL = b"\xff" * 6
 _ALL_NODES_MAC = bytes.fromhex("333300000001")
 _ALL_NODES = socket.inet_pton(socket.AF_INET6, "ff02::1")
@@ -42,28 +47,70 @@ class Address:
 
 def addresses(namespace: str) -> list[Address]:
     """Announce what there is in a network namespace (/proc/PID/ns/net).  OSError."""
-    with network.netlink(namespace, _ROUTE) as asked:
-        found = list(_addresses(asked))
-    with network.socket_in(namespace, socket.AF_PACKET, socket.SOCK_RAW, 0) as out:
+    with Announcer(namespace) as announcer:
+        return announcer.send()
+
+
+class Announcer:
+    """For a network namespace.  It is made before the container is suspended for its sake,
+    because entering the namespace takes longer than the rest."""
+
+    def __init__(self, namespace: str) -> None:
+        """OSError."""
+        self._asked = network.netlink(namespace, _ROUTE)
+        try:
+            self._out = network.socket_in(namespace, socket.AF_PACKET, socket.SOCK_RAW, 0)
+        except BaseException:
+            self._asked.close()
+            raise
+
+    def wait_for_links(self, most: float = RUNNING) -> None:
+        """After a link was set up: until the kernel has seen its carrier.  It drops what is
+        sent before, and a restored socket sends again only after a second.  OSError."""
+        deadline = time.monotonic() + most
+        while time.monotonic() < deadline:
+            if all(flags & _RUNNING for flags, _, _ in _links(self._asked).values()):
+                return
+            time.sleep(LOOK)
+
+    def send(self) -> list[Address]:
+        """OSError."""
+        found = list(_addresses(self._asked))
         for address in found:
             frame = arp(address) if len(address.ip) == 4 else advertisement(address)
-            out.sendto(frame, (address.link, 0))
-    return found
+            self._out.sendto(frame, (address.link, 0))
+        return found
+
+    def close(self) -> None:
+        self._asked.close()
+        self._out.close()
+
+    def __enter__(self) -> Announcer:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
 
 
-def _addresses(asked: socket.socket) -> Iterator[Address]:
+def _links(asked: socket.socket) -> dict[int, tuple[int, str, bytes]]:
+    """Index -> (flags, name, MAC) of the Ethernet links that are up."""
     links = {}
     for body in network.dump(asked, _GETLINK, _LINK.pack(0, 0, 0, 0, 0)):
         _, kind, index, flags, _ = _LINK.unpack_from(body)
         known = dict(_attributes(body[_LINK.size :]))
         if kind == _ETHERNET and flags & _UP and len(known.get(_HARDWARE, b"")) == 6:
-            links[index] = known[_NAME].rstrip(b"\0").decode(), known[_HARDWARE]
+            links[index] = flags, known[_NAME].rstrip(b"\0").decode(), known[_HARDWARE]
+    return links
+
+
+def _addresses(asked: socket.socket) -> Iterator[Address]:
+    links = _links(asked)
     for body in network.dump(asked, _GETADDR, _ADDRESS.pack(0, 0, 0, 0, 0)):
         _, _, flags, _, index = _ADDRESS.unpack_from(body)
         known = dict(_attributes(body[_ADDRESS.size :]))
         ip = known.get(_LOCAL, known.get(_PEER))
         if index in links and ip and not flags & _UNUSABLE:
-            yield Address(*links[index], ip)
+            yield Address(*links[index][1:], ip)
 
 
 def _attributes(data: bytes) -> Iterator[tuple[int, bytes]]:

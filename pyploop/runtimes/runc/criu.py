@@ -90,12 +90,9 @@ def errors_of(log: Path) -> str:
 class Hook:
     """Answers the running restore.  A context manager: at its end the script is removed."""
 
-    def __init__(
-        self, folder: Path, unlock: Callable[[], None], unlocking: Callable[[], None]
-    ) -> None:
-        """unlock: called before the network is unlocked.  When it raises, the answer is no.
-        unlocking: called after the answer, while CRIU goes on."""
-        self._unlock, self._unlocking = unlock, unlocking
+    def __init__(self, folder: Path, unlock: Callable[[], None]) -> None:
+        """unlock: called before the network is unlocked.  When it raises, the answer is no."""
+        self._unlock = unlock
         self.refusal: BaseException | None = None
         self.unlocked = False
         self.resuming = False
@@ -119,10 +116,7 @@ class Hook:
             came = dict(poll.poll(2 if command.end_fd is None else min(left * 1000, 1 << 30)))
             if self._say_r in came:
                 for word in os.read(self._say_r, 256).decode().split():
-                    allowed = self._allow(word)
-                    os.write(self._hear_w, b"go\n" if allowed else b"no\n")
-                    if allowed and word == "network-unlock":
-                        self._unlocking()
+                    os.write(self._hear_w, b"go\n" if self._allow(word) else b"no\n")
         return command.wait(max(deadline - time.monotonic(), 0.1))
 
     def _allow(self, word: str) -> bool:

@@ -18,6 +18,7 @@ from pyploop.runtimes import Facts
 from pyploop.runtimes.config import HostConfig, within
 from pyploop.runtimes.oci import bundles, criu_images, destinations
 from pyploop.runtimes.runc import contents, criu, criu_gate, host_fit, tmpfs
+from pyploop.runtimes.runc.announce import Announcer
 from pyploop.runtimes.runc.container import RuncContainer
 from pyploop.runtimes.runc.lazy_restore import LazyRestore
 from pyploop.system import beneath
@@ -194,8 +195,15 @@ class TargetSteps(RuncContainer):
             if up and not self._linked(up):
                 argv = ("setpriv", "--pdeathsig", "KILL", "--", *up)
                 self._link(argv, VzExitCode.RESTORE_FAILED)
+            for announcer in announcers:
+                # Whoever misses it asks, or waits until its own entry is old.
+                with contextlib.suppress(OSError):
+                    announcer.wait_for_links()
+                    announcer.send()
 
-        with criu.Hook(images.parent, unlock, self._announce_here) as hook:
+        with contextlib.ExitStack() as stack:
+            announcers = self._announcers(stack)
+            hook = stack.enter_context(criu.Hook(images.parent, unlock))
             bundles.write_criu(self._config.bundle, hook.script)
             try:
                 command = self._started_ahead(argv)
@@ -248,12 +256,21 @@ class TargetSteps(RuncContainer):
             return None
         return early.go()
 
+    def _networks(self) -> list[str]:
+        """Those of its config.json."""
+        found = (self._written or {}).get("linux", {}).get("namespaces", ())
+        return [n["path"] for n in found if n["type"] == "network" and n.get("path")]
+
+    def _announcers(self, stack: contextlib.ExitStack) -> list[Announcer]:
+        made = []
+        for path in self._networks():
+            with contextlib.suppress(OSError):
+                made.append(stack.enter_context(Announcer(path)))
+        return made
+
     def _announce_here(self) -> None:
-        """On the network of its config.json."""
-        linux = (self._written or {}).get("linux", {})
-        for namespace in linux.get("namespaces", ()):
-            if namespace["type"] == "network" and namespace.get("path"):
-                self._announce(namespace["path"])
+        for path in self._networks():
+            self._announce(path)
 
     def abandon(self) -> None:
         # The link goes down first: no packet of the ending processes may reach the peers.
