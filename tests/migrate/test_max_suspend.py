@@ -111,7 +111,7 @@ def test_a_runc_container_that_cannot_be_quick_enough_goes_on_here(two_hosts: La
         refused = migrate(two_hosts, two_hosts.a, "--max-suspend", "1ms")
         assert refused.code == 6, refused.errors
         (check, last) = named(refused.events, "forecast")
-        assert last["memory"] > 1 << 20
+        assert last["memory"] > 1 << 16
         assert check["wire_from"] == "probe"
         assert check["wire"] > 0
         assert judge(two_hosts, client, before) is two_hosts.a
