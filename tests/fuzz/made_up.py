@@ -22,6 +22,7 @@ from pyploop.errors import MigrateError, VzExitCode
 from pyploop.runtimes import Copied, Disk, Item, Lazy, State, Tree
 from pyploop.runtimes.config import HostConfig
 from pyploop.runtimes.policy import Source
+from pyploop.runtimes.unprepared import Unprepared
 
 SOURCE = Source("made-up-source")
 """As the agent knows it; its memory images are restored."""
@@ -32,7 +33,7 @@ class Finding(AssertionError):
 
 
 @dataclass
-class Box:
+class Box(Unprepared):
     """A container on one host, without processes or kernels: a runtime."""
 
     folder: Path

@@ -19,12 +19,13 @@ LONGER = {
     "freeze.mounted": "UNMOUNT_DEADLINE",
     "freeze.vzctl": "STATUS_DEADLINE SUSPEND_DEADLINE",
     "migration.deadlines": "ATTEMPTS CHECKING CONNECT DUMP_WAIT ENDING HELLO INTERRUPTED "
-    "LAST_WORDS LOADING REQUEST RESTORING RSYNC_ENDING RSYNC_READY RSYNC_VERSION SETTLE_WAIT "
-    "SETTLING SILENCE UNASKED UNBEGUN UNDOING UNMOVED",
+    "LAST_WORDS LOADING PROBING REQUEST RESTORING RSYNC_ENDING RSYNC_READY RSYNC_VERSION "
+    "SETTLE_WAIT SETTLING SILENCE UNASKED UNBEGUN UNDOING UNMOVED",
     "migration.source.ssh_cipher": "SECONDS",
     "runtimes.lazy_record": "ENDING",
     "runtimes.runc.cgroup": "DEADLINE",
     "runtimes.runc.criu": "PROBE_TIMEOUT",
+    "runtimes.runc.early": "STOPPING",
     "runtimes.runc.host_fit": "TIMEOUT",
     "runtimes.runc.lazy_restore": "PROBE_SECONDS READY_SECONDS SERVING_SECONDS STOPPING_SECONDS",
     "runtimes.runc.memory_tracking": "TIMEOUT",
@@ -48,8 +49,11 @@ AS_IT_IS = {
     "migration.commit_record": "POLL",
     "migration.locks": "POLL",
     "migration.source.dump_stream": "LOOK LOOK_UNTOLD",
+    "migration.source.suspend_plan": "LATELY PAUSE",
+    "migration.source.wire_probe": "SECONDS",
     "report.slow_steps": "LONG LOOK",
     "runtimes.lazy_record": "POLL",
+    "runtimes.runc.announce": "LOOK RUNNING",
     "runtimes.runc.connections": "ACKNOWLEDGED LOOK",
     "runtimes.runc.link_cut": "LAST_REQUEST",
     "system.claims": "PAUSE",
@@ -61,7 +65,9 @@ AS_IT_IS = {
     "diskcopy.measurements": "COLD_FREEZE",
     "freeze.session": "STOP_ASSUMED",
     "migration.source.suspend_limit": "FOR_UNDOING",
+    "migration.source.suspend_forecast": "CLAMP LEAST OVERLAP SLOW",
     "migration.source.trees": "QUICK SHRINK",
+    "system.contention": "CPU LONGEST",
     # What the user sets.
     "api.copying": "ANSWER_TIMEOUT FREEZE_LIMIT",
     "libploop": "IDLE STALL",

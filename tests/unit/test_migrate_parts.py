@@ -291,14 +291,13 @@ def test_a_command_whose_wait_is_interrupted_has_ended_before_anything_is_undone
 
     go, done = tmp_path / "go", tmp_path / "done"
     script = f"until [ -e {go} ]; do sleep 0.01; done; kill -USR1 {os.getpid()}"
-    wait = subprocess.Popen.wait
+    wait = Command._end
 
-    def waits(process: Any, timeout: float | None = None) -> int:
-        if not go.exists():
-            go.mkdir()  # no descriptor that the signal may leave open
-        return wait(process, timeout)
+    def waits(command: Command, timeout: float) -> None:
+        go.mkdir()  # no descriptor that the signal may leave open
+        wait(command, timeout)
 
-    monkeypatch.setattr(subprocess.Popen, "wait", waits)
+    monkeypatch.setattr(Command, "_end", waits)
     old = signal.signal(signal.SIGUSR1, interrupt)
     try:
         with pytest.raises(Interrupted):
