@@ -25,7 +25,7 @@ here() {{
   fi
   [ -e {folder}/$1.fault ] || return 0
   read -r action number <{folder}/$1.fault
-  [ "$number" = 0 ] || [ "$number" = "$count" ] || return 0
+  case ",$number," in *",0,"* | *",$count,"*) ;; *) return 0 ;; esac
   echo "$step" >>{folder}/happened
   case $action in
   hang) exec sleep 60 ;;
@@ -122,9 +122,11 @@ class Gates:
 
     # ---- faults
 
-    def fail(self, step: str, action: str | int, when: str = "before", number: int = 0) -> None:
+    def fail(
+        self, step: str, action: str | int, when: str = "before", number: int | str = 0
+    ) -> None:
         """action: an exit code, "hang", or "die" (SIGKILL); number: of the step's
-        calls since `mend`, 0: each."""
+        calls since `mend`, 0: each; several with commas between them."""
         (self._folder / f"{step}-{when}.fault").write_text(f"{action} {number}\n")
 
     def happened(self) -> list[str]:
