@@ -26,6 +26,7 @@ from common import Results, Sample, cleaned_up
 TESTS = Path(__file__).resolve().parents[1] / "tests"
 sys.path.insert(0, str(TESTS))
 
+import forecast_report  # noqa: E402
 import memory_bench  # noqa: E402
 import migrate_report  # noqa: E402
 from lab import container, hosts, verify  # noqa: E402
@@ -94,6 +95,7 @@ class Bench:
             "disk_sent": frozen["sent"],
             # The disk's part: by how much it kept a target waiting that had the dump.
             "disk_beyond": steps["disks waited for"],
+            **forecast_report.forecast_of(lines),
         }
 
 

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import forecast_report
 from common import Figure, Sample, column, table
 from lab import container, hosts, verify
 
@@ -59,14 +60,13 @@ class MemoryBench:
         self.client.verify_database()
         gap = self.client.mark()["gap"]
         self.client.verify_blocks()
-        (steps,) = (
-            e["steps"] for e in map(json.loads, events.read_text().splitlines())
-            if e["event"] == "moved"
-        )  # fmt: skip
+        lines = [json.loads(text) for text in events.read_text().splitlines()]
+        (steps,) = (e["steps"] for e in lines if e["event"] == "moved")
         rows = {name: float(value) for name, value in _ROW.findall(out)}
         # With all digits: what was sent after the dump, or after the disks' last blocks.
         rows[_SENT] = max(steps["dump sent"] - max(steps["dump"], steps["disks"]), 0.0)
-        return {"rows": rows, "steps": steps, "total": steps["total"], "client_gap": gap}
+        sample = {"rows": rows, "steps": steps, "total": steps["total"], "client_gap": gap}
+        return sample | forecast_report.forecast_of(lines)
 
     def _cat(self) -> Sample:
         """The images of a dump of the container as it is now, one after the other."""
@@ -154,5 +154,6 @@ def report(sizes: Mapping[str, Mapping[str, Sequence[Sample]]]) -> str:
             f"{Figure.of(cat).text(2)} s, {Figure.of(net).text(2)} s of it without the connection's"
             f" beginning. {_SENT}, as a part of it, turn by turn: {Figure.of(each).text(2)}"
             f" ({Figure.of(bare).text(2)}).",
+            forecast_report.line(kinds["pyploop"]),
         ]
     return "\n\n".join(parts)

@@ -11,6 +11,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import forecast_report
 import numpy as np
 from common import Figure, Sample, column, table
 
@@ -83,6 +84,7 @@ def report(loads: Loads) -> str:
             *(_times(kind, samples) for kind, samples in kinds.items()),
             f"Ratio of averages: {reached:.3f}, required <= {RATIO}: {_verdict(reached <= RATIO)}.",
             f"{disk}. The disk's own frozen time, beside the dump: {frozen} s, {sent} KiB sent.",
+            forecast_report.line(ours),
             table(
                 ["median (range), s", "suspended", "longest gap between two fsyncs", "client's"],
                 gaps,
