@@ -112,6 +112,17 @@ def agent_seeds() -> list[bytes]:
         _whole_migration([request("start", 8, timeout=5, run=True), *forget]),
         _whole_migration([request("undo", 8)]),
         _whole_migration(["E 3", request("settle", 8, migration=HEX)]),
+        "\n".join(
+            [
+                begin[0],
+                request("busy", 2),
+                request("probe", 3, channel=1, size=9),
+                f"D 1 {escaped(_file(b'probe', b'nine byte') + bytes(16))}",
+                request("probed", 4),
+                request("probe", 5, channel=2, size=9, window=1 << 21),
+                *begin[1:],
+            ]
+        ).encode(),
         "\n".join([*begin, request("settle", 3, migration=HEX)]).encode(),
         "\n".join([*begin, request("forget", 3, migration=HEX), request("undo", 4)]).encode(),
         "\n".join([*begin, request("digests", 3, channel=1, files=[["conf", 7]])]).encode(),
