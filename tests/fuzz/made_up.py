@@ -83,6 +83,16 @@ class Box(Unprepared):
     def memory_now(self) -> int:
         return 4096
 
+    def prepare_dump(self, images: Path, parent: Path | None) -> str:
+        return "made up"
+
+    def prepare_undump(self, images: Path) -> str:
+        return "made up"
+
+    def before_suspend(self) -> None: ...
+
+    def give_up(self) -> None: ...
+
     def suspend(self) -> None:
         self._becomes("suspend", exists=True, running=True, suspended=True)
 
