@@ -6,15 +6,19 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from pyploop.runtimes import config, lazy_images, lazy_record
+from pyploop.runtimes import config, lazy_images, lazy_record, page_record
 from pyploop.runtimes.lazy_record import LazyRecord
+from pyploop.runtimes.page_record import PageRecord
 from pyploop.runtimes.registry import make_runtime
 from pyploop.units import MIB
 
-MemoryState = Literal["complete", "loading", "stuck", "unguarded", "unknown", "lost", "over"]
+MemoryState = Literal[
+    "serving", "complete", "loading", "stuck", "unguarded", "unknown", "lost", "over"
+]
 STUCK = 2
 """So many times the bytes that were to be loaded: a daemon that has read more repeats itself."""
 _SAYS: dict[MemoryState, str] = {
+    "serving": "it runs on {host}, which loads its memory from this host (process {keeper})",
     "complete": "all of its memory is there",
     "loading": "its memory is being loaded while it runs",
     "stuck": "it runs, and gets its memory as it asks for it, but process {daemon} will not end by "
@@ -35,7 +39,8 @@ class MemoryStatus:
 
     container: str
     state: MemoryState
-    """`complete`: also of a container whose memory was never loaded lazily.  `loading`: it
+    """`serving`: it has moved to another host, which still loads its memory from this one.
+    `complete`: also of a container whose memory was never loaded lazily.  `loading`: it
     depends on a process of this host.  `stuck`: the same, and that process repeats itself (see
     docs/internals/lazy-restore.md).  `unguarded`: the guard was killed.  `unknown`: the
     daemon has ended since, perhaps before all of it had come.  `lost`: the daemon has died, and
@@ -60,7 +65,7 @@ class MemoryStatus:
         """Of `pyploop status`: 0 nothing to come, 2 being loaded, 3 something to do."""
         if self.state == "over" and not self.images:
             return 0
-        return {"complete": 0, "loading": 2}.get(self.state, 3)
+        return {"complete": 0, "loading": 2, "serving": 2}.get(self.state, 3)
 
 
 def memory_status(
@@ -76,7 +81,10 @@ def memory_status(
     """
     if container is None:
         folder = state_dir or config.load(config_file).state_dir
-        return tuple(_status(r) for r in lazy_record.all_in(folder))
+        here = tuple(_status(r) for r in lazy_record.all_in(folder))
+        return here + tuple(_serving(r) for r in page_record.all_in(folder) if r.at_work)
+    if serving := _pages(container, config_file, state_dir):
+        return (_serving(serving),)
     record = _record(container, config_file, state_dir)
     return (_status(record) if record else _none(container),)
 
@@ -99,6 +107,30 @@ def _record(container: str, config_file: str | None, state_dir: str | None) -> L
     host = config.load(config_file)
     runtime = make_runtime(host, None, container)
     return lazy_record.read(lazy_record.path_of(host.state_dir, runtime.name, runtime.container))
+
+
+def _pages(container: str, config_file: str | None, state_dir: str | None) -> PageRecord | None:
+    """Of a container whose memory another host is loading from this one."""
+    folder = state_dir or config.load(config_file).state_dir
+    for record in page_record.all_in(folder):
+        if record.container == container and record.at_work:
+            return record
+    return None
+
+
+def _serving(record: PageRecord) -> MemoryStatus:
+    total = record.fields.get("total")
+    return MemoryStatus(
+        container=record.container,
+        state="serving",
+        text=_SAYS["serving"].format(host=record.fields.get("host"), keeper=record.keeper),
+        total=total,
+        left=max(0, total - record.sent) if isinstance(total, int) else None,
+        seconds=None,
+        daemon=0,
+        guard=record.keeper,
+        images="",
+    )
 
 
 def _none(container: str) -> MemoryStatus:

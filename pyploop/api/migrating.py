@@ -63,6 +63,12 @@ class MigrationOptions:
     lazy_restore: Wanted = "auto"
     """Whether the target loads memory after the container has begun to run: where it pays,
     never or always.  The target's configuration wins."""
+    post_copy: Wanted = "never"
+    """With `live`: memory follows from this host while the container runs on the target:
+    never, when more than `max_suspend` is expected without it (auto), or always.  If this
+    host ends meanwhile, the container is lost."""
+    post_copy_timeout: float = 600.0
+    """With post-copy: if the connection is cut for so long, the container is lost."""
     suspend_limit: float | None = None
     """With `live`: after so long a suspended container goes on here, unless the target may
     have restored it already.  None: 60.  0: no limit."""
@@ -177,6 +183,10 @@ def _request(host: str, o: MigrationOptions) -> Request:
         raise MigrateError(VzExitCode.USAGE, "--suspend-limit needs --live")
     if o.max_suspend is not None and not o.live:
         raise MigrateError(VzExitCode.USAGE, "--max-suspend needs --live")
+    if o.post_copy != "never" and not o.live:
+        raise MigrateError(VzExitCode.USAGE, "--post-copy needs --live")
+    if o.post_copy == "auto" and o.max_suspend is None:
+        raise MigrateError(VzExitCode.USAGE, "--post-copy auto needs --max-suspend")
     limit = Request.suspend_limit if o.suspend_limit is None else o.suspend_limit
     return Request(
         host=host,
@@ -188,6 +198,8 @@ def _request(host: str, o: MigrationOptions) -> Request:
         drop_exec=o.drop_exec,
         pre_dumps=o.memory_rounds,
         lazy_restore=o.lazy_restore,
+        post_copy=o.post_copy,
+        post_copy_timeout=o.post_copy_timeout,
         suspend_limit=limit,
         max_suspend=o.max_suspend,
         ssh_options=tuple(o.ssh_options),

@@ -8,6 +8,7 @@ import signal
 import sys
 
 from pyploop.cli.arguments import Parser
+from pyploop.migration.target import page_link
 from pyploop.migration.target.agent import Agent
 from pyploop.runtimes import config, policy
 from pyploop.system import jobs
@@ -42,5 +43,11 @@ def run(args: list[str], level: int) -> int:
     # In the frozen time threads take turns; by default one may wait 5 ms for its turn.
     sys.setswitchinterval(0.0005)
     signal.signal(jobs.INTERRUPT, lambda *_: None)
-    Agent(host, rfd, wfd, policy.source_of(o.source, os.environ)).serve()
+    source = policy.source_of(o.source, os.environ)
+    try:
+        agent = Agent(host, rfd, wfd, source)
+    except page_link.WantedError as e:
+        page_link.hand_over(host, source, e.migration, rfd, wfd)
+        return 0
+    agent.serve()
     return 0

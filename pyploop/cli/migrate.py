@@ -79,6 +79,8 @@ def _options(o: MigrateOptions) -> MigrationOptions:
         drop_exec=o.drop_exec,
         memory_rounds=o.pre_dumps,
         lazy_restore=o.lazy_restore,
+        post_copy=o.post_copy,
+        post_copy_timeout=o.post_copy_timeout,
         suspend_limit=o.suspend_limit,
         max_suspend=o.max_suspend,
         on_deadline=o.on_deadline,

@@ -48,6 +48,9 @@ class MigrateOptions:
     """Rounds of memory before the freeze at most."""
     lazy_restore: Wanted
     """Whether the target loads memory while it runs."""
+    post_copy: Wanted
+    """Whether memory follows while it runs on the target."""
+    post_copy_timeout: float
     suspend_limit: float | None
     max_suspend: float | None
     on_deadline: OnDeadline
@@ -163,6 +166,22 @@ def parser() -> Parser:
         "pays (auto), never, or always; the target's configuration wins",
     )
     add(
+        "--post-copy",
+        choices=WANTED,
+        default="never",
+        help="with --live: let the container run on the target, and send its memory after it: "
+        "never, when the suspended time is expected to be longer than --max-suspend without it "
+        "(auto), or always. If this host ends before all memory has come, or the connection is "
+        "cut for longer than --post-copy-timeout, the container is lost (never)",
+    )
+    add(
+        "--post-copy-timeout",
+        type=parsed(_some_time, "time"),
+        default=600.0,
+        metavar="TIME",
+        help="with --post-copy: how long the connection may be cut meanwhile (600)",
+    )
+    add(
         "--suspend-limit",
         type=parsed(_limit, "time"),
         metavar="TIME",
@@ -272,6 +291,8 @@ def parse(args: list[str]) -> MigrateOptions:
         drop_exec=o.drop_exec,
         pre_dumps=o.pre_dumps,
         lazy_restore=o.lazy_restore,
+        post_copy=o.post_copy,
+        post_copy_timeout=o.post_copy_timeout,
         suspend_limit=o.suspend_limit,
         max_suspend=o.max_suspend,
         on_deadline=o.on_deadline,

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from pyploop.errors import DeviceControlError, MigrateError, PyploopError, VzExitCode
-from pyploop.runtimes import Runtime, config, lazy_record, volumes
+from pyploop.runtimes import Runtime, config, lazy_record, page_record, volumes
 from pyploop.runtimes.config import HostConfig
 from pyploop.runtimes.registry import make_runtime
 from pyploop.system import beneath, kernel, mount_table, private_folder, removal
@@ -111,6 +111,7 @@ journal.register("rmdir", _rmdir, outlives_boot=True)
 journal.register("remove-tree", _remove_tree, outlives_boot=True)
 journal.register("unmount", volumes.unmount)
 journal.register("lazy-guard", lazy_record.stop_entry, outlives_boot=True)
+journal.register("page-server", page_record.stop_entry)
 journal.register("resume", lambda e: runtime_of(e).resume())
 journal.register("start", lambda e: runtime_of(e).start())
 journal.register("abandon", lambda e: runtime_of(e).abandon())
@@ -151,6 +152,7 @@ _WORDS = {
     "rmdir": "removing the folder {path}",
     "remove-tree": "removing the folder {path}",
     "unmount": "unmounting {mount}",
+    "page-server": "ending the page server",
     "resume": "resuming container {container}",
     "start": "starting container {container}",
     "abandon": "removing what was restored of container {container}",

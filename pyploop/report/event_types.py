@@ -191,6 +191,34 @@ class LazyRestore(Event):
 
 
 @dataclass(frozen=True, kw_only=True)
+class PostCopy(Event):
+    """Whether memory will follow from the source while the container runs on the target."""
+
+    EVENT: ClassVar = "post-copy"
+    chosen: bool
+    why: str
+    """Why not; empty: it will."""
+    memory: int
+    """Bytes of memory in use that a dump would have."""
+    forecast: float
+    """Seconds of suspended time that are expected without it."""
+    timeout: float
+    """Seconds for which the connection may be cut meanwhile."""
+    risk: str
+    """What it means for the container; empty: it was not chosen."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MemoryComplete(Event):
+    """The target of a post-copy migration has all memory, or never will."""
+
+    EVENT: ClassVar = "memory complete"
+    complete: bool
+    why: str
+    """How it was lost."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class MemoryRound(Event, MemoryRoundFigures):
     """A round of memory has ended."""
 
@@ -274,6 +302,8 @@ class Moved(Event):
     lazy: bool
     """Its memory is being loaded lazily."""
     why_not_lazy: str
+    post_copy: bool
+    """Its memory is being loaded from the source."""
 
 
 @dataclass(frozen=True, kw_only=True)

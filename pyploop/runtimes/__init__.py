@@ -28,7 +28,7 @@ and only `registry` imports those of single runtimes.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -91,9 +91,15 @@ class Lazy(Protocol):
 
     choice: Choice
 
+    post_copy: float
+    """Seconds for which the pages may not come from the source; 0: they are on this host."""
+
     def choose(self, want: Wanted, told: Any) -> Choice:
         """Whether this container's restore will be lazy.  told: the source's words about its
         memory."""
+
+    def why_no_post_copy(self, want: Wanted) -> str:
+        """Why pages cannot be loaded from the source; empty: they can."""
 
     def start(self, folder: Path, commit: Path, record: Path, **fields: Any) -> None:
         """Before the container is suspended.  folder: of all images.  commit: the commit
@@ -107,6 +113,29 @@ class Lazy(Protocol):
 
     def stop(self) -> None:
         """It does not run, or its memory is all there."""
+
+
+class Pages(Protocol):
+    """The page server of a post-copy migration (docs/internals/post-copy.md)."""
+
+    def problem(self) -> str:
+        """Why this host cannot serve pages; empty: it can."""
+
+    def start(self, record: Path, keep: Sequence[int], **fields: Any) -> None:
+        """Connect to the target, before the container is suspended."""
+
+    def dump(self, images: Path, parent: Path | None) -> None:
+        """As Runtime.dump, but for the pages that can be loaded lazily: they are served from
+        then on.  The container stays suspended, whatever becomes of the page server."""
+
+    def wait(self, seconds: float) -> tuple[str, str] | None:
+        """(state, why) when it has ended; None: not yet."""
+
+    def bye(self) -> None:
+        """The source is tidied."""
+
+    def stop(self) -> None:
+        """The target has not committed."""
 
 
 class Runtime(Protocol):
@@ -193,6 +222,10 @@ class Runtime(Protocol):
     def dump(self, images: Path, parent: Path | None = None) -> None:
         """Write the suspended container's memory into the folder `images`.  With `parent` only
         what was written since that pre-dump.  It stays suspended."""
+
+    @property
+    def pages(self) -> Pages | None:
+        """None: it cannot."""
 
     def kill(self) -> None:
         """End the suspended container, after it has begun to run on the target."""

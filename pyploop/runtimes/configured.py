@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from pyploop.errors import MigrateError, VzExitCode
-from pyploop.runtimes import Copied, Disk, Lazy, Tree, copied, volumes
+from pyploop.runtimes import Copied, Disk, Lazy, Pages, Tree, copied, volumes
 from pyploop.runtimes.config import ContainerConfig
 from pyploop.runtimes.unprepared import Unprepared
 
@@ -19,6 +19,7 @@ class Configured(Unprepared):
 
     _config: ContainerConfig
     lazy: Lazy | None = None
+    pages: Pages | None = None
     drop_exec = False
     peer_takes: frozenset[str] = frozenset()
     locks_itself = False

@@ -37,6 +37,11 @@ def path_of(state_dir: str | Path, runtime: str, container: str) -> Path:
     return Path(state_dir) / f"{runtime}-{container}{SUFFIX}"
 
 
+def relay_name(migration: str) -> str:
+    """The socket of a post-copy's relay, in the folder of the records."""
+    return f"{migration}.relay"
+
+
 @dataclass(frozen=True)
 class LazyRecord:
     """One, as it was when it was read."""
@@ -105,6 +110,11 @@ class LazyRecord:
 
     def loaded(self) -> int:
         """Bytes that the daemon has read so far; 0 when that is not known."""
+        if self.fields.get("post_copy"):  # its relay counts
+            try:
+                return int((self.images / "lazy-work" / "progress").read_text())
+            except (OSError, ValueError):
+                return 0
         pid = self.process("daemon")
         try:
             text = Path(f"/proc/{pid}/io").read_text()
@@ -114,6 +124,9 @@ class LazyRecord:
 
     def remove(self) -> None:
         self.path.unlink(missing_ok=True)
+        if self.fields.get("post_copy") and (migration := self.fields.get("migration")):
+            # Left by a relay that was killed.
+            (self.path.parent / relay_name(str(migration))).unlink(missing_ok=True)
 
     def stop(self) -> None:
         """Of a container that does not run: end its processes, and forget it.  BusyError

@@ -188,6 +188,7 @@ _REQUESTS: dict[str, dict[str, Check]] = {
         "parent": _whole(0, 1023),
         "room": _SIZE,
         "window": _whole(2 * MIB, 16 * MIB),
+        "post_copy": _number(1.0, LONGEST_TIME),
     },
     "join": {"name": _text, "timeout": _number(0.0, 2.0**53)},
     "restore": {"timeout": _TIME},
@@ -197,7 +198,7 @@ _REQUESTS: dict[str, dict[str, Check]] = {
     "settle": {"migration": _text},
     "forget": {"migration": _text},
 }
-_OPTIONAL = {"reuse", "number", "parent", "room", "window"}
+_OPTIONAL = {"reuse", "number", "parent", "room", "window", "post_copy"}
 _VERDICT = re.compile("committed|aborted")
 
 
@@ -225,10 +226,11 @@ def _verdict(value: Any) -> str:
 
 
 _LAZY = _known({"lazy": _flag, "why": lambda value: clipped(_is(value, str))})
+_POST_COPY = _known({"why": lambda value: clipped(_is(value, str))})
 _FAILED = _list(lambda value: clipped(_is(value, str)))
 _ANSWERS: dict[str, tuple[dict[str, Check], tuple[str, ...]]] = {
     "clock": ({"monotonic": _MOMENT}, ("monotonic",)),
-    "check": ({"takes": _list(_text), "lazy": _LAZY}, ()),
+    "check": ({"takes": _list(_text), "lazy": _LAZY, "post_copy": _POST_COPY}, ()),
     "busy": ({"busy": _number(1.0, 1e6)}, ("busy",)),
     "begin": ({"kept": _list(_text)}, ()),
     "tree": ({"name": _text}, ("name",)),

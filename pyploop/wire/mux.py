@@ -120,6 +120,20 @@ def hello(version: str) -> bytes:
     return f"PYPLOOP-AGENT {MAJOR} {version}\n".encode()
 
 
+_PAGES = re.compile(rb"PYPLOOP-PAGES (\d{1,4}) ([0-9A-Za-z.+-]{1,40}) ([0-9a-f]{16})\n")
+
+
+def pages_hello(version: str, migration: str) -> str:
+    """The first line of a connection for the pages of a post-copy migration."""
+    return f"PYPLOOP-PAGES {MAJOR} {version} {migration}\n"
+
+
+def find_pages(data: bytes) -> str:
+    """The migration that such a line names; empty: it is another line."""
+    found = _PAGES.fullmatch(data)
+    return found[3].decode() if found and int(found[1]) == MAJOR else ""
+
+
 class Hello(NamedTuple):
     """Protocol major, pyploop's version, and where the frames begin."""
 

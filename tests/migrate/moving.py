@@ -78,6 +78,10 @@ class Migration:
         phases = [str(e["phase"]) for e in self._read() if e["event"] == "phase"]
         return phases[-1] if phases else ""
 
+    def events(self) -> list[dict[str, Any]]:
+        """So far."""
+        return self._read()
+
     def _read(self) -> list[dict[str, Any]]:
         if not self._events.exists():
             return []

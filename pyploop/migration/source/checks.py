@@ -13,7 +13,7 @@ from pyploop.disks.source import Source
 from pyploop.errors import MigrateError, VzExitCode
 from pyploop.migration import deadlines
 from pyploop.migration.memory_policy import MemoryPolicy
-from pyploop.migration.source import host_identity, lazy, memory, ssh_cipher, trees
+from pyploop.migration.source import host_identity, lazy, memory, post_copy, ssh_cipher, trees
 from pyploop.migration.source.agent_client import Remote
 from pyploop.migration.source.payload import check_number
 from pyploop.migration.source.request import Request
@@ -90,11 +90,13 @@ class Here:
             request.live
             and lazy.report_choice(self.report, checked.get("lazy"), facts.get("lazy")).lazy
         )
+        planned = post_copy.plan(request, runtime, remote, checked)
         rounds = memory.policy_for(
             runtime,
             request.pre_dumps if request.live else None,
             self.report,
             "memory" in remote.capabilities,
+            "--post-copy is always" if planned.want == "always" else "",
         )
         most = rounds.max_rounds if rounds else 0
         check_number(remote, len(sources), len(runtime.trees()), most)
@@ -106,6 +108,7 @@ class Here:
             rounds,
             lazy_policy.memory_of(facts.get("lazy")),
             is_lazy,
+            planned,
         )
 
 
@@ -125,6 +128,7 @@ class Checked:
     """What of the memory can come later; None: not known."""
     lazy: bool
     """The target will load it lazily, unless the dump turns out to be too small for that."""
+    post_copy: post_copy.Plan = post_copy.NOT_WANTED
 
 
 def here(host: HostConfig, runtime: Runtime, request: Request, report: Reporter) -> Here:

@@ -86,6 +86,10 @@ class Memory:
         """The round that is the dump's parent; 0: none."""
         return 0 if self._spoiled else len(self.rounds)
 
+    def drop_rounds(self) -> None:
+        """The dump will have no parent."""
+        self._spoiled = True
+
     @property
     def room(self) -> int:
         """Bytes that the dump needs in images_dir, 0 when that is not known."""
@@ -184,16 +188,16 @@ class Memory:
 
 
 def policy_for(
-    runtime: Runtime, most: int | None, report: Reporter, taken: bool
+    runtime: Runtime, most: int | None, report: Reporter, taken: bool, useless: str = ""
 ) -> MemoryPolicy | None:
     """The policy for `most` memory rounds at most; None: no rounds.  The log says which, and
     why.  most: None when there is no memory to move.  taken: whether the target's agent
-    takes memory rounds."""
+    takes memory rounds.  useless: why they would save nothing; empty: they may."""
     if most is None:
         return None
     why = "--pre-dumps is 0"
     if most:
-        why = runtime.why_no_pre_dump() if taken else "the target's pyploop is too old"
+        why = useless or runtime.why_no_pre_dump() if taken else "the target's pyploop is too old"
     report.event("pre-dump", works=not why, why=why)
     report.info(f"Memory rounds: no ({why})" if why else f"Memory rounds: {most} at most")
     return None if why else MemoryPolicy(max_rounds=most)

@@ -16,11 +16,11 @@ from typing import Any
 from pyploop.errors import DeviceControlError, PyploopError
 from pyploop.migration import commit_record, deadlines, undo_kinds
 from pyploop.migration.memory_policy import MemoryPolicy
-from pyploop.migration.source import lazy, memory, recover
+from pyploop.migration.source import lazy, memory, post_copy, recover
 from pyploop.migration.source.agent_client import Remote
 from pyploop.migration.source.request import Request, Result
 from pyploop.report.events import Reporter
-from pyploop.runtimes import Copied, Runtime
+from pyploop.runtimes import Copied, Pages, Runtime
 from pyploop.runtimes.config import HostConfig
 from pyploop.system import private_folder, signals
 from pyploop.system.jobs import Job, end_all
@@ -65,6 +65,8 @@ class Move:
             made.pop_all()
         runtime.keep_fds = (self._lock.fd,)
         self.jobs: list[Job[Any]] = []
+        self.pages: Pages | None = None
+        """The page server of a post-copy migration."""
         self.quiet = contextlib.ExitStack()
         """Closed when logging may go on.  Nothing is logged while the container is
         suspended, because logging waits for the log's reader."""
@@ -104,6 +106,15 @@ class Move:
             report=self.report,
         )
 
+    def start_pages(self, used: int) -> Pages:
+        """Post-copy: start the page server's keeper.  What it leaves is undone before the
+        container is resumed, so `resume` is in the journal already."""
+        record = str(post_copy.record_path(self.host, self.runtime))
+        self._journal.add({"kind": "page-server", "record": record})
+        # Before it starts: what was started is stopped by the journal's entry.
+        self.pages = self.runtime.pages
+        return post_copy.start(self.host, self.runtime, self.request, self.id, used)
+
     def ask(self, op: str, timeout: float, **args: Any) -> dict[str, Any]:
         """Send the request after which the target decides which host runs the container."""
         self._journal.set(stage=recover.ASKED)
@@ -117,6 +128,8 @@ class Move:
             return self._lost(cause)
 
     def _lost(self, cause: BaseException) -> bool:
+        if self.pages is not None and self._journal.get("stage") != recover.ASKED:
+            self.pages.stop()  # a dump that is awaited ends
         end_all(self.jobs)  # killing CRIU during a dump damages the container
         self.runtime.give_up()
         try:
@@ -124,6 +137,8 @@ class Move:
         except BaseException:
             self._lock.close()  # from now on --recover may take it
             raise
+        if not moved and self.pages is not None:
+            self.pages.stop()
         if moved:
             self.report.note(
                 f"The container runs on the target, but afterwards this failed: {cause}"
@@ -191,16 +206,23 @@ class Move:
         self.too_late()
         # Fails when the file system is full.  Then the record still says that the target was
         # asked, and the target knows the rest.
+        request, remove = self.request, self.request.remove_area
+        pages = self.pages
         with contextlib.suppress(DeviceControlError):
-            self._journal.set(stage=recover.MOVED)
+            self._journal.set(stage=recover.SERVING if pages else recover.MOVED)
         self._there("finish")
-        request = self.request
+        if pages is not None:
+            if why := post_copy.await_end(pages, self.runtime, request, self.report):
+                self._log_failed("lost", [why])
+                remove = False
+            with contextlib.suppress(DeviceControlError):
+                self._journal.set(stage=recover.MOVED, remove_area=remove)
         self._log_failed(
             "not finished",
-            recover.finish_source(
-                self._journal, self.runtime, request.remove_area, stopped=not request.live
-            ),
+            recover.finish_source(self._journal, self.runtime, remove, stopped=not request.live),
         )
+        if pages is not None:
+            pages.bye()
         lazy.forget(self.host, self.runtime, self.report)
         self._lock.close(remove=True)
         self._there("forget", migration=self.id)

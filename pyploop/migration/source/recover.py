@@ -14,16 +14,18 @@ from pyploop.errors import BusyError, MigrateError, PyploopError, VzExitCode
 from pyploop.migration import commit_record, deadlines, locks, undo_kinds
 from pyploop.migration.source.agent_client import Remote
 from pyploop.report.events import Reporter
-from pyploop.runtimes import Copied, Runtime
+from pyploop.runtimes import Copied, Runtime, page_record
 from pyploop.runtimes.config import HostConfig
 from pyploop.runtimes.copied import ANY_DEVICE
+from pyploop.runtimes.page_record import PageRecord
 from pyploop.system import kernel
 from pyploop.undo import journal
 from pyploop.undo.journal import Journal, Record
 
-COPYING, ASKED, MOVED = "copying", "asked", "moved"
+COPYING, ASKED, SERVING, MOVED = "copying", "asked", "serving", "moved"
 """Stages of a source's record.  COPYING: the target was not asked to restore.  ASKED: it
-was asked, and its answer is not known.  MOVED: the container runs there."""
+was asked, and its answer is not known.  SERVING: the container runs there, and what is here
+is the server of its pages, and nothing else.  MOVED: the container runs there."""
 
 
 def finish_source(log: Journal, runtime: Runtime, remove: bool, *, stopped: bool) -> list[str]:
@@ -32,7 +34,7 @@ def finish_source(log: Journal, runtime: Runtime, remove: bool, *, stopped: bool
     run here any more.  If it does, it was started since, and is left alone."""
     failed = []
     for entry in log.entries:
-        if entry["kind"] in ("resume", "start"):
+        if entry["kind"] in ("resume", "start", "page-server"):
             undo_kinds.note_done(log, entry)
     try:
         if stopped and undo_kinds.runs(runtime):
@@ -191,17 +193,36 @@ def lock(host: HostConfig, runtime: Runtime) -> Iterator[None]:
         raise MigrateError(VzExitCode.LOCKED, str(e), path=e.path, hint=e.hint) from e
 
 
+def _page_server(log: Journal) -> PageRecord | None:
+    """Of a post-copy migration."""
+    for entry in log.entries:
+        if entry["kind"] == "page-server":
+            return page_record.read(Path(entry["record"]))
+    return None
+
+
 def _one(host: HostConfig, log: Journal, report: Reporter) -> list[str]:
     what = f"{log.get('what')}"
     names = {k: log.get(k) for k in ("config", "config_digest", "runtime", "container")}
     own = undo_kinds.config_of(names, host)
     migration = commit_record.check_id(log.get("migration"))
+    serving = _page_server(log)
+    if serving is not None and serving.at_work:
+        if log.get("stage") == ASKED and settled(own, log, what, report, patience=0):
+            log.set(stage=SERVING)
+        if log.get("stage") in (SERVING, MOVED):
+            report.note(
+                f"This host serves the memory of {serving.container} for {log.get('host')}, where "
+                f"it runs: {serving.in_words} (process {serving.keeper}). It ends by itself"
+            )
+            return []
+        serving.stop()  # it holds the lock
     try:
         with commit_record.locked(
             Path(host.state_dir), migration, deadlines.DUMP_WAIT, "source"
         ) as lock:
             stage = log.get("stage")
-            moved = stage == MOVED
+            moved = stage in (MOVED, SERVING)
             if stage == ASKED:
                 moved = settled(own, log, what, report, patience=0)
             if moved:
@@ -210,11 +231,17 @@ def _one(host: HostConfig, log: Journal, report: Reporter) -> list[str]:
                 runtime = undo_kinds.runtime_of(names)
                 runtime.keep_fds = (lock.fd,) if lock is not None else ()
                 remove = bool(log.get("remove_area"))
+                if serving is not None:
+                    if lost := serving.state != page_record.COMPLETE:
+                        report.error(f"not all memory came to {log.get('host')}: {serving.why}")
+                    remove &= not lost
                 failed = finish_source(log, runtime, remove, stopped=True)
             else:
                 report.note(f"Rolled back: {what}; the container is on this host")
                 failed = undo_kinds.undo_all(log)
             # Before the target is asked, because that may take long, or be interrupted.
+            if serving is not None and not failed:
+                serving.path.unlink(missing_ok=True)
             if lock is not None and not failed:
                 lock.path.unlink(missing_ok=True)
             if moved or stage == COPYING:

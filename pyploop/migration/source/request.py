@@ -28,6 +28,10 @@ class Request:
     """Memory rounds before the freeze, at most."""
     lazy_restore: Wanted = "auto"
     """Whether the target loads memory lazily, unless its configuration says."""
+    post_copy: Wanted = "never"
+    """Whether memory follows from this host while the container runs on the target."""
+    post_copy_timeout: float = 600.0
+    """Seconds for which the connection may be cut meanwhile."""
     suspend_limit: float = 60.0
     """Seconds after which a suspended container goes on here, unless the target was
     already asked to restore it.  0: no limit."""

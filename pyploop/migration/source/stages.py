@@ -11,10 +11,11 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
+from typing import Any
 
 from pyploop.errors import MigrateError, VzExitCode
 from pyploop.migration import deadlines, image_chain
-from pyploop.migration.source import dump_stream, lazy, memory, tmpfs_images
+from pyploop.migration.source import dump_stream, lazy, memory, post_copy, tmpfs_images
 from pyploop.migration.source.checks import Checked
 from pyploop.migration.source.disks import Disks
 from pyploop.migration.source.move import Move
@@ -66,6 +67,14 @@ class Ahead:
     memory: memory.Memory
     plan: SuspendPlan
 
+    def _choose_post_copy(self) -> bool:
+        """Whether the pages follow.  It is said before the container is suspended."""
+        choice, request = self.plan.choice, self.move.request
+        if request.post_copy != "never":
+            timeout = request.post_copy_timeout
+            post_copy.report_choice(self.move.report, choice, self.plan.in_use, timeout)
+        return choice.chosen
+
     def suspended(self) -> Committed:
         """Suspend the container, send the dump and the last blocks at the same time, and
         restore it on the target."""
@@ -73,21 +82,30 @@ class Ahead:
         runtime, remote = move.runtime, move.remote
         images, parent = image_chain.folder_of(move.folder, 0), ahead.parent_folder
         images.mkdir(mode=0o700)
+        later = self._choose_post_copy()
+        if later:
+            # CRIU would ask the page server for a parent's pages, too, which has none of them.
+            ahead.drop_rounds()
+            parent = None
         channel, out = remote.open_images(move.request.copy.stall)
         limit = SuspendLimit(move.request.suspend_limit, remote.cut)
         with out, limit, remote.explained():
-            dump = Job(lambda: runtime.dump(images, parent))
+            dump = Job(lambda: (move.pages or runtime).dump(images, parent))
             stream = Job(lambda: dump_stream.stream_dump(images, out, dump))
             # An agent that does not know memory rounds does not know this argument.
-            after = {"parent": ahead.parent} if ahead.parent else {}
+            after: dict[str, Any] = {"parent": ahead.parent} if ahead.parent else {}
             if "memory" in remote.capabilities:
                 after["room"] = ahead.room
             image_chain.check_room(move.folder, ahead.room)
-            if why := runtime.prepare_dump(images, parent):
+            if later:
+                after["post_copy"] = move.request.post_copy_timeout
+            elif why := runtime.prepare_dump(images, parent):
                 move.report.info(f"The dump is not started ahead: {why}")
             remote.call("dump", deadlines.REQUEST, **channel, **after)
-            _compare_clocks(move)
             move.log_undo("resume")
+            if later:
+                move.start_pages(self.plan.in_use)
+            _compare_clocks(move)
             runtime.before_suspend()
             move.quiet.enter_context(move.report.deferred())
             start = time.monotonic()
@@ -159,6 +177,7 @@ class Committed:
             parent=memory.parent,
             lazy=move.result.lazy.lazy,
             why_not_lazy=move.result.lazy.why,
+            post_copy=move.pages is not None,
         )
 
     def _record_spans(self) -> None:

@@ -10,7 +10,7 @@ from dataclasses import replace
 from statistics import geometric_mean
 
 from pyploop.errors import MigrateError, VzExitCode
-from pyploop.migration.source import host_rates, wire_probe
+from pyploop.migration.source import host_rates, post_copy, wire_probe
 from pyploop.migration.source.agent_client import Remote
 from pyploop.migration.source.checks import Checked
 from pyploop.migration.source.memory import Memory
@@ -65,6 +65,8 @@ class SuspendPlan:
         self._remote = remote
         self._busy, self._busy_there = _Lately(), _Lately()
         self._wires: dict[str, float] = {}
+        self.choice = post_copy.choose(checked.post_copy, 0.0)
+        """Whether the pages follow, by the last forecast."""
         self.last: SuspendForecast | None = None
         """The last forecast."""
 
@@ -80,8 +82,7 @@ class SuspendPlan:
         self._wires["probe"] = wire_probe.measure(self._remote)
         whole = self._dumped(self._announced)
         rounds = self._checked.rounds is not None
-        f = self._forecast(self._lazily(Facts(whole, shrinks=rounds)))
-        verdict = decide(f, self._contract, elapsed=0.0)
+        f, verdict = self._decide(self._lazily(Facts(whole, shrinks=rounds)), elapsed=0.0)
         self._show("check", f)
         if verdict.fits:
             return
@@ -101,8 +102,7 @@ class SuspendPlan:
             if copies.wire:
                 self._wires["first pass"] = copies.wire
             self._wires["memory rounds"] = memory.speed
-            f = self._forecast(self._facts(copies, memory))
-            verdict = decide(f, self._contract, time.monotonic() - start)
+            f, verdict = self._decide(self._facts(copies, memory), time.monotonic() - start)
             if verdict.action != "again":
                 break
             self._report.info(f"Not suspended yet: {verdict.why}")
@@ -117,6 +117,34 @@ class SuspendPlan:
                 f"The container is suspended although --max-suspend is not kept "
                 f"(--on-deadline freeze): {verdict.why}"
             )
+
+    def _decide(self, facts: Facts, elapsed: float) -> tuple[SuspendForecast, Verdict]:
+        """Also whether the pages follow."""
+        f = self._forecast(facts)
+        self.choice = post_copy.choose(self._checked.post_copy, f.total)
+        if self.choice.chosen:
+            f = self._forecast(self._following(facts))
+        return f, decide(f, self._contract, elapsed)
+
+    def _following(self, facts: Facts) -> Facts:
+        """The same with post-copy: what was sent ahead is not used."""
+        whole, kinds = facts.memory + facts.ahead, self._checked.kinds
+        part = 1.0
+        if kinds is not None and kinds.private + kinds.whole:
+            part = kinds.private / (kinds.private + kinds.whole)
+        return replace(
+            facts,
+            memory=whole,
+            ahead=0,
+            later="post-copy",
+            deferrable=int(whole * part),
+            shrinks=False,
+        )
+
+    @property
+    def in_use(self) -> int:
+        """Bytes of memory, as they are known."""
+        return self.last.facts.memory if self.last else self._announced
 
     def _facts(self, copies: Copies, memory: Memory) -> Facts:
         whole = self._dumped(self._runtime.memory_now() or self._announced)

@@ -25,7 +25,7 @@ from pyploop.errors import (
 )
 from pyploop.migration import commit_record, deadlines, locks
 from pyploop.migration.mux import Mux
-from pyploop.migration.target import checks, resumable_files, wire_probe
+from pyploop.migration.target import checks, page_link, resumable_files, wire_probe
 from pyploop.migration.target.agent_events import Events
 from pyploop.migration.target.incoming import Incoming
 from pyploop.migration.target.settle import settle, settle_dead
@@ -274,16 +274,18 @@ class Agent:
     def _dump(
         self,
         channel: int,
+        *,
         number: int = 0,
         parent: int = 0,
         room: int = 0,
         window: int = wire.WINDOW,
+        post_copy: float = 0.0,
     ) -> dict[str, Any]:
         incoming = self._receiving()
         self._need_live()
         images = self._mux.open_reader(channel, window, incoming.stall)
         try:
-            incoming.take_dump(images, number, parent, room)
+            incoming.take_dump(images, number, parent, room, post_copy)
         except BaseException:
             images.close()
             raise
@@ -374,6 +376,8 @@ def greet(rfd: int, wfd: int) -> bytes:
         data += descriptors.read_exactly(rfd, 1, lambda: deadline, "waiting for a hello")
         if len(data) > 128:
             raise _no_hello()
+    if migration := wire.find_pages(data):
+        raise page_link.WantedError(migration)
     peer = wire.find_hello(data)
     if peer is None:
         raise _no_hello()

@@ -18,10 +18,11 @@ from pyploop.runtimes.lazy_policy import NOT_LIVE, UNABLE, Choice
 from pyploop.runtimes.policy import Source
 from pyploop.system import cpu, helpers
 
-CAPABILITIES = ("memory", "tree", "channels", "window", "probe")
+CAPABILITIES = ("memory", "tree", "channels", "window", "probe", "post-copy")
 """Optional parts of this major version of the protocol: memory rounds, trees, channels
-with a number above channels.LAST_OLD, the window of a channel of memory images, and probes
-of the connection.  `capabilities` adds what this host has."""
+with a number above channels.LAST_OLD, the window of a channel of memory images, probes
+of the connection, and pages that come after the commit.  `capabilities` adds what this host
+has."""
 
 
 def capabilities() -> list[str]:
@@ -103,7 +104,30 @@ def check_all(
         "disks": [d.image for d in disks],
         "takes": capabilities(),
         "lazy": {"lazy": lazy.lazy, "why": lazy.why},
+        "post_copy": {"why": why_no_post_copy(host, chosen, facts) if live else NOT_LIVE},
     }
+
+
+def _wanted(host: HostConfig, facts: Facts) -> lazy_policy.Wanted:
+    want = (facts.get("lazy") or {}).get("want")
+    return lazy_policy.wanted(host.lazy_restore, want if want in lazy_policy.WANTED else "auto")
+
+
+def why_no_post_copy(host: HostConfig, runtime: Runtime, facts: Facts) -> str:
+    """Why the pages cannot come from the source while the container runs here; empty: they
+    can."""
+    if runtime.lazy is None:
+        return UNABLE
+    return runtime.lazy.why_no_post_copy(_wanted(host, facts))
+
+
+def choose_post_copy(host: HostConfig, runtime: Runtime, facts: Facts, seconds: float) -> None:
+    """The source wants it.  MigrateError(13) when it cannot be."""
+    if why := why_no_post_copy(host, runtime, facts):
+        raise MigrateError(VzExitCode.RESTORE_FAILED, f"no post-copy on this host: {why}")
+    assert runtime.lazy is not None
+    runtime.lazy.post_copy = seconds
+    runtime.lazy.choice = Choice()
 
 
 def choose_lazy(host: HostConfig, runtime: Runtime, facts: Facts) -> Choice:
@@ -118,8 +142,4 @@ def choose_lazy(host: HostConfig, runtime: Runtime, facts: Facts) -> Choice:
         )
     if runtime.lazy is None:
         return Choice(UNABLE)
-    told = facts.get("lazy") or {}
-    want = told.get("want")
-    return runtime.lazy.choose(
-        lazy_policy.wanted(host.lazy_restore, want if want in lazy_policy.WANTED else "auto"), told
-    )
+    return runtime.lazy.choose(_wanted(host, facts), facts.get("lazy") or {})

@@ -23,7 +23,7 @@ from pyploop.migration.commit_record import ABORTED, COMMITTED, RAN, CommitRecor
 from pyploop.migration.file_stream import Place
 from pyploop.migration.image_chain import check_room, folder_of
 from pyploop.migration.image_channels import ImageReader
-from pyploop.migration.target import resumable_files, resumable_trees
+from pyploop.migration.target import checks, resumable_files, resumable_trees
 from pyploop.migration.target.incoming_files import IncomingFiles
 from pyploop.migration.target.incoming_memory import IncomingMemory
 from pyploop.migration.target.incoming_trees import IncomingTrees
@@ -247,13 +247,18 @@ class Incoming:
         self._start(name, job)
         return name
 
-    def take_dump(self, channel: ImageReader, number: int, parent: int, room: int) -> None:
+    def take_dump(
+        self, channel: ImageReader, number: int, parent: int, room: int, post_copy: float
+    ) -> None:
         """Receive memory images into tmpfs, as the source writes them.  number: of the
-        pre-dump; 0: the dump.  room: bytes that must be free for them and for what follows."""
+        pre-dump; 0: the dump.  room: bytes that must be free for them and for what follows.
+        post_copy: the pages come later; seconds for which the source may be away meanwhile."""
         self._memory.check(number, parent)
         self._end_rounds(forget=not parent)
         check_room(self._folder, room)
         if not number:
+            if post_copy:
+                checks.choose_post_copy(self._host, self._runtime, self._facts, post_copy)
             self._start_guard()
         work = self._memory.receive(channel, number, parent, self._dumped)
         if not number:

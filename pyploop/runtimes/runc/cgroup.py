@@ -28,6 +28,8 @@ class ContainerCgroup:
     def __init__(self, freezer: Freezer) -> None:
         self._freezer = freezer
         self.is_frozen, self.pids = freezer.frozen, freezer.processes
+        self.order = str(freezer.knob), freezer.freeze_word
+        """The file, and the word in it, that freezes it."""
 
     def freeze(self) -> None:
         """MigrateError(8) when not all processes stop in time; then it is thawed again."""

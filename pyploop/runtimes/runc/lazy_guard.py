@@ -15,7 +15,9 @@ argv: the descriptor of a packet socket to the agent, the path of the record.  M
 JSON object a packet:
 
     guard: {"ready": ""}                 else the reason why it cannot guard anything
-    agent: {"op": "serve", …}            start the daemon: its `argv` and `log`; `state`: runc's
+    agent: {"op": "serve", …}            start the daemon: its `argv` and `log`; `pass`:
+                                         descriptors for it; `why`: a file that says why its
+                                         pages do not come; `state`: runc's
                                          record of the container; `images`: the folder that is
                                          removed when all memory is there; `commit`: the commit
                                          record
@@ -214,7 +216,7 @@ class Guard:
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
                 stderr=subprocess.DEVNULL,
-                pass_fds=[tell],
+                pass_fds=[tell, *self._order.get("pass", ())],
                 start_new_session=True,
             )
         except OSError as e:
@@ -222,7 +224,8 @@ class Guard:
             return f"{self._order['argv'][0]}: {e.strerror}"
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
-            os.close(tell)
+            for fd in (tell, *self._order.get("pass", ())):
+                os.close(fd)
         daemon.returncode = 0  # waited for here, and not by subprocess
         self._daemon = daemon.pid
         try:
@@ -312,7 +315,9 @@ class Guard:
         )
 
     def _said(self) -> str:
-        """The last error in the daemon's log."""
+        """Why the pages do not come any more, or the last error in the daemon's log."""
+        with contextlib.suppress(OSError), open(self._order.get("why", "")) as f:
+            return f.read(200)
         try:
             with open(self._order["log"], errors="replace") as f:
                 lines = [x.split(") ", 1)[-1].strip() for x in f if "Error" in x]

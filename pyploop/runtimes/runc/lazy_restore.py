@@ -8,7 +8,9 @@ Each step may fail, and then the restore is eager: nothing of the container has 
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import json
+import os
 import select
 import socket
 import subprocess
@@ -20,7 +22,7 @@ from typing import Any
 from pyploop.runtimes import lazy_policy, lazy_record
 from pyploop.runtimes.lazy_policy import Choice
 from pyploop.runtimes.lazy_record import LazyRecord
-from pyploop.runtimes.runc import lazy_guard
+from pyploop.runtimes.runc import lazy_guard, page_relay
 from pyploop.system import signals
 from pyploop.system.commands import Command, last_words
 
@@ -31,6 +33,8 @@ READY_SECONDS = 5.0
 SERVING_SECONDS = 10.0
 """For the daemon to listen.  It reads two small images."""
 STOPPING_SECONDS = 5.0
+FIRST_FD = 100
+"""Of a descriptor for CRIU."""
 WORK = "lazy-work"
 """The daemon's folder, and the restore's: CRIU looks for its socket there."""
 
@@ -59,6 +63,10 @@ class LazyRestore:
         self._folder, self._commit = Path(), Path()
         self._record: Path | None = None
         self._asked = self._kept = False
+        self.post_copy = 0.0
+        self._relay: subprocess.Popen[bytes] | None = None
+        self._pages = -1
+        """The guard's number of the daemon's socket to the relay."""
         self.choice = Choice(lazy_policy.NOT_LIVE)
         """Also of what failed on the way."""
 
@@ -74,6 +82,12 @@ class LazyRestore:
             self.choice = Choice(problem(self._criu))
         return self.choice
 
+    def why_no_post_copy(self, want: lazy_policy.Wanted) -> str:
+        """want: this host's wish, or the source's."""
+        if want == "never":
+            return "lazy_restore is never, so no memory is loaded while the container runs"
+        return problem(self._criu)
+
     def start(self, folder: Path, commit: Path, record: Path, **fields: Any) -> None:
         """The guard, before the container is suspended.  folder: of all images.  commit: the
         commit record.  record: the one to make, with `fields`."""
@@ -81,7 +95,10 @@ class LazyRestore:
         try:
             self.work.mkdir(mode=0o700)
             self._record = record
+            if self.post_copy:
+                fields["post_copy"] = self.post_copy
             LazyRecord.create(record, images=str(folder), **fields)
+            more = self._start_relay(record, str(fields["migration"])) if self.post_copy else []
             self._line, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
             args = [sys.executable, "-I", "-S", str(Path(lazy_guard.__file__))]
             with theirs:
@@ -91,14 +108,37 @@ class LazyRestore:
                         stdin=subprocess.DEVNULL,
                         stdout=subprocess.DEVNULL,
                         stderr=subprocess.DEVNULL,
-                        pass_fds=[theirs.fileno()],
+                        pass_fds=[theirs.fileno(), *more],
                         cwd="/",
                         start_new_session=True,
                     ),
                     lambda guard: guard.kill(),
                 )
+            for fd in more:
+                os.close(fd)
         except OSError as e:
             self._fail(f"no guard: {e.strerror or e}")
+
+    def _start_relay(self, record: Path, migration: str) -> list[int]:
+        """Between the daemon and the source.  Returns the daemon's end."""
+        ours, theirs = socket.socketpair()
+        with ours, theirs:
+            self._pages = fcntl.fcntl(theirs.fileno(), fcntl.F_DUPFD_CLOEXEC, FIRST_FD)
+            args = [sys.executable, "-I", "-S", str(Path(page_relay.__file__))]
+            args += [str(ours.fileno()), lazy_record.relay_name(migration), str(record)]
+            self._relay = signals.begun(
+                lambda: subprocess.Popen(
+                    [*args, str(self.work), str(self.post_copy)],
+                    stdin=subprocess.DEVNULL,
+                    stdout=subprocess.DEVNULL,
+                    stderr=subprocess.DEVNULL,
+                    pass_fds=[ours.fileno()],
+                    cwd=record.parent,
+                    start_new_session=True,
+                ),
+                lambda relay: relay.kill(),
+            )
+        return [self._pages]
 
     def _fail(self, why: str) -> None:
         self.choice = Choice(why)
@@ -125,7 +165,7 @@ class LazyRestore:
         if not self.choice.lazy:
             return
         pages = sum(p.stat().st_size for p in images.glob("pages-*.img"))
-        again = lazy_policy.choose_again(self._want, pages)
+        again = Choice() if self.post_copy else lazy_policy.choose_again(self._want, pages)
         if not again.lazy:
             self._fail(again.why)
             return
@@ -134,6 +174,10 @@ class LazyRestore:
             return
         log = self.work / "lazy-pages.log"
         argv = [self._criu, "lazy-pages", "-D", str(images), "-W", str(self.work)]
+        more: dict[str, Any] = {}
+        if self.post_copy:
+            argv += ["--page-server", "--ps-socket", str(self._pages)]
+            more = {"pass": [self._pages], "why": str(self.work / "why")}
         self._tell(
             op="serve",
             argv=[*argv, "-o", log.name],
@@ -141,6 +185,7 @@ class LazyRestore:
             state=str(self._state),
             images=str(self._folder),
             commit=str(self._commit),
+            **more,
         )
         self._asked = True
 
@@ -171,6 +216,11 @@ class LazyRestore:
         deadline = time.monotonic() + STOPPING_SECONDS
         if line is not None:
             self._end_guard(line, deadline)
+        if self._relay is not None and not self._kept:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self._relay.wait(2.0)
+            self._relay.kill()  # the source hears of it in another way
+            self._relay.wait()
         if self._record is not None and not self._kept and (left := lazy_record.read(self._record)):
             left.stop()
 

@@ -28,6 +28,7 @@ from pyploop.runtimes.runc import (
 )
 from pyploop.runtimes.runc.connections import Connections, own_network
 from pyploop.runtimes.runc.container import RuncContainer
+from pyploop.runtimes.runc.page_server import PageServer
 from pyploop.system.commands import last_words, run
 
 
@@ -39,6 +40,9 @@ class SourceSteps(RuncContainer):
         self._left: list[str] = []
         """Lines for `left_behind`."""
         self._watchers: list[leftovers.Watcher] = []
+        self.pages: PageServer | None = PageServer(
+            host.criu, self._page_order, self._check_suspended, host.command_timeout
+        )
         self._announced = 0
         """Bytes of memory, as the target was told."""
         self._own_users = False
@@ -249,6 +253,23 @@ class SourceSteps(RuncContainer):
         if parent is not None:
             argv += ["--parent-path", os.path.relpath(parent, images)]
         return [*argv, *self._config.options, self.container]
+
+    def _page_order(self, images: Path, parent: Path | None) -> dict[str, Any]:
+        """For the keeper of the page server."""
+        freezer = self._freezer()
+        if freezer is None:
+            raise self._no_freezer()
+        work = work_of(images)
+        *argv, name = self._checkpoint_argv("--leave-running", images, parent)
+        return {
+            "argv": argv,
+            "name": name,
+            "env": self._criu_environment(),
+            "config": str(work / "page-server.conf"),
+            "log": str(work / "dump.log"),
+            "freeze": freezer.order,
+            "keep": self.keep_fds,
+        }
 
     # ---- afterwards
 

@@ -171,12 +171,18 @@ class TargetSteps(RuncContainer):
     # ---- restore
 
     def undump(self, images: Path, commit: Callable[[], None]) -> None:
-        if self.lazy.serving():
+        serving = self.lazy.serving()
+        if self.lazy.post_copy and not serving:
+            raise MigrateError(
+                VzExitCode.RESTORE_FAILED,
+                f"cannot restore {self.container} with post-copy: {self.lazy.choice.why}",
+            )
+        if serving:
             try:
                 self._restore(images, self.lazy.work, commit, "--lazy-pages")
                 return
             except _NotRestoredError as e:
-                if e.unlocked:
+                if e.unlocked or self.lazy.post_copy:
                     raise
                 # The images are as they were, and nobody has heard of it.
                 self.lazy.failed(str(e))

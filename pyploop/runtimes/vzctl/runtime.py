@@ -8,7 +8,7 @@ are two steps of vzctl, so the commit point lies between them.
 
 from __future__ import annotations
 
-from pyploop.runtimes import Lazy
+from pyploop.runtimes import Lazy, Pages
 from pyploop.runtimes.unprepared import Unprepared
 from pyploop.runtimes.vzctl.source import SourceSteps
 from pyploop.runtimes.vzctl.target import TargetSteps
@@ -25,3 +25,4 @@ class Vzctl(SourceSteps, TargetSteps, Unprepared):
     peer_takes: frozenset[str] = frozenset()
     locks_itself = True
     lazy: Lazy | None = None
+    pages: Pages | None = None
