@@ -338,7 +338,19 @@ class Message(Event):
 
 IN_JSON: tuple[type[Event], ...] = (
     *(Sending, Phase, Round, Repair, Frozen, Summary, Received, Reused, Tree, PreDump),
-    *(Connection, LazyRestore, Forecast, MemoryRound, Tmpfs, Suspended, Moved, Target, Error),
+    *(
+        Connection,
+        LazyRestore,
+        Forecast,
+        PostCopy,
+        MemoryRound,
+        Tmpfs,
+        Suspended,
+        Moved,
+        MemoryComplete,
+        Target,
+        Error,
+    ),
 )
 """What `--json` writes; the others are for `on_event` alone."""
 
