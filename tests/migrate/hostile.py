@@ -76,6 +76,8 @@ class Relay:
         self.turned = threading.Event()
         self.finish = 0
         """The number of that request."""
+        self.begun = False
+        """Its journal is made.  Earlier questions for the clock are probes of the connection."""
         self.compared = threading.Event()
         """All questions for the clock are answered."""
 
@@ -99,7 +101,7 @@ class Relay:
                     or b'"error"' in data
                 ):
                     send(1, data)
-                clocks += kind == CONTROL and b'"monotonic"' in data
+                clocks += self.begun and kind == CONTROL and b'"monotonic"' in data
                 if clocks == CLOCKS:
                     self.compared.set()
         except (EOFError, OSError):
@@ -120,7 +122,13 @@ class Relay:
             if self.how == "chatter" and kind == CONTROL and self.turned.is_set():
                 self.chatter()
             send(self.to, data)
-            if kind == CONTROL and b'"op": "clock"' in data and self.how not in AFTER:
+            self.begun = self.begun or (kind == CONTROL and b'"op": "begin"' in data)
+            if (
+                self.begun
+                and kind == CONTROL
+                and b'"op": "clock"' in data
+                and self.how not in AFTER
+            ):
                 clocks += 1
                 if clocks == CLOCKS:
                     self.compared.wait(30)

@@ -286,7 +286,10 @@ def test_output_that_nobody_can_have_changes_nothing_of_what_is_told(pair: Pair)
             env=support.pyploop_env(),
         )
     assert done.returncode == 0, done.stderr
-    assert "-t: No space left on device; the container has moved" in done.stderr
+    assert (
+        "-t: cannot print the table: No space left on device; the container has moved"
+        in done.stderr
+    )
     assert "--json /dev/full: No space left on device" in done.stderr
     assert "Traceback" not in done.stderr and "undone" not in done.stderr
     pair.runs_only_on(pair.b)

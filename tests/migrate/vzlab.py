@@ -14,6 +14,8 @@ from pathlib import Path
 
 import support
 
+from pyploop.migration.source import host_rates
+
 CTID = "101"
 _SSH = """#!{python}
 # As ssh: options, --, host, one command for the login shell there, which sees the
@@ -127,14 +129,15 @@ class VzHost:
         return [int(n) for n in (self.folder / f"root/{CTID}/numbers").read_text().split()]
 
     def files(self) -> set[str]:
-        """Everything that a migration may have left, by its path."""
+        """Everything that a migration must not leave, by its path."""
         left = {
             str(p.relative_to(self.folder))
             for top in ("private", "root", "etc/vz/conf", "lock", "images", "varlib")
             for p in (self.folder / top).rglob("*")
             if f"root/{CTID}/" not in str(p)
         }
-        return {p for p in left if not p.startswith("lock/migration.") and p != "varlib/pyploop"}
+        left = {p for p in left if not p.startswith("lock/migration.") and p != "varlib/pyploop"}
+        return {p for p in left if not p.endswith(host_rates.SUFFIX)}  # what a host has learned
 
 
 @dataclass(frozen=True)
