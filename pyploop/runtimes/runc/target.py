@@ -24,6 +24,9 @@ from pyploop.runtimes.runc.lazy_restore import LazyRestore
 from pyploop.system import beneath
 from pyploop.system.commands import Command, last_words
 
+PREPARING = 5.0
+"""Seconds to wait, before the freeze, until the restore that is started ahead waits."""
+
 
 def _restoring() -> dict[str, Any]:
     """Options of Command.  A process that had no groups would get those of CRIU."""
@@ -235,9 +238,13 @@ class TargetSteps(RuncContainer):
         lazy = self.lazy.choice.lazy
         work = self.lazy.work if lazy else work_of(images)
         argv = self._restore_argv(images, work, *(["--lazy-pages"] if lazy else ()))
-        return self._early.start(
+        why = self._early.start(
             images, "restore", argv, self._host.criu, self.keep_fds, **_restoring()
         )
+        # The source waits, so that all of it is over before the freeze.
+        with contextlib.suppress(TimeoutError):
+            self._early.ready(PREPARING)
+        return why
 
     def _restore_argv(self, images: Path, work: Path, *options: str) -> list[str]:
         argv = [*self._runc(), "restore", "--detach", "--bundle", self._config.bundle]
