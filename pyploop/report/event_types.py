@@ -216,6 +216,10 @@ class MemoryComplete(Event):
     complete: bool
     why: str
     """How it was lost."""
+    sent: int
+    """Bytes of pages."""
+    requests: int
+    """So many requests for them."""
 
 
 @dataclass(frozen=True, kw_only=True)

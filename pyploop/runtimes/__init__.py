@@ -118,6 +118,9 @@ class Lazy(Protocol):
 class Pages(Protocol):
     """The page server of a post-copy migration (docs/internals/post-copy.md)."""
 
+    served: tuple[int, int]
+    """When it has ended: bytes of pages, and requests for them."""
+
     def problem(self) -> str:
         """Why this host cannot serve pages; empty: it can."""
 

@@ -165,7 +165,14 @@ def await_end(pages: Pages, runtime: Runtime, request: Request, report: Reporter
     while (ended := pages.wait(LONGEST_WAIT)) is None:
         pass
     state, why = ended
-    report.event("memory complete", complete=state == page_record.COMPLETE, why=why)
+    sent, requests = pages.served
+    report.event(
+        "memory complete",
+        complete=state == page_record.COMPLETE,
+        why=why,
+        sent=sent,
+        requests=requests,
+    )
     if state == page_record.COMPLETE:
         report.note(f"All memory of {runtime.container} is on {request.host}")
         return ""

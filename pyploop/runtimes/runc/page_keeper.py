@@ -21,7 +21,8 @@ Messages, one JSON object a packet:
     orchestrator: {"op": "stop"}      undo: end the dump.  The container stays frozen.
                                       SIGUSR1 is the same, of a later process
     keeper:       {"stopped": ""}
-    keeper:       {"ended": STATE}    `complete`: the target has all.  `lost`: it never will
+    keeper:       {"ended": STATE}    `complete`: the target has all.  `lost`: it never will,
+                                      for the reason `why`.  `bytes` for `requests` were sent
     orchestrator: {"op": "bye"}       it tidies up itself
 
 When the socket ends without `bye` after the dump, the keeper tidies up when all has ended: it
@@ -54,6 +55,8 @@ GREETING_SECONDS = 40.0
 CRIU_SECONDS = 60.0
 """For CRIU to end when its socket is closed."""
 NOTE_EVERY = 1.0
+REQUEST = 24
+"""Bytes of a request of `criu lazy-pages` (struct page_server_iov)."""
 FIRST_FD = 100
 """Descriptors for CRIU: below it, runc may have its own."""
 _HELLO = re.compile(rb"(?:\A|\n)PYPLOOP-AGENT \d+ [^\n]{1,40}\n")
@@ -157,8 +160,17 @@ class Keeper:
         self._end_criu()
         self._note(state=state, ended=time.time())
         level = syslog.LOG_INFO if state == COMPLETE else syslog.LOG_ERR
-        lazy_guard.log(f"container {self._fields['container']}: page server {state}", level)
-        self._say(ended=state, why=str(self._fields.get("why", "")))
+        lazy_guard.log(
+            f"container {self._fields['container']}: page server {state}, "
+            f"{self._stream.acknowledged} bytes for {self._stream.delivered // REQUEST} requests",
+            level,
+        )
+        self._say(
+            ended=state,
+            why=str(self._fields.get("why", "")),
+            bytes=self._stream.acknowledged,
+            requests=self._stream.delivered // REQUEST,
+        )
         self._flush()
         self._stream.detach()
         self._tidy()
@@ -242,7 +254,7 @@ class Keeper:
 
     # ---- the orchestrator
 
-    def _say(self, **words: str) -> None:
+    def _say(self, **words: str | int) -> None:
         if self._line is not None:
             with contextlib.suppress(OSError):
                 self._line.send(json.dumps(words).encode())

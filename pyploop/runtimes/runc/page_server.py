@@ -79,6 +79,7 @@ class PageServer:
         self._keeper: subprocess.Popen[bytes] | None = None
         self._path = Path()
         self._ended: tuple[str, str] | None = None
+        self.served = (0, 0)
 
     def problem(self) -> str:
         return problem(self._criu)
@@ -165,6 +166,7 @@ class PageServer:
                 message: dict[str, Any] = json.loads(data)
                 if "ended" in message:
                     self._ended = message["ended"], message.get("why", "")
+                    self.served = message.get("bytes", 0), message.get("requests", 0)
                 return message
         record = page_record.read(self._path)
         self._ended = page_record.LOST, (record.why if record else "") or "the keeper was killed"
