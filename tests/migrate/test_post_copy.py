@@ -160,17 +160,6 @@ def test_a_cut_connection_is_survived_and_status_says_what_is_to_come(
     back(here, scenes)
 
 
-def test_a_killed_connection_is_made_anew(scenes: Reused[Scene], here: Scene) -> None:
-    with following(here) as one:
-        kill(here.lab.a, "ssh ")
-        here.gates.open_gate("memory")
-        done = one.wait()
-    assert done.code == 0, done.errors
-    over(here.lab)
-    assert judge(here.lab, here.client, here.before) is here.lab.b
-    back(here, scenes)
-
-
 def test_both_ends_finish_by_themselves_when_the_orchestrator_is_killed(
     scenes: Reused[Scene], here: Scene
 ) -> None:
@@ -201,7 +190,7 @@ def test_an_orchestrator_that_is_killed_before_the_commit_leaves_it_on_the_sourc
 
 
 def test_a_restore_that_fails_is_undone(scenes: Reused[Scene], here: Scene) -> None:
-    here.gates.fail("restore", 3, "before", 1)
+    here.gates.fail("restore", 3)
     done = migrate(here.lab, here.lab.a, *ALWAYS)
     assert done.code == 7, done.errors
     over(here.lab)
@@ -270,6 +259,11 @@ def disturbed(
 
 def test_a_cut_at_a_random_moment_is_survived(two_hosts: Lab) -> None:
     def cut_and_mend(one: Migration, chance: random.Random) -> None:
+        if table.ALL and chance.random() < 0.2:
+            for pid, line in one.source.processes().items():
+                if line.startswith("ssh "):
+                    one.source.run("kill", "-9", pid, check=False)
+            return
         host = chance.choice((one.source, one.target))
         cut(host)
         time.sleep(chance.uniform(0, 30 if table.ALL else 2))
