@@ -67,6 +67,8 @@ class LazyRestore:
         self._relay: subprocess.Popen[bytes] | None = None
         self._pages = -1
         """The guard's number of the daemon's socket to the relay."""
+        self._socket = Path()
+        """Through which the relay gets its connections."""
         self.choice = Choice(lazy_policy.NOT_LIVE)
         """Also of what failed on the way."""
 
@@ -124,8 +126,9 @@ class LazyRestore:
         ours, theirs = socket.socketpair()
         with ours, theirs:
             self._pages = fcntl.fcntl(theirs.fileno(), fcntl.F_DUPFD_CLOEXEC, FIRST_FD)
+            self._socket = record.parent / lazy_record.relay_name(migration)
             args = [sys.executable, "-I", "-S", str(Path(page_relay.__file__))]
-            args += [str(ours.fileno()), lazy_record.relay_name(migration), str(record)]
+            args += [str(ours.fileno()), self._socket.name, str(record)]
             self._relay = signals.begun(
                 lambda: subprocess.Popen(
                     [*args, str(self.work), str(self.post_copy)],
@@ -221,6 +224,7 @@ class LazyRestore:
                 self._relay.wait(2.0)
             self._relay.kill()  # the source hears of it in another way
             self._relay.wait()
+            self._socket.unlink(missing_ok=True)
         if self._record is not None and not self._kept and (left := lazy_record.read(self._record)):
             left.stop()
 
