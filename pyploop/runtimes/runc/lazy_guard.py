@@ -233,6 +233,9 @@ class Guard:
             known = {"pid": daemon.pid, "start": start_time(daemon.pid)}
             self._record.set(daemon=known)
             spare(daemon.pid)
+            if "pass" in self._order:  # post-copy (page_relay.hurry)
+                with contextlib.suppress(OSError):
+                    os.setpriority(os.PRIO_PROCESS, daemon.pid, -10)
             if not self._listens(told):
                 why = f"criu lazy-pages does not listen ({self._said() or 'it said nothing'})"
             elif not holds_socket(daemon.pid):

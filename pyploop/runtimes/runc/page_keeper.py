@@ -387,6 +387,8 @@ class Keeper:
         signal.set_wakeup_fd(-1)
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGPIPE):
             signal.signal(number, signal.SIG_DFL)
+        with contextlib.suppress(OSError):
+            os.setpriority(os.PRIO_PROCESS, 0, 0)
         os.execv(command[0], command)
 
 
@@ -396,6 +398,7 @@ def main() -> None:
         signal.signal(getattr(signal, name), lambda *_: None)
     syslog.openlog("pyploop-pages", syslog.LOG_PID, syslog.LOG_DAEMON)
     lazy_guard.spare(os.getpid())
+    page_relay.hurry(os.getpid())
     line = socket.socket(fileno=int(sys.argv[1]))
     Keeper(line, lazy_guard.Record(sys.argv[2])).serve()
 
