@@ -22,6 +22,8 @@ LONGER = {
     "LAST_WORDS LOADING PROBING REQUEST RESTORING RSYNC_ENDING RSYNC_READY RSYNC_VERSION "
     "SETTLE_WAIT SETTLING SILENCE UNASKED UNBEGUN UNDOING UNMOVED",
     "migration.source.ssh_cipher": "SECONDS",
+    "migration.target.page_link": "START_SECONDS",
+    "runtimes.page_record": "STOPPING",
     "runtimes.lazy_record": "ENDING",
     "runtimes.runc.cgroup": "DEADLINE",
     "runtimes.runc.criu": "PROBE_TIMEOUT",
@@ -29,6 +31,8 @@ LONGER = {
     "runtimes.runc.host_fit": "TIMEOUT",
     "runtimes.runc.lazy_restore": "PROBE_SECONDS READY_SECONDS SERVING_SECONDS STOPPING_SECONDS",
     "runtimes.runc.memory_tracking": "TIMEOUT",
+    "runtimes.runc.page_server": "PROBE_SECONDS READY_SECONDS STOPPING_SECONDS",
+    "runtimes.runc.target": "PREPARING",
     "runtimes.volumes": "BUSY_DEADLINE",
     "system.commands": "BEGUN",
     "system.network": "ANSWER",
@@ -52,7 +56,9 @@ AS_IT_IS = {
     "migration.source.suspend_plan": "LATELY PAUSE",
     "migration.source.wire_probe": "SECONDS",
     "report.slow_steps": "LONG LOOK",
+    "migration.source.post_copy": "LONGEST_WAIT",
     "runtimes.lazy_record": "POLL",
+    "runtimes.page_record": "POLL",
     "runtimes.runc.announce": "LOOK RUNNING",
     "runtimes.runc.connections": "ACKNOWLEDGED LOOK",
     "runtimes.runc.link_cut": "LAST_REQUEST",
@@ -77,7 +83,9 @@ AS_IT_IS = {
     "system.descriptors": "ANSWER_TIMEOUT POLL_SLICE",
     "units": "LONGEST",
     "wire.messages": "LONGEST_TIME",
-    # Those of a program of its own, which is started by its path.
+    # Those of programs of their own, which are started by their paths.
+    "runtimes.runc.page_keeper": "CRIU_SECONDS GREETING_SECONDS NOTE_EVERY RETRY",
+    "runtimes.runc.page_relay": "LINGER OUTCOME_SECONDS PING_EVERY SILENCE",
     "runtimes.runc.lazy_guard": "ENDING_SECONDS LONG_SECONDS READY_SECONDS",
     # Parts of something.
     "cli.demo_disk": "FILL",
