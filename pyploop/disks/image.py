@@ -12,6 +12,7 @@ here writes.
 
 from __future__ import annotations
 
+import mmap
 import os
 import stat
 import struct
@@ -227,7 +228,9 @@ class _Used:
         self._grid: int | None = header.data_start // unit
         if header.version == 1 and header.data_start % header.cluster:
             self._grid = None
-        self._bits = bytearray()
+        # A bit for each cluster.  Only the pages that are touched take memory.
+        flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS
+        self._bits = mmap.mmap(-1, MAX_CLUSTERS >> 3, flags=flags)
         self._measure()
 
     def _measure(self) -> None:
@@ -258,8 +261,6 @@ class _Used:
             if slot >= MAX_CLUSTERS:
                 raise self._bad(at, i, word, f"more than {MAX_CLUSTERS} clusters into the file")
             byte, bit = slot >> 3, 1 << (slot & 7)
-            if byte >= len(bits):
-                bits.extend(bytes(max(byte + 1 - len(bits), min(len(bits), 1 << 20), 64)))
             if bits[byte] & bit:
                 raise self._bad(at, i, word, "a cluster that is used twice")
             bits[byte] |= bit

@@ -512,6 +512,5 @@ def _is_image(path: Path, made: dict[str, Any], tail: int) -> bool:
     finally:
         peak = tracemalloc.get_traced_memory()[1]
         tracemalloc.stop()
-    # A bytearray that grows takes up to an eighth more; and what is read at a time.
-    assert peak < image.MAX_CLUSTERS // 8 * 9 // 8 + 5 * MIB
+    assert peak < 16 * MIB
     return taken
