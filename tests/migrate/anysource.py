@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from pyploop import __version__
-from pyploop.errors import MigrateError
+from pyploop.errors import MigrateError, WriteError
 from pyploop.migration import commit_record, file_stream
 from pyploop.migration.mux import Mux
 from pyploop.migration.target import agent
@@ -75,10 +75,11 @@ class Hostile:
         self._channel += 1
         with file_stream.Writer(self._mux.open(self._channel), SECONDS) as out:
             self.ask("items", channel=self._channel)
-            for name, mode, data in files:
-                out.piece(name or "x", mode, 0, data)
-                out.complete(name or "x", mode, len(data))
-            out.end()
+            with contextlib.suppress(WriteError):  # refused meanwhile: the agent says why
+                for name, mode, data in files:
+                    out.piece(name or "x", mode, 0, data)
+                    out.complete(name or "x", mode, len(data))
+                out.end()
             self.ask("join", name="items", timeout=SECONDS)
 
     def close(self) -> None:
