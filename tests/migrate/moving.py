@@ -16,6 +16,7 @@ from typing import Any
 from lab import container
 from lab.hosts import CONTAINER_NETNS, SLOWNESS, Host, Lab
 from lab.verify import Client
+from support import wait_until
 
 from pyploop.migration.source import host_rates
 
@@ -123,11 +124,20 @@ def recover(source: Host) -> str:
 
 
 def kill(host: Host, pattern: str, how: signal.Signals = signal.SIGKILL) -> None:
-    """A signal for the processes of the host whose command line has the pattern."""
+    """A signal for the processes of the host whose command line has the pattern.  After
+    SIGKILL they have ended when this returns: what ends with them has been told to."""
     pids = [pid for pid, line in host.processes().items() if pattern in line]
     assert pids, f"no {pattern!r} on {host.name}: {host.processes()}"
     for pid in pids:
         host.run("kill", f"-{how.value}", pid, check=False)
+    if how == signal.SIGKILL:
+        wait_until(lambda: not _run(host, pids), "they have ended", 20 * SLOWNESS)
+
+
+def _run(host: Host, pids: list[int]) -> list[int]:
+    """Those of the processes that have not ended, waited for or not."""
+    found = host.processes()
+    return [pid for pid in pids if "<defunct>" not in found.get(pid, "<defunct>")]
 
 
 # ---- judgement
