@@ -7,6 +7,7 @@ import contextlib
 import os
 import signal
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType
@@ -87,9 +88,12 @@ def no_descriptor_is_left() -> Iterator[None]:
     import gc
 
     left = set(os.listdir("/proc/self/fd")) - before
+    deadline = time.monotonic() + 5
     if left:
         gc.collect()
-        left &= set(os.listdir("/proc/self/fd"))
+    # A thread that has just ended its work may be about to close one.
+    while (left := left & set(os.listdir("/proc/self/fd"))) and time.monotonic() < deadline:
+        time.sleep(0.01)
     names = {
         fd: os.readlink(f"/proc/self/fd/{fd}")
         for fd in left
