@@ -20,7 +20,7 @@ import table
 from gates import Gates, gates
 from lab import container, hosts, requirements, verify
 from lab.hosts import SLOWNESS, Host, Lab
-from moving import SECONDS, files, judge, migrate, migration, recover
+from moving import SECONDS, files, judge, kill, migrate, migration, recover
 from reused import Reused
 from support import MIB, wait_until
 
@@ -295,7 +295,7 @@ def test_an_agent_that_is_killed_leaves_the_daemon_exactly_when_the_container_ru
     here.gates.close_gate(place)
     with migration(here.lab, here.lab.a, *ALWAYS) as one:
         here.gates.wait(place)
-        send(here.lab.b, "pyploop.cli.main agent", signal.SIGKILL)
+        kill(here.lab.b, "pyploop.cli.main agent")
         here.gates.open_gate(place)
         done = one.wait()
     recover(here.lab.a)
