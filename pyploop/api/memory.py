@@ -6,7 +6,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from pyploop.runtimes import config, lazy_images, lazy_record, page_record
+from pyploop.runtimes import config, lazy_images, lazy_record
 from pyploop.runtimes.lazy_record import LazyRecord
 from pyploop.runtimes.page_record import PageRecord
 from pyploop.runtimes.registry import make_runtime
@@ -81,8 +81,8 @@ def memory_status(
     """
     if container is None:
         folder = state_dir or config.load(config_file).state_dir
-        here = tuple(_status(r) for r in lazy_record.all_in(folder))
-        return here + tuple(_serving(r) for r in page_record.all_in(folder) if r.at_work)
+        here = tuple(_status(r) for r in LazyRecord.all_in(folder))
+        return here + tuple(_serving(r) for r in PageRecord.all_in(folder) if r.at_work)
     if serving := _pages(container, config_file, state_dir):
         return (_serving(serving),)
     record = _record(container, config_file, state_dir)
@@ -102,17 +102,17 @@ def forget_memory(
 
 def _record(container: str, config_file: str | None, state_dir: str | None) -> LazyRecord | None:
     if state_dir is not None:
-        found = [r for r in lazy_record.all_in(state_dir) if r.container == container]
+        found = [r for r in LazyRecord.all_in(state_dir) if r.container == container]
         return found[0] if found else None
     host = config.load(config_file)
     runtime = make_runtime(host, None, container)
-    return lazy_record.read(lazy_record.path_of(host.state_dir, runtime.name, runtime.container))
+    return LazyRecord.read(LazyRecord.path_of(host.state_dir, runtime.name, runtime.container))
 
 
 def _pages(container: str, config_file: str | None, state_dir: str | None) -> PageRecord | None:
     """Of a container whose memory another host is loading from this one."""
     folder = state_dir or config.load(config_file).state_dir
-    for record in page_record.all_in(folder):
+    for record in PageRecord.all_in(folder):
         if record.container == container and record.at_work:
             return record
     return None

@@ -9,32 +9,21 @@ the container moves away or the next lazy restore (docs/internals/lazy-restore.m
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import signal
 import time
-from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from pyploop.errors import BusyError, OpenError
+from pyploop.errors import BusyError
+from pyploop.runtimes.memory_record import POLL, MemoryRecord
 from pyploop.system import kernel, mount_table, private_folder, removal
-from pyploop.undo import journal
 from pyploop.undo.journal import Entry
 
-SCHEMA = "pyploop.lazy/1"
-SUFFIX = ".lazy"
 PREPARED, LOADING, COMPLETE, LOST = "prepared", "loading", "complete", "lost"
 """States: the container does not run yet; its memory comes while it runs; all of it is
 there; the daemon died before that, and the container's processes were ended."""
-POLL = 0.05
 ENDING = 10.0
 """Seconds for a guard and a daemon to end that were killed."""
-
-
-def path_of(state_dir: str | Path, runtime: str, container: str) -> Path:
-    return Path(state_dir) / f"{runtime}-{container}{SUFFIX}"
 
 
 def relay_name(migration: str) -> str:
@@ -42,25 +31,10 @@ def relay_name(migration: str) -> str:
     return f"{migration}.relay"
 
 
-@dataclass(frozen=True)
-class LazyRecord:
-    """One, as it was when it was read."""
+class LazyRecord(MemoryRecord):
+    """One, as it was when it was read.  Its processes are the `guard` and the `daemon`."""
 
-    path: Path
-    fields: dict[str, Any]
-
-    @classmethod
-    def create(cls, path: Path, **fields: Any) -> LazyRecord:
-        """A new one, in place of an older one; the guard completes it."""
-        record = {**fields, "schema": SCHEMA, "boot": kernel.boot_id(), "state": PREPARED}
-        record["started"] = time.time()
-        with private_folder.reopened(path.parent) as folder:
-            private_folder.replace(folder, path.name, json.dumps(record).encode())
-        return cls(path, record)
-
-    @property
-    def container(self) -> str:
-        return str(self.fields.get("container", "?"))
+    SCHEMA, SUFFIX, OF, FIRST = "pyploop.lazy/1", ".lazy", "a lazy restore", PREPARED
 
     @property
     def runtime(self) -> str:
@@ -70,27 +44,6 @@ class LazyRecord:
     def images(self) -> Path:
         """The folder of its memory images, and of CRIU's work."""
         return Path(str(self.fields.get("images", "/nonexistent")))
-
-    @property
-    def why(self) -> str:
-        """How the daemon has died; else empty."""
-        return str(self.fields.get("why", ""))
-
-    @property
-    def state(self) -> str:
-        return str(self.fields.get("state", PREPARED))
-
-    @property
-    def of_this_boot(self) -> bool:
-        return bool(self.fields.get("boot") == kernel.boot_id())
-
-    def process(self, which: str) -> int:
-        """PID of the `guard` or the `daemon`, 0 when it has ended."""
-        known = self.fields.get(which)
-        if not self.of_this_boot or not isinstance(known, dict):
-            return 0
-        pid = int(known.get("pid") or 0)
-        return pid if pid and journal.start_time(pid) == known.get("start") else 0
 
     @property
     def busy(self) -> bool:
@@ -154,31 +107,11 @@ class LazyRecord:
         self.remove()
 
 
-def read(path: Path) -> LazyRecord | None:
-    """None when there is none.  OpenError when it is not this user's alone."""
-    try:
-        fields = json.loads(private_folder.read_path(path))
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError) as e:
-        raise OpenError(f"cannot read {path}: {e}") from e
-    if not isinstance(fields, dict) or fields.get("schema") != SCHEMA:
-        raise OpenError(f"{path} is not a record of a lazy restore")
-    return LazyRecord(path, fields)
-
-
-def all_in(state_dir: str | Path) -> Iterator[LazyRecord]:
-    """OpenError when one cannot be read."""
-    for path in sorted(Path(state_dir).glob(f"*{SUFFIX}")):
-        if record := read(path):
-            yield record
-
-
 def wait_loaded(path: Path, seconds: float) -> LazyRecord | None:
     """Until all memory of the container is there, or lost; the record then, None when there
     is none.  BusyError after so many seconds."""
     deadline = time.monotonic() + seconds
-    while (record := read(path)) and record.loading:
+    while (record := LazyRecord.read(path)) and record.loading:
         if time.monotonic() > deadline:
             raise BusyError(
                 f"the memory of {record.container} is still being loaded (process "
@@ -191,12 +124,12 @@ def wait_loaded(path: Path, seconds: float) -> LazyRecord | None:
 
 def stop_entry(entry: Entry) -> None:
     """Undo the journal's entry of kind `lazy-guard`: the container does not run."""
-    if record := read(Path(entry["record"])):
+    if record := LazyRecord.read(Path(entry["record"])):
         record.stop()
 
 
 def in_use(entry: Entry) -> bool:
     """Whether the images that a journal's entry of kind `lazy-guard` names belong to the
     guard by now, which removes them, or to a person, since the container is lost."""
-    record = read(Path(entry["record"]))
+    record = LazyRecord.read(Path(entry["record"]))
     return record is not None and (record.busy or record.state == LOST)

@@ -156,7 +156,7 @@ def made(state_dir: Path, tmp_path: Path) -> Made:
     def make(
         state: str, alive: Sequence[str] = (), images: bool = False, **fields: Any
     ) -> LazyRecord:
-        path = lazy_record.path_of(state_dir, "runc", "web")
+        path = LazyRecord.path_of(state_dir, "runc", "web")
         folder = tmp_path / "images"
         if images:
             folder.mkdir(mode=0o700)
@@ -244,7 +244,7 @@ def test_a_wait_for_memory_has_an_end(made: Made) -> None:
 
 @pytest.mark.parametrize("text", ["", "[]", '{"schema": "pyploop.kept/1"}'])
 def test_what_is_no_record_is_said(state_dir: Path, text: str) -> None:
-    path = lazy_record.path_of(state_dir, "runc", "web")
+    path = LazyRecord.path_of(state_dir, "runc", "web")
     path.write_text(text)
     with pytest.raises(OpenError, match=r"runc-web\.lazy"):
         pyploop.memory_status(state_dir=str(state_dir))
@@ -343,7 +343,7 @@ def test_a_guard_whose_agent_ends_before_the_container_runs_leaves_nothing(
     with subprocess.Popen([*words, str(record.path)], pass_fds=[theirs.fileno()]) as guard:
         theirs.close()
         assert json.loads(ours.recv(1000)) == {"ready": ""}
-        known = lazy_record.read(record.path)
+        known = LazyRecord.read(record.path)
         assert known is not None and known.process("guard") == guard.pid
         ours.close()
         assert guard.wait(10) == 0

@@ -13,6 +13,7 @@ from pyploop.runtimes import Runtime, lazy_record
 from pyploop.runtimes.config import HostConfig
 from pyploop.runtimes.lazy_memory import in_words
 from pyploop.runtimes.lazy_policy import Choice
+from pyploop.runtimes.lazy_record import LazyRecord
 from pyploop.units import format_size
 
 OLDER = "the target's pyploop is too old"
@@ -21,9 +22,9 @@ OLDER = "the target's pyploop is too old"
 def wait_loaded(host: HostConfig, runtime: Runtime, report: Reporter) -> None:
     """Until all memory of the container is on this host, to which it has come.
     MigrateError(20) when that takes too long."""
-    path = lazy_record.path_of(host.state_dir, runtime.name, runtime.container)
+    path = LazyRecord.path_of(host.state_dir, runtime.name, runtime.container)
     try:
-        record = lazy_record.read(path)
+        record = LazyRecord.read(path)
         if record is not None and record.loading:
             report.note(f"The memory of {runtime.container} is still being loaded: waiting for it")
             lazy_record.wait_loaded(path, deadlines.LOADING)
@@ -71,9 +72,9 @@ def report_outcome(report: Reporter, answer: Any, host: str) -> Choice:
 
 def forget(host: HostConfig, runtime: Runtime, report: Reporter) -> None:
     """The container has moved away: what is recorded of how it came here is over."""
-    path = lazy_record.path_of(host.state_dir, runtime.name, runtime.container)
+    path = LazyRecord.path_of(host.state_dir, runtime.name, runtime.container)
     try:
-        if (record := lazy_record.read(path)) and not record.busy:
+        if (record := LazyRecord.read(path)) and not record.busy:
             record.forget()
     except (BusyError, OpenError) as e:
         report.note(str(e))

@@ -124,7 +124,7 @@ def report_choice(report: Reporter, choice: Choice, memory: int, timeout: float)
 
 
 def record_path(host: HostConfig, runtime: Runtime) -> Path:
-    return page_record.path_of(host.state_dir, runtime.name, runtime.container)
+    return PageRecord.path_of(host.state_dir, runtime.name, runtime.container)
 
 
 def start(
@@ -184,4 +184,4 @@ def await_end(pages: Pages, runtime: Runtime, request: Request, report: Reporter
 
 
 def record_of(host: HostConfig, runtime: Runtime) -> PageRecord | None:
-    return page_record.read(record_path(host, runtime))
+    return PageRecord.read(record_path(host, runtime))

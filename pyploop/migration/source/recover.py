@@ -197,7 +197,7 @@ def _page_server(log: Journal) -> PageRecord | None:
     """Of a post-copy migration."""
     for entry in log.entries:
         if entry["kind"] == "page-server":
-            return page_record.read(Path(entry["record"]))
+            return PageRecord.read(Path(entry["record"]))
     return None
 
 

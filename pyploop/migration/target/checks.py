@@ -12,9 +12,10 @@ from pyploop.errors import BusyError, MigrateError, ProtocolError, VzExitCode
 from pyploop.migration import locks
 from pyploop.migration.target import incoming_trees, resumable_files, resumable_trees
 from pyploop.migration.target.settle import settle_dead
-from pyploop.runtimes import Facts, Runtime, config, lazy_policy, lazy_record, policy, volumes
+from pyploop.runtimes import Facts, Runtime, config, lazy_policy, policy, volumes
 from pyploop.runtimes.config import HostConfig
 from pyploop.runtimes.lazy_policy import NOT_LIVE, UNABLE, Choice
+from pyploop.runtimes.lazy_record import LazyRecord
 from pyploop.runtimes.policy import Source
 from pyploop.system import cpu, helpers
 
@@ -133,7 +134,7 @@ def choose_post_copy(host: HostConfig, runtime: Runtime, facts: Facts, seconds: 
 def choose_lazy(host: HostConfig, runtime: Runtime, facts: Facts) -> Choice:
     """Whether memory will be loaded lazily.  MigrateError(20) while that of an earlier
     restore of the container is."""
-    record = lazy_record.read(lazy_record.path_of(host.state_dir, runtime.name, runtime.container))
+    record = LazyRecord.read(LazyRecord.path_of(host.state_dir, runtime.name, runtime.container))
     if record is not None and record.busy:
         raise MigrateError(
             VzExitCode.LOCKED,

@@ -29,9 +29,10 @@ from pyploop.migration.target.incoming_memory import IncomingMemory
 from pyploop.migration.target.incoming_trees import IncomingTrees
 from pyploop.migration.target.settle import complete
 from pyploop.report.events import Reporter
-from pyploop.runtimes import Facts, Runtime, lazy_record
+from pyploop.runtimes import Facts, Runtime
 from pyploop.runtimes.config import HostConfig
 from pyploop.runtimes.lazy_policy import UNABLE, Choice
+from pyploop.runtimes.lazy_record import LazyRecord
 from pyploop.system import beneath, private_folder
 from pyploop.system.jobs import Job
 from pyploop.undo.journal import Journal
@@ -273,7 +274,7 @@ class Incoming:
         if lazy is None or not lazy.choice.lazy:
             return
         name = self._runtime.name, self._runtime.container
-        record = lazy_record.path_of(self._host.state_dir, *name)
+        record = LazyRecord.path_of(self._host.state_dir, *name)
         what = "the guard of its lazy restore"
         self._log("lazy-guard", what=what, record=str(record), images=str(self._folder))
         lazy.start(

@@ -19,6 +19,7 @@ from pyploop.errors import MigrateError, OpenError, one_line
 from pyploop.migration.target import checks
 from pyploop.runtimes import lazy_record
 from pyploop.runtimes.config import HostConfig
+from pyploop.runtimes.lazy_record import LazyRecord
 from pyploop.runtimes.policy import Source
 from pyploop.system import descriptors, private_folder
 
@@ -71,7 +72,7 @@ def _relay(folder: Path, migration: str) -> socket.socket | str:
         except OSError:
             found.close()
         record = next(
-            (r for r in lazy_record.all_in(folder) if r.fields.get("migration") == migration), None
+            (r for r in LazyRecord.all_in(folder) if r.fields.get("migration") == migration), None
         )
         if record is None:
             return "none"

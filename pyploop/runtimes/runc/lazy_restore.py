@@ -225,7 +225,7 @@ class LazyRestore:
             self._relay.kill()  # the source hears of it in another way
             self._relay.wait()
             self._socket.unlink(missing_ok=True)
-        if self._record is not None and not self._kept and (left := lazy_record.read(self._record)):
+        if self._record is not None and not self._kept and (left := LazyRecord.read(self._record)):
             left.stop()
 
     def _end_guard(self, line: socket.socket, deadline: float) -> None:

@@ -168,7 +168,7 @@ class PageServer:
                     self._ended = message["ended"], message.get("why", "")
                     self.served = message.get("bytes", 0), message.get("requests", 0)
                 return message
-        record = page_record.read(self._path)
+        record = PageRecord.read(self._path)
         self._ended = page_record.LOST, (record.why if record else "") or "the keeper was killed"
         return {}
 
