@@ -104,6 +104,25 @@ def _outlast(process: subprocess.Popen[bytes]) -> None:
         process.wait()
 
 
+def detached(
+    argv: Sequence[str], pass_fds: Sequence[int], cwd: str | os.PathLike[str] = "/"
+) -> subprocess.Popen[bytes]:
+    """A started program that may outlive this process: in a session of its own, without input
+    and output.  OSError when it cannot be run."""
+    return signals.begun(
+        lambda: subprocess.Popen(
+            argv,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            pass_fds=pass_fds,
+            cwd=cwd,
+            start_new_session=True,
+        ),
+        lambda program: program.kill(),
+    )
+
+
 def run(
     argv: Sequence[str] | Command,
     code: int,

@@ -23,8 +23,7 @@ from pyploop.runtimes import lazy_policy, lazy_record
 from pyploop.runtimes.lazy_policy import Choice
 from pyploop.runtimes.lazy_record import LazyRecord
 from pyploop.runtimes.runc import lazy_guard, page_relay
-from pyploop.system import signals
-from pyploop.system.commands import Command, last_words
+from pyploop.system.commands import Command, detached, last_words
 
 FEATURES = ("uffd", "uffd-noncoop")
 PROBE_SECONDS = 30.0
@@ -104,17 +103,8 @@ class LazyRestore:
             self._line, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
             args = [sys.executable, "-I", "-S", str(Path(lazy_guard.__file__))]
             with theirs:
-                self._guard = signals.begun(
-                    lambda: subprocess.Popen(
-                        [*args, str(theirs.fileno()), str(record)],
-                        stdin=subprocess.DEVNULL,
-                        stdout=subprocess.DEVNULL,
-                        stderr=subprocess.DEVNULL,
-                        pass_fds=[theirs.fileno(), *more],
-                        cwd="/",
-                        start_new_session=True,
-                    ),
-                    lambda guard: guard.kill(),
+                self._guard = detached(
+                    [*args, str(theirs.fileno()), str(record)], [theirs.fileno(), *more]
                 )
             for fd in more:
                 os.close(fd)
@@ -129,17 +119,8 @@ class LazyRestore:
             self._socket = record.parent / lazy_record.relay_name(migration)
             args = [sys.executable, "-I", "-S", str(Path(page_relay.__file__))]
             args += [str(ours.fileno()), self._socket.name, str(record)]
-            self._relay = signals.begun(
-                lambda: subprocess.Popen(
-                    [*args, str(self.work), str(self.post_copy)],
-                    stdin=subprocess.DEVNULL,
-                    stdout=subprocess.DEVNULL,
-                    stderr=subprocess.DEVNULL,
-                    pass_fds=[ours.fileno()],
-                    cwd=record.parent,
-                    start_new_session=True,
-                ),
-                lambda relay: relay.kill(),
+            self._relay = detached(
+                [*args, str(self.work), str(self.post_copy)], [ours.fileno()], record.parent
             )
         return [self._pages]
 

@@ -22,8 +22,7 @@ from pyploop.errors import MigrateError, VzExitCode
 from pyploop.runtimes import page_record
 from pyploop.runtimes.page_record import PageRecord
 from pyploop.runtimes.runc import lazy_guard
-from pyploop.system import signals
-from pyploop.system.commands import Command, last_words
+from pyploop.system.commands import Command, detached, last_words
 
 PIPE_BYTES = 64 << 20
 """CRIU's page server wants a pipe of this size.  It does not notice that it gets none, and
@@ -91,17 +90,8 @@ class PageServer:
         PageRecord.create(record, **fields)
         self._line, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         args = [sys.executable, "-I", "-m", "pyploop.runtimes.runc.page_keeper"]
-        self._keeper = signals.begun(
-            lambda: subprocess.Popen(
-                [*args, str(theirs.fileno()), str(record)],
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.DEVNULL,
-                stderr=subprocess.DEVNULL,
-                pass_fds=[theirs.fileno(), *keep],
-                cwd="/",
-                start_new_session=True,
-            ),
-            lambda keeper: keeper.kill(),
+        self._keeper = detached(
+            [*args, str(theirs.fileno()), str(record)], [theirs.fileno(), *keep]
         )
         theirs.close()
         if why := self._answer("ready", READY_SECONDS):
