@@ -12,14 +12,14 @@ import signal
 import subprocess
 import threading
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import pytest
 import table
-from gates import Gates, gates
-from lab import container, hosts, requirements, verify
+from gates import gates
+from lab import container, verify
 from lab.hosts import SLOWNESS, Host, Lab
+from memory_scene import Scene, scene, status
 from moving import SECONDS, files, judge, kill, migrate, migration, recover
 from reused import Reused
 from support import MIB, wait_until
@@ -28,17 +28,6 @@ MEMORY = 96 * MIB
 KILLS = 10 if table.ALL else 2
 GUARD, DAEMON = "lazy_guard.py", "lazy-pages"
 ALWAYS = ("--lazy-restore", "always")
-
-
-@dataclass
-class Scene:
-    """The container runs on a, with memory; a second one, which is not ours, runs on b."""
-
-    lab: Lab
-    client: verify.Client
-    gates: Gates
-    """Of the target."""
-    before: set[str]
 
 
 OTHER = "other"
@@ -67,20 +56,9 @@ def another_container(host: Host) -> Iterator[int]:
         host.run("rm", "-rf", f"/srv/{OTHER}")
 
 
-@contextlib.contextmanager
-def scene(number: int) -> Iterator[Scene]:
-    requirements.check()
-    with contextlib.ExitStack() as stack:
-        lab = stack.enter_context(hosts.lab())
-        before = files(lab.b)
-        stack.enter_context(container.container(lab, size=192 * MIB, memory=MEMORY))
-        client = stack.enter_context(verify.client(lab))
-        yield Scene(lab, client, stack.enter_context(gates(lab.b)), before)
-
-
 @pytest.fixture(scope="module")
 def scenes() -> Iterator[Reused[Scene]]:
-    made = Reused(scene)
+    made = Reused(lambda number: scene(MEMORY))
     try:
         yield made
     finally:
@@ -97,12 +75,6 @@ def here(scenes: Reused[Scene]) -> Scene:
     taken = scenes.take()
     taken.gates.mend()
     return taken
-
-
-def status(host: Host) -> dict[str, Any]:
-    """`pyploop status --json` of the container."""
-    words = ["pyploop", "status", "--json", "--config", container.PYPLOOP_CONFIG, container.NAME]
-    return dict(json.loads(host.run(*words, check=False)))
 
 
 def pid_of(host: Host, what: str) -> int | None:

@@ -5,20 +5,19 @@ target.  The container compares all of its memory with what it has written to it
 from __future__ import annotations
 
 import contextlib
-import json
 import random
 import signal
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import pytest
 import table
-from gates import Gates, gates
-from lab import container, hosts, requirements, verify
+from gates import gates
+from lab import container, verify
 from lab.hosts import Host, Lab
 from lab.pipes import large_pipes
+from memory_scene import Scene, scene, status
 from moving import Migration, files, judge, kill, migrate, migration, recover
 from reused import Reused
 from support import MIB, wait_until
@@ -27,32 +26,15 @@ MEMORY, LARGE = 64 * MIB, 256 * MIB
 ALWAYS = ("--post-copy", "always")
 
 
-@dataclass
-class Scene:
-    """The container runs on a, with memory."""
-
-    lab: Lab
-    client: verify.Client
-    gates: Gates
-    """Of the target."""
-    before: set[str]
-
-
 @contextlib.contextmanager
-def scene(number: int) -> Iterator[Scene]:
-    requirements.check()
-    with contextlib.ExitStack() as stack:
-        stack.enter_context(large_pipes())
-        lab = stack.enter_context(hosts.lab())
-        before = files(lab.b)
-        stack.enter_context(container.container(lab, size=192 * MIB, memory=MEMORY))
-        client = stack.enter_context(verify.client(lab))
-        yield Scene(lab, client, stack.enter_context(gates(lab.b)), before)
+def with_large_pipes(number: int) -> Iterator[Scene]:
+    with large_pipes(), scene(MEMORY) as made:
+        yield made
 
 
 @pytest.fixture(scope="module")
 def scenes() -> Iterator[Reused[Scene]]:
-    made = Reused(scene)
+    made = Reused(with_large_pipes)
     try:
         yield made
     finally:
@@ -82,11 +64,6 @@ def at_work(host: Host) -> list[str]:
 def over(lab: Lab) -> None:
     """Both ends finish by themselves."""
     wait_until(lambda: not at_work(lab.a) and not at_work(lab.b), "both ends have ended", 60)
-
-
-def status(host: Host) -> dict[str, Any]:
-    words = ["pyploop", "status", "--json", "--config", container.PYPLOOP_CONFIG, container.NAME]
-    return dict(json.loads(host.run(*words, check=False)))
 
 
 def cut(host: Host) -> None:
