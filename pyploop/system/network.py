@@ -15,6 +15,11 @@ _HEADER = struct.Struct("=IHHII")  # struct nlmsghdr
 _REQUEST_DUMP = 0x301  # NLM_F_REQUEST | NLM_F_DUMP
 _REQUEST_ACK = 0x5  # NLM_F_REQUEST | NLM_F_ACK
 _ERROR, _DONE = 2, 3  # NLMSG_ERROR, NLMSG_DONE
+ROUTE = 0
+"""NETLINK_ROUTE, a protocol of `netlink`."""
+LINK = struct.Struct("=BxHiII")
+"""struct ifinfomsg: family, type, index, flags, change."""
+_ATTRIBUTE = struct.Struct("=HH")  # struct rtattr: length, type
 ANSWER = 2.0
 """Seconds for the kernel to answer."""
 
@@ -76,3 +81,18 @@ def ask(sock: socket.socket, kind: int, request: bytes) -> None:
     number = -struct.unpack_from("=i", answer, _HEADER.size)[0]
     if number:
         raise OSError(number, os.strerror(number))
+
+
+def attribute(kind: int, value: bytes) -> bytes:
+    """As it stands in a request, with its padding."""
+    size = _ATTRIBUTE.size + len(value)
+    return _ATTRIBUTE.pack(size, kind) + value + bytes(-size % 4)
+
+
+def attributes(data: bytes) -> Iterator[tuple[int, bytes]]:
+    """Of an answer, behind its fixed part."""
+    at = 0
+    while at + _ATTRIBUTE.size <= len(data):
+        length, kind = _ATTRIBUTE.unpack_from(data, at)
+        yield kind, data[at + _ATTRIBUTE.size : at + length]
+        at += (max(length, _ATTRIBUTE.size) + 3) & ~3

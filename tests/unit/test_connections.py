@@ -175,6 +175,38 @@ def test_a_neighbour_that_had_another_hardware_address_learns_the_new_one(
         assert f"lladdr {MAC.hex(':')}" in str(shown)
 
 
+@pytest.mark.parametrize("ip", ["10.78.0.1", "fd00::1"])
+def test_a_neighbour_that_did_not_answer_while_the_link_was_down_is_forgotten(
+    server: Server, ip: str
+) -> None:
+    namespace = f"/proc/{server.pid}/ns/net"
+    family = socket.AF_INET6 if ":" in ip else socket.AF_INET
+
+    def known() -> str:
+        return run("nsenter", f"--net={namespace}", "--", "ip", "neighbour", "show", ip).strip()
+
+    with (
+        announce.Announcer(namespace) as announcer,
+        network.socket_in(namespace, family, socket.SOCK_DGRAM, 0) as out,
+    ):
+        out.sendto(b"x", (ip, 9))
+        announcer.forget_unanswered()
+        assert f"lladdr {_mac_of_peer(server)}" in known()  # one that answers is kept
+        _peer(server, "link", "set", "peer0", "down")
+        run("nsenter", f"--net={namespace}", "--", "ip", "neighbour", "flush", "dev", "link0")
+        out.sendto(b"x", (ip, 9))
+        assert known().endswith("INCOMPLETE")
+        _peer(server, "link", "set", "peer0", "up")
+        announcer.wait_for_links(most=30.0)
+        announcer.forget_unanswered()
+        assert known() == ""
+
+
+def _mac_of_peer(server: Server) -> str:
+    shown = run("nsenter", f"--net={server.here}", "--", "ip", "-o", "link", "show", "peer0")
+    return str(shown).split("link/ether ")[1].split()[0]
+
+
 def test_the_frames_are_those_of_the_standards() -> None:
     four = Address("link0", MAC, socket.inet_pton(socket.AF_INET, "10.78.0.2"))
     assert announce.arp(four).hex() == (

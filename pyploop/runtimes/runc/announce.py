@@ -8,6 +8,7 @@ that they are now on another port or host.
 
 from __future__ import annotations
 
+import contextlib
 import socket
 import struct
 import time
@@ -16,12 +17,12 @@ from dataclasses import dataclass
 
 from pyploop.system import network
 
-_ROUTE, _GETLINK, _GETADDR = 0, 18, 22  # NETLINK_ROUTE, RTM_GETLINK, RTM_GETADDR
-_LINK = struct.Struct("=BxHiII")  # struct ifinfomsg: family, type, index, flags, change
+_GETLINK, _GETADDR, _DELNEIGH, _GETNEIGH = 18, 22, 29, 30  # RTM_*
 _ADDRESS = struct.Struct("=BBBBI")  # struct ifaddrmsg: family, prefix, flags, scope, index
-_ATTRIBUTE = struct.Struct("=HH")  # struct rtattr: length, type
+_NEIGHBOUR = struct.Struct("=B3xiHBB")  # struct ndmsg: family, index, state, flags, type
 _HARDWARE, _NAME = 1, 3  # IFLA_ADDRESS, IFLA_IFNAME
 _PEER, _LOCAL = 1, 2  # IFA_ADDRESS, IFA_LOCAL
+_DESTINATION, _UNANSWERED = 1, 0x21  # NDA_DST, NUD_INCOMPLETE | NUD_FAILED
 _ETHERNET, _UP, _RUNNING = 1, 1, 0x40  # ARPHRD_ETHER, IFF_UP, IFF_RUNNING
 _UNUSABLE = 0x48  # IFA_F_TENTATIVE | IFA_F_DADFAILED: not ours yet, or not at all
 _ARP, _IPV6 = 0x0806, 0x86DD
@@ -45,9 +46,13 @@ class Address:
     """4 or 16 bytes."""
 
 
-def addresses(namespace: str) -> list[Address]:
-    """Announce what there is in a network namespace (/proc/PID/ns/net).  OSError."""
+def addresses(namespace: str, *, resumed: bool = False) -> list[Address]:
+    """Announce what there is in a network namespace (/proc/PID/ns/net).  resumed: its link was
+    down until now, and its processes do not run yet.  OSError."""
     with Announcer(namespace) as announcer:
+        if resumed:
+            announcer.wait_for_links()
+            announcer.forget_unanswered()
         return announcer.send()
 
 
@@ -57,7 +62,7 @@ class Announcer:
 
     def __init__(self, namespace: str) -> None:
         """OSError."""
-        self._asked = network.netlink(namespace, _ROUTE)
+        self._asked = network.netlink(namespace, network.ROUTE)
         try:
             self._out = network.socket_in(namespace, socket.AF_PACKET, socket.SOCK_RAW, 0)
         except BaseException:
@@ -72,6 +77,23 @@ class Announcer:
             if all(flags & _RUNNING for flags, _, _ in _links(self._asked).values()):
                 return
             time.sleep(LOOK)
+
+    def forget_unanswered(self) -> None:
+        """After a link was set up, and before the processes run: forget the neighbours that
+        did not answer while it was down.  A socket that was dumped, or restored, may have
+        asked for one.  The kernel asks three times, a second apart.  Until the next time it
+        would keep what is sent, and drop it after the third.  OSError."""
+        for family in (socket.AF_INET, socket.AF_INET6):
+            request = _NEIGHBOUR.pack(family, 0, 0, 0, 0)
+            # All of the answer is read before the next request is sent.
+            for body in list(network.dump(self._asked, _GETNEIGH, request)):
+                _, index, state, flags, kind = _NEIGHBOUR.unpack_from(body)
+                known = dict(network.attributes(body[_NEIGHBOUR.size :]))
+                if state & _UNANSWERED and _DESTINATION in known:
+                    entry = _NEIGHBOUR.pack(family, index, state, flags, kind)
+                    entry += network.attribute(_DESTINATION, known[_DESTINATION])
+                    with contextlib.suppress(FileNotFoundError):
+                        network.ask(self._asked, _DELNEIGH, entry)
 
     def send(self) -> list[Address]:
         """OSError."""
@@ -95,9 +117,9 @@ class Announcer:
 def _links(asked: socket.socket) -> dict[int, tuple[int, str, bytes]]:
     """Index -> (flags, name, MAC) of the Ethernet links that are up."""
     links = {}
-    for body in network.dump(asked, _GETLINK, _LINK.pack(0, 0, 0, 0, 0)):
-        _, kind, index, flags, _ = _LINK.unpack_from(body)
-        known = dict(_attributes(body[_LINK.size :]))
+    for body in network.dump(asked, _GETLINK, network.LINK.pack(0, 0, 0, 0, 0)):
+        _, kind, index, flags, _ = network.LINK.unpack_from(body)
+        known = dict(network.attributes(body[network.LINK.size :]))
         if kind == _ETHERNET and flags & _UP and len(known.get(_HARDWARE, b"")) == 6:
             links[index] = flags, known[_NAME].rstrip(b"\0").decode(), known[_HARDWARE]
     return links
@@ -107,18 +129,10 @@ def _addresses(asked: socket.socket) -> Iterator[Address]:
     links = _links(asked)
     for body in network.dump(asked, _GETADDR, _ADDRESS.pack(0, 0, 0, 0, 0)):
         _, _, flags, _, index = _ADDRESS.unpack_from(body)
-        known = dict(_attributes(body[_ADDRESS.size :]))
+        known = dict(network.attributes(body[_ADDRESS.size :]))
         ip = known.get(_LOCAL, known.get(_PEER))
         if index in links and ip and not flags & _UNUSABLE:
             yield Address(*links[index][1:], ip)
-
-
-def _attributes(data: bytes) -> Iterator[tuple[int, bytes]]:
-    at = 0
-    while at + _ATTRIBUTE.size <= len(data):
-        length, kind = _ATTRIBUTE.unpack_from(data, at)
-        yield kind, data[at + _ATTRIBUTE.size : at + length]
-        at += (max(length, _ATTRIBUTE.size) + 3) & ~3
 
 
 def arp(address: Address) -> bytes:

@@ -135,11 +135,11 @@ class RuncContainer(Configured):
             return False  # the command says why, and knows more names
         return wanted is not None
 
-    def _announce(self, namespace: str) -> None:
+    def _announce(self, namespace: str, *, resumed: bool = False) -> None:
         """Tell switches and neighbours where the container's addresses are now."""
         # Whoever misses it asks, or waits until its own entry is old.
         with contextlib.suppress(OSError):
-            announce.addresses(namespace)
+            announce.addresses(namespace, resumed=resumed)
 
     def kill(self) -> None:
         if freezer := self._freezer():

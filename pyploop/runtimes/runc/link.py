@@ -8,15 +8,11 @@ from __future__ import annotations
 import os
 import shutil
 import socket
-import struct
 from collections.abc import Sequence
 
 from pyploop.system import network
 
-_ROUTE, _NEWLINK = 0, 16  # NETLINK_ROUTE, RTM_NEWLINK
-_LINK = struct.Struct("=BxHiII")  # struct ifinfomsg: family, type, index, flags, change
-_ATTRIBUTE = struct.Struct("=HH")  # struct rtattr: length, type
-_NAME, _UP = 3, 1  # IFLA_IFNAME, IFF_UP
+_NEWLINK, _NAME, _UP = 16, 3, 1  # RTM_NEWLINK, IFLA_IFNAME, IFF_UP
 _LONGEST = 15  # IFNAMSIZ, without the NUL
 _SYSTEM = ("/sbin", "/bin", "/usr/sbin", "/usr/bin")
 
@@ -42,9 +38,9 @@ def plain(argv: Sequence[str]) -> tuple[str, bool] | None:
 
 def set_up(device: str, up: bool) -> None:
     """Of this process's network namespace.  OSError."""
-    name = device.encode() + b"\0"
-    body = _LINK.pack(0, 0, 0, _UP if up else 0, _UP)
-    body += _ATTRIBUTE.pack(_ATTRIBUTE.size + len(name), _NAME) + name
-    with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, _ROUTE) as sock:
+    body = network.LINK.pack(0, 0, 0, _UP if up else 0, _UP)
+    body += network.attribute(_NAME, device.encode() + b"\0")
+    kind = socket.SOCK_RAW | socket.SOCK_CLOEXEC
+    with socket.socket(socket.AF_NETLINK, kind, network.ROUTE) as sock:
         sock.settimeout(network.ANSWER)
-        network.ask(sock, _NEWLINK, body + bytes(-len(body) % 4))
+        network.ask(sock, _NEWLINK, body)

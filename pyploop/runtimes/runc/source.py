@@ -188,7 +188,7 @@ class SourceSteps(RuncContainer):
         # Do both, whatever fails: a failed checkpoint leaves the link down and the cgroup frozen.
         try:
             self._link(self._config.link_up, VzExitCode.DUMP_FAILED)
-            self._announce(f"/proc/{self._init()}/ns/net")
+            self._announce(f"/proc/{self._init()}/ns/net", resumed=True)
         finally:
             if freezer := self._freezer():
                 freezer.thaw()

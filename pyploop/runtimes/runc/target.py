@@ -208,6 +208,7 @@ class TargetSteps(RuncContainer):
                 # Whoever misses it asks, or waits until its own entry is old.
                 with contextlib.suppress(OSError):
                     announcer.wait_for_links()
+                    announcer.forget_unanswered()
                     announcer.send()
 
         with contextlib.ExitStack() as stack:
