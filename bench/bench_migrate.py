@@ -12,109 +12,32 @@ appender fsyncs), then also with random writes.  Needs what the tests need.
 from __future__ import annotations
 
 import argparse
-import json
 import os
-import re
 import sys
-import time
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from common import Results, Sample, cleaned_up
-
-TESTS = Path(__file__).resolve().parents[1] / "tests"
-sys.path.insert(0, str(TESTS))
-
-import forecast_report  # noqa: E402
-import memory_bench  # noqa: E402
-import migrate_report  # noqa: E402
-from lab import container, hosts, verify  # noqa: E402
-
-SETTLE = 1.0
-"""Seconds between migrations, in which the load dirties the disk."""
-_ROW = re.compile(r"^ +([A-Z][\w +]+): +(\d+\.\d\d)$", re.MULTILINE)
+import gap_bench
+import memory_bench
+import migrate_report
+from common import Results, Samples, cleaned_up, in_turns
+from lab import container, hosts, verify
+from moves import NAIVE, Moves
 
 
-@dataclass
-class Bench:
-    """The container and where it is."""
-
-    lab: hosts.Lab
-    client: verify.Client
-    here: hosts.Host
-
-    def migrate(self, kind: str) -> Sample:
-        """Move it to the other host; what was measured, in seconds."""
-        other = self.lab.other(self.here)
-        container.clear_bundle(other)
-        container.write_bundle(self.here)
-        time.sleep(SETTLE)
-        self.client.mark()
-        began = time.time_ns()
-        sample = self._naive(other) if kind == "naive" else self._pyploop(other)
-        self.here = other
-        # One acknowledged write after the move, so that the gap is over.
-        self.client.verify_database()
-        sample["client_gap"] = self.client.mark()["gap"]
-        self.client.verify_blocks()
-        log = verify.check_append_log(other.outside(container.ROOTFS))
-        sample["application_gap"] = log.gap(began)
-        return sample
-
-    def _naive(self, other: hosts.Host) -> Sample:
-        container.write_bundle(other)
-        script = ("env", f"PYTHONPATH={TESTS}", sys.executable, TESTS / "lab/naive.py")
-        steps = json.loads(self.here.run(*script, other.name, timeout=120))
-        return {
-            "rows": {
-                "Suspend + Dump": steps["suspend_dump"] + steps["umount"],
-                "Pcopy after suspend": steps["copy_disk"],
-                "Copy dump file": steps["copy_dump"],
-                "Undump + Resume": steps["mount"] + steps["restore"],
-                "Total suspended time": steps["total"],
-            },
-            "steps": steps,
-            "total": steps["total"],
-        }
-
-    def _pyploop(self, other: hosts.Host) -> Sample:
-        events = self.lab.folder / "events"
-        options = ["--live", "-t", "--config", container.PYPLOOP_CONFIG, "--json", events]
-        command = ["pyploop", "migrate", *options, other.name, container.NAME]
-        out = self.here.run(*command, timeout=120)
-        rows = {name: float(value) for name, value in _ROW.findall(out)}
-        lines = [json.loads(line) for line in events.read_text().splitlines()]
-        (steps,) = (e["steps"] for e in lines if e["event"] == "moved")
-        (frozen,) = (e for e in lines if e["event"] == "frozen")
-        return {
-            "rows": rows,
-            "steps": steps,
-            "total": steps["total"],
-            "disk_frozen": frozen["total"],
-            "disk_sent": frozen["sent"],
-            # The disk's part: by how much it kept a target waiting that had the dump.
-            "disk_beyond": steps["disks waited for"],
-            **forecast_report.forecast_of(lines),
-        }
-
-
-def measure(o: argparse.Namespace, load: int) -> dict[str, list[Sample]]:
+def measure(o: argparse.Namespace, load: int) -> Samples:
     """Each kind once per iteration, in turns, in a lab of its own; the first
     iteration warms caches and is not counted."""
-    samples: dict[str, list[Sample]] = {"naive": [], "pyploop": []}
     with hosts.lab(o.dir) as lab, container.container(lab), verify.client(lab) as client:
-        bench = Bench(lab, client, lab.a)
+        moves = Moves(lab, client, lab.a)
         client.load(load)
-        for turn in range(o.iterations + 1):
-            kinds = list(samples)[:: -1 if turn % 2 else 1]
-            for kind in kinds:
-                sample = bench.migrate(kind)
-                print(f"load {load} MB/s, {turn}: {kind}: {sample}", file=sys.stderr, flush=True)
-                if turn:
-                    samples[kind].append(sample)
-        container.remove(bench.here)
-        verify.check_database(bench.here.outside(container.ROOTFS), client.ledger, lab.folder)
+        samples = in_turns(
+            {NAIVE: moves.naive, "pyploop": moves.pyploop},
+            o.iterations,
+            lambda text: print(f"load {load} MB/s, {text}", file=sys.stderr, flush=True),
+        )
+        container.remove(moves.here)
+        verify.check_database(moves.here.outside(container.ROOTFS), client.ledger, lab.folder)
     return samples
 
 
@@ -125,11 +48,25 @@ def _memory(o: argparse.Namespace, document: Results) -> int:
             document.samples[size] = memory_bench.measure(o.dir, bytes_, o.iterations, o.base)
             if o.json:
                 document.write(o.json)
-    text = memory_bench.report(document.samples)
+    _say(memory_bench.report(document.samples), o)
+    return 0
+
+
+def _moves(o: argparse.Namespace, document: Results) -> int:
+    memory = int(o.memory or 0) << 20
+    with cleaned_up():
+        samples = gap_bench.measure(o.dir, memory, o.moves, o.options.split())
+    document.samples = {str(memory >> 20): samples}
+    if o.json:
+        document.write(o.json)
+    _say(gap_bench.report(samples["pyploop"], memory), o)
+    return 0
+
+
+def _say(text: str, o: argparse.Namespace) -> None:
     print(text)
     if o.report:
         o.report.write_text(text + "\n")
-    return 0
 
 
 def main() -> int:
@@ -140,9 +77,17 @@ def main() -> int:
     add(
         "--memory",
         metavar="MIB,…",
-        help="instead: containers with so much memory, ours in turns with ssh cat of the images",
+        help="instead: containers with so much memory, in turns by the script, by ours, by ours "
+        "with post-copy, and ssh cat of the images",
     )
     add("--base", type=Path, metavar="PYTHON", help="with --memory, and another checkout's pyploop")
+    add(
+        "--moves",
+        type=int,
+        metavar="N",
+        help="instead: N moves by ours, with the client's gap and the forecast; --memory: of one",
+    )
+    add("--options", default="", help="with --moves: of pyploop migrate")
     add("--dir", type=Path, default=Path("/var/tmp"), help="where the hosts' disks lie")
     add("--json", type=Path, metavar="FILE", help="all samples")
     add("--report", type=Path, metavar="FILE", help="the tables, as Markdown")
@@ -152,6 +97,8 @@ def main() -> int:
     results: dict[str, Any] = {}
     document = Results(samples=results)
     document.settings = {"iterations": o.iterations, "image_bytes": container.IMAGE_BYTES}
+    if o.moves:
+        return _moves(o, document)
     if o.memory:
         return _memory(o, document)
     with cleaned_up():
@@ -159,10 +106,7 @@ def main() -> int:
             results[str(load)] = measure(o, load)
             if o.json:
                 document.write(o.json)
-    text = migrate_report.report(results)
-    print(text)
-    if o.report:
-        o.report.write_text(text + "\n")
+    _say(migrate_report.report(results), o)
     return 0
 
 

@@ -32,6 +32,9 @@ MIB = 1 << 20
 GIB = 1 << 30
 FALLOC_KEEP_SIZE_PUNCH_HOLE = 3
 SHM = Path("/dev/shm")
+TESTS = ROOT / "tests"
+if str(TESTS) not in sys.path:
+    sys.path.append(str(TESTS))  # `lab`, for those that need hosts
 
 
 # ---- set-up and clean-up

@@ -23,7 +23,7 @@ DUMP, WORK = "/dev/shm/naive-dump", "/dev/shm/naive-work"
 FLAGS = ["--tcp-established", "--file-locks"]
 
 
-def do(*words: str) -> str:
+def do(*words: str, tries: int = 1) -> str:
     """Run one command; the restored container would keep its output open."""
     null = subprocess.DEVNULL
     quiet = "restore" in " ".join(words)
@@ -35,6 +35,8 @@ def do(*words: str) -> str:
         timeout=300,
         check=False,
     )
+    if done.returncode and tries > 1:
+        return do(*words, tries=tries - 1)
     if done.returncode:
         raise SystemExit(f"naive: {' '.join(words)} ended with {done.returncode}")
     return done.stdout or ""
@@ -62,7 +64,7 @@ def main() -> int:
         steps[step] = now - before
         before = now
 
-    do("runc", "pause", NAME)
+    do("runc", "pause", NAME, tries=5)  # "unable to freeze", on a busy machine
     do(*LINK_DOWN.split())
     do("runc", "checkpoint", "--image-path", DUMP, "--work-path", WORK, *FLAGS, NAME)
     took("suspend_dump")
