@@ -58,7 +58,7 @@ AS_IT_IS = {
     "report.slow_steps": "LONG LOOK",
     "migration.source.post_copy": "LONGEST_WAIT",
     "runtimes.memory_record": "POLL",
-    "runtimes.runc.announce": "LOOK RUNNING",
+    "runtimes.runc.announce": "CARRIER LOOK RUNNING",
     "runtimes.runc.connections": "ACKNOWLEDGED LOOK",
     "runtimes.runc.link_cut": "LAST_REQUEST",
     "system.claims": "PAUSE",

@@ -197,7 +197,7 @@ def test_a_neighbour_that_did_not_answer_while_the_link_was_down_is_forgotten(
         out.sendto(b"x", (ip, 9))
         assert known().endswith("INCOMPLETE")
         _peer(server, "link", "set", "peer0", "up")
-        announcer.wait_for_links(most=30.0)
+        announcer.wait_for_links(carrier=30.0)
         announcer.forget_unanswered()
         assert known() == ""
 

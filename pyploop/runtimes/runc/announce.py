@@ -23,11 +23,15 @@ _NEIGHBOUR = struct.Struct("=B3xiHBB")  # struct ndmsg: family, index, state, fl
 _HARDWARE, _NAME = 1, 3  # IFLA_ADDRESS, IFLA_IFNAME
 _PEER, _LOCAL = 1, 2  # IFA_ADDRESS, IFA_LOCAL
 _DESTINATION, _UNANSWERED = 1, 0x21  # NDA_DST, NUD_INCOMPLETE | NUD_FAILED
-_ETHERNET, _UP, _RUNNING = 1, 1, 0x40  # ARPHRD_ETHER, IFF_UP, IFF_RUNNING
+_ETHERNET = 1  # ARPHRD_ETHER
+_UP, _RUNNING, _CARRIER = 0x1, 0x40, 0x10000  # IFF_UP, IFF_RUNNING, IFF_LOWER_UP
 _UNUSABLE = 0x48  # IFA_F_TENTATIVE | IFA_F_DADFAILED: not ours yet, or not at all
 _ARP, _IPV6 = 0x0806, 0x86DD
-RUNNING = 0.03
+CARRIER = 0.03
 """Seconds, at most, to wait for the carrier of a link that is up."""
+RUNNING = 1.0
+"""Seconds, at most, until the kernel uses a link that has its carrier.  What is sent before
+is lost, and TCP sends it again after so long."""
 LOOK = 0.0005
 """Seconds between two looks."""
 _ALL = b"\xff" * 6
@@ -69,12 +73,15 @@ class Announcer:
             self._asked.close()
             raise
 
-    def wait_for_links(self, most: float = RUNNING) -> None:
-        """After a link was set up: until the kernel has seen its carrier.  It drops what is
-        sent before, and a restored socket sends again only after a second.  OSError."""
-        deadline = time.monotonic() + most
-        while time.monotonic() < deadline:
-            if all(flags & _RUNNING for flags, _, _ in _links(self._asked).values()):
+    def wait_for_links(self, carrier: float = CARRIER) -> None:
+        """After a link was set up: until the kernel uses it.  It drops what is sent before,
+        and a restored socket sends again only after a second.  carrier: seconds for links
+        that may have none.  OSError."""
+        began = time.monotonic()
+        while True:
+            idle = [f for f, _, _ in _links(self._asked).values() if not f & _RUNNING]
+            most = RUNNING if any(f & _CARRIER for f in idle) else carrier
+            if not idle or time.monotonic() >= began + most:
                 return
             time.sleep(LOOK)
 
