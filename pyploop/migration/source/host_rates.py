@@ -40,7 +40,7 @@ def path_of(state_dir: str, runtime: str, host: str) -> Path:
 
 
 def read(state_dir: str, runtime: str, host: str) -> Samples:
-    """Empty when there is none that can be used."""
+    """Empty when the host has no rates yet, or its file cannot be read."""
     path = path_of(state_dir, runtime, host)
     try:
         with private_folder.reopened(path.parent) as folder:

@@ -137,7 +137,7 @@ class RuncContainer(Configured):
 
     def _announce(self, namespace: str, *, resumed: bool = False) -> None:
         """Tell switches and neighbours where the container's addresses are now."""
-        # Whoever misses it asks, or waits until its own entry is old.
+        # A neighbour that misses it asks by itself when its entry is too old.
         with contextlib.suppress(OSError):
             announce.addresses(namespace, resumed=resumed)
 

@@ -205,7 +205,7 @@ class TargetSteps(RuncContainer):
                 argv = ("setpriv", "--pdeathsig", "KILL", "--", *up)
                 self._link(argv, VzExitCode.RESTORE_FAILED)
             for announcer in announcers:
-                # Whoever misses it asks, or waits until its own entry is old.
+                # A neighbour that misses it asks by itself when its entry is too old.
                 with contextlib.suppress(OSError):
                     announcer.wait_for_links()
                     announcer.forget_unanswered()

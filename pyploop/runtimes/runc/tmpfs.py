@@ -26,7 +26,7 @@ CAPABILITY = "tmpfs"
 """The target's agent unpacks a tmpfs that is packed PLAIN."""
 PLAIN, WRAPPED = "plain", "wrapped"
 WORTH_TELLING = 16 * MIB
-"""Bytes of a tmpfs from which on the user is told."""
+"""Bytes of a tmpfs from which on the checks name it, with its size."""
 
 
 def has_own_users(config: dict[str, Any]) -> bool:
