@@ -104,9 +104,9 @@ static void pax_time(const char *key, struct timespec t)
 		t.tv_sec++;
 		t.tv_nsec = 1000000000 - t.tv_nsec;
 	}
-	long long seconds = before ? -(long long)t.tv_sec : (long long)t.tv_sec;
-	int n = snprintf(text, sizeof text, "%s%lld.%09ld", before ? "-" : "",
-			 seconds, t.tv_nsec);
+	unsigned long long seconds = (unsigned long long)t.tv_sec;
+	int n = snprintf(text, sizeof text, "%s%llu.%09ld", before ? "-" : "",
+			 before ? 0 - seconds : seconds, t.tv_nsec);
 	pax_add(key, text, (size_t)n);
 }
 
@@ -121,17 +121,19 @@ static void escape(char *out, const char *name)
 	*out = '\0';
 }
 
-static void pax_xattrs(const char *file)
+/* There is no call that takes a folder's descriptor, so the tmpfs is the working
+ * folder: a longer name would exceed the kernel's limit. */
+static void pax_xattrs(void)
 {
 	static char names[65536], value[65536]; /* the kernel's own limits */
-	ssize_t listed = llistxattr(file, names, sizeof names);
+	ssize_t listed = llistxattr(path, names, sizeof names);
 	if (listed < 0 && errno != ENOTSUP)
 		fail("cannot list the extended attributes of", path);
 	for (char *name = names; name < names + listed;
 	     name += strlen(name) + 1) {
 		if (!moves(name))
 			continue;
-		ssize_t n = lgetxattr(file, name, value, sizeof value);
+		ssize_t n = lgetxattr(path, name, value, sizeof value);
 		if (n < 0)
 			fail("cannot read an extended attribute of", path);
 		char key[sizeof XATTR + 3 * 256];
@@ -266,8 +268,7 @@ static const char *first_name(const struct stat *st)
 /* xattrs: with its extended attributes. */
 static void put_entry(const struct stat *st, bool xattrs)
 {
-	static char name[LONGEST_PATH + 2], target[LONGEST_PATH + 1],
-		file[LONGEST_PATH + 32];
+	static char name[LONGEST_PATH + 2], target[LONGEST_PATH + 1];
 	bool folder = S_ISDIR(st->st_mode);
 	struct header h = { 0 };
 	const char *first = first_name(st);
@@ -282,11 +283,8 @@ static void put_entry(const struct stat *st, bool xattrs)
 		pax.bytes = 0;
 		pax_time("mtime", st->st_mtim);
 		pax_time("atime", st->st_atim);
-		if (xattrs) {
-			snprintf(file, sizeof file, "/proc/self/fd/%d/%s", root,
-				 path);
-			pax_xattrs(file);
-		}
+		if (xattrs)
+			pax_xattrs();
 		put_member('x', pax.data, pax.bytes);
 	}
 	put_name(h.name, sizeof h.name, 'L', name);
@@ -361,7 +359,7 @@ static void put_folder(void)
 	closedir(folder);
 	for (size_t i = 0, before = length; i < count; i++) {
 		size_t n = strlen(names[i]);
-		if (before + 1 + n + 1 > LONGEST_PATH)
+		if (before + 1 + n > LONGEST_PATH)
 			refuse("a name in it is too long: its folders are "
 			       "nested too deeply",
 			       path);
@@ -379,7 +377,7 @@ void create(const char *folder)
 {
 	struct stat st;
 	root = open(folder, O_RDONLY | O_DIRECTORY | O_CLOEXEC);
-	if (root < 0 || fstat(root, &st) < 0)
+	if (root < 0 || fstat(root, &st) < 0 || fchdir(root) < 0)
 		fail("cannot open", folder);
 	device = st.st_dev;
 	put_any(true);

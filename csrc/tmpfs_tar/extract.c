@@ -84,10 +84,11 @@ static void parse_time(const char *value, size_t n, struct timespec *to)
 		refuse("a time is none in", name);
 	memcpy(text, value, n);
 	text[n] = '\0';
-	if (sscanf(text, "%15llu.%9ld%n", &seconds, &part_of, &used) != 2 ||
-	    used != (int)n || part_of < 0 || part_of > 999999999)
+	if (sscanf(text, "%19llu.%9ld%n", &seconds, &part_of, &used) != 2 ||
+	    used != (int)n || part_of < 0 || part_of > 999999999 ||
+	    seconds > INT64_MAX + (unsigned long long)(before && !part_of))
 		refuse("a time is none in", name);
-	to->tv_sec = before ? -(time_t)seconds : (time_t)seconds;
+	to->tv_sec = (time_t)(before ? 0 - seconds : seconds);
 	to->tv_nsec = part_of;
 	if (before && part_of) {
 		to->tv_sec--;

@@ -15,7 +15,8 @@
 
 enum {
 	BLOCK = 512,
-	LONGEST_PATH = 4095, /* bytes, of a name below the tmpfs */
+	LONGEST_PATH = 4095, /* bytes, of a name below the tmpfs with its "./":
+				what the kernel takes at once */
 	LONGEST_PAX = 1 << 20, /* bytes of a pax header: extended attributes
 				  have 64 KiB each */
 	HEADER_EXTENTS = 4, /* of a sparse file, in its header */

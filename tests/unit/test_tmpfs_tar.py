@@ -4,9 +4,11 @@ that it has not packed makes nothing outside the folder."""
 
 from __future__ import annotations
 
+import ctypes
 import gzip
 import os
 import random
+import struct
 import subprocess
 import tarfile
 from collections.abc import Callable
@@ -107,6 +109,54 @@ def test_what_it_packs_is_unpacked_as_it_was(
         assert code == 0, errors
     assert files(out) == files(folder)
     assert (out / "holes").stat().st_blocks * 512 < 8 << 20
+
+
+def test_names_of_the_greatest_length_and_times_of_any_size_move(tar: Path, tmp_path: Path) -> None:
+    """A container may have them, and must not become immovable."""
+    source, out = tmp_path / "source", tmp_path / "out"
+    seconds = [-(1 << 63), -(1 << 63) + 1, -1, 0, 10**16, (1 << 63) - 1]
+    for folder in (source, out):
+        folder.mkdir()
+        run_in(folder, "mount -t tmpfs none .")
+    try:
+        at = os.open(source, os.O_PATH)
+        for n in range(4095 - len("./"), 0, -201):  # with each "/"
+            name = ("d" if n > 201 else "f") * min(n, 200)
+            if n > 201:
+                os.mkdir(name, dir_fd=at)
+                inner = os.open(name, os.O_PATH, dir_fd=at)
+                os.close(at)
+                at = inner
+            else:
+                os.close(os.open(name, os.O_CREAT | os.O_WRONLY, dir_fd=at))
+        os.close(at)
+        for n, second in enumerate(seconds):
+            (source / f"t{n}").touch()
+            set_time(source / f"t{n}", second)
+        archive = pack(tar, source, "plain")
+        code, _, errors = run(tar, [*EXTRACT, str(out)], archive)
+        assert code == 0, errors
+        assert [(out / f"t{n}").stat().st_mtime_ns for n in range(6)] == [
+            s * 10**9 for s in seconds
+        ]
+        assert run_in(out, "find . -type f -name 'f*' | wc -c") == "4096\n"
+    finally:
+        for folder in (source, out):
+            run_in(folder.parent, f"umount {folder}")
+
+
+def run_in(folder: Path, command: str) -> str:
+    words = ["sh", "-c", command]
+    return subprocess.run(
+        words, cwd=folder, check=True, timeout=60, capture_output=True, text=True
+    ).stdout
+
+
+def set_time(path: Path, seconds: int) -> None:
+    """os.utime has no place for all seconds."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    times = struct.pack("=4q", 0, 0, seconds, 0)
+    assert libc.utimensat(-100, os.fsencode(path), times, 0) == 0, ctypes.get_errno()
 
 
 def test_an_archive_in_the_format_of_gzip_goes_to_the_next_tar(
