@@ -179,6 +179,9 @@ def test_what_is_recorded_is_read_again_per_runtime_and_host(tmp_path: Path) -> 
         '{"schema": "pyploop.rates/1", "steps": {"dump": [["x"]]}}',
         '{"schema": "pyploop.rates/1", "steps": {"dump": [[0, 1, NaN], [0, 0, 1], [1, -1, 1]]}}',
         '{"schema": "pyploop.rates/1", "steps": 7}',
+        '{"schema": "pyploop.rates/1"}',
+        '{"schema": "pyploop.rates/1", "steps": {"dump": [[1' + "0" * 400 + ", 1, 1]]}}",
+        "[" * 100_000,
     ],
 )
 def test_a_record_that_is_damaged_is_as_good_as_none(tmp_path: Path, text: str) -> None:

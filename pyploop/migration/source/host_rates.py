@@ -46,8 +46,10 @@ def read(state_dir: str, runtime: str, host: str) -> Samples:
         with private_folder.reopened(path.parent) as folder:
             text = private_folder.read(folder, path.name, LARGEST)
         return _parsed(json.loads(text))
-    except (OSError, PyploopError, ValueError, TypeError, AttributeError):
+    except (OSError, PyploopError):
         return {}
+    except (ValueError, TypeError, AttributeError, LookupError, ArithmeticError, RecursionError):
+        return {}  # it was damaged, or written by hand
 
 
 def _parsed(record: Any) -> Samples:
