@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import socket
 import subprocess
 import sys
@@ -310,9 +311,12 @@ def test_the_guard_leaves_the_cgroup_of_the_session(tmp_path: Path) -> None:
         assert (tmp_path / hierarchy / "cgroup.procs").read_text() == str(os.getpid())
 
 
-def test_the_guard_removes_the_images_and_nothing_that_is_mounted_there(tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["images", "my\timages \\ ö"])
+def test_the_guard_removes_the_images_and_nothing_that_is_mounted_there(
+    tmp_path: Path, name: str
+) -> None:
     needs("root")
-    images, outside = tmp_path / "images", tmp_path / "outside"
+    images, outside = tmp_path / name, tmp_path / "outside"
     for folder in (images / "yard", outside):
         folder.mkdir(parents=True)
     (outside / "other").touch()
@@ -323,6 +327,19 @@ def test_the_guard_removes_the_images_and_nothing_that_is_mounted_there(tmp_path
         assert (outside / "other").exists()
     finally:
         run("umount", "-q", images / "yard", check=False)
+
+
+def test_a_record_that_cannot_be_written_stays_as_it_was(tmp_path: Path) -> None:
+    path = tmp_path / "record"
+    path.write_text("{}")
+    record, (was, hard) = lazy_guard.Record(str(path)), resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (8, hard))
+    try:
+        with pytest.raises(OSError):
+            record.set(state="loading")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (was, hard))
+    assert [p.read_text() for p in tmp_path.iterdir()] == ["{}"]
 
 
 def test_the_guard_can_trace_here_or_says_why_not() -> None:

@@ -69,6 +69,19 @@ def test_a_plain_container_is_written_anew_with_the_paths_of_this_host() -> None
     assert fit(json.loads(json.dumps(made)) | {"root": theirs["root"]}) is not None
 
 
+def test_a_hook_in_a_folder_with_a_space_is_one_word_for_criu_and_is_forgotten(
+    tmp_path: Path,
+) -> None:
+    bundles.write_criu(str(tmp_path), Path("/dev/shm/my images/pyploop-0a/hook"))
+    written = (tmp_path / bundles.CRIU).read_text()
+    assert written == 'network-lock skip\naction-script "/dev/shm/my images/pyploop-0a/hook"\n'
+    older = "network-lock skip\naction-script /dev/shm/pyploop-0a/hook\n"
+    for left in (written, older):
+        (tmp_path / bundles.CRIU).write_text(left)
+        bundles.forget_hook(str(tmp_path))
+        assert (tmp_path / bundles.CRIU).read_text() == "network-lock skip\n"
+
+
 def test_without_a_cgroup_here_the_one_of_the_source_is_not_taken() -> None:
     theirs = plain()
     theirs["linux"]["cgroupsPath"] = "/"

@@ -66,7 +66,7 @@ def write_criu(bundle: str, script: Path | None) -> None:
     which this host made and the container only uses."""
     lines = ["network-lock skip"]
     if script is not None:
-        lines.append(f"action-script {script}")
+        lines.append(f'action-script "{script}"')  # images_dir may have a space
     (Path(bundle) / CRIU).write_text("\n".join(lines) + "\n")
 
 
@@ -77,7 +77,7 @@ def forget_hook(bundle: str) -> None:
         text = (Path(bundle) / CRIU).read_text()
     except OSError:
         return
-    if re.search(r"^action-script .*/pyploop-[0-9a-f]+/hook$", text, re.MULTILINE):
+    if re.search(r'^action-script "?/.*/pyploop-[0-9a-f]+/hook"?$', text, re.MULTILINE):
         write_criu(bundle, None)
 
 

@@ -33,6 +33,7 @@ import contextlib
 import ctypes
 import json
 import os
+import re
 import select
 import shutil
 import signal
@@ -113,11 +114,16 @@ class Record:
         with contextlib.suppress(FileNotFoundError):  # left by a crash
             os.unlink(new)
         flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
-        with open(os.open(new, flags, 0o600), "w") as f:
-            json.dump(self.fields, f)
-            f.flush()
-            os.fsync(f.fileno())
-        os.replace(new, self._path)
+        try:
+            with open(os.open(new, flags, 0o600), "w") as f:
+                json.dump(self.fields, f)
+                f.flush()
+                os.fsync(f.fileno())
+            os.replace(new, self._path)
+        except OSError:  # a full disk, above all
+            with contextlib.suppress(OSError):
+                os.unlink(new)
+            raise
 
     def remove(self) -> None:
         with contextlib.suppress(FileNotFoundError):
@@ -350,13 +356,20 @@ class Guard:
 def remove(folder: str) -> None:
     """Unless something stays mounted in it: a CRIU that was killed leaves the cgroup
     hierarchies there, of all containers."""
-    with open("/proc/self/mounts", errors="surrogateescape") as f:
-        points = [words[1] for line in f if (words := line.split())[1].startswith(f"{folder}/")]
-    for point in reversed(points):
-        if _libc.umount2(os.fsencode(point), _DETACH) < 0:
-            log(f"{folder} is not removed: {point} is mounted", syslog.LOG_WARNING)
+    below = os.fsencode(folder) + b"/"
+    with open("/proc/self/mounts", "rb") as f:
+        points = [plain(line.split()[1]) for line in f]
+    for point in reversed([p for p in points if p.startswith(below)]):
+        if _libc.umount2(point, _DETACH) < 0:
+            name = os.fsdecode(point)
+            log(f"{folder} is not removed: {name} is mounted", syslog.LOG_WARNING)
             return
     shutil.rmtree(folder, ignore_errors=True)
+
+
+def plain(word: bytes) -> bytes:
+    """A name of /proc/mounts, which escapes spaces."""
+    return re.sub(rb"\\([0-7]{3})", lambda m: bytes([int(m[1], 8)]), word)
 
 
 def cgroup_of(state: str) -> str:
