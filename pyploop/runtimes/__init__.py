@@ -98,7 +98,7 @@ class Lazy(Protocol):
         """Whether this container's restore will be lazy.  told: the source's words about its
         memory."""
 
-    def why_no_post_copy(self, want: Wanted) -> str:
+    def why_no_post_copy(self, want: Wanted, told: Any) -> str:
         """Why pages cannot be loaded from the source; empty: they can."""
 
     def start(self, folder: Path, commit: Path, record: Path, **fields: Any) -> None:

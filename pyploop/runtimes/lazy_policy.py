@@ -24,6 +24,8 @@ LEAST = 64 * MIB
 FORKED = 0.1
 """Part of that memory that forked processes may share: after a lazy restore each has its
 own copy."""
+OVERHEAD = 1 / 32
+"""Of a container's memory, what the kernel uses for it in addition: page tables, above all."""
 
 
 @dataclass(frozen=True)
@@ -61,13 +63,27 @@ def wanted(target: Wanted, source: Wanted) -> Wanted:
     return source if target == "auto" else target
 
 
-def choose(want: Wanted, memory: Memory | None) -> Choice:
+def exceeds(memory: Memory, limit: int) -> str:
+    """Why the container would exceed its memory limit of so many bytes (0: none), and be killed
+    by the kernel, if each forked process had its own copy; empty: it would not."""
+    needed = memory.private + memory.whole
+    if not limit or memory.forked < MIB or needed + int(OVERHEAD * needed) <= limit:
+        return ""
+    return (
+        f"{format_size(memory.forked)} of memory are shared by forked processes. With a copy for "
+        f"each of them it would exceed the container's memory limit of {format_size(limit)}"
+    )
+
+
+def choose(want: Wanted, memory: Memory | None, limit: int = 0) -> Choice:
     """Before anything is known of the target's kernel.  memory: None when the source tells
-    of none, which an older one does not."""
+    of none, which an older one does not.  limit: as for `exceeds`."""
     if want == "never":
         return Choice("not wanted")
     if memory is None:
         return Choice("the source does not tell what memory the container has")
+    if why := exceeds(memory, limit):
+        return Choice(why)
     if want == "always":
         return Choice()
     if memory.private < LEAST:

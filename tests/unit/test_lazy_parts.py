@@ -67,6 +67,25 @@ def test_memory_is_loaded_lazily_where_it_pays_and_can_be(
     assert chosen.lazy == (not why) and chosen.why.startswith(why)
 
 
+@pytest.mark.parametrize("want", ["auto", "always"])
+@pytest.mark.parametrize(
+    ("memory", "limit", "why"),
+    [
+        (Memory(1000 * MIB, 60 * MIB, 0), 0, ""),
+        (Memory(1000 * MIB, 60 * MIB, 0), 1040 * MIB, ""),
+        (Memory(1000 * MIB, 60 * MIB, 0), 1020 * MIB, "60.0 MiB of memory are shared"),
+        (Memory(1000 * MIB, 60 * MIB, 100 * MIB), 1040 * MIB, "60.0 MiB of memory are shared"),
+        (Memory(1000 * MIB, 0, 0), 1001 * MIB, ""),
+    ],
+)
+def test_copies_for_forked_processes_must_fit_into_the_memory_limit(
+    want: lazy_policy.Wanted, memory: Memory, limit: int, why: str
+) -> None:
+    """Or the kernel kills the container while its memory is loaded."""
+    chosen = lazy_policy.choose(want, memory, limit)
+    assert chosen.lazy == (not why) and chosen.why.startswith(why)
+
+
 def test_a_dump_with_few_pages_is_restored_eagerly() -> None:
     assert not lazy_policy.choose_again("auto", 8 * MIB).lazy
     assert lazy_policy.choose_again("auto", lazy_policy.LEAST).lazy

@@ -82,6 +82,15 @@ def test_a_hook_in_a_folder_with_a_space_is_one_word_for_criu_and_is_forgotten(
         assert (tmp_path / bundles.CRIU).read_text() == "network-lock skip\n"
 
 
+@pytest.mark.parametrize(
+    ("resources", "limit"),
+    [({"memory": {"limit": 5 << 20}}, 5 << 20), ({"memory": {"limit": -1}}, 0), ({}, 0), (None, 0)],
+)
+def test_the_memory_limit_is_that_of_config_json(resources: Any, limit: int) -> None:
+    assert bundles.memory_limit({"linux": {"resources": resources}}) == limit
+    assert bundles.memory_limit({}) == 0
+
+
 def test_without_a_cgroup_here_the_one_of_the_source_is_not_taken() -> None:
     theirs = plain()
     theirs["linux"]["cgroupsPath"] = "/"

@@ -119,7 +119,7 @@ def why_no_post_copy(host: HostConfig, runtime: Runtime, facts: Facts) -> str:
     can."""
     if runtime.lazy is None:
         return UNABLE
-    return runtime.lazy.why_no_post_copy(_wanted(host, facts))
+    return runtime.lazy.why_no_post_copy(_wanted(host, facts), facts.get("lazy"))
 
 
 def choose_post_copy(host: HostConfig, runtime: Runtime, facts: Facts, seconds: float) -> None:

@@ -59,6 +59,13 @@ def paths_of(config: dict[str, Any]) -> list[str]:
     return [p for p in (config.get("root", {}).get("path"), *binds) if p]
 
 
+def memory_limit(config: dict[str, Any]) -> int:
+    """Bytes that the container's processes may use; 0: any number."""
+    resources = config.get("linux", {}).get("resources") or {}
+    limit = (resources.get("memory") or {}).get("limit")
+    return limit if isinstance(limit, int) and limit > 0 else 0
+
+
 def write_criu(bundle: str, script: Path | None) -> None:
     """Write CRIU's options for this container.  script: CRIU's action script, if any.
 

@@ -68,6 +68,8 @@ class LazyRestore:
         """The guard's number of the daemon's socket to the relay."""
         self._socket = Path()
         """Through which the relay gets its connections."""
+        self.limit = 0
+        """Bytes of the container's memory limit here; 0: none."""
         self.choice = Choice(lazy_policy.NOT_LIVE)
         """Also of what failed on the way."""
 
@@ -78,15 +80,18 @@ class LazyRestore:
     def choose(self, want: lazy_policy.Wanted, told: Any) -> Choice:
         """Before anything is copied.  told: as the source tells of its memory."""
         self._want = want
-        self.choice = lazy_policy.choose(want, lazy_policy.memory_of(told))
+        self.choice = lazy_policy.choose(want, lazy_policy.memory_of(told), self.limit)
         if self.choice.lazy:
             self.choice = Choice(problem(self._criu))
         return self.choice
 
-    def why_no_post_copy(self, want: lazy_policy.Wanted) -> str:
-        """want: this host's wish, or the source's."""
+    def why_no_post_copy(self, want: lazy_policy.Wanted, told: Any) -> str:
+        """want: this host's wish, or the source's.  told: as for `choose`."""
         if want == "never":
             return "lazy_restore is never, so no memory is loaded while the container runs"
+        memory = lazy_policy.memory_of(told)
+        if memory and (why := lazy_policy.exceeds(memory, self.limit)):
+            return why
         return problem(self._criu)
 
     def start(self, folder: Path, commit: Path, record: Path, **fields: Any) -> None:

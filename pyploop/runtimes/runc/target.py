@@ -75,6 +75,7 @@ class TargetSteps(RuncContainer):
                 "than on the source: they must be the same, in the same order",
             )
         config = self._fitted(facts.get("config"), facts)
+        self.lazy.limit = bundles.memory_limit(config)
         contents.check_external(self._config.external, facts.get("kinds") or ())
         host_fit.check_target(config, live)
         self._check_access()
