@@ -26,6 +26,7 @@ from pyploop.migration.file_stream import Budget, Place
 from pyploop.migration.image_channels import ImageReader, ImageWriter
 from pyploop.migration.mux import Mux
 from pyploop.migration.source.dump_stream import stream_dump
+from pyploop.migration.target.incoming_memory import IncomingMemory
 from pyploop.system.jobs import Job
 from pyploop.units import MIB
 from pyploop.wire import messages
@@ -409,6 +410,28 @@ def test_a_full_target_says_so_and_the_source_stops(
         job.join(10)
     pair[0].send({})
     assert pair[1].receive(10) == {}
+
+
+def test_a_target_without_room_for_another_file_fails_as_one_without_room_for_data(
+    pair: tuple[Mux, Mux], folders: tuple[Path, Path]
+) -> None:
+    support.needs("root")
+    (folders[0] / "core.img").write_bytes(b"x")
+    writer, reader = channel(pair)
+    support.run("mount", "-t", "tmpfs", "-o", "nr_inodes=3", "none", folders[1])
+    try:
+        memory = IncomingMemory(folders[1], None)
+        work = memory.receive(reader, 1, 0, lambda _: None)
+        (folders[1] / "last").touch()
+        job = Job(work).start()
+        with writer, contextlib.suppress(WriteError):  # it may have sent all before
+            stream_dump(folders[0], writer, Job(lambda: None).start())
+        with pytest.raises(WriteError, match=r"core\.img.*No space left"):
+            job.join(10)
+        with pytest.raises(WriteError, match=r"folder for memory images.*No space left"):
+            memory.receive(reader, 2, 1, lambda _: None)
+    finally:
+        support.run("umount", folders[1])
 
 
 def test_a_peer_that_gives_no_credit_is_given_up(

@@ -9,8 +9,8 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
-from pyploop.errors import ProtocolError
-from pyploop.migration.file_stream import Budget, Place
+from pyploop.errors import ProtocolError, WriteError
+from pyploop.migration.file_stream import Budget, Place, cannot_write
 from pyploop.migration.image_chain import Chain
 from pyploop.migration.image_channels import ImageReader
 from pyploop.runtimes import LARGEST_FILE, memory_in_use
@@ -37,13 +37,19 @@ class IncomingMemory:
     ) -> Callable[[], None]:
         """Returns the work that receives the images of a pre-dump, or (0) of the dump.
         dumped: called with the folder of the complete dump."""
-        images = self._chain.append(number, parent)
+        try:
+            images = self._chain.append(number, parent)
+        except OSError as e:
+            raise WriteError.of("cannot make a folder for memory images", e) from e
 
         def opened(name: str, flags: int) -> int:
             if not IMAGE_NAME.fullmatch(name) or name == "parent":
                 raise ProtocolError(f"{name[:80]!r} is not the name of a memory image")
             flags |= os.O_WRONLY | os.O_NOFOLLOW | os.O_CLOEXEC
-            return os.open(images / name, flags, 0o600)
+            try:
+                return os.open(images / name, flags, 0o600)
+            except OSError as e:  # no room, above all
+                raise cannot_write(name, e) from e
 
         def work() -> None:
             place = Place(
