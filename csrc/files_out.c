@@ -17,6 +17,9 @@
 #define CHUNK (PL_FRAME_MOST - PL_BLOCK)
 #define PAGES (CHUNK / PL_BLOCK)
 #define MOST_RUNS ((PAGES + 1) / 2)
+/* A page in so many bytes of zeroes is sent all the same.  The peer cannot tell zeroes that
+   are left out from a sender that hangs, and its patience begins anew with PL_PROGRESS bytes. */
+#define MOST_SILENT (4u << 20)
 /* The worst is one run of all pages but one, and the longest name. */
 _Static_assert(PL_BLOCK >= 2 * (PL_PIECE_HEAD + PL_PIECE_NAME),
 	       "a chunk of at most two runs fits into a frame");
@@ -28,6 +31,7 @@ struct pl_files_out {
 	struct pl_files_out_stats stats;	/* atomic, field by field */
 	uint8_t *buf;
 	uint64_t start_ns;
+	uint64_t silent;	/* bytes of zeroes since the last frame */
 	pthread_mutex_t lock;	/* guards all below */
 	pthread_cond_t changed;
 	uint64_t credit;
@@ -128,10 +132,12 @@ static int send_frame(struct pl_files_out *o, struct iovec *iov, unsigned n, uin
 	return err;
 }
 
-static bool is_zero(const struct pl_files_out *o, size_t at, size_t end)
+static bool is_left_out(const struct pl_files_out *o, size_t at, size_t end)
 {
 	size_t len = end - at < PL_BLOCK ? end - at : PL_BLOCK;
 
+	if (!at && o->silent >= MOST_SILENT)
+		return false;
 	return pl_is_zero(o->buf + at, len);
 }
 
@@ -149,12 +155,12 @@ static int send_chunk(struct pl_files_out *o, const char *name, uint16_t len, ui
 	while (at < size) {
 		size_t start;
 
-		while (at < size && is_zero(o, at, size))
+		while (at < size && is_left_out(o, at, size))
 			at += PL_BLOCK;
 		if (at >= size)
 			break;
 		start = at;
-		while (at < size && !is_zero(o, at, size))
+		while (at < size && !is_left_out(o, at, size))
 			at += PL_BLOCK;
 		if (at > size)
 			at = size;
@@ -167,6 +173,7 @@ static int send_chunk(struct pl_files_out *o, const char *name, uint16_t len, ui
 	bytes = (uint32_t)(data + runs * (PL_PIECE_HEAD + (size_t)len));
 	err = runs ? send_frame(o, iov, n, bytes, stage) : 0;
 	if (!err) {
+		o->silent = runs ? 0 : o->silent + size;
 		pl_count(&o->stats.data_bytes, data);
 		pl_count(&o->stats.zero_bytes, size - data);
 	}

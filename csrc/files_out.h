@@ -29,7 +29,8 @@ void pl_files_out_free(struct pl_files_out *o);
 /*
  * Send what the file has from *pos on, as pieces of that name, up to the end that it
  * has now; *pos <- that end.  Pages (PL_BLOCK) of zeroes are left out, and so are
- * holes, which read as zeroes.  `name`: of PL_PIECE_NAME bytes at most.
+ * holes, which read as zeroes; but for a few, so that the peer hears of a sender at work.
+ * `name`: of PL_PIECE_NAME bytes at most.
  * -errno with *stage: READ: the file's; WRITE: the connection broke; REPLY: this channel
  * has ended (pl_files_out_stop), or -ETIMEDOUT: the peer gave no credit for `stall_ms`.
  */

@@ -100,7 +100,7 @@ static int write_all(struct pl_gate *g, struct iovec *iov, unsigned n, uint32_t 
 			uint64_t soon = pl_now_ns() + PL_GATE_GRACE_MS * (uint64_t)PL_NS_PER_MS;
 
 			if (!begun)
-				return *stopped;
+				return __atomic_load_n(stopped, __ATOMIC_ACQUIRE);
 			end = soon < end ? soon : end;
 			hurry = true;
 		}
@@ -129,7 +129,7 @@ int pl_gate_write(struct pl_gate *g, struct iovec *iov, unsigned n, bool urgent,
 
 	do {
 		if (is_set(stopped))
-			return *stopped;
+			return __atomic_load_n(stopped, __ATOMIC_ACQUIRE);
 		err = pl_gate_enter(g, urgent, LOOK_MS);
 	} while (err == -EAGAIN);
 	if (err)

@@ -28,7 +28,7 @@ from pyploop.migration.mux import Mux
 from pyploop.migration.source.dump_stream import stream_dump
 from pyploop.migration.target.incoming_memory import IncomingMemory
 from pyploop.system.jobs import Job
-from pyploop.units import MIB
+from pyploop.units import KIB, MIB
 from pyploop.wire import messages
 from pyploop.wire import mux as wire
 
@@ -114,6 +114,22 @@ def test_a_dump_arrives_as_it_is_and_its_zeroes_are_not_sent(
     assert writer.zeroes > 400 * 4096
     assert budget.lease() == writer.zeroes
     assert (target / "zero.img").stat().st_blocks == 0
+
+
+def test_a_long_run_of_zeroes_is_no_silence(
+    pair: tuple[Mux, Mux], folders: tuple[Path, Path]
+) -> None:
+    """The target gives up a source of which it does not get 64 KiB in time."""
+    with (folders[0] / "pages-1.img").open("wb") as f:
+        f.truncate(100 * MIB)
+    writer, reader = channel(pair)
+    job = Job(lambda: reader.receive(place(folders[1]))).start()
+    with writer:
+        stream_dump(folders[0], writer, Job(lambda: None).start())
+    job.join(30)
+    assert 64 * KIB <= writer.sent <= MIB // 2
+    arrived = folders[1] / "pages-1.img"
+    assert arrived.stat().st_size == 100 * MIB and arrived.read_bytes() == bytes(100 * MIB)
 
 
 def test_pages_are_sent_while_the_dump_is_written(
