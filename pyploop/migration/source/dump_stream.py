@@ -73,10 +73,9 @@ class _Growth:
         return self
 
     def __exit__(self, *exc: object) -> None:
-        if self._job.over.is_set():
-            self._close()
-        else:  # the dump is never given up: its end comes
-            threading.Thread(target=self._close, daemon=True).start()
+        # Nobody waits for it.  The dump may go on, and its end comes; and to close what
+        # reports the writes takes the kernel up to 20 ms, while the container is suspended.
+        threading.Thread(target=self._close, daemon=True).start()
 
     def _close(self) -> None:
         self._watcher.join()

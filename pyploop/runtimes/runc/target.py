@@ -212,8 +212,8 @@ class TargetSteps(RuncContainer):
                     announcer.forget_unanswered()
                     announcer.send()
 
-        with contextlib.ExitStack() as stack:
-            announcers = self._announcers(stack)
+        with contextlib.ExitStack() as sockets, contextlib.ExitStack() as stack:
+            announcers = self._announcers(sockets)
             hook = stack.enter_context(criu.Hook(images.parent, unlock))
             bundles.write_criu(self._config.bundle, hook.script)
             try:
@@ -224,10 +224,14 @@ class TargetSteps(RuncContainer):
             except OSError as e:
                 status, output = -1, str(e)
             bundles.write_criu(self._config.bundle, None)
-        if status == 0 and hook.unlocked:
-            # Again: a switch may have missed the first.  Nobody waits for it.
-            threading.Thread(target=self._announce_here, daemon=True).start()
-            return
+            if status == 0 and hook.unlocked:
+                # Nobody waits for this.  The kernel takes 10 ms to close a packet socket, and
+                # the container is suspended until the source has heard of the restore.
+                later = threading.Thread(
+                    target=self._announce_again, args=(sockets.pop_all(),), daemon=True
+                )
+                later.start()
+                return
         if isinstance(hook.refusal, PyploopError):
             raise hook.refusal
         why = criu.errors_of(work / "restore.log") or last_words(output)
@@ -283,9 +287,11 @@ class TargetSteps(RuncContainer):
                 made.append(stack.enter_context(Announcer(path)))
         return made
 
-    def _announce_here(self) -> None:
-        for path in self._networks():
-            self._announce(path)
+    def _announce_again(self, sockets: contextlib.ExitStack) -> None:
+        """A switch may have missed the first time."""
+        with sockets:
+            for path in self._networks():
+                self._announce(path)
 
     def abandon(self) -> None:
         # The link goes down first: no packet of the ending processes may reach the peers.
