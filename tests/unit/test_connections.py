@@ -17,18 +17,21 @@ from support import needs, run
 
 from pyploop.runtimes.runc import announce
 from pyploop.runtimes.runc.announce import Address
-from pyploop.runtimes.runc.connections import Connections, Pending, own_network
+from pyploop.runtimes.runc.connections import Connections, own_network
 from pyploop.system import network
 
 MAC = bytes.fromhex("020000000042")
 _SERVER = """
 import socket, sys
-server = socket.create_server(("10.78.0.2", 5000))
+servers = {
+    "10.78.0.2": socket.create_server(("10.78.0.2", 5000)),
+    "fd00::2": socket.create_server(("fd00::2", 5000), family=socket.AF_INET6),
+}
 print("listens", flush=True)
 accepted = []
 for order in sys.stdin:
-    if order == "accept\\n":
-        accepted.append(server.accept()[0])
+    if order.startswith("accept "):
+        accepted.append(servers[order.split()[1]].accept()[0])
     else:
         accepted[-1].sendall(b"x" * int(order))
     print("done", flush=True)
@@ -36,9 +39,9 @@ for order in sys.stdin:
 
 
 class Server:
-    """A process in a network namespace of its own, at 10.78.0.2, which accepts connections
-    and answers as it is told to.  The other end of its link is the device `link` of the
-    namespace `here`."""
+    """A process in a network namespace of its own, at 10.78.0.2 and fd00::2, which accepts
+    connections and answers as it is told to.  The other end of its link is the device
+    `peer0` of the namespace `here`."""
 
     def __init__(self, pid: int, process: subprocess.Popen[str], here: str) -> None:
         self.pid, self.here = pid, here
@@ -98,9 +101,10 @@ def server() -> Iterator[Server]:
 
 
 @contextlib.contextmanager
-def _client(server: Server) -> Iterator[socket.socket]:
-    with network.socket_in(server.here, socket.AF_INET, socket.SOCK_STREAM, 0) as client:
-        client.connect(("10.78.0.2", 5000))
+def _client(server: Server, ip: str = "10.78.0.2") -> Iterator[socket.socket]:
+    family = socket.AF_INET6 if ":" in ip else socket.AF_INET
+    with network.socket_in(server.here, family, socket.SOCK_STREAM, 0) as client:
+        client.connect((ip, 5000))
         yield client
 
 
@@ -110,26 +114,27 @@ def _peer(server: Server, *words: str) -> None:
 
 def test_a_connection_counts_until_it_is_accepted(server: Server) -> None:
     with Connections(server.pid) as connections:
-        assert connections.pending() == Pending()
-        with _client(server), _client(server):
-            assert connections.pending() == Pending(unaccepted=2)
-            server.order("accept")
-            assert connections.pending() == Pending(unaccepted=1)
-            server.order("accept")
-            assert connections.pending() == Pending()
+        assert connections.unaccepted() == 0
+        with _client(server), _client(server, "fd00::2"):
+            assert connections.unaccepted() == 2
+            server.order("accept 10.78.0.2")
+            assert connections.unaccepted() == 1
+            server.order("accept fd00::2")
+            assert connections.unaccepted() == 0
 
 
-def test_what_is_sent_counts_until_the_peer_has_acknowledged_it(server: Server) -> None:
-    with Connections(server.pid) as connections, _client(server) as client:
-        server.order("accept")
+@pytest.mark.parametrize("ip", ["10.78.0.2", "fd00::2"])
+def test_what_is_sent_counts_until_the_peer_has_acknowledged_it(server: Server, ip: str) -> None:
+    with Connections(server.pid) as connections, _client(server, ip) as client:
+        server.order(f"accept {ip}")
         server.order("100")
         assert client.recv(100, socket.MSG_WAITALL) == b"x" * 100
-        assert connections.acknowledged(most=30.0) == Pending()
+        assert connections.acknowledged(most=30.0) == 0
         _peer(server, "link", "set", "peer0", "down")
         server.order("100")
-        assert connections.pending().unacknowledged == 100
+        assert connections.unacknowledged() == 100
         # A peer that does not answer: after a retransmission, nobody waits for it any more.
-        assert connections.acknowledged(most=30.0) == Pending()
+        assert connections.acknowledged(most=30.0) == 0
 
 
 def test_a_process_without_a_network_of_its_own_is_known(server: Server) -> None:

@@ -13,7 +13,6 @@ import os
 import socket
 import struct
 import time
-from dataclasses import dataclass
 from typing import Self
 
 from pyploop.system import network
@@ -23,23 +22,15 @@ ACKNOWLEDGED = 0.05
 LOOK = 0.001
 """Seconds between two looks."""
 
-_SOCK_DIAG, _BY_FAMILY = 4, 20  # NETLINK_SOCK_DIAG, SOCK_DIAG_BY_FAMILY
+_SOCK_DIAG = 4  # NETLINK_SOCK_DIAG
+_TCP, _BY_FAMILY = 18, 20  # TCPDIAG_GETSOCK: of both families; SOCK_DIAG_BY_FAMILY
 _ESTABLISHED, _FIN_WAIT1, _CLOSE_WAIT, _LAST_ACK, _LISTEN, _CLOSING = 1, 4, 8, 9, 10, 11
-_SENDING = (_ESTABLISHED, _FIN_WAIT1, _CLOSE_WAIT, _LAST_ACK, _CLOSING)
-_STATES = sum(1 << state for state in (*_SENDING, _LISTEN))
-_REQUEST = struct.Struct("=BBBxI48x")  # struct inet_diag_req_v2: family, protocol, -, states
+_SENDING = sum(1 << state for state in (_ESTABLISHED, _FIN_WAIT1, _CLOSE_WAIT, _LAST_ACK, _CLOSING))
+_OF_TCP = struct.Struct("=BBBB48xII")
+"""struct inet_diag_req: family, lengths of addresses, extensions, states, bytecode."""
+_OF_FAMILY = struct.Struct("=BBBxI48x")  # struct inet_diag_req_v2: family, protocol, -, states
 _ANSWER = struct.Struct("=BBBB48xIII")
 """struct inet_diag_msg: family, state, timer, retransmissions, expires, both queues."""
-
-
-@dataclass(frozen=True)
-class Pending:
-    """What would be lost, or would end the dump, if the link went down now."""
-
-    unacknowledged: int = 0
-    """Bytes that were sent to peers that answer."""
-    unaccepted: int = 0
-    """Connections that a server has not accepted yet."""
 
 
 class Connections:
@@ -49,26 +40,35 @@ class Connections:
         """OSError."""
         self._netlink = network.netlink(f"/proc/{pid}/ns/net", _SOCK_DIAG)
 
-    def pending(self) -> Pending:
-        """OSError."""
-        bytes_, waiting = 0, 0
+    def unaccepted(self) -> int:
+        """How many connections the servers have not accepted yet.  They would end the dump.
+        OSError."""
+        waiting = 0
         for family in (socket.AF_INET, socket.AF_INET6):
-            request = _REQUEST.pack(family, socket.IPPROTO_TCP, 0, _STATES)
+            request = _OF_FAMILY.pack(family, socket.IPPROTO_TCP, 0, 1 << _LISTEN)
             for body in network.dump(self._netlink, _BY_FAMILY, request):
-                _, state, _, again, _, received, sent = _ANSWER.unpack_from(body)
-                if state == _LISTEN:
-                    waiting += received  # the length of its queue
-                elif not again:  # else the peer does not answer anyway
-                    bytes_ += sent
-        return Pending(bytes_, waiting)
+                waiting += _ANSWER.unpack_from(body)[5]  # the length of its queue
+        return waiting
 
-    def acknowledged(self, most: float = ACKNOWLEDGED) -> Pending:
+    def unacknowledged(self) -> int:
+        """Bytes that were sent to peers that answer.  They would be lost if the link went down
+        now.  OSError."""
+        bytes_ = 0
+        # The kernel walks through the connections of the whole host, which takes a millisecond
+        # even if there is none.  So it is asked once, for both families.
+        for body in network.dump(self._netlink, _TCP, _OF_TCP.pack(0, 0, 0, 0, _SENDING, 0)):
+            _, _, _, again, _, _, sent = _ANSWER.unpack_from(body)
+            if not again:  # else the peer does not answer anyway
+                bytes_ += sent
+        return bytes_
+
+    def acknowledged(self, most: float = ACKNOWLEDGED) -> int:
         """Wait until the peers have all that was sent, `most` seconds at most.  Returns what
-        was pending at the end.  OSError."""
+        they did not have at the end.  OSError."""
         deadline = time.monotonic() + most
-        while (pending := self.pending()).unacknowledged and time.monotonic() < deadline:
+        while (bytes_ := self.unacknowledged()) and time.monotonic() < deadline:
             time.sleep(LOOK)
-        return pending
+        return bytes_
 
     def close(self) -> None:
         self._netlink.close()

@@ -52,10 +52,10 @@ def _accepted(
 ) -> int:
     """How many connections still wait to be accepted, after some tries."""
     for _ in range(ACCEPTS):
-        waiting = connections.pending().unaccepted
+        waiting = connections.unaccepted()
         if not waiting or skip:
             return waiting
         freezer.thaw()
         time.sleep(ACCEPT_PAUSE)
         cgroup.freeze(freezer, container)
-    return connections.pending().unaccepted
+    return connections.unaccepted()
