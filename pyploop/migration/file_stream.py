@@ -172,6 +172,8 @@ class Place:
     """Whether each complete file is written to the disk before the next piece is read."""
     modes: int = 0o777
     """Mode bits that are taken over from the source."""
+    completed: Callable[[str], None] = lambda _: None
+    """Called with the name of each file that is complete."""
 
 
 class Files:
@@ -222,6 +224,7 @@ class Files:
             _sync(fd, name)
         self._close(name)
         self._complete[name] = None
+        place.completed(name)
 
     def _file(self, name: str) -> int:
         if name in self._open:

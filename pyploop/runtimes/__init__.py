@@ -279,6 +279,13 @@ class Runtime(Protocol):
         """As `prepare_dump`: for `undump`.  The images are still to come, and the disks are
         not mounted yet.  `abandon` is in the journal."""
 
+    first_image: str
+    """Name of the image that `begin_undump` needs; empty: `begin_undump` does nothing."""
+
+    def begin_undump(self) -> None:
+        """What `prepare_undump` has started may do all that needs the disks and the first
+        image, but none of the others.  `release` was called."""
+
     def check_images(self, images: Path) -> None:
         """The dump is complete.  MigrateError(15) when a process in it may do more than the
         container may."""

@@ -11,6 +11,8 @@ NOTHING = "this runtime starts nothing ahead"
 class Unprepared:
     """These steps of Runtime, with nothing in them."""
 
+    first_image = ""
+
     def prepare_dump(self, images: Path, parent: Path | None) -> str:
         return NOTHING
 
@@ -19,6 +21,9 @@ class Unprepared:
 
     def prepare_undump(self, images: Path) -> str:
         return NOTHING
+
+    def begin_undump(self) -> None:
+        pass
 
     def give_up(self) -> None:
         pass

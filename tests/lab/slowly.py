@@ -56,6 +56,7 @@ AS_IT_IS = {
     "migration.source.suspend_plan": "LATELY PAUSE",
     "migration.source.wire_probe": "SECONDS",
     "report.slow_steps": "LONG LOOK",
+    "runtimes.runc.cgroup_moves": "EVERY",
     "migration.source.post_copy": "LONGEST_WAIT",
     "runtimes.memory_record": "POLL",
     "runtimes.runc.announce": "CARRIER LOOK RUNNING",

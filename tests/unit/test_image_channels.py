@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import queue
 import random
 import resource
 import socket
@@ -25,7 +26,7 @@ from pyploop.migration import file_stream
 from pyploop.migration.file_stream import Budget, Place
 from pyploop.migration.image_channels import ImageReader, ImageWriter
 from pyploop.migration.mux import Mux
-from pyploop.migration.source.dump_stream import stream_dump
+from pyploop.migration.source.dump_stream import send_first, stream_dump
 from pyploop.migration.target.incoming_memory import IncomingMemory
 from pyploop.system.jobs import Job
 from pyploop.units import KIB, MIB
@@ -130,6 +131,25 @@ def test_a_long_run_of_zeroes_is_no_silence(
     assert 64 * KIB <= writer.sent <= MIB // 2
     arrived = folders[1] / "pages-1.img"
     assert arrived.stat().st_size == 100 * MIB and arrived.read_bytes() == bytes(100 * MIB)
+
+
+def test_images_from_before_the_dump_are_complete_at_the_target_before_it(
+    pair: tuple[Mux, Mux], folders: tuple[Path, Path]
+) -> None:
+    source, target = folders
+    (source / "descriptors.json").write_bytes(b"[]")
+    writer, reader = channel(pair)
+    complete: queue.Queue[str] = queue.Queue()
+    job = Job(lambda: reader.receive(place(target, completed=complete.put))).start()
+    with writer:
+        sent = send_first(source, writer)
+        assert sent == ["descriptors.json"]
+        assert complete.get(timeout=30) == "descriptors.json"
+        assert (target / "descriptors.json").read_bytes() == b"[]"
+        (source / "core.img").write_bytes(b"core")
+        stream_dump(source, writer, Job(lambda: None).start(), sent)
+    assert set(job.join(30).names) == {"descriptors.json", "core.img"}
+    assert complete.get(timeout=30) == "core.img"
 
 
 def test_pages_are_sent_while_the_dump_is_written(

@@ -106,6 +106,30 @@ def test_a_restore_waits_with_the_answer_and_what_follows_waits_no_more(
     assert programs.lines() == ["criu 10", "runc 10", "criu 2", "runc 2"]
 
 
+def test_a_restore_that_goes_on_with_the_disks_waits_again_for_the_images(
+    programs: Programs,
+) -> None:
+    early = start(programs, "restore", 10, 2)
+    assert early.ready(SECONDS)
+    early.advance()
+    assert early.ready(SECONDS)
+    assert early.kind == RESTORE[1]
+    assert early.argv and early.advanced
+    assert programs.lines() == ["criu 10", "runc 10"]
+    assert early.go().wait(SECONDS)[0] == 0
+    assert programs.lines() == ["criu 10", "runc 10", "criu 2", "runc 2"]
+    assert not early.argv and not early.advanced
+
+
+def test_a_restore_that_is_given_up_with_the_disks_ends_without_criu(programs: Programs) -> None:
+    early = start(programs, "restore", 10, 2)
+    assert early.ready(SECONDS)
+    early.advance()
+    ended = early.drop()
+    assert ended is not None and ended[0] == 1
+    assert "criu 2" not in programs.lines()
+
+
 def test_a_runc_that_asks_for_no_version_first_is_known_by_it(programs: Programs) -> None:
     early = start(programs, "restore", 2)
     assert early.ready(SECONDS)

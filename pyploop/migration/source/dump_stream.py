@@ -6,7 +6,7 @@ from __future__ import annotations
 import os
 import select
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +24,19 @@ LOOK_UNTOLD = 0.01
 """The same when the kernel reports nothing: no more inotify instances are allowed."""
 
 
-def stream_dump(folder: Path, out: ImageWriter, dump: Job[Any]) -> None:
+def send_first(folder: Path, out: ImageWriter) -> list[str]:
+    """Send the images that are there before the dump begins; returns their names.  No process
+    changes them any more, and the target can use them."""
+    first = sorted(p for p in folder.iterdir() if p.is_file())
+    for path in first:
+        out.file(path.name, str(path))
+    return [path.name for path in first]
+
+
+def stream_dump(folder: Path, out: ImageWriter, dump: Job[Any], sent: Collection[str] = ()) -> None:
     """Send a folder of CRIU images, which is being written until `dump` has ended.
     When the dump fails, its failure is raised here too, and the stream gets no end.
+    sent: names of images that were sent before.
 
     The pages and the files of a tmpfs are nearly all of the data, and are written
     strictly in order, so they are sent as they grow.  CRIU may still change the other
@@ -43,7 +53,7 @@ def stream_dump(folder: Path, out: ImageWriter, dump: Job[Any]) -> None:
     for path in sorted(folder.iterdir()):
         if path.name in at:
             out.complete(path.name, 0o600, at[path.name])
-        elif path.is_file():  # and not the link to a pre-dump's folder
+        elif path.name not in sent and path.is_file():  # and not the link to a pre-dump's folder
             out.file(path.name, str(path))
     out.end()
 

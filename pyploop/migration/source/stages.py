@@ -91,12 +91,14 @@ class Ahead:
         limit = SuspendLimit(move.request.suspend_limit, remote.cut)
         with out, limit, remote.explained():
             dump = Job(lambda: (move.pages or runtime).dump(images, parent))
-            stream = Job(lambda: dump_stream.stream_dump(images, out, dump))
+            sent: list[str] = []
+            stream = Job(lambda: dump_stream.stream_dump(images, out, dump, sent))
             # An agent that does not know memory rounds does not know this argument.
             after: dict[str, Any] = {"parent": ahead.parent} if ahead.parent else {}
             if "memory" in remote.capabilities:
                 after["room"] = ahead.room
             image_chain.check_room(move.folder, ahead.room)
+            why = ""
             if later:
                 after["post_copy"] = move.request.post_copy_timeout
             elif why := runtime.prepare_dump(images, parent):
@@ -107,6 +109,8 @@ class Ahead:
                 move.start_pages(self.plan.in_use)
             _compare_clocks(move)
             runtime.before_suspend()
+            if not later and not why:
+                sent += dump_stream.send_first(images, out)
             move.quiet.enter_context(move.report.deferred())
             start = time.monotonic()
             limit.start()

@@ -24,6 +24,7 @@ from pyploop.migration.file_stream import Place
 from pyploop.migration.image_chain import check_room, folder_of
 from pyploop.migration.image_channels import ImageReader
 from pyploop.migration.target import checks, resumable_files, resumable_trees
+from pyploop.migration.target.early_restore import EarlyRestore
 from pyploop.migration.target.incoming_files import IncomingFiles
 from pyploop.migration.target.incoming_memory import IncomingMemory
 from pyploop.migration.target.incoming_trees import IncomingTrees
@@ -71,6 +72,7 @@ class Incoming:
         """True from the commit on, unless the commit is withdrawn."""
         self.ran = False
         """Whether the container was seen running here."""
+        self._early = EarlyRestore(runtime, self._jobs, self._wait_for_disks)
         folder = commit_record.make_folder(Path(host.state_dir))
         self._journal = Journal.create(
             f"migration of {runtime.container} to this host",
@@ -261,13 +263,23 @@ class Incoming:
             if post_copy:
                 checks.choose_post_copy(self._host, self._runtime, self._facts, post_copy)
             self._start_guard()
-        work = self._memory.receive(channel, number, parent, self._dumped)
-        if not number:
-            self._log_abandon()
-            if why := self._runtime.prepare_undump(folder_of(self._folder, 0)):
-                self._report.info(f"The restore is not started ahead: {why}")
+        completed = self._early.complete
+        work = self._memory.receive(channel, number, parent, self._dumped, completed)
         name = f"memory {number}" if number else "dump"
+        if number:
+            self._start(name, Job(work, channel.close))
+            return
+        self._log_abandon()
+        why = self._runtime.prepare_undump(folder_of(self._folder, 0))
         self._start(name, Job(work, channel.close))
+        if why:
+            self._report.info(f"The restore is not started ahead: {why}")
+        else:
+            self._early.start()
+
+    def _wait_for_disks(self) -> None:
+        for n in range(len(self._disks)):
+            self._wait(f"disk {n}", self.stall)
 
     def _start_guard(self) -> None:
         lazy = self._runtime.lazy
@@ -350,7 +362,7 @@ class Incoming:
             moments["committed"] = time.monotonic()
 
         try:
-            self._runtime.release()
+            self._early.finish(timeout)
             self._runtime.undump(folder_of(self._folder, 0), commit)
         except BaseException as e:
             if not (self.committed and self._runs_after(e)):
@@ -428,7 +440,7 @@ class Incoming:
     def undo(self) -> list[str]:
         """Remove what came, or keep the copied data (--keep-dst).  Returns what could not be
         undone; a later process may try it again."""
-        for job in self._jobs.values():
+        for job in (*self._jobs.values(), self._early.job):
             job.end(deadlines.UNMOVED)  # all that it made is in the journal
             job.interrupt(deadlines.INTERRUPTED)
         self._runtime.give_up()

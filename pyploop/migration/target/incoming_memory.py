@@ -33,10 +33,16 @@ class IncomingMemory:
         self._chain.check(number, parent)
 
     def receive(
-        self, channel: ImageReader, number: int, parent: int, dumped: Callable[[Path], None]
+        self,
+        channel: ImageReader,
+        number: int,
+        parent: int,
+        dumped: Callable[[Path], None],
+        completed: Callable[[str], None],
     ) -> Callable[[], None]:
         """Returns the work that receives the images of a pre-dump, or (0) of the dump.
-        dumped: called with the folder of the complete dump."""
+        dumped: called with the folder of the complete dump.  completed: with the name of each
+        complete image."""
         try:
             images = self._chain.append(number, parent)
         except OSError as e:
@@ -57,6 +63,7 @@ class IncomingMemory:
                 lambda name: opened(name, 0),
                 largest=lambda _: self._budget.most,
                 budget=self._budget,
+                completed=completed,
             )
             channel.receive(place)
             if not number:

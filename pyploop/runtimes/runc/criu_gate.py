@@ -12,7 +12,7 @@ standard library.
 
 For a dump each request waits that may touch the container.  For a restore the first one waits,
 which asks for CRIU's version: runc mounts the root after the answer.  The answer is there
-before it waits.
+before it waits.  The restore itself waits, too, unless pyploop lets all that follows go on.
 """
 
 import os

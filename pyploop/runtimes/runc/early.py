@@ -4,7 +4,8 @@
 runc needs as long to start, and to ask CRIU for its version, as CRIU needs for a small
 container.  So `runc checkpoint` and `runc restore` are started ahead, with a program of ours
 (criu_gate.py) in CRIU's place.  It waits, and runc with it, until the container is suspended,
-or until its disks and images are there.  Then it becomes CRIU.
+or until its images are there.  Then it becomes CRIU.  A restore waits twice: first until the
+disks are there, which runc then mounts, and then until the images are.
 
 If this process ends, the one that waits fails.  runc then ends, and has changed nothing.
 """
@@ -47,6 +48,8 @@ class Early:
         self._folder = Path()
         self.kind = 0
         """Of the request that waits (criu_gate.py)."""
+        self.advanced = False
+        """Whether it has gone on once."""
 
     def start(
         self,
@@ -123,6 +126,15 @@ class Early:
                 self.kind = (self._line.recv(1) or b"\0")[0]
         return self._line is not None
 
+    def advance(self) -> None:
+        """After `ready`: let it go on until it asks CRIU for the next thing.  It waits then
+        until `go`, after another `ready`."""
+        assert self._line is not None
+        with self._line, contextlib.suppress(OSError):  # as in `go`
+            self._line.send(criu_gate.GO)
+        self._line, self.kind = None, 0
+        self.advanced = True
+
     def go(self) -> Command:
         """After `ready`: let it go on, and what it starts later too.  The caller waits for it."""
         assert self._command is not None and self._line is not None
@@ -140,7 +152,7 @@ class Early:
             if line is not None:
                 line.close()
         self._line = self._listening = None
-        self.argv = []
+        self.argv, self.advanced = [], False
         command, self._command = self._command, None
         if command is None:
             return None

@@ -19,6 +19,7 @@ from pyploop.runtimes.config import HostConfig, within
 from pyploop.runtimes.oci import bundles, criu_images, destinations
 from pyploop.runtimes.runc import contents, criu, criu_gate, host_fit, tmpfs
 from pyploop.runtimes.runc.announce import Announcer
+from pyploop.runtimes.runc.cgroup_moves import CgroupMoves
 from pyploop.runtimes.runc.container import RuncContainer
 from pyploop.runtimes.runc.lazy_restore import LazyRestore
 from pyploop.system import beneath
@@ -47,6 +48,7 @@ class TargetSteps(RuncContainer):
 
     def __init__(self, host: HostConfig, container: str) -> None:
         super().__init__(host, container)
+        self._moves = CgroupMoves()
         self._written: dict[str, Any] | None = None
         """Its config.json, as `placed` has written it."""
         state = Path(host.runc_root) / container / "state.json"
@@ -141,7 +143,31 @@ class TargetSteps(RuncContainer):
         # Before the restore nothing must answer in the container's place.
         self._link(self._config.link_down, VzExitCode.BAD_CONFIG)
 
+    first_image = "descriptors.json"
+    """runc's own.  It reads it before it asks CRIU for the restore."""
+
+    def begin_undump(self) -> None:
+        # The processes of the dump are moved soon.
+        self._moves.start()
+        if self._awaits_root():
+            self._early.advance()
+
+    def _awaits_root(self) -> bool:
+        """Whether the restore that was started ahead waits, and has not mounted the root:
+        runc makes a folder when it does, and the root was not there then."""
+        try:
+            waits = bool(self._early.argv) and self._early.ready(PREPARING)
+        except TimeoutError:
+            return False
+        mounted = Path(self._host.runc_root, self.container, "criu-root").exists()
+        return waits and self._early.kind == criu_gate.VERSION and not mounted
+
+    def give_up(self) -> None:
+        self._moves.stop()
+        super().give_up()
+
     def check_images(self, images: Path) -> None:
+        self._moves.start()
         if self._written is None:
             raise MigrateError(VzExitCode.BAD_CONFIG, "the source sent the dump before config.json")
         policy = self._config.policy
@@ -191,7 +217,7 @@ class TargetSteps(RuncContainer):
                 # The images are as they were, and nobody has heard of it.
                 self.lazy.failed(str(e))
                 self.kill()
-        work_of(images).mkdir(mode=0o700)
+        work_of(images).mkdir(mode=0o700, exist_ok=True)  # runc, started ahead, has made it
         self._restore(images, work_of(images), commit)
 
     def _restore(self, images: Path, work: Path, commit: Callable[[], None], *options: str) -> None:
@@ -223,6 +249,7 @@ class TargetSteps(RuncContainer):
                 status, output = hook.serve(command, self._host.command_timeout)
             except OSError as e:
                 status, output = -1, str(e)
+            self._moves.stop()
             bundles.write_criu(self._config.bundle, None)
             if status == 0 and hook.unlocked:
                 # Nobody waits for this.  The kernel takes 10 ms to close a packet socket, and
@@ -265,12 +292,7 @@ class TargetSteps(RuncContainer):
         except TimeoutError:
             early.drop(patience=0.0)
             raise
-        if not waits:
-            early.drop()
-            return None
-        # runc makes this folder when it mounts the root, which was not there yet.
-        mounted = Path(self._host.runc_root, self.container, "criu-root").exists()
-        if early.kind != criu_gate.VERSION or mounted:
+        if not waits or not (early.advanced or self._awaits_root()):
             early.drop()
             return None
         return early.go()
