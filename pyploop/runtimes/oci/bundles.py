@@ -49,7 +49,7 @@ def read(bundle: str, name: str = CONFIG) -> dict[str, Any]:
 def write(bundle: str, config: dict[str, Any]) -> None:
     """Replace config.json: durable, and in one step."""
     _replace(Path(bundle) / CONFIG, json.dumps(config, indent=1))
-    write_criu(bundle, None)
+    write_criu(bundle)
 
 
 def paths_of(config: dict[str, Any]) -> list[str]:
@@ -66,26 +66,23 @@ def memory_limit(config: dict[str, Any]) -> int:
     return limit if isinstance(limit, int) and limit > 0 else 0
 
 
-def write_criu(bundle: str, script: Path | None) -> None:
-    """Write CRIU's options for this container.  script: CRIU's action script, if any.
+def write_criu(bundle: str) -> None:
+    """Write CRIU's options for this container.
 
     CRIU must not lock the network itself: the lock would stay in the network namespace,
     which this host made and the container only uses."""
-    lines = ["network-lock skip"]
-    if script is not None:
-        lines.append(f'action-script "{script}"')  # images_dir may have a space
-    (Path(bundle) / CRIU).write_text("\n".join(lines) + "\n")
+    (Path(bundle) / CRIU).write_text("network-lock skip\n")
 
 
 def forget_hook(bundle: str) -> None:
-    """Drop the hook of an agent that was killed.  A dump calls the hook too.  Nobody would
-    answer it, so it would end the container."""
+    """Drop the hook of an agent of an older version that was killed.  A dump calls the hook too.
+    Nobody would answer it, so it would end the container."""
     try:
         text = (Path(bundle) / CRIU).read_text()
     except OSError:
         return
     if re.search(r'^action-script "?/.*/pyploop-[0-9a-f]+/hook"?$', text, re.MULTILINE):
-        write_criu(bundle, None)
+        write_criu(bundle)
 
 
 def _replace(path: Path, text: str) -> None:

@@ -3,8 +3,8 @@
 
 runc needs as long to start, and to ask CRIU for its version, as CRIU needs for a small
 container.  So `runc checkpoint` and `runc restore` are started ahead, with a program of ours
-(criu_gate.py) in CRIU's place.  It waits, and runc with it, until the container is suspended,
-or until its images are there.  Then it becomes CRIU.  A restore waits twice: first until the
+(criu_gate.py) in CRIU's place.  It starts CRIU, and waits with runc's request until the
+container is suspended, or until its images are there.  A restore waits twice: first until the
 disks are there, which runc then mounts, and then until the images are.
 
 If this process ends, the one that waits fails.  runc then ends, and has changed nothing.
@@ -31,7 +31,6 @@ FOLDER = "early"
 STOPPING = 10.0
 """Seconds for a runc that was given up to end."""
 _SCRIPT = """#!/bin/sh
-[ -e {folder}/open ] && exec {criu} "$@"
 exec {python} -I -S {gate} {folder} {what} {criu} "$@"
 """
 
@@ -45,7 +44,7 @@ class Early:
         self._command: Command | None = None
         self._listening: socket.socket | None = None
         self._line: socket.socket | None = None
-        self._folder = Path()
+        self._starts = 0
         self.kind = 0
         """Of the request that waits (criu_gate.py)."""
         self.advanced = False
@@ -68,7 +67,8 @@ class Early:
         for Command."""
         if os.statvfs(beside).f_flag & os.ST_NOEXEC:
             return f"{beside.parent} is mounted noexec"
-        folder = beside.with_name(FOLDER)
+        self._starts += 1
+        folder = beside.with_name(f"{FOLDER}-{self._starts}")
         try:
             folder.mkdir(mode=0o700)
             script = self._write(folder, what, criu)
@@ -79,7 +79,7 @@ class Early:
         except OSError as e:
             self.drop()
             return f"{e.filename or folder}: {e.strerror}"
-        self.argv, self._folder = list(argv), folder
+        self.argv = list(argv)
         return ""
 
     def _write(self, folder: Path, what: str, criu: str) -> Path:
@@ -135,15 +135,16 @@ class Early:
         self._line, self.kind = None, 0
         self.advanced = True
 
-    def go(self) -> Command:
-        """After `ready`: let it go on, and what it starts later too.  The caller waits for it."""
+    def go(self) -> tuple[Command, socket.socket]:
+        """After `ready`: let it go on to its end.  The caller waits for it, closes the socket,
+        and answers there when a restore asks (criu_gate.ASKS)."""
         assert self._command is not None and self._line is not None
-        (self._folder / "open").touch()
         with contextlib.suppress(OSError):  # it has ended: its status says so
             self._line.send(criu_gate.GO)
         command, self._command = self._command, None
+        line, self._line = self._line, None
         self.drop()
-        return command
+        return command, line
 
     def drop(self, patience: float = STOPPING) -> tuple[int, str] | None:
         """End the one that waits; kill it after `patience` seconds.  Returns how it has ended

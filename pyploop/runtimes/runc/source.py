@@ -220,7 +220,10 @@ class SourceSteps(RuncContainer):
     ) -> Path:
         """Run `runc checkpoint`; returns CRIU's working folder.  meanwhile: called while CRIU
         starts."""
-        ahead = self._early.go() if self._early.argv else None
+        ahead = None
+        if self._early.argv:
+            ahead, line = self._early.go()
+            line.close()
         argv = ahead.argv if ahead else self._checkpoint_argv(how, images, parent)
         try:
             run(

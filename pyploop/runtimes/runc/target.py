@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import socket
 import stat
 import threading
 from collections.abc import Callable
@@ -238,20 +239,17 @@ class TargetSteps(RuncContainer):
                     announcer.forget_unanswered()
                     announcer.send()
 
-        with contextlib.ExitStack() as sockets, contextlib.ExitStack() as stack:
+        restoring = criu.Restoring(unlock)
+        with contextlib.ExitStack() as sockets:
             announcers = self._announcers(sockets)
-            hook = stack.enter_context(criu.Hook(images.parent, unlock))
-            bundles.write_criu(self._config.bundle, hook.script)
             try:
-                command = self._started_ahead(argv)
-                if command is None:
-                    command = Command(argv, self.keep_fds, **_restoring())
-                status, output = hook.serve(command, self._host.command_timeout)
+                command, line = self._waiting(images, argv)
+                with line:
+                    status, output = restoring.serve(command, line, self._host.command_timeout)
             except OSError as e:
                 status, output = -1, str(e)
             self._moves.stop()
-            bundles.write_criu(self._config.bundle, None)
-            if status == 0 and hook.unlocked:
+            if status == 0 and restoring.unlocked:
                 # Nobody waits for this.  The kernel takes 10 ms to close a packet socket, and
                 # the container is suspended until the source has heard of the restore.
                 later = threading.Thread(
@@ -259,10 +257,10 @@ class TargetSteps(RuncContainer):
                 )
                 later.start()
                 return
-        if isinstance(hook.refusal, PyploopError):
-            raise hook.refusal
+        if isinstance(restoring.refusal, PyploopError):
+            raise restoring.refusal
         why = criu.errors_of(work / "restore.log") or last_words(output)
-        raise _NotRestoredError(f"cannot restore {self.container}: {why}", hook.unlocked)
+        raise _NotRestoredError(f"cannot restore {self.container}: {why}", restoring.unlocked)
 
     def prepare_undump(self, images: Path) -> str:
         root = os.path.join(self._config.bundle, str((self._written or {})["root"]["path"]))
@@ -271,30 +269,50 @@ class TargetSteps(RuncContainer):
         lazy = self.lazy.choice.lazy
         work = self.lazy.work if lazy else work_of(images)
         argv = self._restore_argv(images, work, *(["--lazy-pages"] if lazy else ()))
-        why = self._early.start(
-            images, "restore", argv, self._host.criu, self.keep_fds, **_restoring()
-        )
+        why = self._start(images, argv)
         # The source waits, so that all of it is over before the freeze.
         with contextlib.suppress(TimeoutError):
             self._early.ready(PREPARING)
         return why
+
+    def _start(self, images: Path, argv: list[str]) -> str:
+        keep, criu_ = self.keep_fds, self._host.criu
+        return self._early.start(images, "restore", argv, criu_, keep, **_restoring())
 
     def _restore_argv(self, images: Path, work: Path, *options: str) -> list[str]:
         argv = [*self._runc(), "restore", "--detach", "--bundle", self._config.bundle]
         argv += ["--image-path", str(images), "--work-path", str(work)]
         return [*argv, *self._config.options, *options, self.container]
 
-    def _started_ahead(self, argv: list[str]) -> Command | None:
-        """The waiting restore, let go on; None: there is none, or not this one.  OSError."""
+    def _waiting(self, images: Path, argv: list[str]) -> tuple[Command, socket.socket]:
+        """The restore, and where it asks.  It was started ahead, or is started now.  OSError."""
         early = self._early
         try:
-            waits = early.argv == argv and early.ready(self._host.command_timeout)
+            if early.argv == argv and (early.advanced or self._awaits_root()):
+                going = self._let_go()
+                if going is not None:
+                    return going
+            early.drop()
+            if why := self._start(images, argv):
+                raise OSError(why)
+            going = self._let_go()
         except TimeoutError:
             early.drop(patience=0.0)
             raise
-        if not waits or not (early.advanced or self._awaits_root()):
-            early.drop()
+        if going is None:
+            status, output = early.drop() or (-1, "")
+            raise OSError(f"{' '.join(argv)} ended with {status}: {last_words(output)}")
+        return going
+
+    def _let_go(self) -> tuple[Command, socket.socket] | None:
+        """None: it has ended.  TimeoutError."""
+        early, timeout = self._early, self._host.command_timeout
+        if not early.ready(timeout):
             return None
+        if early.kind == criu_gate.VERSION:
+            early.advance()
+            if not early.ready(timeout):
+                return None
         return early.go()
 
     def _networks(self) -> list[str]:
