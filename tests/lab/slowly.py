@@ -84,8 +84,11 @@ AS_IT_IS = {
     "units": "LONGEST",
     "wire.messages": "LONGEST_TIME",
     # Those of programs of their own, which are started by their paths.
-    "runtimes.runc.page_keeper": "CRIU_SECONDS GREETING_SECONDS NOTE_EVERY RETRY",
-    "runtimes.runc.page_relay": "LINGER OUTCOME_SECONDS PING_EVERY SILENCE",
+    "runtimes.runc.page_dump": "CRIU_SECONDS",
+    "runtimes.runc.page_greeting": "GREETING_SECONDS",
+    "runtimes.runc.page_keeper": "NOTE_EVERY RETRY",
+    "runtimes.runc.page_relay": "LINGER OUTCOME_SECONDS",
+    "runtimes.runc.page_stream": "PING_EVERY SILENCE",
     "runtimes.runc.lazy_guard": "ENDING_SECONDS LONG_SECONDS READY_SECONDS",
     # Parts of something.
     "cli.demo_disk": "FILL",

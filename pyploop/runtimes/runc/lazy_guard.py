@@ -239,7 +239,7 @@ class Guard:
             known = {"pid": daemon.pid, "start": start_time(daemon.pid)}
             self._record.set(daemon=known)
             spare(daemon.pid)
-            if "pass" in self._order:  # post-copy (page_relay.hurry)
+            if "pass" in self._order:  # post-copy (page_stream.hurry)
                 with contextlib.suppress(OSError):
                     os.setpriority(os.PRIO_PROCESS, daemon.pid, -10)
             if not self._listens(told):

@@ -122,7 +122,7 @@ class LazyRestore:
         with ours, theirs:
             self._pages = fcntl.fcntl(theirs.fileno(), fcntl.F_DUPFD_CLOEXEC, FIRST_FD)
             self._socket = record.parent / lazy_record.relay_name(migration)
-            args = [sys.executable, "-I", "-S", str(Path(page_relay.__file__))]
+            args = [sys.executable, "-I", "-m", page_relay.__name__]
             args += [str(ours.fileno()), self._socket.name, str(record)]
             self._relay = detached(
                 [*args, str(self.work), str(self.post_copy)], [ours.fileno()], record.parent

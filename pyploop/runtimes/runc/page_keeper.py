@@ -32,92 +32,26 @@ becomes `pyploop migrate --recover`.
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import json
 import os
-import re
 import select
 import signal
 import socket
-import subprocess
 import sys
 import syslog
 import time
 from typing import Any
 
-from pyploop.runtimes.runc import lazy_guard, page_relay
-from pyploop.runtimes.runc.page_relay import Link, Stream
+from pyploop.runtimes.runc import lazy_guard, page_stream
+from pyploop.runtimes.runc.page_dump import PageDump
+from pyploop.runtimes.runc.page_greeting import Greeting
+from pyploop.runtimes.runc.page_stream import Stream
 
 CONNECTING, SERVING, COMPLETE, LOST = "connecting", "serving", "complete", "lost"
 RETRY = 0.5
-GREETING_SECONDS = 40.0
-"""For ssh, the agent and the relay to answer."""
-CRIU_SECONDS = 60.0
-"""For CRIU to end when its socket is closed."""
 NOTE_EVERY = 1.0
-REQUEST = 24
+REQUEST = 32
 """Bytes of a request of `criu lazy-pages` (struct page_server_iov)."""
-FIRST_FD = 100
-"""Descriptors for CRIU: below it, runc may have its own."""
-_HELLO = re.compile(rb"(?:\A|\n)PYPLOOP-AGENT \d+ [^\n]{1,40}\n")
-_ANSWER = re.compile(rb"(PAGES|GONE \w+|NO [^\n]{0,300})\n")
-
-
-def _own_options() -> str:
-    """What the user's own CRIU_CONFIG_FILE says, which ours takes the place of."""
-    path = os.environ.get("CRIU_CONFIG_FILE")
-    if not path:
-        return ""
-    with open(path) as f:
-        return f.read()
-
-
-class Greeting:
-    """A connection that is being made."""
-
-    def __init__(self, argv: list[str], hello: str) -> None:
-        self.process = subprocess.Popen(
-            argv,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            start_new_session=True,
-            bufsize=0,
-        )
-        assert self.process.stdin is not None and self.process.stdout is not None
-        self.wfd, self.rfd = self.process.stdin.fileno(), self.process.stdout.fileno()
-        self._hello, self._data, self._greeted = hello.encode(), b"", False
-        self._deadline = time.monotonic() + GREETING_SECONDS
-        self.answer = ""
-
-    def look(self, readable: bool) -> bool:
-        """Whether there is an answer; empty: there will be none."""
-        if readable:
-            try:
-                part = os.read(self.rfd, 4096)
-            except OSError:
-                part = b""
-            if not part:
-                return True
-            self._data += part
-        if not self._greeted and (found := _HELLO.search(self._data)):
-            self._data, self._greeted = self._data[found.end() :], True
-            with contextlib.suppress(OSError):
-                os.write(self.wfd, self._hello)
-        if self._greeted and (answer := _ANSWER.match(self._data)):
-            self.answer, self._data = answer[1].decode(errors="replace"), self._data[answer.end() :]
-            return True
-        return time.monotonic() > self._deadline or len(self._data) > 1 << 17
-
-    def link(self) -> Link:
-        return Link(self.rfd, self.wfd, self.close, self._data)
-
-    def close(self) -> None:
-        self.process.kill()
-        assert self.process.stdin is not None and self.process.stdout is not None
-        self.process.stdin.close()
-        self.process.stdout.close()
-        self.process.wait()
 
 
 class Keeper:
@@ -127,19 +61,14 @@ class Keeper:
         self._line: socket.socket | None = line
         self._record = record
         self._fields = record.fields
-        ours, self._theirs = socket.socketpair()
-        self._stream = Stream(ours)
+        self._stream, self._dump = Stream(), PageDump()
         self._greeting: Greeting | None = None
         self._again = 0.0
         """When to connect again."""
         self._gone = ""
         """What the target says when its relay has ended."""
         self._ready = False
-        self._dump: subprocess.Popen[bytes] | None = None
-        self._status = -1
-        self._log = ""
-        self._serving = self._stopping = self._bye = False
-        self._freeze: tuple[str, str] = ("", "")
+        self._stopping = self._bye = False
         self._noted = 0.0
         self._chld, wake = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
         os.set_blocking(wake, False)
@@ -150,14 +79,14 @@ class Keeper:
         self._record.set(keeper={"pid": pid, "start": lazy_guard.start_time(pid)})
         state = self._until_over()
         if self._stopping:
-            self._stream.end(page_relay.BADLY)
-            self._end_criu()
+            self._stream.end(page_stream.BADLY)
+            self._dump.end(self._stream)
             self._flush()
             self._record.remove()
             self._say(stopped="")
             return
-        self._stream.end(page_relay.WELL if state == COMPLETE else page_relay.BADLY)
-        self._end_criu()
+        self._stream.end(page_stream.WELL if state == COMPLETE else page_stream.BADLY)
+        self._dump.end(self._stream)
         self._note(state=state, ended=time.time())
         level = syslog.LOG_INFO if state == COMPLETE else syslog.LOG_ERR
         lazy_guard.log(
@@ -180,18 +109,18 @@ class Keeper:
         stream, timeout = self._stream, float(self._fields["timeout"])
         while not self._stopping:
             self._turn(1.0)
-            if stream.peer_ended is not None and stream.drained:
-                well = stream.peer_ended == page_relay.WELL
+            if stream.peer_ended is not None and not stream.incoming:
+                well = stream.peer_ended == page_stream.WELL
                 return self._over(well, "the target's daemon has ended before it had all")
             if self._gone:
                 return self._over(self._gone == COMPLETE, f"the target says: {self._gone}")
             if time.monotonic() - stream.heard > timeout:
                 return self._over(False, f"the target could not be reached for {timeout:g} s")
-            if self._line is None and not self._serving and self._dump is None:
+            if self._line is None and not self._dump.started:
                 self._stopping = True  # the orchestrator was killed before the dump
-            if stream.eof and stream.sock is not None:
-                stream.close()  # CRIU has ended, well or not: the target says which
-                stream.end(page_relay.BADLY)
+            if self._dump.socket.eof and self._dump.socket.open:
+                self._dump.socket.close()  # CRIU has ended, well or not: the target says which
+                stream.end(page_stream.BADLY)
         return LOST
 
     def _over(self, well: bool, why: str) -> str:
@@ -208,9 +137,9 @@ class Keeper:
             others.append(self._line.fileno())
         if self._greeting is not None:
             others.append(self._greeting.rfd)
-        if self._status >= 0:
-            others.append(self._status)
-        ready = stream.turn(others, seconds)
+        if (status := self._dump.status) >= 0:
+            others.append(status)
+        ready = stream.turn(self._dump.socket, others, seconds)
         if self._chld in ready:
             with contextlib.suppress(BlockingIOError):
                 self._stopping |= signal.SIGUSR1 in os.read(self._chld, 4096)
@@ -219,13 +148,13 @@ class Keeper:
         if stream.met and not self._ready:
             self._ready = True
             self._say(ready="")
-        if self._dump is not None and not self._serving:
-            self._look_at_dump(self._status in ready)
+        if status in ready:
+            self._look_at_dump()
         if self._line is not None and self._line.fileno() in ready:
             self._hear()
         if time.monotonic() - self._noted > NOTE_EVERY:
             self._noted = time.monotonic()
-            if self._serving:
+            if self._dump.serving:
                 self._note(sent=stream.acknowledged)
 
     # ---- the connection
@@ -271,88 +200,18 @@ class Keeper:
             return
         message = json.loads(data)
         if message["op"] == "dump":
-            self._start_dump(message)
+            if why := self._dump.start(message):
+                self._say(dumped=why)
         elif message["op"] == "bye":
             self._bye = True
         else:
             self._stopping = True
 
-    # ---- CRIU
-
-    def _start_dump(self, order: dict[str, Any]) -> None:
-        sock = fcntl.fcntl(self._theirs.fileno(), fcntl.F_DUPFD, FIRST_FD)
-        told, tell = os.pipe2(os.O_CLOEXEC)
-        word = fcntl.fcntl(tell, fcntl.F_DUPFD, FIRST_FD)
-        os.close(tell)
-        self._freeze = (order["freeze"][0], order["freeze"][1])
-        self._log = order["log"]
-        try:
-            with open(order["config"], "x") as f:
-                f.write(f"{_own_options()}\nps-socket {sock}\n")
-            self._dump = subprocess.Popen(
-                [*order["argv"], "--lazy-pages", "--status-fd", str(word), order["name"]],
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.DEVNULL,
-                stderr=subprocess.DEVNULL,
-                pass_fds=[sock, word, *order["keep"]],
-                env={**order["env"], "CRIU_CONFIG_FILE": order["config"]},
-                start_new_session=True,
-            )
-            self._status = told
-        except OSError as e:
-            os.close(told)
-            self._say(dumped=f"{order['argv'][0]}: {e.strerror}")
-        finally:
-            os.close(sock)
-            os.close(word)
-            self._theirs.close()
-            for fd in order["keep"]:
-                with contextlib.suppress(OSError):
-                    os.close(fd)
-
-    def _look_at_dump(self, told: bool) -> None:
-        assert self._dump is not None
-        if not told:
-            return
-        word = os.read(self._status, 1)
-        os.close(self._status)
-        self._status = -1
-        if not word:
-            self._say(dumped=self._said() or "it ended without a word")
-            return
-        try:
-            with open(self._freeze[0], "w") as f:
-                f.write(self._freeze[1])
-        except OSError as e:
-            self._say(dumped=f"cannot freeze it: {self._freeze[0]}: {e.strerror}")
-            return
-        self._serving = True
-        self._note(state=SERVING, since=time.time())
-        self._say(dumped="")
-
-    def _said(self) -> str:
-        """The errors in CRIU's log."""
-        try:
-            with open(self._log, errors="replace") as f:
-                lines = [x.split(") ", 1)[-1].strip() for x in f if "Error" in x]
-        except OSError:
-            return ""
-        return "; ".join(lines)[-400:]
-
-    def _end_criu(self) -> None:
-        """Its socket ends, and then it does.  In the midst of a dump it must not be killed:
-        that would spoil the container."""
-        self._stream.close()
-        self._theirs.close()
-        if self._dump is None:
-            return
-        deadline = time.monotonic() + CRIU_SECONDS
-        while self._dump.poll() is None:
-            if time.monotonic() > deadline and (self._serving or self._status < 0):
-                with contextlib.suppress(ProcessLookupError):
-                    os.killpg(self._dump.pid, signal.SIGKILL)
-            # The status is not awaited any more.
-            self._stream.turn([], 0.02)
+    def _look_at_dump(self) -> None:
+        why = self._dump.look()
+        if self._dump.serving:
+            self._note(state=SERVING, since=time.time())
+        self._say(dumped=why)
 
     def _note(self, **fields: Any) -> None:
         """A full disk costs the record, and not what comes next."""
@@ -367,7 +226,7 @@ class Keeper:
         while self._stream.link is not None and self._stream.link.out:
             if time.monotonic() > deadline:
                 return
-            self._stream.turn([], 0.1)
+            self._stream.turn(self._dump.socket, [], 0.1)
 
     def _tidy(self) -> None:
         """The orchestrator does it; else this process."""
@@ -398,7 +257,7 @@ def main() -> None:
         signal.signal(getattr(signal, name), lambda *_: None)
     syslog.openlog("pyploop-pages", syslog.LOG_PID, syslog.LOG_DAEMON)
     lazy_guard.spare(os.getpid())
-    page_relay.hurry(os.getpid())
+    page_stream.hurry(os.getpid())
     line = socket.socket(fileno=int(sys.argv[1]))
     Keeper(line, lazy_guard.Record(sys.argv[2])).serve()
 

@@ -14,8 +14,8 @@ from functools import partial
 
 import pytest
 
-from pyploop.runtimes.runc import page_relay
-from pyploop.runtimes.runc.page_relay import BrokenLinkError, Link, Stream
+from pyploop.runtimes.runc import page_stream
+from pyploop.runtimes.runc.page_stream import BrokenLinkError, CriuSocket, Link, Stream
 from pyploop.units import MIB
 
 
@@ -29,7 +29,8 @@ class Ends:
 
     def __init__(self) -> None:
         pairs = [socket.socketpair() for _ in range(2)]
-        self.streams = [Stream(ours) for ours, _ in pairs]
+        self.streams = [Stream() for _ in pairs]
+        self.sockets = [CriuSocket(ours) for ours, _ in pairs]
         self.criu = [theirs for _, theirs in pairs]
         self.cut: list[socket.socket] = []
 
@@ -44,13 +45,14 @@ class Ends:
             stream.attach(Link(*fds, partial(_close, fds)))
 
     def turn(self) -> None:
-        for stream in self.streams:
-            stream.turn([], 0.001)
+        for stream, sock in zip(self.streams, self.sockets, strict=True):
+            stream.turn(sock, [], 0.001)
 
     def close(self) -> None:
         for stream in self.streams:
             stream.detach()
-            stream.close()
+        for sock in self.sockets:
+            sock.close()
         for one in (*self.criu, *self.cut):
             one.close()
 
@@ -85,7 +87,8 @@ def test_every_byte_arrives_once_and_in_order_over_many_connections(seed: int) -
             assert time.monotonic() < deadline
         for stream in ends.streams:
             assert stream.accepted == stream.delivered
-            stream.close()
+        for sock in ends.sockets:
+            sock.close()
         for one in talk:
             one.join(10)
         assert heard == [said[1], said[0]]
@@ -96,16 +99,16 @@ def test_every_byte_arrives_once_and_in_order_over_many_connections(seed: int) -
 def test_the_outcome_is_told_over_the_next_connection() -> None:
     ends = Ends()
     try:
-        ends.streams[0].end(page_relay.WELL)
+        ends.streams[0].end(page_stream.WELL)
         ends.connect()
         for _ in range(20):
             ends.turn()
-        assert ends.streams[1].peer_ended == page_relay.WELL
+        assert ends.streams[1].peer_ended == page_stream.WELL
         ends.connect()
         ends.streams[1].peer_ended = None
         for _ in range(20):
             ends.turn()
-        assert ends.streams[1].peer_ended == page_relay.WELL
+        assert ends.streams[1].peer_ended == page_stream.WELL
     finally:
         ends.close()
 
@@ -113,9 +116,9 @@ def test_the_outcome_is_told_over_the_next_connection() -> None:
 @pytest.mark.parametrize(
     "frame",
     [
-        page_relay.HEAD.pack(9, 0, 0),
-        page_relay.HEAD.pack(page_relay.DATA, page_relay.PIECE + 1, 0),
-        page_relay.HEAD.pack(page_relay.ACK, 5, 0),
+        page_stream.HEAD.pack(9, 0, 0),
+        page_stream.HEAD.pack(page_stream.DATA, page_stream.PIECE + 1, 0),
+        page_stream.HEAD.pack(page_stream.ACK, 5, 0),
     ],
     ids=["unknown kind", "too long", "an acknowledgement with data"],
 )
@@ -131,10 +134,10 @@ def test_a_frame_that_may_not_come_ends_the_connection(frame: bytes) -> None:
 @pytest.mark.parametrize(
     "frames",
     [
-        [(page_relay.DATA, 0, b"x")],
-        [(page_relay.HELLO, 7, b"")],
-        [(page_relay.HELLO, 0, b""), (page_relay.DATA, 1, b"x")],
-        [(page_relay.HELLO, 0, b""), (page_relay.ACK, 1, b"")],
+        [(page_stream.DATA, 0, b"x")],
+        [(page_stream.HELLO, 7, b"")],
+        [(page_stream.HELLO, 0, b""), (page_stream.DATA, 1, b"x")],
+        [(page_stream.HELLO, 0, b""), (page_stream.ACK, 1, b"")],
     ],
     ids=["data before hello", "more than was said", "a gap", "more than was sent"],
 )
@@ -144,11 +147,11 @@ def test_a_peer_that_lies_about_positions_is_cut_off(
     criu, inner = socket.socketpair()
     ours, theirs = socket.socketpair()
     with criu, ours, theirs:
-        stream = Stream(inner)
+        stream, sock = Stream(), CriuSocket(inner)
         stream.attach(Link(ours.fileno(), ours.fileno(), lambda: None))
         for kind, value, data in frames:
-            theirs.sendall(page_relay.HEAD.pack(kind, len(data), value) + data)
+            theirs.sendall(page_stream.HEAD.pack(kind, len(data), value) + data)
         for _ in range(3):
-            stream.turn([], 0.01)
+            stream.turn(sock, [], 0.01)
         assert stream.link is None
-        stream.close()
+        sock.close()
