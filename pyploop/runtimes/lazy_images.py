@@ -1,9 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How much of a dump is loaded lazily, from CRIU's own list of its pages."""
+"""Which pages of a dump are loaded lazily, from CRIU's own lists of them."""
 
 from __future__ import annotations
 
 import os
+from array import array
+from bisect import bisect_right
+from collections.abc import Iterator
 from pathlib import Path
 
 from pyploop.wire import criu
@@ -12,19 +15,58 @@ from pyploop.wire.protobuf import Malformed
 
 LARGEST = 64 << 20
 """Bytes of one list that is read: some five million pieces."""
+PAGE = os.sysconf("SC_PAGESIZE")
+HIGHEST = 1 << 63
+"""Addresses are below it."""
+
+
+class LazyPages:
+    """Of one process: ranges of addresses, in their order."""
+
+    def __init__(self) -> None:
+        self.starts, self.ends = array("Q"), array("Q")
+
+    def add(self, start: int, pages: int) -> None:
+        """Behind those that are there.  Malformed when it is not."""
+        if start % PAGE or not 0 < pages < HIGHEST // PAGE or start + pages * PAGE >= HIGHEST:
+            raise Malformed(f"{pages} pages at {start:#x}")
+        if self.ends and start < self.ends[-1]:
+            raise Malformed(f"the pages at {start:#x} are not in order")
+        self.starts.append(start)
+        self.ends.append(start + pages * PAGE)
+
+    def end_of(self, address: int) -> int:
+        """Of the range with the address; 0 when there is none."""
+        at = bisect_right(self.starts, address) - 1
+        return self.ends[at] if at >= 0 and address < self.ends[at] else 0
+
+
+def _lazy(path: Path) -> Iterator[tuple[int, int]]:
+    """(address, pages) of one process."""
+    with path.open("rb") as f:
+        data = f.read(LARGEST)
+    for entry in criu.entries("pagemap", data):
+        if (entry.number(Pagemap.FLAGS) or 0) & criu.LAZY_PAGES:
+            pages = entry.number(Pagemap.PAGES) or entry.number(Pagemap.OLD_PAGES) or 0
+            yield entry.number(Pagemap.ADDRESS) or 0, pages
 
 
 def lazy_bytes(images: Path) -> int | None:
     """Of all processes; None when that cannot be read (any more)."""
-    total = 0
     try:
-        for path in images.glob("pagemap-[0-9]*.img"):
-            with path.open("rb") as f:
-                data = f.read(LARGEST)
-            for entry in criu.entries("pagemap", data):
-                if (entry.number(Pagemap.FLAGS) or 0) & criu.LAZY_PAGES:
-                    pages = entry.number(Pagemap.PAGES) or entry.number(Pagemap.OLD_PAGES) or 0
-                    total += pages
+        lists = images.glob("pagemap-[0-9]*.img")
+        return sum(pages for path in lists for _, pages in _lazy(path)) * PAGE
     except (OSError, Malformed):
         return None
-    return total * os.sysconf("SC_PAGESIZE")
+
+
+def lazy_pages(images: Path) -> dict[int, LazyPages]:
+    """By process.  OSError and Malformed when the lists cannot be read."""
+    found = {}
+    for path in images.glob("pagemap-[0-9]*.img"):
+        process = LazyPages()
+        for start, pages in _lazy(path):
+            process.add(start, pages)
+        if process.starts:
+            found[int(path.stem.partition("-")[2])] = process
+    return found

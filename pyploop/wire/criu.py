@@ -74,7 +74,7 @@ class Creds(IntEnum):
 class Pagemap(IntEnum):
     """pagemap_entry of pagemap.proto"""
 
-    OLD_PAGES, FLAGS, PAGES = 2, 4, 5
+    ADDRESS, OLD_PAGES, FLAGS, PAGES = 1, 2, 4, 5
 
 
 LAZY_PAGES = 2

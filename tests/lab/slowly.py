@@ -87,8 +87,9 @@ AS_IT_IS = {
     "runtimes.runc.page_dump": "CRIU_SECONDS",
     "runtimes.runc.page_greeting": "GREETING_SECONDS",
     "runtimes.runc.page_keeper": "NOTE_EVERY RETRY",
-    "runtimes.runc.page_relay": "LINGER OUTCOME_SECONDS",
+    "runtimes.runc.page_relay": "LINGER LOOK OUTCOME_SECONDS",
     "runtimes.runc.page_stream": "PING_EVERY SILENCE",
+    "runtimes.runc.read_ahead": "STANDING",
     "runtimes.runc.lazy_guard": "ENDING_SECONDS LONG_SECONDS READY_SECONDS",
     # Parts of something.
     "cli.demo_disk": "FILL",

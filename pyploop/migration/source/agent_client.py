@@ -76,7 +76,7 @@ class Remote:
         agent answers, or one of another version."""
         if host.startswith("-"):
             raise MigrateError(VzExitCode.USAGE, f"{host!r} is not a host name")
-        self.host = host
+        self.host, self.options = host, tuple(options)
         self._on_event = on_event
         self._lock = threading.Lock()
         self.capabilities: Sequence[str] = ()

@@ -113,7 +113,9 @@ class Move:
         self._journal.add({"kind": "page-server", "record": record})
         # Before it starts: what was started is stopped by the journal's entry.
         self.pages = self.runtime.pages
-        return post_copy.start(self.host, self.runtime, self.request, self.id, used)
+        return post_copy.start(
+            self.host, self.runtime, self.request, self.id, used, ssh_options=self.remote.options
+        )
 
     def ask(self, op: str, timeout: float, **args: Any) -> dict[str, Any]:
         """Send the request after which the target decides which host runs the container."""

@@ -133,9 +133,11 @@ def start(
     request: Request,
     migration: str,
     memory: int,
+    *,
+    ssh_options: Sequence[str],
 ) -> Pages:
-    """Start the page server's keeper, which has a connection of its own.  The caller has it in
-    the journal."""
+    """Start the page server's keeper, which has a connection of its own.  ssh_options: as
+    for the other connection.  The caller has it in the journal."""
     pages = runtime.pages
     assert pages is not None
     config: Sequence[str] = ("--config", os.path.abspath(host.path)) if host.path else ()
@@ -150,7 +152,7 @@ def start(
         total=memory,
         timeout=request.post_copy_timeout,
         ssh=[
-            *(*host.ssh, *request.ssh_options, "-oConnectTimeout=5", *SSH_OPTIONS, "--"),
+            *(*host.ssh, *ssh_options, "-oConnectTimeout=5", *SSH_OPTIONS, "--"),
             *(request.host, shlex.join(host.agent)),
         ],
         hello=wire.pages_hello(__version__, migration),

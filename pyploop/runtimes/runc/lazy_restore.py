@@ -165,6 +165,7 @@ class LazyRestore:
         argv = [self._criu, "lazy-pages", "-D", str(images), "-W", str(self.work)]
         more: dict[str, Any] = {}
         if self.post_copy:
+            os.symlink(images, self.work / page_relay.IMAGES)
             argv += ["--page-server", "--ps-socket", str(self._pages)]
             more = {"pass": [self._pages], "why": str(self.work / "why")}
         self._tell(

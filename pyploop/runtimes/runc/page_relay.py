@@ -19,11 +19,19 @@ import socket
 import sys
 import syslog
 import time
+from pathlib import Path
 
-from pyploop.runtimes.runc.page_stream import BADLY, WELL, CriuSocket, Link, Stream, hurry
+from pyploop.runtimes import lazy_images
+from pyploop.runtimes.runc.page_stream import BADLY, WELL, Link, Stream, hurry
+from pyploop.runtimes.runc.read_ahead import PagesError, ReadAhead
+from pyploop.wire.protobuf import Malformed
 
 OUTCOME_SECONDS = 60.0
 """For the guard to say how the daemon has ended."""
+IMAGES = "images"
+"""A link in CRIU's working folder to the images, once they are there."""
+LOOK = 0.05
+"""Seconds between two looks for the images."""
 LINGER = 20.0
 """For the source to hear that it ended badly.  It finds out in another way, too."""
 
@@ -32,8 +40,9 @@ class TargetRelay:
     """Between `criu lazy-pages` and the connections that the agents hand over."""
 
     def __init__(self, sock: socket.socket, name: str, record: str, work: str) -> None:
-        self._stream, self._criu = Stream(), CriuSocket(sock)
+        self._stream, self._criu = Stream(), ReadAhead(sock, self._learn)
         self._record, self._work, self._name = record, work, name
+        self._known = False
         self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         with contextlib.suppress(FileNotFoundError):  # a new migration has a new name
             os.unlink(name)
@@ -47,23 +56,39 @@ class TargetRelay:
         stream, criu, noted = self._stream, self._criu, -1
         try:
             while not criu.eof:
-                self._turn(1.0)
-                if stream.delivered != noted:
-                    noted = stream.delivered
+                self._learn()
+                self._turn(1.0 if self._known else LOOK)
+                if criu.answered != noted:
+                    noted = criu.answered
                     os.pwrite(self._progress, b"%020d" % noted, 0)
-                if stream.peer_ended is not None and not stream.incoming:
+                if stream.peer_ended is not None and criu.drained(stream):
                     # Harmless when the daemon has all: it closes its end itself then.
                     self._say("the page server on the source has ended")
                     break
                 if time.monotonic() - stream.heard > timeout:
                     self._say(f"the source could not be reached for {timeout:g} s")
                     break
+        except PagesError as e:
+            self._say(str(e))
+        try:
+            if criu.why_not:
+                syslog.syslog(syslog.LOG_WARNING, f"no page was read ahead: {criu.why_not}")
             criu.close()
             self._tell(self._outcome(), timeout)
         finally:
             stream.detach()
             with contextlib.suppress(OSError):
                 os.unlink(self._name)
+
+    def _learn(self) -> None:
+        """Which pages there will be, as soon as the images are there."""
+        if self._known or not (images := Path(self._work, IMAGES)).is_symlink():
+            return
+        self._known = True
+        try:
+            self._criu.know(lazy_images.lazy_pages(images))
+        except (OSError, Malformed) as e:
+            self._criu.why_not = f"the lists of pages cannot be read: {e}"
 
     def _turn(self, seconds: float) -> None:
         if self._stream.turn(self._criu, [self._listener.fileno()], seconds):

@@ -260,15 +260,16 @@ class Stream:
             self._sent.append(data)
             link.send(DATA, self._next, data)
             self._next += len(data)
+        now = time.monotonic()
+        late = now - link.pinged > PING_EVERY
         news = self.delivered - self._acked
-        if self._met and news and (news >= ACK_EVERY or not self.incoming):
+        if self._met and (news >= ACK_EVERY or (news and late)):
             link.send(ACK, self.delivered)
             self._acked = self.delivered
         if self._met and self._outcome is not None and not self._waiting and not self._told:
             self._told = True
             link.send(END, self._outcome)
-        now = time.monotonic()
-        if now - link.pinged > PING_EVERY:
+        if late:
             link.pinged = now
             link.send(PING, 0)
 
