@@ -457,7 +457,7 @@ def test_a_target_without_room_for_another_file_fails_as_one_without_room_for_da
     support.run("mount", "-t", "tmpfs", "-o", "nr_inodes=3", "none", folders[1])
     try:
         memory = IncomingMemory(folders[1], None)
-        work = memory.receive(reader, 1, 0, lambda _: None)
+        work = memory.receive(reader, 1, 0, lambda _: None, lambda _: None)
         (folders[1] / "last").touch()
         job = Job(work).start()
         with writer, contextlib.suppress(WriteError):  # it may have sent all before
@@ -465,7 +465,7 @@ def test_a_target_without_room_for_another_file_fails_as_one_without_room_for_da
         with pytest.raises(WriteError, match=r"core\.img.*No space left"):
             job.join(10)
         with pytest.raises(WriteError, match=r"folder for memory images.*No space left"):
-            memory.receive(reader, 2, 1, lambda _: None)
+            memory.receive(reader, 2, 1, lambda _: None, lambda _: None)
     finally:
         support.run("umount", folders[1])
 
