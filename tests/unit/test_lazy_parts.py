@@ -7,6 +7,7 @@ from __future__ import annotations
 import json
 import os
 import resource
+import signal
 import socket
 import subprocess
 import sys
@@ -300,7 +301,8 @@ def cgroup(tmp_path: Path) -> Iterator[tuple[Path, subprocess.Popen[bytes]]]:
     (group / "cgroup.procs").touch()
     (group / "inner/cgroup.procs").write_text(f"{process.pid}\n")
     state = tmp_path / "state.json"
-    state.write_text(json.dumps({"cgroup_paths": {"": str(group)}}))
+    fields = {"cgroup_paths": {"": str(group)}, "init_process_pid": process.pid}
+    state.write_text(json.dumps(fields | {"init_process_start": journal.start_time(process.pid)}))
     yield state, process
     process.kill()
     process.wait()
@@ -384,3 +386,52 @@ def test_a_guard_whose_agent_ends_before_the_container_runs_leaves_nothing(
         ours.close()
         assert guard.wait(10) == 0
     wait_until(lambda: not record.path.exists(), "the record is removed")
+
+
+DAEMON = """
+import os, socket, sys, time
+listening = socket.socket(socket.AF_UNIX)
+os.chdir(sys.argv[1])
+listening.bind("lazy-pages.socket")
+os.write(int(sys.argv[-1]), b"x")
+time.sleep(60)
+"""
+"""Listens as CRIU's does."""
+
+
+@pytest.mark.parametrize("same", [True, False])
+def test_the_guard_ends_the_container_that_it_guards_and_not_one_that_was_started_anew(
+    made: Made, tmp_path: Path, cgroup: tuple[Path, subprocess.Popen[bytes]], same: bool
+) -> None:
+    if why := lazy_guard.can_trace():
+        pytest.skip(why)
+    state, process = cgroup
+    record = made("prepared")
+    work = tmp_path / "work"
+    work.mkdir()
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    words = [sys.executable, "-I", "-S", lazy_guard.__file__, str(theirs.fileno())]
+    order: dict[str, Any] = {"op": "serve", "argv": [sys.executable, "-c", DAEMON, str(work)]}
+    order |= {"log": str(work / "log"), "state": str(state), "images": str(work)}
+    with subprocess.Popen([*words, str(record.path)], pass_fds=[theirs.fileno()]) as guard, ours:
+        theirs.close()
+        ours.recv(1000)
+        ours.send(json.dumps(order | {"commit": str(work / "commit")}).encode())
+        assert json.loads(ours.recv(1000)) == {"serving": ""}
+        ours.send(b'{"op": "keep"}')
+        wait_until(lambda: state_of(record) == "loading", "the guard has heard it")
+        if not same:
+            fields = json.loads(state.read_text())
+            state.write_text(json.dumps(fields | {"init_process_start": 1}))
+        known = LazyRecord.read(record.path)
+        assert known is not None
+        os.kill(known.process("daemon"), signal.SIGKILL)
+        assert guard.wait(30) == 0
+    assert (process.poll() is None) == (not same)
+    assert state_of(record) == ("lost" if same else "complete")
+    assert work.exists() == same
+
+
+def state_of(record: LazyRecord) -> str:
+    now = LazyRecord.read(record.path)
+    return now.state if now else ""

@@ -144,6 +144,8 @@ class Guard:
         """Its end is wanted: nothing of the container has run."""
         self._kept = False
         """The container runs."""
+        self._life: object = None
+        """Of that container, as `life_of`: another one may have its name later."""
         self._why = ""
         """How the daemon has died before all memory was there."""
         self._chld, wake = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
@@ -199,6 +201,7 @@ class Guard:
 
     def _keep(self) -> None:
         self._kept = True
+        self._life = life_of(self._order["state"])
         if self._why:
             self._lost()
             return
@@ -305,7 +308,7 @@ class Guard:
         _ptrace(_MESSAGE, self._daemon, ctypes.addressof(message))
         self._status = message.value & 0xFFFF
         why = words_of(self._status)
-        if not why or self._stopping:
+        if not why or self._stopping or self._is_over():
             return
         said = self._said()
         self._why = f"criu lazy-pages: {why}" + (f" ({said})" if said else "")
@@ -314,6 +317,10 @@ class Guard:
             log(f"{self._name()} is lost, and its processes do not end", syslog.LOG_ERR)
         if self._kept:
             self._lost()
+
+    def _is_over(self) -> bool:
+        """The container that ran has been removed: what has its name now is another one."""
+        return self._life is not None and life_of(self._order["state"]) != self._life
 
     def _lost(self) -> None:
         self._note(state="lost", why=self._why, ended=time.time())
@@ -372,13 +379,25 @@ def plain(word: bytes) -> bytes:
     return re.sub(rb"\\([0-7]{3})", lambda m: bytes([int(m[1], 8)]), word)
 
 
-def cgroup_of(state: str) -> str:
-    """The container's, in the hierarchy that freezes it, from runc's record of it; '' when
-    there is no container."""
+def record_of(state: str) -> dict[str, Any]:
+    """runc's record of the container; empty when there is none."""
     with contextlib.suppress(OSError, ValueError), open(state) as f:
-        paths = json.load(f).get("cgroup_paths") or {}
-        return str(paths.get("freezer") or paths.get("") or "")
-    return ""
+        return dict(json.load(f))
+    return {}
+
+
+def cgroup_of(state: str) -> str:
+    """The container's, in the hierarchy that freezes it; '' when there is no container."""
+    paths = record_of(state).get("cgroup_paths") or {}
+    return str(paths.get("freezer") or paths.get("") or "")
+
+
+def life_of(state: str) -> tuple[int, int] | None:
+    """Its first process, and when that was started; None when there is no container."""
+    found = record_of(state)
+    if "init_process_pid" not in found:
+        return None
+    return found["init_process_pid"], found.get("init_process_start", 0)
 
 
 def end_container(state: str) -> bool:
