@@ -16,16 +16,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from pyploop.diskcopy.receiver import receive
 from pyploop.errors import MigrateError, ProtocolError, PyploopError, VzExitCode
-from pyploop.migration import commit_record, deadlines, file_stream, undo_kinds
+from pyploop.migration import commit_record, deadlines, undo_kinds
 from pyploop.migration.commit_record import ABORTED, COMMITTED, RAN, CommitRecord
-from pyploop.migration.file_stream import Place
 from pyploop.migration.image_chain import check_room, folder_of
 from pyploop.migration.image_channels import ImageReader
 from pyploop.migration.target import checks, resumable_files, resumable_trees
 from pyploop.migration.target.early_restore import EarlyRestore
+from pyploop.migration.target.incoming_disks import IncomingDisks
 from pyploop.migration.target.incoming_files import IncomingFiles
+from pyploop.migration.target.incoming_items import IncomingItems
 from pyploop.migration.target.incoming_memory import IncomingMemory
 from pyploop.migration.target.incoming_trees import IncomingTrees
 from pyploop.migration.target.settle import complete
@@ -34,12 +34,10 @@ from pyploop.runtimes import Facts, Runtime
 from pyploop.runtimes.config import HostConfig
 from pyploop.runtimes.lazy_policy import UNABLE, Choice
 from pyploop.runtimes.lazy_record import LazyRecord
-from pyploop.system import beneath, private_folder
+from pyploop.system import private_folder
 from pyploop.system.jobs import Job
 from pyploop.undo.journal import Journal
 
-MOST_ITEMS = 4096
-"""Static files of one migration at most: a vzctl container may have 1,000."""
 TREE_PASSES = 4
 """Passes over one tree at a time.  The last one has two servers, and may be repeated."""
 
@@ -84,7 +82,7 @@ class Incoming:
             **undo_kinds.naming(host, runtime),
         )
         # The contents come from another host, programs with the set-user-ID bit too.
-        self._mode = 0o700 if host.policy_of(runtime.container).private else 0o755
+        mode = 0o700 if host.policy_of(runtime.container).private else 0o755
         made = contextlib.ExitStack()
         try:
             self.record = CommitRecord.create(folder, migration)
@@ -96,6 +94,19 @@ class Incoming:
             self._memory = IncomingMemory(self._folder, facts.get("memory"))
             self._files = IncomingFiles(host, runtime, self._journal, self._disks, report)
             made.callback(self._files.close)
+            self._items = IncomingItems(
+                runtime, self._files, self._journal, facts, stall=self.stall, mode=mode
+            )
+            self._incoming_disks = IncomingDisks(
+                runtime,
+                self._disks,
+                self._files,
+                self._journal,
+                facts,
+                stall=self.stall,
+                mode=mode,
+                report=report,
+            )
             self._trees = IncomingTrees(
                 host.rsync,
                 runtime.trees(),
@@ -104,7 +115,7 @@ class Incoming:
                 stall=self.stall,
                 keep_fds=runtime.keep_fds,
                 report=report,
-                mode=self._mode,
+                mode=mode,
             )
         except BaseException:
             # No caller has this object yet, so no other code would undo it.
@@ -115,19 +126,6 @@ class Incoming:
 
     def _log(self, kind: str, **fields: Any) -> None:
         self._journal.add({"kind": kind, **fields})
-
-    def _make_parent(self, path: str, root: str = "") -> None:
-        undo_kinds.make_folders(self._journal, Path(path).parent, self._mode, root)
-
-    def _give_way(self, at: beneath.Place, root: str) -> None:
-        """Before a file is made: move an existing one aside, so that it can be put back."""
-        if beneath.exists(at):
-            saved = f"{at.path}.pyploop-saved"
-            self._log("put-back", path=at.path, saved=saved, root=root)
-            name = os.path.basename(saved)
-            os.replace(at.name, name, src_dir_fd=at.dir_fd, dst_dir_fd=at.dir_fd)
-        else:
-            self._log("remove", path=at.path, root=root)
 
     # ---- what comes through channels
 
@@ -161,80 +159,18 @@ class Incoming:
         self._start(f"digests {len(self._jobs)}", Job(work, out.close))
 
     def take_items(self, fd: int) -> None:
-        """Receive the static files, once.  The label of each says where it belongs."""
+        """Receive the static files, once."""
         if "items" in self._jobs:
             raise ProtocolError("agent protocol: the request `items` came twice")
-        self._start("items", Job(lambda: self._items(fd), lambda: os.close(fd)))
-
-    def _items(self, fd: int) -> None:
-        def create(label: str) -> int:
-            path = self._runtime.destination(label)
-            root = self._runtime.root_of(path)
-            self._make_parent(path, root)
-            with beneath.place(path, root) as at:
-                if not beneath.exists(at):
-                    return self._files.item(label, at, root)
-                self._give_way(at, root)
-                return beneath.create(at)
-
-        place = Place(
-            create,
-            largest=self._runtime.largest,
-            most_files=MOST_ITEMS,
-            durable=True,
-            modes=file_stream.PLAIN,
-        )
-        file_stream.receive(fd, self.stall, place)
-        self._files.check_items()
-        for folder in self._runtime.folders():
-            undo_kinds.make_folders(self._journal, Path(folder), self._mode)
-        for path in self._runtime.makes(self._facts):
-            root = self._runtime.root_of(path)
-            with beneath.place(path, root) as at:
-                self._give_way(at, root)
-        self._runtime.placed(self._facts)
+        self._start("items", Job(self._items.receive(fd), lambda: os.close(fd)))
 
     def take_disk(self, index: int, fd: int, reuse: bool) -> None:
         """Receive one disk, and mount it as soon as it is durable.  reuse: the source sends
         only what differs from the resumable file."""
-        if not 0 <= index < len(self._disks):
-            raise ProtocolError(
-                f"agent protocol: there is no disk {index!r}: this container has "
-                f"{len(self._disks)} disks here"
-            )
+        self._incoming_disks.check(index)
         if f"disk {index}" in self._jobs:
             raise ProtocolError(f"agent protocol: disk {index} was sent twice")
-        disk = self._disks[index]
-        announced = self._facts.get("images") or []
-        largest = announced[index] if index < len(announced) else 0
-        root = self._runtime.root_of(disk.image)
-        self._make_parent(disk.image, root)
-        with beneath.place(disk.image, root):
-            pass  # no link leads elsewhere now, and from here on none is made
-        sink = self._files.disk(f"disk {index}", disk.image, reuse)
-        for entry in self._runtime.attach(disk):
-            self._journal.add(entry)
-
-        def work() -> None:
-            try:
-                receive(
-                    disk.image,
-                    fd,
-                    None,
-                    self._report,
-                    self.stall,
-                    sink=sink,
-                    owner_undoes=True,
-                    largest=largest,
-                )
-            except PyploopError as e:
-                # In the disk's stream the source hears only that it failed.
-                self._report.note(f"disk {index}: {e}")
-                raise
-            finally:
-                os.close(fd)
-            self._runtime.mount(disk)
-
+        work = self._incoming_disks.receive(index, fd, reuse)
         self._start(f"disk {index}", Job(work, lambda: os.close(fd)))
 
     def take_tree(self, index: int, fd: int, last: bool) -> str:

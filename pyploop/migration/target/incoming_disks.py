@@ -1,0 +1,86 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The incoming disks of one migration.  Each is mounted as soon as it is durable.
+
+Invariant: before a disk is made or mounted, it is in the journal.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+from pyploop.diskcopy.receiver import receive
+from pyploop.errors import ProtocolError, PyploopError
+from pyploop.migration import undo_kinds
+from pyploop.migration.target.incoming_files import IncomingFiles
+from pyploop.report.events import Reporter
+from pyploop.runtimes import Disk, Facts, Runtime
+from pyploop.system import beneath
+from pyploop.undo.journal import Journal
+
+
+class IncomingDisks:
+    """The disks of one migration."""
+
+    def __init__(
+        self,
+        runtime: Runtime,
+        disks: list[Disk],
+        files: IncomingFiles,
+        log: Journal,
+        facts: Facts,
+        *,
+        stall: float,
+        mode: int,
+        report: Reporter,
+    ) -> None:
+        """disks: the container's, in this host's configuration.  log: the journal; it gets the
+        undo steps.  facts: the source facts.  stall: as of diskcopy's `receive`.  mode: of
+        folders that are made."""
+        self._runtime, self._disks, self._files, self._journal = runtime, disks, files, log
+        self._announced = facts.get("images") or []
+        self._stall, self._mode, self._report = stall, mode, report
+
+    def check(self, index: int) -> None:
+        """ProtocolError unless there is such a disk."""
+        if not 0 <= index < len(self._disks):
+            raise ProtocolError(
+                f"agent protocol: there is no disk {index!r}: this container has "
+                f"{len(self._disks)} disks here"
+            )
+
+    def receive(self, index: int, fd: int, reuse: bool) -> Callable[[], None]:
+        """Returns the work that receives one disk, mounts it, and closes the descriptor.
+        reuse: the source sends only what differs from the resumable file."""
+        disk = self._disks[index]
+        largest = self._announced[index] if index < len(self._announced) else 0
+        root = self._runtime.root_of(disk.image)
+        undo_kinds.make_folders(self._journal, Path(disk.image).parent, self._mode, root)
+        with beneath.place(disk.image, root):
+            pass  # no link leads elsewhere now, and from here on none is made
+        sink = self._files.disk(f"disk {index}", disk.image, reuse)
+        for entry in self._runtime.attach(disk):
+            self._journal.add(entry)
+
+        def work() -> None:
+            try:
+                receive(
+                    disk.image,
+                    fd,
+                    None,
+                    self._report,
+                    self._stall,
+                    sink=sink,
+                    owner_undoes=True,
+                    largest=largest,
+                )
+            except PyploopError as e:
+                # In the disk's stream the source hears only that it failed.
+                self._report.note(f"disk {index}: {e}")
+                raise
+            finally:
+                os.close(fd)
+            self._runtime.mount(disk)
+
+        return work
