@@ -90,7 +90,8 @@ AS_IT_IS = {
     "runtimes.runc.page_relay": "LINGER LOOK OUTCOME_SECONDS",
     "runtimes.runc.page_stream": "PING_EVERY SILENCE",
     "runtimes.runc.read_ahead": "STANDING",
-    "runtimes.runc.lazy_guard": "ENDING_SECONDS LONG_SECONDS READY_SECONDS",
+    "runtimes.runc.guarded_container": "ENDING_SECONDS",
+    "runtimes.runc.lazy_guard": "LONG_SECONDS READY_SECONDS",
     # Parts of something.
     "cli.demo_disk": "FILL",
     "diskcopy.target_room": "PART",

@@ -26,7 +26,7 @@ from support import MIB, wait_until
 
 MEMORY = 96 * MIB
 KILLS = 10 if table.ALL else 2
-GUARD, DAEMON = "lazy_guard.py", "lazy-pages"
+GUARD, DAEMON = "runc.lazy_guard", "lazy-pages"
 ALWAYS = ("--lazy-restore", "always")
 
 

@@ -159,7 +159,7 @@ def test_the_library_neither_prints_nor_ends_the_process() -> None:
     """Programs that are started by their paths, and the `-m` part of libploop, may."""
     programs = (
         *("undo/watchdog", "migration/relay", "system/enclosure", "libploop"),
-        *("runtimes/runc/lazy_guard", "runtimes/runc/criu_gate"),
+        *("runtimes/runc/process_trace", "runtimes/runc/criu_gate"),
     )
     found = []
     for path in (ROOT / "pyploop").rglob("*.py"):

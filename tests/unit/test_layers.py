@@ -60,7 +60,6 @@ IO = {"io", "socket", "subprocess", "select", "selectors", "fcntl", "time", "thr
 
 STANDALONE = (
     *("undo.watchdog", "migration.relay", "system.enclosure"),
-    "runtimes.runc.lazy_guard",
     "runtimes.runc.criu_gate",
 )
 """These are started by their paths with `python -I -S`, without the package."""

@@ -24,7 +24,7 @@ from pyploop.errors import BusyError, MigrateError, OpenError
 from pyploop.runtimes import config, lazy_images, lazy_memory, lazy_policy, lazy_record
 from pyploop.runtimes.lazy_policy import Memory
 from pyploop.runtimes.lazy_record import LazyRecord
-from pyploop.runtimes.runc import lazy_guard
+from pyploop.runtimes.runc import guarded_container, lazy_guard, process_trace
 from pyploop.undo import journal
 
 BIG = Memory(private=1 << 30, forked=0, whole=1 << 20)
@@ -313,14 +313,14 @@ def test_the_guard_ends_each_process_of_the_container_and_no_other(
 ) -> None:
     state, process = cgroup
     with subprocess.Popen(["sleep", "60"]) as other:
-        assert lazy_guard.end_container(str(state))
+        assert guarded_container.end_container(str(state))
         assert process.wait(5) == -9
         assert other.poll() is None
         other.kill()
 
 
 def test_the_guard_ends_nothing_where_there_is_no_container(tmp_path: Path) -> None:
-    assert lazy_guard.end_container(str(tmp_path / "state.json"))
+    assert guarded_container.end_container(str(tmp_path / "state.json"))
 
 
 def test_the_guard_leaves_the_cgroup_of_the_session(tmp_path: Path) -> None:
@@ -364,10 +364,9 @@ def test_a_record_that_cannot_be_written_stays_as_it_was(tmp_path: Path) -> None
 
 
 def test_the_guard_can_trace_here_or_says_why_not() -> None:
-    words = f"import sys; sys.path.insert(0, {str(Path(lazy_guard.__file__).parent)!r})\n"
-    words += "import lazy_guard; print(repr(lazy_guard.can_trace()))"
+    words = f"from {process_trace.__name__} import can_trace; print(repr(can_trace()))"
     done = subprocess.run(
-        [sys.executable, "-I", "-S", "-c", words], capture_output=True, text=True, check=True
+        [sys.executable, "-I", "-c", words], capture_output=True, text=True, check=True
     )
     assert done.stdout.strip() == "''"
 
@@ -377,7 +376,7 @@ def test_a_guard_whose_agent_ends_before_the_container_runs_leaves_nothing(
 ) -> None:
     record = made("prepared")
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    words = [sys.executable, "-I", "-S", lazy_guard.__file__, str(theirs.fileno())]
+    words = [sys.executable, "-I", "-m", lazy_guard.__name__, str(theirs.fileno())]
     with subprocess.Popen([*words, str(record.path)], pass_fds=[theirs.fileno()]) as guard:
         theirs.close()
         assert json.loads(ours.recv(1000)) == {"ready": ""}
@@ -403,14 +402,14 @@ time.sleep(60)
 def test_the_guard_ends_the_container_that_it_guards_and_not_one_that_was_started_anew(
     made: Made, tmp_path: Path, cgroup: tuple[Path, subprocess.Popen[bytes]], same: bool
 ) -> None:
-    if why := lazy_guard.can_trace():
+    if why := process_trace.can_trace():
         pytest.skip(why)
     state, process = cgroup
     record = made("prepared")
     work = tmp_path / "work"
     work.mkdir()
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    words = [sys.executable, "-I", "-S", lazy_guard.__file__, str(theirs.fileno())]
+    words = [sys.executable, "-I", "-m", lazy_guard.__name__, str(theirs.fileno())]
     order: dict[str, Any] = {"op": "serve", "argv": [sys.executable, "-c", DAEMON, str(work)]}
     order |= {"log": str(work / "log"), "state": str(state), "images": str(work)}
     with subprocess.Popen([*words, str(record.path)], pass_fds=[theirs.fileno()]) as guard, ours:

@@ -2,8 +2,7 @@
 """The guard of a lazy restore: it starts `criu lazy-pages`, outlives the agent, and says
 how the daemon has ended (docs/internals/lazy-restore.md).
 
-It is started by its path (python -I -S), in a session of its own.  It imports only the
-standard library.
+It is a program of its own (python -I -m), in a session of its own.
 
 Invariant: no process of the container reads a zero where its memory should be.  When the
 daemon dies, the kernel fills what has not come yet with zeroes, silently, as soon as the
@@ -29,13 +28,12 @@ JSON object a packet:
 When the socket ends without `keep`, the commit record decides.
 """
 
+from __future__ import annotations
+
 import contextlib
-import ctypes
 import json
 import os
-import re
 import select
-import shutil
 import signal
 import socket
 import subprocess
@@ -43,6 +41,10 @@ import sys
 import syslog
 import time
 from typing import Any
+
+from pyploop.runtimes.runc import process_trace as trace
+from pyploop.runtimes.runc.guarded_container import end_container, life_of
+from pyploop.system import kernel, mount_table, removal
 
 LONGEST = 1 << 17
 """Bytes of one message at most."""
@@ -52,31 +54,15 @@ READY_SECONDS = 8.0
 """For the daemon to listen."""
 LONG_SECONDS = 600.0
 """Between two lines of the log about memory that is not loaded yet."""
-ENDING_SECONDS = 30.0
-"""For the container's processes to end.  Then it is said, and tried again."""
 KEPT = ("committed", "ran")
 """Words of a commit record: the container may run here."""
 
-_SEIZE, _LISTEN, _CONT, _MESSAGE = 0x4206, 0x4208, 7, 0x4201
-_DETACH = 2 | 8
-"""MNT_DETACH, UMOUNT_NOFOLLOW."""
-_EVENT_EXIT, _EVENT_STOP, _TRACE_EXIT, _WALL = 6, 128, 0x40, 0x40000000
 _STOPPING = (signal.SIGSTOP, signal.SIGTSTP, signal.SIGTTIN, signal.SIGTTOU)
 _POLITE = (
     *(signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT, signal.SIGTSTP),
     *(signal.SIGUSR1, signal.SIGUSR2, signal.SIGALRM, signal.SIGPIPE, signal.SIGCONT),
 )
 """The daemon's end would be the container's: whoever asks for it in this way is not heard."""
-
-_libc = ctypes.CDLL(None, use_errno=True)
-_libc.ptrace.argtypes = [ctypes.c_long, ctypes.c_long, ctypes.c_void_p, ctypes.c_void_p]
-_libc.ptrace.restype = ctypes.c_long
-
-
-def _ptrace(request: int, pid: int, data: int = 0) -> None:
-    if _libc.ptrace(request, pid, None, data) < 0:
-        code = ctypes.get_errno()
-        raise OSError(code, os.strerror(code))
 
 
 def start_time(pid: int) -> int:
@@ -89,14 +75,6 @@ def bytes_read(pid: int) -> int:
     """By the process, in all."""
     with open(f"/proc/{pid}/io") as f:
         return int(f.readline().split()[1])
-
-
-def words_of(status: int) -> str:
-    """How a process has ended: '' for well."""
-    if os.WIFSIGNALED(status):
-        return f"killed by signal {os.WTERMSIG(status)}"
-    code = os.WEXITSTATUS(status)
-    return f"it ended with {code}" if code else ""
 
 
 class Record:
@@ -157,7 +135,7 @@ class Guard:
         """Until the daemon has ended, and it is known what becomes of the container."""
         pid = os.getpid()
         self._record.set(guard={"pid": pid, "start": start_time(pid)})
-        self._say(ready=can_trace())
+        self._say(ready=trace.can_trace())
         while not self._kept or self._daemon:
             lines: list[Any] = [self._chld] if self._kept else [self._chld, self._line]
             ready = select.select(lines, [], [], LONG_SECONDS)[0]
@@ -238,7 +216,7 @@ class Guard:
         daemon.returncode = 0  # waited for here, and not by subprocess
         self._daemon = daemon.pid
         try:
-            _ptrace(_SEIZE, daemon.pid, _TRACE_EXIT)
+            trace.ptrace(trace.SEIZE, daemon.pid, trace.TRACE_EXIT)
             known = {"pid": daemon.pid, "start": start_time(daemon.pid)}
             self._record.set(daemon=known)
             spare(daemon.pid)
@@ -285,7 +263,7 @@ class Guard:
         with contextlib.suppress(BlockingIOError):
             os.read(self._chld, 4096)
         while self._daemon:
-            pid, status = os.waitpid(self._daemon, _WALL | os.WNOHANG)
+            pid, status = os.waitpid(self._daemon, trace.WALL | os.WNOHANG)
             if not pid:
                 return
             if not os.WIFSTOPPED(status):
@@ -294,20 +272,18 @@ class Guard:
                 return
             event, stopped = status >> 16, os.WSTOPSIG(status)
             with contextlib.suppress(ProcessLookupError):  # killed since
-                if event == _EVENT_EXIT:
+                if event == trace.EVENT_EXIT:
                     self._at_its_end()
-                    _ptrace(_CONT, pid)
-                elif event == _EVENT_STOP:
-                    _ptrace(_LISTEN if stopped in _STOPPING else _CONT, pid)
+                    trace.ptrace(trace.CONT, pid)
+                elif event == trace.EVENT_STOP:
+                    trace.ptrace(trace.LISTEN if stopped in _STOPPING else trace.CONT, pid)
                 else:
-                    _ptrace(_CONT, pid, stopped)
+                    trace.ptrace(trace.CONT, pid, stopped)
 
     def _at_its_end(self) -> None:
         """It still holds the container's memory; what it has not filled in by now is lost."""
-        message = ctypes.c_ulong()
-        _ptrace(_MESSAGE, self._daemon, ctypes.addressof(message))
-        self._status = message.value & 0xFFFF
-        why = words_of(self._status)
+        self._status = trace.end_of(self._daemon)
+        why = trace.words_of(self._status)
         if not why or self._stopping or self._is_over():
             return
         said = self._said()
@@ -361,74 +337,13 @@ class Guard:
 
 
 def remove(folder: str) -> None:
-    """Unless something stays mounted in it: a CRIU that was killed leaves the cgroup
-    hierarchies there, of all containers."""
-    below = os.fsencode(folder) + b"/"
-    with open("/proc/self/mounts", "rb") as f:
-        points = [plain(line.split()[1]) for line in f]
-    for point in reversed([p for p in points if p.startswith(below)]):
-        if _libc.umount2(point, _DETACH) < 0:
-            name = os.fsdecode(point)
-            log(f"{folder} is not removed: {name} is mounted", syslog.LOG_WARNING)
-            return
-    shutil.rmtree(folder, ignore_errors=True)
-
-
-def plain(word: bytes) -> bytes:
-    """A name of /proc/mounts, which escapes spaces."""
-    return re.sub(rb"\\([0-7]{3})", lambda m: bytes([int(m[1], 8)]), word)
-
-
-def record_of(state: str) -> dict[str, Any]:
-    """runc's record of the container; empty when there is none."""
-    with contextlib.suppress(OSError, ValueError), open(state) as f:
-        return dict(json.load(f))
-    return {}
-
-
-def cgroup_of(state: str) -> str:
-    """The container's, in the hierarchy that freezes it; '' when there is no container."""
-    paths = record_of(state).get("cgroup_paths") or {}
-    return str(paths.get("freezer") or paths.get("") or "")
-
-
-def life_of(state: str) -> tuple[int, int] | None:
-    """Its first process, and when that was started; None when there is no container."""
-    found = record_of(state)
-    if "init_process_pid" not in found:
-        return None
-    return found["init_process_pid"], found.get("init_process_start", 0)
-
-
-def end_container(state: str) -> bool:
-    """End each of its processes, frozen or not.  False when some stay."""
-    deadline = time.monotonic() + ENDING_SECONDS
-    while pids := processes_in(folder := cgroup_of(state)):
-        if time.monotonic() > deadline:
-            return False
-        for pid in pids:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
-        # v1 delivers signals to what is frozen only when it is thawed.
-        with contextlib.suppress(OSError), open(f"{folder}/freezer.state", "r+") as f:
-            f.write("THAWED")
-        time.sleep(0.005)
-    return True
-
-
-def processes_in(folder: str) -> list[int]:
-    """Of a cgroup, with those below it; without those that have ended and are waited for."""
-    found: list[int] = []
-    for inner, _, _ in os.walk(folder) if folder else ():
-        with contextlib.suppress(OSError), open(f"{inner}/cgroup.procs") as f:
-            found += [int(line) for line in f]
-    return [pid for pid in found if pid and not ended(pid)]
-
-
-def ended(pid: int) -> bool:
-    with contextlib.suppress(OSError), open(f"/proc/{pid}/stat", "rb") as f:
-        return f.read().rpartition(b")")[2].split()[0] in b"ZX"
-    return True
+    """A CRIU that was killed leaves the cgroup hierarchies mounted there, of all containers."""
+    try:
+        for point in mount_table.mount_points_below(folder):
+            kernel.umount(point, lazy=True)
+        removal.remove_tree(folder)
+    except OSError as e:
+        log(f"{folder} is not removed: {e.strerror}", syslog.LOG_WARNING)
 
 
 def holds_socket(pid: int) -> bool:
@@ -440,30 +355,6 @@ def holds_socket(pid: int) -> bool:
         with contextlib.suppress(OSError):
             mine.add(os.readlink(entry.path))
     return any(f"socket:[{words[-2]}]" in mine for words in lines)
-
-
-def can_trace() -> str:
-    """Why a process cannot be traced here to its end; '' when it can."""
-    child = os.fork()
-    if not child:
-        time.sleep(60)
-        os._exit(0)
-    try:
-        _ptrace(_SEIZE, child, _TRACE_EXIT)
-        os.kill(child, signal.SIGKILL)
-        _, status = os.waitpid(child, _WALL)
-        if status >> 16 != _EVENT_EXIT:
-            return "this kernel does not stop a traced process at its end"
-        _ptrace(_CONT, child)
-    except OSError as e:
-        with contextlib.suppress(OSError):
-            os.kill(child, signal.SIGKILL)
-        return f"a process cannot be traced: {e.strerror}"
-    finally:
-        with contextlib.suppress(ChildProcessError):
-            while not os.WIFSIGNALED(os.waitpid(child, _WALL)[1]):
-                pass
-    return ""
 
 
 def spare(pid: int) -> None:

@@ -106,7 +106,7 @@ class LazyRestore:
             LazyRecord.create(record, images=str(folder), **fields)
             more = self._start_relay(record, str(fields["migration"])) if self.post_copy else []
             self._line, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-            args = [sys.executable, "-I", "-S", str(Path(lazy_guard.__file__))]
+            args = [sys.executable, "-I", "-m", lazy_guard.__name__]
             with theirs:
                 self._guard = detached(
                     [*args, str(theirs.fileno()), str(record)], [theirs.fileno(), *more]
