@@ -118,7 +118,8 @@ def started(argv: list[str], *, dies_with_us: bool) -> tuple[socket.socket, int]
         ours.set_inheritable(True)
     # Not subprocess: its import takes as long as all the rest here.
     actions = [(os.POSIX_SPAWN_DUP2, theirs.fileno(), int(argv[-1]))]
-    pid = os.posix_spawnp(argv[0], argv, os.environ, file_actions=actions)
+    default = [signal.SIGPIPE]  # which Python ignores
+    pid = os.posix_spawnp(argv[0], argv, os.environ, file_actions=actions, setsigdef=default)
     theirs.close()
     ours.set_inheritable(False)
     return ours, pid
