@@ -94,6 +94,9 @@ class Lazy(Protocol):
     post_copy: float
     """Seconds for which the pages may not come from the source; 0: they are on this host."""
 
+    chained: bool
+    """Some are in images of memory rounds."""
+
     def choose(self, want: Wanted, told: Any) -> Choice:
         """Whether this container's restore will be lazy.  told: the source's words about its
         memory."""

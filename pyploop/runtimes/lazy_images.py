@@ -6,7 +6,7 @@ from __future__ import annotations
 import os
 from array import array
 from bisect import bisect_right
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from pyploop.wire import criu
@@ -60,13 +60,18 @@ def lazy_bytes(images: Path) -> int | None:
         return None
 
 
-def lazy_pages(images: Path) -> dict[int, LazyPages]:
-    """By process.  OSError and Malformed when the lists cannot be read."""
+def lazy_pages(
+    images: Path, elsewhere: Callable[[int, int], bool] | None = None
+) -> dict[int, LazyPages]:
+    """By process.  elsewhere: whether those from an address of a process on are left out.
+    OSError and Malformed when the lists cannot be read."""
     found = {}
     for path in images.glob("pagemap-[0-9]*.img"):
         process = LazyPages()
+        pid = int(path.stem.partition("-")[2])
         for start, pages in _lazy(path):
-            process.add(start, pages)
+            if not (elsewhere and elsewhere(pid, start)):
+                process.add(start, pages)
         if process.starts:
-            found[int(path.stem.partition("-")[2])] = process
+            found[pid] = process
     return found

@@ -100,10 +100,11 @@ def choose(want: Wanted, memory: Memory | None, limit: int = 0) -> Choice:
 
 
 def choose_again(want: Wanted, pages: int) -> Choice:
-    """The dump is there, and has so many bytes of pages: what was copied ahead in rounds of
-    memory is not among them, and CRIU restores that eagerly."""
+    """The dump is there, and so many bytes of its pages, and of those of memory rounds, can
+    come later."""
     if want == "always" or pages >= LEAST:
         return Choice()
     return Choice(
-        f"it does not pay: the dump has {format_size(pages)} of memory, the rest was copied ahead"
+        f"it does not pay: {format_size(pages)} of the dump can come later, and "
+        f"{format_size(LEAST)} are the least"
     )

@@ -63,11 +63,8 @@ class LazyRecord(MemoryRecord):
 
     def loaded(self) -> int:
         """Bytes that the daemon has read so far; 0 when that is not known."""
-        if self.fields.get("post_copy"):  # its relay counts
-            try:
-                return int((self.images / "lazy-work" / "progress").read_text())
-            except (OSError, ValueError):
-                return 0
+        with contextlib.suppress(OSError, ValueError):  # of a process that answers the daemon
+            return int((self.images / "lazy-work" / "progress").read_text())
         pid = self.process("daemon")
         try:
             text = Path(f"/proc/{pid}/io").read_text()

@@ -14,7 +14,7 @@ import struct
 from collections.abc import Iterator
 from enum import IntEnum
 
-from pyploop.wire.protobuf import Malformed, Message
+from pyploop.wire.protobuf import Malformed, Message, varint_of
 
 COMMON = 0x54564319
 MAGICS = {
@@ -28,6 +28,7 @@ MAGICS = {
     "files": 0x56303138,
     "seccomp": 0x64413049,
     "pagemap": 0x56084025,
+    "mm": 0x57492820,
 }
 _NAME = re.compile(r"([a-z0-9-]*?[a-z])(?:-[0-9]+|(?<=ghost-file)-[0-9a-f]+)?(?:\.tar\.gz)?\.img")
 
@@ -79,6 +80,42 @@ class Pagemap(IntEnum):
 
 LAZY_PAGES = 2
 """A bit of its flags: these pages can be loaded by page faults."""
+
+
+MM_VMAS = 14
+"""Field of mm.proto: the mappings."""
+
+
+class Vma(IntEnum):
+    """vma_entry of vma.proto"""
+
+    START, END, FLAGS, STATUS = 1, 2, 6, 7
+
+
+_PRIVATE, _ANONYMOUS, _NEVER = 0x02, 0x20, 0x2000 | 0x40000
+"""MAP_PRIVATE, MAP_ANONYMOUS; MAP_LOCKED, MAP_HUGETLB."""
+_REGULAR, _SPECIAL = 1, 1 << 2 | 1 << 3 | 1 << 12
+"""VMA_AREA_REGULAR; VMA_AREA_VSYSCALL, VMA_AREA_VDSO, VMA_AREA_VVAR."""
+
+
+def can_be_lazy(vma: Message) -> bool:
+    """Whether the pages of a mapping can be loaded by page faults (vma_entry_can_be_lazy() in
+    CRIU's sources)."""
+    flags, status = vma.number32(Vma.FLAGS) or 0, vma.number32(Vma.STATUS) or 0
+    private = flags & _PRIVATE and flags & _ANONYMOUS and not flags & _NEVER
+    return bool(private and status & _REGULAR and not status & _SPECIAL)
+
+
+def pagemap_entry(address: int, pages: int, flags: int) -> bytes:
+    """An entry of an image of kind `pagemap`."""
+    fields = {
+        Pagemap.ADDRESS: address,
+        Pagemap.OLD_PAGES: 0,
+        Pagemap.FLAGS: flags,
+        Pagemap.PAGES: pages,
+    }
+    data = b"".join(varint_of(key << 3) + varint_of(value) for key, value in fields.items())
+    return struct.pack("<I", len(data)) + data
 
 
 class Mount(IntEnum):

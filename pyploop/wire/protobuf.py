@@ -133,3 +133,13 @@ def varint(data: bytes, at: int) -> tuple[int, int]:
         if byte < 0x80:
             return value & 0xFFFFFFFFFFFFFFFF, at + n + 1
     raise Malformed(f"a number at {at} does not end")
+
+
+def varint_of(value: int) -> bytes:
+    """value: not negative."""
+    out = bytearray()
+    while value > 0x7F:
+        out.append(value & 0x7F | 0x80)
+        value >>= 7
+    out.append(value)
+    return bytes(out)

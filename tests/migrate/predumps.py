@@ -9,17 +9,20 @@ Each is a real dump with --leave-running, of which a pre-dump keeps the memory a
 Pages that the parent's images have already, byte for byte, are not kept again, but
 marked as the parent's, as CRIU marks those that were not written to: so the chain of
 images that comes of it is what a real CRIU restores from.  What runc and CRIU refuse
-is refused: a parent that is absolute or not there, or that has no images.
+is refused: a parent that is absolute or not there, or that has no images.  A dump for
+post-copy has no pages, so those of the stopped processes are compared.
 """
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import struct
 import subprocess
 import sys
 from pathlib import Path
+from typing import BinaryIO
 
 PAGE = 4096
 PARENT, LAZY, PRESENT = 1, 2, 4
@@ -121,14 +124,21 @@ def deposit(full: Path, images: Path, parent: Path | None, memory_only: bool) ->
             shutil.copy2(path, images / path.name)
 
 
-def _pages(path: Path, images: Path, parent: Path | None) -> None:
+def _pages(path: Path, images: Path, parent: Path | None, memory: BinaryIO | None = None) -> None:
     old = whole(parent, path.name) if parent is not None else {}
     source = Pagemap(path)
     lazy = source.lazy()
     entries: list[dict[int, int]] = []
     with (images / source.pages.name).open("wb") as out:
-        for address, page in source.known().items():
-            flags = PARENT if page is not None and old.get(address) == page else PRESENT
+        known = source.known()
+        for address in sorted({*known, *lazy}):
+            page = known.get(address)
+            if page is None and memory is not None:
+                memory.seek(address)
+                same = address in old and old[address] == memory.read(PAGE)
+                flags = PARENT if same else LAZY
+            else:
+                flags = PARENT if page is not None and old.get(address) == page else PRESENT
             if flags == PRESENT:
                 assert page is not None
                 out.write(page)
@@ -156,6 +166,44 @@ def option(words: list[str], name: str) -> str:
     return value
 
 
+def process(program: str, container: str, pid: int) -> int:
+    """The number on this host of a process of the container."""
+    said = subprocess.run([program, "state", container], capture_output=True, check=True).stdout
+    space = os.readlink(f"/proc/{json.loads(said)['pid']}/ns/pid")
+    for entry in os.scandir("/proc"):
+        if entry.name.isdigit() and os.readlink(f"{entry.path}/ns/pid") == space:
+            status = Path(entry.path, "status").read_text()
+            (line,) = (x for x in status.splitlines() if x.startswith("NSpid:"))
+            if int(line.split()[-1]) == pid:
+                return int(entry.name)
+    raise ProcessLookupError(pid)
+
+
+def lazily(program: str, words: list[str], full: Path, images: Path, base: Path) -> int:
+    """A dump whose pages are served while it goes on."""
+    status = int(option(words, "--status-fd"))
+    os.set_inheritable(status, False)
+    told, tell = os.pipe()
+    os.set_inheritable(tell, True)
+    options = ["--status-fd", str(tell), "--image-path", str(full)]
+    dump = subprocess.Popen([program, *words[:-1], *options, words[-1]], close_fds=False)
+    os.close(tell)
+    if os.read(told, 1):
+        (images / "parent").symlink_to(os.path.relpath(base, images))
+        for path in sorted(full.iterdir()):
+            if path.name.startswith("pagemap-shmem-"):
+                _pages(path, images, base)
+            elif path.name.startswith("pagemap-"):
+                pid = process(program, words[-1], int(path.stem.partition("-")[2]))
+                with open(f"/proc/{pid}/mem", "rb", buffering=0) as memory:
+                    _pages(path, images, base, memory)
+            elif not path.name.startswith("pages-"):
+                shutil.copy2(path, images / path.name)
+        os.write(status, b"\0")
+    os.close(status)
+    return dump.wait()
+
+
 def runc(program: str, words: list[str]) -> int:
     parent, images = option(words, "--parent-path"), Path(option(words, "--image-path"))
     memory_only = "--pre-dump" in words
@@ -173,6 +221,9 @@ def runc(program: str, words: list[str]) -> int:
         words.insert(words.index("checkpoint") + 1, "--leave-running")
     full = images.parent / f"{images.name}.full"
     try:
+        if "--lazy-pages" in words:
+            assert base is not None
+            return lazily(program, words, full, images, base.resolve())
         done = subprocess.run(
             [program, *words[:-1], "--image-path", str(full), words[-1]], check=False
         )

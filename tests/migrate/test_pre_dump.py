@@ -26,6 +26,7 @@ from anypair import Pair
 from gates import gates
 from lab import container, criu, verify
 from lab.hosts import SLOWNESS, Host, Lab
+from lab.pipes import large_pipes
 from moving import Outcome, files, judge, kill, migrate, migration, recover
 from test_command import pair  # noqa: F401 - a fixture
 from test_runc_failures import DISTURBANCES
@@ -76,6 +77,12 @@ def tracking(*hosts: Host, spoiled: str = "none") -> Iterator[None]:
             (host.folder / "bin" / "criu").symlink_to(real["criu"])
 
 
+def loaded_lazily(host: Host) -> int:
+    """Bytes, by the record of the last restore."""
+    record = host.outside("/var/lib/pyploop/migrate/runc-ct.lazy")
+    return int(json.loads(record.read_text())["total"])
+
+
 def told(done: Outcome, event: str) -> list[dict[str, Any]]:
     return [e for e in done.events if e["event"] == event]
 
@@ -108,9 +115,7 @@ def test_memory_goes_ahead_where_it_is_tracked_and_not_where_it_is_not(two_hosts
         assert_sent_ahead(done)
 
 
-def test_what_the_last_dump_has_is_loaded_lazily_upon_what_was_sent_ahead(
-    two_hosts: Lab,
-) -> None:
+def test_what_was_sent_ahead_is_loaded_lazily_like_the_last_dump(two_hosts: Lab) -> None:
     a, b = two_hosts.a, two_hosts.b
     before = files(b)
     with (
@@ -122,6 +127,7 @@ def test_what_the_last_dump_has_is_loaded_lazily_upon_what_was_sent_ahead(
         assert done.code == 0, done.errors
         (move,) = told(done, "moved")
         assert move["lazy"] and move["parent"] > 0
+        assert loaded_lazily(b) > MEMORY > 4 * move["dump_bytes"]
         assert judge(two_hosts, client, before) is b
 
         # Here that is little, and it would not pay.
@@ -131,6 +137,23 @@ def test_what_the_last_dump_has_is_loaded_lazily_upon_what_was_sent_ahead(
         (move,) = told(done, "moved")
         assert not move["lazy"] and move["why_not_lazy"].startswith("it does not pay: ")
         assert judge(two_hosts, client, before) is a
+
+
+def test_with_post_copy_only_what_the_last_round_does_not_have_follows(two_hosts: Lab) -> None:
+    a, b = two_hosts.a, two_hosts.b
+    before = files(b)
+    with (
+        large_pipes(),
+        container.container(two_hosts, 5 * SLOWNESS, size=SIZE, memory=MEMORY),
+        verify.client(two_hosts, 5 * SLOWNESS) as client,
+    ):
+        with tracking(a, b):
+            done = migrate(two_hosts, a, "--post-copy", "always")
+        assert done.code == 0, done.errors
+        (move,), (complete,) = told(done, "moved"), told(done, "memory complete")
+        assert move["post_copy"] and move["parent"] > 0
+        assert loaded_lazily(b) > MEMORY > 4 * complete["sent"] > 0
+        assert judge(two_hosts, client, before) is b
 
 
 def assert_sent_ahead(done: Outcome) -> None:

@@ -96,7 +96,9 @@ class Here:
             request.pre_dumps if request.live else None,
             self.report,
             "memory" in remote.capabilities,
-            "--post-copy is always" if planned.want == "always" else "",
+            "with --post-copy always the target's pyploop is too old"
+            if planned.want == "always" and "lazy-rounds" not in remote.capabilities
+            else "",
         )
         most = rounds.max_rounds if rounds else 0
         check_number(remote, len(sources), len(runtime.trees()), most)

@@ -83,8 +83,8 @@ class Ahead:
         images, parent = image_chain.folder_of(move.folder, 0), ahead.parent_folder
         images.mkdir(mode=0o700)
         later = self._choose_post_copy()
-        if later:
-            # CRIU would ask the page server for a parent's pages, too, which has none of them.
+        if later and "lazy-rounds" not in remote.capabilities:
+            # The page server would be asked for a parent's pages, too, and has none of them.
             ahead.drop_rounds()
             parent = None
         channel, out = remote.open_images(move.request.copy.stall)

@@ -127,19 +127,26 @@ class SuspendPlan:
         return f, decide(f, self._contract, elapsed)
 
     def _following(self, facts: Facts) -> Facts:
-        """The same with post-copy: what was sent ahead is not used."""
-        whole, kinds = facts.memory + facts.ahead, self._checked.kinds
+        """The same with post-copy."""
+        whole, ahead, kinds = facts.memory, facts.ahead, self._checked.kinds
+        if not self._lazy_rounds:  # what was sent ahead is not used
+            whole, ahead = whole + ahead, 0
         part = 1.0
         if kinds is not None and kinds.private + kinds.whole:
             part = kinds.private / (kinds.private + kinds.whole)
         return replace(
             facts,
             memory=whole,
-            ahead=0,
+            ahead=int(ahead * (1 - part)),
             later="post-copy",
             deferrable=int(whole * part),
             shrinks=False,
         )
+
+    @property
+    def _lazy_rounds(self) -> bool:
+        """The target loads lazily also what was sent ahead."""
+        return "lazy-rounds" in self._remote.capabilities
 
     @property
     def in_use(self) -> int:
@@ -173,10 +180,12 @@ class SuspendPlan:
         want = self._request.lazy_restore
         if not self._checked.lazy or kinds is None or not kinds.private:
             return facts
-        deferrable = int(facts.memory * kinds.private / (kinds.private + kinds.whole))
-        if not lazy_policy.choose_again(want, deferrable).lazy:
+        part = kinds.private / (kinds.private + kinds.whole)
+        ahead = facts.ahead if self._lazy_rounds else 0
+        if not lazy_policy.choose_again(want, int((facts.memory + ahead) * part)).lazy:
             return facts
-        return replace(facts, later="lazy", deferrable=deferrable)
+        deferrable, copied = int(facts.memory * part), facts.ahead - int(ahead * part)
+        return replace(facts, later="lazy", deferrable=deferrable, ahead=copied)
 
     def _wire(self) -> tuple[float, str]:
         """The fastest that this connection has shown, and by what: each is a lower bound."""

@@ -19,7 +19,7 @@ from pyploop.runtimes.lazy_record import LazyRecord
 from pyploop.runtimes.policy import Source
 from pyploop.system import cpu, helpers
 
-CAPABILITIES = ("memory", "tree", "channels", "window", "probe", "post-copy")
+CAPABILITIES = ("memory", "tree", "channels", "window", "probe", "post-copy", "lazy-rounds")
 """Optional parts of this major version of the protocol: memory rounds, trees, channels
 with a number above channels.LAST_OLD, the window of a channel of memory images, probes
 of the connection, and pages that come after the commit.  `capabilities` adds what this host

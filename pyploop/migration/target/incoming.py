@@ -198,6 +198,8 @@ class Incoming:
         if not number:
             if post_copy:
                 checks.choose_post_copy(self._host, self._runtime, self._facts, post_copy)
+            if self._runtime.lazy is not None:
+                self._runtime.lazy.chained = bool(parent)
             self._start_guard()
         completed = self._early.complete
         work = self._memory.receive(channel, number, parent, self._dumped, completed)

@@ -18,8 +18,8 @@ JSON object a packet:
                                          descriptors for it; `why`: a file that says why its
                                          pages do not come; `state`: runc's
                                          record of the container; `images`: the folder that is
-                                         removed when all memory is there; `commit`: the commit
-                                         record
+                                         removed when all memory is there; `total`: bytes of it;
+                                         `commit`: the commit record
     guard: {"serving": ""}               else the reason why the daemon does not run
     agent: {"op": "keep"}                the container runs, and the agent may end
     agent: {"op": "stop"}                it does not run: end the daemon, remove the record
@@ -228,7 +228,7 @@ class Guard:
             elif not holds_socket(daemon.pid):
                 why = f"{self._order['argv'][0]} is a script around CRIU that does not `exec` it"
             else:
-                self._record.set(read=bytes_read(daemon.pid))
+                self._record.set(read=bytes_read(daemon.pid), total=self._order.get("total", 0))
                 return ""
         except OSError as e:
             why = f"criu lazy-pages: {e.strerror}"

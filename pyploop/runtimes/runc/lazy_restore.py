@@ -19,11 +19,12 @@ import time
 from pathlib import Path
 from typing import Any
 
-from pyploop.runtimes import lazy_policy, lazy_record
+from pyploop.runtimes import lazy_images, lazy_policy, lazy_record
 from pyploop.runtimes.lazy_policy import Choice
 from pyploop.runtimes.lazy_record import LazyRecord
-from pyploop.runtimes.runc import lazy_guard, page_relay
+from pyploop.runtimes.runc import lazy_chain, lazy_guard, page_local, page_relay
 from pyploop.system.commands import Command, detached, last_words
+from pyploop.wire.protobuf import Malformed
 
 FEATURES = ("uffd", "uffd-noncoop")
 PROBE_SECONDS = 30.0
@@ -62,7 +63,9 @@ class LazyRestore:
         self._folder, self._commit = Path(), Path()
         self._record: Path | None = None
         self._asked = self._kept = False
-        self.post_copy = 0.0
+        self.post_copy, self.chained = 0.0, False
+        self._flat: Path | None = None
+        """The images whose lists have been written anew."""
         self._relay: subprocess.Popen[bytes] | None = None
         self._pages = -1
         """The guard's number of the daemon's socket to the relay."""
@@ -104,7 +107,7 @@ class LazyRestore:
             if self.post_copy:
                 fields["post_copy"] = self.post_copy
             LazyRecord.create(record, images=str(folder), **fields)
-            more = self._start_relay(record, str(fields["migration"])) if self.post_copy else []
+            more = self._start_relay(record, str(fields["migration"]))
             self._line, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
             args = [sys.executable, "-I", "-m", lazy_guard.__name__]
             with theirs:
@@ -117,21 +120,30 @@ class LazyRestore:
             self._fail(f"no guard: {e.strerror or e}")
 
     def _start_relay(self, record: Path, migration: str) -> list[int]:
-        """Between the daemon and the source.  Returns the daemon's end."""
+        """What answers the daemon, when it does not read the pages itself.  Returns the
+        daemon's end."""
+        if not self.post_copy and not self.chained:
+            return []
         ours, theirs = socket.socketpair()
         with ours, theirs:
             self._pages = fcntl.fcntl(theirs.fileno(), fcntl.F_DUPFD_CLOEXEC, FIRST_FD)
-            self._socket = record.parent / lazy_record.relay_name(migration)
-            args = [sys.executable, "-I", "-m", page_relay.__name__]
-            args += [str(ours.fileno()), self._socket.name, str(record)]
-            self._relay = detached(
-                [*args, str(self.work), str(self.post_copy)], [ours.fileno()], record.parent
-            )
+            fd = str(ours.fileno())
+            if self.post_copy:
+                self._socket = record.parent / lazy_record.relay_name(migration)
+                words = [page_relay.__name__, fd, self._socket.name, str(record)]
+                words += [str(self.work), str(self.post_copy)]
+            else:
+                words = [page_local.__name__, fd, str(self.work)]
+            command = [sys.executable, "-I", "-m", *words]
+            self._relay = detached(command, [ours.fileno()], record.parent)
         return [self._pages]
 
     def _fail(self, why: str) -> None:
         self.choice = Choice(why)
         self.stop()
+        if self._flat is not None:
+            lazy_chain.put_back(self._flat, self.work)
+            self._flat = None
 
     def _answer(self, key: str, seconds: float) -> None:
         """Wait for one message; what it says is wrong becomes the choice's reason."""
@@ -153,7 +165,14 @@ class LazyRestore:
         """All images are there, and checked: the daemon is started, and not waited for."""
         if not self.choice.lazy:
             return
-        pages = sum(p.stat().st_size for p in images.glob("pages-*.img"))
+        if self.chained:
+            try:
+                lazy_chain.flatten(images, self.work)
+            except (OSError, Malformed) as e:
+                self._fail(f"the memory rounds cannot be loaded lazily: {e}")
+                return
+            self._flat = images
+        pages = lazy_images.lazy_bytes(images) or 0
         again = Choice() if self.post_copy else lazy_policy.choose_again(self._want, pages)
         if not again.lazy:
             self._fail(again.why)
@@ -164,7 +183,7 @@ class LazyRestore:
         log = self.work / "lazy-pages.log"
         argv = [self._criu, "lazy-pages", "-D", str(images), "-W", str(self.work)]
         more: dict[str, Any] = {}
-        if self.post_copy:
+        if self._pages >= 0:
             os.symlink(images, self.work / page_relay.IMAGES)
             argv += ["--page-server", "--ps-socket", str(self._pages)]
             more = {"pass": [self._pages], "why": str(self.work / "why")}
@@ -174,6 +193,7 @@ class LazyRestore:
             log=str(log),
             state=str(self._state),
             images=str(self._folder),
+            total=pages,
             commit=str(self._commit),
             **more,
         )
@@ -211,7 +231,8 @@ class LazyRestore:
                 self._relay.wait(2.0)
             self._relay.kill()  # the source hears of it in another way
             self._relay.wait()
-            self._socket.unlink(missing_ok=True)
+            if self.post_copy:
+                self._socket.unlink(missing_ok=True)
         if self._record is not None and not self._kept and (left := LazyRecord.read(self._record)):
             left.stop()
 

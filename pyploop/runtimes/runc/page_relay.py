@@ -22,9 +22,9 @@ import time
 from pathlib import Path
 
 from pyploop.runtimes import lazy_images
+from pyploop.runtimes.runc.page_local import INDEX, PROGRESS, LocalPages
 from pyploop.runtimes.runc.page_stream import BADLY, WELL, Link, Stream, hurry
 from pyploop.runtimes.runc.read_ahead import PagesError, ReadAhead
-from pyploop.wire.protobuf import Malformed
 
 OUTCOME_SECONDS = 60.0
 """For the guard to say how the daemon has ended."""
@@ -50,7 +50,7 @@ class TargetRelay:
         self._listener.bind(name)
         os.umask(before)
         self._listener.listen(8)
-        self._progress = os.open(f"{work}/progress", os.O_WRONLY | os.O_CREAT, 0o600)
+        self._progress = os.open(f"{work}/{PROGRESS}", os.O_WRONLY | os.O_CREAT, 0o600)
 
     def serve(self, timeout: float) -> None:
         stream, criu, noted = self._stream, self._criu, -1
@@ -86,8 +86,10 @@ class TargetRelay:
             return
         self._known = True
         try:
-            self._criu.know(lazy_images.lazy_pages(images))
-        except (OSError, Malformed) as e:
+            index = Path(self._work, INDEX)
+            local = LocalPages(index) if index.exists() else None
+            self._criu.know(lazy_images.lazy_pages(images, local.has if local else None), local)
+        except (OSError, ValueError) as e:
             self._criu.why_not = f"the lists of pages cannot be read: {e}"
 
     def _turn(self, seconds: float) -> None:

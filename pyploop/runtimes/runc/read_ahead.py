@@ -26,6 +26,7 @@ from collections import deque
 from collections.abc import Callable, Mapping
 
 from pyploop.runtimes.lazy_images import PAGE, LazyPages
+from pyploop.runtimes.runc.page_local import LocalPages
 from pyploop.runtimes.runc.page_store import AHEAD, Chunk, PageStore
 from pyploop.runtimes.runc.page_stream import PIECE, CriuSocket, Stream
 from pyploop.wire.page_server import ANSWER, GET, NARROW, WIDE, Layout, Message
@@ -65,6 +66,8 @@ class ReadAhead(CriuSocket):
         self._raw = False
         """The bytes of both sides are carried as they are."""
         self._pages: Mapping[int, LazyPages] = {}
+        """Of the source."""
+        self._local: LocalPages | None = None
         self._cursors: deque[Cursor] = deque()
         self._store = PageStore()
         self._said = b""
@@ -84,9 +87,9 @@ class ReadAhead(CriuSocket):
         self._rate, self._quickest = 0.0, 1.0
         """Bytes a second; seconds of the quickest answer."""
 
-    def know(self, pages: Mapping[int, LazyPages]) -> None:
-        """Which pages there are, by process."""
-        self._pages = pages
+    def know(self, pages: Mapping[int, LazyPages], local: LocalPages | None = None) -> None:
+        """Which pages the source has, by process, and which are on this host."""
+        self._pages, self._local = pages, local
         self._cursors = deque(Cursor(n, ranges) for n, ranges in pages.items())
 
     def drained(self, stream: Stream) -> bool:
@@ -145,7 +148,7 @@ class ReadAhead(CriuSocket):
                 return
             self._said = self._said[size:]
             self._requests.append(request)
-            if self._here(request) is None:
+            if not self._is_local(request) and self._here(request) is None:
                 self._want(request, stream)
 
     def _find_layout(self) -> bool:
@@ -155,13 +158,17 @@ class ReadAhead(CriuSocket):
             if len(self._said) >= layout.size:
                 first = layout.read(self._said[: layout.size])
                 ranges = self._pages.get(first.process)
-                if first.command == GET and ranges and ranges.end_of(first.address):
+                known = ranges and ranges.end_of(first.address)
+                if first.command == GET and (known or self._is_local(first)):
                     self._layout = layout
                     return True
         if len(self._said) >= WIDE.size:
             self.why_not = self.why_not or "CRIU's requests are of an unknown kind"
             self._raw = True
         return False
+
+    def _is_local(self, request: Message) -> bool:
+        return self._local is not None and self._local.has(request.process, request.address)
 
     def _here(self, request: Message) -> Chunk | None:
         """The chunk, asked for or here, that its first page is in."""
@@ -267,6 +274,10 @@ class ReadAhead(CriuSocket):
     def _answer(self, stream: Stream) -> None:
         while self._requests and self._unsent < UNSENT:
             request = self._requests[0]
+            if self._is_local(request):
+                self._requests.popleft()
+                self._send_local(request)
+                continue
             chunk = self._here(request)
             if chunk is None:  # CRIU has had it before: a process has forked, say
                 self._want(request, stream)
@@ -280,16 +291,28 @@ class ReadAhead(CriuSocket):
             self._send(request, chunk, here)
 
     def _send(self, request: Message, chunk: Chunk, pages: int) -> None:
-        assert self._layout is not None
         address, size = request.address, pages * PAGE
         at = address - chunk.start
-        head = self._layout.write(request._replace(command=ANSWER, pages=pages))
-        self._out.append(memoryview(head))
-        self._out.append(memoryview(chunk.data)[at : at + size])
-        self._unsent += len(head) + size
-        self.answered += size
+        self._put(request, memoryview(chunk.data)[at : at + size])
         # One page: a process waits for it, wherever it is.
         self._store.used(chunk, address, address + size, in_order=request.pages > 1)
+
+    def _send_local(self, request: Message) -> None:
+        assert self._local is not None
+        most = min(request.pages * PAGE, PART)
+        try:
+            data = self._local.read(request.process, request.address, most)
+        except OSError as e:
+            raise PagesError(str(e.strerror)) from e
+        self._put(request, memoryview(data))
+
+    def _put(self, request: Message, data: memoryview) -> None:
+        assert self._layout is not None
+        answer = request._replace(command=ANSWER, pages=len(data) // PAGE)
+        head = memoryview(self._layout.write(answer))
+        self._out += (head, data)
+        self._unsent += len(head) + len(data)
+        self.answered += len(data)
 
     def _to_criu(self, sock: socket.socket) -> None:
         try:
