@@ -233,6 +233,8 @@ static int check_cfg(const struct pl_pump_cfg *c)
 	    !c->cluster || c->cluster % PL_BLOCK || c->cluster > 64u << 20 ||
 	    c->size > INT64_MAX - c->src_base || c->stall_ms > INT32_MAX)
 		return -EINVAL;
+	if (c->features && c->sink != PL_SINK_FRAMES)
+		return -EINVAL;
 	if (c->known && (c->known->size != c->size ||
 			 c->cluster % (1ull << c->known->shift)))
 		return -EINVAL;

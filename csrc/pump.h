@@ -70,6 +70,8 @@ struct pl_pump_cfg {
 	struct pl_known *known;	/* borrowed; NULL: send all, remember nothing */
 	pl_hook hook;
 	void *hook_ctx;
+	uint64_t features;	/* PL_SINK_FRAMES only: what the peer agreed to
+				   (pl_feature) */
 	/* PL_SINK_PACKETS only: */
 	bool async;		/* DATA_ASYNC, which is not answered */
 	uint32_t window;	/* answers outstanding at most, >= 256 */

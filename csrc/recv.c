@@ -193,6 +193,14 @@ int pl_recv_expect_digests(struct pl_recv *r)
 	return 0;
 }
 
+int pl_recv_expect(struct pl_recv *r, uint64_t features)
+{
+	if (r->dialect != PL_DIALECT_D1 || features & ~pl_recv_features())
+		return -EINVAL;
+	r->features = features;
+	return 0;
+}
+
 void pl_recv_cancel(struct pl_recv *r)
 {
 	pl_recv_fail(r, -ECANCELED, PL_STAGE_NONE, 0);

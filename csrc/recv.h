@@ -75,6 +75,9 @@ enum pl_dialect pl_recv_dialect(const struct pl_recv *r) PL_NONNULL;
 /* Between two runs: every packet from now on carries a digest.  -EINVAL unless
    this is D2 and the configuration has one. */
 int pl_recv_expect_digests(struct pl_recv *r) PL_CHECKED PL_NONNULL;
+/* Between two runs: frames of these features (pl_feature) are taken from now on.
+   -EINVAL unless this is D1 and the receiver knows them all. */
+int pl_recv_expect(struct pl_recv *r, uint64_t features) PL_CHECKED PL_NONNULL;
 /* Any thread. */
 void pl_recv_cancel(struct pl_recv *r) PL_NONNULL;
 void pl_recv_stats(const struct pl_recv *r, struct pl_recv_stats *out) PL_NONNULL;

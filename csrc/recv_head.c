@@ -44,22 +44,32 @@ static int check_data(const struct pl_recv *r)
 	return 0;
 }
 
-static int parse_d1(struct pl_recv *r)
+static int parse_d1(struct pl_recv *r, enum pl_stage *stage)
 {
 	struct pl_d1_header wire = pl_d1_get(r->raw);
 	struct recv_header *h = &r->head;
 
+	(void)stage;
 	h->size = wire.size;
 	h->pos = wire.pos;
 	h->type = h->size == PL_SYNC_SIZE ? PL_PACKET_CMD : PL_PACKET_DATA;
 	return h->size == 0 || h->type == PL_PACKET_CMD ? 0 : check_data(r);
 }
 
-static int parse_d2(struct pl_recv *r)
+static int parse_d2(struct pl_recv *r, enum pl_stage *stage)
 {
-	struct pl_d2_header wire = pl_d2_get(r->raw);
 	struct recv_header *h = &r->head;
+	struct pl_d2_header wire;
+	int err;
 
+	if (r->cfg.reply_fd < 0)
+		return -ENOTSOCK;
+	err = fill(r, pl_recv_head_size(r));
+	if (err) {
+		*stage = PL_STAGE_READ;
+		return err;
+	}
+	wire = pl_d2_get(r->raw);
 	h->type = wire.type;
 	h->size = wire.size;
 	h->pos = wire.pos;
@@ -76,32 +86,57 @@ static int parse_d2(struct pl_recv *r)
 	return -EOPNOTSUPP;
 }
 
+/* What may follow, by its marker. */
+static const struct kind {
+	uint32_t mark;
+	enum pl_dialect dialect;
+	uint64_t feature;	/* both ends must have agreed on it; 0: none */
+	/* The rest of the header -> r->head; on failure *stage, which is PROTOCOL,
+	   may become READ. */
+	int (*parse)(struct pl_recv *r, enum pl_stage *stage);
+} kinds[] = {
+	{ PL_D1_MARK, PL_DIALECT_D1, 0, parse_d1 },
+	{ PL_D2_MARK, PL_DIALECT_D2, 0, parse_d2 },
+};
+#define KINDS (sizeof(kinds) / sizeof(*kinds))
+
+uint64_t pl_recv_features(void)
+{
+	uint64_t all = 0;
+
+	for (size_t i = 0; i < KINDS; i++)
+		all |= kinds[i].feature;
+	return all;
+}
+
+/* NULL: such a marker may not come here. */
+static const struct kind *kind_of(const struct pl_recv *r, uint32_t mark)
+{
+	for (size_t i = 0; i < KINDS; i++) {
+		const struct kind *k = &kinds[i];
+
+		if (k->mark == mark && !(k->feature & ~r->features) &&
+		    (r->dialect == PL_DIALECT_NONE || r->dialect == k->dialect))
+			return k;
+	}
+	return NULL;
+}
+
 int pl_recv_head(struct pl_recv *r, enum pl_stage *stage)
 {
 	int err = fill(r, PL_D1_HEADER);
+	const struct kind *kind;
 
 	*stage = PL_STAGE_READ;
 	if (err)
 		return err;
 	*stage = PL_STAGE_PROTOCOL;
 	r->head = (struct recv_header){ .mark = pl_get32(r->raw) };
-	if (r->dialect == PL_DIALECT_NONE && r->head.mark == PL_D1_MARK)
-		r->dialect = PL_DIALECT_D1;
-	if (r->dialect == PL_DIALECT_NONE && r->head.mark == PL_D2_MARK)
-		r->dialect = PL_DIALECT_D2;
-	if (r->dialect == PL_DIALECT_NONE ||
-	    r->head.mark != (r->dialect == PL_DIALECT_D2 ? PL_D2_MARK : PL_D1_MARK))
+	kind = kind_of(r, r->head.mark);
+	if (!kind)
 		return -EBADMSG;
-	if (r->dialect == PL_DIALECT_D1)
-		return parse_d1(r);
-	if (r->cfg.reply_fd < 0)
-		return -ENOTSOCK;
-	err = fill(r, pl_recv_head_size(r));
-	if (err) {
-		*stage = PL_STAGE_READ;
-		return err;
-	}
-	return parse_d2(r);
+	r->dialect = kind->dialect;
+	return kind->parse(r, stage);
 }
 
 int pl_recv_digest(struct pl_recv *r, const void *data, uint32_t len, bool last)

@@ -52,6 +52,7 @@ struct pl_recv {
 	uint64_t first_ns;	/* pl_recv_msg has it next */
 	bool ended;
 	bool digests;		/* each packet carries one from now on */
+	uint64_t features;	/* frames of these are taken from now on */
 
 	/* reader only: recv_place.c */
 	struct pl_huge huge;
@@ -104,6 +105,8 @@ ssize_t pl_recv_read(struct pl_recv *r, struct iovec *iov, unsigned n,
  * READ or PROTOCOL.
  */
 int pl_recv_head(struct pl_recv *r, enum pl_stage *stage) PL_CHECKED PL_NONNULL;
+/* The features whose frames it knows. */
+uint64_t pl_recv_features(void);
 /* Bytes of the next header. */
 uint32_t pl_recv_head_size(const struct pl_recv *r) PL_NONNULL;
 /*

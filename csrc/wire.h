@@ -17,6 +17,9 @@ enum pl_dialect { PL_DIALECT_NONE, PL_DIALECT_D1, PL_DIALECT_D2 };
 #define PL_D1_HEADER 16u
 #define PL_D2_HEADER 24u	/* and PL_DIGEST bytes more with digests */
 #define PL_SYNC_SIZE 4u		/* bytes of a SYNC's data, in either dialect */
+enum pl_feature {	/* what the two ends of D1 may agree on; a set of bits */
+	PL_FEATURE_COMPRESSED = 1, PL_FEATURE_PROOF = 2, PL_FEATURE_LANES = 4,
+};
 enum pl_packet {	/* D2's types; a SYNC of D1 is a command too */
 	PL_PACKET_DATA = 0, PL_PACKET_CMD = 1, PL_PACKET_DATA_ASYNC = 2,
 };

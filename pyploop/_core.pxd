@@ -98,6 +98,7 @@ cdef extern from "pl.h" nogil:
         pl_known *known
         pl_hook hook
         void *hook_ctx
+        uint64_t features
         bint async_ "async"
         uint32_t window
         pl_digest digest
@@ -179,6 +180,7 @@ cdef extern from "pl.h" nogil:
     int pl_recv_run(pl_recv *r, pl_recv_msg *msg, pl_fault *fault)
     pl_dialect pl_recv_dialect(const pl_recv *r)
     int pl_recv_expect_digests(pl_recv *r)
+    int pl_recv_expect(pl_recv *r, uint64_t features)
     void pl_recv_synced(pl_recv *r)
     void pl_recv_cancel(pl_recv *r)
     void pl_recv_get_stats "pl_recv_stats"(const pl_recv *r, pl_recv_stats *out)

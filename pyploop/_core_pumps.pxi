@@ -26,7 +26,8 @@ cdef class Pump:
                   uint32_t slots, uint32_t readers, uint32_t stall_ms=0,
                   uint64_t rate=0, Known known=None, Hook hook=None,
                   bint async_packets=False, uint32_t window=0, bint digests=False,
-                  uint32_t tail=0, int tail_fd=-1, uint64_t tail_pos=0):
+                  uint32_t tail=0, int tail_fd=-1, uint64_t tail_pos=0,
+                  uint64_t features=0):
         cdef pl_pump_cfg cfg
         memset(&cfg, 0, sizeof(cfg))
         cfg.src_fd, cfg.src_base, cfg.size = src_fd, src_base, size
@@ -39,6 +40,7 @@ cdef class Pump:
             cfg.known = &known.k
         if hook is not None:
             cfg.hook, cfg.hook_ctx = hook.fn, hook.ctx
+        cfg.features = features
         cfg.async_, cfg.window = async_packets, window
         if digests:
             self.md5 = _Md5()
@@ -177,6 +179,11 @@ cdef class Receiver:
     def expect_digests(self):
         """Between two runs: D3's MD5 was agreed, every packet has one now."""
         _check(pl_recv_expect_digests(self.r))
+
+    def expect(self, uint64_t features):
+        """Between two runs: frames of these features (wire/d1.py) are taken from now on.
+        OSError (EINVAL) unless this is D1, and it knows them."""
+        _check(pl_recv_expect(self.r, features))
 
     def cancel(self):
         """From any thread: a run ends at once with ECANCELED."""

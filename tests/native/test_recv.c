@@ -356,6 +356,32 @@ static void holes(void)
 	free(zero);
 }
 
+/* Features are agreed in D1, once it is known to be that. */
+static void features(void)
+{
+	struct pl_recv_msg msg;
+	struct pl_fault fault;
+	struct stream s = { 0 };
+	struct pl_recv *r;
+	struct feeder f;
+	int out = temp_file(NULL, 0), in;
+
+	frame(&s, 0, "sync", 4);
+	frame(&s, 0, NULL, 0);
+	in = open_feed(&f, &s, 65536, 0, false);
+	r = new_recv(in, out, 4096, 4096, 1);
+	EQ(pl_recv_expect(r, 0), -EINVAL);
+	EQ(pl_recv_run(r, &msg, &fault), PL_RECV_SYNC);
+	EQ(pl_recv_expect(r, 1ull << 63), -EINVAL);
+	EQ(pl_recv_expect(r, 0), 0);
+	EQ(pl_recv_run(r, &msg, &fault), PL_RECV_END);
+	pl_recv_free(r);
+	close(in);
+	pthread_join(f.thread, NULL);
+	close(out);
+	free(s.data);
+}
+
 static void bad_configs(void)
 {
 	struct pl_recv_cfg good_cfg = { .in_fd = 0, .out_fd = 1, .slots = 2,
@@ -389,5 +415,6 @@ int main(void)
 	waiting();
 	dripping();
 	holes();
+	features();
 	return 0;
 }
