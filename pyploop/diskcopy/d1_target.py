@@ -48,13 +48,17 @@ class StreamOutput:
         sync_wait: float,
         answer_timeout: float,
         compat: Compat = "auto",
+        offered: d1.Feature = d1.NO_FEATURES,
     ) -> None:
         """fd: non-blocking.  feedback: where answers are read.  two_way: `fd` is a
-        socket, so answers may come there without `feedback`.  Times in seconds."""
+        socket, so answers may come there without `feedback`.  Times in seconds.
+        offered: what a pyploop peer may agree to."""
         self.fd = fd
         self.dialect = "D1"
         self.framing = NATIVE
+        self.features = d1.NO_FEATURES
         self._compat = compat
+        self._offered = offered
         self._feedback = feedback
         self._answers = feedback if feedback is not None else (fd if two_way else None)
         self._report = report
@@ -145,7 +149,36 @@ class StreamOutput:
         written = self._ask_for_place(source, compare_room) if self._timed else 0
         if self._place is None:
             self._reader = pipe_reader.below_target(self.fd)
+        elif self._offered:
+            written += self._offer_features()
         return written
+
+    def _offer_features(self) -> int:
+        """FEATURES.  A peer of version 3 takes it as a SYNC."""
+        assert self._answers is not None
+        question = d1.sync(d1.FEATURES, self._offered)
+        self._asked = time.monotonic()
+        descriptors.write_all(self.fd, question, "cannot ask the receiver")
+        answer = self._read(self._answers)
+        self._read_times(self._answers)
+        if answer == d1.FAILURE:
+            raise SyncError(
+                "the receiver cannot make its target durable (see its own message); nothing was "
+                "sent"
+            )
+        if answer == d1.FEATURES_REPLY:
+            accepted, _ = d1.ACCEPTED.unpack(self._read(self._answers, d1.ACCEPTED.size))
+            if accepted & ~int(self._offered):  # ~ of a Feature leaves out unknown bits
+                raise ProtocolError(
+                    f"the receiver accepted features ({accepted:#x}) that were not offered "
+                    f"({self._offered:#x}); nothing was sent"
+                )
+            self.features = d1.Feature(accepted)
+        elif answer != d1.SUCCESS:
+            raise ProtocolError(
+                f"the receiver answered {answer!r} to the fourth SYNC; nothing was sent"
+            )
+        return len(question)
 
     def _ask_for_place(self, source: Source, compare_room: bool) -> int:
         """PLACE.  A peer of version 2 takes it as a SYNC."""

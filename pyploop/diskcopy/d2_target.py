@@ -25,6 +25,7 @@ from pyploop.report.timeline import Heard
 from pyploop.system import descriptors
 from pyploop.system.worker import run_cancellable
 from pyploop.wire import d2, d3
+from pyploop.wire.d1 import NO_FEATURES
 
 WINDOW = 4096
 """Packets that may be unanswered: 16 MiB in flight if each has 4 KiB."""
@@ -36,6 +37,7 @@ class PacketOutput:
     sink = _core.SINK_PACKETS
     header_size = d2.HEADER_PACKET
     end_is_answered = True
+    features = NO_FEATURES
 
     def __init__(
         self, fd: int, report: Reporter, *, answer_timeout: float, knows_async: bool = False

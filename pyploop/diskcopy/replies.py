@@ -14,6 +14,8 @@ from pyploop.system import descriptors
 from pyploop.wire import d1, d2, d3
 
 CANNOT = "cannot answer the sender"
+SUPPORTED = d1.NO_FEATURES
+"""What our receiver agrees to."""
 
 
 class Answers(Protocol):
@@ -68,7 +70,9 @@ class Feedback:
         self.dialect = "D1"
         self._target = target
         self.native = False
-        self._timed = False
+        self.features = d1.NO_FEATURES
+        """What both ends have agreed on; known before the first data."""
+        self._timed = self._offered = False
         self._pump, self._guessed = pump, feedback is None
         self._first = True
         self._channel = feedback
@@ -81,6 +85,8 @@ class Feedback:
         if self._timed and not self._pump.stats.frames:
             if payload == d1.PLACE:
                 return self._asked_for_place(pos)
+            if payload == d1.FEATURES and not self._offered:
+                return self._offered_features(pos)
             if payload == d1.REFUSED:
                 raise _refusal(pos)
         first, self._first = self._first, False
@@ -118,6 +124,17 @@ class Feedback:
                 descriptors.write_all(self._channel, d1.FAILURE + times, CANNOT)
             raise
         descriptors.write_all(self._channel, d1.PLACE_REPLY + times + place, CANNOT)
+        return True
+
+    def _offered_features(self, offered: int) -> bool:
+        assert self._channel is not None
+        self._offered = True
+        self.features = SUPPORTED & d1.Feature(offered)
+        self._pump.expect(self.features)
+        came = self._pump.arrival
+        times = self._record(d1.Times(arrived=came.arrived, written=came.written))
+        accepted = d1.ACCEPTED.pack(self.features, 0)
+        descriptors.write_all(self._channel, d1.FEATURES_REPLY + times + accepted, CANNOT)
         return True
 
     def _record(self, times: d1.Times) -> bytes:

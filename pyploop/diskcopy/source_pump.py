@@ -145,6 +145,7 @@ class SourcePump:
             async_packets=self._out.packets.unanswered,
             window=self._out.packets.window,
             digests=self._out.packets.digests,
+            features=self._out.features,
             tail=0 if source.tail is None else source.tail.size,
             tail_fd=-1 if source.tail is None else source.tail.fd,
             tail_pos=0 if source.tail is None else source.tail.pos,

@@ -22,6 +22,7 @@ from pyploop.freeze.deadline import Deadline
 from pyploop.report.timeline import Heard
 from pyploop.units import format_size
 from pyploop.wire import d2
+from pyploop.wire.d1 import Feature
 
 
 @dataclass(frozen=True)
@@ -44,6 +45,8 @@ class Output(Protocol):
     """Of a stream; known after `hello`."""
     packets: Packets
     """Of a stream of packets; known after `hello`."""
+    features: Feature
+    """Of a stream of frames: what the peer has agreed to.  Known after `announce`."""
     header_size: int
     """Bytes that `header` takes."""
     deadline: Deadline

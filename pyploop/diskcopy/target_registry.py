@@ -28,6 +28,7 @@ from pyploop.report.timeline import Heard
 from pyploop.system import descriptors
 from pyploop.system.worker import run_cancellable
 from pyploop.units import SECTOR, format_size
+from pyploop.wire.d1 import NO_FEATURES
 
 
 class FileOutput:
@@ -38,6 +39,7 @@ class FileOutput:
     dialect = "local file"
     framing = NATIVE
     packets = Packets()
+    features = NO_FEATURES
     header_size = HEADER_FRAME
     heard: Heard | None = None
     end_is_answered = True

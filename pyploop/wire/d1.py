@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Callable
+from enum import IntFlag
 from typing import NamedTuple
 
 HEADER = struct.Struct("<IIQ")
@@ -39,12 +40,32 @@ REFUSED = b"PYP\x04"
 """Payload of a SYNC without an answer: the sender ends because of the target's place, with
 the SYNC's position as its exit code."""
 
+FEATURES = b"PYP\x05"
+"""Payload of a fourth SYNC, to a peer of version 3: a set of features is offered as the
+SYNC's position."""
+FEATURES_REPLY = b"PYPLOOP\x05"
+"""The answer instead of SUCCESS: after the record of times comes ACCEPTED."""
+ACCEPTED = struct.Struct("<QQ")
+"""The features that apply from the next frame on, and 8 bytes that are sent as 0."""
+
 TIMES = struct.Struct("<7Q")
 PLACE_HEAD = struct.Struct("<16sQI")
 THING = struct.Struct("<IIQ")
 MANY_THINGS = 4096
 """Most things in one `Place`."""
 UNKNOWN_ROOM = (1 << 64) - 1
+
+
+class Feature(IntFlag):
+    """What the two ends may agree on, as bits on the wire.  Others are kept: a newer
+    peer may know them."""
+
+    COMPRESSED = 0x1
+    PROOF = 0x2
+    LANES = 0x4
+
+
+NO_FEATURES = Feature(0)
 
 
 class Times(NamedTuple):

@@ -82,6 +82,31 @@ def parse_place(data: bytes) -> None:
         assert place.pack() == data[: stream.tell()]
 
 
+def parse_features(data: bytes) -> None:
+    """What a D1 peer answers to an offer of features."""
+    offered = d1.Feature.COMPRESSED | d1.Feature.LANES
+    with contextlib.ExitStack() as fds:
+        (out_r, out_w), (back_r, back_w) = os.pipe(), os.pipe()
+        for fd in (out_r, out_w, back_r):
+            fds.callback(os.close, fd)
+        os.write(back_w, data[:4096])
+        os.close(back_w)
+        out = d1_target.StreamOutput(
+            out_w,
+            back_r,
+            Reporter(),
+            two_way=False,
+            sync_wait=0,
+            answer_timeout=5,
+            offered=offered,
+        )
+        out._answers = back_r
+        with contextlib.suppress(SyncError, ProtocolError):
+            out._offer_features()
+        assert int(out.features) & ~int(offered) == 0
+        assert not out.features or data.startswith(d1.FEATURES_REPLY)
+
+
 def parse_feedback(data: bytes) -> None:
     """What a D1 peer answers to HELLO, then to SYNC; then it is gone."""
     with contextlib.ExitStack() as fds:
@@ -231,6 +256,13 @@ TARGETS = {
             d1.Place(bytes(16), 5, ((7, 1, 0), (8, 2, 77))).pack(),
             d1.Place(b"b" * 16, d1.UNKNOWN_ROOM, ()).pack(),
             bytes(24) + b"\xff" * 4,
+        ),
+    ),
+    "features": Target(
+        parse_features,
+        (
+            d1.SUCCESS + bytes(56),
+            *(d1.FEATURES_REPLY + d1.ACCEPTED.pack(bits, 0) for bits in (0, 5, 1 << 63)),
         ),
     ),
     "handshake": Target(

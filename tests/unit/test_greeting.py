@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Version 3 of the greeting: what the two ends tell each other of the target's place
-before the first byte, and what an older end makes of it (docs/internals/protocol.md)."""
+"""Versions 3 and 5 of the greeting: what the two ends tell each other of the target's
+place before the first byte, on which features they agree, and what an older end makes of
+it (docs/internals/protocol.md)."""
 
 from __future__ import annotations
 
@@ -15,14 +16,18 @@ import pytest
 import support
 from support import FAILURE, SUCCESS, d1_end, d1_frame, d1_sync
 
+from pyploop.diskcopy import replies
 from pyploop.diskcopy.d1_target import StreamOutput
 from pyploop.disks import opening
 from pyploop.disks.source import Source
-from pyploop.errors import ParameterError, ProtocolError, WriteError
+from pyploop.errors import ParameterError, ProtocolError, SyncError, WriteError
 from pyploop.report.events import Reporter
+from pyploop.wire import d1
 
-HELLO, HELLO_2, PLACE, REFUSED = (b"PYP" + bytes([n]) for n in (1, 2, 3, 4))
-HELLO_REPLY, HELLO_2_REPLY, PLACE_REPLY = (b"PYPLOOP" + bytes([n]) for n in (1, 2, 3))
+HELLO, HELLO_2, PLACE, REFUSED, FEATURES = (b"PYP" + bytes([n]) for n in range(1, 6))
+HELLO_REPLY, HELLO_2_REPLY, PLACE_REPLY, _, FEATURES_REPLY = (
+    b"PYPLOOP" + bytes([n]) for n in range(1, 6)
+)
 TIMES = bytes(56)
 BOOT = bytes.fromhex(Path("/proc/sys/kernel/random/boot_id").read_text().strip().replace("-", ""))
 DATA = os.urandom(10_000)
@@ -46,12 +51,22 @@ def source(tmp_path: Path) -> Iterator[Source]:
 
 
 @contextlib.contextmanager
-def peer(answers: bytes) -> Iterator[tuple[StreamOutput, int]]:
+def peer(
+    answers: bytes, offered: d1.Feature = d1.NO_FEATURES
+) -> Iterator[tuple[StreamOutput, int]]:
     """An output whose peer has answered already, and what it reads."""
     (out_r, out_w), (back_r, back_w) = os.pipe(), os.pipe()
     os.write(back_w, HELLO_REPLY + HELLO_2_REPLY + TIMES + answers)
     os.close(back_w)
-    out = StreamOutput(out_w, back_r, Reporter(), two_way=False, sync_wait=0, answer_timeout=5)
+    out = StreamOutput(
+        out_w,
+        back_r,
+        Reporter(),
+        two_way=False,
+        sync_wait=0,
+        answer_timeout=5,
+        offered=offered,
+    )
     try:
         out.hello()
         assert os.read(out_r, 100) == d1_sync(HELLO) + d1_sync(HELLO_2)
@@ -126,6 +141,69 @@ def test_room_is_not_compared_when_it_is_unknown_or_not_wanted(source: Source, r
 )
 def test_an_answer_that_is_none_ends_with_13(source: Source, answer: bytes) -> None:
     with peer(answer) as (out, _), pytest.raises(ProtocolError):
+        out.announce(source, compare_room=True)
+
+
+OFFERED = d1.Feature.COMPRESSED | d1.Feature.LANES
+OFFER = d1_frame(5, FEATURES)
+
+
+def of_version_3(*answers: bytes) -> bytes:
+    return PLACE_REPLY + TIMES + place(bytes(16), 1 << 40) + b"".join(answers)
+
+
+def accepted(features: int, reserved: int = 0) -> bytes:
+    return FEATURES_REPLY + TIMES + struct.pack("<QQ", features, reserved)
+
+
+@pytest.mark.parametrize(
+    ("answer", "agreed"),
+    [
+        (SUCCESS + TIMES, 0),  # of version 3: to a SYNC
+        (accepted(0), 0),
+        (accepted(4), 4),
+        (accepted(5, 77), 5),  # what is reserved is for later
+    ],
+)
+def test_the_features_that_the_receiver_accepts_are_agreed(
+    source: Source, answer: bytes, agreed: int
+) -> None:
+    with peer(of_version_3(answer, SUCCESS, TIMES), OFFERED) as (out, read):
+        sent = question(len(DATA)) + OFFER
+        assert out.features == 0
+        assert out.announce(source, compare_room=True) == len(sent)
+        assert os.read(read, 100) == sent
+        assert out.features == agreed
+        out._answer(out._answers or -1, "SYNC")
+
+
+def test_a_sender_that_wants_no_feature_sends_what_it_always_sent(source: Source) -> None:
+    with peer(of_version_3()) as (out, read):
+        out.announce(source, compare_room=True)
+        assert os.read(read, 100) == question(len(DATA))
+
+
+def test_a_receiver_of_version_2_is_not_offered_features(source: Source) -> None:
+    with peer(SUCCESS + TIMES, OFFERED) as (out, read):
+        out.announce(source, compare_room=True)
+        assert os.read(read, 100) == question(len(DATA))
+        assert out.features == 0
+
+
+@pytest.mark.parametrize(
+    ("answer", "error"),
+    [
+        (accepted(2), ProtocolError),  # it was not offered
+        (accepted(1 << 63), ProtocolError),
+        (accepted(1)[:-1], ProtocolError),
+        (PLACE_REPLY + TIMES, ProtocolError),
+        (FAILURE + TIMES, SyncError),
+    ],
+)
+def test_a_wrong_answer_to_the_offer_ends_the_copy(
+    source: Source, answer: bytes, error: type[Exception]
+) -> None:
+    with peer(of_version_3(answer), OFFERED) as (out, _), pytest.raises(error):
         out.announce(source, compare_room=True)
 
 
@@ -221,6 +299,40 @@ def test_the_question_in_the_middle_of_a_copy_is_a_sync(tmp_path: Path) -> None:
         assert [exactly(back, 64)[:8] for _ in range(3)] == [SUCCESS] * 3
         assert ended(child) == (0, "")
     assert (tmp_path / "image").read_bytes() == DATA
+
+
+ALL = (1 << 64) - 1
+
+
+def test_a_receiver_accepts_what_it_knows_of_the_offer_once(tmp_path: Path) -> None:
+    with receiver(tmp_path / "image") as (child, to, back):
+        os.write(to, question(len(DATA)) + d1_frame(ALL, FEATURES))
+        assert exactly(back, 64)[:8] == PLACE_REPLY
+        exactly(back, 16 * struct.unpack("<16sQI", exactly(back, 28))[2])
+        assert exactly(back, 64)[:8] == FEATURES_REPLY
+        assert exactly(back, 16) == struct.pack("<QQ", replies.SUPPORTED, 0)
+        os.write(to, d1_frame(ALL, FEATURES) + d1_frame(0, DATA) + d1_end())
+        assert [exactly(back, 64)[:8] for _ in range(2)] == [SUCCESS] * 2
+        assert ended(child) == (0, "")
+    assert (tmp_path / "image").read_bytes() == DATA
+
+
+def test_an_offer_in_the_middle_of_a_copy_is_a_sync(tmp_path: Path) -> None:
+    with receiver(tmp_path / "image") as (child, to, back):
+        os.write(to, d1_frame(0, DATA) + d1_frame(ALL, FEATURES) + d1_end())
+        assert [exactly(back, 64)[:8] for _ in range(2)] == [SUCCESS] * 2
+        assert ended(child) == (0, "")
+    assert (tmp_path / "image").read_bytes() == DATA
+
+
+@pytest.mark.parametrize("mark", [0x4CC0AC50, 0x4CC0AC51, 0x4CC0AC52])
+def test_frames_of_a_feature_that_was_not_agreed_are_refused(tmp_path: Path, mark: int) -> None:
+    with receiver(tmp_path / "image") as (child, to, _):
+        os.write(to, d1_frame(0, FEATURES) + struct.pack("<IIQ", mark, 8, 0) + bytes(8))
+        code, err = ended(child)
+    assert code == 13
+    assert f"bad marker {mark:#x} instead of 0x4cc0ac3d at frame 0" in err
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_sender_that_is_gone_at_the_end_leaves_the_complete_target(tmp_path: Path) -> None:
