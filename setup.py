@@ -51,7 +51,7 @@ core = Extension(
     include_dirs=["csrc"],
     depends=headers + sources,
     extra_compile_args=common,
-    extra_link_args=["-pthread"],
+    extra_link_args=["-pthread", "-lzstd"],  # at the end: csrc/ needs it
 )
 
 

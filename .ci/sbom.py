@@ -15,7 +15,10 @@ import uuid
 from importlib.metadata import Distribution, PackageNotFoundError, distribution
 from typing import Any
 
-COMPILED = {"libxxhash-dev": "headers of xxHash, compiled into _core"}
+COMPILED = {
+    "libxxhash-dev": "headers of xxHash, compiled into _core",
+    "libzstd1": "_core: compressed frames",
+}
 CALLED = {
     "openssh-client": "migrate: the connection",
     "rsync": "migrate: directories",

@@ -44,8 +44,8 @@ class Compiler:
             return list(pool.map(one, sources))
 
     def program(self, objects: Sequence[Path], flags: Sequence[str]) -> Path:
-        """A program of these objects."""
-        names = [str(o) for o in objects]
+        """A program of these objects, with the libraries that csrc/ needs."""
+        names = [*(str(o) for o in objects), "-lzstd"]
         return self._made(self._cache, [*flags, *names], "\n".join(names))
 
     def _text(self, folder: Path, flags: Sequence[str], source: str) -> str:
