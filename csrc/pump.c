@@ -40,8 +40,9 @@ static void finish(struct pl_pump *p, struct slot *s)
 }
 
 /* Lock held on entry and exit.  Read one claimed slot; it is `ready` then, or
-   sent. */
-static void process(struct pl_pump *p, struct slot *s)
+   sent.  when: what p->packs must be at least for it to be compressed. */
+static void process(struct pl_pump *p, struct slot *s, struct packer *packer,
+		    enum pump_packs when)
 {
 	struct pl_fault fault = { 0 };
 	int err;
@@ -50,7 +51,9 @@ static void process(struct pl_pump *p, struct slot *s)
 	if (p->sleeping && p->next < p->n)
 		pthread_cond_signal(&p->work);
 	pthread_mutex_unlock(&p->lock);
-	err = pl_slot_fill(p, s, &fault);
+	if (__atomic_load_n(&p->packs, __ATOMIC_RELAXED) < when)
+		packer = NULL;
+	err = pl_slot_fill(p, s, packer, &fault);
 	pthread_mutex_lock(&p->lock);
 	assert(s->busy && !s->ready && p->processing > 0);
 	p->processing--;
@@ -65,14 +68,15 @@ static void process(struct pl_pump *p, struct slot *s)
 
 static void *reader(void *arg)
 {
-	struct pl_pump *p = arg;
+	struct reader *self = arg;
+	struct pl_pump *p = self->p;
 
 	pthread_mutex_lock(&p->lock);
 	while (!p->quit) {
 		struct slot *s = pl_slot_claim(p);
 
 		if (s) {
-			process(p, s);
+			process(p, s, self->packer, PACKS_READERS);
 			continue;
 		}
 		p->sleeping++;
@@ -91,6 +95,7 @@ static void emit_next(struct pl_pump *p, struct slot *s)
 
 	pthread_mutex_unlock(&p->lock);
 	err = p->sink->emit(p, s, &fault);
+	pl_pack_emitted(p, s);
 	pthread_mutex_lock(&p->lock);
 	fail(p, err, &fault);
 	finish(p, s);
@@ -124,6 +129,7 @@ int pl_pump_pass(struct pl_pump *p, const struct pl_extent *ext, size_t n,
 	*fault = (struct pl_fault){ 0 };
 	if (err)
 		return err;
+	pl_pack_begin(p);
 	pthread_mutex_lock(&p->lock);
 	p->ext = ext;
 	p->n = n;
@@ -149,7 +155,10 @@ int pl_pump_pass(struct pl_pump *p, const struct pl_extent *ext, size_t n,
 			emit_next(p, head);
 			continue;
 		} else if ((s = pl_slot_claim(p))) {
-			process(p, s);
+			/* The next slot in order is not ready.  If the stream waits
+			   for it, this one goes sooner as it is; as long as the
+			   stream is the bottleneck, what is under way lasts. */
+			process(p, s, p->packer, PACKS_ALL);
 			continue;
 		} else if (p->err) {
 			continue;	/* cancelled, or the hook has failed */
@@ -235,6 +244,9 @@ static int check_cfg(const struct pl_pump_cfg *c)
 		return -EINVAL;
 	if (c->features && c->sink != PL_SINK_FRAMES)
 		return -EINVAL;
+	if (c->compress != PL_COMPRESS_NEVER &&
+	    (!(c->features & PL_FEATURE_COMPRESSED) || c->level < 1 || c->level > 19))
+		return -EINVAL;
 	if (c->known && (c->known->size != c->size ||
 			 c->cluster % (1ull << c->known->shift)))
 		return -EINVAL;
@@ -250,12 +262,26 @@ static int start_threads(struct pl_pump *p)
 	sigfillset(&all);
 	pthread_sigmask(SIG_SETMASK, &all, &old);
 	while (p->nthreads < p->cfg.readers && !err) {
-		err = -pthread_create(&p->thread[p->nthreads], NULL, reader, p);
+		struct reader *r = &p->reader[p->nthreads];
+
+		err = -pthread_create(&r->thread, NULL, reader, r);
 		if (!err)
 			p->nthreads++;
 	}
 	pthread_sigmask(SIG_SETMASK, &old, NULL);
 	return err;
+}
+
+/* One for each thread that may read; false: no memory. */
+static bool make_packers(struct pl_pump *p)
+{
+	for (unsigned i = 0; i < p->cfg.readers; i++) {
+		p->reader[i].p = p;
+		if (p->cfg.compress != PL_COMPRESS_NEVER &&
+		    !(p->reader[i].packer = pl_packer_new(p)))
+			return false;
+	}
+	return p->cfg.compress == PL_COMPRESS_NEVER || (p->packer = pl_packer_new(p));
 }
 
 int pl_pump_new(struct pl_pump **out, const struct pl_pump_cfg *cfg)
@@ -284,9 +310,12 @@ int pl_pump_new(struct pl_pump **out, const struct pl_pump_cfg *cfg)
 	p->hdr_size = p->sink->header_size;
 	if (p->sink->digests && cfg->digest)
 		p->hdr_size += PL_DIGEST;
+	p->hdr_room = p->hdr_size;
+	if (cfg->compress != PL_COMPRESS_NEVER)
+		p->hdr_room += PL_PACKED_HEADER;
 	p->slot = calloc(cfg->slots, sizeof(*p->slot));
-	p->thread = calloc(cfg->readers + 1, sizeof(*p->thread));
-	if (!p->slot || !p->thread)
+	p->reader = calloc(cfg->readers + 1, sizeof(*p->reader));
+	if (!p->slot || !p->reader || !make_packers(p))
 		goto nomem;
 	for (unsigned i = 0; i < cfg->slots; i++) {
 		struct slot *s = &p->slot[i];
@@ -295,7 +324,7 @@ int pl_pump_new(struct pl_pump **out, const struct pl_pump_cfg *cfg)
 		s->run = calloc(p->max_runs, sizeof(*s->run));
 		/* Twice: a run of the reserved size takes two frames. */
 		if (p->hdr_size)
-			s->hdr = calloc(2 * p->max_runs, p->hdr_size);
+			s->hdr = calloc(2 * p->max_runs, p->hdr_room);
 		if (!s->buf || !s->run || (p->hdr_size && !s->hdr))
 			goto nomem;
 	}
@@ -325,14 +354,17 @@ void pl_pump_free(struct pl_pump *p)
 	pthread_cond_broadcast(&p->work);
 	pthread_mutex_unlock(&p->lock);
 	for (unsigned i = 0; i < p->nthreads; i++)
-		pthread_join(p->thread[i], NULL);
+		pthread_join(p->reader[i].thread, NULL);
+	for (unsigned i = 0; p->reader && i < p->cfg.readers; i++)
+		pl_packer_free(p->reader[i].packer);
+	pl_packer_free(p->packer);
 	for (unsigned i = 0; p->slot && i < p->cfg.slots; i++) {
 		pl_buf_free(p->slot[i].buf, p->buf_size);
 		free(p->slot[i].run);
 		free(p->slot[i].hdr);
 	}
 	free(p->slot);
-	free(p->thread);
+	free(p->reader);
 	pl_pump_huge_fini(p);
 	if (p->cancel_fd >= 0)
 		close(p->cancel_fd);

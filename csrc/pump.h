@@ -25,6 +25,12 @@ enum pl_sink {
 				   are answered */
 };
 
+enum pl_compress {
+	PL_COMPRESS_NEVER,
+	PL_COMPRESS_AUTO,	/* while it pays */
+	PL_COMPRESS_ALWAYS,	/* in the freeze only while the stream is the bottleneck */
+};
+
 enum pl_pass_flags {
 	/* Do not send a block that is zero where the target is known to hold
 	   zeroes (needs known). */
@@ -66,12 +72,15 @@ struct pl_pump_cfg {
 	uint32_t readers;	/* helper threads, 0..64 */
 	uint32_t stall_ms;	/* give up (-ETIMEDOUT) when the stream took less
 				   than 64 KiB in so long (patience.h); 0: never */
-	uint64_t rate;		/* bytes per second to the target, 0: no limit */
+	uint64_t rate;		/* bytes per second to the target, on the wire, where
+				   there is one; 0: no limit */
 	struct pl_known *known;	/* borrowed; NULL: send all, remember nothing */
 	pl_hook hook;
 	void *hook_ctx;
 	uint64_t features;	/* PL_SINK_FRAMES only: what the peer agreed to
 				   (pl_feature) */
+	enum pl_compress compress;	/* needs PL_FEATURE_COMPRESSED */
+	int level;		/* zstd's, 1..19 */
 	/* PL_SINK_PACKETS only: */
 	bool async;		/* DATA_ASYNC, which is not answered */
 	uint32_t window;	/* answers outstanding at most, >= 256 */
@@ -83,14 +92,15 @@ struct pl_pump_cfg {
 struct pl_pump_stats {
 	uint64_t read_bytes;	/* read from the source */
 	uint64_t data_bytes;	/* sent as payload */
-	uint64_t wire_bytes;	/* payload + headers */
+	uint64_t wire_bytes;	/* payload, compressed where it was, + headers */
 	uint64_t zero_bytes;	/* not sent: zero at both ends */
 	uint64_t same_bytes;	/* not sent: unchanged */
 	uint64_t frames;
 	uint64_t done_bytes;	/* of the extents of this pass, finished */
 	uint64_t huge_bytes;	/* of the file, made as huge pages (tmpfs) */
+	uint64_t packed_bytes, packed_frames;	/* of the data, that went compressed */
 };
-_Static_assert(sizeof(struct pl_pump_stats) == 8 * sizeof(uint64_t),
+_Static_assert(sizeof(struct pl_pump_stats) == 10 * sizeof(uint64_t),
 	       "counters.h reads it as an array");
 
 struct pl_pump;
@@ -121,6 +131,8 @@ int pl_pump_ask(struct pl_pump *p, const void *buf, size_t len,
 	PL_CHECKED PL_NONNULL PL_READS(2, 3);
 /* Between two passes; bytes per second, 0: no limit. */
 void pl_pump_limit(struct pl_pump *p, uint64_t rate) PL_NONNULL;
+/* Between two passes: the source is frozen now, or runs again. */
+void pl_pump_frozen(struct pl_pump *p, bool frozen) PL_NONNULL;
 /* Any thread. */
 void pl_pump_cancel(struct pl_pump *p) PL_NONNULL;
 void pl_pump_stats(const struct pl_pump *p, struct pl_pump_stats *out) PL_NONNULL;

@@ -99,7 +99,8 @@ struct slot *pl_slot_claim(struct pl_pump *p)
 				return NULL;
 			}
 		}
-		s->frag[s->nfrags++] = (struct frag){ piece.start, len, used + lead };
+		s->frag[s->nfrags++] = (struct frag){
+			.pos = piece.start, .len = len, .off = used + lead };
 		s->bytes += len;
 		/* Fragments start at PL_BLOCK in memory: O_DIRECT wants it. */
 		used += (need + PL_BLOCK - 1) / PL_BLOCK * PL_BLOCK;

@@ -36,7 +36,8 @@ static void add_run(struct slot *s, uint64_t pos, uint32_t len, uint32_t off,
 	if (joins && r && r->pos + r->len == pos && r->off + r->len == off)
 		r->len += len;
 	else
-		s->run[s->nruns++] = (struct frag){ pos, len, off };
+		s->run[s->nruns++] =
+			(struct frag){ .pos = pos, .len = len, .off = off };
 }
 
 struct part {		/* of one fragment, within one chunk */

@@ -7,7 +7,7 @@ static int put_header(const struct pl_pump *p, uint8_t *to, uint64_t pos,
 {
 	(void)p;
 	(void)data;
-	pl_d1_put(to, len, pos);
+	pl_d1_put(to, PL_D1_MARK, len, pos);
 	return 0;
 }
 

@@ -9,6 +9,7 @@
 #include "counters.h"
 #include "huge.h"
 #include "patience.h"
+#include "pays.h"
 #include "pump.h"
 
 #define PL_FRAGS 256u	/* fragments a slot holds at most */
@@ -18,6 +19,19 @@ struct frag {
 	uint64_t pos;		/* in the source */
 	uint32_t len;
 	uint32_t off;		/* of the first byte, in the buffer */
+	uint32_t packed;	/* of a run: the bytes there are so many, compressed; 0:
+				   they are the source's */
+};
+
+/* Which threads compress what they have read. */
+enum pump_packs { PACKS_NOBODY, PACKS_READERS, PACKS_ALL };
+struct packer;
+
+/* A thread that reads. */
+struct reader {
+	struct pl_pump *p;
+	struct packer *packer;	/* NULL: nothing is ever compressed */
+	pthread_t thread;
 };
 
 #define PL_BATCH 256u		/* frames in one write at most */
@@ -47,7 +61,7 @@ struct slot {
 	struct frag frag[PL_FRAGS];	/* what was claimed */
 	unsigned nfrags;
 	struct frag *run;		/* what must be sent */
-	uint8_t *hdr;			/* of p->hdr_size bytes each */
+	uint8_t *hdr;			/* of p->hdr_room bytes each */
 	unsigned nruns;
 	uint64_t bytes;			/* of the extents, for progress */
 	bool busy;			/* claimed and not yet emitted */
@@ -89,7 +103,8 @@ struct pl_pump {
 	const struct pl_sink_ops *sink;
 	size_t buf_size;
 	unsigned max_runs;
-	unsigned hdr_size;
+	unsigned hdr_size;		/* of a frame that is not compressed */
+	unsigned hdr_room;
 	struct pump_reply reply;	/* of the thread that writes the stream */
 	struct slot *slot;
 	int cancel_fd;			/* eventfd: readable once cancelled */
@@ -97,6 +112,12 @@ struct pl_pump {
 	struct pl_pump_stats stats;	/* atomic, field by field */
 	struct pl_patience peer_takes;	/* emitter only */
 	bool can_splice;
+	bool frozen;
+	struct packer *packer;		/* of the thread of the pass */
+	enum pump_packs packs;		/* atomic */
+	struct pl_pays pays;		/* these three are of the thread of the pass */
+	uint64_t counted_ns;		/* `pays` knows of all before */
+	uint64_t waited_ns;		/* since then, for the stream */
 	pthread_mutex_t rate_lock;		/* guards the next line */
 	uint64_t rate_t0_ns, rate_bytes;
 	struct pl_huge huge;			/* of the thread that has set `making` */
@@ -108,7 +129,7 @@ struct pl_pump {
 	pthread_mutex_t lock;		/* guards all below */
 	pthread_cond_t work;		/* something to claim, or quit */
 	pthread_cond_t done;		/* a slot is ready, or a reader idle */
-	pthread_t *thread;
+	struct reader *reader;
 	unsigned nthreads;
 	unsigned sleeping;		/* readers waiting on `work` */
 	bool emitter_waits;
@@ -137,14 +158,23 @@ struct pl_pump {
 struct slot *pl_slot_claim(struct pl_pump *p) PL_CHECKED PL_NONNULL;
 
 /* pump_read.c.  Without the lock: read a claimed slot and classify it; where slots
-   need no order, write it too. */
-int pl_slot_fill(struct pl_pump *p, struct slot *s, struct pl_fault *fault)
-	PL_CHECKED PL_NONNULL;
+   need no order, write it too.  packer: compress it; or NULL. */
+int pl_slot_fill(struct pl_pump *p, struct slot *s, struct packer *packer,
+		 struct pl_fault *fault) PL_CHECKED PL_NONNULL_AT(1, 2, 4);
 
 /* pump_classify.c.  Decide what of a filled slot must be sent -> run[]. */
 void pl_slot_classify(struct pl_pump *p, struct slot *s) PL_NONNULL;
 /* Nothing of this part of a hole must be sent. */
 bool pl_hole_is_known(const struct pl_pump *p, const struct frag *f) PL_NONNULL;
+
+/* pump_pack.c.  For one thread; NULL: no memory. */
+struct packer *pl_packer_new(const struct pl_pump *p) PL_CHECKED PL_NONNULL;
+void pl_packer_free(struct packer *k);
+/* Compress the runs of a classified slot that become smaller. */
+void pl_slot_pack(struct pl_pump *p, struct slot *s, struct packer *k) PL_NONNULL;
+/* The thread of the pass: a pass begins; a slot was emitted.  Decides on p->packs. */
+void pl_pack_begin(struct pl_pump *p) PL_NONNULL;
+void pl_pack_emitted(struct pl_pump *p, const struct slot *s) PL_NONNULL;
 
 /* pump_emit.c.  The streams' pl_sink_ops.emit. */
 int pl_emit_frames(struct pl_pump *p, struct slot *s, struct pl_fault *fault)
@@ -160,6 +190,9 @@ int pl_stream_write(struct pl_pump *p, struct iovec *iov, unsigned n,
 void pl_stream_moved(struct pl_pump *p, size_t n) PL_NONNULL;
 /* Wait until the stream takes more; take answers meanwhile, with their errors. */
 int pl_stream_wait(struct pl_pump *p) PL_CHECKED PL_NONNULL;
+/* Wait until the rate limit allows so many bytes, which the stream then takes: a
+   limit is a slow stream.  0, or -ECANCELED. */
+int pl_stream_due(struct pl_pump *p, size_t bytes) PL_CHECKED PL_NONNULL;
 /* Describe the failure `err`, which is returned. */
 int pl_stream_fault(struct pl_pump *p, int err, struct pl_fault *fault)
 	PL_CHECKED PL_NONNULL;

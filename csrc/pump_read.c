@@ -53,7 +53,8 @@ static int read_frag(struct pl_pump *p, struct slot *s, const struct frag *f)
 	return 0;
 }
 
-static int fill(struct pl_pump *p, struct slot *s, struct pl_fault *fault)
+static int fill(struct pl_pump *p, struct slot *s, struct packer *packer,
+		struct pl_fault *fault)
 {
 	for (unsigned i = 0; i < s->nfrags; i++) {
 		const struct frag *f = &s->frag[i];
@@ -70,15 +71,18 @@ static int fill(struct pl_pump *p, struct slot *s, struct pl_fault *fault)
 		}
 	}
 	pl_slot_classify(p, s);
+	if (packer)
+		pl_slot_pack(p, s, packer);
 	return p->sink->in_order ? 0 : p->sink->emit(p, s, fault);
 }
 
-int pl_slot_fill(struct pl_pump *p, struct slot *s, struct pl_fault *fault)
+int pl_slot_fill(struct pl_pump *p, struct slot *s, struct packer *packer,
+		 struct pl_fault *fault)
 {
 	int err;
 
 	pl_slot_place(p, s);
-	err = fill(p, s, fault);
+	err = fill(p, s, packer, fault);
 	pl_slot_unplace(p, s);
 	return err;
 }

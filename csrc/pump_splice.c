@@ -26,7 +26,7 @@ bool pl_can_splice(const struct pl_pump *p)
 
 bool pl_run_is_spliced(const struct pl_pump *p, const struct frag *r)
 {
-	return p->live && r->len >= MIN_SPLICE;
+	return p->live && !r->packed && r->len >= MIN_SPLICE;
 }
 
 int pl_splice_run(struct pl_pump *p, const struct slot *s, const struct frag *r,

@@ -12,6 +12,7 @@
 #include <sys/socket.h>
 #include <sys/uio.h>
 
+#include "clock.h"
 #include "io.h"
 #include "pump_internal.h"
 
@@ -24,8 +25,10 @@ int pl_stream_wait(struct pl_pump *p)
 		{ .fd = p->cancel_fd, .events = POLLIN },
 		{ .fd = p->cfg.out_fd, .events = answers ? POLLOUT | POLLIN : POLLOUT },
 	};
+	uint64_t since = pl_now_ns();
 	int n = pl_patient_poll(&p->peer_takes, pfd, 2, p->cfg.stall_ms);
 
+	p->waited_ns += pl_now_ns() - since;
 	if (n < 0)
 		return n;
 	if (pfd[0].revents)
@@ -62,6 +65,15 @@ int pl_stream_fault(struct pl_pump *p, int err, struct pl_fault *fault)
 	return err;
 }
 
+int pl_stream_due(struct pl_pump *p, size_t bytes)
+{
+	uint64_t since = pl_now_ns();
+	int err = pl_rate_obey(p, bytes);
+
+	p->waited_ns += pl_now_ns() - since;
+	return err;
+}
+
 int pl_stream_write(struct pl_pump *p, struct iovec *iov, unsigned n,
 		    struct pl_fault *fault)
 {
@@ -70,7 +82,7 @@ int pl_stream_write(struct pl_pump *p, struct iovec *iov, unsigned n,
 
 	for (unsigned i = 0; i < n; i++)
 		total += iov[i].iov_len;
-	err = pl_rate_obey(p, total);
+	err = pl_stream_due(p, total);
 	while (!err && n) {
 		struct msghdr msg = { .msg_iov = iov, .msg_iovlen = n };
 		ssize_t done;

@@ -25,33 +25,44 @@
 #include "io.h"
 #include "recv_internal.h"
 
-/* `part` bytes of payload to `to`; behind the last ones, as much of the next
-   header as is there. */
-static int read_part(struct pl_recv *r, uint8_t *to, uint32_t part, bool last)
+int pl_recv_payload(struct pl_recv *r, uint8_t *to, uint32_t len, bool last)
 {
 	uint8_t next[sizeof(r->raw)];
-	struct iovec iov[2] = { { to, part }, { next, pl_recv_head_size(r) } };
-	ssize_t n = pl_recv_read(r, iov, last ? 2 : 1, part);
+	struct iovec iov[2] = { { to, len }, { next, pl_recv_head_size(r) } };
+	ssize_t n = pl_recv_read(r, iov, last ? 2 : 1, len);
 	int err;
 
 	if (n < 0)
 		return (int)n;
-	assert((size_t)n >= part && (size_t)n - part <= pl_recv_head_size(r));
-	err = pl_recv_digest(r, to, part, last);
+	assert((size_t)n >= len && (size_t)n - len <= pl_recv_head_size(r));
+	err = pl_recv_digest(r, to, len, last);
 	if (!err && last) {
-		r->raw_got = (uint32_t)n - part;
+		r->raw_got = (uint32_t)n - len;
 		memcpy(r->raw, next, r->raw_got);
 	}
 	return err;
 }
 
-/* Payload of the frame r->head into the file's own page, or into slots in
+/* `part` bytes of the data of the frame r->head. */
+static int read_part(struct pl_recv *r, uint8_t *to, uint32_t part, bool last)
+{
+	return r->head.packed ? pl_recv_unpack(r, to, part, last) :
+				pl_recv_payload(r, to, part, last);
+}
+
+/* Data of the frame r->head into the file's own page, or into slots in
    parts of at most a slot. */
 static int read_payload(struct pl_recv *r)
 {
 	uint64_t pos = r->head.pos;
 	uint32_t left = r->head.size;
 
+	if (r->head.packed) {
+		int err = pl_recv_unpack_begin(r);
+
+		if (err)
+			return err;
+	}
 	for (uint32_t part; left; pos += part, left -= part) {
 		uint8_t *place = pl_recv_place(r, pos, left, &part);
 		struct recv_slot *s;
@@ -162,8 +173,13 @@ int pl_recv_run(struct pl_recv *r, struct pl_recv_msg *msg,
 			r->first_ns = pl_now_ns();
 		ret = read_payload(r);
 		if (ret) {
-			stage = ret == -EBADE ? PL_STAGE_PROTOCOL : stage;
+			if (ret == -EBADE || ret == -EILSEQ)
+				stage = PL_STAGE_PROTOCOL;
 			break;
+		}
+		if (r->head.packed) {
+			RECV_ADD(r, packed_bytes, r->head.size);
+			RECV_ADD(r, packed_frames, 1);
 		}
 		RECV_ADD(r, data_bytes, r->head.size);
 		RECV_ADD(r, frames, 1);
@@ -272,6 +288,7 @@ void pl_recv_free(struct pl_recv *r)
 	for (unsigned i = 0; r->slot && i < r->cfg.slots; i++)
 		pl_buf_free(r->slot[i].buf, r->cfg.slot_size);
 	free(r->slot);
+	pl_recv_unpack_fini(r);
 	pl_huge_fini(&r->huge);
 	if (r->cancel_fd >= 0)
 		close(r->cancel_fd);

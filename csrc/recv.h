@@ -39,8 +39,9 @@ struct pl_recv_stats {
 	uint64_t stream_bytes, data_bytes, frames, written_bytes, hole_bytes;
 	uint64_t image_size;	/* highest position + size seen */
 	uint64_t huge_bytes;	/* of the file, made as huge pages (tmpfs) */
+	uint64_t packed_bytes, packed_frames;	/* of the data, that came compressed */
 };
-_Static_assert(sizeof(struct pl_recv_stats) == 7 * sizeof(uint64_t),
+_Static_assert(sizeof(struct pl_recv_stats) == 9 * sizeof(uint64_t),
 	       "counters.h reads it as an array");
 
 struct pl_recv_msg {
@@ -64,7 +65,8 @@ void pl_recv_free(struct pl_recv *r);
  * frame too large.  -ERANGE: position past 2^63 - size.  -EFBIG: past `largest`.
  * D2: -EOPNOTSUPP: a type
  * or command that is not taken.  -EPROTO: a command of the wrong size.  -EBADE:
- * wrong digest.  -ENOTSOCK: no reply_fd.
+ * wrong digest.  -ENOTSOCK: no reply_fd.  With features: -EILSEQ: a compressed
+ * frame that is not exactly what it says.
  */
 int pl_recv_run(struct pl_recv *r, struct pl_recv_msg *msg,
 		struct pl_fault *fault) PL_CHECKED PL_NONNULL;

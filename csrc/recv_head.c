@@ -86,6 +86,32 @@ static int parse_d2(struct pl_recv *r, enum pl_stage *stage)
 	return -EOPNOTSUPP;
 }
 
+static int parse_compressed(struct pl_recv *r, enum pl_stage *stage)
+{
+	struct pl_d1_header wire = pl_d1_get(r->raw);
+	struct recv_header *h = &r->head;
+	struct pl_packed_header packed;
+	int err;
+
+	h->pos = wire.pos;
+	if (wire.size <= PL_PACKED_HEADER)
+		return -EILSEQ;
+	err = fill(r, PL_D1_HEADER + PL_PACKED_HEADER);
+	if (err) {
+		*stage = PL_STAGE_READ;
+		return err;
+	}
+	packed = pl_packed_get(r->raw + PL_D1_HEADER);
+	h->type = PL_PACKET_DATA;
+	h->size = packed.size;
+	h->packed = wire.size - PL_PACKED_HEADER;
+	/* Larger than the data: so no sender makes it. */
+	if (!h->size || h->packed > h->size || packed.codec != PL_CODEC_ZSTD ||
+	    packed.zero[0] || packed.zero[1] || packed.zero[2])
+		return -EILSEQ;
+	return check_data(r);
+}
+
 /* What may follow, by its marker. */
 static const struct kind {
 	uint32_t mark;
@@ -97,6 +123,7 @@ static const struct kind {
 } kinds[] = {
 	{ PL_D1_MARK, PL_DIALECT_D1, 0, parse_d1 },
 	{ PL_D2_MARK, PL_DIALECT_D2, 0, parse_d2 },
+	{ PL_D1_COMPRESSED_MARK, PL_DIALECT_D1, PL_FEATURE_COMPRESSED, parse_compressed },
 };
 #define KINDS (sizeof(kinds) / sizeof(*kinds))
 

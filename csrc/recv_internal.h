@@ -15,7 +15,9 @@
 #define RECV_ADD(r, field, n) pl_count(&(r)->stats.field, n)
 
 struct recv_header {
-	uint32_t mark, type, size;
+	uint32_t mark, type;
+	uint32_t size;		/* of the data */
+	uint32_t packed;	/* bytes of a zstd frame that are they; 0: not compressed */
 	uint64_t pos;
 };
 
@@ -53,6 +55,7 @@ struct pl_recv {
 	bool ended;
 	bool digests;		/* each packet carries one from now on */
 	uint64_t features;	/* frames of these are taken from now on */
+	struct unpacker *unpacker;	/* of the first compressed frame on */
 
 	/* reader only: recv_place.c */
 	struct pl_huge huge;
@@ -115,6 +118,23 @@ uint32_t pl_recv_head_size(const struct pl_recv *r) PL_NONNULL;
  */
 int pl_recv_digest(struct pl_recv *r, const void *data, uint32_t len, bool last)
 	PL_CHECKED PL_NONNULL_AT(1) PL_READS(2, 3);
+
+/*
+ * recv.c.  Read `len` bytes of the payload; behind the last ones, as much of the next
+ * header as is there.
+ */
+int pl_recv_payload(struct pl_recv *r, uint8_t *to, uint32_t len, bool last)
+	PL_CHECKED PL_NONNULL;
+
+/*
+ * recv_unpack.c.  The payload of a compressed frame, r->head: begin, then its data in
+ * pieces.  `last`: these end them.  -EILSEQ: it is not one zstd frame of just so many
+ * bytes, or takes too much memory.
+ */
+int pl_recv_unpack_begin(struct pl_recv *r) PL_CHECKED PL_NONNULL;
+int pl_recv_unpack(struct pl_recv *r, uint8_t *to, uint32_t len, bool last)
+	PL_CHECKED PL_NONNULL;
+void pl_recv_unpack_fini(struct pl_recv *r) PL_NONNULL;
 
 /* recv_reply.c.  Answer `count` packets, RECV_PARTS at most, with success. */
 int pl_recv_reply(struct pl_recv *r, unsigned count) PL_CHECKED PL_NONNULL;

@@ -14,7 +14,10 @@
 enum pl_dialect { PL_DIALECT_NONE, PL_DIALECT_D1, PL_DIALECT_D2 };
 #define PL_D1_MARK 0x4cc0ac3du
 #define PL_D2_MARK 0x4cc0ac3eu
+#define PL_D1_COMPRESSED_MARK 0x4cc0ac50u
 #define PL_D1_HEADER 16u
+#define PL_PACKED_HEADER 8u	/* behind D1's, in a compressed frame */
+#define PL_CODEC_ZSTD 1u
 #define PL_D2_HEADER 24u	/* and PL_DIGEST bytes more with digests */
 #define PL_SYNC_SIZE 4u		/* bytes of a SYNC's data, in either dialect */
 enum pl_feature {	/* what the two ends of D1 may agree on; a set of bits */
@@ -42,6 +45,13 @@ struct pl_d2_header {
 	uint32_t mark, type, size, padding;
 	uint64_t pos;
 };
+struct pl_packed_header {
+	uint32_t size;		/* of the data, before they were compressed */
+	uint8_t codec, zero[3];
+};
+_Static_assert(sizeof(struct pl_packed_header) == PL_PACKED_HEADER &&
+	       offsetof(struct pl_packed_header, codec) == 4,
+	       "a compressed frame has its fields where the protocol says");
 _Static_assert(sizeof(struct pl_d1_header) == PL_D1_HEADER &&
 	       offsetof(struct pl_d1_header, size) == 4 &&
 	       offsetof(struct pl_d1_header, pos) == 8,
@@ -61,14 +71,33 @@ static inline uint32_t pl_get32(const void *from)
 	return le32toh(value);
 }
 
-static inline void pl_d1_put(uint8_t *to, uint32_t size, uint64_t pos)
+static inline void pl_d1_put(uint8_t *to, uint32_t mark, uint32_t size, uint64_t pos)
 {
 	struct pl_d1_header h = {
-		.mark = htole32(PL_D1_MARK), .size = htole32(size),
+		.mark = htole32(mark), .size = htole32(size),
 		.pos = htole64(pos),
 	};
 
 	memcpy(to, &h, sizeof(h));
+}
+
+/* Both headers of `size` bytes of data, which zstd has made `packed` bytes. */
+static inline void pl_d1_put_packed(uint8_t *to, uint32_t packed, uint64_t pos,
+				    uint32_t size)
+{
+	struct pl_packed_header h = { .size = htole32(size), .codec = PL_CODEC_ZSTD };
+
+	pl_d1_put(to, PL_D1_COMPRESSED_MARK, PL_PACKED_HEADER + packed, pos);
+	memcpy(to + PL_D1_HEADER, &h, sizeof(h));
+}
+
+static inline struct pl_packed_header pl_packed_get(const uint8_t *from)
+{
+	struct pl_packed_header h;
+
+	memcpy(&h, from, sizeof(h));
+	h.size = le32toh(h.size);
+	return h;
 }
 
 static inline struct pl_d1_header pl_d1_get(const uint8_t *from)

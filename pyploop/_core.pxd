@@ -64,6 +64,11 @@ cdef extern from "pl.h" nogil:
         PL_SINK_FILE
         PL_SINK_PACKETS
 
+    enum pl_compress:
+        PL_COMPRESS_NEVER
+        PL_COMPRESS_AUTO
+        PL_COMPRESS_ALWAYS
+
     enum pl_pass_flags:
         PL_PASS_SKIP_ZERO
         PL_PASS_CHANGED
@@ -99,6 +104,8 @@ cdef extern from "pl.h" nogil:
         pl_hook hook
         void *hook_ctx
         uint64_t features
+        pl_compress compress
+        int level
         bint async_ "async"
         uint32_t window
         pl_digest digest
@@ -113,6 +120,8 @@ cdef extern from "pl.h" nogil:
         uint64_t frames
         uint64_t done_bytes
         uint64_t huge_bytes
+        uint64_t packed_bytes
+        uint64_t packed_frames
 
     struct pl_fault:
         pl_stage stage
@@ -136,6 +145,7 @@ cdef extern from "pl.h" nogil:
     int pl_pump_ask(pl_pump *p, const void *buf, size_t len,
                     uint32_t timeout_ms, pl_fault *fault)
     void pl_pump_limit(pl_pump *p, uint64_t rate)
+    void pl_pump_frozen(pl_pump *p, bint frozen)
     void pl_pump_cancel(pl_pump *p)
     void pl_pump_get_stats "pl_pump_stats"(const pl_pump *p, pl_pump_stats *out)
 
@@ -166,6 +176,8 @@ cdef extern from "pl.h" nogil:
         uint64_t hole_bytes
         uint64_t image_size
         uint64_t huge_bytes
+        uint64_t packed_bytes
+        uint64_t packed_frames
 
     struct pl_recv_msg:
         uint64_t pos

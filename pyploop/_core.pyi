@@ -14,6 +14,9 @@ PASS_HOOK: int
 PASS_LIVE: int
 RECV_SYNC: int
 RECV_END: int
+COMPRESS_NEVER: int
+COMPRESS_AUTO: int
+COMPRESS_ALWAYS: int
 SINK_FRAMES: int
 SINK_FILE: int
 SINK_PACKETS: int
@@ -92,6 +95,8 @@ class PumpStats(NamedTuple):
     frames: int
     done: int
     huge: int
+    compressed: int
+    compressed_frames: int
 
 @final
 class Pump:
@@ -118,11 +123,14 @@ class Pump:
         tail_fd: int = -1,
         tail_pos: int = 0,
         features: int = 0,
+        compress: int = 0,
+        level: int = 1,
     ) -> Self: ...
     def run(self, extents: Extents, flags: int = 0) -> None: ...
     def write(self, data: bytes) -> None: ...
     def ask(self, data: bytes, timeout_ms: int = 0) -> None: ...
     def limit(self, rate: int) -> None: ...
+    def frozen(self, frozen: bool) -> None: ...
     def cancel(self) -> None: ...
     @property
     def stats(self) -> PumpStats: ...
@@ -135,6 +143,8 @@ class RecvStats(NamedTuple):
     holes: int
     image_size: int
     huge: int
+    compressed: int
+    compressed_frames: int
 
 class Arrival(NamedTuple):
     first: int

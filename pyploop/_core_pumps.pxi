@@ -3,7 +3,8 @@
 
 
 class PumpStats(NamedTuple):
-    """Monotonic counters of a sending pump, in bytes (`frames` in frames)."""
+    """Monotonic counters of a sending pump, in bytes (`frames` in frames).  compressed:
+    of `data`, before it was."""
     read: int
     data: int
     wire: int
@@ -12,6 +13,8 @@ class PumpStats(NamedTuple):
     frames: int
     done: int
     huge: int
+    compressed: int
+    compressed_frames: int
 
 
 cdef class Pump:
@@ -27,7 +30,7 @@ cdef class Pump:
                   uint64_t rate=0, Known known=None, Hook hook=None,
                   bint async_packets=False, uint32_t window=0, bint digests=False,
                   uint32_t tail=0, int tail_fd=-1, uint64_t tail_pos=0,
-                  uint64_t features=0):
+                  uint64_t features=0, int compress=0, int level=1):
         cdef pl_pump_cfg cfg
         memset(&cfg, 0, sizeof(cfg))
         cfg.src_fd, cfg.src_base, cfg.size = src_fd, src_base, size
@@ -41,6 +44,7 @@ cdef class Pump:
         if hook is not None:
             cfg.hook, cfg.hook_ctx = hook.fn, hook.ctx
         cfg.features = features
+        cfg.compress, cfg.level = <pl_compress>compress, level
         cfg.async_, cfg.window = async_packets, window
         if digests:
             self.md5 = _Md5()
@@ -90,6 +94,10 @@ cdef class Pump:
         """Between two passes: this rate applies from now on; 0: none."""
         pl_pump_limit(self.p, rate)
 
+    def frozen(self, bint frozen):
+        """Between two passes: the source is frozen now, or runs again."""
+        pl_pump_frozen(self.p, frozen)
+
     def cancel(self):
         """From any thread: a run ends at once with ECANCELED."""
         pl_pump_cancel(self.p)
@@ -99,11 +107,13 @@ cdef class Pump:
         cdef pl_pump_stats s
         pl_pump_get_stats(self.p, &s)
         return PumpStats(s.read_bytes, s.data_bytes, s.wire_bytes, s.zero_bytes,
-                         s.same_bytes, s.frames, s.done_bytes, s.huge_bytes)
+                         s.same_bytes, s.frames, s.done_bytes, s.huge_bytes,
+                         s.packed_bytes, s.packed_frames)
 
 
 class RecvStats(NamedTuple):
-    """Monotonic counters of a receiving pump, in bytes (`frames` in frames)."""
+    """Monotonic counters of a receiving pump, in bytes (`frames` in frames).
+    compressed: of `data`, after it was decompressed."""
     stream: int
     data: int
     frames: int
@@ -111,6 +121,8 @@ class RecvStats(NamedTuple):
     holes: int
     image_size: int
     huge: int
+    compressed: int
+    compressed_frames: int
 
 
 class Arrival(NamedTuple):
@@ -195,4 +207,4 @@ cdef class Receiver:
         pl_recv_get_stats(self.r, &s)
         return RecvStats(s.stream_bytes, s.data_bytes, s.frames,
                          s.written_bytes, s.hole_bytes, s.image_size,
-                         s.huge_bytes)
+                         s.huge_bytes, s.packed_bytes, s.packed_frames)

@@ -26,7 +26,10 @@ from compiled import Compiler
 HERE = Path(__file__).resolve().parent
 CSRC = HERE.parents[1] / "csrc"
 PRODUCT = {
-    "recv": ("recv", "recv_ring", "recv_head", "recv_out", "recv_place", "hash", "hash_avx2"),
+    "recv": (
+        *("recv", "recv_ring", "recv_head", "recv_unpack", "recv_out", "recv_place"),
+        *("hash", "hash_avx2"),
+    ),
     "reply": ("pump_reply", "patience"),
     "files": ("files_in", "patience"),
 }

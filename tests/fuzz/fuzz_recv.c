@@ -10,6 +10,8 @@
  * must be what a plain replay of the stream onto an array says (`model`); so a
  * wrong byte is a finding, not only a crash.
  *
+ * In D1, what both ends may agree on is agreed at each SYNC.
+ *
  * Input: byte 0 and 1 choose the configuration; the rest is a stream as it is
  * (RAW), or a list of packets that are built well (see build).
  */
@@ -21,12 +23,14 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <zstd.h>
 
 #include "recv_internal.h"
 
 #define SPACE (1u << 20)	/* of the target: what the model compares */
 #define STREAM (1u << 20)	/* the longest stream that is built */
 #define ODD_HUGE 1	/* of byte 1: the file is on tmpfs */
+#define ODD_PLAIN 2	/* of byte 1: compressed frames are not agreed */
 
 enum { RAW = 1, SPARSE = 2, SHORT_READS = 4, NO_REPLIES = 8, DIGESTS = 16,
        BIG_SLOTS = 32, MORE_SLOTS = 64, D2 = 128 };
@@ -319,6 +323,7 @@ struct model {
 	unsigned answered;
 	int dialect;		/* 1, 2 */
 	bool digests, ended;
+	bool packed;		/* compressed frames are agreed */
 	bool wild;		/* a write may have failed: past the space */
 	uint32_t max_frame;
 	bool replies;
@@ -360,6 +365,50 @@ static void put(struct model *m, uint64_t pos, const uint8_t *data, uint32_t siz
 		m->end = (uint32_t)pos + size;
 }
 
+/* One zstd frame of just so many bytes, by the library's other interface: into memory
+   that is there, where a window is no matter. */
+static bool is_frame_of(uint32_t size, const uint8_t *z, uint32_t len)
+{
+	static uint8_t data[SPACE];
+	size_t whole;
+
+	if (len < 9 || u32(z) != 0xfd2fb528 || z[4] & 3 || (!(z[4] & 32) && z[5] > 80))
+		return false;
+	whole = ZSTD_findFrameCompressedSize(z, len);
+	return !ZSTD_isError(whole) && whole == len && size <= sizeof(data) &&
+	       ZSTD_decompress(data, size, z, len) == size;
+}
+
+/* A compressed frame: its size on the wire, *data and *size of what it holds, or -errno. */
+static int64_t unpack(const struct model *m, const uint8_t *h, size_t left,
+		      uint32_t *size, const uint8_t **data, uint64_t pos, bool *wild)
+{
+	static uint8_t raw[SPACE];
+	uint32_t wire = u32(h + 4);
+
+	*size = 0;
+	if (wire <= 8)
+		return -EILSEQ;
+	if (left < 24)
+		return -ENODATA;
+	*size = u32(h + 16);
+	if (!*size || wire - 8 > *size || u32(h + 20) != 1)
+		return -EILSEQ;
+	if (*size > m->max_frame)
+		return -EMSGSIZE;
+	if (pos > (uint64_t)INT64_MAX - *size)
+		return -ERANGE;
+	/* Some of it may have been written when it turns out to be wrong. */
+	*wild |= pos + *size > SPACE;
+	if (left < 16 + wire)
+		return -ENODATA;
+	if (!is_frame_of(*size, h + 24, wire - 8))
+		return -EILSEQ;
+	CHECK(ZSTD_decompress(raw, sizeof(raw), h + 24, wire - 8) == *size);
+	*data = raw;
+	return 16 + wire;
+}
+
 /* PL_RECV_SYNC (with its position), PL_RECV_END, or -errno. */
 static int step(struct model *m, const uint8_t *s, size_t len, uint64_t *sync_pos)
 {
@@ -373,6 +422,21 @@ static int step(struct model *m, const uint8_t *s, size_t len, uint64_t *sync_po
 			return -ENODATA;
 		if (!m->dialect)
 			m->dialect = u32(h) == PL_D1_MARK ? 1 : u32(h) == PL_D2_MARK ? 2 : 0;
+		if (m->dialect == 1 && m->packed && u32(h) == PL_D1_COMPRESSED_MARK) {
+			const uint8_t *data;
+			int64_t n;
+
+			pos = u64(h + 8);
+			n = unpack(m, h, left, &size, &data, pos, &m->wild);
+			if (n < 0)
+				return (int)n;
+			put(m, pos, data, size);
+			m->frames++;
+			if (pos + size > m->image_size)
+				m->image_size = pos + size;
+			m->at += (size_t)n;
+			continue;
+		}
 		if (!m->dialect || u32(h) != (m->dialect == 1 ? PL_D1_MARK : PL_D2_MARK))
 			return -EBADMSG;
 		size = u32(h + 4);
@@ -472,6 +536,34 @@ static void packet(struct builder *b, int dialect, uint32_t type, uint64_t pos,
 	add(b, data, size);
 }
 
+/* A compressed frame; `odd` breaks it in one of some ways. */
+static void packed(struct builder *b, uint64_t pos, const uint8_t *data, uint32_t size,
+		   unsigned odd)
+{
+	static uint8_t z[SPACE];
+	static ZSTD_CCtx *c;
+	struct { uint32_t mark, size; uint64_t pos; uint32_t raw, codec; } h = {
+		PL_D1_COMPRESSED_MARK, 0, pos, size, 1 };
+	size_t n;
+
+	if (!c)
+		c = ZSTD_createCCtx();
+	ZSTD_CCtx_setParameter(c, ZSTD_c_checksumFlag, odd & 1);
+	ZSTD_CCtx_setParameter(c, ZSTD_c_contentSizeFlag, !(odd & 2));
+	n = ZSTD_compress2(c, z, sizeof(z), data, size);
+	if (odd >> 2 & 1)
+		h.raw += odd % 5 - 2;
+	if (odd >> 3 & 1 && n)
+		z[odd * 37u % n] ^= (uint8_t)odd;
+	if (odd >> 4 & 1 && n)
+		n -= odd & 1;
+	h.size = (uint32_t)n + 8;
+	if (b->len + sizeof(h) + n > STREAM)
+		return;
+	add(b, &h, 24);
+	add(b, z, n);
+}
+
 /*
  * Seven bytes a packet: what, size u16, position u16, fill, scale.  The scales
  * make blocks and odd bytes alike; a packet of raw bytes breaks the rules.
@@ -500,6 +592,10 @@ static void build(struct builder *b, int dialect, bool digests, const uint8_t *p
 		memset(payload, p[5], size);
 		if (p[5] & 1 && size)	/* one byte among zeroes */
 			memset(payload, 0, size), payload[p[4] * 257u % size] = p[5];
+		if (dialect == 1 && p[0] & 8) {
+			packed(b, pos, payload, size, p[0] >> 4 | (p[0] & 1) << 4);
+			continue;
+		}
 		switch (p[0] % 8) {
 		case 0: case 1: case 2:
 			packet(b, dialect, DATA, pos, payload, size, false);
@@ -543,7 +639,7 @@ static void compare(const struct model *m, const struct pl_recv *r)
 	CHECK(stats.written_bytes + stats.hole_bytes == stats.data_bytes);
 }
 
-static void run(struct pl_recv *r, struct model *m, bool digests)
+static void run(struct pl_recv *r, struct model *m, bool digests, bool plain)
 {
 	struct pl_recv_msg msg;
 	struct pl_fault fault;
@@ -572,6 +668,10 @@ static void run(struct pl_recv *r, struct model *m, bool digests)
 		compare(m, r);
 		if (got == PL_RECV_SYNC) {
 			CHECK(msg.pos == pos);
+			if (m->dialect == 1 && !m->packed && !plain) {
+				CHECK(!pl_recv_expect(r, PL_FEATURE_COMPRESSED));
+				m->packed = true;
+			}
 			if (digests && (pos & 1) && m->dialect == 2) {
 				CHECK(!pl_recv_expect_digests(r));
 				m->digests = true;
@@ -617,7 +717,7 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t len)
 		.max_frame = model.max_frame, .window = 32768,
 		.sparse = !!(flags & SPARSE), .digest = digest, .digest_ctx = &sum,
 	}));
-	run(r, &model, flags & DIGESTS);
+	run(r, &model, flags & DIGESTS, data[1] & ODD_PLAIN);
 	pl_recv_free(r);
 	free(target.page);	/* of a stream that broke off in it */
 	target.page = NULL;

@@ -79,6 +79,8 @@ PROGRAMS = [
     ("test_huge", "tsan"),
     ("test_recv_d2", "asan"),
     ("test_recv_d2", "tsan"),
+    ("test_compress", "asan"),
+    ("test_compress", "tsan"),
     ("test_files", "asan"),
     ("test_files", "tsan"),
 ]
