@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Literal, Protocol
 
 from pyploop.api.reporting import make_reporter
 from pyploop.diskcopy import separate_target
+from pyploop.diskcopy.compression import Compression, parse_compression
 from pyploop.diskcopy.framing import COMPATS, Compat
 from pyploop.diskcopy.freeze_policy import Policy, Round
 from pyploop.diskcopy.options import Options
@@ -25,6 +26,7 @@ from pyploop.report.events import Reporter
 from pyploop.report.timeline import Recorder
 from pyploop.system import descriptors
 from pyploop.trackers.registry import choose
+from pyploop.wire.d1 import NO_FEATURES, Feature
 
 if TYPE_CHECKING:
     from pyploop.report.event_types import Event
@@ -86,7 +88,12 @@ class CopyOptions:
     throttle_cgroup: str | None = None
     """That cgroup; None: the one of `stops`."""
     bandwidth: int = 0
-    """Bytes per second to the target at most while the source runs; 0: no limit."""
+    """Bytes per second to the target at most while the source runs, counted as they are
+    sent, so after they were compressed; 0: no limit."""
+    compress: str = "never"
+    """When blocks are compressed on the way to a pyploop receiver that answers.  `auto`:
+    while more data get through that way than without; `zstd` or `zstd:LEVEL` (1 to 19;
+    3): always, but in the freeze only while the stream is the bottleneck."""
     reserve: int | None = None
     """Stop when only so many bytes are left free where the source and the target both
     grow.  None: the larger of 5% and 1 GiB of what is free at the start, but half of that
@@ -162,6 +169,7 @@ class Copy:
         instead of `on_event` and the logger."""
         self._source, self._target = os.fspath(source), target
         self._options = options or CopyOptions()
+        self._compression = _compression(self._options)
         self._feedback = feedback
         self._report = reporter or make_reporter(on_event)
         self._undo = contextlib.ExitStack()
@@ -230,6 +238,7 @@ class Copy:
             sync_wait=o.sync_wait,
             answer_timeout=timeout,
             compat=compat,
+            offered=Feature.COMPRESSED if self._compression else NO_FEATURES,
         ) as out:
             yield out
 
@@ -343,6 +352,13 @@ class Copy:
         return self._sender
 
 
+def _compression(o: CopyOptions) -> Compression:
+    try:
+        return parse_compression(o.compress)
+    except ValueError as e:
+        raise ParameterError(f"compress: {e}") from e
+
+
 def _internal(o: CopyOptions, report: Reporter) -> Options:
     """ParameterError for a value that cannot be."""
     if o.readers is not None and not 0 <= o.readers <= 64:
@@ -365,6 +381,7 @@ def _internal(o: CopyOptions, report: Reporter) -> Options:
         before_thaw=o.before_thaw,
         stall=o.timeout,
         rate=o.bandwidth,
+        compression=_compression(o),
         readers=o.readers,
         freeze_limit=limit,
         reserve=o.reserve,

@@ -107,6 +107,7 @@ def _send(o: argparse.Namespace, report: Reporter) -> None:
         throttle_rate=rate,
         throttle_cgroup=group,
         bandwidth=o.bwlimit,
+        compress=o.compress,
         reserve=o.reserve,
         cluster=o.cluster,
         readers=o.readers,

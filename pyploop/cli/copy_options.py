@@ -6,6 +6,7 @@ from __future__ import annotations
 from pyploop.api.copying import CopyOptions
 from pyploop.cli.arguments import Parser, parsed
 from pyploop.cli.stops import StopAction
+from pyploop.diskcopy.compression import parse_compression
 from pyploop.diskcopy.framing import COMPATS
 from pyploop.trackers import TRACKERS
 from pyploop.units import parse_size, parse_time
@@ -147,7 +148,16 @@ def parser() -> Parser:
         type=parsed(parse_size, "size"),
         default=0,
         metavar="RATE",
-        help="send at most so many bytes per second while the source runs (K, M, G)",
+        help="send at most so many bytes per second while the source runs, counted after they "
+        "are compressed (K, M, G)",
+    )
+    add(
+        "--compress",
+        type=parsed(lambda text: parse_compression(text).name, "compression"),
+        default=CopyOptions.compress,
+        metavar="WHEN",
+        help="compress what is sent to a receiver of pyploop that answers: while more gets through "
+        "that way than without (auto), always (zstd or zstd:LEVEL, 1 to 19), or never (never)",
     )
     add(
         "--reserve",

@@ -205,6 +205,15 @@ class FreezeStage:
             )
         s.data_bytes, s.wire_bytes, s.read_bytes = stats.data, stats.wire, stats.read
         s.frames = stats.frames
+        s.compression = c.source_pump.compression.name
+        s.compressed_bytes = stats.compressed
+        s.compressed_frames = stats.compressed_frames
+        if c.source_pump.compression:
+            report.info(
+                f"Compressed: {format_size(stats.compressed)} of {format_size(stats.data)} "
+                f"({stats.compressed_frames} of {stats.frames} frames); "
+                f"{format_size(stats.wire)} on the wire"
+            )
         report.event("summary", **vars(s))
 
     def _last_pass(self) -> bool:

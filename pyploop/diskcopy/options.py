@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from pyploop.diskcopy.compression import NEVER, Compression
 from pyploop.diskcopy.freeze_policy import Policy
 from pyploop.freeze.stoppers import Spec
 
@@ -27,6 +28,7 @@ class Options:
     policy: Policy = field(default_factory=Policy)
     stall: float = 0.0
     rate: int = 0
+    compression: Compression = NEVER
     readers: int | None = None
     freeze_limit: float = 60.0
     """Seconds from the stop command on before which the copy fails and everything is
@@ -58,6 +60,11 @@ class Summary:
     wire_bytes: int = 0
     read_bytes: int = 0
     frames: int = 0
+    compression: str = NEVER.name
+    """As it was asked for and agreed."""
+    compressed_bytes: int = 0
+    """Of data_bytes, what was sent compressed; their size before."""
+    compressed_frames: int = 0
     reused_bytes: int = 0
     """Not sent in the first pass, since the target had kept the same."""
     first_pass: float = 0.0

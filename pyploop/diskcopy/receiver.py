@@ -68,6 +68,8 @@ class Received:
             "written_bytes": stats.written,
             "hole_bytes": stats.holes,
             "huge_bytes": stats.huge,
+            "compressed_bytes": stats.compressed,
+            "compressed_frames": stats.compressed_frames,
             "syncs": self.syncs,
             "native_peer": self.native,
             "dialect": self.dialect,
@@ -224,6 +226,7 @@ class _Receipt:
             f"Received {self._path}: {format_size(stats.image_size)}, "
             f"{format_size(stats.data)} of data in {stats.frames} frames"
             + (f", {format_size(stats.huge)} made as huge pages" if stats.huge else "")
+            + (f", {format_size(stats.compressed)} came compressed" if stats.compressed else "")
         )
         done = Received(self._path, stats, syncs, self.answers.native, self.answers.dialect)
         self._report.event("received", **done.fields())
@@ -268,6 +271,11 @@ def explain(fault: Fault, path: str, dialect: int) -> PyploopError:
         return ProtocolError(f"a command has {fault.size} bytes, at {where}{left}")
     if code == errno.EBADE:
         return ProtocolError(f"the data do not match their MD5, at {where}{left}")
+    if code == errno.EILSEQ:
+        return ProtocolError(
+            f"a compressed frame does not give the {fault.size} bytes that it announces, at "
+            f"{where}{left}"
+        )
     if code == errno.ENOTSOCK:
         return ParameterError(
             f"the input is a pipe, but a D2 stream is answered on the socket it comes from{left}",

@@ -14,7 +14,7 @@ from pyploop.system import descriptors
 from pyploop.wire import d1, d2, d3
 
 CANNOT = "cannot answer the sender"
-SUPPORTED = d1.NO_FEATURES
+SUPPORTED = d1.Feature.COMPRESSED
 """What our receiver agrees to."""
 
 

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 from pyploop import _core
 from pyploop._core import Bitmap, Extents, Fault, Known, Pump, PumpStats
 from pyploop.diskcopy import target_room
+from pyploop.diskcopy.compression import NEVER, Compression
 from pyploop.diskcopy.framing import PIECE, Extent
 from pyploop.diskcopy.options import Options
 from pyploop.diskcopy.target import Output, explain_write
@@ -35,6 +36,7 @@ from pyploop.report.events import Reporter
 from pyploop.system.worker import run_cancellable
 from pyploop.trackers import Batch, Tracker
 from pyploop.units import BLOCK, MIB, SECTOR, format_size
+from pyploop.wire.d1 import Feature
 
 if TYPE_CHECKING:
     from pyploop.diskcopy.delta import Reused
@@ -63,6 +65,8 @@ class SourcePump:
         """time.monotonic() since which the present marks are collected."""
         self._shared: list[Watched] = []
         self.pump: Pump
+        self.compression = NEVER
+        """As it was agreed; known after `begin`."""
 
     def greet(self) -> None:
         """Before all else: greet the peer, which decides on the framing."""
@@ -79,9 +83,19 @@ class SourcePump:
             self._known = Known(self._source.size, _hash_shift(self._source.size))
             unit = self._known.chunk
         self._out.prepare(self._known)
+        self.compression = self._agreed_compression()
         self.pump = self._make_pump(framing.cluster(self._source, unit))
         if self._gone.is_set():
             self.pump.cancel()
+
+    def _agreed_compression(self) -> Compression:
+        wanted = self._options.compression
+        if wanted and not self._out.features & Feature.COMPRESSED:
+            self._report.info("Compression: never (the target does not take compressed frames)")
+            return NEVER
+        if wanted:
+            self._report.info(f"Compression: {wanted.name}")
+        return wanted
 
     def watch_room(self) -> None:
         """From now on a pass fails before the target fills a file system on which the
@@ -106,8 +120,10 @@ class SourcePump:
         self._gone.wait(seconds)
 
     def limit(self, running: bool) -> None:
-        """--bwlimit applies only while the source runs."""
+        """--bwlimit applies only while the source runs.  And what is compressed in the
+        freeze depends on what was the bottleneck before."""
         self.pump.limit(self._options.rate if running else 0)
+        self.pump.frozen(not running)
 
     @property
     def stats(self) -> PumpStats:
@@ -123,6 +139,8 @@ class SourcePump:
 
     def _make_pump(self, cluster: int) -> Pump:
         source, options = self._source, self._options
+        if self.compression:
+            cluster = min(cluster, MIB)  # larger frames are not compressed
         # Buffered reads copy in the reader itself, so one helper keeps two
         # cores busy; O_DIRECT needs requests in flight.
         readers = options.readers
@@ -146,6 +164,8 @@ class SourcePump:
             window=self._out.packets.window,
             digests=self._out.packets.digests,
             features=self._out.features,
+            compress=self.compression.mode,
+            level=self.compression.level,
             tail=0 if source.tail is None else source.tail.size,
             tail_fd=-1 if source.tail is None else source.tail.fd,
             tail_pos=0 if source.tail is None else source.tail.pos,

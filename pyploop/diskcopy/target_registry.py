@@ -28,7 +28,7 @@ from pyploop.report.timeline import Heard
 from pyploop.system import descriptors
 from pyploop.system.worker import run_cancellable
 from pyploop.units import SECTOR, format_size
-from pyploop.wire.d1 import NO_FEATURES
+from pyploop.wire.d1 import NO_FEATURES, Feature
 
 
 class FileOutput:
@@ -125,9 +125,10 @@ def open_output(
     sync_wait: float,
     answer_timeout: float,
     compat: Compat = "auto",
+    offered: Feature = NO_FEATURES,
 ) -> Iterator[Output]:
     """The output that `-d`, `-o` and `-f` name.  ParameterError when it cannot take an
-    image.  Times in seconds."""
+    image.  Times in seconds.  offered: what a pyploop peer may agree to."""
     if target is not None:
         with Sink(target, report) as sink:
             yield FileOutput(sink, report)
@@ -163,4 +164,5 @@ def open_output(
             sync_wait=sync_wait,
             answer_timeout=answer_timeout,
             compat=compat,
+            offered=offered,
         )

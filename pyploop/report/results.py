@@ -61,11 +61,16 @@ class CopyResult:
     """The protocol that was spoken with the target."""
     hash_kernel: str
     data_bytes: int
-    """Sent, without framing."""
+    """Sent, without framing; before they were compressed."""
     wire_bytes: int
-    """Sent, with framing."""
+    """Sent, with framing; compressed, where they were."""
     read_bytes: int
     frames: int
+    compression: str
+    """`never`, `auto` or `zstd:LEVEL`, as it was asked for and the receiver agreed."""
+    compressed_bytes: int
+    """Of `data_bytes`, what was sent compressed."""
+    compressed_frames: int
     reused_bytes: int
     """Not sent, since the target had kept them."""
     first_pass: float
@@ -123,6 +128,9 @@ class ReceiveResult:
     written_bytes: int
     hole_bytes: int
     huge_bytes: int
+    compressed_bytes: int
+    """Of `data_bytes`, what came compressed; its size afterwards."""
+    compressed_frames: int
     """Made as huge pages, on tmpfs."""
     syncs: int
     native_peer: bool

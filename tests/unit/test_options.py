@@ -15,7 +15,7 @@ from pyploop.cli.main import COMMANDS
 AS_THE_C_TOOL = {"-o", "-i", "-f"}
 """Of these descriptors `ploop copy` takes the last."""
 ADDS_UP = {"--mount", "--freeze", "-F", "--undo", "--nodeps", "--ssh", "--rsync", "-v"}
-VALUES = ("1", "1M")
+VALUES = ("1", "1M", "auto")
 
 
 def parser_of(command: str) -> Parser:
