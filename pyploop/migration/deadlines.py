@@ -3,25 +3,8 @@
 
 Read them as `deadlines.NAME`, so that a change here works everywhere (tests/lab/slowly.py
 makes them longer for an emulated machine).  Waits that the user sets are elsewhere:
-`stall` and `--suspend-limit`.
+`stall` and `--suspend-limit`.  Those of the connection itself are in transport/deadlines.py.
 """
-
-# ---- the connection
-
-CONNECT = 30.0
-"""For ssh and the agent, until the agent's hello has come."""
-HELLO = 30.0
-"""For the source's hello, at the agent."""
-PING_EVERY = 2.0
-"""Between two pings, which both ends send."""
-SILENCE = 30.0
-"""Without a byte from the peer, which pings.  Then the connection is ended."""
-LAST_WORDS = 0.2
-"""For ssh to end after its connection, so that all of its output is read."""
-ENDING = 10.0
-"""For the agent to undo, and to end.  Then ssh is killed."""
-GLANCE = 0.5
-"""Between two checks whether an answer is still needed."""
 
 # ---- requests, at the source
 

@@ -28,14 +28,16 @@ from scripts import agent_seeds, frame_of, message_seeds, source_seeds
 from pyploop.diskcopy.options import Options
 from pyploop.errors import MigrateError, ProtocolError, PyploopError, VzExitCode
 from pyploop.migration import deadlines, undo_kinds
-from pyploop.migration.mux import Mux
-from pyploop.migration.source import orchestrator, recover, ssh_cipher
+from pyploop.migration.source import orchestrator, recover
 from pyploop.migration.source.agent_client import Remote
 from pyploop.migration.source.request import Request
 from pyploop.migration.target import agent
 from pyploop.report.events import Reporter
 from pyploop.runtimes import State, config
 from pyploop.runtimes.config import HostConfig
+from pyploop.transport import deadlines as waits
+from pyploop.transport import ssh_cipher
+from pyploop.transport.mux import Mux
 from pyploop.undo import journal
 from pyploop.wire import messages
 from pyploop.wire import mux as wire
@@ -322,7 +324,7 @@ def run_source(world: World, data: bytes) -> None:
         mock.patch.object(subprocess, "Popen", popen),
         mock.patch.object(ssh_cipher, "choose", lambda *_: ssh_cipher.Choice((), False, "")),
         mock.patch.object(Remote, "call", call),
-        mock.patch.object(deadlines, "LAST_WORDS", LAST_WORDS),
+        mock.patch.object(waits, "LAST_WORDS", LAST_WORDS),
         mock.patch.object(recover, "settled", partial(recover.settled, patience=0.0)),
         mock.patch.object(undo_kinds, "make_runtime", lambda *_: box),
         mock.patch.object(config, "load", lambda _: world.host()),

@@ -18,10 +18,9 @@ LONGER = {
     "freeze.filesystems": "LOCK_DEADLINE",
     "freeze.mounted": "UNMOUNT_DEADLINE",
     "freeze.vzctl": "STATUS_DEADLINE SUSPEND_DEADLINE",
-    "migration.deadlines": "ATTEMPTS CHECKING CONNECT DUMP_WAIT ENDING HELLO INTERRUPTED "
-    "LAST_WORDS LOADING PROBING REQUEST RESTORING RSYNC_ENDING RSYNC_READY RSYNC_VERSION "
-    "SETTLE_WAIT SETTLING SILENCE UNASKED UNBEGUN UNDOING UNMOVED",
-    "migration.source.ssh_cipher": "SECONDS",
+    "migration.deadlines": "ATTEMPTS CHECKING DUMP_WAIT INTERRUPTED LOADING PROBING REQUEST "
+    "RESTORING RSYNC_ENDING RSYNC_READY RSYNC_VERSION SETTLE_WAIT SETTLING UNASKED UNBEGUN UNDOING "
+    "UNMOVED",
     "migration.target.page_link": "START_SECONDS",
     "runtimes.page_record": "STOPPING",
     "runtimes.lazy_record": "ENDING",
@@ -39,6 +38,8 @@ LONGER = {
     "system.stderr_tail": "DRAINED LAST",
     "trackers.bpf": "BASE_DEADLINE",
     "trackers.dm": "TIMEOUT",
+    "transport.deadlines": "CONNECT ENDING HELLO LAST_WORDS SILENCE",
+    "transport.ssh_cipher": "SECONDS",
     "undo.ledger": "ANSWER_DEADLINE START_DEADLINE UNDO_TIMEOUT",
     "usage.io_accounting": "QUIET_DEADLINE",
 }
@@ -64,6 +65,7 @@ AS_IT_IS = {
     "runtimes.runc.link_cut": "LAST_REQUEST",
     "system.claims": "PAUSE",
     "system.jobs": "TICK",
+    "transport.deadlines": "GLANCE PING_EVERY",
     "undo.watchdog": "LATE RETRY",
     "usage.users": "CLAIM_PAUSE",
     # What a decision compares with what was measured.
@@ -79,7 +81,7 @@ AS_IT_IS = {
     "libploop": "IDLE STALL",
     # Hours and days, and 60 s for a few bytes.
     "diskcopy.target_name": "OLD",
-    "migration.deadlines": "GLANCE IDLE LONGEST_STALL PING_EVERY RETRY RSYNC_LOOK RSYNC_SOONEST",
+    "migration.deadlines": "IDLE LONGEST_STALL RETRY RSYNC_LOOK RSYNC_SOONEST",
     "system.descriptors": "ANSWER_TIMEOUT POLL_SLICE",
     "units": "LONGEST",
     "wire.messages": "LONGEST_TIME",

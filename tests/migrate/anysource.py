@@ -14,11 +14,11 @@ from typing import Any
 from pyploop import __version__
 from pyploop.errors import MigrateError, WriteError
 from pyploop.migration import commit_record, file_stream
-from pyploop.migration.mux import Mux
 from pyploop.migration.target import agent
 from pyploop.runtimes import config
 from pyploop.runtimes.policy import Source
 from pyploop.system import cpu
+from pyploop.transport.mux import Mux
 from pyploop.wire import mux as wire
 
 SECONDS = 30.0

@@ -14,8 +14,8 @@ from lab.hosts import Lab
 from moving import files, judge, migrate
 from support import run
 
-from pyploop.migration.source.ssh_cipher import PREFERRED
 from pyploop.system import cpu
+from pyploop.transport.ssh_cipher import PREFERRED
 
 MIGRATIONS = int(os.environ.get("PYPLOOP_MIGRATIONS", "4"))
 """Back and forth."""

@@ -21,11 +21,12 @@ from scripts import CHECK, HEX, MACHINE
 
 from pyploop.errors import MigrateError, PyploopError
 from pyploop.migration import commit_record, deadlines, undo_kinds
-from pyploop.migration.mux import Mux
-from pyploop.migration.target import agent, agent_events, incoming, incoming_files
+from pyploop.migration.target import agent, incoming, incoming_files
 from pyploop.runtimes import State, config, memory_in_use
 from pyploop.runtimes.config import HostConfig
 from pyploop.system import jobs
+from pyploop.transport import agent_events
+from pyploop.transport.mux import Mux
 from pyploop.wire import mux as wire
 
 FACTS: dict[str, Any] = {

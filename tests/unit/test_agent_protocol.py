@@ -16,8 +16,8 @@ import pytest
 import support
 
 from pyploop.errors import ProtocolError, PyploopError, ReadError
-from pyploop.migration import mux as migration_mux
-from pyploop.migration.mux import Mux
+from pyploop.transport import mux as transport_mux
+from pyploop.transport.mux import Mux
 from pyploop.wire import channels, messages
 from pyploop.wire import mux as wire
 
@@ -187,7 +187,7 @@ def test_channels_that_are_open_at_once_are_limited(
     pair: tuple[Mux, Mux], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Of each one WINDOW bytes may wait in memory."""
-    monkeypatch.setattr(migration_mux, "AT_ONCE", 2)
+    monkeypatch.setattr(transport_mux, "AT_ONCE", 2)
     ends = [end.open(number) for end in pair for number in (1, 2)]
     with pytest.raises(ProtocolError, match="2 channels are open already"):
         pair[0].open(3)

@@ -24,11 +24,11 @@ import support
 from pyploop.errors import MigrateError, ProtocolError, PyploopError, ReadError, WriteError
 from pyploop.migration import file_stream
 from pyploop.migration.file_stream import Budget, Place
-from pyploop.migration.image_channels import ImageReader, ImageWriter
-from pyploop.migration.mux import Mux
+from pyploop.migration.image_channels import ImageReader, ImageWriter, open_reader, open_writer
 from pyploop.migration.source.dump_stream import send_first, stream_dump
 from pyploop.migration.target.incoming_memory import IncomingMemory
 from pyploop.system.jobs import Job
+from pyploop.transport.mux import Mux
 from pyploop.units import KIB, MIB
 from pyploop.wire import messages
 from pyploop.wire import mux as wire
@@ -71,8 +71,8 @@ def place(folder: Path, **limits: Any) -> Place:
 
 
 def channel(pair: tuple[Mux, Mux], window: int = wire.WINDOW) -> tuple[ImageWriter, ImageReader]:
-    reader = pair[1].open_reader(1, window, STALL)
-    return pair[0].open_writer(1, window, STALL), reader
+    reader = open_reader(pair[1], 1, window, STALL)
+    return open_writer(pair[0], 1, window, STALL), reader
 
 
 @pytest.fixture
@@ -231,10 +231,10 @@ def test_one_connection_carries_round_after_round(
     source, target = folders
     (source / "pages-1.img").write_bytes(os.urandom(5000))
     for number in range(1, 30):
-        reader = pair[1].open_reader(number, wire.WINDOW, STALL)
+        reader = open_reader(pair[1], number, wire.WINDOW, STALL)
         (target / str(number)).mkdir()
         job = Job(partial(reader.receive, place(target / str(number)))).start()
-        with pair[0].open_writer(number, wire.WINDOW, STALL) as writer:
+        with open_writer(pair[0], number, wire.WINDOW, STALL) as writer:
             stream_dump(source, writer, Job(lambda: None).start())
         assert job.join(10).data == 5000
     support.wait_until(lambda: not pair[0]._channels, "the source forgets them")
@@ -243,10 +243,10 @@ def test_one_connection_carries_round_after_round(
 
 def test_a_limited_stream_takes_its_time(pair: tuple[Mux, Mux], folders: tuple[Path, Path]) -> None:
     (folders[0] / "one").write_bytes(b"x" * MIB)
-    reader = pair[1].open_reader(1, wire.WINDOW, STALL)
+    reader = open_reader(pair[1], 1, wire.WINDOW, STALL)
     job = Job(lambda: reader.receive(place(folders[1]))).start()
     start = time.monotonic()
-    with pair[0].open_writer(1, wire.WINDOW, STALL, rate=4 * MIB) as writer:
+    with open_writer(pair[0], 1, wire.WINDOW, STALL, rate=4 * MIB) as writer:
         writer.file("one", str(folders[0] / "one"))
         writer.end()
     job.join(10)
@@ -263,7 +263,7 @@ def test_a_target_of_0_1_0_receives_what_is_sent(
     (source / "pages-1.img").write_bytes(pages(2000))
     fd = pair[1].open(1)
     job = Job(lambda: file_stream.receive(fd, STALL, place(target))).start()
-    with pair[0].open_writer(1, wire.WINDOW, STALL) as writer:
+    with open_writer(pair[0], 1, wire.WINDOW, STALL) as writer:
         stream_dump(source, writer, Job(lambda: None).start())
     job.join(20)
     assert (target / "pages-1.img").read_bytes() == pages(2000)
@@ -275,7 +275,7 @@ def test_what_a_source_of_0_1_0_sends_is_received(
 ) -> None:
     source, target = folders
     (source / "pages-1.img").write_bytes(pages(2000))
-    reader = pair[1].open_reader(1, wire.WINDOW, STALL)
+    reader = open_reader(pair[1], 1, wire.WINDOW, STALL)
     job = Job(lambda: reader.receive(place(target))).start()
     with file_stream.Writer(pair[0].open(1), STALL) as out:
         out.file("pages-1.img", str(source / "pages-1.img"))
@@ -366,7 +366,7 @@ def test_a_stream_to_a_peer_that_reads_nothing_can_be_cancelled(
 ) -> None:
     """A container that is suspended must not wait for it."""
     (folders[0] / "pages-1.img").write_bytes(os.urandom(2 * MIB))
-    writer = against[0].open_writer(1, wire.IMAGE_WINDOW, STALL)
+    writer = open_writer(against[0], 1, wire.IMAGE_WINDOW, STALL)
     sending = Job(lambda: stream_dump(folders[0], writer, Job(lambda: None).start())).start()
     assert not sending.over.wait(0.3)
     writer.cancel()
@@ -381,7 +381,7 @@ def test_nobody_waits_to_tell_a_peer_that_reads_nothing(
     against: tuple[Mux, socket.socket],
 ) -> None:
     end, peer = against
-    writer = end.open_writer(1, wire.IMAGE_WINDOW, STALL)
+    writer = open_writer(end, 1, wire.IMAGE_WINDOW, STALL)
     stuck = Job(lambda: end.send({"text": "x" * 200_000})).start()
     peer.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
 
@@ -475,7 +475,7 @@ def test_a_peer_that_gives_no_credit_is_given_up(
 ) -> None:
     (folders[0] / "pages-1.img").write_bytes(os.urandom(2 * wire.WINDOW))
     Job(lambda: [*iter(lambda: against[1].recv(1 << 16), b"")]).start()
-    writer = against[0].open_writer(1, wire.WINDOW, 0.2)
+    writer = open_writer(against[0], 1, wire.WINDOW, 0.2)
     with writer, pytest.raises(WriteError, match="timed out"):
         stream_dump(folders[0], writer, Job(lambda: None).start())
 
@@ -536,7 +536,7 @@ def test_a_stream_of_images_keeps_to_its_limits(
 ) -> None:
     stream, limits, why = REFUSED[what]
     limits = {k: Budget(v.most) if isinstance(v, Budget) else v for k, v in limits.items()}
-    reader = against[0].open_reader(1, wire.WINDOW, STALL)
+    reader = open_reader(against[0], 1, wire.WINDOW, STALL)
     parts = [stream[n : n + split] for n in range(0, len(stream), split)] if split else [stream]
     against[1].sendall(data(*parts))
     with pytest.raises(ProtocolError, match=why):
@@ -551,7 +551,7 @@ def test_a_piece_that_is_cut_off_is_no_piece(
 ) -> None:
     whole = head(b"abc", b"x" * 50)
     for n, size in enumerate([1, 15, 16, 18, 19, 20, len(whole) - 1, len(whole)], 1):
-        reader = against[0].open_reader(n, wire.WINDOW, STALL)
+        reader = open_reader(against[0], n, wire.WINDOW, STALL)
         frame = wire.frame(wire.DATA, n, size) + whole[:size] + wire.frame(wire.END, n, 0)
         against[1].sendall(frame)
         (tmp_path / str(n)).mkdir()
@@ -570,7 +570,7 @@ def test_who_drips_is_given_up(against: tuple[Mux, socket.socket], tmp_path: Pat
                 against[1].sendall(data(bytes([byte])))
 
     dripping = Job(drip).start()
-    reader = against[0].open_reader(1, wire.WINDOW, 0.5)
+    reader = open_reader(against[0], 1, wire.WINDOW, 0.5)
     try:
         with pytest.raises(ReadError, match="less than 64 KiB"):
             reader.receive(place(tmp_path))
@@ -596,7 +596,8 @@ def test_frames_that_may_not_come_end_the_connection(
     against: tuple[Mux, socket.socket], opened: str, frames: bytes, why: str
 ) -> None:
     end, peer = against
-    made = getattr(end, f"open_{opened}")(1, wire.WINDOW, STALL)
+    open_it = open_reader if opened == "reader" else open_writer
+    made: ImageReader | ImageWriter = open_it(end, 1, wire.WINDOW, STALL)
     peer.sendall(frames)
     support.wait_until(lambda: end.failure is not None, "the connection ends")
     assert isinstance(end.failure, ProtocolError)
@@ -605,12 +606,12 @@ def test_frames_that_may_not_come_end_the_connection(
 
 
 def test_streams_that_nobody_takes_are_bounded(against: tuple[Mux, socket.socket]) -> None:
-    opened = [against[0].open_reader(n, wire.WINDOW, STALL) for n in range(1, 9)]
+    opened = [open_reader(against[0], n, wire.WINDOW, STALL) for n in range(1, 9)]
     with pytest.raises(PyploopError, match="too many channels"):
-        against[0].open_reader(9, wire.WINDOW, STALL)
+        open_reader(against[0], 9, wire.WINDOW, STALL)
     opened.pop().close()
-    opened.append(against[0].open_reader(10, wire.WINDOW, STALL))
+    opened.append(open_reader(against[0], 10, wire.WINDOW, STALL))
     for one in opened:
         one.close()
     with pytest.raises(PyploopError, match="opened before"):
-        against[0].open_reader(10, wire.WINDOW, STALL)
+        open_reader(against[0], 10, wire.WINDOW, STALL)

@@ -31,6 +31,7 @@ FLOORS = (
     ("runtimes.oci",),
     ("runtimes.runc", "runtimes.vzctl"),
     ("runtimes.registry",),
+    ("transport",),
     ("migration",),
     ("migration.target",),
     ("migration.source",),

@@ -22,7 +22,7 @@ TABLE = ROOT / "tests/golden/messages.txt"
 # and functions that make an error of a text.
 MAKES_AN_ERROR = re.compile(
     r"(Error|Unusable|Malformed|FreezeGivenUp|UnreadableValue)$"
-    r"|^_?(bad|refuse|fail|failure|explain|newer|no_agent|not_ours|still_written|saying|add_hint)$"
+    r"|^_?(bad|refuse|fail|failure|explain|newer|no_agent|unreachable|not_a_host|not_ours|still_written|saying|add_hint)$"
 )
 WIDTH = 118
 

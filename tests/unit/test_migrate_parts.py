@@ -25,10 +25,11 @@ from pyploop.errors import (
     PyploopError,
     ReadError,
 )
-from pyploop.migration import commit_record, file_stream, hints, undo_kinds
+from pyploop.migration import commit_record, file_stream, undo_kinds
 from pyploop.runtimes import config
 from pyploop.system.commands import Command
 from pyploop.system.jobs import Job, in_parallel
+from pyploop.transport import hints
 
 # ---- messages
 

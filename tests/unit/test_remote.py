@@ -25,12 +25,14 @@ from pyploop.errors import (
     PyploopError,
     ReadError,
 )
-from pyploop.migration import file_stream, mux
-from pyploop.migration.mux import Mux
+from pyploop.migration import file_stream
 from pyploop.migration.source import payload
-from pyploop.migration.source.agent_client import EVENT_BYTES, Remote
+from pyploop.migration.source.agent_client import Remote
 from pyploop.system import stderr_tail
 from pyploop.system.jobs import Job
+from pyploop.transport import mux
+from pyploop.transport.client import EVENT_BYTES
+from pyploop.transport.mux import Mux
 from pyploop.wire import channels
 from pyploop.wire import mux as wire
 

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 import support
 
-from pyploop.migration.source import ssh_cipher
-from pyploop.migration.source.ssh_cipher import PREFERRED, choose, chosen, without_kex
+from pyploop.transport import ssh_cipher
+from pyploop.transport.ssh_cipher import PREFERRED, choose, chosen, without_kex
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ from pyploop.disks.source import Source
 from pyploop.errors import MigrateError, VzExitCode
 from pyploop.migration import deadlines
 from pyploop.migration.memory_policy import MemoryPolicy
-from pyploop.migration.source import host_identity, lazy, memory, post_copy, ssh_cipher, trees
+from pyploop.migration.source import host_identity, lazy, memory, post_copy, trees
 from pyploop.migration.source.agent_client import Remote
 from pyploop.migration.source.payload import check_number
 from pyploop.migration.source.request import Request
@@ -21,6 +21,7 @@ from pyploop.report.events import Reporter
 from pyploop.runtimes import Copied, Disk, Facts, Runtime, lazy_policy
 from pyploop.runtimes.config import HostConfig
 from pyploop.system import cpu
+from pyploop.transport import ssh_cipher
 from pyploop.wire.messages import clipped
 
 

@@ -17,6 +17,7 @@ from pyploop.migration.source import tmpfs_images
 from pyploop.migration.source.agent_client import Remote
 from pyploop.system import kernel
 from pyploop.system.jobs import Job
+from pyploop.transport import deadlines as connection
 
 LOOK = 0.1
 """Seconds between two looks at the folder, whatever the kernel reports of it."""
@@ -109,7 +110,7 @@ def explained(remote: Remote, name: str, join: Callable[[], object]) -> None:
     except WriteError as e:
         if remote.alive():
             try:
-                remote.call("join", deadlines.REQUEST, name=name, timeout=deadlines.GLANCE)
+                remote.call("join", deadlines.REQUEST, name=name, timeout=connection.GLANCE)
             except MigrateError as why:
                 raise why from e
             except PyploopError:

@@ -18,12 +18,13 @@ from typing import Any
 
 from pyploop import __version__
 from pyploop.errors import MigrateError, VzExitCode
-from pyploop.migration.source.agent_client import SSH_OPTIONS, Remote
+from pyploop.migration.source.agent_client import Remote
 from pyploop.migration.source.request import Request
 from pyploop.report.events import Reporter
 from pyploop.runtimes import Pages, Runtime, page_record
 from pyploop.runtimes.config import HostConfig
 from pyploop.runtimes.page_record import PageRecord
+from pyploop.transport.client import SSH_OPTIONS
 from pyploop.units import format_size
 from pyploop.wire import mux as wire
 

@@ -14,7 +14,6 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from pyploop import __version__
 from pyploop.errors import (
     BusyError,
     MigrateError,
@@ -24,9 +23,8 @@ from pyploop.errors import (
     one_line,
 )
 from pyploop.migration import commit_record, deadlines, locks
-from pyploop.migration.mux import Mux
+from pyploop.migration.image_channels import open_reader
 from pyploop.migration.target import checks, page_link, resumable_files, wire_probe
-from pyploop.migration.target.agent_events import Events
 from pyploop.migration.target.incoming import Incoming
 from pyploop.migration.target.settle import settle, settle_dead
 from pyploop.report.events import Reporter
@@ -34,8 +32,11 @@ from pyploop.runtimes import Facts, Runtime
 from pyploop.runtimes.config import NAME, HostConfig
 from pyploop.runtimes.policy import Source
 from pyploop.runtimes.registry import make_runtime
-from pyploop.system import contention, descriptors
+from pyploop.system import contention
 from pyploop.system.jobs import Job
+from pyploop.transport import greeting
+from pyploop.transport.agent_events import Events
+from pyploop.transport.mux import Mux
 from pyploop.wire import channels, messages
 from pyploop.wire import mux as wire
 from pyploop.wire.messages import clipped
@@ -184,7 +185,7 @@ class Agent:
         self._probes += 1
         if self._probes > channels.PROBES:
             raise ProtocolError(f"agent protocol: more than {channels.PROBES} probes")
-        images = self._mux.open_reader(channel, window, deadlines.PROBING)
+        images = open_reader(self._mux, channel, window, deadlines.PROBING)
         self._probing = Job(wire_probe.receiver(images, size)).start()
         return {}
 
@@ -283,7 +284,7 @@ class Agent:
     ) -> dict[str, Any]:
         incoming = self._receiving()
         self._need_live()
-        images = self._mux.open_reader(channel, window, incoming.stall)
+        images = open_reader(self._mux, channel, window, incoming.stall)
         try:
             incoming.take_dump(images, number, parent, room, post_copy)
         except BaseException:
@@ -365,29 +366,14 @@ def vz_code(error: PyploopError) -> int:
     return VzExitCode.LOCKED if isinstance(error, BusyError) else VzExitCode.COPY_FAILED
 
 
+HINT = "do not run `pyploop agent` by hand: `pyploop migrate` on the source starts it"
+
+
 def greet(rfd: int, wfd: int) -> bytes:
-    """Exchange hellos.  Returns the bytes that came after the peer's.  ProtocolError when the
-    versions do not fit; the peer sees that from our hello."""
-    descriptors.write_all(wfd, wire.hello(__version__), "cannot say hello")
-    deadline = time.monotonic() + deadlines.HELLO
-    data = b""
-    while not data.endswith(b"\n"):
-        # Byte by byte: what follows belongs to the frames.
-        data += descriptors.read_exactly(rfd, 1, lambda: deadline, "waiting for a hello")
-        if len(data) > 128:
-            raise _no_hello()
-    if migration := wire.find_pages(data):
-        raise page_link.WantedError(migration)
-    peer = wire.find_hello(data)
-    if peer is None:
-        raise _no_hello()
-    if why := wire.mismatch(peer, __version__):
-        raise ProtocolError(f"this agent cannot work with the pyploop of the source: {why}")
-    return b""
+    """As greeting.greet.  WantedError: the connection is one for pages."""
 
+    def other(line: bytes) -> None:
+        if migration := wire.find_pages(line):
+            raise page_link.WantedError(migration)
 
-def _no_hello() -> ProtocolError:
-    return ProtocolError(
-        "agent protocol: the peer sent no hello",
-        hint="do not run `pyploop agent` by hand: `pyploop migrate` on the source starts it",
-    )
+    return greeting.greet(rfd, wfd, hint=HINT, peer="the source", other=other)

@@ -27,16 +27,10 @@ from typing import Protocol, TypeVar
 
 from pyploop._core import Gate, Intake
 from pyploop.errors import ProtocolError, PyploopError, ReadError, WriteError
-from pyploop.migration import deadlines
-from pyploop.migration.image_channels import (
-    ImageReader,
-    ImageWriter,
-    Line,
-    milliseconds,
-    why_unread,
-)
 from pyploop.system import signals
 from pyploop.system.jobs import TICK
+from pyploop.transport import deadlines
+from pyploop.transport.line import Line, milliseconds, why_unread
 from pyploop.units import KIB, MIB
 from pyploop.wire import mux as wire
 from pyploop.wire.channels import AT_ONCE, LAST
@@ -150,15 +144,11 @@ class Mux:
             raise
         return theirs.detach()
 
-    def open_writer(self, number: int, window: int, stall: float, rate: int = 0) -> ImageWriter:
-        """Like `open`, for sending memory images."""
-        made = Line(self, self._gate, self._intake, number, window, self._silence)
-        return self._open(number, lambda: ImageWriter(made, stall, rate))
-
-    def open_reader(self, number: int, window: int, stall: float) -> ImageReader:
-        """Like `open`, for receiving memory images."""
-        made = Line(self, self._gate, self._intake, number, window, self._silence)
-        return self._open(number, lambda: ImageReader(made, stall))
+    def open_line(self, number: int, window: int, make: Callable[[Line], C]) -> C:
+        """Like `open`, for a channel whose bytes the native core moves.  window: bytes that
+        may be under way in it."""
+        line = Line(self, self._gate, self._intake, number, window, self._silence)
+        return self._open(number, lambda: make(line))
 
     def _open(self, number: int, make: Callable[[], C]) -> C:
         if not 0 < number <= LAST:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The agent's log lines and events, sent to the source."""
+"""The agent's log lines and events, sent to the end that asks."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ import time
 from typing import Any
 
 from pyploop.errors import PyploopError, joined
-from pyploop.migration.mux import Mux
 from pyploop.report.events import ERROR, NOTE
+from pyploop.transport.mux import Mux
 from pyploop.wire.messages import clipped
 
 MOST_EVENTS = 1000
@@ -17,15 +17,15 @@ MOST_EVENTS = 1000
 
 
 class Events:
-    """A renderer that sends the agent's events to the source."""
+    """A renderer that sends the agent's events to the end that asks."""
 
     def __init__(self, mux: Mux) -> None:
         self._mux = mux
         self._sent = 0
-        """Events since the last request.  The source may not be reading them."""
+        """Events since the last request.  The peer may not be reading them."""
 
     def asked(self) -> None:
-        """A request came, so the source has read the events that were sent before."""
+        """A request came, so the peer has read the events that were sent before."""
         left_out, self._sent = self._sent - MOST_EVENTS, 0
         if left_out > 0:
             self.line(NOTE, 0.0, f"{left_out} messages were left out: too many at once")

@@ -38,7 +38,7 @@ class Choice:
 
 
 def choose(ssh: Sequence[str], options: Sequence[str], host: str, aes: bool) -> Choice:
-    """ssh, options: as of agent_client.Remote.  aes: both CPUs have it."""
+    """ssh, options: as of client.Client.  aes: both CPUs have it."""
     said = _ask([*ssh, *options, VERBOSE, "-G", "--", host])
     more: tuple[str, ...] = (VERBOSE,) if said else ()
     said = said or _ask([*ssh, *options, "-G", "--", host])

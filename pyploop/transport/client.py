@@ -1,0 +1,309 @@
+# SPDX-License-Identifier: Apache-2.0
+"""An agent on another host, over one ssh connection.
+
+Nobody is asked for a password or to accept a host key: ssh runs with BatchMode, and host
+keys are checked as ssh_config says.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shlex
+import subprocess
+import threading
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from typing import Any, Self
+
+from pyploop import __version__
+from pyploop.errors import CancelledError, ProtocolError, PyploopError, ReadError
+from pyploop.report.events import NOTE
+from pyploop.system import descriptors
+from pyploop.system.stderr_tail import LastWords
+from pyploop.transport import deadlines
+from pyploop.transport.mux import INBOX, Mux
+from pyploop.transport.ssh_cipher import chosen, without_kex
+from pyploop.units import MIB
+from pyploop.wire import messages
+from pyploop.wire import mux as wire
+
+EVENT_BYTES = 8 * MIB
+"""Bytes of events that one connection may add to the log."""
+VALUE = 100
+"""Bytes that each value in an event counts for in addition to its length."""
+LONGEST_OUTPUT = 1000
+"""Characters of the output of ssh and the agent that go into a message."""
+SSH_OPTIONS = (
+    "-T",
+    # The other host gets no keys of the user's ssh agent, no display, no tickets, and no
+    # forwarding back to us.  These options overrule ssh_config; the first three overrule
+    # --ssh, too.
+    *("-a", "-x", "-k", "-oClearAllForwardings=yes"),
+    *("-oTunnel=no", "-oPermitLocalCommand=no", "-oRemoteCommand=none"),
+    # It must not write keys into our known_hosts.
+    "-oUpdateHostKeys=no",
+    "-oBatchMode=yes",
+    "-oConnectTimeout=15",
+    "-oServerAliveInterval=5",
+    "-oServerAliveCountMax=4",
+)
+OnEvent = Callable[[str, float, dict[str, Any]], None]
+"""Called with an event's name, its time on the other host's clock, and its fields."""
+
+
+class Client(ABC):
+    """The connection to an agent; a context manager that ends it.  What its answers mean, and
+    which errors it raises, is a subclass's part."""
+
+    def __init__(
+        self,
+        host: str,
+        ssh: Sequence[str],
+        options: Sequence[str],
+        agent: Sequence[str],
+        on_event: OnEvent = lambda *_: None,
+    ) -> None:
+        """ssh: program and arguments.  options: the user's options for ssh, which come
+        before ours.  agent: the command on the host, as words.  `unreachable` when no agent
+        answers, or one of another version."""
+        if host.startswith("-"):
+            raise self.not_a_host(f"{host!r} is not a host name")
+        self.host, self.options = host, tuple(options)
+        self._on_event = on_event
+        self._lock = threading.Lock()
+        self.capabilities: Sequence[str] = ()
+        """Optional parts of the protocol that the agent knows, by its answer to `check`."""
+        self._request = 0
+        self._event_bytes = 0
+        self._errors = LastWords()
+        # ssh passes one string to the login shell there, so it is quoted for a shell.
+        command = [*ssh, *options, *SSH_OPTIONS, "--", host, shlex.join(agent)]
+        try:
+            self._process = subprocess.Popen(
+                command,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=self._errors.fd,
+                # A ^C must not end ssh before the other host has undone its part.
+                start_new_session=True,
+            )
+        except OSError as e:
+            self._errors.close()
+            error = self.unreachable(
+                f"cannot run {ssh[0]} on this host: {e.strerror}", self.install_ssh
+            )
+            error.path = ssh[0]
+            raise error from e
+        self._errors.started()
+        assert self._process.stdin is not None and self._process.stdout is not None
+        self._wfd, self._rfd = self._process.stdin.fileno(), self._process.stdout.fileno()
+        for fd in (self._wfd, self._rfd):
+            descriptors.enlarge_pipe(fd)
+        self._mux: Mux | None = None
+        try:
+            early = self._greet()
+            self.cipher = chosen(self._errors.text())
+            """Of the connection, empty when ssh did not say."""
+            self._mux = Mux(self._rfd, self._wfd, early)
+        except BaseException:
+            self._process.terminate()  # no request was sent, so nothing has to be undone
+            self.close()
+            raise
+
+    def _greet(self) -> bytes:
+        """Exchange hellos.  Returns the bytes that came after the peer's."""
+        deadline = time.monotonic() + deadlines.CONNECT
+        data = b""
+        while (peer := wire.find_hello(data)) is None:
+            if len(data) > wire.HELLO_LIMIT:
+                raise self._no_agent(
+                    f"the login shell there prints more than {wire.HELLO_LIMIT >> 10} KiB"
+                )
+            left = deadline - time.monotonic()
+            if left <= 0:
+                raise self._no_agent(f"no answer within {deadlines.CONNECT:g} s")
+            if not descriptors.readable(self._rfd, min(left, descriptors.POLL_SLICE)):
+                continue
+            part = os.read(self._rfd, 4096)
+            if not part:
+                raise self._no_agent("the connection ended before the agent answered")
+            data += part
+        self.version = peer.version
+        if why := wire.mismatch(peer, __version__):
+            raise self.unreachable(
+                f"cannot work with the pyploop on {self.host}: {why}",
+                "install the same version of pyploop on both hosts",
+            )
+        with contextlib.suppress(BrokenPipeError):  # the next read reports it
+            os.write(self._wfd, wire.hello(__version__))
+        return data[peer.end :]
+
+    def _no_agent(self, why: str) -> PyploopError:
+        status = None
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            status = self._process.wait(0.5)
+        return self.no_agent(why, self.stderr(), status)
+
+    # ---- errors
+
+    what: str
+    """What the connection is for, in messages."""
+    install_ssh = "install it"
+    """The hint when ssh cannot be run."""
+
+    @abstractmethod
+    def not_a_host(self, text: str) -> PyploopError: ...
+
+    @abstractmethod
+    def unreachable(self, text: str, hint: str | None = None) -> PyploopError:
+        """There is no connection to an agent that could be used."""
+
+    @abstractmethod
+    def no_agent(self, why: str, printed: str, status: int | None) -> PyploopError:
+        """No hello came.  printed: by ssh and the other host on stderr.  status: ssh's exit
+        status; None: it has not ended."""
+
+    @abstractmethod
+    def failed_there(self, error: Any) -> PyploopError:
+        """The agent reports a failure of its own in an answer."""
+
+    @abstractmethod
+    def checked(self, op: str, value: Any) -> dict[str, Any]:
+        """The checked answer to a request; ProtocolError."""
+
+    def stderr(self) -> str:
+        """The end of the output of ssh and the agent on stderr, as one line."""
+        text = without_kex(self._errors.text(self._process.poll() is not None))
+        return "; ".join(text[-LONGEST_OUTPUT:].split("\n")).strip("; \r")
+
+    # ---- requests
+
+    def call(
+        self, op: str, timeout: float, gone: Callable[[], bool] = bool, /, **args: Any
+    ) -> dict[str, Any]:
+        """Send one request, and return its answer.  `failed_there`: the agent's own failure.
+        PyploopError: the connection is dead, or the answer is late.  CancelledError: `gone`
+        says that the answer is not needed any more."""
+        mux = self._live()
+        with self._lock:
+            self._request += 1
+            number = self._request
+            try:
+                mux.send({"id": number, "op": op, "args": args})
+            except PyploopError as e:
+                raise self._with_last_words(op, e, str(e)) from e
+            deadline = time.monotonic() + timeout
+            most = mux.taken + INBOX
+            while True:
+                before = mux.taken
+                message = self._next(mux, op, deadline, timeout, gone)
+                if mux.taken > most:
+                    mux.end(
+                        ProtocolError(
+                            f"agent protocol: more than {INBOX >> 20} MiB of events came instead "
+                            f"of the answer to {op!r}"
+                        )
+                    )
+                    raise mux.failure or ReadError("the connection to the peer has ended")
+                if "event" in message:
+                    self._hand_on(*messages.event(message), size=mux.taken - before)
+                elif message.get("id") == number:
+                    break
+                # else: the late answer to a request that is not waited for any more
+        if "error" in message:
+            raise self.failed_there(message["error"])
+        return self.checked(op, message.get("ok"))
+
+    def _hand_on(self, name: str, at: float, fields: dict[str, Any], size: int) -> None:
+        within = self._event_bytes <= EVENT_BYTES
+        self._event_bytes += size + VALUE * messages.values(fields)
+        if self._event_bytes <= EVENT_BYTES:
+            self._on_event(name, at, fields)
+        elif within:
+            text = "this host sends too many messages: the rest of them is left out"
+            self._on_event("line", at, {"level": NOTE, "text": text})
+
+    def _next(
+        self, mux: Mux, op: str, deadline: float, timeout: float, gone: Callable[[], bool]
+    ) -> wire.Message:
+        while True:
+            if gone():
+                raise CancelledError(
+                    f"the request {op!r} to {self.host} was cancelled: {self.what} is being ended"
+                )
+            left = deadline - time.monotonic()
+            try:
+                # Even if there is another message: a peer that always sends one more event
+                # is late, too.
+                if left <= 0 and mux.failure is None:
+                    raise ReadError("no answer")
+                return mux.receive(min(max(left, 0.0), deadlines.GLANCE))
+            except PyploopError as e:
+                why = str(e)
+                if mux.failure is None:
+                    if time.monotonic() < deadline:
+                        continue
+                    why = f"no answer within {timeout:g} s"
+                raise self._with_last_words(op, e, why) from e
+
+    def _with_last_words(self, op: str, error: PyploopError, why: str) -> PyploopError:
+        if self._mux is None or self._mux.failure is not None:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self._process.wait(deadlines.LAST_WORDS)
+        printed = self.stderr()
+        return error.saying(
+            f"the request {op!r} to {self.host} failed: {why}"
+            + (f" (its output: {printed})" if printed else "")
+        )
+
+    def _live(self) -> Mux:
+        if self._mux is None:
+            raise self.unreachable(f"the connection to {self.host} has ended")
+        return self._mux
+
+    def cut(self, cause: PyploopError) -> None:
+        """From any thread: end the connection, so that each wait for the other host fails."""
+        if self._mux is not None:
+            self._mux.end(cause)
+
+    def alive(self) -> bool:
+        """Whether a request can still be sent."""
+        return self._mux is not None and self._mux.failure is None
+
+    # ---- end
+
+    def close(self) -> None:
+        """End the connection.  The agent then undoes what is not committed, and ends.  Wait
+        for that."""
+        process = self._process
+        assert process.stdin is not None and process.stdout is not None
+        if process.stdin.closed:
+            return
+        if self._mux is not None:
+            # The agent sees the end of its stdin.  We see the end of its output, which says
+            # that it has undone everything.
+            self._mux.close()
+            self._mux = None
+        process.stdin.close()
+        deadline = time.monotonic() + deadlines.ENDING
+        with contextlib.suppress(OSError):
+            while time.monotonic() < deadline:
+                if descriptors.readable(self._rfd, descriptors.POLL_SLICE) and not os.read(
+                    self._rfd, 65536
+                ):
+                    break
+        try:
+            process.wait(max(deadline - time.monotonic(), 0.1))
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+        process.stdout.close()
+        self._errors.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
