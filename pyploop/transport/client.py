@@ -1,16 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""An agent on another host, over one ssh connection.
-
-Nobody is asked for a password or to accept a host key: ssh runs with BatchMode, and host
-keys are checked as ssh_config says.
-"""
+"""An agent on another host, over one ssh connection."""
 
 from __future__ import annotations
 
 import contextlib
 import os
-import shlex
-import subprocess
 import threading
 import time
 from abc import ABC, abstractmethod
@@ -20,11 +14,10 @@ from typing import Any, Self
 from pyploop import __version__
 from pyploop.errors import CancelledError, ProtocolError, PyploopError, ReadError
 from pyploop.report.events import NOTE
-from pyploop.system import descriptors
-from pyploop.system.stderr_tail import LastWords
 from pyploop.transport import deadlines
 from pyploop.transport.mux import INBOX, Mux
-from pyploop.transport.ssh_cipher import chosen, without_kex
+from pyploop.transport.ssh import NoHelloError, Ssh
+from pyploop.transport.ssh_cipher import chosen
 from pyploop.units import MIB
 from pyploop.wire import messages
 from pyploop.wire import mux as wire
@@ -33,22 +26,6 @@ EVENT_BYTES = 8 * MIB
 """Bytes of events that one connection may add to the log."""
 VALUE = 100
 """Bytes that each value in an event counts for in addition to its length."""
-LONGEST_OUTPUT = 1000
-"""Characters of the output of ssh and the agent that go into a message."""
-SSH_OPTIONS = (
-    "-T",
-    # The other host gets no keys of the user's ssh agent, no display, no tickets, and no
-    # forwarding back to us.  These options overrule ssh_config; the first three overrule
-    # --ssh, too.
-    *("-a", "-x", "-k", "-oClearAllForwardings=yes"),
-    *("-oTunnel=no", "-oPermitLocalCommand=no", "-oRemoteCommand=none"),
-    # It must not write keys into our known_hosts.
-    "-oUpdateHostKeys=no",
-    "-oBatchMode=yes",
-    "-oConnectTimeout=15",
-    "-oServerAliveInterval=5",
-    "-oServerAliveCountMax=4",
-)
 OnEvent = Callable[[str, float, dict[str, Any]], None]
 """Called with an event's name, its time on the other host's clock, and its fields."""
 
@@ -77,59 +54,32 @@ class Client(ABC):
         """Optional parts of the protocol that the agent knows, by its answer to `check`."""
         self._request = 0
         self._event_bytes = 0
-        self._errors = LastWords()
-        # ssh passes one string to the login shell there, so it is quoted for a shell.
-        command = [*ssh, *options, *SSH_OPTIONS, "--", host, shlex.join(agent)]
         try:
-            self._process = subprocess.Popen(
-                command,
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=self._errors.fd,
-                # A ^C must not end ssh before the other host has undone its part.
-                start_new_session=True,
-            )
+            self._ssh = Ssh(host, ssh, options, agent)
         except OSError as e:
-            self._errors.close()
             error = self.unreachable(
                 f"cannot run {ssh[0]} on this host: {e.strerror}", self.install_ssh
             )
             error.path = ssh[0]
             raise error from e
-        self._errors.started()
-        assert self._process.stdin is not None and self._process.stdout is not None
-        self._wfd, self._rfd = self._process.stdin.fileno(), self._process.stdout.fileno()
-        for fd in (self._wfd, self._rfd):
-            descriptors.enlarge_pipe(fd)
         self._mux: Mux | None = None
         try:
             early = self._greet()
-            self.cipher = chosen(self._errors.text())
+            self.cipher = chosen(self._ssh.raw_output)
             """Of the connection, empty when ssh did not say."""
-            self._mux = Mux(self._rfd, self._wfd, early)
+            self._mux = Mux(self._ssh.rfd, self._ssh.wfd, early)
         except BaseException:
-            self._process.terminate()  # no request was sent, so nothing has to be undone
+            self._ssh.terminate()  # no request was sent, so nothing has to be undone
             self.close()
             raise
 
     def _greet(self) -> bytes:
         """Exchange hellos.  Returns the bytes that came after the peer's."""
-        deadline = time.monotonic() + deadlines.CONNECT
-        data = b""
-        while (peer := wire.find_hello(data)) is None:
-            if len(data) > wire.HELLO_LIMIT:
-                raise self._no_agent(
-                    f"the login shell there prints more than {wire.HELLO_LIMIT >> 10} KiB"
-                )
-            left = deadline - time.monotonic()
-            if left <= 0:
-                raise self._no_agent(f"no answer within {deadlines.CONNECT:g} s")
-            if not descriptors.readable(self._rfd, min(left, descriptors.POLL_SLICE)):
-                continue
-            part = os.read(self._rfd, 4096)
-            if not part:
-                raise self._no_agent("the connection ended before the agent answered")
-            data += part
+        try:
+            peer, data = self._ssh.wait_for(wire.find_hello, "the agent")
+        except NoHelloError as e:
+            status = self._ssh.status()
+            raise self.no_agent(str(e), self._ssh.printed(), status) from None
         self.version = peer.version
         if why := wire.mismatch(peer, __version__):
             raise self.unreachable(
@@ -137,14 +87,8 @@ class Client(ABC):
                 "install the same version of pyploop on both hosts",
             )
         with contextlib.suppress(BrokenPipeError):  # the next read reports it
-            os.write(self._wfd, wire.hello(__version__))
+            os.write(self._ssh.wfd, wire.hello(__version__))
         return data[peer.end :]
-
-    def _no_agent(self, why: str) -> PyploopError:
-        status = None
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            status = self._process.wait(0.5)
-        return self.no_agent(why, self.stderr(), status)
 
     # ---- errors
 
@@ -172,11 +116,6 @@ class Client(ABC):
     @abstractmethod
     def checked(self, op: str, value: Any) -> dict[str, Any]:
         """The checked answer to a request; ProtocolError."""
-
-    def stderr(self) -> str:
-        """The end of the output of ssh and the agent on stderr, as one line."""
-        text = without_kex(self._errors.text(self._process.poll() is not None))
-        return "; ".join(text[-LONGEST_OUTPUT:].split("\n")).strip("; \r")
 
     # ---- requests
 
@@ -249,10 +188,8 @@ class Client(ABC):
                 raise self._with_last_words(op, e, why) from e
 
     def _with_last_words(self, op: str, error: PyploopError, why: str) -> PyploopError:
-        if self._mux is None or self._mux.failure is not None:
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                self._process.wait(deadlines.LAST_WORDS)
-        printed = self.stderr()
+        dead = self._mux is None or self._mux.failure is not None
+        printed = self._ssh.printed(deadlines.LAST_WORDS if dead else 0.0)
         return error.saying(
             f"the request {op!r} to {self.host} failed: {why}"
             + (f" (its output: {printed})" if printed else "")
@@ -277,30 +214,12 @@ class Client(ABC):
     def close(self) -> None:
         """End the connection.  The agent then undoes what is not committed, and ends.  Wait
         for that."""
-        process = self._process
-        assert process.stdin is not None and process.stdout is not None
-        if process.stdin.closed:
-            return
         if self._mux is not None:
             # The agent sees the end of its stdin.  We see the end of its output, which says
             # that it has undone everything.
             self._mux.close()
             self._mux = None
-        process.stdin.close()
-        deadline = time.monotonic() + deadlines.ENDING
-        with contextlib.suppress(OSError):
-            while time.monotonic() < deadline:
-                if descriptors.readable(self._rfd, descriptors.POLL_SLICE) and not os.read(
-                    self._rfd, 65536
-                ):
-                    break
-        try:
-            process.wait(max(deadline - time.monotonic(), 0.1))
-        except subprocess.TimeoutExpired:
-            process.kill()
-            process.wait()
-        process.stdout.close()
-        self._errors.close()
+        self._ssh.close(deadlines.ENDING)
 
     def __enter__(self) -> Self:
         return self

@@ -39,6 +39,7 @@ LONGER = {
     "trackers.bpf": "BASE_DEADLINE",
     "trackers.dm": "TIMEOUT",
     "transport.deadlines": "CONNECT ENDING HELLO LAST_WORDS SILENCE",
+    "transport.ssh": "ENDED",
     "transport.ssh_cipher": "SECONDS",
     "undo.ledger": "ANSWER_DEADLINE START_DEADLINE UNDO_TIMEOUT",
     "usage.io_accounting": "QUIET_DEADLINE",

@@ -24,7 +24,7 @@ from pyploop.report.events import Reporter
 from pyploop.runtimes import Pages, Runtime, page_record
 from pyploop.runtimes.config import HostConfig
 from pyploop.runtimes.page_record import PageRecord
-from pyploop.transport.client import SSH_OPTIONS
+from pyploop.transport import ssh
 from pyploop.units import format_size
 from pyploop.wire import mux as wire
 
@@ -153,7 +153,7 @@ def start(
         total=memory,
         timeout=request.post_copy_timeout,
         ssh=[
-            *(*host.ssh, *ssh_options, "-oConnectTimeout=5", *SSH_OPTIONS, "--"),
+            *(*host.ssh, *ssh_options, "-oConnectTimeout=5", *ssh.OPTIONS, "--"),
             *(request.host, shlex.join(host.agent)),
         ],
         hello=wire.pages_hello(__version__, migration),
