@@ -36,7 +36,8 @@ FOLDERS = ("DIR", "FOLDER")
 
 
 def parser_of(command: str) -> argparse.ArgumentParser:
-    parser: argparse.ArgumentParser = importlib.import_module(f"pyploop.cli.{command}").parser()
+    module = f"pyploop.cli.{command.replace('-', '_')}"
+    parser: argparse.ArgumentParser = importlib.import_module(module).parser()
     return parser
 
 

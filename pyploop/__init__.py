@@ -10,19 +10,21 @@ importing pyploop costs next to nothing, and a copy loads nothing of a migration
 
 TYPE_CHECKING = False  # as typing has it, which nothing here needs at run time
 if TYPE_CHECKING:
-    from pyploop.api.copying import Copy, CopyOptions, copy
+    from pyploop.api.copying import Copy, CopyOptions
     from pyploop.api.devices import device_of
     from pyploop.api.freezing import Frozen, frozen
     from pyploop.api.inspecting import DiskInfo, inspect
     from pyploop.api.memory import MemoryStatus, forget_memory, memory_status
     from pyploop.api.migrating import MigrationOptions, MigrationResult, migrate, recover
     from pyploop.api.receiving import receive
+    from pyploop.api.remote import copy
     from pyploop.api.syncing import sync
     from pyploop.api.tracking import Changes, Extent, Tracker, track
     from pyploop.errors import (
         BusyError,
         CancelledError,
         CommandError,
+        ConnectError,
         CreateError,
         DescriptorError,
         DeviceControlError,
@@ -54,6 +56,7 @@ __all__ = [
     "CancelledError",
     "Changes",
     "CommandError",
+    "ConnectError",
     "Copy",
     "CopyOptions",
     "CopyResult",
@@ -101,13 +104,14 @@ __all__ = [
 ]
 
 _HOMES = {
-    "api.copying": ("Copy", "CopyOptions", "copy"),
+    "api.copying": ("Copy", "CopyOptions"),
     "api.devices": ("device_of",),
     "api.freezing": ("Frozen", "frozen"),
     "api.inspecting": ("DiskInfo", "inspect"),
     "api.memory": ("MemoryStatus", "forget_memory", "memory_status"),
     "api.migrating": ("MigrationOptions", "MigrationResult", "migrate", "recover"),
     "api.receiving": ("receive",),
+    "api.remote": ("copy",),
     "api.syncing": ("sync",),
     "api.tracking": ("Changes", "Extent", "Tracker", "track"),
     "report.results": ("CopyResult", "ReceiveResult"),

@@ -34,6 +34,8 @@ class ExitCode(IntEnum):
     CANCELLED = 29
     PARAMETER = 38
     DESCRIPTOR = 39
+    CONNECT = 69
+    """Ours: no code of libploop is that large.  As EX_UNAVAILABLE of sysexits.h."""
 
 
 class VzExitCode(IntEnum):
@@ -88,6 +90,8 @@ class PyploopError(Exception):
     """The file or device that it is about; None: there is none, or several."""
     hint: str | None = None
     """What to do about it, when the message does not say so already."""
+    peer_failed = False
+    """It only follows from a failure of the peer, whose own message says why."""
 
     def __init__(self, *args: object, path: str | None = None, hint: str | None = None) -> None:
         super().__init__(*args)
@@ -117,6 +121,11 @@ class PyploopError(Exception):
     def saying(self, text: str) -> PyploopError:
         """One of the same kind."""
         return type(self)(text, path=self.path, hint=self.hint)
+
+    def follows(self) -> Self:
+        """The same, marked as `peer_failed`."""
+        self.peer_failed = True
+        return self
 
     def add(self, words: str) -> None:
         """More about the state that things are in now."""
@@ -229,6 +238,12 @@ class DescriptorError(PyploopError):
     """A DiskDescriptor.xml does not describe one chain of deltas."""
 
     exit_code = ExitCode.DESCRIPTOR
+
+
+class ConnectError(PyploopError):
+    """There is no connection to pyploop on the other host, or it was lost."""
+
+    exit_code = ExitCode.CONNECT
 
 
 class MigrateError(PyploopError):

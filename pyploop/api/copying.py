@@ -1,14 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Copying one disk that is in use: `copy`, and `Copy` with its steps."""
+"""Copying one disk that is in use, with its steps: `Copy`."""
 
 from __future__ import annotations
 
 import contextlib
 import os
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from types import TracebackType
-from typing import TYPE_CHECKING, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from pyploop.api.reporting import make_reporter
 from pyploop.diskcopy import separate_target
@@ -110,34 +110,10 @@ class CopyOptions:
     """What to speak into a pipe or socket: the C tool's stream (ploop), ours (native), or
     what the peer turns out to be (auto); or libploop's packets, which are answered on the
     same socket.  `packets-async`: the peer takes several without an answer."""
-
-
-def copy(
-    source: str | os.PathLike[str],
-    target: Target,
-    *,
-    options: CopyOptions | None = None,
-    feedback: int | None = None,
-    on_event: Callable[[Event], None] | None = None,
-) -> CopyResult:
-    """Copy a block device or image file that is in use, and freeze it for the last blocks.
-
-    source: a block device, /dev/ploopN, or an image file.  target: see Target.
-    feedback: descriptor on which a receiver behind a pipe answers.  on_event: is called
-    with each event and line of the log (`pyploop.events`), in this thread; what happens
-    during the freeze comes after the thaw.
-
-    When it returns, the target is complete and durable, as far as the peer can say
-    (`CopyResult.acknowledged`), and the source runs.  When it raises, the source runs too,
-    and there is no target unless the message says so.  It raises a PyploopError:
-    DeviceError (no source), OpenError (the source is in use), CreateError (the target
-    exists), ReadError, WriteError, SyncError, LoopError (the source was written to during
-    the freeze, or no freeze fitted), DeviceControlError (tracking or freezing failed),
-    CommandError (one of the caller's commands failed).
-    """
-    with Copy(source, target, options=options, feedback=feedback, on_event=on_event) as copying:
-        copying.run()
-        return copying.result
+    ssh_options: Sequence[str] = ()
+    """Options for ssh, which a copy from or to another host uses."""
+    remote_pyploop: str = "pyploop"
+    """The command that is pyploop on that host."""
 
 
 class Copy:
@@ -165,8 +141,8 @@ class Copy:
         on_event: Callable[[Event], None] | None = None,
         reporter: Reporter | None = None,
     ) -> None:
-        """As `copy`.  reporter: for programs that render as our command line does;
-        instead of `on_event` and the logger."""
+        """As `copy`, but on this host only.  reporter: for programs that render as our
+        command line does; instead of `on_event` and the logger."""
         self._source, self._target = os.fspath(source), target
         self._options = options or CopyOptions()
         self._compression = _compression(self._options)
@@ -175,6 +151,8 @@ class Copy:
         self._undo = contextlib.ExitStack()
         self._sender: Sender | None = None
         self._begun = self._cancelled = False
+        self.target_host = ""
+        """Where a descriptor leads, for the result; empty: to this host, or not known."""
 
     def __enter__(self) -> Copy:
         o = self._options
@@ -196,6 +174,7 @@ class Copy:
                 # The C tool reads the driver's marks until there are none, once.
                 options.policy = replace(options.policy, max_rounds=1, patience=0)
             self._sender = Sender(source, tracker, out, options, self._report)
+            self._sender.summary.target_host = self.target_host
             self._undo = undo.pop_all()
         return self
 
@@ -343,7 +322,12 @@ class Copy:
         """After `freeze_and_finish`."""
         from pyploop.report.results import copy_result
 
-        return copy_result(vars(self._opened.summary))
+        return copy_result(self.summary)
+
+    @property
+    def summary(self) -> dict[str, Any]:
+        """The same as the fields of the event `summary`."""
+        return vars(self._opened.summary)
 
     @property
     def _opened(self) -> Sender:
@@ -357,6 +341,27 @@ def _compression(o: CopyOptions) -> Compression:
         return parse_compression(o.compress)
     except ValueError as e:
         raise ParameterError(f"compress: {e}") from e
+
+
+@dataclass
+class Done:
+    """What a copy has come to, also after a failure."""
+
+    summary: dict[str, Any] = field(default_factory=dict)
+    """The fields of CopyResult; empty after a failure."""
+    recorder: Recorder | None = None
+    """What happened when, at both ends; None: the sender runs on the other host, or it has
+    not come to that."""
+
+
+def run_here(copying: Copy, done: Done) -> None:
+    """Run it.  done: is filled, also on a failure."""
+    try:
+        with copying:
+            copying.run()
+        done.summary = copying.summary
+    finally:
+        done.recorder = copying.recorder
 
 
 def _internal(o: CopyOptions, report: Reporter) -> Options:

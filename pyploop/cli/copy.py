@@ -10,12 +10,14 @@ from __future__ import annotations
 import argparse
 import contextlib
 import os
+import shlex
 import stat
 import sys
 from collections.abc import Iterator
-from typing import IO
+from typing import IO, Any
 
-from pyploop.api.copying import Copy, CopyOptions
+from pyploop.api.copying import Copy, CopyOptions, Done, run_here
+from pyploop.cli.arguments import Parser
 from pyploop.cli.copy_options import attached, parser
 from pyploop.errors import (
     Interrupted,
@@ -26,13 +28,14 @@ from pyploop.errors import (
     TooLargeError,
 )
 from pyploop.report.events import JsonRenderer, ProgressRenderer, Reporter, TextRenderer
-from pyploop.report.timeline import Recorder, chrome_trace
+from pyploop.report.timeline import Recorder, chrome_trace, frozen_parts
 from pyploop.system import descriptors, shared_folder
 
 
 def run(args: list[str], level: int) -> int:
     p = parser()
-    o = p.parse_args(attached(args))
+    o = p.parse_intermixed_args(attached(args))
+    _take_places(p, o)
     if o.source is None and o.target is None:
         print("Either -s or -d is required", file=sys.stderr)
         p.print_usage(sys.stderr)
@@ -59,6 +62,23 @@ def run(args: list[str], level: int) -> int:
             report.error(f"Interrupted by signal {e.signum}; {e.state}")
             raise
     return 0
+
+
+def _take_places(p: Parser, o: argparse.Namespace) -> None:
+    """SOURCE and TARGET stand for -s and -d, and may name another host."""
+    o.remote = False
+    if not o.places:
+        return
+    if len(o.places) != 2 or o.source is not None or o.target is not None:
+        p.error("name both SOURCE and TARGET, and neither -s nor -d; or only those")
+    if o.feedback is not None:
+        p.error("-f is for a pipe, and SOURCE and TARGET are given")
+    o.source, o.target = o.places
+    o.remote = True
+    try:
+        o.ssh = [word for text in o.ssh for word in shlex.split(text)]
+    except ValueError as e:
+        p.error(f"--ssh: {e}")
 
 
 def _receive(o: argparse.Namespace, report: Reporter) -> None:
@@ -114,18 +134,25 @@ def _send(o: argparse.Namespace, report: Reporter) -> None:
         timeout=o.timeout,
         sync_wait=o.sync_wait,
         protocol=o.compat,
+        ssh_options=o.ssh,
+        remote_pyploop=o.remote_pyploop,
     )
-    target = o.target if local else o.out
-    copy = Copy(o.source, target, options=options, feedback=o.feedback, reporter=report)
+    done = Done()
     try:
-        with copy:
-            copy.run()
+        if o.remote:
+            from pyploop.api import remote
+
+            remote.run(o.source, o.target, options=options, report=report, done=done)
+        else:
+            target = o.target if local else o.out
+            copying = Copy(o.source, target, options=options, feedback=o.feedback, reporter=report)
+            run_here(copying, done)
     finally:
         # Also after a failure, when it is needed most.
-        if o.trace is not None and copy.recorder is not None:
-            _write_trace(o.trace, copy.recorder, report)
-    if o.times and copy.recorder is not None:
-        _show_times(copy.recorder, copy.predicted, report)
+        if o.trace is not None and done.recorder is not None:
+            _write_trace(o.trace, done.recorder, report)
+    if o.times:
+        _show_times(done.summary, report)
 
 
 def _write_trace(path: str, recorder: Recorder, report: Reporter) -> None:
@@ -139,8 +166,8 @@ def _write_trace(path: str, recorder: Recorder, report: Reporter) -> None:
         report.error(f"--trace {e}")
 
 
-def _show_times(recorder: Recorder, predicted: float | None, report: Reporter) -> None:
-    parts = recorder.frozen_parts()
+def _show_times(summary: dict[str, Any], report: Reporter) -> None:
+    parts = frozen_parts(summary["frozen"], summary["frozen_remote"])
     if not parts:
         return
     from pyploop.report import timings
@@ -150,9 +177,9 @@ def _show_times(recorder: Recorder, predicted: float | None, report: Reporter) -
         "\n"
     ):
         report.note(line)
-    if predicted is not None:
+    if (predicted := summary["predicted"]) is not None:
         report.note(f"  {'Predicted':>20}: {predicted:6.4f} (until durable)")
-    report.note(recorder.advice())
+    report.note(summary["largest_part"])
 
 
 def _check_output(fd: int) -> None:

@@ -35,11 +35,14 @@ def parser() -> Parser:
     p = Parser(
         prog="pyploop copy",
         allow_abbrev=False,
-        usage="pyploop copy -s DEVICE [-F STOPCMD] { [-d FILE] | [-o OFD] [-f FFD] } [options]\n"
+        usage="pyploop copy SOURCE TARGET [options]\n"
+        "       pyploop copy -s DEVICE [-F STOPCMD] { [-d FILE] | [-o OFD] [-f FFD] } [options]\n"
         "       pyploop copy -d FILE [-i IFD] [-f FFD] [options]",
-        description="Copy a block device or image file that is in use, or receive such a copy.",
+        description="Copy a block device or image file that is in use, or receive such a copy. "
+        "SOURCE or TARGET may be on another host: [user@]host:path.",
     )
     add = p.add_argument
+    add("places", nargs="*", metavar="SOURCE TARGET", help="as -s DEVICE -d FILE")
     add("-s", dest="source", metavar="DEVICE", help="block device or image file to copy")
     add(
         "-F",
@@ -224,6 +227,15 @@ def parser() -> Parser:
         metavar="FILE",
         help="write a time line of both ends to FILE, for chrome://tracing or Perfetto",
     )
+    g = p.add_argument_group("another host")
+    add = g.add_argument
+    add("--ssh", action="append", default=[], metavar="OPTS", help="more options for ssh")
+    add(
+        "--remote-pyploop",
+        default=CopyOptions.remote_pyploop,
+        metavar="CMD",
+        help="the command that is pyploop on the other host (pyploop)",
+    )
     g = p.add_argument_group("both ends")
     add = g.add_argument
     add(
@@ -246,15 +258,15 @@ def parser() -> Parser:
 
 
 def attached(args: list[str]) -> list[str]:
-    """Values of short options that begin with a dash, attached to them: getopt
-    takes the next word whatever it is, argparse does not."""
+    """Values of options that begin with a dash, attached to them: getopt takes the next
+    word whatever it is, argparse does not."""
     result: list[str] = []
     words = iter(args)
     for word in words:
-        if word in ("-s", "-F", "-d", "-o", "-i", "-f"):
+        if word in ("-s", "-F", "-d", "-o", "-i", "-f", "--ssh"):
             value = next(words, None)
             if value is not None and value.startswith("-"):
-                result.append(word + value)
+                result.append(f"{word}={value}" if word.startswith("--") else word + value)
                 continue
             result += [word] if value is None else [word, value]
         else:

@@ -30,23 +30,26 @@ Usage: pyploop [-v...] [--version] COMMAND ...
 Commands:
        copy    copy a disk that is in use, or receive such a copy
        migrate move a container to another host, live
-       agent   the target's side of migrate; started through ssh
        status  show how much of a container's memory is still to be loaded
        sync    fsync files, as vzfsync does
        thaw    undo what killed copies have left frozen or stopped
        info    show what an image, a device or a DiskDescriptor.xml is
        demo    copy a temporary disk that is in use, and compare the copy
+Started by pyploop itself, through ssh: agent, copy-agent, copy-lane
 'pyploop COMMAND --help' shows the options of a command."""
 
 Command = Callable[[list[str], int], int]
 
 
-COMMANDS = ("copy", "migrate", "agent", "status", "sync", "thaw", "info", "demo")
+COMMANDS = (
+    *("copy", "copy-agent", "copy-lane", "migrate", "agent", "status", "sync", "thaw", "info"),
+    "demo",
+)
 
 
 def _command(name: str) -> Command:
     """Import the module of this command alone: a copy is short, so its start counts."""
-    run: Command = importlib.import_module(f"pyploop.cli.{name}").run
+    run: Command = importlib.import_module(f"pyploop.cli.{name.replace('-', '_')}").run
     return run
 
 

@@ -106,7 +106,7 @@ class StreamOutput:
             raise SyncError(
                 "the receiver cannot make its target durable (see its own message); nothing was "
                 "sent"
-            )
+            ).follows()
         if answer != d1.SUCCESS:
             raise ProtocolError(
                 f"the receiver answered {answer!r} to the first SYNC, which is no answer "
@@ -119,7 +119,7 @@ class StreamOutput:
         """Send HELLO and return its answer; None: a socket without feedback has none."""
         closed = "the receiver closed the stream before anything was sent (see its own message)"
         if descriptors.is_closed(self.fd):
-            raise WriteError(closed)
+            raise WriteError(closed).follows()
         descriptors.write_all(self.fd, d1.sync(d1.HELLO), closed)
         self._greeted = True
         if self._feedback is None:
@@ -137,7 +137,7 @@ class StreamOutput:
             raise SyncError(
                 "the receiver cannot make its target durable (see its own message); nothing was "
                 "sent"
-            )
+            ).follows()
         if answer not in (d1.SUCCESS, d1.HELLO_2_REPLY):
             raise ProtocolError(
                 f"the receiver answered {answer!r} to the second SYNC; nothing was sent"
@@ -193,7 +193,7 @@ class StreamOutput:
                 f"the receiver cannot take the {source.size} bytes of {source.path} (see its own "
                 "message); nothing was sent",
                 path=source.path,
-            )
+            ).follows()
         if answer not in (d1.SUCCESS, d1.PLACE_REPLY):
             raise ProtocolError(
                 f"the receiver answered {answer!r} to the third SYNC; nothing was sent"
@@ -254,7 +254,8 @@ class StreamOutput:
             if self._feedback is not None:
                 raise
             # It is the stream itself: a write would fail, too.
-            raise WriteError("the receiver closed the stream (see its own message)") from e
+            closed = "the receiver closed the stream (see its own message)"
+            raise WriteError(closed).follows() from e
 
     def _answer(self, fd: int, about: str) -> None:
         answer = self._read(fd)
@@ -262,7 +263,7 @@ class StreamOutput:
             raise SyncError(
                 f"the receiver failed to make its target durable (its answer to {about}; see its "
                 "own message)"
-            )
+            ).follows()
         if answer != d1.SUCCESS:
             raise ProtocolError(f"the receiver answered {answer!r} to {about}")
         self._read_times(fd)

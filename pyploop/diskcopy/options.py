@@ -96,5 +96,8 @@ class Summary:
     repaired_bytes: int = 0
     repairs: int = 0
     acknowledged: str = "unknown"
+    source_host: str = ""
+    target_host: str = ""
+    """Hosts of a remote copy; empty: this one."""
     unsafe: list[str] = field(default_factory=list)
     """Users of the source that --unsafe-in-use disregarded."""

@@ -11,6 +11,7 @@ from __future__ import annotations
 import errno
 import os
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -87,6 +88,7 @@ def receive(
     sink: Sink | None = None,
     owner_undoes: bool = False,
     largest: int = 0,
+    opened: Callable[[Callable[[], None]], None] = lambda _: None,
 ) -> Received:
     """Receive one image into a new file `path`, in the dialect of its marker.
 
@@ -94,7 +96,8 @@ def receive(
     SYNC of D1 is answered, or None.  stall: seconds without a byte until the peer is
     given up; 0: never.  expected: where a failure before the first marker is answered.
     sink: the file that becomes `path`; None: a new one.  owner_undoes: see Sink.
-    largest: bytes of the image at most; 0: any.  PyploopError.
+    largest: bytes of the image at most; 0: any.  opened: called with what cancels the receipt
+    from another thread.  PyploopError.
     """
     receipt = _Receipt(
         path,
@@ -105,6 +108,7 @@ def receive(
         sink=sink,
         owner_undoes=owner_undoes,
         largest=largest,
+        opened=opened,
     )
     try:
         return receipt.run(stall)
@@ -152,7 +156,9 @@ class _Receipt:
         sink: Sink | None,
         owner_undoes: bool,
         largest: int,
+        opened: Callable[[Callable[[], None]], None],
     ) -> None:
+        self._opened = opened
         self._sink, self._owner_undoes, self._largest = sink, owner_undoes, largest
         self._path, self._in_fd, self._feedback = path, in_fd, feedback_fd
         self._report = report
@@ -182,6 +188,7 @@ class _Receipt:
                 largest=self._largest,
                 reply_fd=self._in_fd if descriptors.is_socket(self._in_fd) else -1,
             )
+            self._opened(pump.cancel)
             syncs = self._serve(pump, sink)
             sink.set_size(pump.stats.image_size)
             run_cancellable(sink.commit)
@@ -284,7 +291,7 @@ def explain(fault: Fault, path: str, dialect: int) -> PyploopError:
     if code == errno.ENODATA:
         return ReadError(
             f"the stream ended without END at {where} (see the sender's message){left}"
-        )
+        ).follows()
     if code == errno.ETIMEDOUT:
         return ReadError(
             f"the sender sends nothing, or next to nothing (--timeout), at {where}{left}"

@@ -171,10 +171,10 @@ def _refusal(code: int) -> PyploopError:
     if code == WriteError.exit_code:
         return WriteError(
             "the sender refused to begin: the target has too little room (see its own message)"
-        )
+        ).follows()
     return ParameterError(
         "the sender refused to begin: the target lies on its source (see its own message)"
-    )
+    ).follows()
 
 
 class Replies:

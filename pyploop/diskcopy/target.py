@@ -102,7 +102,7 @@ def explain_write(fault: Fault) -> PyploopError:
         return WriteError(
             f"the receiver closed the stream after {format_size(fault.stream)} "
             "(see its own message); the source was not changed"
-        )
+        ).follows()
     if fault.errno == errno.ETIMEDOUT:
         return WriteError(
             f"the receiver reads nothing, or next to nothing (--timeout), after "

@@ -40,6 +40,8 @@ class Event:
     """Its name in the NDJSON."""
     time: float
     """Seconds since the start of the run."""
+    host: str = ""
+    """The other host of a remote copy, as it was named, when it happened there."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -360,6 +362,13 @@ IN_JSON: tuple[type[Event], ...] = (
 
 _ALL: tuple[type[Event], ...] = (*IN_JSON, Progress)
 _BY_NAME = {kind.EVENT: kind for kind in _ALL}
+
+
+OF_A_COPY: dict[str, type[Event]] = {
+    kind.EVENT: kind
+    for kind in (Sending, Phase, Progress, Round, Repair, Frozen, Summary, Received)
+}
+"""What the other host of a remote copy may report."""
 
 
 def typed(name: str, at: float, fields: dict[str, Any]) -> Event:

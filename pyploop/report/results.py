@@ -114,6 +114,10 @@ class CopyResult:
     durable.  Anything else: the peer cannot tell."""
     unsafe: tuple[str, ...]
     """Users of the source that were disregarded, in words."""
+    source_host: str = ""
+    """The other host, as it was named, when the source lies there; empty: it lies here."""
+    target_host: str = ""
+    """The same of the target."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -171,15 +171,7 @@ class Recorder:
     def frozen_parts(self) -> dict[str, float]:
         """The frozen time by step.  The wait for the target's answer is split into the
         target's own steps, when it has sent their times."""
-        parts = self.seconds("frozen")
-        remote = self.seconds("frozen", "target")
-        remote.pop("remote receive", None)  # meanwhile, we sent
-        waited = parts.pop("target commit", None)
-        if waited is None:
-            return parts
-        after: list[str] = [k for k in ("before thaw", "thaw") if k in parts]
-        thaw = {k: parts.pop(k) for k in after}
-        return {**parts, **(remote or {"target commit": waited}), **thaw}
+        return frozen_parts(self.seconds("frozen"), self.seconds("frozen", "target"))
 
     def advice(self) -> str:
         """One line about the longest step; empty when nothing was frozen."""
@@ -192,6 +184,18 @@ class Recorder:
             f"Largest part: {name}, {parts[name] * 1000:.1f} of {total * 1000:.1f} ms; "
             f"what would shorten it: {_CURES.get(name, 'not known')}"
         )
+
+
+def frozen_parts(source: dict[str, float], target: dict[str, float]) -> dict[str, float]:
+    """As Recorder.frozen_parts, from the seconds of the steps at both ends."""
+    parts, remote = dict(source), dict(target)
+    remote.pop("remote receive", None)  # meanwhile, we sent
+    waited = parts.pop("target commit", None)
+    if waited is None:
+        return parts
+    after: list[str] = [k for k in ("before thaw", "thaw") if k in parts]
+    thaw = {k: parts.pop(k) for k in after}
+    return {**parts, **(remote or {"target commit": waited}), **thaw}
 
 
 def chrome_trace(recorder: Recorder) -> str:

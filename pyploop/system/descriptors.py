@@ -152,7 +152,7 @@ def read_exactly(
         closed = stream >= 0 and is_closed(stream)
         if not readable(fd, min(left, 0 if closed else POLL_SLICE)):
             if closed:
-                raise WriteError(f"{what}: the receiver is gone (see its own message)")
+                raise WriteError(f"{what}: the receiver is gone (see its own message)").follows()
             continue
         try:
             part = os.read(fd, size - len(got))
@@ -164,7 +164,8 @@ def read_exactly(
             else:
                 raise ReadError.of(what, e) from e
         if not part:
-            raise ProtocolError(f"{what}: the peer closed the channel after {len(got)} bytes")
+            text = f"{what}: the peer closed the channel after {len(got)} bytes"
+            raise ProtocolError(text).follows()
         got += part
     return got
 
@@ -185,4 +186,5 @@ def write_all(fd: int, data: bytes, what: str, timeout: float = ANSWER_TIMEOUT) 
                 n = os.write(fd, data)
             data = data[n:]
     except OSError as e:
-        raise WriteError.of(what, e) from e
+        error = WriteError.of(what, e)
+        raise (error.follows() if e.errno == errno.EPIPE else error) from e

@@ -113,6 +113,10 @@ class Client(ABC):
     def failed_there(self, error: Any) -> PyploopError:
         """The agent reports a failure of its own in an answer."""
 
+    def lost(self, error: PyploopError, text: str) -> PyploopError:
+        """A request was not answered: the connection is dead, or the answer is late."""
+        return error.saying(text)
+
     @abstractmethod
     def checked(self, op: str, value: Any) -> dict[str, Any]:
         """The checked answer to a request; ProtocolError."""
@@ -156,6 +160,9 @@ class Client(ABC):
         return self.checked(op, message.get("ok"))
 
     def _hand_on(self, name: str, at: float, fields: dict[str, Any], size: int) -> None:
+        if name == "progress":  # it is not in the log
+            self._on_event(name, at, fields)
+            return
         within = self._event_bytes <= EVENT_BYTES
         self._event_bytes += size + VALUE * messages.values(fields)
         if self._event_bytes <= EVENT_BYTES:
@@ -190,9 +197,10 @@ class Client(ABC):
     def _with_last_words(self, op: str, error: PyploopError, why: str) -> PyploopError:
         dead = self._mux is None or self._mux.failure is not None
         printed = self._ssh.printed(deadlines.LAST_WORDS if dead else 0.0)
-        return error.saying(
+        return self.lost(
+            error,
             f"the request {op!r} to {self.host} failed: {why}"
-            + (f" (its output: {printed})" if printed else "")
+            + (f" (its output: {printed})" if printed else ""),
         )
 
     def _live(self) -> Mux:

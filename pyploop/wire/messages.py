@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 from pyploop.errors import ProtocolError
@@ -26,6 +26,8 @@ MOST = 4096
 """Values in a list: CPU flags, addresses, links, resumable files."""
 
 Check = Callable[[Any], Any]
+Answers = Mapping[str, tuple[dict[str, Check], tuple[str, ...]]]
+"""Request -> (the checks of its answer's fields, the fields that must be there)."""
 
 
 def clipped(text: object, most: int = LONGEST_TEXT) -> str:
@@ -44,17 +46,17 @@ def _is(value: Any, kind: type) -> Any:
 _NAMES = {str: "a string", bool: "true or false", list: "a list", dict: "an object"}
 
 
-def _text(value: Any) -> str:
+def text(value: Any) -> str:
     if len(_is(value, str)) > LONGEST_TEXT or "\0" in value:
         raise ValueError(f"{clipped(repr(value), 40)} is too long, or contains a NUL")
     return str(value)
 
 
-def _flag(value: Any) -> bool:
+def flag(value: Any) -> bool:
     return bool(_is(value, bool))
 
 
-def _whole(least: int, most: int) -> Check:
+def whole(least: int, most: int) -> Check:
     def check(value: Any) -> int:
         if type(value) is not int or not least <= value <= most:
             raise ValueError(f"{clipped(repr(value), 40)} is not a number from {least} to {most}")
@@ -63,7 +65,7 @@ def _whole(least: int, most: int) -> Check:
     return check
 
 
-def _number(least: float, most: float) -> Check:
+def number(least: float, most: float) -> Check:
     def check(value: Any) -> float:
         if type(value) not in (int, float) or not least <= value <= most:
             raise ValueError(f"{clipped(repr(value), 40)} is not a number from {least} to {most}")
@@ -72,7 +74,7 @@ def _number(least: float, most: float) -> Check:
     return check
 
 
-def _list(check: Check, most: int = MOST) -> Check:
+def list_of(check: Check, most: int = MOST) -> Check:
     def all_of(value: Any) -> list[Any]:
         if len(_is(value, list)) > most:
             raise ValueError(f"a list of {len(value)} values, {most} at most")
@@ -81,15 +83,15 @@ def _list(check: Check, most: int = MOST) -> Check:
     return all_of
 
 
-def _or_none(check: Check) -> Check:
+def or_none(check: Check) -> Check:
     return lambda value: None if value is None else check(value)
 
 
-def _table(check: Check, most: int = MOST) -> Check:
+def table(check: Check, most: int = MOST) -> Check:
     def all_of(value: Any) -> dict[str, Any]:
         if len(_is(value, dict)) > most:
             raise ValueError(f"an object with {len(value)} names, {most} at most")
-        return {_text(name): check(one) for name, one in value.items()}
+        return {text(name): check(one) for name, one in value.items()}
 
     return all_of
 
@@ -98,7 +100,7 @@ def _any(value: Any) -> Any:
     return value
 
 
-def _known(checks: dict[str, Check]) -> Check:
+def known(checks: dict[str, Check]) -> Check:
     """An object.  Fields with other names, from a newer peer, are not checked."""
 
     def check(value: Any) -> dict[str, Any]:
@@ -112,17 +114,38 @@ def _known(checks: dict[str, Check]) -> Check:
     return check
 
 
+def exactly(checks: dict[str, Check]) -> Check:
+    """The same, and other names are refused."""
+
+    def check(value: Any) -> dict[str, Any]:
+        if unknown := _is(value, dict).keys() - checks.keys():
+            raise ValueError(f"{clipped(sorted(unknown)[0], 40)!r} is not known here")
+        checked: dict[str, Any] = known(checks)(value)
+        return checked
+
+    return check
+
+
+def one_of(*words: str) -> Check:
+    def check(value: Any) -> str:
+        if value not in words:
+            raise ValueError(f"{clipped(repr(value), 40)} is none of {', '.join(words)}")
+        return str(value)
+
+    return check
+
+
 def _file(value: Any) -> list[Any]:
     if len(_is(value, list)) != 2:
         raise ValueError(f"{clipped(repr(value), 40)} is not a name and a size")
-    return [_text(value[0]), _SIZE(value[1])]
+    return [text(value[0]), SIZE(value[1])]
 
 
 def _kind(value: Any) -> list[int]:
     """Of an external path: its mode's file type, and a device's number."""
     if len(_is(value, list)) not in (1, 2):
         raise ValueError(f"{clipped(repr(value), 40)} is no kind of a file")
-    return [_whole(0, 1 << 64)(part) for part in value]
+    return [whole(0, 1 << 64)(part) for part in value]
 
 
 def _named(name: str, check: Check, value: Any) -> Any:
@@ -132,85 +155,91 @@ def _named(name: str, check: Check, value: Any) -> Any:
         raise ValueError(f"{name}: {e}") from None
 
 
-_SIZE = _whole(0, LARGEST)
-_TIME = _number(0.0, LONGEST_TIME)
-_CHANNEL = _whole(1, channels.LAST)
-_INDEX = _whole(0, 1023)
-_MOMENT = _number(0.0, 2.0**53)
-_FACTS = _known(
+SIZE = whole(0, LARGEST)
+TIME = number(0.0, LONGEST_TIME)
+_CHANNEL = whole(1, channels.LAST)
+_INDEX = whole(0, 1023)
+_MOMENT = number(0.0, 2.0**53)
+_FACTS = known(
     {
-        "machine": _text,
-        "cpu": _list(_text),
-        "source": _known({"id": _text, "name": _text}),
-        "trees": _list(_SIZE, channels.AT_ONCE),
-        "images": _list(_SIZE, channels.AT_ONCE),
-        "mounts": _list(_text, channels.AT_ONCE),
-        "paths": _table(_text),
-        "external": _list(_text),
-        "kinds": _list(_kind),
-        "scripts": _list(_text, 64),
-        "criu": _list(_whole(0, 1 << 20), 8),
-        "memory": _SIZE,
-        "lazy": _known(
-            {"want": _text, "private": _SIZE, "forked": _SIZE, "whole": _SIZE},
+        "machine": text,
+        "cpu": list_of(text),
+        "source": known({"id": text, "name": text}),
+        "trees": list_of(SIZE, channels.AT_ONCE),
+        "images": list_of(SIZE, channels.AT_ONCE),
+        "mounts": list_of(text, channels.AT_ONCE),
+        "paths": table(text),
+        "external": list_of(text),
+        "kinds": list_of(_kind),
+        "scripts": list_of(text, 64),
+        "criu": list_of(whole(0, 1 << 20), 8),
+        "memory": SIZE,
+        "lazy": known(
+            {"want": text, "private": SIZE, "forked": SIZE, "whole": SIZE},
         ),
-        "simfs": _flag,
-        "ips": _list(_text),
-        "checkpoint": _or_none(_whole(0, 1 << 31)),
-        "links": _table(_any),
+        "simfs": flag,
+        "ips": list_of(text),
+        "checkpoint": or_none(whole(0, 1 << 31)),
+        "links": table(_any),
     }
 )
 _REQUESTS: dict[str, dict[str, Check]] = {
     "clock": {},
     "check": {
-        "container": _text,
-        "runtime": _text,
-        "live": _flag,
+        "container": text,
+        "runtime": text,
+        "live": flag,
         "facts": _FACTS,
-        "sizes": _list(_SIZE, channels.AT_ONCE),
-        "nodeps": _list(_text, 16),
+        "sizes": list_of(SIZE, channels.AT_ONCE),
+        "nodeps": list_of(text, 16),
     },
     "busy": {},
     "probe": {
         "channel": _CHANNEL,
-        "size": _whole(1, channels.PROBE),
-        "window": _whole(2 * MIB, 16 * MIB),
+        "size": whole(1, channels.PROBE),
+        "window": whole(2 * MIB, 16 * MIB),
     },
     "probed": {},
-    "begin": {"migration": _text, "stall": _number(0.0, 2.0**53), "keep": _flag},
+    "begin": {"migration": text, "stall": number(0.0, 2.0**53), "keep": flag},
     "items": {"channel": _CHANNEL},
-    "digests": {"channel": _CHANNEL, "files": _list(_file)},
-    "disk": {"index": _INDEX, "channel": _CHANNEL, "reuse": _flag},
-    "tree": {"index": _INDEX, "channel": _CHANNEL, "last": _flag},
+    "digests": {"channel": _CHANNEL, "files": list_of(_file)},
+    "disk": {"index": _INDEX, "channel": _CHANNEL, "reuse": flag},
+    "tree": {"index": _INDEX, "channel": _CHANNEL, "last": flag},
     "dump": {
         "channel": _CHANNEL,
-        "number": _whole(0, 1023),
-        "parent": _whole(0, 1023),
-        "room": _SIZE,
-        "window": _whole(2 * MIB, 16 * MIB),
-        "post_copy": _number(1.0, LONGEST_TIME),
+        "number": whole(0, 1023),
+        "parent": whole(0, 1023),
+        "room": SIZE,
+        "window": whole(2 * MIB, 16 * MIB),
+        "post_copy": number(1.0, LONGEST_TIME),
     },
-    "join": {"name": _text, "timeout": _number(0.0, 2.0**53)},
-    "restore": {"timeout": _TIME},
-    "start": {"timeout": _TIME, "run": _flag},
+    "join": {"name": text, "timeout": number(0.0, 2.0**53)},
+    "restore": {"timeout": TIME},
+    "start": {"timeout": TIME, "run": flag},
     "finish": {},
     "undo": {},
-    "settle": {"migration": _text},
-    "forget": {"migration": _text},
+    "settle": {"migration": text},
+    "forget": {"migration": text},
 }
 _OPTIONAL = {"reuse", "number", "parent", "room", "window", "post_copy"}
 _VERDICT = re.compile("committed|aborted")
 
 
-def request(op: Any, args: Any) -> dict[str, Any]:
-    """The checked arguments of a request; ProtocolError names what is wrong."""
-    checks = _REQUESTS.get(op) if isinstance(op, str) else None
+def request(
+    op: Any,
+    args: Any,
+    requests: Mapping[str, dict[str, Check]] = _REQUESTS,
+    optional: Collection[str] = _OPTIONAL,
+) -> dict[str, Any]:
+    """The checked arguments of a request; ProtocolError names what is wrong.  requests: those
+    of a migration, or others.  optional: arguments that may be missing."""
+    checks = requests.get(op) if isinstance(op, str) else None
     if checks is None or not isinstance(args, dict):
         raise ProtocolError(f"agent protocol: unknown request {clipped(repr(op), 80)}")
     if unknown := args.keys() - checks.keys():
         name = clipped(sorted(unknown)[0], 40)
         raise ProtocolError(f"agent protocol: {op!r} with wrong arguments (unknown: {name})")
-    if missing := checks.keys() - args.keys() - _OPTIONAL:
+    if missing := checks.keys() - args.keys() - set(optional):
         name = sorted(missing)[0]
         raise ProtocolError(f"agent protocol: {op!r} with wrong arguments (missing: {name})")
     try:
@@ -220,36 +249,36 @@ def request(op: Any, args: Any) -> dict[str, Any]:
 
 
 def _verdict(value: Any) -> str:
-    if not _VERDICT.fullmatch(_text(value)):
+    if not _VERDICT.fullmatch(text(value)):
         raise ValueError(f"{clipped(value, 40)!r} is not a verdict (committed, aborted)")
     return str(value)
 
 
-_LAZY = _known({"lazy": _flag, "why": lambda value: clipped(_is(value, str))})
-_POST_COPY = _known({"why": lambda value: clipped(_is(value, str))})
-_FAILED = _list(lambda value: clipped(_is(value, str)))
-_ANSWERS: dict[str, tuple[dict[str, Check], tuple[str, ...]]] = {
+_LAZY = known({"lazy": flag, "why": lambda value: clipped(_is(value, str))})
+_POST_COPY = known({"why": lambda value: clipped(_is(value, str))})
+_FAILED = list_of(lambda value: clipped(_is(value, str)))
+_ANSWERS: Answers = {
     "clock": ({"monotonic": _MOMENT}, ("monotonic",)),
-    "check": ({"takes": _list(_text), "lazy": _LAZY, "post_copy": _POST_COPY}, ()),
-    "busy": ({"busy": _number(1.0, 1e6)}, ("busy",)),
-    "begin": ({"kept": _list(_text)}, ()),
-    "tree": ({"name": _text}, ("name",)),
+    "check": ({"takes": list_of(text), "lazy": _LAZY, "post_copy": _POST_COPY}, ()),
+    "busy": ({"busy": number(1.0, 1e6)}, ("busy",)),
+    "begin": ({"kept": list_of(text)}, ()),
+    "tree": ({"name": text}, ("name",)),
     "join": ({"ended": _MOMENT}, ()),
-    "restore": ({"moments": _table(_MOMENT), "lazy": _LAZY}, ("moments",)),
+    "restore": ({"moments": table(_MOMENT), "lazy": _LAZY}, ("moments",)),
     "finish": ({"failed": _FAILED}, ()),
     "undo": ({"failed": _FAILED}, ()),
     "settle": ({"verdict": _verdict, "failed": _FAILED}, ("verdict",)),
 }
-"""Request -> (the checks of its answer's fields, the fields that must be there)."""
 MOMENTS = ("restore", "running", "dump ended")
 """The moments that the answer to `restore` must have."""
 
 
-def answer(op: str, value: Any) -> dict[str, Any]:
-    """The checked answer to a request; ProtocolError names what is wrong."""
-    checks, needed = _ANSWERS.get(op, ({}, ()))
+def answer(op: str, value: Any, answers: Answers = _ANSWERS) -> dict[str, Any]:
+    """The checked answer to a request; ProtocolError names what is wrong.  answers: those of
+    a migration, or others."""
+    checks, needed = answers.get(op, ({}, ()))
     try:
-        checked: dict[str, Any] = _known(checks)(value)
+        checked: dict[str, Any] = known(checks)(value)
         missing = [name for name in needed if name not in checked]
         if op == "restore":
             missing += [name for name in MOMENTS if name not in checked.get("moments", {})]
@@ -263,7 +292,7 @@ def answer(op: str, value: Any) -> dict[str, Any]:
 def event(message: dict[str, Any]) -> tuple[str, float, dict[str, Any]]:
     """(name, moment, fields) of an event that the agent sends; ProtocolError."""
     try:
-        name, at = _text(message.get("event")), _MOMENT(message.get("at"))
+        name, at = text(message.get("event")), _MOMENT(message.get("at"))
         return name, at, _is(message.get("fields"), dict)
     except ValueError as e:
         raise ProtocolError(f"agent protocol: a wrong event ({e})") from None

@@ -134,6 +134,31 @@ def find_pages(data: bytes) -> str:
     return found[3].decode() if found and int(found[1]) == MAJOR else ""
 
 
+_LANE = re.compile(rb"PYPLOOP-LANE (\d{1,4}) ([0-9a-f]{32})\n")
+_LANE_READY = re.compile(rb"(?:\A|\n)PYPLOOP-LANE-READY\n")
+
+
+def lane_hello(token: str) -> bytes:
+    """The first line of a connection for a lane of a remote copy.  token: by which its agent
+    knows it, 32 hex digits."""
+    return f"PYPLOOP-LANE {MAJOR} {token}\n".encode()
+
+
+def find_lane(line: bytes) -> str:
+    """The token in such a line; empty: it is another line."""
+    found = _LANE.fullmatch(line)
+    return found[2].decode() if found and int(found[1]) == MAJOR else ""
+
+
+LANE_READY = b"PYPLOOP-LANE-READY\n"
+"""The answer to it.  What follows, in both directions, belongs to the copy."""
+
+
+def lane_is_ready(data: bytes) -> bool | None:
+    """True when that has come, after anything that a login shell has printed; None: not yet."""
+    return True if _LANE_READY.search(data) else None
+
+
 class Hello(NamedTuple):
     """Protocol major, pyploop's version, and where the frames begin."""
 

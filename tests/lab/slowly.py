@@ -12,6 +12,9 @@ import os
 import sys
 
 LONGER = {
+    "api.remote_host": "ASKING LAST UNDOING",
+    "copyagent.agent": "UNASKED UNDONE",
+    "copyagent.lanes": "COMING HANDING_OVER",
     "diskcopy.d1_target": "HELLO_WAIT",
     "freeze.cgroup": "FREEZE_DEADLINE",
     "freeze.command": "KILL_GRACE",
@@ -48,7 +51,10 @@ LONGER = {
 
 AS_IT_IS = {
     # Pauses: how often one looks, or does it again.
+    "api.remote_host": "JOINING",
     "cli.main": "RAISED_AGAIN",
+    "copyagent.agent": "LOOK",
+    "copyagent.lanes": "LOOK",
     "diskcopy.freeze_policy": "BURST PAUSE SMOOTH",
     "diskcopy.precopy": "RETRY",
     "freeze.cgroup_freezer": "LONGEST_POLL",
@@ -85,6 +91,7 @@ AS_IT_IS = {
     "migration.deadlines": "IDLE LONGEST_STALL RETRY RSYNC_LOOK RSYNC_SOONEST",
     "system.descriptors": "ANSWER_TIMEOUT POLL_SLICE",
     "units": "LONGEST",
+    "wire.copy_messages": "FOREVER",
     "wire.messages": "LONGEST_TIME",
     # Those of programs of their own, which are started by their paths.
     "runtimes.runc.page_dump": "CRIU_SECONDS",

@@ -36,6 +36,7 @@ FLOORS = (
     ("migration.target",),
     ("migration.source",),
     ("api",),
+    ("copyagent",),
     ("libploop", "cli"),
 )
 """From the ground up.  A package, or a module of its own, imports only what is below

@@ -14,12 +14,24 @@ from pyploop.cli.main import COMMANDS
 
 AS_THE_C_TOOL = {"-o", "-i", "-f"}
 """Of these descriptors `ploop copy` takes the last."""
-ADDS_UP = {"--mount", "--freeze", "-F", "--undo", "--nodeps", "--ssh", "--rsync", "-v"}
+ADDS_UP = {
+    "--mount",
+    "--freeze",
+    "-F",
+    "--undo",
+    "--nodeps",
+    "--ssh",
+    "--rsync",
+    "-v",
+    "--read",
+    "--write",
+}
 VALUES = ("1", "1M", "auto")
 
 
 def parser_of(command: str) -> Parser:
-    options = "copy_options" if command == "copy" else f"{command}_options"
+    command = command.replace("-", "_")
+    options = f"{command}_options"
     try:
         module = importlib.import_module(f"pyploop.cli.{options}")
     except ModuleNotFoundError:

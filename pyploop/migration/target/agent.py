@@ -20,14 +20,12 @@ from pyploop.errors import (
     ProtocolError,
     PyploopError,
     VzExitCode,
-    one_line,
 )
 from pyploop.migration import commit_record, deadlines, locks
 from pyploop.migration.image_channels import open_reader
 from pyploop.migration.target import checks, page_link, resumable_files, wire_probe
 from pyploop.migration.target.incoming import Incoming
 from pyploop.migration.target.settle import settle, settle_dead
-from pyploop.report.events import Reporter
 from pyploop.runtimes import Facts, Runtime
 from pyploop.runtimes.config import NAME, HostConfig
 from pyploop.runtimes.policy import Source
@@ -35,15 +33,17 @@ from pyploop.runtimes.registry import make_runtime
 from pyploop.system import contention
 from pyploop.system.jobs import Job
 from pyploop.transport import greeting
-from pyploop.transport.agent_events import Events
 from pyploop.transport.mux import Mux
+from pyploop.transport.server import Server
 from pyploop.wire import channels, messages
 from pyploop.wire import mux as wire
 from pyploop.wire.messages import clipped
 
 
-class Agent:
+class Agent(Server):
     """One connection."""
+
+    name, peer = "pyploop agent", "source"
 
     def __init__(self, host: HostConfig, rfd: int, wfd: int, source: Source) -> None:
         """source: the source, as this host knows it."""
@@ -59,11 +59,7 @@ class Agent:
         self._probing: Job[None] | None = None
         self._facts: Facts = {}
         self._locks = contextlib.ExitStack()
-        self._mux = Mux(rfd, wfd, greet(rfd, wfd))
-        self._report = Reporter()
-        self._events = Events(self._mux)
-        self._report.add(self._events)
-        self._requests: dict[str, Callable[..., dict[str, Any]]] = {
+        requests: dict[str, Callable[..., dict[str, Any]]] = {
             "clock": self._clock,
             "check": self._check,
             "busy": self._busy,
@@ -83,51 +79,24 @@ class Agent:
             "settle": self._settle,
             "forget": self._forget,
         }
+        super().__init__(Mux(rfd, wfd, greet(rfd, wfd)), requests)
 
-    def serve(self) -> None:
-        """Answer requests until the connection ends."""
-        try:
-            while True:
-                patience = self._patience()
-                try:
-                    request = self._mux.receive(patience)
-                except PyploopError:
-                    if self._mux.failure is None:  # else the source knows
-                        _say(f"the source sent no request for {patience:g} s, so the agent ends")
-                    return
-                self._events.asked()
-                self._answer(request)
-        finally:
-            self._end()
-
-    def _patience(self) -> float:
+    def patience(self) -> float:
         """Seconds within which the next request must come."""
         if self._incoming is not None:
             return deadlines.IDLE if self._incoming.working() else deadlines.UNBEGUN
         return deadlines.UNBEGUN if self._runtime is not None else deadlines.UNASKED
 
-    def _answer(self, request: wire.Message) -> None:
-        number, op = request.get("id"), request.get("op")
-        if type(number) is not int:
-            number = None  # the source waits for no answer
-        try:
-            args = messages.request(op, request.get("args"))
-            answer: wire.Message = {"id": number, "ok": self._requests[str(op)](**args)}
-        except PyploopError as e:
-            answer = {
-                "id": number,
-                "error": {"code": vz_code(e), "message": clipped(e.with_hint())},
-            }
-        except OSError as e:
-            text = f"{e.filename}: {e.strerror}" if e.filename else str(e.strerror)
-            answer = {"id": number, "error": {"code": VzExitCode.USAGE, "message": text}}
-        except (TypeError, ValueError, LookupError, AttributeError, ArithmeticError) as e:
-            text = f"agent protocol: the request {op!r} has wrong arguments ({clipped(e)})"
-            answer = {"id": number, "error": {"code": VzExitCode.USAGE, "message": text}}
-        with contextlib.suppress(PyploopError):  # a dead connection ends serve()
-            self._mux.send(answer)
+    def checked(self, op: Any, args: Any) -> dict[str, Any]:
+        return messages.request(op, args)
 
-    def _end(self) -> None:
+    def failure(self, error: PyploopError) -> dict[str, Any]:
+        return {"code": vz_code(error), "message": clipped(error.with_hint())}
+
+    def bad_request(self, text: str) -> dict[str, Any]:
+        return {"code": VzExitCode.USAGE, "message": text}
+
+    def end(self) -> None:
         failed: list[str] = []
         if self._incoming is not None:
             done, self._incoming = self._incoming, None
@@ -139,7 +108,7 @@ class Agent:
         self._mux.close()
         self._locks.close()
         for text in failed:
-            _say(f"not undone: {text}")
+            self.say(f"not undone: {text}")
 
     # ---- requests
 
@@ -351,12 +320,6 @@ class Agent:
         commit_record.forget(Path(self._host.state_dir), self._not_ours(migration))
         locks.remove_dead(Path(self._host.lock_dir))
         return {}
-
-
-def _say(text: str) -> None:
-    """Print on stderr.  ssh passes it on to the source, if that still listens."""
-    with contextlib.suppress(OSError):
-        os.write(2, one_line(f"pyploop agent: {text}").encode() + b"\n")
 
 
 def vz_code(error: PyploopError) -> int:

@@ -1,0 +1,171 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`copy`: from and to this host or another one.
+
+A push runs the sender here and the receiver there; a pull the other way round.  The agent
+there is asked by a connection of its own, and the data go by a lane (transport/lane.py), so
+the stream, its answers and their order are those of a copy through a pipe.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from pyploop.api.copying import Copy, CopyOptions, Done, Target, run_here
+from pyploop.api.reporting import make_reporter
+from pyploop.errors import Interrupted, ParameterError, PyploopError
+from pyploop.report.events import Reporter
+from pyploop.transport.place import Place, place
+
+if TYPE_CHECKING:
+    from pyploop.api.remote_host import RemoteHost
+    from pyploop.report.event_types import Event
+    from pyploop.report.results import CopyResult
+
+
+def copy(
+    source: str | os.PathLike[str],
+    target: Target,
+    *,
+    options: CopyOptions | None = None,
+    feedback: int | None = None,
+    on_event: Callable[[Event], None] | None = None,
+) -> CopyResult:
+    """Copy a block device or image file that is in use, and freeze it for the last blocks.
+
+    source: a block device, /dev/ploopN, or an image file; or `[user@]host:path` of one on
+    another host.  target: see Target; or `[user@]host:path` of a new file on another host.
+    One of the two is on this host.  A path with a colon before its first slash is one on
+    this host as `./a:b`, or as a PathLike.  feedback: descriptor on which a receiver behind a
+    pipe answers.  on_event: is called with each event and line of the log
+    (`pyploop.events`), in this thread, those of another host perhaps in another one; what
+    happens during the freeze comes after the thaw.
+
+    When it returns, the target is complete and durable, as far as the peer can say
+    (`CopyResult.acknowledged`), and the source runs.  When it raises, the source runs too,
+    and there is no target unless the message says so.  It raises a PyploopError:
+    DeviceError (no source), OpenError (the source is in use), CreateError (the target
+    exists), ReadError, WriteError, SyncError, LoopError (the source was written to during
+    the freeze, or no freeze fitted), DeviceControlError (tracking or freezing failed),
+    CommandError (one of the caller's commands failed), ConnectError (no pyploop on the other
+    host, or the connection was lost).
+    """
+    done = Done()
+    run(
+        source,
+        target,
+        options=options or CopyOptions(),
+        feedback=feedback,
+        report=make_reporter(on_event),
+        done=done,
+    )
+    from pyploop.report.results import copy_result
+
+    return copy_result(done.summary)
+
+
+def run(
+    source: str | os.PathLike[str],
+    target: Target,
+    *,
+    options: CopyOptions,
+    report: Reporter,
+    done: Done,
+    feedback: int | None = None,
+) -> None:
+    """As `copy`.  done: is filled, also on a failure."""
+    from_, to = places(source, target)
+    if from_.host:
+        _pull(from_, to.path, options, report, done)
+    elif to.host:
+        _push(from_.path, to, options, report, done)
+    else:
+        copying = Copy(source, target, options=options, feedback=feedback, reporter=report)
+        run_here(copying, done)
+
+
+def places(source: str | os.PathLike[str], target: Target) -> tuple[Place, Place]:
+    """Where both are.  ParameterError: on two other hosts, or one has no path."""
+    try:
+        from_ = place(source) if isinstance(source, str) else Place("", os.fspath(source))
+        to = place(target) if isinstance(target, str) else Place("", "")
+    except ValueError as e:
+        raise ParameterError(str(e)) from e
+    if from_.host and (to.host or not isinstance(target, (str, os.PathLike))):
+        raise ParameterError(
+            f"{source} and {target} are both not on this host, and one of them must be",
+            hint=f"run `pyploop copy` on {from_.host}, or on the target's host",
+        )
+    if isinstance(target, os.PathLike):
+        to = Place("", os.fspath(target))
+    return from_, to
+
+
+def _push(source: str, to: Place, options: CopyOptions, report: Reporter, done: Done) -> None:
+    from pyploop.api.remote_host import RemoteHost
+
+    _check_protocol(options)
+    with RemoteHost(to.host, options, report) as there, _undone_there(there):
+        there.ask("target", path=to.path, options=there.options_for("target"))
+        with there.lane() as lane:
+            there.ask("receive")
+            copying = Copy(source, lane.wfd, options=options, feedback=lane.rfd, reporter=report)
+            copying.target_host = to.host
+            with there.watched(copying.cancel) as far:
+                run_here(copying, done)
+                far.result()
+
+
+def _pull(from_: Place, target: str, options: CopyOptions, report: Reporter, done: Done) -> None:
+    from pyploop.api.remote_host import RemoteHost, with_specs
+    from pyploop.diskcopy import receiver
+    from pyploop.diskcopy.target_file import Sink
+    from pyploop.report import checked
+    from pyploop.report.results import CopyResult
+
+    _check_protocol(options)
+    options = replace(options, stops=with_specs(options))
+    with contextlib.ExitStack() as stack:
+        unused = stack.enter_context(contextlib.ExitStack())
+        sink = unused.enter_context(Sink(target, report))
+        there = stack.enter_context(RemoteHost(from_.host, options, report))
+        stack.enter_context(_undone_there(there))
+        lane = stack.enter_context(there.lane())
+        there.ask("source", path=from_.path, options=there.options_for("source"))
+        far = stack.enter_context(there.watched(lane.cut))
+        received = False
+        unused.pop_all()  # the receiver closes it
+        try:
+            receiver.receive(target, lane.rfd, lane.wfd, report, options.timeout, sink=sink)
+            received = True
+            fields: dict[str, Any] = far.result()
+            fields["source_host"] = from_.host
+            done.summary = checked.checked(CopyResult, fields)
+        except PyploopError as e:
+            if received:
+                e.add(f"{target} is complete and was kept")
+            raise
+
+
+def _check_protocol(options: CopyOptions) -> None:
+    if options.protocol not in ("auto", "native"):
+        raise ParameterError(
+            f"protocol {options.protocol!r} is for a receiver that was started by hand, and this "
+            "one is pyploop"
+        )
+
+
+@contextlib.contextmanager
+def _undone_there(there: RemoteHost) -> Iterator[None]:
+    """After a failure or a signal in the body, return when the other host has undone its
+    part, too."""
+    try:
+        yield
+    except BaseException as e:
+        undone = there.undo()
+        if isinstance(e, Interrupted):
+            e.state += f"; {undone}"
+        raise

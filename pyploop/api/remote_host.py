@@ -1,0 +1,279 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The other host of a remote copy, as the end that asks sees it: its agent, its lanes, what
+it reports, and how it fails."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import shlex
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from pyploop import __version__, errors
+from pyploop.api.copying import CopyOptions
+from pyploop.errors import ConnectError, ParameterError, PyploopError
+from pyploop.freeze.stoppers import Spec, parse_spec
+from pyploop.report import checked, event_types
+from pyploop.report.events import ERROR, NOTE, Reporter
+from pyploop.system import cpu
+from pyploop.system.jobs import Job
+from pyploop.transport import hints, ssh_cipher
+from pyploop.transport.client import Client
+from pyploop.transport.lane import Lane
+from pyploop.wire import copy_messages
+from pyploop.wire.messages import Check, clipped
+
+SSH = ("ssh",)
+ASKING = 330.0
+"""Seconds for a request to be answered: a source may lie in an image that is mounted first."""
+UNDOING = 130.0
+"""Seconds for the other host to undo its part."""
+JOINING = 1.0
+"""Seconds that one request to wait for the copy's end takes at most: between two of them the
+other host may be asked something else, and its events count anew."""
+LAST = 10.0
+"""Seconds for the other host to say how the copy ended there, after it has ended here."""
+_FAILURES = {
+    int(kind.exit_code): kind
+    for kind in vars(errors).values()
+    if isinstance(kind, type)
+    and issubclass(kind, PyploopError)
+    and kind not in (PyploopError, errors.MigrateError, errors.NotSupportedError)
+}
+
+
+class CopyClient(Client):
+    """The connection to the agent.  ConnectError (69): there is none, or it was lost."""
+
+    what = "the copy"
+    install_ssh = "install it (the Debian package openssh-client)"
+
+    def not_a_host(self, text: str) -> ParameterError:
+        return ParameterError(text)
+
+    def unreachable(self, text: str, hint: str | None = None) -> ConnectError:
+        return ConnectError(f"{text}; nothing was copied", hint=hint)
+
+    def no_agent(self, why: str, printed: str, status: int | None) -> ConnectError:
+        host, shown = self.host, f" ({printed})" if printed else ""
+        install = (
+            f"install pyploop {__version__} on {host}, so that `ssh {host} pyploop --version` "
+            "prints it, or name the program there (--remote-pyploop)"
+        )
+        if status == 127:
+            return self.unreachable(f"there is no pyploop on {host}{shown}", install)
+        if "unknown command" in printed:
+            return self.unreachable(
+                f"the pyploop on {host} is too old for remote copies: it has no copy-agent", install
+            )
+        if status == 255:
+            return self.unreachable(f"cannot connect to {host}: {printed or why}")
+        return self.unreachable(f"no pyploop copy-agent on {host}: {why}{shown}", install)
+
+    def lost(self, error: PyploopError, text: str) -> PyploopError:
+        return ConnectError(text)
+
+    def failed_there(self, error: Any) -> PyploopError:
+        code, text, peer_failed = copy_messages.failure(error)
+        text, hint = hints.parted(text)
+        kind = _FAILURES.get(code, errors.ProtocolError)
+        # Marked as the other host's words, both of them.
+        failure = kind(f"{self.host}: {text}", hint=hint and f"{self.host}: {hint}")
+        failure.peer_failed = peer_failed
+        return failure
+
+    def checked(self, op: str, value: Any) -> dict[str, Any]:
+        return copy_messages.answer(op, value)
+
+
+@dataclass(frozen=True)
+class Peer:
+    """What the other host has said about itself."""
+
+    version: str
+    aes: bool
+    options: dict[str, Sequence[str]]
+    """`source` and `target` -> the options that it knows."""
+
+
+class RemoteHost:
+    """The other host; a context manager that connects to it, and ends the connection."""
+
+    def __init__(self, host: str, options: CopyOptions, report: Reporter) -> None:
+        self.host, self._options, self._report = host, options, report
+        self._lanes = 0
+        self._undo = contextlib.ExitStack()
+
+    def __enter__(self) -> RemoteHost:
+        o = self._options
+        program = shlex.split(o.remote_pyploop)
+        self._program = program
+        self.client = CopyClient(
+            self.host, SSH, o.ssh_options, [*program, "copy-agent"], self._on_event
+        )
+        with contextlib.ExitStack() as undo:
+            undo.callback(self.client.close)
+            answer = self.client.call("check", ASKING)
+            self.peer = Peer(
+                answer["version"],
+                answer["aes"],
+                {"source": answer["source_options"], "target": answer["target_options"]},
+            )
+            self._report.info(f"{self.host} has pyploop {self.peer.version}")
+            self._undo = undo.pop_all()
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._undo.close()
+
+    def ask(self, op: str, **args: Any) -> dict[str, Any]:
+        """As Client.call."""
+        return self.client.call(op, ASKING, **args)
+
+    def options_for(self, side: str) -> dict[str, Any]:
+        """Those options of the copy that the other host needs as its `side` (source or
+        target), as a request has them.  What is at its default is left out, so that an older
+        host need not know it.  ConnectError: it does not know one."""
+        tables: dict[str, dict[str, Check]] = {
+            "source": copy_messages.SOURCE_OPTIONS,
+            "target": copy_messages.TARGET_OPTIONS,
+        }
+        found = {}
+        for name in tables[side]:
+            value = getattr(self._options, name)
+            if value == getattr(CopyOptions, name):
+                continue
+            if name not in self.peer.options[side]:
+                raise ConnectError(
+                    f"pyploop {self.peer.version} on {self.host} does not know the option "
+                    f"{name!r} of this copy; nothing was copied",
+                    hint=f"install pyploop {__version__} there, or copy without it",
+                )
+            found[name] = _plain(value)
+        return found
+
+    def lane(self) -> Lane:
+        """Open one more lane."""
+        o = self._options
+        number, self._lanes = self._lanes, self._lanes + 1
+        token = self.ask("lane", number=number)["token"]
+        aes = self.peer.aes and "aes" in cpu.flags()
+        choice = ssh_cipher.choose(SSH, o.ssh_options, self.host, aes)
+        options = (*o.ssh_options, *choice.options)
+        lane = Lane(self.host, SSH, options, [*self._program, "copy-lane"], token)
+        asked = ssh_cipher.PREFERRED if choice.preferred else ""
+        self._report.event("connection", cipher=lane.cipher, asked=asked, why=choice.why)
+        self._report.info(
+            f"ssh encrypts the data with {lane.cipher or 'a cipher that it does not name'}; it was "
+            f"{f'asked for {asked} first' if asked else 'not asked for another one'} "
+            f"({choice.why})"
+        )
+        return lane
+
+    def undo(self) -> str:
+        """Have the other host undo its part, and wait for that.  Returns what is known of it,
+        in words."""
+        try:
+            if self.client.alive():
+                self.client.call("undo", UNDOING)
+                return f"so was everything on {self.host}"
+        except PyploopError as e:
+            return f"{self.host} was asked to undo its part, but: {e}"
+        return f"the connection to {self.host} was lost, so it undoes its part by itself"
+
+    def _on_event(self, name: str, at: float, fields: dict[str, Any]) -> None:
+        if name == "line":
+            level = fields.get("level")
+            if type(level) is int:
+                level = NOTE if level == ERROR else level  # errors are in answers
+                self._report.line(level, f"{self.host}: {clipped(fields.get('text'))}")
+            return
+        kind = event_types.OF_A_COPY.get(name)
+        if kind is None:
+            return
+        try:
+            fields = checked.checked(kind, {**fields, "time": 0.0, "host": self.host})
+        except ValueError as e:
+            self._report.detail(f"{self.host}: an event that is not shown: {clipped(e, 200)}")
+            return
+        del fields["time"]
+        if name == "sending":
+            fields["clock"] = self._report.start
+        elif name == "summary":
+            fields["source_host"] = self.host
+        self._report.event(name, **fields)
+
+    @contextlib.contextmanager
+    def watched(self, cancel: Callable[[], None]) -> Iterator[FarEnd]:
+        """The copy runs there, and here in the body.  cancel: ends it here, when it has
+        failed there; called from another thread.  What the body raises is replaced by the
+        failure there, when it only follows from that."""
+        far = FarEnd(self.client, cancel)
+        far.job.start()
+        try:
+            yield far
+        except PyploopError as e:
+            if (cause := far.cause_of(e)) is not None:
+                raise cause from e
+            raise
+        finally:
+            far.stop()
+
+
+class FarEnd:
+    """How the copy goes at the other host.  `job` asks it, in a thread."""
+
+    def __init__(self, client: CopyClient, cancel: Callable[[], None]) -> None:
+        self._client, self._cancel = client, cancel
+        self._stopped = False
+        self._cancelled = False
+        self.job: Job[dict[str, Any]] = Job(self._wait)
+
+    def _wait(self) -> dict[str, Any]:
+        try:
+            while True:
+                answer = self._client.call("join", math.inf, lambda: self._stopped, timeout=JOINING)
+                if answer["done"]:
+                    return dict(answer.get("result", {}))
+        except PyploopError as e:
+            if not e.peer_failed and not self._stopped:
+                self._cancelled = True
+                self._cancel()
+            raise
+
+    def result(self) -> dict[str, Any]:
+        """After the end here: what the other host has to say."""
+        return self.job.join(LAST)
+
+    def cause_of(self, error: PyploopError) -> PyploopError | None:
+        """The failure there that `error` follows from; None: it does not."""
+        follows = error.peer_failed or self._cancelled
+        if not follows:
+            return None
+        self.job.over.wait(LAST)
+        failure = self.job.failure
+        if isinstance(failure, PyploopError) and not failure.peer_failed:
+            return failure
+        return None
+
+    def stop(self) -> None:
+        """Ask no more."""
+        self._stopped = True
+        self.job.end(LAST)
+
+
+def _plain(value: Any) -> Any:
+    """A value of an option, as JSON has it."""
+    if isinstance(value, (list, tuple)):
+        return [_plain(one) for one in value]
+    return asdict(value) if isinstance(value, Spec) else value
+
+
+def with_specs(options: CopyOptions) -> list[Spec]:
+    """The stops, parsed.  ParameterError."""
+    try:
+        return [parse_spec(s) if isinstance(s, str) else s for s in options.stops]
+    except ValueError as e:
+        raise ParameterError(str(e)) from e

@@ -1,0 +1,62 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`pyploop copy-agent`: started on the other host by `pyploop copy`, through ssh."""
+
+from __future__ import annotations
+
+import os
+import signal
+
+from pyploop.cli.arguments import Parser
+from pyploop.cli.copy_lane import free_standard_streams
+from pyploop.copyagent import lanes
+from pyploop.copyagent.agent import CopyAgent, LaneError
+from pyploop.copyagent.permits import Permits
+from pyploop.system import jobs
+
+
+def parser() -> Parser:
+    p = Parser(
+        prog="pyploop copy-agent",
+        allow_abbrev=False,
+        description="The other host's end of a remote copy. `pyploop copy` starts it through ssh. "
+        "The options are for command= of an ssh key: with any of them, only what they name is "
+        "allowed.",
+    )
+    add = p.add_argument
+    add(
+        "--read",
+        action="append",
+        default=[],
+        metavar="PATH",
+        help="allow this source, or those in this folder; may be given several times",
+    )
+    add(
+        "--write",
+        action="append",
+        default=[],
+        metavar="DIR",
+        help="allow targets in this folder; may be given several times",
+    )
+    add(
+        "--stops",
+        action="store_true",
+        help="allow -F, --freeze, --before-thaw and --throttle, which run commands and stop "
+        "containers",
+    )
+    return p
+
+
+def run(args: list[str], level: int) -> int:
+    o = parser().parse_args(args)
+    permits = Permits.of(o.read, o.write, o.stops)
+    # Frames go to stdout.  What anything else prints must not mix with them.
+    rfd, wfd = os.dup(0), os.dup(1)
+    free_standard_streams()
+    signal.signal(jobs.INTERRUPT, lambda *_: None)
+    try:
+        agent = CopyAgent(rfd, wfd, permits)
+    except LaneError as e:
+        lanes.hand_over(e.token, rfd, wfd)
+        return 0
+    agent.serve()
+    return 0

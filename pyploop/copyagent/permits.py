@@ -1,0 +1,62 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What an agent may be asked for: everything that its user may do, or less, as the command of
+an ssh key says (docs/internals/trust.md)."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from pyploop.errors import ParameterError
+
+
+@dataclass(frozen=True)
+class Permits:
+    """None: there is no limit."""
+
+    read: Sequence[str] | None = None
+    """Sources, and folders in which they lie."""
+    write: Sequence[str] | None = None
+    """Folders for targets."""
+    stops: bool = True
+    """It may stop containers, slow them down, and run commands."""
+
+    @classmethod
+    def of(cls, read: Sequence[str], write: Sequence[str], stops: bool) -> Permits:
+        """By the options of the command.  Without any there are no limits."""
+        if not (read or write or stops):
+            return cls()
+        return cls(read, write, stops)
+
+    def check_source(self, path: str, options: dict[str, Any]) -> None:
+        """ParameterError unless it may be copied with these options."""
+        if self.read is not None:
+            _check(path, os.path.realpath(path), self.read, "read", "--read")
+        asked = {"stops", "before_thaw", "throttle_rate"} & options.keys()
+        if asked and not self.stops:
+            raise ParameterError(
+                "this host's copy-agent may not stop anything and runs no commands; nothing was "
+                "copied",
+                hint="add --stops to the command of the ssh key, or copy without -F, --freeze, "
+                "--before-thaw and --throttle",
+            )
+
+    def check_target(self, path: str) -> None:
+        """ParameterError unless it may be written."""
+        if self.write is not None:
+            folder = os.path.realpath(os.path.dirname(path) or ".")
+            _check(path, folder, self.write, "write", "--write")
+
+
+def _check(path: str, real: str, allowed: Sequence[str], verb: str, option: str) -> None:
+    for one in allowed:
+        top = os.path.realpath(one)
+        if real == top or real.startswith(top.rstrip("/") + "/"):
+            return
+    raise ParameterError(
+        f"this host's copy-agent may not {verb} {path}; nothing was copied",
+        path=path,
+        hint=f"the command of the ssh key names what it may {verb} ({option})",
+    )

@@ -1,0 +1,113 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The requests of a remote copy and their answers (docs/internals/remote-copy.md): names,
+types and bounds.  No I/O.
+
+The options of a copy that belong to the other host are in two tables, and only there: an
+option that is added to one of them goes over.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from pyploop.wire import messages
+from pyploop.wire.messages import (
+    SIZE,
+    TIME,
+    Answers,
+    Check,
+    clipped,
+    exactly,
+    flag,
+    known,
+    list_of,
+    one_of,
+    or_none,
+    text,
+    whole,
+)
+
+FOREVER = 2.0**53
+"""Seconds: the largest of a time that the user chooses."""
+_MOST_STOPS = 64
+_LONG = messages.number(0.0, FOREVER)
+_STOP = exactly({"kind": text, "argument": text, "undo": or_none(text), "name": text})
+
+SOURCE_OPTIONS: dict[str, Check] = {
+    "tracker": one_of("auto", "bpf", "ploop", "dm", "scan"),
+    "read": one_of("auto", "device", "backing"),
+    "mounts": list_of(text, _MOST_STOPS),
+    "unsafe_in_use": flag,
+    "stops": list_of(_STOP, _MOST_STOPS),
+    "resume": flag,
+    "before_thaw": text,
+    "max_freeze": _LONG,
+    "deadline": _LONG,
+    "on_deadline": one_of("freeze", "abort"),
+    "freeze_limit": _LONG,
+    "throttle_rate": SIZE,
+    "throttle_cgroup": text,
+    "bandwidth": SIZE,
+    "reserve": SIZE,
+    "cluster": SIZE,
+    "readers": whole(0, 64),
+    "timeout": _LONG,
+}
+"""Fields of CopyOptions that the source's host needs when that is the other one."""
+TARGET_OPTIONS: dict[str, Check] = {
+    "timeout": _LONG,
+}
+"""The same of the target's host."""
+LANES = 256
+"""Numbers of lanes: less than this."""
+
+_REQUESTS: dict[str, dict[str, Check]] = {
+    "check": {},
+    "target": {"path": text, "options": exactly(TARGET_OPTIONS)},
+    "lane": {"number": whole(0, LANES - 1)},
+    "receive": {},
+    "source": {"path": text, "options": exactly(SOURCE_OPTIONS)},
+    "join": {"timeout": TIME},
+    "undo": {},
+}
+
+
+def _token(value: Any) -> str:
+    if not re.fullmatch("[0-9a-f]{32}", text(value)):
+        raise ValueError(f"{clipped(value, 40)!r} is not a token")
+    return str(value)
+
+
+_ANSWERS: Answers = {
+    "check": (
+        {
+            "version": text,
+            "aes": flag,
+            "source_options": list_of(text),
+            "target_options": list_of(text),
+        },
+        ("version", "aes", "source_options", "target_options"),
+    ),
+    "lane": ({"token": _token}, ("token",)),
+    "join": ({"done": flag, "result": known({})}, ("done",)),
+}
+
+
+def request(op: Any, args: Any) -> dict[str, Any]:
+    """As messages.request."""
+    return messages.request(op, args, _REQUESTS, ())
+
+
+def answer(op: str, value: Any) -> dict[str, Any]:
+    """As messages.answer."""
+    return messages.answer(op, value, _ANSWERS)
+
+
+def failure(error: Any) -> tuple[int, str, bool]:
+    """(exit code, text, whether the peer had failed before) of an answer that reports a
+    failure."""
+    fields = error if isinstance(error, dict) else {}
+    code = fields.get("code")
+    shown = clipped(fields.get("message", error))
+    return (code if type(code) is int else 0), shown, fields.get("peer_failed") is True
