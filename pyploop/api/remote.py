@@ -12,11 +12,17 @@ import contextlib
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from pyploop.api.copying import Copy, CopyOptions, Done, Target, run_here
 from pyploop.api.reporting import make_reporter
-from pyploop.errors import Interrupted, ParameterError, PyploopError
+from pyploop.errors import (
+    ConnectError,
+    Interrupted,
+    ParameterError,
+    ProtocolError,
+    PyploopError,
+)
 from pyploop.report.events import Reporter
 from pyploop.transport.place import Place, place
 
@@ -114,9 +120,13 @@ def _push(source: str, to: Place, options: CopyOptions, report: Reporter, done: 
             there.ask("receive")
             copying = Copy(source, lane.wfd, options=options, feedback=lane.rfd, reporter=report)
             copying.target_host = to.host
-            with there.watched(copying.cancel) as far:
+            state = ["the source runs", f"a target is on {to.host} only if it is complete"]
+            with _lost(state), there.watched(lane, copying.cancel) as far:
                 run_here(copying, done)
-                far.result()
+                try:
+                    far.result()
+                except PyploopError as e:  # it has acknowledged the end
+                    report.note(f"The copy is complete and durable, but: {e}")
 
 
 def _pull(from_: Place, target: str, options: CopyOptions, report: Reporter, done: Done) -> None:
@@ -135,19 +145,32 @@ def _pull(from_: Place, target: str, options: CopyOptions, report: Reporter, don
         stack.enter_context(_undone_there(there))
         lane = stack.enter_context(there.lane())
         there.ask("source", path=from_.path, options=there.options_for("source"))
-        far = stack.enter_context(there.watched(lane.cut))
-        received = False
+        state = ["no target was made", f"{from_.host} lets the source run again by itself"]
+        stack.enter_context(_lost(state))
+        far = stack.enter_context(there.watched(lane, lane.cut))
         unused.pop_all()  # the receiver closes it
+        receiver.receive(target, lane.rfd, lane.wfd, report, options.timeout, sink=sink)
+        state[0] = f"{target} is complete and was kept"
         try:
-            receiver.receive(target, lane.rfd, lane.wfd, report, options.timeout, sink=sink)
-            received = True
-            fields: dict[str, Any] = far.result()
-            fields["source_host"] = from_.host
+            fields = {**far.result(), "source_host": from_.host}
             done.summary = checked.checked(CopyResult, fields)
-        except PyploopError as e:
-            if received:
-                e.add(f"{target} is complete and was kept")
+        except ValueError as e:
+            raise ProtocolError(f"{from_.host}: a wrong result ({e}); {state[0]}") from None
+        except ConnectError:
             raise
+        except PyploopError as e:
+            e.add(state[0])
+            raise
+
+
+@contextlib.contextmanager
+def _lost(state: list[str]) -> Iterator[None]:
+    """When the connection is lost in the body, the error says what state things are in."""
+    try:
+        yield
+    except ConnectError as e:
+        e.add("; ".join(state))
+        raise
 
 
 def _check_protocol(options: CopyOptions) -> None:

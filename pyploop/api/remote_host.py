@@ -13,7 +13,7 @@ from typing import Any
 
 from pyploop import __version__, errors
 from pyploop.api.copying import CopyOptions
-from pyploop.errors import ConnectError, ParameterError, PyploopError
+from pyploop.errors import CancelledError, ConnectError, ParameterError, PyploopError
 from pyploop.freeze.stoppers import Spec, parse_spec
 from pyploop.report import checked, event_types
 from pyploop.report.events import ERROR, NOTE, Reporter
@@ -34,7 +34,7 @@ JOINING = 1.0
 """Seconds that one request to wait for the copy's end takes at most: between two of them the
 other host may be asked something else, and its events count anew."""
 LAST = 10.0
-"""Seconds for the other host to say how the copy ended there, after it has ended here."""
+"""Seconds for a connection that has no more to do to end."""
 _FAILURES = {
     int(kind.exit_code): kind
     for kind in vars(errors).values()
@@ -68,12 +68,17 @@ class CopyClient(Client):
             return self.unreachable(
                 f"the pyploop on {host} is too old for remote copies: it has no copy-agent", install
             )
-        if status == 255:
-            return self.unreachable(f"cannot connect to {host}: {printed or why}")
+        if status == 255:  # ssh's own
+            return self.unreachable(
+                f"cannot connect to {host}: {printed or why}",
+                f"`ssh -o BatchMode=yes {host} true` must work: pyploop lets ssh ask nothing",
+            )
         return self.unreachable(f"no pyploop copy-agent on {host}: {why}{shown}", install)
 
-    def lost(self, error: PyploopError, text: str) -> PyploopError:
-        return ConnectError(text)
+    def lost(self, error: PyploopError, op: str, why: str) -> PyploopError:
+        if isinstance(error, CancelledError):
+            return error
+        return ConnectError(f"the connection to {self.host} was lost: {why}")
 
     def failed_there(self, error: Any) -> PyploopError:
         code, text, peer_failed = copy_messages.failure(error)
@@ -115,7 +120,16 @@ class RemoteHost:
         )
         with contextlib.ExitStack() as undo:
             undo.callback(self.client.close)
-            answer = self.client.call("check", ASKING)
+            try:
+                answer = self.client.call("check", ASKING)
+            except ConnectError:
+                raise
+            except PyploopError as e:
+                raise ConnectError(
+                    f"what answers on {self.host} is no pyploop copy-agent: {e}; nothing was "
+                    "copied",
+                    hint="the command of this ssh key there must be `pyploop copy-agent`",
+                ) from e
             self.peer = Peer(
                 answer["version"],
                 answer["aes"],
@@ -142,8 +156,8 @@ class RemoteHost:
         }
         found = {}
         for name in tables[side]:
-            value = getattr(self._options, name)
-            if value == getattr(CopyOptions, name):
+            value = _plain(getattr(self._options, name))
+            if value == _plain(getattr(CopyOptions, name)):
                 continue
             if name not in self.peer.options[side]:
                 raise ConnectError(
@@ -151,7 +165,7 @@ class RemoteHost:
                     f"{name!r} of this copy; nothing was copied",
                     hint=f"install pyploop {__version__} there, or copy without it",
                 )
-            found[name] = _plain(value)
+            found[name] = value
         return found
 
     def lane(self) -> Lane:
@@ -177,6 +191,7 @@ class RemoteHost:
         in words."""
         try:
             if self.client.alive():
+                self._report.info(f"Waiting for {self.host} to undo its part")
                 self.client.call("undo", UNDOING)
                 return f"so was everything on {self.host}"
         except PyploopError as e:
@@ -206,11 +221,11 @@ class RemoteHost:
         self._report.event(name, **fields)
 
     @contextlib.contextmanager
-    def watched(self, cancel: Callable[[], None]) -> Iterator[FarEnd]:
+    def watched(self, lane: Lane, cancel: Callable[[], None]) -> Iterator[FarEnd]:
         """The copy runs there, and here in the body.  cancel: ends it here, when it has
         failed there; called from another thread.  What the body raises is replaced by the
-        failure there, when it only follows from that."""
-        far = FarEnd(self.client, cancel)
+        failure there, or of the lane, when it only follows from that."""
+        far = FarEnd(self.client, lane, cancel)
         far.job.start()
         try:
             yield far
@@ -225,8 +240,8 @@ class RemoteHost:
 class FarEnd:
     """How the copy goes at the other host.  `job` asks it, in a thread."""
 
-    def __init__(self, client: CopyClient, cancel: Callable[[], None]) -> None:
-        self._client, self._cancel = client, cancel
+    def __init__(self, client: CopyClient, lane: Lane, cancel: Callable[[], None]) -> None:
+        self._client, self._lane, self._cancel = client, lane, cancel
         self._stopped = False
         self._cancelled = False
         self.job: Job[dict[str, Any]] = Job(self._wait)
@@ -244,19 +259,27 @@ class FarEnd:
             raise
 
     def result(self) -> dict[str, Any]:
-        """After the end here: what the other host has to say."""
-        return self.job.join(LAST)
+        """After the end here: what the other host has to say.  It may still run a command of
+        the user's.  (When it is dead, the connection ends.)"""
+        return self.job.join()
 
     def cause_of(self, error: PyploopError) -> PyploopError | None:
         """The failure there that `error` follows from; None: it does not."""
         follows = error.peer_failed or self._cancelled
         if not follows:
             return None
-        self.job.over.wait(LAST)
+        self.job.over.wait(UNDOING)
         failure = self.job.failure
-        if isinstance(failure, PyploopError) and not failure.peer_failed:
+        if not isinstance(failure, PyploopError):
+            return None
+        if not failure.peer_failed:
             return failure
-        return None
+        # Both ends say that the other one has gone: it was what is between them.
+        printed = self._lane.printed()
+        return ConnectError(
+            f"the connection to {self._client.host} for the data was lost"
+            + (f" ({printed})" if printed else "")
+        )
 
     def stop(self) -> None:
         """Ask no more."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 
 from pyploop.cli.arguments import Parser
 from pyploop.cli.copy_lane import free_standard_streams
@@ -53,6 +54,8 @@ def run(args: list[str], level: int) -> int:
     rfd, wfd = os.dup(0), os.dup(1)
     free_standard_streams()
     signal.signal(jobs.INTERRUPT, lambda *_: None)
+    # In the frozen time threads take turns; by default one may wait 5 ms for its turn.
+    sys.setswitchinterval(0.0005)
     try:
         agent = CopyAgent(rfd, wfd, permits)
     except LaneError as e:

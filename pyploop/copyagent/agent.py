@@ -32,7 +32,6 @@ UNASKED = 60.0
 """Seconds without a request, even if pings come.  Then the connection is ended."""
 UNDONE = 120.0
 """Seconds for a copy that was cancelled to thaw, and to undo what it stopped."""
-LOOK = 0.05
 HINT = "do not run `pyploop copy-agent` by hand: `pyploop copy` on the other host starts it"
 
 
@@ -120,10 +119,10 @@ class CopyAgent(Server):
         job.start()
         return {"token": lane.token}
 
-    def _first_lane(self) -> Lane:
+    def _first_lane(self) -> Job[Lane]:
         if not self._awaited:
             raise ProtocolError("agent protocol: `lane` must come first")
-        return self._awaited[0][1].join()
+        return self._awaited[0][1]
 
     def _open_target(self, path: str, options: dict[str, Any]) -> dict[str, Any]:
         if self._target is not None or self._job is not None:
@@ -137,18 +136,19 @@ class CopyAgent(Server):
         if self._target is None or self._job is not None:
             raise ProtocolError("agent protocol: `receive` must come once, after `target`")
         lane = self._first_lane()
-        self._job = Job(lambda: self._received(lane)).start()
-        return {}
-
-    def _received(self, lane: Lane) -> dict[str, Any]:
-        assert self._target is not None
         path, options = self._target
         sink, self._sink = self._sink, None
+        assert sink is not None
+        self._job = Job(lambda: self._received(path, options, sink, lane)).start()
+        return {}
 
-        def opened(cancel: Callable[[], None]) -> None:
-            self._cancel = cancel
-            if self._ending:
-                cancel()
+    def _received(
+        self, path: str, options: dict[str, Any], sink: Sink, first: Job[Lane]
+    ) -> dict[str, Any]:
+        with contextlib.ExitStack() as unused:
+            unused.enter_context(sink)
+            lane = first.join()
+            unused.pop_all()  # the receiver closes it
 
         with lane:
             return receiver.receive(
@@ -158,7 +158,7 @@ class CopyAgent(Server):
                 self._report,
                 options.get("timeout", CopyOptions.timeout),
                 sink=sink,
-                opened=opened,
+                opened=self._begun,
             ).fields()
 
     def _source(self, path: str, options: dict[str, Any]) -> dict[str, Any]:
@@ -167,28 +167,25 @@ class CopyAgent(Server):
         self._permits.check_source(path, options)
         stops = [Spec(**stop) for stop in options.pop("stops", ())]
         lane = self._first_lane()
-        copying = Copy(
-            path,
-            lane.wfd,
-            feedback=lane.rfd,
-            options=CopyOptions(stops=stops, **options),
-            reporter=self._report,
-        )
-        self._cancel = copying.cancel
-        opened: list[bool] = []
-        self._job = Job(lambda: self._sent(copying, lane, opened)).start()
-        while not opened and not self._job.over.wait(LOOK):
-            if self._mux.failure is not None:
-                raise self._mux.failure
-        if not opened:
-            self._job.join()
+        made = CopyOptions(stops=stops, **options)
+        self._job = Job(lambda: self._sent(path, made, lane)).start()
         return {}
 
-    def _sent(self, copying: Copy, lane: Lane, opened: list[bool]) -> dict[str, Any]:
-        with lane, copying:
-            opened.append(True)
-            copying.run()
+    def _sent(self, path: str, options: CopyOptions, first: Job[Lane]) -> dict[str, Any]:
+        with first.join() as lane:
+            copying = Copy(
+                path, lane.wfd, feedback=lane.rfd, options=options, reporter=self._report
+            )
+            self._begun(copying.cancel)
+            with copying:
+                copying.run()
             return copying.summary
+
+    def _begun(self, cancel: Callable[[], None]) -> None:
+        """In the job: from now on `cancel` ends it."""
+        self._cancel = cancel
+        if self._ending:
+            cancel()
 
     def _join(self, timeout: float) -> dict[str, Any]:
         if self._job is None:
@@ -200,13 +197,14 @@ class CopyAgent(Server):
     def _undo(self) -> dict[str, Any]:
         """Cancel the copy; returns when it has undone all of its own."""
         self._ending = True
-        for lane, job in self._awaited:
+        for lane, _ in self._awaited:
             lane.close()
-            if self._job is None and job.over.wait(UNDONE) and job.failure is None:
-                job.join().close()  # it came, and no copy has used it
-        self._awaited = []
-        sink, self._sink = self._sink, None
         if self._job is None:
+            for _, coming in self._awaited:
+                if coming.over.wait(UNDONE) and coming.failure is None:
+                    coming.join().close()  # it came, and no copy has used it
+            self._awaited = []
+            sink, self._sink = self._sink, None
             if sink is not None:
                 sink.__exit__(None, None, None)
             return {}

@@ -34,7 +34,7 @@ class Permits:
         """ParameterError unless it may be copied with these options."""
         if self.read is not None:
             _check(path, os.path.realpath(path), self.read, "read", "--read")
-        asked = {"stops", "before_thaw", "throttle_rate"} & options.keys()
+        asked = any(options.get(name) for name in ("stops", "before_thaw", "throttle_rate"))
         if asked and not self.stops:
             raise ParameterError(
                 "this host's copy-agent may not stop anything and runs no commands; nothing was "

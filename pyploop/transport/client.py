@@ -113,9 +113,9 @@ class Client(ABC):
     def failed_there(self, error: Any) -> PyploopError:
         """The agent reports a failure of its own in an answer."""
 
-    def lost(self, error: PyploopError, text: str) -> PyploopError:
+    def lost(self, error: PyploopError, op: str, why: str) -> PyploopError:
         """A request was not answered: the connection is dead, or the answer is late."""
-        return error.saying(text)
+        return error.saying(f"the request {op!r} to {self.host} failed: {why}")
 
     @abstractmethod
     def checked(self, op: str, value: Any) -> dict[str, Any]:
@@ -197,11 +197,7 @@ class Client(ABC):
     def _with_last_words(self, op: str, error: PyploopError, why: str) -> PyploopError:
         dead = self._mux is None or self._mux.failure is not None
         printed = self._ssh.printed(deadlines.LAST_WORDS if dead else 0.0)
-        return self.lost(
-            error,
-            f"the request {op!r} to {self.host} failed: {why}"
-            + (f" (its output: {printed})" if printed else ""),
-        )
+        return self.lost(error, op, why + (f" (its output: {printed})" if printed else ""))
 
     def _live(self) -> Mux:
         if self._mux is None:

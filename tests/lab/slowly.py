@@ -53,7 +53,6 @@ AS_IT_IS = {
     # Pauses: how often one looks, or does it again.
     "api.remote_host": "JOINING",
     "cli.main": "RAISED_AGAIN",
-    "copyagent.agent": "LOOK",
     "copyagent.lanes": "LOOK",
     "diskcopy.freeze_policy": "BURST PAUSE SMOOTH",
     "diskcopy.precopy": "RETRY",
