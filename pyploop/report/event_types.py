@@ -158,7 +158,7 @@ class Tree(Event):
 
 @dataclass(frozen=True, kw_only=True)
 class Connection(Event):
-    """The migration's target is connected."""
+    """The other host of a migration or a copy is connected."""
 
     EVENT: ClassVar = "connection"
     cipher: str

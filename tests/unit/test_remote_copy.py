@@ -200,7 +200,6 @@ def script(folder: Path, text: str) -> str:
         ("echo PYPLOOP-AGENT 2 9.0; cat", "it speaks agent protocol 2", "the same version"),
         ("echo PYPLOOP-AGENT 1 9.0; cat", "it is pyploop 9.0", "the same version"),
         ("echo 'Permission denied' >&2; exit 255", "cannot connect to b: Permission", "BatchMode"),
-        ("yes hello", "the login shell there prints more than 64 KiB", "install"),
         (f"exec {' '.join(pyploop_cmd())} agent", "is no pyploop copy-agent", "must be"),
     ],
 )
