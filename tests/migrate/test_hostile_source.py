@@ -20,6 +20,7 @@ from lab import container, requirements
 from lab.hosts import Lab
 from moving import debris, files, migrate, only_side
 from ocispec import plain
+from support import MIB
 from vzlab import CTID, DESCRIPTOR, VzHost, make_host
 
 from pyploop.errors import MigrateError
@@ -338,6 +339,18 @@ def begun(source: Hostile, config: dict[str, Any]) -> Hostile:
     source.check("web", "runc", facts)
     source.begin()
     return source
+
+
+def test_the_memory_limit_that_comes_counts_when_a_lazy_restore_is_chosen(
+    target: VzHost, bundle: Path
+) -> None:
+    theirs = plain()
+    theirs["linux"]["resources"] = {"memory": {"limit": 208 * MIB}}
+    runc = Runc(config.load(str(target.folder / "migrate.toml")), "web")
+    runc.check_target({"mounts": ["/their/rootfs"], "config": theirs, "trees": [0]}, live=False)
+    told = {"private": 218 * MIB, "forked": 15 * MIB, "whole": 0}
+    for why in (runc.lazy.choose("auto", told).why, runc.lazy.why_no_post_copy("auto", told)):
+        assert "the container's memory limit of 208.0 MiB" in why
 
 
 def test_the_config_json_that_comes_is_never_the_one_that_runc_reads(
