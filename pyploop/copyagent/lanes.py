@@ -19,7 +19,6 @@ import errno
 import hashlib
 import hmac
 import os
-import secrets
 import socket
 import struct
 import time
@@ -41,7 +40,7 @@ class Awaited:
     """A lane that may come once.  Call `close` on every path."""
 
     def __init__(self) -> None:
-        self.token = secrets.token_hex(16)
+        self.token = os.urandom(16).hex()
         self._until = time.monotonic() + COMING
         self._closed = False
         self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)

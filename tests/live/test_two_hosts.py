@@ -257,7 +257,7 @@ def frozen(
 @pytest.mark.parametrize(
     ("way", "victim"), [("push", "here"), ("push", "there"), ("pull", "here"), ("pull", "there")]
 )
-def test_whoever_is_killed_in_the_freeze_the_source_thaws_and_no_target_is_left(
+def test_a_kill_of_either_end_in_the_freeze_thaws_the_source_and_leaves_no_target(
     scene: Scene, way: str, victim: str
 ) -> None:
     with frozen(scene, way) as (copy, pids, write):
