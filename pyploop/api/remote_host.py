@@ -113,8 +113,10 @@ class RemoteHost:
 
     def __enter__(self) -> RemoteHost:
         o = self._options
-        program = shlex.split(o.remote_pyploop)
-        self._program = program
+        try:
+            self._program = program = shlex.split(o.remote_pyploop)
+        except ValueError as e:
+            raise ParameterError(f"{o.remote_pyploop!r} is not a command: {e}") from e
         self.client = CopyClient(
             self.host, SSH, o.ssh_options, [*program, "copy-agent"], self._on_event
         )
@@ -191,7 +193,7 @@ class RemoteHost:
         in words."""
         try:
             if self.client.alive():
-                self._report.info(f"Waiting for {self.host} to undo its part")
+                self._report.detail(f"Waiting for {self.host} to undo its part")
                 self.client.call("undo", UNDOING)
                 return f"so was everything on {self.host}"
         except PyploopError as e:

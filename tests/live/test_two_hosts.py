@@ -54,7 +54,7 @@ class Running:
         self.out = host.folder / "copy.out"
         with self.out.open("w") as out:
             self.process = subprocess.Popen(
-                host.command("pyploop", "copy", *words, "--json", self.log),
+                host.command("pyploop", "-v4", "copy", *words, "--json", self.log),
                 stdin=subprocess.DEVNULL,
                 stdout=out,
                 stderr=out,
@@ -89,7 +89,7 @@ class Scene:
             found[:] = [
                 int(p.name)
                 for p in Path("/proc").glob("[0-9]*")
-                if _words(p)[1:4] == ["-m", "pyploop.cli.main", what] and _is_on(p, host)
+                if what in _pyploop(_words(p)) and _is_on(p, host)
             ]
             return len(found) == 1
 
@@ -111,6 +111,13 @@ def _words(process: Path) -> list[str]:
     with contextlib.suppress(OSError):
         return (process / "cmdline").read_bytes().decode(errors="replace").split("\0")
     return []
+
+
+def _pyploop(words: list[str]) -> list[str]:
+    """The arguments of a pyploop, or `ssh` and the command that it runs."""
+    if words[1:3] == ["-m", "pyploop.cli.main"]:
+        return words[3:]
+    return ["ssh " + words[-2]] if words[:1] == ["ssh"] and len(words) > 2 else []
 
 
 def _is_on(process: Path, host: Host) -> bool:
@@ -272,7 +279,9 @@ def test_a_kill_of_either_end_in_the_freeze_thaws_the_source_and_leaves_no_targe
     scene.is_clean()
 
 
-@pytest.mark.parametrize(("way", "victim"), [("push", "there"), ("pull", "here")])
+@pytest.mark.parametrize(
+    ("way", "victim"), [("push", "there"), ("pull", "here"), ("push", "lane"), ("pull", "lane")]
+)
 def test_a_kill_in_the_first_pass_leaves_nothing_on_either_host(
     scene: Scene, way: str, victim: str
 ) -> None:
@@ -283,12 +292,17 @@ def test_a_kill_in_the_first_pass_leaves_nothing_on_either_host(
     copy = Running(here, *places, "--bwlimit", "512K")
     try:
         wait_until(lambda: copy.in_phase("first pass"), "the first pass", SECONDS)
-        pid = scene.pid(here, "copy") if victim == "here" else scene.pid(there, "copy-agent")
+        pid = {
+            "here": lambda: scene.pid(here, "copy"),
+            "there": lambda: scene.pid(there, "copy-agent"),
+            "lane": lambda: scene.pid(here, "ssh pyploop copy-lane"),
+        }[victim]()
         os.kill(pid, signal.SIGKILL)
-        if victim == "there":
+        if victim != "here":
             got = copy.wait()
             assert got.code == 69, got.errors
-            assert "lost" in got.errors
+            assert ("for the data was lost" in got.errors) == (victim == "lane")
+            assert f"the connection to {there.name} " in got.errors
     finally:
         end(copy.process)
     scene.is_clean()
