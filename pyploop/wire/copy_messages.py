@@ -59,8 +59,8 @@ TARGET_OPTIONS: dict[str, Check] = {
     "timeout": _LONG,
 }
 """The same of the target's host."""
-LANES = 256
-"""Numbers of lanes: less than this."""
+LANES = 1
+"""Lanes of a copy."""
 
 _REQUESTS: dict[str, dict[str, Check]] = {
     "check": {},

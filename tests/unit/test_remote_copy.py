@@ -437,7 +437,7 @@ def asking() -> Iterator[Callable[..., Asking]]:
         ("source", {"path": "x", "options": {}}, "`lane` must come first"),
         ("receive", {}, "after `target`"),
         ("join", {"timeout": 1}, "`join` must come after"),
-        ("lane", {"number": 5}, "lane 5 is not the next one"),
+        ("lane", {"number": 1}, "number: 1 is not a number from 0 to 0"),
         ("lane", {"number": -1}, "number: -1"),
     ],
 )
@@ -457,6 +457,7 @@ def test_a_target_that_is_given_up_leaves_nothing(
     assert "ok" in end.ask("target", {"path": str(tmp_path / "got"), "options": {}})
     assert "one copy" in str(end.ask("target", {"path": str(tmp_path / "2"), "options": {}}))
     assert "ok" in end.ask("lane", {"number": 0})
+    assert "not the next one" in str(end.ask("lane", {"number": 0}))
     assert "ok" in end.ask("undo", {})
     assert list(tmp_path.iterdir()) == []
 
