@@ -33,6 +33,7 @@ Commands:
        status  show how much of a container's memory is still to be loaded
        sync    fsync files, as vzfsync does
        thaw    undo what killed copies have left frozen or stopped
+       bench   measure what will limit a copy of a disk to a host, and for how long
        info    show what an image, a device or a DiskDescriptor.xml is
        demo    copy a temporary disk that is in use, and compare the copy
 Started by pyploop itself, through ssh: agent, copy-agent, copy-lane
@@ -43,7 +44,7 @@ Command = Callable[[list[str], int], int]
 
 COMMANDS = (
     *("copy", "copy-agent", "copy-lane", "migrate", "agent", "status", "sync", "thaw", "info"),
-    "demo",
+    *("bench", "demo"),
 )
 
 

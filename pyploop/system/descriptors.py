@@ -126,6 +126,13 @@ def readable(fd: int, seconds: float) -> bool:
     return bool(poll.poll(seconds * 1000))
 
 
+def writable(fd: int, seconds: float) -> bool:
+    """Something can be written, or nobody reads any more, within this time."""
+    poll = select.poll()
+    poll.register(fd, select.POLLOUT)
+    return bool(poll.poll(seconds * 1000))
+
+
 def is_closed(fd: int) -> bool:
     """This pipe or socket has no reader any more."""
     poll = select.poll()

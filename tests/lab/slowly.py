@@ -13,6 +13,8 @@ import sys
 
 LONGER = {
     "api.remote_host": "ASKING LAST UNDOING",
+    "bench.far_host": "BESIDE",
+    "bench.line": "START",
     "copyagent.agent": "UNASKED UNDONE",
     "copyagent.lanes": "COMING HANDING_OVER",
     "diskcopy.d1_target": "HELLO_WAIT",
@@ -74,7 +76,11 @@ AS_IT_IS = {
     "transport.deadlines": "GLANCE PING_EVERY",
     "undo.watchdog": "LATE RETRY",
     "usage.users": "CLAIM_PAUSE",
+    # What a measurement lasts, or is cut into.
+    "bench.freezes": "COOLED",
+    "bench.line": "GAIN SLICE",
     # What a decision compares with what was measured.
+    "bench.forecast": "FEWEST WINDOW",
     "diskcopy.freeze_stage": "REPAIR_SLACK",
     "diskcopy.measurements": "COLD_FREEZE",
     "freeze.session": "STOP_ASSUMED",
@@ -83,6 +89,7 @@ AS_IT_IS = {
     "migration.source.trees": "QUICK SHRINK",
     "system.contention": "CPU LONGEST",
     # What the user sets.
+    "bench.far_host": "LARGEST",
     "api.copying": "ANSWER_TIMEOUT FREEZE_LIMIT",
     "libploop": "IDLE STALL",
     # Hours and days, and 60 s for a few bytes.

@@ -36,7 +36,7 @@ FLOORS = (
     ("migration.target",),
     ("migration.source",),
     ("api",),
-    ("copyagent",),
+    ("bench", "copyagent"),
     ("libploop", "cli"),
 )
 """From the ground up.  A package, or a module of its own, imports only what is below
@@ -53,6 +53,7 @@ PURE = (
     "runtimes.policy",
     "runtimes.lazy_policy",
     "diskcopy.freeze_policy",
+    "bench.forecast",
     "migration.memory_policy",
     "migration.source.suspend_forecast",
     "diskcopy.framing",
