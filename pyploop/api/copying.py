@@ -90,10 +90,11 @@ class CopyOptions:
     bandwidth: int = 0
     """Bytes per second to the target at most while the source runs, counted as they are
     sent, so after they were compressed; 0: no limit."""
-    compress: str = "never"
+    compress: str | None = None
     """When blocks are compressed on the way to a pyploop receiver that answers.  `auto`:
     while more data get through that way than without; `zstd` or `zstd:LEVEL` (1 to 19;
-    3): always, but in the freeze only while the stream is the bottleneck."""
+    3): always, but in the freeze only while the stream is the bottleneck; `never`.  None:
+    `auto` from or to another host, else `never`."""
     reserve: int | None = None
     """Stop when only so many bytes are left free where the source and the target both
     grow.  None: the larger of 5% and 1 GiB of what is free at the start, but half of that
@@ -338,7 +339,7 @@ class Copy:
 
 def _compression(o: CopyOptions) -> Compression:
     try:
-        return parse_compression(o.compress)
+        return parse_compression("never" if o.compress is None else o.compress)
     except ValueError as e:
         raise ParameterError(f"compress: {e}") from e
 

@@ -84,6 +84,8 @@ def run(
 ) -> None:
     """As `copy`.  done: is filled, also on a failure."""
     from_, to = places(source, target)
+    if options.compress is None and (from_.host or to.host):
+        options = replace(options, compress="auto")
     if from_.host:
         _pull(from_, to.path, options, report, done)
     elif to.host:

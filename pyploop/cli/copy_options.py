@@ -160,7 +160,8 @@ def parser() -> Parser:
         default=CopyOptions.compress,
         metavar="WHEN",
         help="compress what is sent to a receiver of pyploop that answers: while more gets through "
-        "that way than without (auto), always (zstd or zstd:LEVEL, 1 to 19), or never (never)",
+        "that way than without (auto), always (zstd or zstd:LEVEL, 1 to 19), or never; the default "
+        "is auto from or to another host, and never otherwise",
     )
     add(
         "--reserve",

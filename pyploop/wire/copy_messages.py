@@ -49,6 +49,7 @@ SOURCE_OPTIONS: dict[str, Check] = {
     "throttle_rate": SIZE,
     "throttle_cgroup": text,
     "bandwidth": SIZE,
+    "compress": text,
     "reserve": SIZE,
     "cluster": SIZE,
     "readers": whole(0, 64),

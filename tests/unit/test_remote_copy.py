@@ -125,10 +125,13 @@ def test_a_push_and_a_pull_bring_every_byte_and_name_the_other_host(
         "acknowledged",
     )
     assert {e.host for e in seen if isinstance(e, event_types.Received)} == {"backup1"}
+    assert done.compression == "auto"
 
     seen.clear()
     back = tmp_path / "back"
-    done = pyploop.copy("db1:there", str(back), on_event=seen.append)
+    options = pyploop.CopyOptions(compress="zstd:5")
+    done = pyploop.copy("db1:there", str(back), options=options, on_event=seen.append)
+    assert done.compression == "zstd:5"
     assert back.read_bytes() == image.read_bytes()
     assert (done.source_host, done.target_host) == ("db1", "")
     assert done.size == image.stat().st_size
