@@ -486,6 +486,26 @@ def test_an_agent_that_is_asked_nothing_ends(
     wait_until(lambda: not end.thread.is_alive(), "the agent ends")
 
 
+@pytest.mark.parametrize(
+    ("op", "value"),
+    [
+        ("check", {"version": "1", "aes": True, "source_options": []}),
+        ("check", {"version": 1, "aes": True, "source_options": [], "target_options": []}),
+        ("check", {"version": "1", "aes": True, "source_options": [[]], "target_options": []}),
+        ("lane", {}),
+        ("lane", {"token": "0" * 31}),
+        ("lane", {"token": "0" * 31 + "\n"}),
+        ("lane", {"token": "A" * 32}),
+        ("join", {"done": 1}),
+        ("join", {"done": True, "result": []}),
+        ("join", None),
+    ],
+)
+def test_an_answer_that_makes_no_sense_ends_the_copy(op: str, value: Any) -> None:
+    with pytest.raises(ProtocolError, match=f"a wrong answer to '{op}'"):
+        copy_messages.answer(op, value)
+
+
 # ---- what an agent may be asked for
 
 
