@@ -267,6 +267,17 @@ def test_pages_are_asked_for_again_when_a_forked_process_wants_them_too(
     assert one.take_all() == one.take_all() == 1000
 
 
+def test_pages_that_lie_apart_are_asked_for_many_at_a_time(made: list[Scene]) -> None:
+    one = scene(made, *((START + 2 * n * PAGE, 1) for n in range(500)))
+    one.turn(3)
+    one.ask(START)
+    one.turn()
+    assert not one.streams[0]._waiting, "what was asked is not sent"
+    assert one.until_answered() == (START, 1)
+    assert one.take_all() == 500
+    assert len(one.asked) <= 501
+
+
 def test_processes_have_their_turns(made: list[Scene]) -> None:
     pages = {n: ranges((START, 3000)) for n in (7, 8, 9)}
     made.append(Scene(pages))

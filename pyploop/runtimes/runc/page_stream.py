@@ -300,6 +300,9 @@ class Stream:
             if link is not None and link is self.link:
                 self._queue(link)
                 link.flush()
+                while self._met and self._waiting and not link.out:
+                    self._queue(link)
+                    link.flush()
                 if time.monotonic() - link.heard > SILENCE:
                     raise BrokenLinkError("the peer is silent")
         except BrokenLinkError:
