@@ -21,12 +21,12 @@
 #define MAX_RUN (1u << 20)	/* and no receiver needs a larger window */
 #define FAST_LEVEL 1		/* the fastest that looks for frequent bytes, too */
 #define FAST_UNTIL 5		/* the levels above look at everything */
-#define SAMPLES 4u
-#define SAMPLE 1024u		/* bytes of each: together 3 us, of a run of 256 KiB */
+#define SAMPLES 8u
+#define SAMPLE (PL_BLOCK / SAMPLES)	/* bytes; a block of them takes 3 us */
 
 struct packer {
 	ZSTD_CCtx *ctx;
-	uint8_t sample[SAMPLES * SAMPLE];
+	uint8_t sample[PL_BLOCK];
 	size_t size;
 	uint8_t room[];
 };
@@ -68,10 +68,13 @@ static uint32_t squeeze(struct packer *k, int level, const uint8_t *data, uint32
 /* Parts of it become smaller. */
 static bool promises(struct packer *k, const uint8_t *data, uint32_t len)
 {
-	if (len < 4 * sizeof(k->sample))
+	uint32_t step = len / SAMPLES / PL_BLOCK * PL_BLOCK;
+
+	if (!step)
 		return true;
+	/* Each is from another part of a block: what begins one may be of a kind. */
 	for (uint32_t i = 0; i < SAMPLES; i++)
-		memcpy(k->sample + i * SAMPLE, data + len / SAMPLES * i, SAMPLE);
+		memcpy(k->sample + i * SAMPLE, data + i * (step + SAMPLE), SAMPLE);
 	return squeeze(k, FAST_LEVEL, k->sample, sizeof(k->sample));
 }
 

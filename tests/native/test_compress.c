@@ -87,6 +87,7 @@ struct copy {
 	uint32_t readers, cluster;
 	unsigned flags;
 	bool known, frozen, random;
+	int halves;	/* of each block this half is noise, 1 or 2; 0: not so */
 };
 
 static struct pl_pump_stats copied(const struct copy *c)
@@ -103,6 +104,9 @@ static struct pl_pump_stats copied(const struct copy *c)
 
 	if (c->random)
 		fill_noise(data, size);
+	else if (c->halves)
+		for (size_t at = (size_t)(c->halves - 1) * 2048; at < size; at += 4096)
+			fill_noise(data + at, size - at < 2048 ? size - at : 2048);
 	else
 		fill_mixed(data, size);
 	src = temp_file(data, size);
@@ -192,6 +196,16 @@ static void no_expansion(void)
 		EQ(s.packed_bytes, 0);
 		EQ(s.wire_bytes, 20 + s.data_bytes + 16 * s.frames);
 	}
+}
+
+/* The look at a sample sees all parts of the blocks. */
+static void half_of_each_block(void)
+{
+	struct copy c = { .compress = PL_COMPRESS_ALWAYS, .level = 6, .readers = 1,
+			  .cluster = 64 * KiB };
+
+	for (c.halves = 1; c.halves <= 2; c.halves++)
+		OK(copied(&c).packed_bytes >= 3 * MiB);
 }
 
 /* Frames larger than a receiver's window are not compressed. */
@@ -468,6 +482,7 @@ int main(void)
 	pays();
 	hostile();
 	no_expansion();
+	half_of_each_block();
 	too_large_to_compress();
 	not_in_the_freeze();
 	arrives();
