@@ -48,6 +48,7 @@ class CopyClient(Client):
     """The connection to the agent.  ConnectError (69): there is none, or it was lost."""
 
     what = "the copy"
+    not_in_log = ("progress",)
     install_ssh = "install it (the Debian package openssh-client)"
 
     def not_a_host(self, text: str) -> ParameterError:

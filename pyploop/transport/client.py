@@ -8,7 +8,7 @@ import os
 import threading
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any, Self
 
 from pyploop import __version__
@@ -94,6 +94,8 @@ class Client(ABC):
 
     what: str
     """What the connection is for, in messages."""
+    not_in_log: Collection[str] = ()
+    """Events that `on_event` does not log, so that any number of them may come."""
     install_ssh = "install it"
     """The hint when ssh cannot be run."""
 
@@ -160,7 +162,7 @@ class Client(ABC):
         return self.checked(op, message.get("ok"))
 
     def _hand_on(self, name: str, at: float, fields: dict[str, Any], size: int) -> None:
-        if name == "progress":  # it is not in the log
+        if name in self.not_in_log:
             self._on_event(name, at, fields)
             return
         within = self._event_bytes <= EVENT_BYTES

@@ -48,8 +48,8 @@ def message(**values):
     text = json.dumps(values).encode()
     os.write(1, struct.pack("<BBHI", 1, 0, 0, len(text)) + text)
 
-def event(text="x"):
-    message(event="line", at=1, fields={{"level": 3, "text": text}})
+def event(text="x", name="line"):
+    message(event=name, at=1, fields={{"level": 3, "text": text}})
 
 os.write(1, b"PYPLOOP-AGENT 1 0.1.0\\n")
 reader = threading.Thread(target=ends, daemon=True)
@@ -134,13 +134,14 @@ def test_who_waits_when_the_connection_is_cut_fails_by_the_reason() -> None:
     assert failed.value.exit_code == 6
 
 
-def test_events_of_many_requests_do_not_fill_the_log() -> None:
+@pytest.mark.parametrize("name", ["line", "progress"])
+def test_events_of_many_requests_do_not_fill_the_log(name: str) -> None:
     """Each request may bring some MiB of them, and a migration has a hundred or more."""
-    body = """
+    body = f"""
 for number in range(1, 9):
     for _ in range(50):
-        event("x" * 60000)
-    message(id=number, ok={"monotonic": 1})
+        event("x" * 60000, "{name}")
+    message(id=number, ok={{"monotonic": 1}})
     time.sleep(0.05)
 """
     events: list[Any] = []
