@@ -31,7 +31,7 @@ COMPLETIONS = {
     "fish": "fish/vendor_completions.d/pyploop.fish",
 }
 """Where each shell looks for it, below share."""
-FILES = ("FILE", "DEVICE", "IMAGE", "IMAGE|DEVICE|DiskDescriptor.xml")
+FILES = ("SOURCE TARGET", "FILE", "DEVICE", "IMAGE", "IMAGE|DEVICE|DiskDescriptor.xml")
 FOLDERS = ("DIR", "FOLDER")
 
 

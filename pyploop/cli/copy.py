@@ -75,6 +75,11 @@ def _take_places(p: Parser, o: argparse.Namespace) -> None:
         p.error("-f is for a pipe, and SOURCE and TARGET are given")
     o.source, o.target = o.places
     o.remote = True
+    from pyploop.transport.place import place
+
+    with contextlib.suppress(ValueError):  # the copy says it
+        if o.trace is not None and (host := place(o.source).host):
+            p.error(f"--trace is written where the source is: run this on {host}")
     try:
         o.ssh = [word for text in o.ssh for word in shlex.split(text)]
     except ValueError as e:

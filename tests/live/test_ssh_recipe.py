@@ -46,7 +46,9 @@ Host target
 def recipe() -> tuple[str, str]:
     """(the options of the key, the line of sshd_config), as the page has them."""
     page = (ROOT / "docs/internals/trust.md").read_text()
-    (key,) = re.findall(r"^(restrict,\S+,command=\"pyploop agent .*\") ssh-ed25519 AAAA", page, re.MULTILINE)
+    (key,) = re.findall(
+        r"^(restrict,\S+,command=\"pyploop agent .*\") ssh-ed25519 AAAA", page, re.MULTILINE
+    )
     (login,) = re.findall(r"^PermitRootLogin .*$", page, re.MULTILINE)
     return key, login
 

@@ -111,6 +111,33 @@ def test_a_name_that_ssh_would_take_for_an_option_is_refused(image: Path) -> Non
         pyploop.copy(str(image), "-oProxyCommand=evil:/x")
 
 
+@pytest.mark.parametrize(
+    ("words", "why"),
+    [
+        (["a"], "name both SOURCE and TARGET"),
+        (["a", "b", "c"], "name both SOURCE and TARGET"),
+        (["a", "b", "-d", "c"], "name both SOURCE and TARGET"),
+        (["a", "b", "-f", "0"], "-f is for a pipe"),
+        (["db1:/dev/vdb", "b", "--trace", "x"], "run this on db1"),
+        (["a", "b:c", "--ssh", "'"], "--ssh: No closing quotation"),
+        (["a", "b:c", "--compat", "ploop"], "protocol 'ploop' is for a receiver"),
+        (["a", "b:c", "--remote-pyploop", "'"], "is not a command"),
+    ],
+)
+def test_words_that_do_not_go_together_are_wrong_options(words: list[str], why: str) -> None:
+    command = [*pyploop_cmd(), "copy", *words]
+    done = subprocess.run(command, env=pyploop_env(), capture_output=True, text=True, check=False)
+    assert (done.returncode, why in done.stderr) == (38, True), done.stderr
+
+
+def test_source_and_target_may_stand_anywhere_among_the_options(
+    image: Path, tmp_path: Path
+) -> None:
+    command = [*pyploop_cmd(), "copy", str(image), "--bwlimit", "1G", str(tmp_path / "got"), "-t"]
+    subprocess.run(command, env=pyploop_env(), capture_output=True, check=True)
+    assert (tmp_path / "got").read_bytes() == image.read_bytes()
+
+
 # ---- the copy
 
 
