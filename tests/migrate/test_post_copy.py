@@ -206,11 +206,15 @@ def test_a_cut_that_lasts_too_long_loses_the_container_and_nobody_runs_it(
         assert container.state(lab.b) == "running"
 
 
+def await_event(one: Migration, name: str) -> None:
+    wait_until(lambda: any(e["event"] == name for e in one.events()), f"event {name!r}", 60)
+
+
 def disturbed(
     lab: Lab, what: str, times: int, memory: int, how: Callable[[Migration, random.Random], None]
 ) -> None:
-    """The container goes to and fro, and each migration is disturbed at a random moment from
-    the start of the page server on."""
+    """The container goes to and fro, and each migration is disturbed at a random moment: from
+    the start of the page server on, or from the commit on."""
     with (
         large_pipes(),
         container.container(lab, size=192 * MIB, memory=memory),
@@ -220,8 +224,9 @@ def disturbed(
         for number in range(times):
             chance = random.Random(number)
             with migration(lab, source, *ALWAYS) as one:
-                wait_until(lambda: any(e["event"] == "post-copy" for e in one.events()), "it", 60)
-                time.sleep(chance.uniform(0, 3))
+                # Every second time its memory follows already.
+                await_event(one, "moved" if number % 2 else "post-copy")
+                time.sleep(chance.uniform(0, 1 if number % 2 else 3))
                 how(one, chance)
                 done = one.wait()
             over(lab)
