@@ -72,8 +72,7 @@ def test_a_plain_container_is_written_anew_with_the_paths_of_this_host() -> None
 @pytest.mark.parametrize(
     "hook", ["/dev/shm/pyploop-0a/hook", '"/dev/shm/my images/pyploop-0a/hook"']
 )
-def test_the_hook_of_an_older_pyploop_is_forgotten(tmp_path: Path, folder: str) -> None:
-    hook = f'{folder}/hook"' if folder[0] == '"' else f"{folder}/hook"
+def test_the_hook_of_an_older_pyploop_is_forgotten(tmp_path: Path, hook: str) -> None:
     (tmp_path / bundles.CRIU).write_text(f"network-lock skip\naction-script {hook}\n")
     bundles.forget_hook(str(tmp_path))
     assert (tmp_path / bundles.CRIU).read_text() == "network-lock skip\n"
