@@ -1,6 +1,6 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
- * Content hashes of blocks: XXH3-64, from libxxhash's header.  The portable
+ * Content hashes: XXH3 of 64 and 128 bits, from libxxhash's header.  The portable
  * code is the reference; hash_avx2.c is the same code compiled for AVX2.  They
  * give the same values, a test holds them to it, and pl_hash_kernel() says
  * which one runs.
@@ -19,15 +19,27 @@ static uint64_t portable(const void *data, size_t len)
 	return XXH3_64bits(data, len);
 }
 
+static void portable128(const void *data, size_t len, uint8_t out[PL_HASH128])
+{
+	XXH128_canonical_t canonical;
+
+	XXH128_canonicalFromHash(&canonical, XXH3_128bits(data, len));
+	memcpy(out, canonical.digest, PL_HASH128);
+}
+_Static_assert(sizeof(XXH128_canonical_t) == PL_HASH128, "as many bytes");
+
 /* Resolved at load time: before any thread exists. */
 static uint64_t (*hash_fn)(const void *, size_t) = portable;
+static void (*hash128_fn)(const void *, size_t, uint8_t *) = portable128;
 
 __attribute__((constructor)) static void choose(void)
 {
 #ifdef PL_HAVE_AVX2
 	__builtin_cpu_init();
-	if (__builtin_cpu_supports("avx2"))
+	if (__builtin_cpu_supports("avx2")) {
 		hash_fn = pl_hash_avx2;
+		hash128_fn = pl_hash128_avx2;
+	}
 #endif
 }
 
@@ -63,4 +75,14 @@ uint64_t pl_hash_block(const void *data, size_t len)
 uint64_t pl_hash_block_ref(const void *data, size_t len)
 {
 	return pl_is_zero(data, len) ? PL_HASH_ZERO : finish(portable(data, len));
+}
+
+void pl_hash128(const void *data, size_t len, uint8_t out[PL_HASH128])
+{
+	hash128_fn(data, len, out);
+}
+
+void pl_hash128_ref(const void *data, size_t len, uint8_t out[PL_HASH128])
+{
+	portable128(data, len, out);
 }

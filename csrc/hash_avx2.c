@@ -1,5 +1,5 @@
 /* SPDX-License-Identifier: Apache-2.0 */
-/* hash.c's function once more, compiled for AVX2; chosen at load time. */
+/* hash.c's functions once more, compiled for AVX2; chosen at load time. */
 #include "hash_internal.h"
 
 #ifdef PL_HAVE_AVX2
@@ -18,6 +18,14 @@
 uint64_t pl_hash_avx2(const void *data, size_t len)
 {
 	return XXH3_64bits(data, len);
+}
+
+void pl_hash128_avx2(const void *data, size_t len, uint8_t *out)
+{
+	XXH128_canonical_t canonical;
+
+	XXH128_canonicalFromHash(&canonical, XXH3_128bits(data, len));
+	__builtin_memcpy(out, canonical.digest, sizeof(canonical.digest));
 }
 
 #ifdef __clang__

@@ -12,6 +12,8 @@
 /* Call only where the CPU has AVX2. */
 uint64_t pl_hash_avx2(const void *data, size_t len)
 	PL_NONNULL PL_READS(1, 2);
+void pl_hash128_avx2(const void *data, size_t len, uint8_t *out)
+	PL_NONNULL PL_READS(1, 2);
 #endif
 
 #endif

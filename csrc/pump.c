@@ -221,6 +221,7 @@ static const struct pl_sink_ops *const sinks[] = {
 	[PL_SINK_FRAMES] = &pl_sink_frames,
 	[PL_SINK_FILE] = &pl_sink_file,
 	[PL_SINK_PACKETS] = &pl_sink_packets,
+	[PL_SINK_NONE] = &pl_sink_none,
 };
 
 /* NULL: there is no such kind. */
@@ -235,7 +236,8 @@ static int check_cfg(const struct pl_pump_cfg *c)
 {
 	const struct pl_sink_ops *sink = sink_of(c->sink);
 
-	if (!sink || c->window < sink->min_window || c->src_fd < 0 || c->out_fd < 0 || c->slots < 2 ||
+	if (!sink || c->window < sink->min_window || c->src_fd < 0 ||
+	    (c->out_fd < 0 && c->sink != PL_SINK_NONE) || c->slots < 2 ||
 	    c->slots > 1024 || c->readers > 64 || !c->align ||
 	    (c->align & (c->align - 1)) || c->align > MAX_ALIGN ||
 	    c->tail >= c->align || c->tail > c->size ||
@@ -249,6 +251,8 @@ static int check_cfg(const struct pl_pump_cfg *c)
 		return -EINVAL;
 	if (c->known && (c->known->size != c->size ||
 			 c->cluster % (1ull << c->known->shift)))
+		return -EINVAL;
+	if (c->proof && c->proof->size != c->size)
 		return -EINVAL;
 	return 0;
 }

@@ -3,7 +3,7 @@
  * pump.h - the sending pump: reads extents of a source with several reads in
  * flight, compares it with what the target is known to hold, and writes what
  * must be sent - in order as D1 frames or D2 packets into a stream, or in place
- * into a file.
+ * into a file; or looks at them only, for their hashes.
  *
  *      claim (ordered) -> hook -> read -> classify -> ring -> emit (ordered)
  *
@@ -15,6 +15,7 @@
 #define PL_PUMP_H
 
 #include "known.h"
+#include "proof.h"
 #include "wire.h"
 
 enum pl_sink {
@@ -23,6 +24,7 @@ enum pl_sink {
 	PL_SINK_FILE = 2,	/* pwrite at the source's positions */
 	PL_SINK_PACKETS = 3,	/* D2 packets into out_fd, a socket, where they
 				   are answered */
+	PL_SINK_NONE = 4,	/* nothing is written: for `proof` */
 };
 
 enum pl_compress {
@@ -75,6 +77,9 @@ struct pl_pump_cfg {
 	uint64_t rate;		/* bytes per second to the target, on the wire, where
 				   there is one; 0: no limit */
 	struct pl_known *known;	/* borrowed; NULL: send all, remember nothing */
+	struct pl_proof *proof;	/* borrowed, of the same size: becomes that of the
+				   target when all that was sent is written there; NULL:
+				   none.  With it, extents are widened to whole blocks */
 	pl_hook hook;
 	void *hook_ctx;
 	uint64_t features;	/* PL_SINK_FRAMES only: what the peer agreed to

@@ -37,8 +37,9 @@ static bool next_piece(struct pl_pump *p, uint32_t room, struct pl_extent *out)
 				end -= end % unit;
 			if (start > end)
 				start = end;
-		} else if (p->cfg.known) {
-			/* Whole blocks, so that `known` can judge them. */
+		} else if (p->cfg.known || p->cfg.proof) {
+			/* Whole blocks, so that `known` can judge and `proof` can
+			   hash them. */
 			start -= start % unit;
 			end += (unit - end % unit) % unit;
 			if (end > p->cfg.size)

@@ -2,9 +2,9 @@
 /*
  * What of a slot must be sent.  Blocks that are zero at both ends are not;
  * in a CHANGED pass neither are chunks whose hash is that of what was sent.
- * Keeps `known` true: it describes the target as it will be when this slot's
- * runs have been written.  Slots of one pass are disjoint, but they share
- * words of the bitmap: hence the atomics.
+ * Keeps `known` and `proof` true: they describe the target as it will be when
+ * this slot's runs have been written.  Slots of one pass are disjoint, but they
+ * share words of the bitmap: hence the atomics.
  */
 #include <assert.h>
 
@@ -55,6 +55,7 @@ static void classify_part(struct pl_pump *p, struct slot *s,
 	bool holes = p->flags & PL_PASS_HOLES;
 	bool all_zero = true, sent = false;
 	uint64_t hash = PL_HASH_UNKNOWN;
+	struct pl_proof *proof = p->cfg.proof;
 
 	if (!holes && part.whole && p->live) {
 		all_zero = false;	/* block by block, below */
@@ -85,6 +86,13 @@ static void classify_part(struct pl_pump *p, struct slot *s,
 			continue;
 		}
 		set_nonzero(&k->nonzero, block, !zero || p->live);
+		/* Of a live block, too: if the page changes before the peer reads
+		   it, it is marked, and sent and hashed again. */
+		if (proof)
+			pl_proof_set(proof, block,
+				     zero ? PL_HASH_ZERO :
+				     hash != PL_HASH_UNKNOWN && part.len == len ?
+					    hash : pl_hash_block(data + at, len));
 		add_run(s, pos, len, part.off + at, pos != f->pos);
 		sent = true;
 	}
@@ -131,6 +139,9 @@ void pl_slot_classify(struct pl_pump *p, struct slot *s)
 
 		if (!k) {
 			add_run(s, f->pos, f->len, f->off, false);
+			if (p->cfg.proof)
+				pl_proof_note(p->cfg.proof, s->data + f->off, f->len,
+					      f->pos);
 			continue;
 		}
 		if ((p->flags & PL_PASS_HOLES) && pl_hole_is_known(p, f)) {

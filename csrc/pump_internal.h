@@ -97,6 +97,7 @@ struct pl_sink_ops {
 extern const struct pl_sink_ops pl_sink_frames;		/* pump_d1.c */
 extern const struct pl_sink_ops pl_sink_packets;	/* pump_d2.c */
 extern const struct pl_sink_ops pl_sink_file;		/* pump_file.c */
+extern const struct pl_sink_ops pl_sink_none;		/* pump_none.c */
 
 struct pl_pump {
 	struct pl_pump_cfg cfg;

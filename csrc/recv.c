@@ -151,6 +151,22 @@ static int event(struct pl_recv *r, struct pl_recv_msg *msg, enum pl_stage *stag
 	return PL_RECV_SYNC;
 }
 
+/* What the sender says that the image is, which is compared when END follows; or a
+   question about nodes. */
+static int proof_frame(struct pl_recv *r, struct pl_recv_msg *msg)
+{
+	struct iovec iov = { r->proof_data, r->head.size };
+	ssize_t n = pl_recv_read(r, &iov, 1, r->head.size);
+
+	if (n < 0)
+		return (int)n;
+	r->raw_got = 0;
+	r->proof_len = r->head.size;
+	r->claimed = !r->head.pos;
+	msg->pos = r->head.pos;
+	return r->claimed ? 0 : PL_RECV_QUESTION;
+}
+
 int pl_recv_run(struct pl_recv *r, struct pl_recv_msg *msg,
 		struct pl_fault *fault)
 {
@@ -164,6 +180,14 @@ int pl_recv_run(struct pl_recv *r, struct pl_recv_msg *msg,
 		if (ret)
 			break;
 		stage = PL_STAGE_READ;
+		if (r->head.mark == PL_PROOF_MARK) {
+			ret = proof_frame(r, msg);
+			if (ret)
+				break;
+			continue;
+		}
+		if (r->head.size)
+			r->claimed = false;
 		if (!r->head.size || r->head.type == PL_PACKET_CMD) {
 			ret = event(r, msg, &stage);
 			break;
@@ -211,10 +235,35 @@ int pl_recv_expect_digests(struct pl_recv *r)
 
 int pl_recv_expect(struct pl_recv *r, uint64_t features)
 {
-	if (r->dialect != PL_DIALECT_D1 || features & ~pl_recv_features())
+	if (r->dialect != PL_DIALECT_D1 || features & ~pl_recv_features() ||
+	    (features & PL_FEATURE_PROOF && !r->proof))
 		return -EINVAL;
 	r->features = features;
 	return 0;
+}
+
+int pl_recv_expect_proof(struct pl_recv *r, struct pl_proof *proof)
+{
+	if (r->dialect != PL_DIALECT_D1 || r->stats.frames)
+		return -EINVAL;
+	r->proof = proof;
+	return 0;
+}
+
+const uint8_t *pl_recv_proof_data(const struct pl_recv *r, uint32_t *len)
+{
+	bool there = r->ended ? r->claimed :
+				r->proof_len && r->head.mark == PL_PROOF_MARK;
+
+	*len = there ? r->proof_len : 0;
+	return there ? r->proof_data : NULL;
+}
+
+void pl_recv_reopen(struct pl_recv *r)
+{
+	r->ended = r->claimed = false;
+	r->raw_got = 0;
+	r->peer_gives = (struct pl_patience){ 0 };
 }
 
 void pl_recv_cancel(struct pl_recv *r)

@@ -9,11 +9,14 @@
 #ifndef PL_RECV_H
 #define PL_RECV_H
 
+#include "proof.h"
 #include "wire.h"
 
 enum pl_recv_event {
 	PL_RECV_SYNC = 1,	/* everything before it is written (not durable) */
 	PL_RECV_END = 2,
+	PL_RECV_QUESTION = 3,	/* a PROOF frame that asks for nodes: msg->pos, and
+				   pl_recv_proof_data */
 };
 
 struct pl_recv_cfg {
@@ -63,10 +66,9 @@ void pl_recv_free(struct pl_recv *r);
  * Run until a SYNC or END frame: returns the event, or -errno with *fault.
  * -ENODATA: the stream ended before END.  -EBADMSG: bad marker.  -EMSGSIZE:
  * frame too large.  -ERANGE: position past 2^63 - size.  -EFBIG: past `largest`.
- * D2: -EOPNOTSUPP: a type
- * or command that is not taken.  -EPROTO: a command of the wrong size.  -EBADE:
- * wrong digest.  -ENOTSOCK: no reply_fd.  With features: -EILSEQ: a compressed
- * frame that is not exactly what it says.
+ * -EPROTO: a command or PROOF of the wrong size.  D2: -EOPNOTSUPP: a type
+ * or command that is not taken.  -EBADE: wrong digest.  -ENOTSOCK: no reply_fd.
+ * With features: -EILSEQ: a compressed frame that is not exactly what it says.
  */
 int pl_recv_run(struct pl_recv *r, struct pl_recv_msg *msg,
 		struct pl_fault *fault) PL_CHECKED PL_NONNULL;
@@ -78,8 +80,22 @@ enum pl_dialect pl_recv_dialect(const struct pl_recv *r) PL_NONNULL;
    this is D2 and the configuration has one. */
 int pl_recv_expect_digests(struct pl_recv *r) PL_CHECKED PL_NONNULL;
 /* Between two runs: frames of these features (pl_feature) are taken from now on.
-   -EINVAL unless this is D1 and the receiver knows them all. */
+   -EINVAL unless this is D1, the receiver knows them all, and it has what PROOF
+   needs. */
 int pl_recv_expect(struct pl_recv *r, uint64_t features) PL_CHECKED PL_NONNULL;
+/*
+ * Between two runs, before any data: from now on `proof`, which is borrowed, becomes that
+ * of what is written, and data past its size are refused (-EFBIG).  -EINVAL unless this
+ * is D1.
+ */
+int pl_recv_expect_proof(struct pl_recv *r, struct pl_proof *proof)
+	PL_CHECKED PL_NONNULL;
+/* Between two runs: the payload of the PROOF frame right before the event END, or of
+   the event QUESTION; NULL and a length of 0: there is none. */
+const uint8_t *pl_recv_proof_data(const struct pl_recv *r, uint32_t *len)
+	PL_CHECKED PL_NONNULL;
+/* After PL_RECV_END: the stream goes on, with questions and blocks that are sent again. */
+void pl_recv_reopen(struct pl_recv *r) PL_NONNULL;
 /* Any thread. */
 void pl_recv_cancel(struct pl_recv *r) PL_NONNULL;
 void pl_recv_stats(const struct pl_recv *r, struct pl_recv_stats *out) PL_NONNULL;

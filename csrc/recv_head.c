@@ -41,6 +41,8 @@ static int check_data(const struct pl_recv *r)
 		return -ERANGE;
 	if (r->cfg.largest && r->head.pos + r->head.size > r->cfg.largest)
 		return -EFBIG;
+	if (r->proof && r->head.pos + r->head.size > r->proof->size)
+		return -EFBIG;
 	return 0;
 }
 
@@ -54,6 +56,19 @@ static int parse_d1(struct pl_recv *r, enum pl_stage *stage)
 	h->pos = wire.pos;
 	h->type = h->size == PL_SYNC_SIZE ? PL_PACKET_CMD : PL_PACKET_DATA;
 	return h->size == 0 || h->type == PL_PACKET_CMD ? 0 : check_data(r);
+}
+
+static int parse_proof(struct pl_recv *r, enum pl_stage *stage)
+{
+	struct pl_d1_header wire = pl_d1_get(r->raw);
+
+	(void)stage;
+	r->head.size = wire.size;
+	r->head.pos = wire.pos;
+	if (!wire.pos)
+		return wire.size == PL_CLAIM_SIZE ? 0 : -EPROTO;
+	return wire.size && wire.size % 8 == 0 && wire.size <= PL_NODES_MAX * 8 ?
+		       0 : -EPROTO;
 }
 
 static int parse_d2(struct pl_recv *r, enum pl_stage *stage)
@@ -124,6 +139,7 @@ static const struct kind {
 	{ PL_D1_MARK, PL_DIALECT_D1, 0, parse_d1 },
 	{ PL_D2_MARK, PL_DIALECT_D2, 0, parse_d2 },
 	{ PL_D1_COMPRESSED_MARK, PL_DIALECT_D1, PL_FEATURE_COMPRESSED, parse_compressed },
+	{ PL_PROOF_MARK, PL_DIALECT_D1, PL_FEATURE_PROOF, parse_proof },
 };
 #define KINDS (sizeof(kinds) / sizeof(*kinds))
 

@@ -39,6 +39,7 @@ struct pl_recv {
 	struct pl_recv_cfg cfg;
 	struct pl_recv_stats stats;	/* atomic, field by field */
 	struct recv_slot *slot;
+	struct pl_proof *proof;	/* of what is written, or NULL */
 	int cancel_fd;
 	pthread_t thread;
 	bool has_thread;
@@ -56,6 +57,9 @@ struct pl_recv {
 	bool digests;		/* each packet carries one from now on */
 	uint64_t features;	/* frames of these are taken from now on */
 	struct unpacker *unpacker;	/* of the first compressed frame on */
+	uint8_t proof_data[PL_NODES_MAX * 8];	/* of the last PROOF frame */
+	uint32_t proof_len;
+	bool claimed;		/* it is a claim, and nothing has come since */
 
 	/* reader only: recv_place.c */
 	struct pl_huge huge;

@@ -15,6 +15,11 @@ enum pl_dialect { PL_DIALECT_NONE, PL_DIALECT_D1, PL_DIALECT_D2 };
 #define PL_D1_MARK 0x4cc0ac3du
 #define PL_D2_MARK 0x4cc0ac3eu
 #define PL_D1_COMPRESSED_MARK 0x4cc0ac50u
+/* Of D1, once agreed.  At position 0, right before END: what the image is; at position
+   N + 1 a question about nodes of level N. */
+#define PL_PROOF_MARK 0x4cc0ac51u
+#define PL_CLAIM_SIZE 48u
+#define PL_NODES_MAX 256u	/* in one question, 8 bytes each */
 #define PL_D1_HEADER 16u
 #define PL_PACKED_HEADER 8u	/* behind D1's, in a compressed frame */
 #define PL_CODEC_ZSTD 1u

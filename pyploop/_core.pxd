@@ -45,6 +45,32 @@ cdef extern from "pl.h" nogil:
     bint pl_is_zero(const void *data, size_t len)
     const char *pl_hash_kernel()
 
+    void pl_hash128(const void *data, size_t len, uint8_t *out)
+    void pl_hash128_ref(const void *data, size_t len, uint8_t *out)
+
+    enum:
+        PL_HASH128
+        PL_PROOF_FANOUT
+        PL_PROOF_ALGORITHM
+
+    struct pl_proof_level:
+        uint8_t (*node)[16]
+        uint64_t nodes
+
+    struct pl_proof:
+        uint64_t *leaf
+        uint64_t blocks
+        uint64_t size
+        unsigned levels
+        pl_proof_level level[6]
+
+    int pl_proof_init(pl_proof *p, uint64_t size)
+    void pl_proof_fini(pl_proof *p)
+    void pl_proof_note(pl_proof *p, const void *data, size_t len, uint64_t pos)
+    int pl_proof_root(pl_proof *p, int fd, uint8_t *root)
+    int pl_proof_differ(const pl_proof *a, const pl_proof *b, uint64_t start,
+                        pl_extent *run)
+
     struct pl_known:
         pl_bitmap nonzero
         uint64_t *hash
@@ -63,6 +89,7 @@ cdef extern from "pl.h" nogil:
         PL_SINK_FRAMES
         PL_SINK_FILE
         PL_SINK_PACKETS
+        PL_SINK_NONE
 
     enum pl_compress:
         PL_COMPRESS_NEVER
@@ -101,6 +128,7 @@ cdef extern from "pl.h" nogil:
         uint32_t stall_ms
         uint64_t rate
         pl_known *known
+        pl_proof *proof
         pl_hook hook
         void *hook_ctx
         uint64_t features
@@ -152,6 +180,7 @@ cdef extern from "pl.h" nogil:
     enum pl_recv_event:
         PL_RECV_SYNC
         PL_RECV_END
+        PL_RECV_QUESTION
 
     struct pl_recv_cfg:
         int in_fd
@@ -193,6 +222,9 @@ cdef extern from "pl.h" nogil:
     pl_dialect pl_recv_dialect(const pl_recv *r)
     int pl_recv_expect_digests(pl_recv *r)
     int pl_recv_expect(pl_recv *r, uint64_t features)
+    int pl_recv_expect_proof(pl_recv *r, pl_proof *proof)
+    const uint8_t *pl_recv_proof_data(const pl_recv *r, uint32_t *len)
+    void pl_recv_reopen(pl_recv *r)
     void pl_recv_synced(pl_recv *r)
     void pl_recv_cancel(pl_recv *r)
     void pl_recv_get_stats "pl_recv_stats"(const pl_recv *r, pl_recv_stats *out)

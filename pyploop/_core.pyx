@@ -23,6 +23,7 @@ PASS_LIVE = <int>PL_PASS_LIVE
 
 RECV_SYNC = <int>PL_RECV_SYNC
 RECV_END = <int>PL_RECV_END
+RECV_QUESTION = <int>PL_RECV_QUESTION
 
 COMPRESS_NEVER = <int>PL_COMPRESS_NEVER
 COMPRESS_AUTO = <int>PL_COMPRESS_AUTO
@@ -31,6 +32,10 @@ COMPRESS_ALWAYS = <int>PL_COMPRESS_ALWAYS
 SINK_FRAMES = <int>PL_SINK_FRAMES
 SINK_FILE = <int>PL_SINK_FILE
 SINK_PACKETS = <int>PL_SINK_PACKETS
+SINK_NONE = <int>PL_SINK_NONE
+
+PROOF_FANOUT = <int>PL_PROOF_FANOUT
+PROOF_ALGORITHM = <int>PL_PROOF_ALGORITHM
 
 BPF_RQ = <int>PL_BPF_RQ
 BPF_BIO = <int>PL_BPF_BIO
@@ -93,6 +98,20 @@ def hash_block(const uint8_t[::1] data not None):
 def hash_block_ref(const uint8_t[::1] data not None):
     """hash_block by the portable code."""
     return pl_hash_block_ref(&data[0], data.shape[0])
+
+
+def hash128(const uint8_t[::1] data not None):
+    """XXH3-128 of the bytes in its canonical form: 16 bytes, big-endian."""
+    cdef uint8_t out[PL_HASH128]
+    pl_hash128(&data[0], data.shape[0], out)
+    return PyBytes_FromStringAndSize(<char *>out, PL_HASH128)
+
+
+def hash128_ref(const uint8_t[::1] data not None):
+    """hash128 by the portable code."""
+    cdef uint8_t out[PL_HASH128]
+    pl_hash128_ref(&data[0], data.shape[0], out)
+    return PyBytes_FromStringAndSize(<char *>out, PL_HASH128)
 
 
 def is_zero(const uint8_t[::1] data not None):
@@ -266,6 +285,69 @@ cdef class Known:
         end of the source."""
         _check(pl_known_note(&self.k, start, &data[0] if data.shape[0] else NULL,
                              data.shape[0]))
+
+
+cdef class Proof:
+    """What an image of `size` bytes holds (zeroes at first), as a tree of hashes
+    (csrc/proof.h).  Equal roots mean equal images."""
+    cdef pl_proof p
+
+    def __cinit__(self, uint64_t size):
+        _check(pl_proof_init(&self.p, size))
+
+    def __dealloc__(self):
+        pl_proof_fini(&self.p)
+
+    @property
+    def size(self):
+        return self.p.size
+
+    def note(self, uint64_t start, const uint8_t[::1] data not None):
+        """The image holds `data` at `start`.  A block that this covers in part is unknown
+        from then on."""
+        if start > self.p.size or <uint64_t>data.shape[0] > self.p.size - start:
+            raise ValueError("past the end of the image")
+        if data.shape[0]:
+            pl_proof_note(&self.p, &data[0], data.shape[0], start)
+
+    def root(self, int fd=-1):
+        """The root, 16 bytes.  Unknown blocks are read from `fd`, a file with the image;
+        OSError, also when there are some and no `fd`."""
+        cdef uint8_t out[PL_HASH128]
+        cdef int ret
+        with nogil:
+            ret = pl_proof_root(&self.p, fd, out)
+        _check(ret)
+        return PyBytes_FromStringAndSize(<char *>out, PL_HASH128)
+
+    @property
+    def levels(self):
+        """Levels of nodes.  The highest has one node."""
+        return self.p.levels
+
+    def nodes(self, unsigned level):
+        """The nodes of a level, 16 bytes each, as they were at the last `root`.  One of
+        level 0 stands for PROOF_FANOUT blocks."""
+        if level >= self.p.levels:
+            raise IndexError(level)
+        return PyBytes_FromStringAndSize(<char *>self.p.level[level].node,
+                                         self.p.level[level].nodes * PL_HASH128)
+
+    def leaves(self, uint64_t first, uint64_t last):
+        """The hashes of the blocks [first, last), 8 bytes each."""
+        if first > last or last > self.p.blocks:
+            raise IndexError(last)
+        return PyBytes_FromStringAndSize(<char *>(self.p.leaf + first),
+                                         (last - first) * sizeof(uint64_t))
+
+    def differences(self, Proof other not None):
+        """Where the two images differ, in whole blocks.  The sizes must agree."""
+        cdef Extents e = Extents()
+        cdef pl_extent run
+        run.end = 0
+        while _check(pl_proof_differ(&self.p, &other.p, run.end, &run)):
+            e.push(run.start, run.end)
+        return e
 
 
 cdef class Hook:

@@ -21,13 +21,14 @@ cdef class Pump:
     """The sending pump (csrc/pump.c).  Borrowed descriptors stay open."""
     cdef pl_pump *p
     cdef Known known
+    cdef Proof proof
     cdef Hook hook
     cdef _Md5 md5
 
     def __cinit__(self, *, int src_fd, uint64_t src_base, uint64_t size,
                   uint32_t align, int out_fd, int sink, uint32_t cluster,
                   uint32_t slots, uint32_t readers, uint32_t stall_ms=0,
-                  uint64_t rate=0, Known known=None, Hook hook=None,
+                  uint64_t rate=0, Known known=None, Proof proof=None, Hook hook=None,
                   bint async_packets=False, uint32_t window=0, bint digests=False,
                   uint32_t tail=0, int tail_fd=-1, uint64_t tail_pos=0,
                   uint64_t features=0, int compress=0, int level=1):
@@ -38,9 +39,11 @@ cdef class Pump:
         cfg.tail, cfg.tail_fd, cfg.tail_pos = tail, tail_fd, tail_pos
         cfg.cluster, cfg.slots, cfg.readers = cluster, slots, readers
         cfg.stall_ms, cfg.rate = stall_ms, rate
-        self.known, self.hook = known, hook
+        self.known, self.proof, self.hook = known, proof, hook
         if known is not None:
             cfg.known = &known.k
+        if proof is not None:
+            cfg.proof = &proof.p
         if hook is not None:
             cfg.hook, cfg.hook_ctx = hook.fn, hook.ctx
         cfg.features = features
@@ -140,6 +143,7 @@ cdef class Receiver:
     cdef pl_recv *r
     cdef readonly object arrival
     cdef _Md5 md5
+    cdef Proof proof
 
     def __cinit__(self, *, int in_fd, int out_fd, uint32_t slots,
                   uint32_t slot_size, uint32_t max_frame, uint32_t stall_ms=0,
@@ -166,7 +170,8 @@ cdef class Receiver:
 
     def run(self):
         """Receive until SYNC or END: (RECV_SYNC or RECV_END, pos, SYNC's four
-        bytes).  All before it is written, not durable.  Raises Fault."""
+        bytes).  All before it is written, not durable.  Or until a question about nodes
+        of `proof`: (RECV_QUESTION, level + 1, _).  Raises Fault."""
         cdef pl_fault fault
         cdef pl_recv_msg msg
         cdef int ret
@@ -196,6 +201,25 @@ cdef class Receiver:
         """Between two runs: frames of these features (wire/d1.py) are taken from now on.
         OSError (EINVAL) unless this is D1, and it knows them."""
         _check(pl_recv_expect(self.r, features))
+
+    def expect_proof(self, Proof proof not None):
+        """Between two runs, before any data: it becomes that of what is written."""
+        _check(pl_recv_expect_proof(self.r, &proof.p))
+        self.proof = proof
+
+    @property
+    def proof_data(self):
+        """The payload of the PROOF frame right before END, or of a RECV_QUESTION; or
+        None."""
+        cdef uint32_t size
+        cdef const uint8_t *data = pl_recv_proof_data(self.r, &size)
+        if data == NULL:
+            return None
+        return PyBytes_FromStringAndSize(<const char *>data, size)
+
+    def reopen(self):
+        """After END: the stream goes on, with questions and blocks that are sent again."""
+        pl_recv_reopen(self.r)
 
     def cancel(self):
         """From any thread: a run ends at once with ECANCELED."""

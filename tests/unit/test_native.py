@@ -69,6 +69,8 @@ def _run(
 PROGRAMS = [
     ("test_bitmap", "asan"),
     ("test_hash", "asan"),
+    ("test_proof", "asan"),
+    ("test_proof", "tsan"),
     ("test_pump", "asan"),
     ("test_pump", "tsan"),
     ("test_pump_d2", "asan"),
