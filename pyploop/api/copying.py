@@ -115,6 +115,13 @@ class CopyOptions:
     """Options for ssh, which a copy from or to another host uses."""
     remote_pyploop: str = "pyploop"
     """The command that is pyploop on that host."""
+    proof: Literal["auto", "always", "never"] = "auto"
+    """Keep hashes of what was sent, and have the receiver compare them with those of what it
+    wrote.  `auto`: with `receipt`, if the receiver can; `always`: ParameterError if it
+    cannot."""
+    receipt: str | os.PathLike[str] | None = None
+    """A file that is written when the target is durable: what it must hold, for `verify`."""
+
 
 
 class Copy:
@@ -158,6 +165,9 @@ class Copy:
     def __enter__(self) -> Copy:
         o = self._options
         options = _internal(o, self._report)
+        if isinstance(self._target, (str, os.PathLike)):
+            options.target = os.path.abspath(self._target)
+            options.target_host = os.uname().nodename
         with contextlib.ExitStack() as undo:
             out = undo.enter_context(self._open_target())
             source = opening.open_source(
@@ -218,9 +228,17 @@ class Copy:
             sync_wait=o.sync_wait,
             answer_timeout=timeout,
             compat=compat,
-            offered=Feature.COMPRESSED if self._compression else NO_FEATURES,
+            offered=self._offered(),
         ) as out:
             yield out
+
+    def _offered(self) -> Feature:
+        """What a pyploop peer is asked for."""
+        o = self._options
+        offered = Feature.COMPRESSED if self._compression else NO_FEATURES
+        if o.proof == "always" or (o.proof == "auto" and o.receipt is not None):
+            offered |= Feature.PROOF
+        return offered
 
     def __exit__(
         self,
@@ -369,6 +387,17 @@ def _internal(o: CopyOptions, report: Reporter) -> Options:
     """ParameterError for a value that cannot be."""
     if o.readers is not None and not 0 <= o.readers <= 64:
         raise ParameterError(f"readers={o.readers}: it must be 0 to 64")
+    if o.receipt is not None and o.proof == "never":
+        raise ParameterError("a receipt (--receipt) needs the proof that --proof never leaves out")
+    if (
+        o.proof != "never"
+        and o.protocol == "ploop"
+        and (o.receipt is not None or o.proof == "always")
+    ):
+        raise ParameterError(
+            "no proof can be kept of what --compat ploop sends, since it may be parts of blocks "
+            "(--proof, --receipt)"
+        )
     limit = o.freeze_limit
     if limit is None:
         limit = FREEZE_LIMIT if o.max_freeze is None else 2 * o.max_freeze + 1
@@ -392,5 +421,7 @@ def _internal(o: CopyOptions, report: Reporter) -> Options:
         freeze_limit=limit,
         reserve=o.reserve,
         throttle=throttle,
+        proof=o.proof,
+        receipt=None if o.receipt is None else os.fspath(o.receipt),
         policy=Policy(max_freeze=o.max_freeze, deadline=o.deadline, on_deadline=o.on_deadline),
     )

@@ -141,6 +141,8 @@ def _send(o: argparse.Namespace, report: Reporter) -> None:
         protocol=o.compat,
         ssh_options=o.ssh,
         remote_pyploop=o.remote_pyploop,
+        proof=o.proof,
+        receipt=o.receipt,
     )
     done = Done()
     try:

@@ -8,6 +8,7 @@ from pyploop.cli.arguments import Parser, parsed
 from pyploop.cli.stops import StopAction
 from pyploop.diskcopy.compression import parse_compression
 from pyploop.diskcopy.framing import COMPATS
+from pyploop.diskcopy.proof import WISHES
 from pyploop.trackers import TRACKERS
 from pyploop.units import parse_size, parse_time
 
@@ -221,6 +222,18 @@ def parser() -> Parser:
         choices=("freeze", "abort"),
         default=CopyOptions.on_deadline,
         help="what to do at the --deadline: freeze all the same, or fail (abort)",
+    )
+    add(
+        "--proof",
+        choices=WISHES,
+        default=CopyOptions.proof,
+        help="have the receiver compare hashes of what it wrote with those of what was sent: with "
+        "--receipt and if it can (auto), or fail if it cannot (always)",
+    )
+    add(
+        "--receipt",
+        metavar="FILE",
+        help="write what the target must hold to FILE, for `pyploop verify`",
     )
     add("-t", "--times", action="store_true", help="print how the frozen time was spent")
     add(

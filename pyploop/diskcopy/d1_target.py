@@ -12,6 +12,7 @@ from pyploop import _core
 from pyploop._core import Fault, Known, Pump
 from pyploop.diskcopy import pipe_reader, target_room
 from pyploop.diskcopy.framing import EXACT, NATIVE, PERHAPS_PLOOP, PLOOP, PYPLOOP, Compat, Framing
+from pyploop.diskcopy.proof import Ask, TargetDiffers
 from pyploop.diskcopy.target import Packets, explain_write
 from pyploop.disks import backing
 from pyploop.disks.backing import Thing
@@ -70,6 +71,7 @@ class StreamOutput:
         self._place: d1.Place | None = None
         self._reader: set[Thing] | None = None
         self.heard: Heard | None = None
+        self.proof: bytes = b""
         self.deadline = Deadline(time.monotonic)
         self.before_end: Callable[[], None] = lambda: None
 
@@ -257,8 +259,15 @@ class StreamOutput:
             closed = "the receiver closed the stream (see its own message)"
             raise WriteError(closed).follows() from e
 
-    def _answer(self, fd: int, about: str) -> None:
+    def _answer(self, fd: int, about: str, ask: Ask | None = None) -> None:
         answer = self._read(fd)
+        if answer == d1.DIFFERS and self.proof and ask is not None:
+            self._read_times(fd)
+            raise TargetDiffers(
+                "the target is not what was sent (the roots of the proof differ); no target was "
+                "made",
+                ask=ask,
+            )
         if answer == d1.FAILURE:
             raise SyncError(
                 f"the receiver failed to make its target durable (its answer to {about}; see its "
@@ -293,15 +302,20 @@ class StreamOutput:
             # One round trip: the answer to END includes what that to SYNC would say.
             self._asked = time.monotonic()
             self._end(pump)
-            self._answer(self._answers, "END")
+            self._answer(self._answers, "END", partial(self._ask_nodes, pump))
             return "acknowledged"
         self.sync(pump, waiting=False, start=start)
         self._end(pump)
         return "unknown"
 
+    def _ask_nodes(self, pump: Pump, level: int, nodes: list[int], size: int) -> bytes:
+        assert self._answers is not None
+        self._write(pump, d1.question(level, nodes))
+        return self._read(self._answers, size)
+
     def _end(self, pump: Pump) -> None:
         self.before_end()
-        self._write(pump, d1.end())
+        self._write(pump, self.proof + d1.end())
 
     def _write(self, pump: Pump, frame: bytes) -> None:
         try:

@@ -38,6 +38,7 @@ class PacketOutput:
     header_size = d2.HEADER_PACKET
     end_is_answered = True
     features = NO_FEATURES
+    proof = b""
 
     def __init__(
         self, fd: int, report: Reporter, *, answer_timeout: float, knows_async: bool = False

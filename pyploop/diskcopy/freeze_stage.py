@@ -13,6 +13,7 @@ import time
 from collections.abc import Iterator
 
 from pyploop.diskcopy.context import Context
+from pyploop.diskcopy.proof import TargetDiffers, frame
 from pyploop.diskcopy.repairs import FreezeGivenUp
 from pyploop.disks.image import clear_in_use
 from pyploop.errors import DeviceControlError, LoopError
@@ -22,6 +23,7 @@ from pyploop.freeze.session import newer
 from pyploop.system.worker import run_cancellable
 from pyploop.trackers import Completeness, Repair
 from pyploop.units import format_size
+from pyploop.wire.d1 import Feature
 
 FINAL_PASSES = 3
 """Passes inside the freeze that may find dirty blocks, until the copy fails."""
@@ -71,6 +73,7 @@ class FreezeStage:
                 self._undo_to_go_on(e)
                 raise
             if c.options.before_thaw:
+                self._write_receipt()  # the command may compare it with the source
                 with step("before thaw"):
                     what = "the target is complete, but the --before-thaw command"
                     run_command(c.options.before_thaw, what, c.deadline.left)
@@ -81,6 +84,8 @@ class FreezeStage:
                 c.session.release(c.options.resume)
             c.recorder.stage = "running"
             self._stop_watching()
+            if not c.options.before_thaw:
+                self._write_receipt()
             self._report_end(c.source_pump.stats.data - before)
 
     def _stop_watching(self) -> None:
@@ -152,23 +157,53 @@ class FreezeStage:
     def finish(self) -> None:
         """As `Sender.finish`."""
         c = self._context
-        pump, step = c.source_pump.pump, c.recorder.step
-        with step("last blocks"):
+        with c.recorder.step("last blocks"):
             start = c.source_pump.first_bytes(c.out.header_size)
             if c.tracker.stop_before_end:
                 c.tracker.stop(True)
-            if c.source.image_format == "ploop1":
-                c.out.header(pump, clear_in_use(start))
+        for last in (False, True):
+            try:
+                self._end(start)
+                break
+            except TargetDiffers as e:
+                if last or e.ask is None:
+                    raise
+                c.report.note("The target is not what was sent: the blocks that differ go again")
+                with c.recorder.step("repair"):
+                    c.summary.resent_bytes = c.source_pump.send_again(e.ask)
+        if c.summary.acknowledged == "acknowledged":
+            c.recorder.remote(c.out.heard)
+
+    def _end(self, start: bytes) -> None:
+        """The header, and the end of the image.  TargetDiffers: the target is not what was
+        sent.  start: the image's first bytes."""
+        c = self._context
+        pump, step, proof = c.source_pump.pump, c.recorder.step, c.source_pump.proof
+        if c.source.image_format == "ploop1":
+            with step("last blocks"):
+                header = clear_in_use(start)
+                c.out.header(pump, header)
+                c.source_pump.note_header(header)
+        if proof is not None:
+            with step("proof"):
+                c.summary.root = proof.root().hex()
+                c.summary.proven = Feature.PROOF in c.out.features
+                c.out.proof = frame(proof) if c.summary.proven else b""
         with step("prove"):
             c.session.commit()
             if self._written():
                 raise self._still_written()
         with step("target commit"):
-            size = c.source.size
             c.out.before_end = c.session.before_end
-            c.summary.acknowledged = c.out.finish(pump, size, start[:4])
-        if c.summary.acknowledged == "acknowledged":
-            c.recorder.remote(c.out.heard)
+            c.summary.acknowledged = c.out.finish(pump, c.source.size, start[:4])
+
+    def _write_receipt(self) -> None:
+        """WriteError: the target is complete, and the receipt cannot be written."""
+        path = self._context.options.receipt
+        if path is not None:
+            from pyploop.diskcopy import receipt  # few ask for one
+
+            receipt.of_copy(self._context).write(path)
 
     def _report_end(self, sent: int) -> None:
         """Fill the summary, and report it."""

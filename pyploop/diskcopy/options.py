@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from pyploop.diskcopy.compression import NEVER, Compression
 from pyploop.diskcopy.freeze_policy import Policy
+from pyploop.diskcopy.proof import Wish
 from pyploop.freeze.stoppers import Spec
 
 if TYPE_CHECKING:
@@ -38,6 +39,14 @@ class Options:
     default (target_room.py).  0: room is neither checked nor watched."""
     throttle: Throttle | None = None
     """Slows the writer down when no freeze fits otherwise."""
+    proof: Wish = "auto"
+    """Whether a proof is kept.  `auto`: when the output has agreed to compare it, or for a
+    receipt."""
+    receipt: str | None = None
+    """The file for the receipt; None: there is none."""
+    target: str | None = None
+    """What the receipt calls the target; None: it is not known here."""
+    target_host: str | None = None
 
     @property
     def stop_specs(self) -> list[Spec]:
@@ -101,3 +110,9 @@ class Summary:
     """Hosts of a remote copy; empty: this one."""
     unsafe: list[str] = field(default_factory=list)
     """Users of the source that --unsafe-in-use disregarded."""
+    root: str | None = None
+    """Of the proof of what was sent, in hexadecimal; None: none was kept."""
+    proven: bool = False
+    """The peer has compared that root with its own."""
+    resent_bytes: int = 0
+    """Sent again, since the two were not the same at first."""

@@ -19,6 +19,7 @@ from typing import Any
 from pyploop import _core
 from pyploop._core import Fault, Receiver, RecvStats
 from pyploop.diskcopy import target_room
+from pyploop.diskcopy.proof import TRIES
 from pyploop.diskcopy.replies import Answers, Feedback, NoAnswers, Replies
 from pyploop.diskcopy.target_file import Sink
 from pyploop.disks import backing
@@ -56,6 +57,8 @@ class Received:
     native: bool
     """The peer is a pyploop sender, and END was acknowledged."""
     dialect: str
+    root: str | None
+    """Of the proof that both ends have compared, in hexadecimal; None: none was kept."""
 
     def fields(self) -> dict[str, Any]:
         """Those of the event `received`."""
@@ -74,6 +77,7 @@ class Received:
             "syncs": self.syncs,
             "native_peer": self.native,
             "dialect": self.dialect,
+            "root": self.root,
         }
 
 
@@ -204,11 +208,20 @@ class _Receipt:
                 event, pos, payload = run_cancellable(pump.run, pump.cancel)
             except Fault as fault:
                 self._choose(pump, sink, dialect)
+                witness = self.answers.witness
+                if witness is not None and witness.refused and fault.errno == errno.ENODATA:
+                    raise witness.failure(self._path, "the sender gave up") from fault
                 raise explain(fault, self._path, pump.dialect) from fault
             dialect = self._choose(pump, sink, dialect)
             if event == _core.RECV_END:
                 self.event = event
-                return syncs
+                if self._agrees(pump, sink):
+                    return syncs
+                continue
+            if event == _core.RECV_QUESTION:
+                assert self.answers.witness is not None
+                self.answers.witness.answer(pos - 1, pump.proof_data or b"")
+                continue
             if self.answers.greeted(pos, payload):
                 self._report.detail(f"The sender speaks {self.answers.dialect}")
                 continue
@@ -217,7 +230,26 @@ class _Receipt:
             run_cancellable(sink.sync)
             self.answers.done(event, _times(pump, sink))
             pump.synced()
+            if self.answers.witness is not None:
+                # So that little of the tree is left for END.
+                self.answers.witness.proof.root(sink.fd)
             self._report.detail(f"Synced {self._path}: {format_size(pump.stats.data)} so far")
+
+    def _agrees(self, pump: Receiver, sink: Sink) -> bool:
+        """After END.  False: the target is not what was sent; the sender may send blocks
+        again.  TargetDiffers: that was the last time."""
+        witness = self.answers.witness
+        if witness is None or witness.agrees(pump.proof_data, sink.fd):
+            return True
+        self.event = 0
+        witness.refuse(_times(pump, sink))
+        if witness.refused == TRIES:
+            raise witness.failure(self._path, "blocks were sent again already")
+        self._report.note(
+            f"What was written to {self._path} is not what the sender sent: {witness.why}"
+        )
+        pump.reopen()
+        return False
 
     def _choose(self, pump: Receiver, sink: Sink, before: int) -> int:
         """Choose how to answer, once the marker has shown the dialect."""
@@ -235,7 +267,11 @@ class _Receipt:
             + (f", {format_size(stats.huge)} made as huge pages" if stats.huge else "")
             + (f", {format_size(stats.compressed)} came compressed" if stats.compressed else "")
         )
-        done = Received(self._path, stats, syncs, self.answers.native, self.answers.dialect)
+        witness = self.answers.witness
+        root = None if witness is None else witness.proof.root().hex()
+        if root is not None:
+            self._report.info(f"Proof: {self._path} is what was sent, root {root}")
+        done = Received(self._path, stats, syncs, self.answers.native, self.answers.dialect, root)
         self._report.event("received", **done.fields())
         return done
 
@@ -274,6 +310,8 @@ def explain(fault: Fault, path: str, dialect: int) -> PyploopError:
     if code == errno.EOPNOTSUPP:
         what = d2.name_of(fault.type, fault.command)
         return NotSupportedError(f"{what} is not supported, at {where}{left}")
+    if code == errno.EPROTO and fault.mark == d1.PROOF_MARK:
+        return ProtocolError(f"a PROOF frame has {fault.size} bytes, at {where}{left}")
     if code == errno.EPROTO:
         return ProtocolError(f"a command has {fault.size} bytes, at {where}{left}")
     if code == errno.EBADE:

@@ -6,15 +6,17 @@ from __future__ import annotations
 import contextlib
 import socket
 import time
+from functools import partial
 from typing import Protocol
 
 from pyploop._core import RECV_END, RECV_SYNC, Receiver
+from pyploop.diskcopy.proof import Witness
 from pyploop.errors import ParameterError, ProtocolError, PyploopError, WriteError
 from pyploop.system import descriptors
 from pyploop.wire import d1, d2, d3
 
 CANNOT = "cannot answer the sender"
-SUPPORTED = d1.Feature.COMPRESSED
+SUPPORTED = d1.Feature.COMPRESSED | d1.Feature.PROOF
 """What our receiver agrees to."""
 
 
@@ -25,6 +27,8 @@ class Answers(Protocol):
     dialect: str
     native: bool
     """The peer is a pyploop sender."""
+    witness: Witness | None
+    """Keeps the proof of what is written, if both ends have agreed to compare it."""
 
     def greeted(self, pos: int, payload: bytes) -> bool:
         """A SYNC came.  True: it was a greeting, which this has answered."""
@@ -51,6 +55,7 @@ class NoAnswers:
 
     dialect = "unknown"
     native = False
+    witness: Witness | None = None
 
     def greeted(self, pos: int, payload: bytes) -> bool:
         return False
@@ -72,6 +77,8 @@ class Feedback:
         self.native = False
         self.features = d1.NO_FEATURES
         """What both ends have agreed on; known before the first data."""
+        self.witness: Witness | None = None
+        self._size: int | None = None
         self._timed = self._offered = False
         self._pump, self._guessed = pump, feedback is None
         self._first = True
@@ -114,6 +121,7 @@ class Feedback:
 
     def _asked_for_place(self, size: int) -> bool:
         assert self._channel is not None
+        self._size = size
         came = self._pump.arrival
         times = self._record(d1.Times(arrived=came.arrived, written=came.written))
         try:
@@ -130,12 +138,25 @@ class Feedback:
         assert self._channel is not None
         self._offered = True
         self.features = SUPPORTED & d1.Feature(offered)
+        if d1.Feature.PROOF in self.features:
+            self._keep_proof(self._channel)
         self._pump.expect(self.features)
         came = self._pump.arrival
         times = self._record(d1.Times(arrived=came.arrived, written=came.written))
         accepted = d1.ACCEPTED.pack(self.features, 0)
         descriptors.write_all(self._channel, d1.FEATURES_REPLY + times + accepted, CANNOT)
         return True
+
+    def _keep_proof(self, channel: int) -> None:
+        """It needs the size, and address space for the hashes of all blocks."""
+        with contextlib.suppress(OSError):
+            if self._size is not None:
+                say = partial(descriptors.write_all, channel, what=CANNOT)
+                self.witness = Witness(self._size, say, self._record)
+                self._pump.expect_proof(self.witness.proof)
+                return
+        self.witness = None
+        self.features &= ~d1.Feature.PROOF
 
     def _record(self, times: d1.Times) -> bytes:
         """The times after an answer, for a peer that asked for them."""
@@ -184,6 +205,7 @@ class Replies:
         """pump: None before the first packet, when only a failure can be answered."""
         self.dialect = "D2"
         self.native = False
+        self.witness: Witness | None = None
         self._fd, self._pump = fd, pump
         self._first = True
         self._broken = False

@@ -16,11 +16,12 @@ import time
 from typing import TYPE_CHECKING
 
 from pyploop import _core
-from pyploop._core import Bitmap, Extents, Fault, Known, Pump, PumpStats
+from pyploop._core import Bitmap, Extents, Fault, Known, Proof, Pump, PumpStats
 from pyploop.diskcopy import target_room
 from pyploop.diskcopy.compression import NEVER, Compression
 from pyploop.diskcopy.framing import PIECE, Extent
 from pyploop.diskcopy.options import Options
+from pyploop.diskcopy.proof import Ask, descend
 from pyploop.diskcopy.target import Output, explain_write
 from pyploop.diskcopy.target_room import Watched
 from pyploop.disks import small_reads
@@ -28,6 +29,7 @@ from pyploop.disks.source import Source
 from pyploop.errors import (
     CancelledError,
     DeviceControlError,
+    ParameterError,
     PyploopError,
     ReadError,
     WriteError,
@@ -57,6 +59,8 @@ class SourcePump:
         self._source, self._tracker, self._out = source, tracker, out
         self._options, self._report = options, report
         self._known: Known | None = None
+        self.proof: Proof | None = None
+        """Of what was sent; None: none is kept."""
         self._notes = 0
         """So many of the source's notes are logged."""
         self._greeting = 0
@@ -82,6 +86,8 @@ class SourcePump:
         if framing.needs_hashes(self._tracker.needs_hashes):
             self._known = Known(self._source.size, _hash_shift(self._source.size))
             unit = self._known.chunk
+        if self._keeps_proof():
+            self.proof = Proof(self._source.size)
         self._out.prepare(self._known)
         self.compression = self._agreed_compression()
         self.pump = self._make_pump(framing.cluster(self._source, unit))
@@ -96,6 +102,21 @@ class SourcePump:
         if wanted:
             self._report.info(f"Compression: {wanted.name}")
         return wanted
+
+    def _keeps_proof(self) -> bool:
+        """ParameterError when one is asked for, and cannot be kept or compared."""
+        options, out = self._options, self._out
+        if options.proof == "never":
+            return False
+        if Feature.PROOF in out.features:
+            return True
+        if options.proof == "always" and out.sink != _core.SINK_FILE:
+            raise ParameterError(
+                f"--proof always: the receiver does not compare a proof ({out.dialect}); nothing "
+                "was sent",
+                hint="use a receiver that is a pyploop of this version, with a way back (-f)",
+            )
+        return options.proof == "always" or options.receipt is not None
 
     def watch_room(self) -> None:
         """From now on a pass fails before the target fills a file system on which the
@@ -159,6 +180,7 @@ class SourcePump:
             stall_ms=int(options.stall * 1000),
             rate=options.rate,
             known=self._known,
+            proof=self.proof,
             hook=self._tracker.hook(),
             async_packets=self._out.packets.unanswered,
             window=self._out.packets.window,
@@ -244,6 +266,21 @@ class SourcePump:
         if self._out.sink == _core.SINK_FILE:
             return WriteError.of(f"cannot write the target at byte {fault.pos}", fault)
         return explain_write(fault)
+
+    def note_header(self, header: bytes) -> None:
+        """The target's first bytes are these, and the rest of the first block is the
+        source's."""
+        if self.proof is not None:
+            block = self.first_bytes(min(BLOCK, self._source.size))
+            self.proof.note(0, header + block[len(header) :])
+
+    def send_again(self, ask: Ask) -> int:
+        """Send the blocks in which the peer's proof differs.  Returns the bytes sent.
+        TargetDiffers: they are too many."""
+        assert self.proof is not None
+        before = self.pump.stats.data
+        self._run_pass(Extents.of(descend(self.proof, ask)), 0)
+        return self.pump.stats.data - before
 
     def first_bytes(self, size: int) -> bytes:
         """The first `size` bytes, 4096 at most; zeroes where there are fewer."""

@@ -47,6 +47,8 @@ class Output(Protocol):
     """Of a stream of packets; known after `hello`."""
     features: Feature
     """Of a stream of frames: what the peer has agreed to.  Known after `announce`."""
+    proof: bytes
+    """The frame that says what the target must be, for `finish` to send; empty: none."""
     header_size: int
     """Bytes that `header` takes."""
     deadline: Deadline
@@ -91,7 +93,8 @@ class Output(Protocol):
 
     def finish(self, pump: Pump, size: int, start: bytes) -> str:
         """After the last block: returns when the image is complete and durable, as far
-        as that can be known.  `start` and the result are as those of `sync`."""
+        as that can be known.  `start` and the result are as those of `sync`.
+        TargetDiffers: the target is not what `proof` says; blocks can be sent again."""
 
 
 def explain_write(fault: Fault) -> PyploopError:

@@ -40,6 +40,7 @@ class FileOutput:
     framing = NATIVE
     packets = Packets()
     features = NO_FEATURES
+    proof = b""
     header_size = HEADER_FRAME
     heard: Heard | None = None
     end_is_answered = True

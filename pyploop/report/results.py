@@ -114,6 +114,12 @@ class CopyResult:
     durable.  Anything else: the peer cannot tell."""
     unsafe: tuple[str, ...]
     """Users of the source that were disregarded, in words."""
+    root: str | None
+    """The root of the proof of what was sent, in hexadecimal; null: none was kept."""
+    proven: bool
+    """The peer has compared that root with its own, of what it wrote."""
+    resent_bytes: int
+    """Sent again, since the two were not the same at first."""
     source_host: str = ""
     """The other host, as it was named, when the source lies there; empty: it lies here."""
     target_host: str = ""
@@ -140,6 +146,9 @@ class ReceiveResult:
     native_peer: bool
     """The sender was a pyploop, and has heard that the target is durable."""
     dialect: str
+    root: str | None
+    """The root of the proof, in hexadecimal, that was compared with the sender's; null: the
+    sender asked for none."""
 
 
 def copy_result(summary: dict[str, Any]) -> CopyResult:

@@ -25,6 +25,7 @@ _CURES = {
     "freeze": "a writable /sys/kernel/rcu_expedited, and a stop command that is short",
     "prove": "an idle disk: writes were still in flight",
     "last blocks": "less that is dirty (--max-freeze waits for that), or a faster way to the peer",
+    "proof": "less that is dirty (--max-freeze waits for that)",
     "repair": "a kernel whose completion events reach BPF: lost ones had to be found by hash",
     "way there": "a shorter way to the peer, or less in its buffers",
     "remote write": "less that is dirty (--max-freeze waits for that), or a faster target",

@@ -48,6 +48,18 @@ FEATURES_REPLY = b"PYPLOOP\x05"
 ACCEPTED = struct.Struct("<QQ")
 """The features that apply from the next frame on, and 8 bytes that are sent as 0."""
 
+PROOF_MARK = 0x4CC0AC51
+"""Marker of PROOF frames, once both ends have agreed on them."""
+CLAIM = struct.Struct("<QII16s16x")
+"""Payload of a PROOF frame at position 0, right before END: the image's size, the bytes of
+a block, the algorithm, the root of the tree."""
+DIFFERS = b"DIFFERS\n"
+"""The answer to END when the target is not what PROOF says.  The sender may ask for nodes
+(`question`) and send blocks again, and then PROOF and END."""
+MANY_NODES = 256
+"""Most nodes in one question."""
+NODE = struct.Struct("<Q")
+
 TIMES = struct.Struct("<7Q")
 PLACE_HEAD = struct.Struct("<16sQI")
 THING = struct.Struct("<IIQ")
@@ -134,3 +146,15 @@ def data(pos: int, payload: bytes) -> bytes:
     if len(payload) in (0, SYNC_SIZE):
         raise ValueError(f"a data frame cannot have {len(payload)} bytes")
     return HEADER.pack(MARK, len(payload), pos) + payload
+
+
+def proof(size: int, block: int, algorithm: int, root: bytes) -> bytes:
+    """The PROOF frame of an image."""
+    payload = CLAIM.pack(size, block, algorithm, root)
+    return HEADER.pack(PROOF_MARK, len(payload), 0) + payload
+
+
+def question(level: int, nodes: list[int]) -> bytes:
+    """The PROOF frame that asks for the children of these nodes."""
+    payload = b"".join(NODE.pack(node) for node in nodes)
+    return HEADER.pack(PROOF_MARK, len(payload), level + 1) + payload

@@ -16,6 +16,7 @@ import pytest
 import support
 from support import FAILURE, SUCCESS, d1_end, d1_frame, d1_sync
 
+from pyploop import _core
 from pyploop.diskcopy import replies
 from pyploop.diskcopy.d1_target import StreamOutput
 from pyploop.disks import opening
@@ -311,7 +312,10 @@ def test_a_receiver_accepts_what_it_knows_of_the_offer_once(tmp_path: Path) -> N
         exactly(back, 16 * struct.unpack("<16sQI", exactly(back, 28))[2])
         assert exactly(back, 64)[:8] == FEATURES_REPLY
         assert exactly(back, 16) == struct.pack("<QQ", replies.SUPPORTED, 0)
-        os.write(to, d1_frame(ALL, FEATURES) + d1_frame(0, DATA) + d1_end())
+        proof = _core.Proof(len(DATA))
+        proof.note(0, DATA)
+        os.write(to, d1_frame(ALL, FEATURES) + d1_frame(0, DATA))
+        os.write(to, d1.proof(len(DATA), 4096, 1, proof.root()) + d1_end())
         assert [exactly(back, 64)[:8] for _ in range(2)] == [SUCCESS] * 2
         assert ended(child) == (0, "")
     assert (tmp_path / "image").read_bytes() == DATA

@@ -1,0 +1,223 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The receipt of a copy: what its target must hold, and how that is known
+(docs/reference/receipt.md).  And the digests of a file or device, to compare with it."""
+
+from __future__ import annotations
+
+import base64
+import json
+import os
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING
+
+from pyploop import __version__, _core
+from pyploop._core import Extents, Fault, Proof, Pump
+from pyploop.disks.source import Source
+from pyploop.errors import FormatError, OpenError, ReadError, WriteError
+from pyploop.system import shared_folder
+from pyploop.system.worker import run_cancellable
+from pyploop.units import BLOCK, MIB
+
+if TYPE_CHECKING:
+    from pyploop.diskcopy.context import Context
+
+SCHEMA = "pyploop.receipt/1"
+HASH = "XXH3-64 of 4 KiB, XXH3-128 of 256"
+PARTS = 4096
+"""Most hashes of parts in a receipt: 87 KiB of text."""
+LONGEST = MIB
+"""Bytes of a receipt at most."""
+CLUSTER, SLOTS = MIB, 8
+"""Bytes of one read, and reads under way."""
+NODE = 16
+
+
+@dataclass(frozen=True, kw_only=True)
+class Receipt:
+    """What a target must hold.  Sizes in bytes, times as in ISO 8601."""
+
+    size: int
+    root: str
+    part: int
+    """Bytes of the image that one of `parts` stands for."""
+    parts: str
+    """Their hashes, 16 bytes each, in base64."""
+    source: str
+    source_host: str
+    target: str | None
+    target_host: str | None
+    """None: the sender does not know it."""
+    began: str
+    frozen: str | None
+    """When the source was stopped or frozen: the moment that the image shows.  None: it was
+    not."""
+    ended: str
+    tracker: str
+    completeness: str
+    acknowledged: str
+    proven: bool
+    """The receiver has compared the root with that of what it wrote."""
+    unsafe: tuple[str, ...]
+    dialect: str
+    schema: str = SCHEMA
+    hash: str = HASH
+    block: int = BLOCK
+    pyploop: str = __version__
+
+    def write(self, path: str) -> None:
+        """WriteError."""
+        try:
+            with shared_folder.open_log(path) as f:
+                f.write(json.dumps(asdict(self), indent=1) + "\n")
+        except (OSError, OpenError) as e:
+            raise WriteError(
+                f"the target is complete, but the receipt {path} cannot be written: "
+                f"{getattr(e, 'strerror', None) or e}",
+                path=path,
+            ) from e
+
+    @classmethod
+    def read(cls, path: str) -> Receipt | None:
+        """None: the file is no receipt.  FormatError: it is damaged, or of another version."""
+        try:
+            if not os.path.isfile(path):
+                return None
+            with open(path, "rb") as f:
+                text = f.read(LONGEST + 1)
+        except OSError as e:
+            raise ReadError.of(f"cannot read {path}", e, path=path) from e
+        if not text.startswith(b"{") or b'"pyploop.receipt/' not in text or len(text) > LONGEST:
+            return None
+        try:
+            made = json.loads(text)
+            made["unsafe"] = tuple(made["unsafe"])
+            receipt = cls(**made)
+            receipt._check()
+        except (ValueError, TypeError, KeyError) as e:
+            raise FormatError(
+                f"{path} is a receipt that is damaged, or of another version of pyploop: {e}",
+                path=path,
+            ) from e
+        return receipt
+
+    def _check(self) -> None:
+        if (self.schema, self.hash, self.block) != (SCHEMA, HASH, BLOCK):
+            raise ValueError(f"{self.schema!r} with {self.hash!r}")
+        sizes = (self.size, self.part)
+        if not all(isinstance(n, int) and 0 <= n < 1 << 63 for n in sizes) or not self.part:
+            raise ValueError(f"sizes {sizes}")
+        if len(bytes.fromhex(self.root)) != NODE:
+            raise ValueError("the root is not 16 bytes")
+        if len(self.nodes) != max(-(-self.size // self.part), 1) * NODE:
+            raise ValueError("there is not a hash for each part")
+
+    @property
+    def nodes(self) -> bytes:
+        """The hashes of the parts."""
+        return base64.b64decode(self.parts, validate=True)
+
+
+def of_copy(c: Context) -> Receipt:
+    """Of a copy whose target is durable."""
+    proof, summary, options = c.source_pump.proof, c.summary, c.options
+    assert proof is not None and summary.root is not None
+    part, parts = _parts(proof)
+    spans = c.recorder.spans
+    frozen = [s.start for s in spans if s.stage == "frozen"] if c.stops else []
+    return Receipt(
+        size=proof.size,
+        root=summary.root,
+        part=part,
+        parts=parts,
+        source=os.path.abspath(c.source.path),
+        source_host=host(),
+        target=options.target,
+        target_host=options.target_host,
+        began=_date(spans[0].start),
+        frozen=_date(frozen[0]) if frozen else None,
+        ended=_date(time.monotonic()),
+        tracker=summary.tracker,
+        completeness=summary.completeness,
+        acknowledged=summary.acknowledged,
+        proven=summary.proven,
+        unsafe=tuple(summary.unsafe),
+        dialect=summary.dialect,
+    )
+
+
+def _date(at: float) -> str:
+    """ISO 8601 of a time.monotonic()."""
+    return datetime.fromtimestamp(time.time() - time.monotonic() + at, UTC).isoformat()
+
+
+def _parts(proof: Proof) -> tuple[int, str]:
+    """`part` and `parts` of a receipt."""
+    level = next(n for n in range(proof.levels) if len(proof.nodes(n)) <= PARTS * NODE)
+    unit = BLOCK * _core.PROOF_FANOUT ** (level + 1)
+    return unit, base64.b64encode(proof.nodes(level)).decode()
+
+
+def digest(source: Source, size: int) -> Proof:
+    """Read the first `size` bytes of a source into a proof.  ReadError."""
+    proof = Proof(size)
+    if not source.is_device:
+        # So that it is what the disk has: a page cache may hide that it has not.
+        os.posix_fadvise(source.fd, 0, 0, os.POSIX_FADV_DONTNEED)
+    tail = source.tail if size == source.size else None
+    pump = Pump(
+        src_fd=source.fd,
+        src_base=source.base,
+        size=size,
+        align=source.align,
+        out_fd=-1,
+        sink=_core.SINK_NONE,
+        cluster=CLUSTER,
+        slots=SLOTS,
+        readers=1 if source.align == 1 else 4,
+        proof=proof,
+        tail=0 if tail is None else tail.size,
+        tail_fd=-1 if tail is None else tail.fd,
+        tail_pos=0 if tail is None else tail.pos,
+    )
+    extents = Extents.of(_whole_blocks(source.holes()[0], size))
+    try:
+        run_cancellable(lambda: pump.run(extents), pump.cancel)
+    except Fault as e:
+        raise ReadError.of(f"cannot read {source.path} at byte {e.pos}", e, path=source.path) from e
+    proof.root()
+    return proof
+
+
+def _whole_blocks(data: list[tuple[int, int]], size: int) -> Iterator[tuple[int, int]]:
+    """The extents below `size`, widened to blocks without overlap."""
+    floor = 0
+    for start, end in data:
+        first = max(start // BLOCK * BLOCK, floor)
+        floor = min(-(-end // BLOCK) * BLOCK, size)
+        if first < floor:
+            yield first, floor
+
+
+def wrong_parts(receipt: Receipt, proof: Proof) -> list[tuple[int, int]]:
+    """The parts of the image, as (start, end), whose hashes are not the receipt's."""
+    level = 0
+    while BLOCK * _core.PROOF_FANOUT ** (level + 1) < receipt.part and level + 1 < proof.levels:
+        level += 1
+    ours, theirs = proof.nodes(level), receipt.nodes
+    found: list[tuple[int, int]] = []
+    for i in range(0, len(theirs), NODE):
+        if ours[i : i + NODE] != theirs[i : i + NODE]:
+            start = i // NODE * receipt.part
+            end = min(start + receipt.part, receipt.size)
+            if found and found[-1][1] == start:
+                found[-1] = (found[-1][0], end)
+            else:
+                found.append((start, end))
+    return found
+
+
+def host() -> str:
+    return os.uname().nodename
