@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from pyploop.api.remote import copy
     from pyploop.api.syncing import sync
     from pyploop.api.tracking import Changes, Extent, Tracker, track
+    from pyploop.api.verifying import VerifyResult, verify
     from pyploop.errors import (
         BusyError,
         CancelledError,
@@ -86,6 +87,7 @@ __all__ = [
     "SysfsError",
     "TooLargeError",
     "Tracker",
+    "VerifyResult",
     "VzExitCode",
     "WriteError",
     "__version__",
@@ -101,6 +103,7 @@ __all__ = [
     "recover",
     "sync",
     "track",
+    "verify",
 ]
 
 _HOMES = {
@@ -114,6 +117,7 @@ _HOMES = {
     "api.remote": ("copy",),
     "api.syncing": ("sync",),
     "api.tracking": ("Changes", "Extent", "Tracker", "track"),
+    "api.verifying": ("VerifyResult", "verify"),
     "report.results": ("CopyResult", "ReceiveResult"),
 }
 """Where what is not an error is; `Stop` and `events` have other names there."""

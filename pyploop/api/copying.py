@@ -123,7 +123,6 @@ class CopyOptions:
     """A file that is written when the target is durable: what it must hold, for `verify`."""
 
 
-
 class Copy:
     """One copy, as a context manager: `run`, or its steps one by one.
 

@@ -31,6 +31,7 @@ Commands:
        copy    copy a disk that is in use, or receive such a copy
        migrate move a container to another host, live
        status  show how much of a container's memory is still to be loaded
+       verify  compare a target with the receipt of its copy, or with its source
        sync    fsync files, as vzfsync does
        thaw    undo what killed copies have left frozen or stopped
        bench   measure what will limit a copy of a disk to a host, and for how long
@@ -44,7 +45,7 @@ Command = Callable[[list[str], int], int]
 
 COMMANDS = (
     *("copy", "copy-agent", "copy-lane", "migrate", "agent", "status", "sync", "thaw", "info"),
-    *("bench", "demo"),
+    *("verify", "bench", "demo"),
 )
 
 
