@@ -28,7 +28,7 @@ CSRC = HERE.parents[1] / "csrc"
 PRODUCT = {
     "recv": (
         *("recv", "recv_ring", "recv_head", "recv_unpack", "recv_out", "recv_place"),
-        *("hash", "hash_avx2"),
+        *("proof", "bitmap", "hash", "hash_avx2"),
     ),
     "reply": ("pump_reply", "patience"),
     "files": ("files_in", "patience"),

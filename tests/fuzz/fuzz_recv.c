@@ -31,6 +31,7 @@
 #define STREAM (1u << 20)	/* the longest stream that is built */
 #define ODD_HUGE 1	/* of byte 1: the file is on tmpfs */
 #define ODD_PLAIN 2	/* of byte 1: compressed frames are not agreed */
+#define PROVEN 300001	/* bytes of an image with a proof */
 
 enum { RAW = 1, SPARSE = 2, SHORT_READS = 4, NO_REPLIES = 8, DIGESTS = 16,
        BIG_SLOTS = 32, MORE_SLOTS = 64, D2 = 128 };
@@ -103,6 +104,14 @@ int pl_pwrite_full(int fd, const void *buf, size_t len, uint64_t pos)
 	if (pos + len > target.end)
 		target.end = (uint32_t)(pos + len);
 	return 0;
+}
+
+ssize_t fuzz_pread(int fd, void *buf, size_t len, off_t pos)
+{
+	(void)fd;
+	CHECK(pos >= 0 && (uint64_t)pos + len <= SPACE);
+	memcpy(buf, target.space + pos, len);
+	return (ssize_t)len;
 }
 
 int fuzz_fallocate(int fd, int mode, off_t pos, off_t len)
@@ -324,6 +333,8 @@ struct model {
 	int dialect;		/* 1, 2 */
 	bool digests, ended;
 	bool packed;		/* compressed frames are agreed */
+	bool proof;		/* PROOF frames are taken */
+	const uint8_t *claim;	/* the one right before END */
 	bool wild;		/* a write may have failed: past the space */
 	uint32_t max_frame;
 	bool replies;
@@ -398,6 +409,8 @@ static int64_t unpack(const struct model *m, const uint8_t *h, size_t left,
 		return -EMSGSIZE;
 	if (pos > (uint64_t)INT64_MAX - *size)
 		return -ERANGE;
+	if (m->proof && pos + *size > PROVEN)
+		return -EFBIG;
 	/* Some of it may have been written when it turns out to be wrong. */
 	*wild |= pos + *size > SPACE;
 	if (left < 16 + wire)
@@ -409,7 +422,22 @@ static int64_t unpack(const struct model *m, const uint8_t *h, size_t left,
 	return 16 + wire;
 }
 
-/* PL_RECV_SYNC (with its position), PL_RECV_END, or -errno. */
+/* A PROOF frame, if this is one: its event, 0 for none, or -errno. */
+static int step_proof(struct model *m, const uint8_t *h, size_t left, uint64_t *pos)
+{
+	uint32_t size = u32(h + 4);
+
+	*pos = u64(h + 8);
+	if (*pos ? !size || size % 8 || size > 2048 : size != 48)
+		return -EPROTO;
+	if (left < 16 + size)
+		return -ENODATA;
+	m->at += 16 + size;
+	m->claim = *pos ? NULL : h + 16;
+	return *pos ? PL_RECV_QUESTION : 0;
+}
+
+/* PL_RECV_SYNC or QUESTION (with its position), PL_RECV_END, or -errno. */
 static int step(struct model *m, const uint8_t *s, size_t len, uint64_t *sync_pos)
 {
 	while (!m->ended) {
@@ -420,6 +448,13 @@ static int step(struct model *m, const uint8_t *s, size_t len, uint64_t *sync_po
 
 		if (left < 16)
 			return -ENODATA;
+		if (m->proof && u32(h) == PL_PROOF_MARK) {
+			int event = step_proof(m, h, left, sync_pos);
+
+			if (event)
+				return event;
+			continue;
+		}
 		if (!m->dialect)
 			m->dialect = u32(h) == PL_D1_MARK ? 1 : u32(h) == PL_D2_MARK ? 2 : 0;
 		if (m->dialect == 1 && m->packed && u32(h) == PL_D1_COMPRESSED_MARK) {
@@ -431,6 +466,7 @@ static int step(struct model *m, const uint8_t *s, size_t len, uint64_t *sync_po
 			if (n < 0)
 				return (int)n;
 			put(m, pos, data, size);
+			m->claim = NULL;
 			m->frames++;
 			if (pos + size > m->image_size)
 				m->image_size = pos + size;
@@ -461,6 +497,7 @@ static int step(struct model *m, const uint8_t *s, size_t len, uint64_t *sync_po
 			m->ended = true;
 			break;
 		}
+		m->claim = NULL;
 		if (type > ASYNC)
 			return -EOPNOTSUPP;
 		if (type == CMD) {
@@ -482,6 +519,8 @@ static int step(struct model *m, const uint8_t *s, size_t len, uint64_t *sync_po
 			return -EMSGSIZE;
 		if (pos > (uint64_t)INT64_MAX - size)
 			return -ERANGE;
+		if (m->proof && pos + size > PROVEN)
+			return -EFBIG;
 		if (left < size) {
 			m->wild |= pos + size > SPACE;
 			return -ENODATA;
@@ -609,6 +648,17 @@ static void build(struct builder *b, int dialect, bool digests, const uint8_t *p
 			b->digests |= digests && dialect == 2 && (pos & 1);
 			break;
 		case 5:
+			if (dialect == 1 && p[5] % 4 == 3) {
+				uint32_t size_of[] = { 48, 8, 2048, size };
+				uint32_t raw[] = { PL_PROOF_MARK, size_of[p[1] % 4],
+						   p[1] % 4, 0 };
+
+				if (b->len + 16 + raw[1] <= STREAM) {
+					add(b, raw, 16);
+					add(b, payload, raw[1]);
+				}
+				break;
+			}
 			packet(b, dialect, p[5] % 3, pos, payload, 0, false);
 			break;
 		case 6:		/* any type, a far position, a wrong digest */
@@ -639,7 +689,45 @@ static void compare(const struct model *m, const struct pl_recv *r)
 	CHECK(stats.written_bytes + stats.hole_bytes == stats.data_bytes);
 }
 
-static void run(struct pl_recv *r, struct model *m, bool digests, bool plain)
+/* The proof is that of the contents, and what the sender claims is what it sent. */
+static void compare_proof(const struct model *m, const struct pl_recv *r,
+			  struct pl_proof *proof)
+{
+	struct pl_proof plain;
+	uint8_t got[16], want[16];
+	const uint8_t *claim;
+	uint32_t len;
+
+	CHECK(!pl_proof_init(&plain, PROVEN));
+	pl_proof_note(&plain, m->space, PROVEN, 0);
+	CHECK(!pl_proof_root(&plain, -1, want));
+	CHECK(!pl_proof_root(proof, 0, got));
+	CHECK(!memcmp(got, want, 16));
+	pl_proof_fini(&plain);
+	claim = pl_recv_proof_data(r, &len);
+	CHECK(!claim == !m->claim && len == (claim ? 48 : 0));
+	CHECK(!claim || !memcmp(claim, m->claim, 48));
+}
+
+/* After a SYNC of D1: the features from now on. */
+static void agree(struct pl_recv *r, struct model *m, bool digests, bool plain,
+		  struct pl_proof *proof)
+{
+	uint64_t features = plain ? 0 : PL_FEATURE_COMPRESSED;
+
+	m->packed = !plain;
+	if (digests && !m->proof && !m->frames) {
+		CHECK(!pl_proof_init(proof, PROVEN));
+		CHECK(!pl_recv_expect_proof(r, proof));
+		m->proof = true;
+	}
+	if (m->proof)
+		features |= PL_FEATURE_PROOF;
+	CHECK(!pl_recv_expect(r, features));
+}
+
+static void run(struct pl_recv *r, struct model *m, bool digests, bool plain,
+		struct pl_proof *proof)
 {
 	struct pl_recv_msg msg;
 	struct pl_fault fault;
@@ -665,19 +753,23 @@ static void run(struct pl_recv *r, struct model *m, bool digests, bool plain)
 		}
 		CHECK(in.at == m->at);	/* nothing past it was taken */
 		CHECK(in.replies == m->answered);
+		if (got == PL_RECV_QUESTION) {
+			CHECK(msg.pos == pos);
+			continue;
+		}
 		compare(m, r);
 		if (got == PL_RECV_SYNC) {
 			CHECK(msg.pos == pos);
-			if (m->dialect == 1 && !m->packed && !plain) {
-				CHECK(!pl_recv_expect(r, PL_FEATURE_COMPRESSED));
-				m->packed = true;
-			}
+			if (m->dialect == 1)
+				agree(r, m, digests, plain, proof);
 			if (digests && (pos & 1) && m->dialect == 2) {
 				CHECK(!pl_recv_expect_digests(r));
 				m->digests = true;
 			}
 		}
-	} while (got == PL_RECV_SYNC);
+	} while (got != PL_RECV_END);
+	if (m->proof)
+		compare_proof(m, r, proof);
 	CHECK(pl_recv_run(r, &msg, &fault) == PL_RECV_END);
 }
 
@@ -685,6 +777,7 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t len)
 {
 	static struct builder built;
 	static struct model model;
+	struct pl_proof proof = { 0 };
 	struct pl_recv *r;
 	uint64_t sum = 0;
 	unsigned flags;
@@ -717,8 +810,9 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t len)
 		.max_frame = model.max_frame, .window = 32768,
 		.sparse = !!(flags & SPARSE), .digest = digest, .digest_ctx = &sum,
 	}));
-	run(r, &model, flags & DIGESTS, data[1] & ODD_PLAIN);
+	run(r, &model, flags & DIGESTS, data[1] & ODD_PLAIN, &proof);
 	pl_recv_free(r);
+	pl_proof_fini(&proof);
 	free(target.page);	/* of a stream that broke off in it */
 	target.page = NULL;
 	return 0;

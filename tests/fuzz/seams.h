@@ -16,6 +16,7 @@
 #define write fuzz_write
 #define fallocate fuzz_fallocate
 #define recv fuzz_recv
+#define pread fuzz_pread
 #define poll fuzz_poll
 #define sync_file_range fuzz_sync_file_range
 

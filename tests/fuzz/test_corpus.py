@@ -63,6 +63,15 @@ MUTANTS = {
         "uint64_t used = (r->page_used + PL_BLOCK - 1) / PL_BLOCK * PL_BLOCK",
         "uint64_t used = r->page_used / PL_BLOCK * PL_BLOCK",
     ),
+    "a part of a block that is hashed as if it were the whole": (
+        "recv", "proof.c", "step == whole ?", "true ?"
+    ),
+    "a huge page that is not in the proof": (
+        "recv", "recv_place.c", "if (r->proof)", "if (0)"
+    ),
+    "a proof that is older than the last data": (
+        "recv", "recv.c", "if (r->head.size)\n\t\t\tr->claimed = false;", ""
+    ),
     "more of a file than all may have": (
         "files", "files_in.c", "p->length <= *budget &&", "true &&"
     ),
