@@ -236,7 +236,7 @@ int pl_recv_expect_digests(struct pl_recv *r)
 int pl_recv_expect(struct pl_recv *r, uint64_t features)
 {
 	if (r->dialect != PL_DIALECT_D1 || features & ~pl_recv_features() ||
-	    (features & PL_FEATURE_PROOF && !r->proof))
+	    (features & PL_FEATURE_PROOF && !r->cfg.proof))
 		return -EINVAL;
 	r->features = features;
 	return 0;
@@ -246,7 +246,7 @@ int pl_recv_expect_proof(struct pl_recv *r, struct pl_proof *proof)
 {
 	if (r->dialect != PL_DIALECT_D1 || r->stats.frames)
 		return -EINVAL;
-	r->proof = proof;
+	r->cfg.proof = proof;
 	return 0;
 }
 

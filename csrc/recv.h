@@ -36,6 +36,7 @@ struct pl_recv_cfg {
 	int reply_fd;		/* socket that D2 is answered on; -1: D2 is refused */
 	pl_digest digest;	/* or NULL */
 	void *digest_ctx;
+	struct pl_proof *proof;	/* NULL; see pl_recv_expect_proof */
 };
 
 struct pl_recv_stats {

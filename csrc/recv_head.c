@@ -41,7 +41,7 @@ static int check_data(const struct pl_recv *r)
 		return -ERANGE;
 	if (r->cfg.largest && r->head.pos + r->head.size > r->cfg.largest)
 		return -EFBIG;
-	if (r->proof && r->head.pos + r->head.size > r->proof->size)
+	if (r->cfg.proof && r->head.pos + r->head.size > r->cfg.proof->size)
 		return -EFBIG;
 	return 0;
 }

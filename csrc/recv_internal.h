@@ -39,7 +39,6 @@ struct pl_recv {
 	struct pl_recv_cfg cfg;
 	struct pl_recv_stats stats;	/* atomic, field by field */
 	struct recv_slot *slot;
-	struct pl_proof *proof;	/* of what is written, or NULL */
 	int cancel_fd;
 	pthread_t thread;
 	bool has_thread;

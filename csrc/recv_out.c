@@ -99,8 +99,8 @@ static int write_part(struct pl_recv *r, const uint8_t *data,
 	/* recv_head.c has refused all others. */
 	assert(part->len <= r->cfg.max_frame &&
 	       (!r->cfg.largest || part->pos + part->len <= r->cfg.largest));
-	if (r->proof)
-		pl_proof_note(r->proof, data, part->len, part->pos);
+	if (r->cfg.proof)
+		pl_proof_note(r->cfg.proof, data, part->len, part->pos);
 	if (!r->cfg.sparse) {
 		*fault_pos = part->pos;
 		return write_data(r, data, part->len, part->pos);

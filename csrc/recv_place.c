@@ -62,8 +62,8 @@ void pl_recv_placed(struct pl_recv *r, uint32_t len)
 		if (pl_is_zero(r->page + at, PL_BLOCK))
 			r->page_zero[at / PL_BLOCK / 64] |=
 				1ull << (at / PL_BLOCK % 64);
-	if (r->proof)
-		pl_proof_note(r->proof, r->page + r->page_used, len,
+	if (r->cfg.proof)
+		pl_proof_note(r->cfg.proof, r->page + r->page_used, len,
 			      r->page_pos + r->page_used);
 	pl_recv_saw(r, r->page_pos + r->page_used, len);
 	r->page_used = end;

@@ -54,6 +54,8 @@ class Approach:
             c.mounts.cool_down()
             measurements.freeze_time = None  # the next rehearsal measures it anew
             c.source_pump.pause(RETRY)
+        if c.source_pump.proof is not None:
+            c.source_pump.proof.root()  # so that little of the tree is left for the freeze
         f = self._forecast()
         self._check_scan(f)
         c.summary.predicted = f.total
@@ -97,8 +99,6 @@ class Approach:
         else:
             measurements.add_target_sync(0, 0.0)
         self._sent_at_sync = sent
-        if c.source_pump.proof is not None:
-            c.source_pump.proof.root()  # so that little of the tree is left for the freeze
         c.report.info(f"Target synced before the freeze ({how}, {seconds:.3f} s)")
         if c.out.heard is not None:
             # Nothing was sent since: this measures the round trip, and the clocks.

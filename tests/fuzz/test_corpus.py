@@ -67,7 +67,7 @@ MUTANTS = {
         "recv", "proof.c", "step == whole ?", "true ?"
     ),
     "a huge page that is not in the proof": (
-        "recv", "recv_place.c", "if (r->proof)", "if (0)"
+        "recv", "recv_place.c", "if (r->cfg.proof)", "if (0)"
     ),
     "a proof that is older than the last data": (
         "recv", "recv.c", "if (r->head.size)\n\t\t\tr->claimed = false;", ""
