@@ -12,6 +12,8 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -25,6 +27,9 @@ from pyploop.cli import verify as command
 from pyploop.diskcopy import proof as proofs
 from pyploop.diskcopy.receipt import Receipt
 from pyploop.diskcopy.receiver import receive
+from pyploop.disks import opening
+from pyploop.disks.image import clear_in_use
+from pyploop.disks.source import Source
 from pyploop.errors import (
     DeviceError,
     FormatError,
@@ -198,12 +203,12 @@ def image(path: Path, size: int) -> bytes:
     return bytes(data)
 
 
-def test_two_pyploops_agree_on_the_root_of_what_was_copied(tmp_path: Path) -> None:
+@pytest.mark.parametrize("compress", ["never", "zstd"])
+def test_two_pyploops_agree_on_the_root_of_what_was_copied(tmp_path: Path, compress: str) -> None:
     data = image(tmp_path / "source", 3 * MIB + 77)
+    options = CopyOptions(proof="always", compress=compress)
     with receiving(tmp_path / "target") as (stream, back, got):
-        result = pyploop.copy(
-            tmp_path / "source", stream, options=CopyOptions(proof="always"), feedback=back
-        )
+        result = pyploop.copy(tmp_path / "source", stream, options=options, feedback=back)
     assert (result.root, result.proven, result.resent_bytes) == (model(data).hex(), True, 0)
     assert (tmp_path / "target").read_bytes() == data
     (received,) = got
@@ -246,6 +251,49 @@ def test_a_bit_that_is_flipped_on_the_way_is_found_and_its_block_sent_again(
     assert result.proven
     assert (tmp_path / "target").read_bytes() == data
     assert getattr(got[0], "root", None) == result.root == model(data).hex()
+
+
+def test_whatever_is_flipped_on_the_way_the_target_is_right_or_there_is_none(
+    tmp_path: Path,
+) -> None:
+    rng = random.Random(5)
+    data = image(tmp_path / "source", 100_000)
+    outcomes = set()
+    for number in range(20):
+        target = tmp_path / f"target{number}"
+        flip = Flip(rng.randrange(200, 83_000))
+        try:
+            with receiving(target, flip) as (stream, back, _):
+                options = CopyOptions(proof="always")
+                result = pyploop.copy(tmp_path / "source", stream, options=options, feedback=back)
+            assert flip.times or result.resent_bytes
+            assert target.read_bytes() == data
+            outcomes.add("again")
+        except PyploopError:
+            assert not target.exists()
+            outcomes.add("failed")
+    assert "again" in outcomes
+
+
+def test_the_header_that_ends_the_copy_of_a_ploop_image_is_in_the_proof(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is a part of a block, and not what the source has."""
+
+    def open_image(*args: Any, **how: Any) -> Source:
+        source = opening.open_source(*args, **how)
+        source.image_format = "ploop1"
+        return source
+
+    data = image(tmp_path / "source", 10_000)
+    monkeypatch.setattr("pyploop.api.copying.opening", SimpleNamespace(open_source=open_image))
+    with receiving(tmp_path / "target") as (stream, back, _):
+        result = pyploop.copy(
+            tmp_path / "source", stream, options=CopyOptions(proof="always"), feedback=back
+        )
+    target = (tmp_path / "target").read_bytes()
+    assert target == clear_in_use(data[:512]) + data[512:] != data
+    assert (result.root, result.resent_bytes) == (model(target).hex(), 0)
 
 
 def test_a_target_that_differs_after_blocks_were_sent_again_fails_at_both_ends(
