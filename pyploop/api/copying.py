@@ -115,10 +115,10 @@ class CopyOptions:
     """Options for ssh, which a copy from or to another host uses."""
     remote_pyploop: str = "pyploop"
     """The command that is pyploop on that host."""
-    proof: Literal["auto", "always", "never"] = "auto"
+    proof: Literal["auto", "always", "never"] | None = None
     """Keep hashes of what was sent, and have the receiver compare them with those of what it
-    wrote.  `auto`: with `receipt`, if the receiver can; `always`: ParameterError if it
-    cannot."""
+    wrote.  `auto`: if the receiver can; `always`: ParameterError if it cannot; `never`.
+    None: `auto` from or to another host and for a receipt, else `never`."""
     receipt: str | os.PathLike[str] | None = None
     """A file that is written when the target is durable: what it must hold, for `verify`."""
 
@@ -160,6 +160,8 @@ class Copy:
         self._begun = self._cancelled = False
         self.target_host = ""
         """Where a descriptor leads, for the result; empty: to this host, or not known."""
+        self.target_path: str | None = None
+        """The same for the receipt; None: not known."""
 
     def __enter__(self) -> Copy:
         o = self._options
@@ -167,6 +169,8 @@ class Copy:
         if isinstance(self._target, (str, os.PathLike)):
             options.target = os.path.abspath(self._target)
             options.target_host = os.uname().nodename
+        elif self.target_host:
+            options.target, options.target_host = self.target_path, self.target_host
         with contextlib.ExitStack() as undo:
             out = undo.enter_context(self._open_target())
             source = opening.open_source(
@@ -235,7 +239,7 @@ class Copy:
         """What a pyploop peer is asked for."""
         o = self._options
         offered = Feature.COMPRESSED if self._compression else NO_FEATURES
-        if o.proof == "always" or (o.proof == "auto" and o.receipt is not None):
+        if o.proof in ("auto", "always") or (o.proof is None and o.receipt is not None):
             offered |= Feature.PROOF
         return offered
 
@@ -382,21 +386,22 @@ def run_here(copying: Copy, done: Done) -> None:
         done.recorder = copying.recorder
 
 
-def _internal(o: CopyOptions, report: Reporter) -> Options:
-    """ParameterError for a value that cannot be."""
-    if o.readers is not None and not 0 <= o.readers <= 64:
-        raise ParameterError(f"readers={o.readers}: it must be 0 to 64")
+def check_proof(o: CopyOptions) -> None:
+    """ParameterError for a proof and a receipt that contradict each other, or the protocol."""
     if o.receipt is not None and o.proof == "never":
         raise ParameterError("a receipt (--receipt) needs the proof that --proof never leaves out")
-    if (
-        o.proof != "never"
-        and o.protocol == "ploop"
-        and (o.receipt is not None or o.proof == "always")
-    ):
+    if o.protocol == "ploop" and (o.receipt is not None or o.proof == "always"):
         raise ParameterError(
             "no proof can be kept of what --compat ploop sends, since it may be parts of blocks "
             "(--proof, --receipt)"
         )
+
+
+def _internal(o: CopyOptions, report: Reporter) -> Options:
+    """ParameterError for a value that cannot be."""
+    if o.readers is not None and not 0 <= o.readers <= 64:
+        raise ParameterError(f"readers={o.readers}: it must be 0 to 64")
+    check_proof(o)
     limit = o.freeze_limit
     if limit is None:
         limit = FREEZE_LIMIT if o.max_freeze is None else 2 * o.max_freeze + 1
@@ -420,7 +425,7 @@ def _internal(o: CopyOptions, report: Reporter) -> Options:
         freeze_limit=limit,
         reserve=o.reserve,
         throttle=throttle,
-        proof=o.proof,
+        proof=o.proof or "auto",
         receipt=None if o.receipt is None else os.fspath(o.receipt),
         policy=Policy(max_freeze=o.max_freeze, deadline=o.deadline, on_deadline=o.on_deadline),
     )

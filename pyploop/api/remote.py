@@ -10,11 +10,12 @@ from __future__ import annotations
 
 import contextlib
 import os
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from pyploop.api.copying import Copy, CopyOptions, Done, Target, run_here
+from pyploop.api.copying import Copy, CopyOptions, Done, Target, check_proof, run_here
 from pyploop.api.reporting import make_reporter
 from pyploop.errors import (
     ConnectError,
@@ -28,6 +29,7 @@ from pyploop.transport.place import Place, place
 
 if TYPE_CHECKING:
     from pyploop.api.remote_host import RemoteHost
+    from pyploop.diskcopy.receiver import Received
     from pyploop.report.event_types import Event
     from pyploop.report.results import CopyResult
 
@@ -86,6 +88,8 @@ def run(
     from_, to = places(source, target)
     if options.compress is None and (from_.host or to.host):
         options = replace(options, compress="auto")
+    if options.proof is None and (from_.host or to.host):
+        options = replace(options, proof="auto")
     if from_.host:
         _pull(from_, to.path, options, report, done)
     elif to.host:
@@ -121,7 +125,7 @@ def _push(source: str, to: Place, options: CopyOptions, report: Reporter, done: 
         with there.lane() as lane:
             there.ask("receive")
             copying = Copy(source, lane.wfd, options=options, feedback=lane.rfd, reporter=report)
-            copying.target_host = to.host
+            copying.target_host, copying.target_path = to.host, to.path
             state = ["the source runs", f"a target is on {to.host} only if it is complete"]
             with _lost(state), there.watched(lane, copying.cancel) as far:
                 run_here(copying, done)
@@ -139,6 +143,8 @@ def _pull(from_: Place, target: str, options: CopyOptions, report: Reporter, don
     from pyploop.report.results import CopyResult
 
     _check_protocol(options)
+    check_proof(options)
+    began = time.monotonic()
     options = replace(options, stops=with_specs(options))
     with contextlib.ExitStack() as stack:
         unused = stack.enter_context(contextlib.ExitStack())
@@ -151,11 +157,13 @@ def _pull(from_: Place, target: str, options: CopyOptions, report: Reporter, don
         stack.enter_context(_lost(state))
         far = stack.enter_context(there.watched(lane, lane.cut))
         unused.pop_all()  # the receiver closes it
-        receiver.receive(target, lane.rfd, lane.wfd, report, options.timeout, sink=sink)
+        got = receiver.receive(target, lane.rfd, lane.wfd, report, options.timeout, sink=sink)
         state[0] = f"{target} is complete and was kept"
         try:
             fields = {**far.result(), "source_host": from_.host}
             done.summary = checked.checked(CopyResult, fields)
+            if options.receipt is not None:
+                _write_receipt(os.fspath(options.receipt), from_, got, done.summary, began)
         except ValueError as e:
             raise ProtocolError(f"{from_.host}: a wrong result ({e}); {state[0]}") from None
         except ConnectError:
@@ -163,6 +171,24 @@ def _pull(from_: Place, target: str, options: CopyOptions, report: Reporter, don
         except PyploopError as e:
             e.add(state[0])
             raise
+
+
+def _write_receipt(
+    path: str, from_: Place, got: Received, summary: dict[str, Any], began: float
+) -> None:
+    """Of what was received, which the sender has compared.  WriteError, ProtocolError."""
+    from pyploop.diskcopy import receipt
+
+    if got.proof is None:
+        raise ProtocolError(f"no receipt was written: {from_.host} keeps no proof")
+    now = time.monotonic()
+    receipt.make(
+        got.proof,
+        summary,
+        source=(from_.path, from_.host),
+        target=(os.path.abspath(got.target), receipt.host()),
+        times=(began, now - summary["frozen_window"] if summary["frozen_window"] else None, now),
+    ).write(path)
 
 
 @contextlib.contextmanager

@@ -227,8 +227,9 @@ def parser() -> Parser:
         "--proof",
         choices=WISHES,
         default=CopyOptions.proof,
-        help="have the receiver compare hashes of what it wrote with those of what was sent: with "
-        "--receipt and if it can (auto), or fail if it cannot (always)",
+        help="have the receiver compare hashes of what it wrote with those of what was sent: if it "
+        "can (auto: the default from or to another host, and with --receipt), or fail if it cannot "
+        "(always)",
     )
     add(
         "--receipt",

@@ -11,7 +11,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from pyploop import __version__, _core
 from pyploop._core import Extents, Fault, Proof, Pump
@@ -30,6 +30,8 @@ PARTS = 4096
 """Most hashes of parts in a receipt: 87 KiB of text."""
 LONGEST = MIB
 """Bytes of a receipt at most."""
+_AS_THERE = ("tracker", "completeness", "acknowledged", "proven", "dialect")
+"""Fields that the summary has, too."""
 CLUSTER, SLOTS = MIB, 8
 """Bytes of one read, and reads under way."""
 NODE = 16
@@ -121,30 +123,45 @@ class Receipt:
 
 
 def of_copy(c: Context) -> Receipt:
-    """Of a copy whose target is durable."""
-    proof, summary, options = c.source_pump.proof, c.summary, c.options
-    assert proof is not None and summary.root is not None
-    part, parts = _parts(proof)
-    spans = c.recorder.spans
+    """Of a copy whose target is durable, by its sender."""
+    assert c.source_pump.proof is not None
+    spans, options = c.recorder.spans, c.options
     frozen = [s.start for s in spans if s.stage == "frozen"] if c.stops else []
+    return make(
+        c.source_pump.proof,
+        vars(c.summary),
+        source=(os.path.abspath(c.source.path), host()),
+        target=(options.target, options.target_host),
+        times=(spans[0].start, frozen[0] if frozen else None, time.monotonic()),
+    )
+
+
+def make(
+    proof: Proof,
+    summary: dict[str, Any],
+    *,
+    source: tuple[str, str],
+    target: tuple[str | None, str | None],
+    times: tuple[float, float | None, float],
+) -> Receipt:
+    """summary: the fields of CopyResult.  source, target: path and host.  times: when it began,
+    when the source was frozen, and when it ended, by time.monotonic()."""
+    part, parts = _parts(proof)
+    began, frozen, ended = times
     return Receipt(
         size=proof.size,
-        root=summary.root,
+        root=proof.root().hex(),
         part=part,
         parts=parts,
-        source=os.path.abspath(c.source.path),
-        source_host=host(),
-        target=options.target,
-        target_host=options.target_host,
-        began=_date(spans[0].start),
-        frozen=_date(frozen[0]) if frozen else None,
-        ended=_date(time.monotonic()),
-        tracker=summary.tracker,
-        completeness=summary.completeness,
-        acknowledged=summary.acknowledged,
-        proven=summary.proven,
-        unsafe=tuple(summary.unsafe),
-        dialect=summary.dialect,
+        source=source[0],
+        source_host=source[1],
+        target=target[0],
+        target_host=target[1],
+        began=_date(began),
+        frozen=None if frozen is None else _date(frozen),
+        ended=_date(ended),
+        unsafe=tuple(summary["unsafe"]),
+        **{name: summary[name] for name in _AS_THERE},
     )
 
 

@@ -17,7 +17,7 @@ from functools import cached_property
 from typing import Any
 
 from pyploop import _core
-from pyploop._core import Fault, Receiver, RecvStats
+from pyploop._core import Fault, Proof, Receiver, RecvStats
 from pyploop.diskcopy import target_room
 from pyploop.diskcopy.proof import TRIES
 from pyploop.diskcopy.replies import Answers, Feedback, NoAnswers, Replies
@@ -57,8 +57,8 @@ class Received:
     native: bool
     """The peer is a pyploop sender, and END was acknowledged."""
     dialect: str
-    root: str | None
-    """Of the proof that both ends have compared, in hexadecimal; None: none was kept."""
+    proof: Proof | None
+    """What both ends have compared; None: none was kept."""
 
     def fields(self) -> dict[str, Any]:
         """Those of the event `received`."""
@@ -77,7 +77,7 @@ class Received:
             "syncs": self.syncs,
             "native_peer": self.native,
             "dialect": self.dialect,
-            "root": self.root,
+            "root": None if self.proof is None else self.proof.root().hex(),
         }
 
 
@@ -268,10 +268,10 @@ class _Receipt:
             + (f", {format_size(stats.compressed)} came compressed" if stats.compressed else "")
         )
         witness = self.answers.witness
-        root = None if witness is None else witness.proof.root().hex()
-        if root is not None:
-            self._report.info(f"Proof: {self._path} is what was sent, root {root}")
-        done = Received(self._path, stats, syncs, self.answers.native, self.answers.dialect, root)
+        proof = None if witness is None else witness.proof
+        if proof is not None:
+            self._report.info(f"Proof: {self._path} is what was sent, root {proof.root().hex()}")
+        done = Received(self._path, stats, syncs, self.answers.native, self.answers.dialect, proof)
         self._report.event("received", **done.fields())
         return done
 

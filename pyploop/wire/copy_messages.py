@@ -50,6 +50,7 @@ SOURCE_OPTIONS: dict[str, Check] = {
     "throttle_cgroup": text,
     "bandwidth": SIZE,
     "compress": text,
+    "proof": one_of("auto", "always", "never"),
     "reserve": SIZE,
     "cluster": SIZE,
     "readers": whole(0, 64),

@@ -26,7 +26,7 @@ from pyploop._core import Extents, Proof, Pump, Receiver
 from pyploop.cli import verify as command
 from pyploop.diskcopy import proof as proofs
 from pyploop.diskcopy.receipt import Receipt
-from pyploop.diskcopy.receiver import receive
+from pyploop.diskcopy.receiver import Received, receive
 from pyploop.disks import opening
 from pyploop.disks.image import clear_in_use
 from pyploop.disks.source import Source
@@ -196,6 +196,13 @@ def _relay(source: int, to: int, harm: Callable[[bytes], bytes]) -> None:
         os.close(to)
 
 
+def root_received(result: list[object]) -> str | None:
+    (received,) = result
+    assert isinstance(received, Received), received
+    root: str | None = received.fields()["root"]
+    return root
+
+
 def image(path: Path, size: int) -> bytes:
     data = bytearray(os.urandom(size))
     data[size // 3 : size // 2] = bytes(size // 2 - size // 3)
@@ -211,8 +218,7 @@ def test_two_pyploops_agree_on_the_root_of_what_was_copied(tmp_path: Path, compr
         result = pyploop.copy(tmp_path / "source", stream, options=options, feedback=back)
     assert (result.root, result.proven, result.resent_bytes) == (model(data).hex(), True, 0)
     assert (tmp_path / "target").read_bytes() == data
-    (received,) = got
-    assert getattr(received, "root", None) == result.root
+    assert root_received(got) == result.root
 
 
 @pytest.mark.parametrize("options", [CopyOptions(), CopyOptions(proof="never")])
@@ -221,7 +227,7 @@ def test_a_copy_that_asks_for_no_proof_keeps_none(tmp_path: Path, options: CopyO
     with receiving(tmp_path / "target") as (stream, back, got):
         result = pyploop.copy(tmp_path / "source", stream, options=options, feedback=back)
     assert (result.root, result.proven) == (None, False)
-    assert getattr(got[0], "root", "") is None
+    assert root_received(got) is None
 
 
 class Flip:
@@ -250,7 +256,7 @@ def test_a_bit_that_is_flipped_on_the_way_is_found_and_its_block_sent_again(
     assert result.resent_bytes == BLOCK
     assert result.proven
     assert (tmp_path / "target").read_bytes() == data
-    assert getattr(got[0], "root", None) == result.root == model(data).hex()
+    assert root_received(got) == result.root == model(data).hex()
 
 
 def test_whatever_is_flipped_on_the_way_the_target_is_right_or_there_is_none(
@@ -355,7 +361,7 @@ def test_end_after_a_proof_that_agrees_is_answered_as_ever(tmp_path: Path) -> No
         sender.write(d1_frame(0, DATA[:5000]) + d1_frame(5000, DATA[5000:]) + GOOD + d1_end())
         assert sender.read(8) == b"SUCCESS\n"
     assert (tmp_path / "target").read_bytes() == DATA
-    assert getattr(got[0], "root", None) == model(DATA).hex()
+    assert root_received(got) == model(DATA).hex()
 
 
 @pytest.mark.parametrize(

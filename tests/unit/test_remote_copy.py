@@ -5,6 +5,7 @@ on this host.  And the protocol, against an end that does not keep to it."""
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import socket
 import subprocess
@@ -163,6 +164,28 @@ def test_a_push_and_a_pull_bring_every_byte_and_name_the_other_host(
     assert (done.source_host, done.target_host) == ("db1", "")
     assert done.size == image.stat().st_size
     assert {e.host for e in seen if isinstance(e, event_types.Summary)} == {"db1"}
+
+
+def test_a_push_and_a_pull_are_proven_and_have_a_receipt_here(
+    host: Path, image: Path, tmp_path: Path
+) -> None:
+    receipt, back = tmp_path / "receipt", tmp_path / "back"
+    options = pyploop.CopyOptions(receipt=receipt)
+    here = os.uname().nodename
+    for source, target, found, ends in (
+        (str(image), "b:there", host / "there", (here, str(image), "b", "there")),
+        ("b:there", str(back), back, ("b", "there", here, str(back))),
+    ):
+        done = pyploop.copy(source, target, options=options)
+        assert done.proven
+        result = pyploop.verify(found, receipt)
+        assert (result.same, result.root, result.proven) == (True, done.root, True)
+        paper = json.loads(receipt.read_text())
+        names = ("source_host", "source", "target_host", "target")
+        assert tuple(paper[name] for name in names) == ends
+        receipt.unlink()
+    done = pyploop.copy(str(image), "b:other", options=pyploop.CopyOptions(proof="never"))
+    assert (done.proven, done.root) == (False, None)
 
 
 def test_a_failure_there_has_the_class_and_the_code_that_it_had_there(
