@@ -166,6 +166,29 @@ def test_a_dump_asks_nothing(programs: Programs) -> None:
     assert programs.lines()[-1] == "end"
 
 
+@pytest.mark.parametrize("what", ["dump", "restore"])
+def test_a_criu_that_got_nothing_to_do_ends_with_the_one_that_waits(
+    programs: Programs, what: Literal["dump", "restore"]
+) -> None:
+    ended = programs.waiting(what).drop()
+    assert ended is not None and ended[0] != 0
+    folder = str(programs.criu)
+
+    def running() -> list[str]:
+        found = []
+        for path in Path("/proc").glob("[0-9]*/cmdline"):
+            try:
+                words = path.read_bytes().decode().split("\0")
+            except OSError:
+                continue
+            if folder in words and "swrk" in words:
+                found.append(str(path))
+        return found
+
+    wait_until(lambda: not running(), "CRIU has ended", SECONDS)
+    assert programs.lines() == []
+
+
 @pytest.mark.invariant(number=4)
 def test_a_refused_restore_ends_the_container_before_it_runs(programs: Programs) -> None:
     def refuse() -> None:

@@ -110,6 +110,16 @@ def connect(folder: str) -> socket.socket:
     return above(line)
 
 
+def waited(folder: str, kind: int) -> socket.socket | None:
+    """The line to pyploop, which lets it go on; None: it does not."""
+    try:
+        line = connect(folder)
+        line.send(bytes([kind]))
+        return line if line.recv(16) == GO else None
+    except OSError:
+        return None
+
+
 def started(argv: list[str], *, dies_with_us: bool) -> tuple[socket.socket, int]:
     """(our end of its socket, pid) of a CRIU."""
     ours, theirs = map(above, socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET))
@@ -211,10 +221,11 @@ def main() -> None:
     if version:  # its answer is there before it waits
         criu.send(request)
         answer = criu.recv(_LONGEST)
-    line = connect(folder)
-    line.send(bytes([kind]))
-    if line.recv(16) != GO:
-        os._exit(1)  # CRIU sees the end of its socket, or is killed
+    line = waited(folder, kind)
+    if line is None:
+        # It has got nothing to do yet.  Perhaps it is not so far that it dies with us.
+        os.kill(pid, signal.SIGKILL)
+        os._exit(1)
     if version:
         runc.send(answer)
         os._exit(0)  # at once
