@@ -43,17 +43,41 @@ int pl_fdatasync(int fd)
 	return 0;
 }
 
+#define HUGE ((size_t)2 << 20)
+
+/* What is large is of huge pages, where there are some: the kernel finds the memory
+   of a direct request by its pages, and a disk gets each as a segment. */
+static size_t unit_of(size_t len)
+{
+	return len < HUGE ? PL_BLOCK : HUGE;
+}
+
 static size_t round_up(size_t len)
 {
-	return (len + PL_BLOCK - 1) & ~(size_t)(PL_BLOCK - 1);
+	size_t unit = unit_of(len);
+
+	return (len + unit - 1) & ~(unit - 1);
 }
 
 void *pl_buf_new(size_t len)
 {
-	void *p = mmap(NULL, round_up(len), PROT_READ | PROT_WRITE,
+	size_t size = round_up(len), unit = unit_of(len);
+	size_t room = unit == HUGE ? size + HUGE : size, lead;
+	char *p = mmap(NULL, room, PROT_READ | PROT_WRITE,
 		       MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
 
-	return p == MAP_FAILED ? NULL : p;
+	if (p == MAP_FAILED)
+		return NULL;
+	if (unit == HUGE) {
+		lead = (HUGE - (uintptr_t)p % HUGE) % HUGE;
+		if (lead)
+			munmap(p, lead);
+		if (HUGE - lead)
+			munmap(p + lead + size, HUGE - lead);
+		p += lead;
+		(void)madvise(p, size, MADV_HUGEPAGE);
+	}
+	return p;
 }
 
 void pl_buf_free(void *buf, size_t len)

@@ -12,7 +12,8 @@
 int pl_pwrite_full(int fd, const void *buf, size_t len, uint64_t pos)
 	PL_CHECKED PL_NONNULL PL_READS(2, 3);
 int pl_fdatasync(int fd) PL_CHECKED;
-/* Buffers for O_DIRECT: PL_BLOCK aligned; the size is rounded up. */
+/* Buffers for O_DIRECT: PL_BLOCK aligned, or of huge pages from 2 MiB on; the size is
+   rounded up. */
 void *pl_buf_new(size_t len) PL_CHECKED;
 void pl_buf_free(void *buf, size_t len);
 

@@ -140,6 +140,7 @@ int pl_pump_pass(struct pl_pump *p, const struct pl_extent *ext, size_t n,
 	p->claimed = p->emitted = 0;
 	p->err = 0;
 	p->fault = *fault;
+	pl_direct_begin(&p->direct);
 	/* Few extents are spread over the readers, many are batched. */
 	p->frags_per_slot = share < 1 ? 1 : share > PL_FRAGS ? PL_FRAGS :
 						(unsigned)share;
@@ -172,6 +173,7 @@ int pl_pump_pass(struct pl_pump *p, const struct pl_extent *ext, size_t n,
 	assert(p->err || (p->next == p->n && p->claimed == p->emitted));
 	for (unsigned i = 0; i < p->cfg.slots; i++)
 		p->slot[i].busy = p->slot[i].ready = false;
+	pl_direct_end(&p->direct);
 	if (!p->err)
 		pl_huge_settle(p);
 	p->n = p->next = 0;
@@ -215,6 +217,7 @@ void pl_pump_cancel(struct pl_pump *p)
 void pl_pump_stats(const struct pl_pump *p, struct pl_pump_stats *out)
 {
 	pl_read_counters(out, &p->stats, sizeof(*out));
+	out->direct_bytes = __atomic_load_n(&p->direct.bytes, __ATOMIC_RELAXED);
 }
 
 static const struct pl_sink_ops *const sinks[] = {
@@ -333,7 +336,9 @@ int pl_pump_new(struct pl_pump **out, const struct pl_pump_cfg *cfg)
 			goto nomem;
 	}
 	p->can_splice = pl_can_splice(p);
-	err = pl_pump_huge_init(p);
+	err = pl_direct_init(&p->direct, cfg->out_fd, &cfg->direct);
+	if (!err)
+		err = pl_pump_huge_init(p);
 	if (!err) {
 		p->cancel_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
 		err = p->cancel_fd < 0 ? -errno : start_threads(p);
@@ -370,6 +375,7 @@ void pl_pump_free(struct pl_pump *p)
 	free(p->slot);
 	free(p->reader);
 	pl_pump_huge_fini(p);
+	pl_direct_fini(&p->direct);
 	if (p->cancel_fd >= 0)
 		close(p->cancel_fd);
 	pthread_cond_destroy(&p->done);

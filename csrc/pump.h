@@ -14,6 +14,7 @@
 #ifndef PL_PUMP_H
 #define PL_PUMP_H
 
+#include "direct.h"
 #include "known.h"
 #include "proof.h"
 #include "wire.h"
@@ -68,6 +69,9 @@ struct pl_pump_cfg {
 	uint64_t tail_pos;	/* and where they begin in it */
 	int out_fd;
 	enum pl_sink sink;
+	struct pl_direct_cfg direct;	/* PL_SINK_FILE only */
+	uint32_t zero_holes;	/* PL_SINK_FILE, 1: the target is full of what it had
+				   before, and can make a range zero (a device) */
 	uint32_t cluster;	/* largest frame, cut from an extent's start; a
 				   multiple of PL_BLOCK, at most 64 MiB */
 	uint32_t slots;		/* >= 2 */
@@ -104,8 +108,10 @@ struct pl_pump_stats {
 	uint64_t done_bytes;	/* of the extents of this pass, finished */
 	uint64_t huge_bytes;	/* of the file, made as huge pages (tmpfs) */
 	uint64_t packed_bytes, packed_frames;	/* of the data, that went compressed */
+	uint64_t direct_bytes;	/* written past the page cache */
+	uint64_t filled_bytes;	/* holes that were made zero, instead of written */
 };
-_Static_assert(sizeof(struct pl_pump_stats) == 10 * sizeof(uint64_t),
+_Static_assert(sizeof(struct pl_pump_stats) == 12 * sizeof(uint64_t),
 	       "counters.h reads it as an array");
 
 struct pl_pump;

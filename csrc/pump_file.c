@@ -7,25 +7,49 @@
 #include "io.h"
 #include "pump_internal.h"
 
+static int write_buffered(void *ctx, const uint8_t *data, uint32_t len, uint64_t pos)
+{
+	struct pl_pump *p = ctx;
+	int err = pl_pwrite_full(p->cfg.out_fd, data, len, pos);
+
+	/* Writeback starts at once, so that dirty pages do not pile up and the last
+	   fdatasync is short; its errors are kept for that. */
+	if (!err)
+		sync_file_range(p->cfg.out_fd, (off_t)pos, (off_t)len,
+				SYNC_FILE_RANGE_WRITE);
+	return err;
+}
+
+/* A hole of the source, on a target that may have anything there. */
+static bool zeroed(struct pl_pump *p, const struct frag *r)
+{
+	if (!p->cfg.zero_holes || !(p->flags & PL_PASS_HOLES) || r->pos % PL_BLOCK ||
+	    r->len % PL_BLOCK ||
+	    fallocate(p->cfg.out_fd, FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE,
+		      (off_t)r->pos, (off_t)r->len) < 0)
+		return false;
+	STAT_ADD(p, filled_bytes, r->len);
+	return true;
+}
+
 static int emit(struct pl_pump *p, struct slot *s, struct pl_fault *fault)
 {
 	for (unsigned i = 0; i < s->nruns; i++) {
 		struct frag *r = &s->run[i];
-		int err = pl_rate_obey(p, r->len);
+		int err;
 
+		if (zeroed(p, r))
+			continue;
+		err = pl_rate_obey(p, r->len);
 		pl_huge_ahead(p, r->pos, r->pos + r->len);
 		if (!err && !s->place)
-			err = pl_pwrite_full(p->cfg.out_fd, s->data + r->off,
-					     r->len, r->pos);
+			err = pl_direct_write(&p->direct, s->data + r->off, r->len,
+					      r->pos, write_buffered, p);
 		if (err) {
 			fault->stage = PL_STAGE_WRITE;
 			fault->pos = r->pos;
 			return err;
 		}
-		/* Writeback starts at once, so that dirty pages do not pile up
-		   and the last fdatasync is short; its errors are kept for that. */
-		sync_file_range(p->cfg.out_fd, (off_t)r->pos, (off_t)r->len,
-				SYNC_FILE_RANGE_WRITE);
 		STAT_ADD(p, data_bytes, r->len);
 		STAT_ADD(p, wire_bytes, r->len);
 	}

@@ -119,6 +119,7 @@ struct pl_pump {
 	struct pl_pays pays;		/* these three are of the thread of the pass */
 	uint64_t counted_ns;		/* `pays` knows of all before */
 	uint64_t waited_ns;		/* since then, for the stream */
+	struct pl_direct direct;		/* of a file */
 	pthread_mutex_t rate_lock;		/* guards the next line */
 	uint64_t rate_t0_ns, rate_bytes;
 	struct pl_huge huge;			/* of the thread that has set `making` */

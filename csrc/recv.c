@@ -2,10 +2,11 @@
 /*
  * The receiving pump: stream -> slots -> file (-> replies, in D2).
  *
- * The calling thread reads frames into slots; one helper writes them, in
- * order (a block may be sent twice: the later one must win), and answers them
- * where the dialect has answers.  Small frames share a slot while the helper
- * is busy.  Every read asks for the rest of the current payload and at most
+ * The calling thread reads frames into slots; helpers write them.  What is for
+ * the same block is written in order (a block may be sent twice: the later one
+ * must win), and slots are answered in order, where the dialect has answers.
+ * Buffered writes are one helper's; direct ones need several under way, each of
+ * a full slot.  Small frames share a slot while the helpers are busy.  Every read asks for the rest of the current payload and at most
  * one header more, which is always there until END: so nothing behind END is
  * ever taken from the stream.
  *
@@ -24,6 +25,8 @@
 #include "clock.h"
 #include "io.h"
 #include "recv_internal.h"
+
+#define MAX_WRITERS 64u
 
 int pl_recv_payload(struct pl_recv *r, uint8_t *to, uint32_t len, bool last)
 {
@@ -50,6 +53,17 @@ static int read_part(struct pl_recv *r, uint8_t *to, uint32_t part, bool last)
 				pl_recv_payload(r, to, part, last);
 }
 
+static void add_part(struct recv_slot *s, uint64_t pos, uint32_t len, uint32_t off)
+{
+	uint64_t start = pos - pos % PL_BLOCK;
+	uint64_t end = (pos + len + PL_BLOCK - 1) / PL_BLOCK * PL_BLOCK;
+
+	s->start = s->nparts && s->start < start ? s->start : start;
+	s->end = s->nparts && s->end > end ? s->end : end;
+	s->part[s->nparts++] = (struct recv_part){ pos, len, off };
+	s->used = (off + len + PL_BLOCK - 1) / PL_BLOCK * PL_BLOCK;
+}
+
 /* Data of the frame r->head into the file's own page, or into slots in
    parts of at most a slot. */
 static int read_payload(struct pl_recv *r)
@@ -63,7 +77,7 @@ static int read_payload(struct pl_recv *r)
 		if (err)
 			return err;
 	}
-	for (uint32_t part; left; pos += part, left -= part) {
+	for (uint32_t part, lead; left; pos += part, left -= part) {
 		uint8_t *place = pl_recv_place(r, pos, left, &part);
 		struct recv_slot *s;
 		int err;
@@ -78,20 +92,20 @@ static int read_payload(struct pl_recv *r)
 		s = pl_recv_slot(r);
 		if (!s)
 			return r->err;
-		/* Parts start at PL_BLOCK in memory, as they mostly do in the file. */
-		part = left < r->cfg.slot_size - s->used ?
-			       left : r->cfg.slot_size - s->used;
+		/* Blocks lie in memory as in the file: O_DIRECT takes them from there. */
+		lead = (uint32_t)(pos % PL_BLOCK);
+		part = left < r->cfg.slot_size - s->used - lead ?
+			       left : r->cfg.slot_size - s->used - lead;
 		if (s->nparts == RECV_PARTS || (part < left && s->nparts)) {
 			pl_recv_hand_over(r);
 			part = 0;
 			continue;
 		}
-		assert(part && s->used + part <= r->cfg.slot_size);
-		err = read_part(r, s->buf + s->used, part, part == left);
+		assert(part && s->used + lead + part <= r->cfg.slot_size);
+		err = read_part(r, s->buf + s->used + lead, part, part == left);
 		if (err)
 			return err;
-		s->part[s->nparts++] = (struct recv_part){ pos, part, s->used };
-		s->used += (part + PL_BLOCK - 1) / PL_BLOCK * PL_BLOCK;
+		add_part(s, pos, part, s->used + lead);
 		pl_recv_saw(r, pos, part);
 		if (part == left)
 			s->replies += r->dialect == PL_DIALECT_D2 &&
@@ -217,6 +231,7 @@ int pl_recv_run(struct pl_recv *r, struct pl_recv_msg *msg,
 		ret = pl_recv_drain(r);
 		*fault = r->fault;
 	}
+	pl_direct_end(&r->direct);
 	return ret;
 }
 
@@ -278,6 +293,29 @@ void pl_recv_cancel(struct pl_recv *r)
 void pl_recv_stats(const struct pl_recv *r, struct pl_recv_stats *out)
 {
 	pl_read_counters(out, &r->stats, sizeof(*out));
+	out->direct_bytes = __atomic_load_n(&r->direct.bytes, __ATOMIC_RELAXED);
+}
+
+static int new_slots(struct pl_recv *r)
+{
+	const struct pl_recv_cfg *c = &r->cfg;
+	/* Between two runs of one part there is a block of zeroes at least. */
+	size_t runs = RECV_PARTS + c->slot_size / PL_BLOCK / 2 + 1;
+
+	r->slot = calloc(c->slots, sizeof(*r->slot));
+	r->thread = calloc(r->cfg.writers, sizeof(*r->thread));
+	r->memory = pl_buf_new((size_t)c->slots * c->slot_size);
+	if (!r->slot || !r->thread || !r->memory)
+		return -ENOMEM;
+	for (unsigned i = 0; i < c->slots; i++) {
+		struct recv_slot *s = &r->slot[i];
+
+		s->buf = r->memory + (size_t)i * c->slot_size;
+		s->run = calloc(runs, sizeof(*s->run));
+		if (!s->run)
+			return -ENOMEM;
+	}
+	return 0;
 }
 
 int pl_recv_new(struct pl_recv **out, const struct pl_recv_cfg *c)
@@ -287,7 +325,7 @@ int pl_recv_new(struct pl_recv **out, const struct pl_recv_cfg *c)
 
 	if (c->in_fd < 0 || c->out_fd < 0 || c->reply_fd < -1 || c->slots < 2 || c->slots > 1024 ||
 	    !c->slot_size || c->slot_size % PL_BLOCK || !c->max_frame ||
-	    c->stall_ms > INT32_MAX)
+	    c->stall_ms > INT32_MAX || c->writers > MAX_WRITERS)
 		return -EINVAL;
 	r = calloc(1, sizeof(*r));
 	if (!r)
@@ -295,6 +333,10 @@ int pl_recv_new(struct pl_recv **out, const struct pl_recv_cfg *c)
 	r->cfg = *c;
 	r->cancel_fd = -1;
 	r->written_end = c->old_end;
+	r->ahead.fd = c->ahead && c->direct.block ? c->out_fd : -1;
+	/* Only direct writes are for several; buffered ones are in order then. */
+	if (!c->writers || !c->direct.block)
+		r->cfg.writers = 1;
 	/* Only of a new file it is known that it has holes where nothing was
 	   written. */
 	if (c->sparse && !c->old_end)
@@ -302,13 +344,9 @@ int pl_recv_new(struct pl_recv **out, const struct pl_recv_cfg *c)
 	pthread_mutex_init(&r->lock, NULL);
 	pthread_cond_init(&r->work, NULL);
 	pthread_cond_init(&r->done, NULL);
-	r->slot = calloc(c->slots, sizeof(*r->slot));
-	err = r->slot ? 0 : -ENOMEM;
-	for (unsigned i = 0; !err && i < c->slots; i++) {
-		r->slot[i].buf = pl_buf_new(c->slot_size);
-		if (!r->slot[i].buf)
-			err = -ENOMEM;
-	}
+	err = pl_direct_init(&r->direct, c->out_fd, &c->direct);
+	if (!err)
+		err = new_slots(r);
 	if (!err) {
 		r->cancel_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
 		err = r->cancel_fd < 0 ? -errno : pl_recv_start(r);
@@ -325,19 +363,14 @@ void pl_recv_free(struct pl_recv *r)
 {
 	if (!r)
 		return;
-	pthread_mutex_lock(&r->lock);
-	r->quit = true;
-	/* What is still queued belongs to a stream that was given up. */
-	if (!r->err)
-		r->err = -ECANCELED;
-	pthread_cond_broadcast(&r->work);
-	pthread_mutex_unlock(&r->lock);
-	if (r->has_thread)
-		pthread_join(r->thread, NULL);
+	pl_recv_stop(r);
 	for (unsigned i = 0; r->slot && i < r->cfg.slots; i++)
-		pl_buf_free(r->slot[i].buf, r->cfg.slot_size);
+		free(r->slot[i].run);
 	free(r->slot);
 	pl_recv_unpack_fini(r);
+	free(r->thread);
+	pl_buf_free(r->memory, (size_t)r->cfg.slots * r->cfg.slot_size);
+	pl_direct_fini(&r->direct);
 	pl_huge_fini(&r->huge);
 	if (r->cancel_fd >= 0)
 		close(r->cancel_fd);

@@ -1,15 +1,16 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
  * recv.h - the receiving pump: stream -> ring -> file.  The calling thread
- * reads, one helper writes, so that the two overlap.  Never reads past END.
+ * reads, helpers write, so that the two overlap.  Never reads past END.
  * The first marker decides the dialect; another one later is -EBADMSG.  In D2
- * the helper answers DATA once it is written; SYNC, END and failures are the
+ * a helper answers DATA once it is written; SYNC, END and failures are the
  * caller's to answer, and nobody else writes to reply_fd while a run returns.
  */
 #ifndef PL_RECV_H
 #define PL_RECV_H
 
 #include "proof.h"
+#include "direct.h"
 #include "wire.h"
 
 enum pl_recv_event {
@@ -33,6 +34,12 @@ struct pl_recv_cfg {
 				   is new */
 	uint64_t largest;	/* data past this position are refused (-EFBIG); 0:
 				   no limit */
+	uint32_t fill;		/* 1: the file is full of what it had before: what the
+				   stream passes over becomes zeroes, up to the end of
+				   the data.  Then old_end is the end of the file */
+	struct pl_direct_cfg direct;
+	uint32_t writers;	/* threads for direct writes, at most 64; 0: one */
+	uint32_t ahead;		/* 1: allocate room before direct writes (a file) */
 	int reply_fd;		/* socket that D2 is answered on; -1: D2 is refused */
 	pl_digest digest;	/* or NULL */
 	void *digest_ctx;
@@ -44,8 +51,10 @@ struct pl_recv_stats {
 	uint64_t image_size;	/* highest position + size seen */
 	uint64_t huge_bytes;	/* of the file, made as huge pages (tmpfs) */
 	uint64_t packed_bytes, packed_frames;	/* of the data, that came compressed */
+	uint64_t direct_bytes;	/* written past the page cache */
+	uint64_t filled_bytes;	/* made zero, since the stream passed over them */
 };
-_Static_assert(sizeof(struct pl_recv_stats) == 9 * sizeof(uint64_t),
+_Static_assert(sizeof(struct pl_recv_stats) == 11 * sizeof(uint64_t),
 	       "counters.h reads it as an array");
 
 struct pl_recv_msg {

@@ -6,7 +6,9 @@
 #include <pthread.h>
 #include <sys/uio.h>
 
+#include "ahead.h"
 #include "counters.h"
+#include "direct.h"
 #include "huge.h"
 #include "patience.h"
 #include "recv.h"
@@ -32,7 +34,11 @@ struct recv_slot {
 	uint32_t used;
 	unsigned nparts;
 	unsigned replies;	/* packets that end here and are answered */
+	uint64_t start, end;	/* of the file, whole blocks: all parts lie there */
 	struct recv_part part[RECV_PARTS];
+	struct recv_part *run;	/* what must be written */
+	unsigned nruns;
+	bool done;		/* written, but an earlier one is not yet */
 };
 
 struct pl_recv {
@@ -40,8 +46,9 @@ struct pl_recv {
 	struct pl_recv_stats stats;	/* atomic, field by field */
 	struct recv_slot *slot;
 	int cancel_fd;
-	pthread_t thread;
-	bool has_thread;
+	uint8_t *memory;	/* of all slots */
+	pthread_t *thread;
+	unsigned nthreads;
 
 	/* reader only: the next header, as far as it has come; and the fields of
 	   the last complete one */
@@ -70,16 +77,23 @@ struct pl_recv {
 	uint64_t page_zero[PL_HUGE / PL_BLOCK / 64];	/* its zero blocks */
 	uint64_t placed_end;	/* atomic: nothing was placed at or past it */
 
-	/* writer only */
+	/* of the writer that plans, in the order of the slots */
 	uint64_t written_end;	/* the file has no data at or past it */
+	uint64_t covered_end;	/* with `fill`: all below was written or made zero */
+	struct pl_ahead ahead;
+
+	/* of the writer that writes buffered (direct.h: alone) */
+	struct pl_direct direct;
 	uint64_t flush_start, flush_end;	/* written, writeback not started */
 	uint64_t flushing_start, flushing_end;	/* writeback under way */
 	uint64_t unflushed, flushing;	/* bytes in these */
-	struct pl_patience peer_takes;	/* the answers */
+
+	struct pl_patience peer_takes;	/* of the writer that answers */
 
 	pthread_mutex_t lock;	/* guards all below */
 	pthread_cond_t work, done;
-	uint64_t filled, written;	/* slots handed over / finished */
+	uint64_t filled, taken, written;	/* slots handed over / begun / finished */
+	bool planning, retiring;	/* a writer does it */
 	bool writer_idle, reader_waits, quit;
 	int err;
 	struct pl_fault fault;
@@ -96,8 +110,9 @@ struct recv_slot *pl_recv_slot(struct pl_recv *r) PL_CHECKED PL_NONNULL;
 void pl_recv_hand_over(struct pl_recv *r) PL_NONNULL;
 /* Wait until all is written: 0, or the first failure. */
 int pl_recv_drain(struct pl_recv *r) PL_CHECKED PL_NONNULL;
-/* Start the writer. */
+/* Start the writers, and end them. */
 int pl_recv_start(struct pl_recv *r) PL_CHECKED PL_NONNULL;
+void pl_recv_stop(struct pl_recv *r) PL_NONNULL;
 
 /*
  * recv_in.c.  Read at least `must` bytes into the vector, at most all of it: how
@@ -155,8 +170,21 @@ void pl_recv_saw(struct pl_recv *r, uint64_t pos, uint32_t len) PL_NONNULL;
 /* No more of the page follows: what is unused or zero becomes a hole. */
 void pl_recv_end_page(struct pl_recv *r) PL_NONNULL;
 
-/* recv_out.c.  Write a slot's parts; on failure *pos is where. */
-int pl_recv_write_slot(struct pl_recv *r, struct recv_slot *s, uint64_t *pos)
+/* recv_fill.c.  With `fill`: what the stream has passed over becomes zeroes, before
+   data for [pos, pos + len) are written. */
+int pl_recv_fill(struct pl_recv *r, uint64_t pos, uint32_t len) PL_CHECKED PL_NONNULL;
+
+/*
+ * recv_out.c.  Write a slot, in two steps; on failure *pos is where.  The first, in the
+ * order of the slots: find what must be written -> run[], and make the holes.
+ */
+int pl_recv_plan(struct pl_recv *r, struct recv_slot *s, uint64_t *pos)
+	PL_CHECKED PL_NONNULL;
+/* Then, beside other slots that are for other blocks: write it. */
+int pl_recv_write(struct pl_recv *r, const struct recv_slot *s, uint64_t *pos)
+	PL_CHECKED PL_NONNULL;
+/* Buffered, alone (direct.h). */
+int pl_recv_write_buffered(void *ctx, const uint8_t *data, uint32_t len, uint64_t pos)
 	PL_CHECKED PL_NONNULL;
 
 #endif

@@ -2,6 +2,10 @@
 /*
  * The receiver's end: parts into the file, zeroes as holes, and writeback that
  * keeps pace, so that an fdatasync finds little to do at any moment.
+ *
+ * What is a hole depends on what was written before, and to make one waits for all
+ * direct writes; so that is done in the order of the slots, and only the writing is
+ * done side by side.
  */
 #define _GNU_SOURCE
 #include <assert.h>
@@ -44,57 +48,79 @@ void pl_recv_synced(struct pl_recv *r)
 	r->unflushed = 0;
 }
 
-static int write_data(struct pl_recv *r, const uint8_t *data, uint32_t len,
-		      uint64_t pos)
+int pl_recv_write_buffered(void *ctx, const uint8_t *data, uint32_t len, uint64_t pos)
 {
+	struct pl_recv *r = ctx;
 	int err = pl_pwrite_full(r->cfg.out_fd, data, len, pos);
 
 	if (err)
 		return err;
-	RECV_ADD(r, written_bytes, len);
 	if (r->unflushed == 0 || pos < r->flush_start)
 		r->flush_start = pos;
 	if (pos + len > r->flush_end)
 		r->flush_end = pos + len;
 	r->unflushed += len;
-	if (pos + len > r->written_end)
-		r->written_end = pos + len;
 	roll(r);
 	return 0;
 }
 
+/* Bytes of the slot that must be written. */
+static void add_run(struct pl_recv *r, struct recv_slot *s, uint32_t off, uint32_t len,
+		    uint64_t pos)
+{
+	struct recv_part *last = s->nruns ? &s->run[s->nruns - 1] : NULL;
+
+	pl_ahead_data(&r->ahead, pos, len, r->written_end);
+	if (pos + len > r->written_end)
+		r->written_end = pos + len;
+	if (last && last->pos + last->len == pos && last->off + last->len == off)
+		last->len += len;
+	else
+		s->run[s->nruns++] = (struct recv_part){ pos, len, off };
+}
+
+/* An earlier part of the slot will be written there, after the hole was made. */
+static bool is_planned(const struct recv_slot *s, uint64_t pos, uint64_t end)
+{
+	for (unsigned i = 0; i < s->nruns; i++)
+		if (s->run[i].pos < end && pos < s->run[i].pos + s->run[i].len)
+			return true;
+	return false;
+}
+
 /* Zeroes [pos, pos + len), which are whole blocks. */
-static int write_hole(struct pl_recv *r, const uint8_t *zeroes, uint32_t len,
-		      uint64_t pos)
+static void plan_hole(struct pl_recv *r, struct recv_slot *s, uint32_t off,
+		      uint32_t len, uint64_t pos)
 {
 	uint64_t data_end = __atomic_load_n(&r->placed_end, __ATOMIC_RELAXED);
 
 	assert(pos % PL_BLOCK == 0 && len % PL_BLOCK == 0);
 	if (data_end < r->written_end)
 		data_end = r->written_end;
+	if (pos + len > r->ahead.run_end && pos < r->ahead.end)
+		pl_ahead_close(&r->ahead);
 	/* Past all that was written the new file has a hole anyway. */
 	if (pos < data_end) {
 		uint64_t end = pos + len;
 		uint64_t cut = end < data_end ? end : data_end;
 
-		if (len < MIN_PUNCH)
-			return write_data(r, zeroes, len, pos);
-
-		if (fallocate(r->cfg.out_fd,
+		if (len < MIN_PUNCH || is_planned(s, pos, cut) ||
+		    fallocate(r->cfg.out_fd,
 			      FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE,
-			      (off_t)pos, (off_t)(cut - pos)) < 0)
-			return write_data(r, zeroes, len, pos);
+			      (off_t)pos, (off_t)(cut - pos)) < 0) {
+			add_run(r, s, off, len, pos);
+			return;
+		}
 	}
 	RECV_ADD(r, hole_bytes, len);
-	return 0;
 }
 
 /* One part: alternating runs of zero blocks and other bytes. */
-static int write_part(struct pl_recv *r, const uint8_t *data,
-		      const struct recv_part *part, uint64_t *fault_pos)
+static void plan_part(struct pl_recv *r, struct recv_slot *s,
+		      const struct recv_part *part)
 {
+	const uint8_t *data = s->buf + part->off;
 	uint32_t at = 0;
-	int err = 0;
 
 	/* recv_head.c has refused all others. */
 	assert(part->len <= r->cfg.max_frame &&
@@ -102,10 +128,10 @@ static int write_part(struct pl_recv *r, const uint8_t *data,
 	if (r->cfg.proof)
 		pl_proof_note(r->cfg.proof, data, part->len, part->pos);
 	if (!r->cfg.sparse) {
-		*fault_pos = part->pos;
-		return write_data(r, data, part->len, part->pos);
+		add_run(r, s, part->off, part->len, part->pos);
+		return;
 	}
-	while (at < part->len && !err) {
+	while (at < part->len) {
 		uint32_t end = at, step;
 		bool hole = false;
 
@@ -123,19 +149,44 @@ static int write_part(struct pl_recv *r, const uint8_t *data,
 			else if (zero != hole)
 				break;
 		}
-		*fault_pos = part->pos + at;
-		err = hole ? write_hole(r, data + at, end - at, part->pos + at) :
-			     write_data(r, data + at, end - at, part->pos + at);
+		if (hole)
+			plan_hole(r, s, part->off + at, end - at, part->pos + at);
+		else
+			add_run(r, s, part->off + at, end - at, part->pos + at);
 		at = end;
 	}
-	return err;
 }
 
-int pl_recv_write_slot(struct pl_recv *r, struct recv_slot *s, uint64_t *pos)
+int pl_recv_plan(struct pl_recv *r, struct recv_slot *s, uint64_t *pos)
 {
-	int err = 0;
+	s->nruns = 0;
+	/* Not before there is something to write: until then the target may be read, for
+	   the digests of what it has kept. */
+	pl_direct_begin(&r->direct);
+	for (unsigned i = 0; i < s->nparts; i++) {
+		int err = pl_recv_fill(r, s->part[i].pos, s->part[i].len);
 
-	for (unsigned i = 0; i < s->nparts && !err; i++)
-		err = write_part(r, s->buf + s->part[i].off, &s->part[i], pos);
-	return err;
+		if (err) {
+			*pos = s->part[i].pos;
+			return err;
+		}
+		plan_part(r, s, &s->part[i]);
+	}
+	return 0;
+}
+
+int pl_recv_write(struct pl_recv *r, const struct recv_slot *s, uint64_t *pos)
+{
+	for (unsigned i = 0; i < s->nruns; i++) {
+		const struct recv_part *run = &s->run[i];
+		int err = pl_direct_write(&r->direct, s->buf + run->off, run->len,
+					  run->pos, pl_recv_write_buffered, r);
+
+		if (err) {
+			*pos = run->pos;
+			return err;
+		}
+		RECV_ADD(r, written_bytes, run->len);
+	}
+	return 0;
 }

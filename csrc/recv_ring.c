@@ -1,9 +1,10 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
- * Between the receiver's reader and its writing thread: slots in a ring, in
- * order, and the first failure of either.
+ * Between the receiver's reader and its writing threads: slots in a ring, in
+ * order, and the first failure of any.
  */
 #include <assert.h>
+#include <errno.h>
 #include <signal.h>
 #include <unistd.h>
 
@@ -40,40 +41,103 @@ void pl_recv_wake(struct pl_recv *r)
 		return;		/* full counter: it is readable already */
 }
 
+/* Lock held: the next slot can be begun.  Not while an earlier one for the same
+   blocks is written: of two, the later one must win. */
+static bool can_take(const struct pl_recv *r)
+{
+	const struct recv_slot *s = &r->slot[r->taken % r->cfg.slots];
+
+	if (r->planning || r->taken == r->filled)
+		return false;
+	for (uint64_t i = r->written; i < r->taken; i++) {
+		const struct recv_slot *other = &r->slot[i % r->cfg.slots];
+
+		if (!other->done && s->start < other->end && other->start < s->end)
+			return false;
+	}
+	return true;
+}
+
+/* Lock held.  Plan and write a slot, that is done then. */
+static void process(struct pl_recv *r, struct recv_slot *s)
+{
+	uint64_t pos = 0;
+	int err;
+
+	r->planning = true;
+	r->taken++;
+	pthread_mutex_unlock(&r->lock);
+	err = pl_recv_plan(r, s, &pos);
+	pthread_mutex_lock(&r->lock);
+	r->planning = false;
+	if (r->cfg.writers > 1)
+		pthread_cond_broadcast(&r->work);
+	pthread_mutex_unlock(&r->lock);
+	if (!err)
+		err = pl_recv_write(r, s, &pos);
+	if (err) {
+		pl_recv_fail(r, err, PL_STAGE_WRITE, pos);
+		pl_recv_wake(r);
+	}
+	pthread_mutex_lock(&r->lock);
+}
+
+/* Lock held.  Answer the slots that are done, in order, and give them back. */
+static void retire(struct pl_recv *r)
+{
+	struct recv_slot *s = &r->slot[r->written % r->cfg.slots];
+
+	if (r->retiring)
+		return;		/* that writer sees ours when it has the lock */
+	r->retiring = true;
+	for (; r->written < r->taken && s->done;
+	     s = &r->slot[r->written % r->cfg.slots]) {
+		if (s->replies && !r->err) {
+			int err;
+
+			pthread_mutex_unlock(&r->lock);
+			err = pl_recv_reply(r, s->replies);
+			if (err) {
+				pl_recv_fail(r, err, PL_STAGE_REPLY, 0);
+				pl_recv_wake(r);
+			}
+			pthread_mutex_lock(&r->lock);
+		}
+		s->done = false;
+		s->nparts = s->used = s->replies = 0;
+		r->written++;
+		if (r->reader_waits)
+			pthread_cond_signal(&r->done);
+	}
+	r->retiring = false;
+}
+
 static void *writer(void *arg)
 {
 	struct pl_recv *r = arg;
 
 	pthread_mutex_lock(&r->lock);
 	for (;;) {
-		struct recv_slot *s = &r->slot[r->written % r->cfg.slots];
-		uint64_t pos = 0;
-		int err = 0;
+		struct recv_slot *s = &r->slot[r->taken % r->cfg.slots];
 
-		if (r->written == r->filled) {
-			if (r->quit)
+		if (!can_take(r)) {
+			if (r->quit && r->taken == r->filled)
 				break;
-			__atomic_store_n(&r->writer_idle, true, __ATOMIC_RELAXED);
+			if (r->written == r->filled)
+				__atomic_store_n(&r->writer_idle, true, __ATOMIC_RELAXED);
 			pthread_cond_wait(&r->work, &r->lock);
-			__atomic_store_n(&r->writer_idle, false, __ATOMIC_RELAXED);
 			continue;
 		}
-		if (!r->err) {
-			pthread_mutex_unlock(&r->lock);
-			err = pl_recv_write_slot(r, s, &pos);
-			if (err)
-				pl_recv_fail(r, err, PL_STAGE_WRITE, pos);
-			else if (s->replies && (err = pl_recv_reply(r, s->replies)))
-				pl_recv_fail(r, err, PL_STAGE_REPLY, 0);
-			if (err)
-				pl_recv_wake(r);
-			pthread_mutex_lock(&r->lock);
-		}
-		assert(r->written < r->filled);
-		s->nparts = s->used = s->replies = 0;
-		r->written++;
-		if (r->reader_waits)
-			pthread_cond_signal(&r->done);
+		__atomic_store_n(&r->writer_idle, false, __ATOMIC_RELAXED);
+		if (r->err)
+			r->taken++;
+		else
+			process(r, s);
+		s->done = true;
+		retire(r);
+		/* What waited for these blocks, or to end. */
+		if (r->cfg.writers > 1)
+			pthread_cond_broadcast(&r->work);
 	}
 	pthread_mutex_unlock(&r->lock);
 	return NULL;
@@ -84,7 +148,8 @@ void pl_recv_hand_over(struct pl_recv *r)
 	pthread_mutex_lock(&r->lock);
 	assert(r->filled - r->written < r->cfg.slots);
 	r->filled++;
-	if (r->writer_idle)
+	/* One that is busy sees it by itself, others may sleep beside it. */
+	if (r->writer_idle || r->cfg.writers > 1)
 		pthread_cond_signal(&r->work);
 	pthread_mutex_unlock(&r->lock);
 }
@@ -122,6 +187,8 @@ int pl_recv_drain(struct pl_recv *r)
 		pthread_cond_wait(&r->done, &r->lock);
 		r->reader_waits = false;
 	}
+	/* The writers are idle: what is theirs is ours. */
+	pl_ahead_close(&r->ahead);
 	err = r->err;
 	pthread_mutex_unlock(&r->lock);
 	return err;
@@ -130,12 +197,29 @@ int pl_recv_drain(struct pl_recv *r)
 int pl_recv_start(struct pl_recv *r)
 {
 	sigset_t all, old;
-	int err;
+	int err = 0;
 
 	sigfillset(&all);
 	pthread_sigmask(SIG_SETMASK, &all, &old);
-	err = -pthread_create(&r->thread, NULL, writer, r);
+	while (r->nthreads < r->cfg.writers && !err) {
+		err = -pthread_create(&r->thread[r->nthreads], NULL, writer, r);
+		if (!err)
+			r->nthreads++;
+	}
 	pthread_sigmask(SIG_SETMASK, &old, NULL);
-	r->has_thread = !err;
 	return err;
+}
+
+void pl_recv_stop(struct pl_recv *r)
+{
+	pthread_mutex_lock(&r->lock);
+	r->quit = true;
+	/* What is still queued belongs to a stream that was given up. */
+	if (!r->err)
+		r->err = -ECANCELED;
+	pthread_cond_broadcast(&r->work);
+	pthread_mutex_unlock(&r->lock);
+	for (unsigned i = 0; i < r->nthreads; i++)
+		pthread_join(r->thread[i], NULL);
+	pl_ahead_close(&r->ahead);
 }

@@ -112,6 +112,10 @@ cdef extern from "pl.h" nogil:
         PL_STAGE_PROTOCOL
         PL_STAGE_REPLY
 
+    struct pl_direct_cfg:
+        uint32_t block
+        uint32_t memory
+
     struct pl_pump_cfg:
         int src_fd
         uint64_t src_base
@@ -122,6 +126,8 @@ cdef extern from "pl.h" nogil:
         uint64_t tail_pos
         int out_fd
         pl_sink sink
+        pl_direct_cfg direct
+        uint32_t zero_holes
         uint32_t cluster
         uint32_t slots
         uint32_t readers
@@ -150,6 +156,8 @@ cdef extern from "pl.h" nogil:
         uint64_t huge_bytes
         uint64_t packed_bytes
         uint64_t packed_frames
+        uint64_t direct_bytes
+        uint64_t filled_bytes
 
     struct pl_fault:
         pl_stage stage
@@ -193,6 +201,10 @@ cdef extern from "pl.h" nogil:
         uint32_t sparse
         uint64_t old_end
         uint64_t largest
+        uint32_t fill
+        pl_direct_cfg direct
+        uint32_t writers
+        uint32_t ahead
         int reply_fd
         pl_digest digest
         void *digest_ctx
@@ -207,6 +219,8 @@ cdef extern from "pl.h" nogil:
         uint64_t huge_bytes
         uint64_t packed_bytes
         uint64_t packed_frames
+        uint64_t direct_bytes
+        uint64_t filled_bytes
 
     struct pl_recv_msg:
         uint64_t pos

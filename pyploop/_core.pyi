@@ -116,6 +116,8 @@ class PumpStats(NamedTuple):
     huge: int
     compressed: int
     compressed_frames: int
+    direct: int
+    filled: int
 
 @final
 class Pump:
@@ -145,6 +147,8 @@ class Pump:
         features: int = 0,
         compress: int = 0,
         level: int = 1,
+        direct: tuple[int, int] | None = None,
+        zero_holes: bool = False,
     ) -> Self: ...
     def run(self, extents: Extents, flags: int = 0) -> None: ...
     def write(self, data: bytes) -> None: ...
@@ -165,6 +169,8 @@ class RecvStats(NamedTuple):
     huge: int
     compressed: int
     compressed_frames: int
+    direct: int
+    filled: int
 
 class Arrival(NamedTuple):
     first: int
@@ -188,6 +194,10 @@ class Receiver:
         old_end: int = 0,
         largest: int = 0,
         reply_fd: int = -1,
+        fill: bool = False,
+        direct: tuple[int, int] | None = None,
+        writers: int = 1,
+        ahead: bool = False,
     ) -> Self: ...
     arrival: Arrival
     def synced(self) -> None: ...

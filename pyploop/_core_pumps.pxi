@@ -15,6 +15,8 @@ class PumpStats(NamedTuple):
     huge: int
     compressed: int
     compressed_frames: int
+    direct: int
+    filled: int
 
 
 cdef class Pump:
@@ -32,6 +34,8 @@ cdef class Pump:
                   bint async_packets=False, uint32_t window=0, bint digests=False,
                   uint32_t tail=0, int tail_fd=-1, uint64_t tail_pos=0,
                   uint64_t features=0, int compress=0, int level=1):
+                  uint32_t tail=0, int tail_fd=-1, uint64_t tail_pos=0, direct=None,
+                  bint zero_holes=False):
         cdef pl_pump_cfg cfg
         memset(&cfg, 0, sizeof(cfg))
         cfg.src_fd, cfg.src_base, cfg.size = src_fd, src_base, size
@@ -49,6 +53,9 @@ cdef class Pump:
         cfg.features = features
         cfg.compress, cfg.level = <pl_compress>compress, level
         cfg.async_, cfg.window = async_packets, window
+        cfg.zero_holes = zero_holes
+        if direct is not None:
+            cfg.direct.block, cfg.direct.memory = direct
         if digests:
             self.md5 = _Md5()
             cfg.digest, cfg.digest_ctx = _md5, <void *>self.md5
@@ -111,7 +118,8 @@ cdef class Pump:
         pl_pump_get_stats(self.p, &s)
         return PumpStats(s.read_bytes, s.data_bytes, s.wire_bytes, s.zero_bytes,
                          s.same_bytes, s.frames, s.done_bytes, s.huge_bytes,
-                         s.packed_bytes, s.packed_frames)
+                         s.packed_bytes, s.packed_frames, s.direct_bytes,
+                         s.filled_bytes)
 
 
 class RecvStats(NamedTuple):
@@ -126,6 +134,8 @@ class RecvStats(NamedTuple):
     huge: int
     compressed: int
     compressed_frames: int
+    direct: int
+    filled: int
 
 
 class Arrival(NamedTuple):
@@ -148,7 +158,8 @@ cdef class Receiver:
     def __cinit__(self, *, int in_fd, int out_fd, uint32_t slots,
                   uint32_t slot_size, uint32_t max_frame, uint32_t stall_ms=0,
                   uint64_t window=0, bint sparse=True, uint64_t old_end=0, uint64_t largest=0,
-                  int reply_fd=-1):
+                  int reply_fd=-1, bint fill=False, direct=None, uint32_t writers=1,
+                  bint ahead=False):
         cdef pl_recv_cfg cfg
         self.md5 = _Md5()
         self.arrival = Arrival(0, 0, 0, 0)
@@ -158,6 +169,9 @@ cdef class Receiver:
         cfg.stall_ms, cfg.window, cfg.sparse = stall_ms, window, sparse
         cfg.old_end = old_end
         cfg.largest = largest
+        cfg.fill, cfg.writers, cfg.ahead = fill, writers, ahead
+        if direct is not None:
+            cfg.direct.block, cfg.direct.memory = direct
         cfg.reply_fd, cfg.digest, cfg.digest_ctx = reply_fd, _md5, <void *>self.md5
         _check(pl_recv_new(&self.r, &cfg))
 
@@ -231,4 +245,5 @@ cdef class Receiver:
         pl_recv_get_stats(self.r, &s)
         return RecvStats(s.stream_bytes, s.data_bytes, s.frames,
                          s.written_bytes, s.hole_bytes, s.image_size,
-                         s.huge_bytes, s.packed_bytes, s.packed_frames)
+                         s.huge_bytes, s.packed_bytes, s.packed_frames,
+                         s.direct_bytes, s.filled_bytes)

@@ -3,8 +3,8 @@
  * libFuzzer harness for the receiving pump: hostile streams against a replay.
  *
  * It stands in for recv_in.c, recv_reply.c, io.c and, through seams.h, for the
- * threads and the system: bytes come from memory and go to memory, slots have the
- * sanitizer's red zones around them, and the helper runs when the input says so.
+ * threads and the system: bytes come from memory and go to memory, the slots have the
+ * sanitizer's red zones around them all, and the helper runs when the input says so.
  * Parser, ring, and the cutting into runs and holes are the product's code.  What
  * the target holds, the event or error, the counters and the number of answers
  * must be what a plain replay of the stream onto an array says (`model`); so a
@@ -28,10 +28,12 @@
 #include "recv_internal.h"
 
 #define SPACE (1u << 20)	/* of the target: what the model compares */
+#define OLD 0xa5		/* what is on a device */
 #define STREAM (1u << 20)	/* the longest stream that is built */
 #define ODD_HUGE 1	/* of byte 1: the file is on tmpfs */
 #define ODD_PLAIN 2	/* of byte 1: compressed frames are not agreed */
 #define PROVEN 300001	/* bytes of an image with a proof */
+#define ODD_FILL 4	/* of byte 1: it is a device that had something before */
 
 enum { RAW = 1, SPARSE = 2, SHORT_READS = 4, NO_REPLIES = 8, DIGESTS = 16,
        BIG_SLOTS = 32, MORE_SLOTS = 64, D2 = 128 };
@@ -51,7 +53,7 @@ static struct {
 static struct {
 	uint8_t space[SPACE];
 	uint32_t end;		/* zero from here on */
-	bool tmpfs;
+	bool tmpfs, device;
 	uint8_t *page;		/* a huge page of it, mapped */
 	uint64_t page_pos;
 } target;
@@ -117,8 +119,13 @@ ssize_t fuzz_pread(int fd, void *buf, size_t len, off_t pos)
 int fuzz_fallocate(int fd, int mode, off_t pos, off_t len)
 {
 	(void)fd;
+	CHECK(pos >= 0 && len > 0);
+	if (target.device && pos + len > SPACE) {
+		errno = EFBIG;
+		return -1;
+	}
 	CHECK(mode == (FALLOC_FL_PUNCH_HOLE | FALLOC_FL_KEEP_SIZE));
-	CHECK(pos >= 0 && len > 0 && pos + len <= SPACE);
+	CHECK(pos + len <= SPACE);
 	CHECK(!meets_page((uint64_t)pos, (uint64_t)(pos + len)));
 	memset(target.space + pos, 0, (size_t)len);
 	return 0;
@@ -295,25 +302,18 @@ int fuzz_cond_signal(pthread_cond_t *cond)
 	return 0;
 }
 
-/* A digest that costs little; the order of the words matters.  Only the last
-   piece can have a length that is no multiple of a word. */
+/* A digest that costs little; the order of the bytes matters, but not how they are
+   cut. */
 #ifdef __clang__
 __attribute__((no_sanitize("coverage")))	/* not what is fuzzed */
 #endif
 static int digest(void *ctx, const void *data, size_t len, uint8_t *out)
 {
 	const uint8_t *p = data;
-	uint64_t *sum = ctx, word;
+	uint64_t *sum = ctx;
 
-	for (; len >= 8; p += 8, len -= 8) {
-		memcpy(&word, p, 8);
-		*sum = *sum * 31 + word + 8;
-	}
-	if (len) {
-		word = 0;
-		memcpy(&word, p, len);
-		*sum = *sum * 31 + word + len;
-	}
+	for (; len; len--)
+		*sum = *sum * 31 + *p++ + 1;
 	if (out) {
 		memset(out, 0xdd, PL_DIGEST);
 		memcpy(out, sum, sizeof(*sum));
@@ -680,8 +680,11 @@ static void compare(const struct model *m, const struct pl_recv *r)
 	struct pl_recv_stats stats;
 
 	CHECK(!target.page);
+	/* What a device had past the copy stays there. */
 	CHECK(!memcmp(target.space, m->space,
-		      m->end > target.end ? m->end : target.end));
+		      m->end > target.end || target.device ? m->end : target.end));
+	for (uint32_t i = m->end; target.device && i < SPACE; i++)
+		CHECK(target.space[i] == OLD);
 	pl_recv_stats(r, &stats);
 	CHECK(stats.frames == m->frames);
 	CHECK(stats.image_size == m->image_size);
@@ -788,6 +791,11 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t len)
 	memset(target.space, 0, target.end);
 	target.end = 0;
 	target.tmpfs = data[1] & ODD_HUGE;
+	if (target.device)	/* the last one */
+		memset(target.space, 0, SPACE);
+	target.device = data[1] & ODD_FILL;
+	if (target.device)
+		memset(target.space, OLD, SPACE);
 	memset(model.space, 0, model.end);
 	memset(&model.at, 0, sizeof(model) - offsetof(struct model, at));
 	built.len = 0;
@@ -808,7 +816,8 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t len)
 		.slots = flags & MORE_SLOTS ? 5 : 2,
 		.slot_size = flags & BIG_SLOTS ? 131072 : 4096,
 		.max_frame = model.max_frame, .window = 32768,
-		.sparse = !!(flags & SPARSE), .digest = digest, .digest_ctx = &sum,
+		.sparse = !!(flags & SPARSE), .fill = target.device,
+		.old_end = target.device ? SPACE : 0, .digest = digest, .digest_ctx = &sum,
 	}));
 	run(r, &model, flags & DIGESTS, data[1] & ODD_PLAIN, &proof);
 	pl_recv_free(r);

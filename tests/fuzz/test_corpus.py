@@ -52,6 +52,9 @@ MUTANTS = {
     "zeroes over data that are not written": (
         "recv", "recv_out.c", "if (pos < data_end) {", "if (pos + 4096 < data_end) {"
     ),
+    "a gap on a device that keeps what it had": (
+        "recv", "recv_fill.c", "if (pos > r->covered_end) {", "if (pos > r->covered_end + 4096) {"
+    ),
     "a position past 2^63 - size": (
         "recv", "recv_head.c", "(uint64_t)INT64_MAX - r->head.size", "(uint64_t)INT64_MAX"
     ),
@@ -111,9 +114,9 @@ def test_the_replay_is_not_blind(tmp_path: Path, compiler: Compiler, name: str) 
 def test_an_assertion_stops_a_receiver_that_would_overrun_a_slot(
     tmp_path: Path, compiler: Compiler
 ) -> None:
-    fault = ("recv.c", "left < r->cfg.slot_size - s->used ?", "left ?")
+    fault = ("recv.c", "left < r->cfg.slot_size - s->used - lead ?", "left ?")
     code, _, err = replay("recv", compiler, mutant(tmp_path, *fault))
-    assert code and b"Assertion `part && s->used + part <= r->cfg.slot_size' failed" in err
+    assert code and b"Assertion `part && s->used + lead + part <= r->cfg.slot_size' failed" in err
 
 
 def no_core() -> None:

@@ -382,6 +382,38 @@ static void features(void)
 	free(s.data);
 }
 
+/* Data, and zeroes over them in the same slot: the hole is made after the data, or not
+   at all.  The stream is all there, so the reader fills slots while the writer is busy. */
+static void zeroes_over_data_in_one_slot(void)
+{
+	size_t size = 8 * MiB;
+	uint8_t *zero = must_alloc(size), *got = must_alloc(size);
+	struct stream s = { 0 };
+	struct pl_recv_msg msg;
+	struct pl_fault fault;
+	struct pl_recv *r;
+	int out = temp_file(NULL, 0), in;
+
+	fill_random(got, 64 * KiB);
+	for (size_t at = 0; at < size; at += 64 * KiB) {
+		frame(&s, at, got, 64 * KiB);
+		frame(&s, at, zero, 64 * KiB);
+	}
+	frame(&s, 0, NULL, 0);
+	in = temp_file(s.data, s.len);
+	r = new_recv(in, out, (uint32_t)MiB, (uint32_t)MiB, 1);
+	EQ(pl_recv_run(r, &msg, &fault), PL_RECV_END);
+	pl_recv_free(r);
+	OK(ftruncate(out, (off_t)size) == 0);
+	OK(pread(out, got, size, 0) == (ssize_t)size);
+	OK(!memcmp(got, zero, size));
+	close(in);
+	close(out);
+	free(s.data);
+	free(got);
+	free(zero);
+}
+
 static void bad_configs(void)
 {
 	struct pl_recv_cfg good_cfg = { .in_fd = 0, .out_fd = 1, .slots = 2,
@@ -416,5 +448,6 @@ int main(void)
 	dripping();
 	holes();
 	features();
+	zeroes_over_data_in_one_slot();
 	return 0;
 }

@@ -79,6 +79,8 @@ PROGRAMS = [
     ("test_recv", "tsan"),
     ("test_huge", "asan"),
     ("test_huge", "tsan"),
+    ("test_direct", "asan"),
+    ("test_direct", "tsan"),
     ("test_recv_d2", "asan"),
     ("test_recv_d2", "tsan"),
     ("test_compress", "asan"),
