@@ -33,8 +33,7 @@ cdef class Pump:
                   uint64_t rate=0, Known known=None, Proof proof=None, Hook hook=None,
                   bint async_packets=False, uint32_t window=0, bint digests=False,
                   uint32_t tail=0, int tail_fd=-1, uint64_t tail_pos=0,
-                  uint64_t features=0, int compress=0, int level=1):
-                  uint32_t tail=0, int tail_fd=-1, uint64_t tail_pos=0, direct=None,
+                  uint64_t features=0, int compress=0, int level=1, direct=None,
                   bint zero_holes=False):
         cdef pl_pump_cfg cfg
         memset(&cfg, 0, sizeof(cfg))

@@ -10,7 +10,7 @@ ffi = FFI()
 ffi.cdef(
     """
     static const unsigned long FIFREEZE, FITHAW;
-    static const unsigned long BLKGETSIZE64, BLKSSZGET;
+    static const unsigned long BLKGETSIZE64, BLKROGET, BLKSSZGET;
     static const unsigned long LOOP_GET_STATUS64;
     static const unsigned long FS_IOC_GETVERSION;
     static const int RENAME_NOREPLACE;
@@ -43,6 +43,7 @@ ffi.cdef(
     int pk_loop_status(int fd, struct loop_info64 *info);
     int pk_syncfs(int fd);
     int pk_is_tmpfs(int fd);
+    int pk_direct_alignment(int fd, uint32_t *block, uint32_t *memory);
     int pk_write_back(int fd);
     int pk_watch_writes(const char *path);
     int pk_set_pipe_size(int fd, int bytes);
@@ -122,6 +123,16 @@ ffi.set_source(
     {
         struct statfs fs;
         return fstatfs(fd, &fs) < 0 ? -errno : fs.f_type == TMPFS_MAGIC;
+    }
+    static int pk_direct_alignment(int fd, uint32_t *block, uint32_t *memory)
+    {
+        /* statx(2), by offsets: struct statx of libc may be older than Linux 6.1. */
+        union { uint32_t word[64]; uint64_t aligned; } x = { { 0 } };
+        if (syscall(SYS_statx, fd, "", AT_EMPTY_PATH, 0x2000 /* STATX_DIOALIGN */, &x) < 0)
+            return -errno;
+        *memory = x.word[0x98 / 4];
+        *block = x.word[0x9c / 4];
+        return !!(x.word[0] & 0x2000);
     }
     static int pk_write_back(int fd)
     { return result(sync_file_range(fd, 0, 0, SYNC_FILE_RANGE_WAIT_BEFORE |

@@ -19,6 +19,7 @@ from pyploop.diskcopy.options import Options
 from pyploop.diskcopy.sender import Sender
 from pyploop.diskcopy.target import Output
 from pyploop.diskcopy.target_registry import open_output
+from pyploop.diskcopy.write_mode import WRITES, Write
 from pyploop.disks import opening
 from pyploop.errors import CancelledError, ParameterError
 from pyploop.freeze.stoppers import Spec, parse_spec
@@ -48,8 +49,9 @@ class HasFileno(Protocol):
 
 
 Target = str | os.PathLike[str] | int | HasFileno
-"""The path of a new file; or a descriptor: a pipe or a socket to a receiver, or a file that
-is written in place.  Descriptors stay the caller's, and are not closed."""
+"""The path of a new file, or of a device (`to_device`); or a descriptor: a pipe or a socket
+to a receiver, or a file that is written in place.  Descriptors stay the caller's, and are not
+closed."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,6 +105,11 @@ class CopyOptions:
     """Bytes of a cluster of a device-mapper target, for the tracker `dm`."""
     readers: int | None = None
     """Reading threads beside the sending one, 0 to 64; None: as many as help."""
+    to_device: bool = False
+    """The target path is a block device, which is overwritten."""
+    write: Write = "auto"
+    """How the target is written here: past the page cache (direct), through it (buffered), or
+    the first where that pays (auto).  A receiver has an option of its own."""
     timeout: float = 600.0
     """Fail when the peer neither takes nor sends a byte for so long; 0: never."""
     sync_wait: float = 5.0
@@ -201,6 +208,10 @@ class Copy:
             path = os.fspath(target)
         else:
             fd = target if isinstance(target, int) else target.fileno()
+        if o.write not in WRITES:
+            raise ParameterError(f"write={o.write!r}: it must be one of {', '.join(WRITES)}")
+        if fd is not None and o.to_device:
+            raise ParameterError("to_device is for a target that is given by its path")
         if fd is not None and self._feedback is not None:
             descriptors.check_stream(self._feedback, "feedback descriptor")
         compat = _FRAMINGS.get(o.protocol)
@@ -232,6 +243,8 @@ class Copy:
             answer_timeout=timeout,
             compat=compat,
             offered=self._offered(),
+            to_device=o.to_device,
+            write=o.write,
         ) as out:
             yield out
 

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Literal
 from pyploop.api.copying import HasFileno
 from pyploop.api.reporting import make_reporter
 from pyploop.diskcopy import receiver, replies
+from pyploop.diskcopy.write_mode import WRITES, Write
+from pyploop.errors import ParameterError
 from pyploop.report.events import Reporter
 from pyploop.system import descriptors
 
@@ -25,6 +27,8 @@ def receive(
     feedback: int | None = None,
     timeout: float = 600.0,
     protocol: Literal["auto", "packets"] = "auto",
+    to_device: bool = False,
+    write: Write = "auto",
     on_event: Callable[[Event], None] | None = None,
     reporter: Reporter | None = None,
 ) -> ReceiveResult:
@@ -34,13 +38,16 @@ def receive(
     further, and stays the caller's.  feedback: descriptor on which a sender behind a pipe
     is answered.  timeout: seconds without a byte after which it fails, 0: never.
     protocol: `packets` tells the sender of a failure before its first byte, too; else its
-    protocol is seen by that.  on_event, reporter: as for Copy.
+    protocol is seen by that.  to_device: onto the block device `target`, which is overwritten.
+    write, on_event, reporter: as for Copy.
 
     When it returns, the file is complete and durable under its name.  When it raises there
     is none, unless the message says so: CreateError (it exists), ParameterError (what is
     given is no stream), ReadError (the stream ended early, or is silent), ProtocolError,
     TooLargeError, WriteError, SyncError.
     """
+    if write not in WRITES:
+        raise ParameterError(f"write={write!r}: it must be one of {', '.join(WRITES)}")
     fd = stream if isinstance(stream, int) else stream.fileno()
     descriptors.check_stream(fd, "descriptor")
     if feedback is not None:
@@ -52,6 +59,8 @@ def receive(
         reporter or make_reporter(on_event),
         timeout,
         expected=replies.Replies(fd) if protocol == "packets" else None,
+        to_device=to_device,
+        write=write,
     )
     from pyploop.report.results import ReceiveResult  # its sender has its answer by now
 

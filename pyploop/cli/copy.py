@@ -40,6 +40,10 @@ def run(args: list[str], level: int) -> int:
         print("Either -s or -d is required", file=sys.stderr)
         p.print_usage(sys.stderr)
         return ParameterError.exit_code
+    if o.to_device and o.target is None:
+        p.error("--to-device needs the device (-d)")
+    if o.write != "auto" and o.target is None:
+        p.error("--write is for the side that writes the target (-d)")
     if o.readers is not None and not 0 <= o.readers <= 64:
         p.error("--readers must be 0 to 64")
     with _reporter(o, level) as report:
@@ -92,7 +96,15 @@ def _receive(o: argparse.Namespace, report: Reporter) -> None:
     descriptors.check_input(o.inp, "-i")
     if o.feedback is not None:
         descriptors.check_stream(o.feedback, "-f")
-    receive(o.target, o.inp, feedback=o.feedback, timeout=o.timeout, reporter=report)
+    receive(
+        o.target,
+        o.inp,
+        feedback=o.feedback,
+        timeout=o.timeout,
+        to_device=o.to_device,
+        write=o.write,
+        reporter=report,
+    )
 
 
 def _clear_stderr(o: argparse.Namespace) -> None:
@@ -136,6 +148,8 @@ def _send(o: argparse.Namespace, report: Reporter) -> None:
         reserve=o.reserve,
         cluster=o.cluster,
         readers=o.readers,
+        to_device=o.to_device,
+        write=o.write,
         timeout=o.timeout,
         sync_wait=o.sync_wait,
         protocol=o.compat,

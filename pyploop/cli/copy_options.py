@@ -9,6 +9,7 @@ from pyploop.cli.stops import StopAction
 from pyploop.diskcopy.compression import parse_compression
 from pyploop.diskcopy.framing import COMPATS
 from pyploop.diskcopy.proof import WISHES
+from pyploop.diskcopy.write_mode import WRITES
 from pyploop.trackers import TRACKERS
 from pyploop.units import parse_size, parse_time
 
@@ -56,7 +57,8 @@ def parser() -> Parser:
         "-d",
         dest="target",
         metavar="FILE",
-        help="new file to write: the target of a local copy, or of a received one",
+        help="new file to write (or device, with --to-device): the target of a local copy, or of "
+        "a received one",
     )
     add(
         "-o",
@@ -253,6 +255,19 @@ def parser() -> Parser:
     )
     g = p.add_argument_group("both ends")
     add = g.add_argument
+    add(
+        "--to-device",
+        action="store_true",
+        help="the target is a block device, whose contents are replaced: it must be as large as "
+        "the source, and in use by nothing",
+    )
+    add(
+        "--write",
+        choices=WRITES,
+        default=CopyOptions.write,
+        help="write the target past the page cache (direct), through it (buffered), or past it "
+        "where that pays (auto); for the side that has -d",
+    )
     add(
         "--timeout",
         type=parsed(parse_time, "time"),

@@ -14,6 +14,7 @@ from pyploop.diskcopy import pipe_reader, target_room
 from pyploop.diskcopy.framing import EXACT, NATIVE, PERHAPS_PLOOP, PLOOP, PYPLOOP, Compat, Framing
 from pyploop.diskcopy.proof import Ask, TargetDiffers
 from pyploop.diskcopy.target import Packets, explain_write
+from pyploop.diskcopy.write_mode import OTHER_SIDE
 from pyploop.disks import backing
 from pyploop.disks.backing import Thing
 from pyploop.disks.image import HEADER_FRAME
@@ -37,6 +38,8 @@ class StreamOutput:
 
     sink = _core.SINK_FRAMES
     packets = Packets()
+    write_mode = OTHER_SIDE
+    old_contents = False
     header_size = HEADER_FRAME
 
     def __init__(

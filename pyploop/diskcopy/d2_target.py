@@ -16,6 +16,7 @@ from pyploop import _core
 from pyploop._core import Fault, Known, Pump
 from pyploop.diskcopy.framing import PLOOP, PYPLOOP
 from pyploop.diskcopy.target import Packets, explain_write
+from pyploop.diskcopy.write_mode import OTHER_SIDE
 from pyploop.disks.backing import Thing
 from pyploop.disks.source import Source
 from pyploop.errors import CancelledError, PyploopError, ReadError, WriteError
@@ -36,6 +37,8 @@ class PacketOutput:
 
     sink = _core.SINK_PACKETS
     header_size = d2.HEADER_PACKET
+    write_mode = OTHER_SIDE
+    old_contents = False
     end_is_answered = True
     features = NO_FEATURES
     proof = b""

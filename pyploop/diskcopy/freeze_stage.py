@@ -239,6 +239,8 @@ class FreezeStage:
                 f"it was {s.frozen_window:.3f} s"
             )
         s.data_bytes, s.wire_bytes, s.read_bytes = stats.data, stats.wire, stats.read
+        s.direct_bytes, s.filled_bytes = stats.direct, stats.filled
+        s.write_mode = self._context.out.write_mode.report(stats.direct)
         s.frames = stats.frames
         s.compression = c.source_pump.compression.name
         s.compressed_bytes = stats.compressed

@@ -65,6 +65,12 @@ class Summary:
     io_mode: str
     dialect: str
     hash_kernel: str
+    write_mode: str = ""
+    """How the target was written, in words; empty: by the receiver, which has said so."""
+    direct_bytes: int = 0
+    """Written past the page cache."""
+    filled_bytes: int = 0
+    """Holes of the source that were made zero on a target with old contents."""
     data_bytes: int = 0
     wire_bytes: int = 0
     read_bytes: int = 0

@@ -14,14 +14,15 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pyploop import _core
 from pyploop._core import Fault, Proof, Receiver, RecvStats
-from pyploop.diskcopy import target_room
+from pyploop.diskcopy import target_room, write_mode
 from pyploop.diskcopy.proof import TRIES
 from pyploop.diskcopy.replies import Answers, Feedback, NoAnswers, Replies
 from pyploop.diskcopy.target_file import Sink
+from pyploop.diskcopy.write_mode import WRITERS, Write, WriteMode
 from pyploop.disks import backing
 from pyploop.errors import (
     NotSupportedError,
@@ -29,6 +30,7 @@ from pyploop.errors import (
     ProtocolError,
     PyploopError,
     ReadError,
+    SysfsError,
     TooLargeError,
     WriteError,
 )
@@ -38,9 +40,16 @@ from pyploop.system.worker import run_cancellable
 from pyploop.units import MIB, SECTOR, format_size
 from pyploop.wire import d1, d2
 
+if TYPE_CHECKING:
+    from pyploop.diskcopy.target_device import DeviceSink
+
 SLOTS = 16
 SLOT_SIZE = 256 * 1024
 """Bytes of one write at most: stays in the cache, needs no large folios."""
+DIRECT_SLOTS = 8
+DIRECT_SLOT_SIZE = MIB
+"""Where it is written past the page cache: what a disk takes at once, several under way, and
+room to read meanwhile."""
 MAX_FRAME = 64 * MIB
 """Bytes of the largest frame that is accepted: the largest cluster of ploop."""
 WINDOW = 32 * MIB
@@ -57,6 +66,8 @@ class Received:
     native: bool
     """The peer is a pyploop sender, and END was acknowledged."""
     dialect: str
+    write_mode: str
+    """How the target was written, in words."""
     proof: Proof | None
     """What both ends have compared; None: none was kept."""
 
@@ -74,9 +85,12 @@ class Received:
             "huge_bytes": stats.huge,
             "compressed_bytes": stats.compressed,
             "compressed_frames": stats.compressed_frames,
+            "direct_bytes": stats.direct,
+            "filled_bytes": stats.filled,
             "syncs": self.syncs,
             "native_peer": self.native,
             "dialect": self.dialect,
+            "write_mode": self.write_mode,
             "root": None if self.proof is None else self.proof.root().hex(),
         }
 
@@ -93,6 +107,8 @@ def receive(
     owner_undoes: bool = False,
     largest: int = 0,
     opened: Callable[[Callable[[], None]], None] = lambda _: None,
+    to_device: bool = False,
+    write: Write = "auto",
 ) -> Received:
     """Receive one image into a new file `path`, in the dialect of its marker.
 
@@ -101,7 +117,7 @@ def receive(
     given up; 0: never.  expected: where a failure before the first marker is answered.
     sink: the file that becomes `path`; None: a new one.  owner_undoes: see Sink.
     largest: bytes of the image at most; 0: any.  opened: called with what cancels the receipt
-    from another thread.  PyploopError.
+    from another thread.  to_device: onto the block device `path`.  PyploopError.
     """
     receipt = _Receipt(
         path,
@@ -113,6 +129,8 @@ def receive(
         owner_undoes=owner_undoes,
         largest=largest,
         opened=opened,
+        to_device=to_device,
+        write=write,
     )
     try:
         return receipt.run(stall)
@@ -125,24 +143,27 @@ def receive(
 class _Target:
     """The target, as a pyploop sender asks about it before the first byte."""
 
-    def __init__(self, sink: Sink) -> None:
+    def __init__(self, sink: Sink | DeviceSink) -> None:
         self._sink = sink
 
     @cached_property
-    def _below(self) -> backing.Below:
+    def below(self) -> backing.Below:
         return backing.of_file(self._sink.fd)
 
     def expect(self, size: int) -> None:
-        fstype = self._below.file_systems[0].fstype
+        if not isinstance(self._sink, Sink):
+            self._sink.expect(size)
+            return
+        fstype = self.below.file_systems[0].fstype
         target_room.check_size(self._sink.fd, size, fstype, self._sink.path)
 
     def place(self) -> d1.Place:
-        left, _ = target_room.of_target(self._below)
+        left, _ = target_room.of_target(self.below)
         has = os.fstat(self._sink.fd).st_blocks * SECTOR
         return d1.Place(
             backing.boot(),
             d1.UNKNOWN_ROOM if left is None else left + has,
-            tuple(sorted(self._below.things)),
+            tuple(sorted(self.below.things)),
         )
 
 
@@ -161,8 +182,10 @@ class _Receipt:
         owner_undoes: bool,
         largest: int,
         opened: Callable[[Callable[[], None]], None],
+        to_device: bool,
+        write: Write,
     ) -> None:
-        self._opened = opened
+        self._opened, self._to_device, self._write = opened, to_device, write
         self._sink, self._owner_undoes, self._largest = sink, owner_undoes, largest
         self._path, self._in_fd, self._feedback = path, in_fd, feedback_fd
         self._report = report
@@ -172,34 +195,55 @@ class _Receipt:
 
     def run(self, stall: float) -> Received:
         path, report = self._path, self._report
-        with self._sink or Sink(path, report, owner_undoes=self._owner_undoes) as sink:
+        with self._sink or self._new_sink() as sink:
             size = descriptors.enlarge_pipe(self._in_fd)
             descriptors.no_delay(self._in_fd)
             if self._feedback is not None:
                 descriptors.no_delay(self._feedback)
             pipe = f", pipe of {format_size(size)}" if size else ""
             report.detail(f"Receiving into {path}{pipe}")
+            target = _Target(sink)
+            mode = self._mode(sink, target)
             pump = _core.Receiver(
                 in_fd=self._in_fd,
                 out_fd=sink.fd,
-                slots=SLOTS,
-                slot_size=SLOT_SIZE,
+                slots=DIRECT_SLOTS if mode.direct else SLOTS,
+                slot_size=DIRECT_SLOT_SIZE if mode.direct else SLOT_SIZE,
                 max_frame=MAX_FRAME,
                 stall_ms=int(stall * 1000),
                 window=WINDOW,
                 sparse=True,
                 old_end=sink.old_end,
-                largest=self._largest,
+                largest=self._largest if isinstance(sink, Sink) else sink.size,
                 reply_fd=self._in_fd if descriptors.is_socket(self._in_fd) else -1,
+                fill=sink.old_contents,
+                direct=mode.direct,
+                writers=WRITERS,
+                ahead=mode.ahead,
             )
             self._opened(pump.cancel)
-            syncs = self._serve(pump, sink)
+            syncs = self._serve(pump, sink, target)
             sink.set_size(pump.stats.image_size)
             run_cancellable(sink.commit)
             self.answers.done(self.event, _times(pump, sink, named=time.monotonic_ns()))
-            return self._finished(pump.stats, syncs)
+            return self._finished(pump.stats, syncs, mode)
 
-    def _serve(self, pump: Receiver, sink: Sink) -> int:
+    def _new_sink(self) -> Sink | DeviceSink:
+        if self._to_device:
+            from pyploop.diskcopy.target_device import DeviceSink  # few need it
+
+            return DeviceSink(self._path, self._report)
+        return Sink(self._path, self._report, owner_undoes=self._owner_undoes)
+
+    def _mode(self, sink: Sink | DeviceSink, target: _Target) -> WriteMode:
+        try:
+            mode = write_mode.choose(sink.fd, self._path, self._write, target.below)
+        except (OSError, SysfsError) as e:  # a device below it was removed just now
+            mode = WriteMode(f"buffered (what lies below it cannot be found: {e})")
+        self._report.detail(f"Writing {self._path}: {mode.words}")
+        return mode
+
+    def _serve(self, pump: Receiver, sink: Sink | DeviceSink, target: _Target) -> int:
         """Until END; returns the number of SYNCs."""
         syncs, dialect = 0, _core.DIALECT_NONE
         while True:
@@ -207,12 +251,18 @@ class _Receipt:
             try:
                 event, pos, payload = run_cancellable(pump.run, pump.cancel)
             except Fault as fault:
-                self._choose(pump, sink, dialect)
+                self._choose(pump, target, dialect)
                 witness = self.answers.witness
                 if witness is not None and witness.refused and fault.errno == errno.ENODATA:
                     raise witness.failure(self._path, "the sender gave up") from fault
-                raise explain(fault, self._path, pump.dialect) from fault
-            dialect = self._choose(pump, sink, dialect)
+                if fault.errno == errno.EFBIG and not isinstance(sink, Sink):
+                    least = fault.pos + fault.size
+                    raise sink.too_small(f"a source of at least {least} bytes") from fault
+                raise explain(fault, self._path, pump.dialect, sink.left) from fault
+            finally:
+                if not isinstance(sink, Sink):
+                    sink.touched = bool(pump.stats.data)
+            dialect = self._choose(pump, target, dialect)
             if event == _core.RECV_END:
                 self.event = event
                 if self._agrees(pump, sink):
@@ -235,7 +285,7 @@ class _Receipt:
                 self.answers.witness.proof.root(sink.fd)
             self._report.detail(f"Synced {self._path}: {format_size(pump.stats.data)} so far")
 
-    def _agrees(self, pump: Receiver, sink: Sink) -> bool:
+    def _agrees(self, pump: Receiver, sink: Sink | DeviceSink) -> bool:
         """After END.  False: the target is not what was sent; the sender may send blocks
         again.  TargetDiffers: that was the last time."""
         witness = self.answers.witness
@@ -251,40 +301,42 @@ class _Receipt:
         pump.reopen()
         return False
 
-    def _choose(self, pump: Receiver, sink: Sink, before: int) -> int:
+    def _choose(self, pump: Receiver, target: _Target, before: int) -> int:
         """Choose how to answer, once the marker has shown the dialect."""
         if pump.dialect != before:
             if pump.dialect == _core.DIALECT_D1:
-                self.answers = Feedback(pump, self._in_fd, self._feedback, _Target(sink))
+                self.answers = Feedback(pump, self._in_fd, self._feedback, target)
             elif descriptors.is_socket(self._in_fd):
                 self.answers = Replies(self._in_fd, pump)
         return pump.dialect
 
-    def _finished(self, stats: RecvStats, syncs: int) -> Received:
+    def _finished(self, stats: RecvStats, syncs: int, mode: WriteMode) -> Received:
+        written = mode.report(stats.direct)
         self._report.detail(
             f"Received {self._path}: {format_size(stats.image_size)}, "
             f"{format_size(stats.data)} of data in {stats.frames} frames"
             + (f", {format_size(stats.huge)} made as huge pages" if stats.huge else "")
             + (f", {format_size(stats.compressed)} came compressed" if stats.compressed else "")
+            + f"; written: {written}"
         )
-        witness = self.answers.witness
-        proof = None if witness is None else witness.proof
+        answers = self.answers
+        proof = None if answers.witness is None else answers.witness.proof
         if proof is not None:
             self._report.info(f"Proof: {self._path} is what was sent, root {proof.root().hex()}")
-        done = Received(self._path, stats, syncs, self.answers.native, self.answers.dialect, proof)
+        done = Received(self._path, stats, syncs, answers.native, answers.dialect, written, proof)
         self._report.event("received", **done.fields())
         return done
 
 
-def _times(pump: Receiver, sink: Sink, named: int = 0) -> d1.Times:
+def _times(pump: Receiver, sink: Sink | DeviceSink, named: int = 0) -> d1.Times:
     came = pump.arrival
     return d1.Times(came.first, came.arrived, came.written, sink.synced_ns, named, dirty=came.dirty)
 
 
-def explain(fault: Fault, path: str, dialect: int) -> PyploopError:
-    """The error that says why the receiving pump failed.  path: the target."""
+def explain(fault: Fault, path: str, dialect: int, left: str) -> PyploopError:
+    """The error that says why the receiving pump failed.  path: the target.  left: what
+    becomes of it, as the end of a sentence."""
     where = f"frame {fault.frame}, byte {fault.stream} of the stream"
-    left = f"; {path} was not created"
     code = fault.errno
     if fault.stage == "write":
         return WriteError.of(f"cannot write {path} at byte {fault.pos}{left}", fault, path=path)

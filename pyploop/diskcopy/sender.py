@@ -184,6 +184,8 @@ class Sender:
         c.source_pump.watch_room()
         c.source_pump.begin()
         self.summary.dialect = c.out.dialect
+        if c.out.write_mode.words:
+            c.report.info(f"Target written: {c.out.write_mode.words}")
         c.report.info(f"Dialect: {c.out.dialect}")
         c.recorder.remote(c.out.heard)
 

@@ -4,10 +4,12 @@ it."""
 
 from __future__ import annotations
 
+import os
+import stat
 from collections.abc import Iterable
 
 from pyploop.diskcopy.target import Output
-from pyploop.disks.backing import apart_from, in_words, is_below
+from pyploop.disks.backing import apart_from, in_words, is_below, of_file
 from pyploop.disks.source import Source
 from pyploop.errors import ParameterError
 
@@ -32,10 +34,25 @@ def check(source: Source, points: Iterable[str], out: Output) -> None:
 
 def check_output(source: Source, fd: int) -> None:
     """ParameterError when the source is stored in this open file."""
-    if is_below(source, fd):
+    if stat.S_ISBLK(os.fstat(fd).st_mode):
+        _check_device(source, fd)
+    elif is_below(source, fd):
         raise ParameterError(
             f"the output is a file in which {source.path} itself is stored: to copy onto it would "
             "destroy the source; nothing was written",
             path=source.path,
             hint="choose another file for the output",
+        )
+
+
+def _check_device(source: Source, fd: int) -> None:
+    """ParameterError when the device open as `fd` shares bytes with the source."""
+    shared = of_file(fd).things & apart_from(source, ())
+    if shared or is_below(source, fd):
+        what = in_words(shared) if shared else "it"
+        raise ParameterError(
+            f"the target device is, has below it, or is below the source {source.path} ({what}): "
+            "to copy onto it would destroy the source; nothing was written",
+            path=source.path,
+            hint="choose another device for the target",
         )

@@ -24,6 +24,7 @@ from pyploop.diskcopy.options import Options
 from pyploop.diskcopy.proof import Ask, descend
 from pyploop.diskcopy.target import Output, explain_write
 from pyploop.diskcopy.target_room import Watched
+from pyploop.diskcopy.write_mode import WRITERS
 from pyploop.disks import small_reads
 from pyploop.disks.source import Source
 from pyploop.errors import (
@@ -46,6 +47,8 @@ if TYPE_CHECKING:
 
 MEMORY = 16 * MIB
 """Bytes of read buffers, whatever the source's size."""
+DIRECT_PIECE = MIB
+"""Bytes of one read, when it is written with O_DIRECT: a disk takes large pieces faster."""
 HASH_MEMORY = 16 * MIB
 """Bytes of all hashes, above which one covers more than a block (at most 64 KiB)."""
 
@@ -90,7 +93,10 @@ class SourcePump:
             self.proof = Proof(self._source.size)
         self._out.prepare(self._known)
         self.compression = self._agreed_compression()
-        self.pump = self._make_pump(framing.cluster(self._source, unit))
+        cluster = framing.cluster(self._source, unit)
+        if self._out.write_mode.direct:
+            cluster = max(cluster, DIRECT_PIECE)
+        self.pump = self._make_pump(cluster)
         if self._gone.is_set():
             self.pump.cancel()
 
@@ -163,10 +169,10 @@ class SourcePump:
         if self.compression:
             cluster = min(cluster, MIB)  # larger frames are not compressed
         # Buffered reads copy in the reader itself, so one helper keeps two
-        # cores busy; O_DIRECT needs requests in flight.
-        readers = options.readers
+        # cores busy; O_DIRECT, here or there, needs requests in flight.
+        readers, mode = options.readers, self._out.write_mode
         if readers is None:
-            readers = 1 if source.align == 1 else 4
+            readers = 1 if source.align == 1 and not mode.direct else WRITERS
         return Pump(
             src_fd=source.fd,
             src_base=source.base,
@@ -174,6 +180,8 @@ class SourcePump:
             align=source.align,
             out_fd=self._out.fd,
             sink=self._out.sink,
+            direct=mode.direct,
+            zero_holes=self._out.old_contents,
             cluster=cluster,
             slots=max(4, min(MEMORY // cluster, 8 if cluster == PIECE else 16)),
             readers=readers,

@@ -15,6 +15,7 @@ from typing import Protocol
 
 from pyploop._core import Fault, Known, Pump
 from pyploop.diskcopy.framing import Framing
+from pyploop.diskcopy.write_mode import WriteMode
 from pyploop.disks.backing import Thing
 from pyploop.disks.source import Source
 from pyploop.errors import ProtocolError, PyploopError, ReadError, SyncError, WriteError
@@ -49,6 +50,10 @@ class Output(Protocol):
     """Of a stream of frames: what the peer has agreed to.  Known after `announce`."""
     proof: bytes
     """The frame that says what the target must be, for `finish` to send; empty: none."""
+    write_mode: WriteMode
+    """How a file or device here is written."""
+    old_contents: bool
+    """It is full of what it had before: holes of the source must become zeroes there."""
     header_size: int
     """Bytes that `header` takes."""
     deadline: Deadline

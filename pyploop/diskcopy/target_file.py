@@ -39,7 +39,7 @@ MODE = 0o600
 _KINDS = {
     stat.S_IFBLK: (
         "a block device",
-        "copy to a new file, and write that onto the device while nothing uses it (dd conv=fsync)",
+        "to write onto the device itself, add --to-device (what it holds is lost)",
     ),
     stat.S_IFCHR: ("a character device", "name a file that does not exist yet"),
     stat.S_IFDIR: ("a folder", "name a file in it"),
@@ -90,6 +90,8 @@ class Sink:
             if isinstance(e, OSError):
                 raise CreateError.of(f"cannot create {path}", e, path=path) from e
             raise
+        self.old_contents = False
+        """It is full of what it had before: what is left out must become zeroes."""
         self.old_end = 0
         """The file may hold data below this position."""
 
@@ -177,6 +179,11 @@ class Sink:
     def _unlink(self, name: str) -> None:
         with contextlib.suppress(OSError):
             os.unlink(name, dir_fd=self._dir_fd)
+
+    @property
+    def left(self) -> str:
+        """The end of a message about a failure before the end."""
+        return f"; {self.path} was not created"
 
     @property
     def temporary(self) -> str | None:

@@ -9,14 +9,16 @@ import os
 import stat
 import time
 from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING
 
 from pyploop import _core
 from pyploop._core import Known, Pump
-from pyploop.diskcopy import target_room
+from pyploop.diskcopy import target_room, write_mode
 from pyploop.diskcopy.d1_target import StreamOutput
 from pyploop.diskcopy.framing import NATIVE, Compat
 from pyploop.diskcopy.target import Output, Packets
 from pyploop.diskcopy.target_file import Sink, make_durable
+from pyploop.diskcopy.write_mode import Write, WriteMode
 from pyploop.disks import backing
 from pyploop.disks.backing import Thing
 from pyploop.disks.image import HEADER_FRAME
@@ -30,10 +32,13 @@ from pyploop.system.worker import run_cancellable
 from pyploop.units import SECTOR, format_size
 from pyploop.wire.d1 import NO_FEATURES, Feature
 
+if TYPE_CHECKING:
+    from pyploop.diskcopy.target_device import DeviceSink
+
 
 class FileOutput:
-    """A local file, written in place: a new one (Sink), or a descriptor that the user
-    redirected (`copy -s DEVICE > IMAGE`)."""
+    """A local file, written in place: a new one (Sink), a device (DeviceSink), or a
+    descriptor that the user redirected (`copy -s DEVICE > IMAGE`)."""
 
     sink = _core.SINK_FILE
     dialect = "local file"
@@ -44,23 +49,39 @@ class FileOutput:
     header_size = HEADER_FRAME
     heard: Heard | None = None
     end_is_answered = True
+    write_mode: WriteMode
 
-    def __init__(self, target: Sink | int, report: Reporter | None = None) -> None:
-        self._sink = target if isinstance(target, Sink) else None
-        self.fd = target.fd if isinstance(target, Sink) else target
-        self._name = (
-            target.path if isinstance(target, Sink) else f"the output (descriptor {target})"
-        )
+    def __init__(
+        self,
+        target: Sink | DeviceSink | int,
+        report: Reporter | None = None,
+        write: Write = "auto",
+    ) -> None:
+        self._sink = None if isinstance(target, int) else target
+        self.device = None if isinstance(target, (int, Sink)) else target
+        self.old_contents = self.device is not None
+        if isinstance(target, int):
+            self.fd, self._name = target, f"the output (descriptor {target})"
+        else:
+            self.fd, self._name = target.fd, target.path
         self._report = report or Reporter()
         self.deadline = Deadline(time.monotonic)
         self.before_end: Callable[[], None] = lambda: None
         self._below = backing.of_file(self.fd)
         self.holds = ""
         """How much of the copy the file has, for messages."""
+        if isinstance(target, int):
+            # O_DIRECT would be a flag of everyone who shares the descriptor.
+            self.write_mode = WriteMode("buffered (a descriptor that others may share)")
+        else:
+            self.write_mode = write_mode.choose(self.fd, self._name, write, self._below)
 
     def announce(self, source: Source, *, compare_room: bool) -> int:
         found = self._below
-        target_room.check_size(self.fd, source.size, found.file_systems[0].fstype, self._name)
+        if self.device is not None:
+            self.device.expect(source.size)
+        else:
+            target_room.check_size(self.fd, source.size, found.file_systems[0].fstype, self._name)
         if compare_room:
             left, where = target_room.of_target(found)
             has = os.fstat(self.fd).st_blocks * SECTOR
@@ -77,8 +98,11 @@ class FileOutput:
 
     def prepare(self, known: Known | None) -> None:
         self.holds = "only a part of the copy"
+        end = os.fstat(self.fd).st_size
+        if self.device is not None:
+            self.device.touched, end = True, self.device.size
         if known is not None:
-            known.assume_data(0, os.fstat(self.fd).st_size)
+            known.assume_data(0, end)
 
     def hello(self) -> int:
         return 0
@@ -116,6 +140,14 @@ class FileOutput:
             raise SyncError.of(f"cannot sync {self._name}", e) from e
 
 
+def _new_sink(target: str, report: Reporter, to_device: bool) -> Sink | DeviceSink:
+    if not to_device:
+        return Sink(target, report)
+    from pyploop.diskcopy.target_device import DeviceSink  # few need it
+
+    return DeviceSink(target, report)
+
+
 @contextlib.contextmanager
 def open_output(
     *,
@@ -127,12 +159,14 @@ def open_output(
     answer_timeout: float,
     compat: Compat = "auto",
     offered: Feature = NO_FEATURES,
+    to_device: bool = False,
+    write: Write = "auto",
 ) -> Iterator[Output]:
     """The output that `-d`, `-o` and `-f` name.  ParameterError when it cannot take an
     image.  Times in seconds.  offered: what a pyploop peer may agree to."""
     if target is not None:
-        with Sink(target, report) as sink:
-            yield FileOutput(sink, report)
+        with _new_sink(target, report, to_device) as sink:
+            yield FileOutput(sink, report, write)
         return
     mode = descriptors.check_open(out_fd, "-o").st_mode
     flags = fcntl.fcntl(out_fd, fcntl.F_GETFL)
@@ -144,7 +178,7 @@ def open_output(
                 f"-o {out_fd} is a file opened for appending (>>): an image is written in place",
                 hint="redirect with > instead of >>",
             )
-        in_place = FileOutput(out_fd, report)
+        in_place = FileOutput(out_fd, report, write)
         try:
             yield in_place
         except PyploopError as e:

@@ -63,9 +63,13 @@ class Below:
 
 
 def of_file(fd: int) -> Below:
-    """All below an open file or folder, and the file itself."""
+    """All below an open file, folder or block device, and that itself."""
     walk = _Walk()
-    walk.file(fd, f"/proc/self/fd/{fd}", None)
+    st = os.fstat(fd)
+    if stat.S_ISBLK(st.st_mode):
+        walk.device(dev_numbers(st.st_rdev), None)
+    else:
+        walk.file(fd, f"/proc/self/fd/{fd}", None)
     return walk.found
 
 
@@ -109,6 +113,8 @@ def _shown(fd: int) -> set[Thing]:
     """An open file, and the file that it shows: in an overlay the one in the upper folder, in
     a bindfs the one in its source folder."""
     st, walk = os.fstat(fd), _Walk()
+    if stat.S_ISBLK(st.st_mode):
+        return {(*dev_numbers(st.st_rdev), 0)}
     found = {(*dev_numbers(st.st_dev), st.st_ino)}
     if stat.S_ISREG(st.st_mode) and (mount := walk.mount_of(fd)) is not None:
         within = os.path.relpath(os.readlink(f"/proc/self/fd/{fd}"), mount.point)

@@ -60,6 +60,12 @@ class CopyResult:
     dialect: str
     """The protocol that was spoken with the target."""
     hash_kernel: str
+    write_mode: str
+    """How the target was written, in words; empty: the receiver has written it."""
+    direct_bytes: int
+    """Written past the page cache."""
+    filled_bytes: int
+    """Holes of the source that were made zero, since the target had old contents."""
     data_bytes: int
     """Sent, without framing; before they were compressed."""
     wire_bytes: int
@@ -142,10 +148,16 @@ class ReceiveResult:
     """Of `data_bytes`, what came compressed; its size afterwards."""
     compressed_frames: int
     """Made as huge pages, on tmpfs."""
+    direct_bytes: int
+    """Written past the page cache."""
+    filled_bytes: int
+    """Made zero, since the stream left them out and the target had old contents."""
     syncs: int
     native_peer: bool
     """The sender was a pyploop, and has heard that the target is durable."""
     dialect: str
+    write_mode: str
+    """How the target was written, in words."""
     root: str | None
     """The root of the proof, in hexadecimal, that was compared with the sender's; null: the
     sender asked for none."""

@@ -50,6 +50,14 @@ def is_tmpfs(fd: int, path: str) -> bool:
     return bool(_check(_lib.pk_is_tmpfs(fd), path))
 
 
+def direct_alignment(fd: int, path: str) -> tuple[int, int] | None:
+    """What O_DIRECT wants of positions and lengths, and of memory, in bytes; (0, 0): this
+    file cannot be written so.  None: not known (Linux before 6.1, and some file systems)."""
+    block, memory = _ffi.new("uint32_t *"), _ffi.new("uint32_t *")
+    known = _check(_lib.pk_direct_alignment(fd, block, memory), path)
+    return (int(block[0]), int(memory[0])) if known else None
+
+
 def write_back(fd: int, path: str) -> None:
     """Write back all that is dirty in the page cache of the block device `fd`,
     and wait until it has landed; no flush of the disk's own cache."""
@@ -80,6 +88,13 @@ def logical_block_size(fd: int, path: str) -> int:
     value = _ffi.new("int *")
     _check(_lib.pk_ioctl_int(fd, _lib.BLKSSZGET, value), path)
     return int(value[0])
+
+
+def is_read_only(fd: int, path: str) -> bool:
+    """Whether writes to this block device are refused: an open for writing may succeed."""
+    value = _ffi.new("int *")
+    _check(_lib.pk_ioctl_int(fd, _lib.BLKROGET, value), path)
+    return bool(value[0])
 
 
 class LoopStatus(NamedTuple):

@@ -332,6 +332,25 @@ def writers(
     return found
 
 
+def device_writers(devices: Collection[Dev]) -> list[int]:
+    """The other processes that have one of these block devices open for writing."""
+    return [
+        pid
+        for pid in sysblock.processes()
+        if pid != os.getpid() and any(_writes_device(fd, devices) for fd in _descriptors(pid))
+    ]
+
+
+def _writes_device(fd: str, devices: Collection[Dev]) -> bool:
+    try:
+        st = os.stat(fd)
+        if not stat.S_ISBLK(st.st_mode) or sysblock.dev_numbers(st.st_rdev) not in devices:
+            return False
+        return bool(os.lstat(fd).st_mode & stat.S_IWUSR)
+    except OSError:
+        return False
+
+
 def _is_open_for_writing(fd: str, files: Sequence[tuple[Dev, int]]) -> bool:
     try:
         st = os.stat(fd)

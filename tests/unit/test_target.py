@@ -21,8 +21,9 @@ import support
 from pyploop import _core
 from pyploop.cli import copy as cli
 from pyploop.cli import thaw
-from pyploop.diskcopy import target_name
+from pyploop.diskcopy import target_name, write_mode
 from pyploop.diskcopy.target_file import Sink
+from pyploop.disks.backing import Below, FileSystem
 from pyploop.errors import CreateError, Interrupted
 from pyploop.report.events import Reporter, TextRenderer
 from pyploop.system import kernel
@@ -521,4 +522,48 @@ def test_a_block_device_as_target_is_refused_with_what_to_do(
     (tmp_path / "img").write_bytes(bytes(1 << 20))
     with support.loop_device(tmp_path / "img") as device:
         assert cli.run(["-s", "/etc/hostname", "-d", device], 0) == 1
-    assert "it is a block device. Hint: copy to a new file" in (capfd.readouterr().err)
+    assert "it is a block device. Hint: to write onto the device itself, add --to-device" in (
+        capfd.readouterr().err
+    )
+
+
+# ---- how it is written
+
+
+@pytest.mark.parametrize(
+    ("types", "asked", "words"),
+    [
+        (["ext4"], "auto", "O_DIRECT"),
+        (["overlay", "xfs"], "auto", "O_DIRECT"),
+        (["overlay", "tmpfs"], "direct", "buffered (tmpfs has no disk)"),
+        (["nfs4"], "auto", "buffered (on nfs4; --write direct is tried there)"),
+        (["nfs4"], "direct", "O_DIRECT"),
+        ([], "auto", "buffered (on an unknown file system"),
+        (["ext4"], "buffered", "buffered (--write)"),
+    ],
+)
+def test_the_file_system_that_has_the_blocks_decides_how_a_target_is_written(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    types: list[str],
+    asked: write_mode.Write,
+    words: str,
+) -> None:
+    monkeypatch.setattr(kernel, "direct_alignment", lambda fd, path: None)  # Linux before 6.1
+    below = Below(file_systems=[FileSystem((0, i), t, t, "/", None) for i, t in enumerate(types)])
+    with (tmp_path / "file").open("w") as f:
+        mode = write_mode.choose(f.fileno(), "file", asked, below)
+    assert mode.words.startswith(words)
+    assert mode.direct == ((4096, 512) if words == "O_DIRECT" else None)
+    assert mode.ahead == (words == "O_DIRECT" and asked == "auto")
+
+
+def test_a_file_that_the_kernel_does_not_write_directly_is_written_buffered(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(kernel, "direct_alignment", lambda fd, path: (0, 0))
+    below = Below(file_systems=[FileSystem((0, 1), "ext4", "/", "/", None)])
+    with (tmp_path / "file").open("w") as f:
+        mode = write_mode.choose(f.fileno(), "file", "direct", below)
+    assert mode.direct is None
+    assert mode.words == "buffered (the file system does not take O_DIRECT for this file)"
