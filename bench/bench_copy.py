@@ -52,7 +52,7 @@ from common import (
 sys.path.insert(0, str(ROOT / "tests" / "fakeploop"))
 import fakeploop
 
-GROUPS = ("tmpfs", "disk", "local")
+GROUPS = ("tmpfs", "disk", "local", "local-disk")
 REQUIRED = {
     ("tmpfs", "C pair"): 3.0,
     ("disk", "C pair"): 1.3,
@@ -60,6 +60,7 @@ REQUIRED = {
     ("local", "nbdcopy"): 2.0,
 }
 OURS = "pyploop"
+BUFFERED = "pyploop --write buffered"
 
 
 @dataclass
@@ -91,9 +92,9 @@ class Bench:
 
     # ---- the tools
 
-    def pyploop_pair(self) -> Sample:
+    def pyploop_pair(self, *options: str) -> Sample:
         send = [*self.pyploop, "-v-1", "copy", "-s", self.device, "--json", str(self.summary)]
-        receive = [*self.pyploop, "-v-1", "copy", "-d", str(self.target)]
+        receive = [*self.pyploop, "-v-1", "copy", "-d", str(self.target), *options]
         usage = self._pair([*send, *self.extra], receive, self.env, self.env)
         return self._sample(usage, first_pass=self._first_pass())
 
@@ -114,9 +115,9 @@ class Bench:
         steps = [Step(send, stdout=write_end), Step(receive, stdin=read_end)]
         return self._sample(run(steps, self.log, ours=(read_end, write_end)))
 
-    def pyploop_local(self) -> Sample:
+    def pyploop_local(self, *options: str) -> Sample:
         command = [*self.pyploop, "-v-1", "copy", "-s", self.device, "-d", str(self.target)]
-        command += ["--json", str(self.summary), *self.extra]
+        command += ["--json", str(self.summary), *options, *self.extra]
         usage = run([Step(command, env=self.env)], self.log)
         return self._sample(usage, first_pass=self._first_pass())
 
@@ -174,7 +175,9 @@ class Bench:
 
 
 def cases(bench: Bench, group: str, disk: Path, skip: set[str]) -> dict[str, Callable[[], Sample]]:
-    if group == "local":
+    on_disk = "disk" in group
+    tools: dict[str, Callable[[], Sample]]
+    if "local" in group:
         tools = {
             OURS: bench.pyploop_local,
             "qemu-img": bench.qemu_img,
@@ -182,10 +185,13 @@ def cases(bench: Bench, group: str, disk: Path, skip: set[str]) -> dict[str, Cal
         }
     else:
         tools = {OURS: bench.pyploop_pair, "C pair": bench.c_pair, "dd pair": bench.dd_pair}
-    target = (disk if group == "disk" else bench.scratch) / "target"
+    if on_disk:
+        ours = bench.pyploop_local if "local" in group else bench.pyploop_pair
+        tools[BUFFERED] = lambda: ours("--write", "buffered")
+    target = (disk if on_disk else bench.scratch) / "target"
 
     def bind(name: str, tool: Callable[[], Sample]) -> Callable[[], Sample]:
-        return lambda: bench.case(name, tool, target, group == "disk")
+        return lambda: bench.case(name, tool, target, on_disk)
 
     return {name: bind(name, tool) for name, tool in tools.items() if name not in skip}
 
@@ -297,7 +303,7 @@ def main() -> int:
         print(f"Memory: {memory}")
         results.settings["memory"] = memory
         skip = set(o.skip.split(","))
-        if groups != ["local"] and "C pair" not in skip:
+        if {"tmpfs", "disk"} & set(groups) and "C pair" not in skip:
             if o.c_image == "auto":
                 speeds = choose_c_image(bench, note)
                 told = ", ".join(f"{k} {v.text(0)} MB/s" for k, v in speeds.items())
