@@ -124,6 +124,8 @@ def _push(source: str, to: Place, options: CopyOptions, report: Reporter, done: 
         there.ask("target", path=to.path, options=there.options_for("target"))
         with there.lane() as lane:
             there.ask("receive")
+            # How the target is written is the other host's part.
+            options = replace(options, to_device=False, write=CopyOptions.write)
             copying = Copy(source, lane.wfd, options=options, feedback=lane.rfd, reporter=report)
             copying.target_host, copying.target_path = to.host, to.path
             state = ["the source runs", f"a target is on {to.host} only if it is complete"]
@@ -138,7 +140,7 @@ def _push(source: str, to: Place, options: CopyOptions, report: Reporter, done: 
 def _pull(from_: Place, target: str, options: CopyOptions, report: Reporter, done: Done) -> None:
     from pyploop.api.remote_host import RemoteHost, with_specs
     from pyploop.diskcopy import receiver
-    from pyploop.diskcopy.target_file import Sink
+    from pyploop.diskcopy.target_registry import open_sink
     from pyploop.report import checked
     from pyploop.report.results import CopyResult
 
@@ -148,7 +150,8 @@ def _pull(from_: Place, target: str, options: CopyOptions, report: Reporter, don
     options = replace(options, stops=with_specs(options))
     with contextlib.ExitStack() as stack:
         unused = stack.enter_context(contextlib.ExitStack())
-        sink = unused.enter_context(Sink(target, report))
+        sink = open_sink(target, report, options.to_device)
+        unused.enter_context(sink)
         there = stack.enter_context(RemoteHost(from_.host, options, report))
         stack.enter_context(_undone_there(there))
         lane = stack.enter_context(there.lane())
@@ -157,7 +160,15 @@ def _pull(from_: Place, target: str, options: CopyOptions, report: Reporter, don
         stack.enter_context(_lost(state))
         far = stack.enter_context(there.watched(lane, lane.cut))
         unused.pop_all()  # the receiver closes it
-        got = receiver.receive(target, lane.rfd, lane.wfd, report, options.timeout, sink=sink)
+        got = receiver.receive(
+            target,
+            lane.rfd,
+            lane.wfd,
+            report,
+            options.timeout,
+            sink=sink,
+            write=options.write,
+        )
         state[0] = f"{target} is complete and was kept"
         try:
             fields = {**far.result(), "source_host": from_.host}

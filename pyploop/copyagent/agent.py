@@ -16,7 +16,9 @@ from pyploop.api.copying import Copy, CopyOptions
 from pyploop.copyagent.lanes import Awaited, Lane
 from pyploop.copyagent.permits import Permits
 from pyploop.diskcopy import receiver
+from pyploop.diskcopy.target_device import DeviceSink
 from pyploop.diskcopy.target_file import Sink
+from pyploop.diskcopy.target_registry import open_sink
 from pyploop.errors import ExitCode, ProtocolError, PyploopError
 from pyploop.freeze.stoppers import Spec
 from pyploop.system import cpu
@@ -62,7 +64,7 @@ class CopyAgent(Server):
         self._permits = permits
         self._awaited: list[tuple[Awaited, Job[Lane]]] = []
         """Lanes by their numbers; number 0 is the stream with its answers."""
-        self._sink: Sink | None = None
+        self._sink: Sink | DeviceSink | None = None
         """The target, until the stream for it begins."""
         self._target: tuple[str, dict[str, Any]] | None = None
         self._ending = False
@@ -128,7 +130,7 @@ class CopyAgent(Server):
         if self._target is not None or self._job is not None:
             raise ProtocolError("agent protocol: there is one copy in a connection")
         self._permits.check_target(path)
-        self._sink = Sink(path, self._report)
+        self._sink = open_sink(path, self._report, options.get("to_device", False))
         self._target = (path, options)
         return {}
 
@@ -143,7 +145,7 @@ class CopyAgent(Server):
         return {}
 
     def _received(
-        self, path: str, options: dict[str, Any], sink: Sink, first: Job[Lane]
+        self, path: str, options: dict[str, Any], sink: Sink | DeviceSink, first: Job[Lane]
     ) -> dict[str, Any]:
         with contextlib.ExitStack() as unused:
             unused.enter_context(sink)
@@ -158,6 +160,7 @@ class CopyAgent(Server):
                 self._report,
                 options.get("timeout", CopyOptions.timeout),
                 sink=sink,
+                write=options.get("write", CopyOptions.write),
                 opened=self._begun,
             ).fields()
 

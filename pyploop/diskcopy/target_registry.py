@@ -140,7 +140,8 @@ class FileOutput:
             raise SyncError.of(f"cannot sync {self._name}", e) from e
 
 
-def _new_sink(target: str, report: Reporter, to_device: bool) -> Sink | DeviceSink:
+def open_sink(target: str, report: Reporter, to_device: bool = False) -> Sink | DeviceSink:
+    """A new file, or a device whose contents are replaced.  PyploopError."""
     if not to_device:
         return Sink(target, report)
     from pyploop.diskcopy.target_device import DeviceSink  # few need it
@@ -165,7 +166,7 @@ def open_output(
     """The output that `-d`, `-o` and `-f` name.  ParameterError when it cannot take an
     image.  Times in seconds.  offered: what a pyploop peer may agree to."""
     if target is not None:
-        with _new_sink(target, report, to_device) as sink:
+        with open_sink(target, report, to_device) as sink:
             yield FileOutput(sink, report, write)
         return
     mode = descriptors.check_open(out_fd, "-o").st_mode

@@ -58,6 +58,8 @@ SOURCE_OPTIONS: dict[str, Check] = {
 }
 """Fields of CopyOptions that the source's host needs when that is the other one."""
 TARGET_OPTIONS: dict[str, Check] = {
+    "to_device": flag,
+    "write": one_of("auto", "direct", "buffered"),
     "timeout": _LONG,
 }
 """The same of the target's host."""

@@ -7,6 +7,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import signal
 import subprocess
 import time
@@ -18,7 +19,7 @@ from typing import Any
 import pytest
 from lab import hosts
 from lab.hosts import SLOWNESS, Host, Lab
-from support import MIB, is_frozen, missing, needs, wait_until
+from support import MIB, is_frozen, loop_device, missing, mounted, needs, wait_until
 from support_live import comparison, end, sparse_file
 
 pytestmark = pytest.mark.root
@@ -184,6 +185,26 @@ def test_a_device_that_is_written_to_is_pushed_and_the_freeze_is_here(scene: Sce
     assert (received["host"], received["target"]) == ("b", "/srv/vdb.img")
     assert received["native_peer"] and received["image_size"] == SIZE
     target.unlink()
+    scene.is_clean()
+
+
+def test_the_target_on_the_other_host_may_be_a_device(scene: Scene, tmp_path: Path) -> None:
+    """The devices of this machine are those of both hosts."""
+    disk = tmp_path / "disk"
+    disk.write_bytes(b"\xa5" * (SIZE + MIB))
+    with loop_device(disk) as device:
+        check = f"cmp --bytes={SIZE} {scene.image} {disk}"
+        words = [f"b:{device}", "--to-device", "--write", "direct", "--before-thaw", check]
+        got = Running(scene.lab.a, scene.device, *words).wait()
+        assert got.code == 0, got.errors
+        received = got.event("received")
+        assert received["target"] == device and received["direct_bytes"] > 0
+        assert "O_DIRECT" in received["write_mode"]
+        with mounted(device, tmp_path / "mnt"):
+            refused = Running(scene.lab.a, scene.device, f"b:{device}", "--to-device").wait()
+        assert refused.code != 0
+        assert re.search(rf"b: .*{device}.* in use", refused.errors), refused.errors
+    assert disk.read_bytes()[SIZE:] == b"\xa5" * MIB
     scene.is_clean()
 
 
