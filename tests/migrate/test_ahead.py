@@ -70,3 +70,23 @@ def test_a_restore_that_has_ended_before_its_time_is_started_again(two_hosts: La
         assert done.code == 0, done.errors
         assert target.calls("restore") == 2
         assert judge(two_hosts, client, before) is two_hosts.b
+
+
+def test_a_container_that_a_person_pauses_meanwhile_does_not_run_on_the_target(
+    two_hosts: Lab,
+) -> None:
+    before = files(two_hosts.b)
+    with (
+        container.container(two_hosts, size=SIZE),
+        verify.client(two_hosts) as client,
+        gates(two_hosts.a) as source,
+    ):
+        source.close_gate("checkpoint-before")
+        with migration(two_hosts, two_hosts.a) as moving:
+            source.wait("checkpoint-before")
+            two_hosts.a.run("runc", "pause", container.NAME)
+            source.open_gate("checkpoint-before")
+            done = moving.wait()
+        assert done.code == 8, done.errors
+        assert "was paused during the migration" in done.errors
+        assert judge(two_hosts, client, before) is two_hosts.a

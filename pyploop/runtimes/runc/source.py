@@ -108,6 +108,11 @@ class SourceSteps(RuncContainer):
             f"{self.container} has no freezer cgroup, and cannot be suspended without one",
         )
 
+    def _ended(self) -> MigrateError:
+        return MigrateError(
+            VzExitCode.DUMP_FAILED, f"{self.container} ended before it could be suspended"
+        )
+
     def _moving(self) -> contents.Places:
         return contents.Places(self.folders(), self._config.trees)
 
@@ -135,9 +140,20 @@ class SourceSteps(RuncContainer):
     def before_suspend(self) -> None:
         freezer = self._freezer()
         if freezer is None:
-            raise self._no_freezer()
+            raise self._ended() if not self.state().running else self._no_freezer()
         cgroup.check_none_stopped(freezer, self.container)
         memory_in_use.check_growth(self.container, self._announced, self._memory_of(freezer))
+        self._await_early()
+        if freezer.is_frozen():
+            raise MigrateError(
+                VzExitCode.DUMP_FAILED,
+                f"{self.container} was paused during the migration, and would not be paused on the "
+                "target; the rollback resumes it here",
+                hint="migrate it again, or pause it again",
+            )
+
+    def _await_early(self) -> None:
+        """MigrateError(8): the checkpoint that was started ahead has failed, or is late."""
         if not self._early.argv:
             return
         argv = self._early.argv
@@ -161,6 +177,8 @@ class SourceSteps(RuncContainer):
         try:
             self._freeze_and_cut(freezer)
         except OSError as e:
+            if not self.state().running:
+                raise self._ended() from e
             raise MigrateError(
                 VzExitCode.DUMP_FAILED,
                 f"cannot list the connections of {self.container}: {e.strerror}",
