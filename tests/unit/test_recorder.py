@@ -142,10 +142,12 @@ def test_the_table_has_the_layout_of_vzmigrate() -> None:
 
 @contextlib.contextmanager
 def receiver(target: Path) -> Iterator[tuple[int, int]]:
-    """A receiver of ours in a thread: (to it, from it)."""
+    """A receiver of ours in a thread: (to it, from it).  It writes through the page cache, so
+    that something is left to sync."""
     (in_r, in_w), (back_r, back_w) = os.pipe(), os.pipe()
     thread = threading.Thread(
-        target=receive, args=(str(target), in_r, back_w, Reporter(), 20.0), daemon=True
+        target=lambda: receive(str(target), in_r, back_w, Reporter(), 20.0, write="buffered"),
+        daemon=True,
     )
     thread.start()
     try:
