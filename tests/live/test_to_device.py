@@ -17,7 +17,6 @@ from support import (
     d1_end,
     d1_frame,
     loop_device,
-    missing,
     mounted,
     needs,
     partition,
@@ -236,20 +235,6 @@ def test_swap_a_loop_device_and_a_process_on_it_are_refused(folder: Path) -> Non
         finally:
             os.close(fd)
         succeeded(copy(source, onto(folder, target), "--to-device", via="local"))
-
-
-def test_a_device_below_a_driver_is_refused(folder: Path) -> None:
-    needs("dmsetup")
-    if "device-mapper" not in Path("/proc/devices").read_text():
-        missing("needs device-mapper in the kernel")
-    source = source_file(folder / "source")
-    with device(folder, 64 * MIB) as target:
-        name = f"pyploop-test-{os.getpid()}"
-        run("dmsetup", "create", name, "--table", f"0 131072 linear {target} 0")
-        try:
-            refused(source, target, 1, "is in use", "belongs to /dev/dm-")
-        finally:
-            run("dmsetup", "remove", "--retry", name)
 
 
 def test_a_read_only_device_is_refused(folder: Path) -> None:

@@ -258,7 +258,7 @@ def frozen(
     places = (
         (scene.device, "b:/srv/vdb.img") if way == "push" else (f"a:{scene.device}", "/srv/vdb.img")
     )
-    copy = Running(here, *places, "-F", WAIT.format(flag=flag, go=go), "--undo", f"rm {flag}")
+    copy = Running(here, *places, "-F", WAIT.format(flag=flag, go=go), "--undo", f"rm -f {flag}")
     stopped = None
     try:
         wait_until(flag.exists, "the stop command runs", SECONDS)
