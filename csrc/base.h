@@ -33,6 +33,7 @@ struct pl_fault {
 	uint32_t mark, size;	/* the offending header (PROTOCOL) */
 	uint32_t type, command;	/* of D2's, the same */
 	int32_t reply;		/* the peer's failure (REPLY with -EREMOTEIO) */
+	uint32_t lane;		/* 0: the main stream */
 };
 
 #endif

@@ -56,15 +56,30 @@ void pl_direct_begin(struct pl_direct *d)
 {
 	if (d->begun || !d->cfg.block || refused(d))
 		return;
-	d->begun = true;
-	switch_to(d, true);
+	pthread_rwlock_wrlock(&d->lock);
+	if (!refused(d)) {
+		d->begun = true;
+		switch_to(d, true);
+	}
+	pthread_rwlock_unlock(&d->lock);
 }
 
 void pl_direct_end(struct pl_direct *d)
 {
+	pthread_rwlock_wrlock(&d->lock);
 	if (d->begun)
 		switch_to(d, false);
 	d->begun = false;
+	pthread_rwlock_unlock(&d->lock);
+}
+
+void pl_direct_refuse(struct pl_direct *d)
+{
+	pthread_rwlock_wrlock(&d->lock);
+	refuse(d);
+	if (d->begun)
+		switch_to(d, false);
+	pthread_rwlock_unlock(&d->lock);
 }
 
 /* Of the next bytes, how many go one way: direct, or buffered. */
@@ -125,7 +140,8 @@ int pl_direct_write(struct pl_direct *d, const uint8_t *data, uint32_t len,
 
 		if (direct) {
 			pthread_rwlock_rdlock(&d->lock);
-			n = write_direct(d, data, (uint32_t)n, pos);
+			/* Refused just now: the next turn takes the other way. */
+			n = refused(d) ? 0 : write_direct(d, data, (uint32_t)n, pos);
 			pthread_rwlock_unlock(&d->lock);
 			if (n < 0)
 				return (int)n;

@@ -44,6 +44,9 @@ void pl_direct_fini(struct pl_direct *d) PL_NONNULL;
    again changes nothing. */
 void pl_direct_begin(struct pl_direct *d) PL_NONNULL;
 void pl_direct_end(struct pl_direct *d) PL_NONNULL;
+/* Any thread: all is buffered from now on, since others write to the file, too.  No direct
+   write is under way when this returns. */
+void pl_direct_refuse(struct pl_direct *d) PL_NONNULL;
 /*
  * Write all, by `buffered` what cannot go direct.  Any thread; of two that write to
  * the same block of PL_BLOCK bytes the order is the caller's.  0 or -errno.

@@ -22,7 +22,7 @@
 #define MAX_ALIGN 65536u	/* the largest logical block of a disk */
 
 /* Lock held: the first failure is the one that is reported. */
-static void fail(struct pl_pump *p, int err, const struct pl_fault *fault)
+void pl_pump_fail(struct pl_pump *p, int err, const struct pl_fault *fault)
 {
 	if (err && !p->err) {
 		p->err = err;
@@ -31,7 +31,7 @@ static void fail(struct pl_pump *p, int err, const struct pl_fault *fault)
 }
 
 /* Lock held: what was in the slot is sent, or the pass has failed. */
-static void finish(struct pl_pump *p, struct slot *s)
+void pl_slot_finish(struct pl_pump *p, struct slot *s)
 {
 	assert(s->busy && p->emitted < p->claimed);
 	STAT_ADD(p, done_bytes, s->bytes);
@@ -41,8 +41,8 @@ static void finish(struct pl_pump *p, struct slot *s)
 
 /* Lock held on entry and exit.  Read one claimed slot; it is `ready` then, or
    sent.  when: what p->packs must be at least for it to be compressed. */
-static void process(struct pl_pump *p, struct slot *s, struct packer *packer,
-		    enum pump_packs when)
+void pl_slot_process(struct pl_pump *p, struct slot *s, struct packer *packer,
+		     enum pump_packs when)
 {
 	struct pl_fault fault = { 0 };
 	int err;
@@ -57,13 +57,16 @@ static void process(struct pl_pump *p, struct slot *s, struct packer *packer,
 	pthread_mutex_lock(&p->lock);
 	assert(s->busy && !s->ready && p->processing > 0);
 	p->processing--;
-	fail(p, err, &fault);
+	pl_pump_fail(p, err, &fault);
 	if (p->sink->in_order)
 		s->ready = true;
 	else
-		finish(p, s);
-	if (p->emitter_waits)
+		pl_slot_finish(p, s);
+	if (p->emitter_waits) {
 		pthread_cond_signal(&p->done);
+		if (p->lanes.n)
+			pl_lanes_wake(p);
+	}
 }
 
 static void *reader(void *arg)
@@ -76,7 +79,7 @@ static void *reader(void *arg)
 		struct slot *s = pl_slot_claim(p);
 
 		if (s) {
-			process(p, s, self->packer, PACKS_READERS);
+			pl_slot_process(p, s, self->packer, PACKS_READERS);
 			continue;
 		}
 		p->sleeping++;
@@ -97,8 +100,8 @@ static void emit_next(struct pl_pump *p, struct slot *s)
 	err = p->sink->emit(p, s, &fault);
 	pl_pack_emitted(p, s);
 	pthread_mutex_lock(&p->lock);
-	fail(p, err, &fault);
-	finish(p, s);
+	pl_pump_fail(p, err, &fault);
+	pl_slot_finish(p, s);
 	if (p->sleeping && p->next < p->n)
 		pthread_cond_signal(&p->work);
 }
@@ -127,6 +130,8 @@ int pl_pump_pass(struct pl_pump *p, const struct pl_extent *ext, size_t n,
 	int err = check_pass(p, ext, n, flags);
 
 	*fault = (struct pl_fault){ 0 };
+	if (!err)
+		err = pl_lanes_barrier(p, false, fault);
 	if (err)
 		return err;
 	pl_pack_begin(p);
@@ -146,6 +151,12 @@ int pl_pump_pass(struct pl_pump *p, const struct pl_extent *ext, size_t n,
 						(unsigned)share;
 	__atomic_store_n(&p->stats.done_bytes, 0, __ATOMIC_RELAXED);
 	for (;;) {
+		/* A lane may come in the middle; it takes part at once. */
+		if (pl_lanes_adopt(p)) {
+			if (!pl_lanes_turn(p))
+				break;
+			continue;
+		}
 		struct slot *head = &p->slot[p->emitted % p->cfg.slots];
 		struct slot *s;
 
@@ -159,7 +170,7 @@ int pl_pump_pass(struct pl_pump *p, const struct pl_extent *ext, size_t n,
 			/* The next slot in order is not ready.  If the stream waits
 			   for it, this one goes sooner as it is; as long as the
 			   stream is the bottleneck, what is under way lasts. */
-			process(p, s, p->packer, PACKS_ALL);
+			pl_slot_process(p, s, p->packer, PACKS_ALL);
 			continue;
 		} else if (p->err) {
 			continue;	/* cancelled, or the hook has failed */
@@ -174,6 +185,7 @@ int pl_pump_pass(struct pl_pump *p, const struct pl_extent *ext, size_t n,
 	for (unsigned i = 0; i < p->cfg.slots; i++)
 		p->slot[i].busy = p->slot[i].ready = false;
 	pl_direct_end(&p->direct);
+	pl_lanes_rest(p);
 	if (!p->err)
 		pl_huge_settle(p);
 	p->n = p->next = 0;
@@ -187,12 +199,14 @@ int pl_pump_write(struct pl_pump *p, const void *buf, size_t len,
 		  struct pl_fault *fault)
 {
 	struct iovec iov = { (void *)buf, len };
+	int err;
 
 	*fault = (struct pl_fault){ 0 };
 	/* Only frames are written; and what is answered must be asked. */
 	if (!p->sink->put_header || p->sink->take_answers)
 		return -EINVAL;
-	return pl_stream_write(p, &iov, 1, fault);
+	err = pl_lanes_barrier(p, true, fault);
+	return err ? err : pl_stream_write(p, &iov, 1, fault);
 }
 
 void pl_pump_limit(struct pl_pump *p, uint64_t rate)
@@ -245,7 +259,8 @@ static int check_cfg(const struct pl_pump_cfg *c)
 	    (c->align & (c->align - 1)) || c->align > MAX_ALIGN ||
 	    c->tail >= c->align || c->tail > c->size ||
 	    !c->cluster || c->cluster % PL_BLOCK || c->cluster > 64u << 20 ||
-	    c->size > INT64_MAX - c->src_base || c->stall_ms > INT32_MAX)
+	    c->size > INT64_MAX - c->src_base || c->stall_ms > INT32_MAX ||
+	    c->lane_stall_ms > INT32_MAX)
 		return -EINVAL;
 	if (c->features && c->sink != PL_SINK_FRAMES)
 		return -EINVAL;
@@ -303,7 +318,7 @@ int pl_pump_new(struct pl_pump **out, const struct pl_pump_cfg *cfg)
 		return -ENOMEM;
 	p->cfg = *cfg;
 	p->sink = sink_of(cfg->sink);
-	p->cancel_fd = -1;
+	p->cancel_fd = p->lanes.wake_fd = -1;
 	pthread_mutex_init(&p->lock, NULL);
 	pthread_mutex_init(&p->rate_lock, NULL);
 	pthread_mutex_init(&p->huge_lock, NULL);
@@ -335,14 +350,20 @@ int pl_pump_new(struct pl_pump **out, const struct pl_pump_cfg *cfg)
 		if (!s->buf || !s->run || (p->hdr_size && !s->hdr))
 			goto nomem;
 	}
-	p->can_splice = pl_can_splice(p);
+	p->can_splice = pl_can_splice(p, cfg->out_fd);
 	err = pl_direct_init(&p->direct, cfg->out_fd, &cfg->direct);
 	if (!err)
 		err = pl_pump_huge_init(p);
 	if (!err) {
 		p->cancel_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
-		err = p->cancel_fd < 0 ? -errno : start_threads(p);
+		err = p->cancel_fd < 0 ? -errno : 0;
 	}
+	if (!err && cfg->features & PL_FEATURE_LANES) {
+		p->lanes.wake_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
+		err = p->lanes.wake_fd < 0 ? -errno : 0;
+	}
+	if (!err)
+		err = start_threads(p);
 	if (!err) {
 		*out = p;
 		return 0;
@@ -376,6 +397,7 @@ void pl_pump_free(struct pl_pump *p)
 	free(p->reader);
 	pl_pump_huge_fini(p);
 	pl_direct_fini(&p->direct);
+	pl_lanes_fini(p);
 	if (p->cancel_fd >= 0)
 		close(p->cancel_fd);
 	pthread_cond_destroy(&p->done);

@@ -76,6 +76,8 @@ struct pl_pump_cfg {
 				   multiple of PL_BLOCK, at most 64 MiB */
 	uint32_t slots;		/* >= 2 */
 	uint32_t readers;	/* helper threads, 0..64 */
+	uint32_t lane_stall_ms;	/* a lane that took less than 64 KiB in so long is given
+				   up, if the peer takes data on others; 0: never */
 	uint32_t stall_ms;	/* give up (-ETIMEDOUT) when the stream took less
 				   than 64 KiB in so long (patience.h); 0: never */
 	uint64_t rate;		/* bytes per second to the target, on the wire, where
@@ -110,8 +112,9 @@ struct pl_pump_stats {
 	uint64_t packed_bytes, packed_frames;	/* of the data, that went compressed */
 	uint64_t direct_bytes;	/* written past the page cache */
 	uint64_t filled_bytes;	/* holes that were made zero, instead of written */
+	uint64_t again_bytes;	/* sent again, since a lane had failed */
 };
-_Static_assert(sizeof(struct pl_pump_stats) == 12 * sizeof(uint64_t),
+_Static_assert(sizeof(struct pl_pump_stats) == 13 * sizeof(uint64_t),
 	       "counters.h reads it as an array");
 
 struct pl_pump;
@@ -127,7 +130,8 @@ int pl_pump_pass(struct pl_pump *p, const struct pl_extent *ext, size_t n,
 		 unsigned flags, struct pl_fault *fault)
 	PL_CHECKED PL_NONNULL_AT(1, 5) PL_READS(2, 3);
 /*
- * Write raw bytes (a control frame) into the stream; same rules.
+ * Write raw bytes (a control frame) into the stream; same rules.  With lanes, a
+ * barrier comes before it.
  */
 int pl_pump_write(struct pl_pump *p, const void *buf, size_t len,
 		  struct pl_fault *fault) PL_CHECKED PL_NONNULL PL_READS(2, 3);
@@ -140,6 +144,30 @@ int pl_pump_write(struct pl_pump *p, const void *buf, size_t len,
 int pl_pump_ask(struct pl_pump *p, const void *buf, size_t len,
 		uint32_t timeout_ms, struct pl_fault *fault)
 	PL_CHECKED PL_NONNULL PL_READS(2, 3);
+/*
+ * Any thread.  Send data over this stream, too: a lane (PL_SINK_FRAMES with
+ * PL_FEATURE_LANES).  `fd` is O_NONBLOCK or a socket; number, 1 to 65535, is new, and
+ * the one by which the peer knows it.  A lane that fails is left out; what the peer
+ * did not get of it goes again after the next answer (pl_pump_settle).  -EINVAL;
+ * -EEXIST; -ENOSPC: there are too many; -ENOMEM.
+ */
+int pl_pump_add_lane(struct pl_pump *p, int fd, uint32_t number) PL_CHECKED PL_NONNULL;
+struct pl_pump_lane {
+	uint32_t number;
+	int32_t err;		/* why it was left out, or 0 */
+	uint64_t bytes;		/* that its stream has taken */
+};
+/* Any thread.  The lanes, PL_LANES at most, until they are settled; how many. */
+unsigned pl_pump_lanes(struct pl_pump *p, struct pl_pump_lane *out) PL_NONNULL;
+/*
+ * The control frame that was written last is answered: all that was sent before it
+ * is there, but what these lanes carried after so many bytes.  1: something must go
+ * again (pl_pump_resend), 0: nothing; -EPROTO: that was never sent.
+ */
+int pl_pump_settle(struct pl_pump *p, const struct pl_lane_end *ends, unsigned n)
+	PL_CHECKED PL_NONNULL_AT(1) PL_READS(2, 3);
+/* Send what was lost, as the source has it now.  As pl_pump_pass. */
+int pl_pump_resend(struct pl_pump *p, struct pl_fault *fault) PL_CHECKED PL_NONNULL;
 /* Between two passes; bytes per second, 0: no limit. */
 void pl_pump_limit(struct pl_pump *p, uint64_t rate) PL_NONNULL;
 /* Between two passes: the source is frozen now, or runs again. */

@@ -61,6 +61,16 @@ static bool next_piece(struct pl_pump *p, uint32_t room, struct pl_extent *out)
 	return false;
 }
 
+/* NULL: none is free.  Lanes give them back in any order. */
+static struct slot *free_slot(struct pl_pump *p)
+{
+	struct slot *s = &p->slot[p->claimed % p->cfg.slots];
+
+	for (unsigned i = 0; p->lanes.n && s->busy && i < p->cfg.slots; i++)
+		s = &p->slot[i];
+	return s->busy ? NULL : s;
+}
+
 struct slot *pl_slot_claim(struct pl_pump *p)
 {
 	uint32_t align = p->cfg.align, used = 0;
@@ -74,8 +84,8 @@ struct slot *pl_slot_claim(struct pl_pump *p)
 		p->err = -ECANCELED;
 		return NULL;
 	}
-	s = &p->slot[p->claimed % p->cfg.slots];
-	if (s->busy)
+	s = free_slot(p);
+	if (!s)
 		return NULL;
 	s->nfrags = 0;
 	s->bytes = 0;
@@ -114,7 +124,7 @@ struct slot *pl_slot_claim(struct pl_pump *p)
 	assert(p->claimed - p->emitted < p->cfg.slots);
 	s->busy = true;
 	s->ready = false;
-	p->claimed++;
+	s->number = p->claimed++;
 	p->processing++;
 	return s;
 }

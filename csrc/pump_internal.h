@@ -11,6 +11,7 @@
 #include "patience.h"
 #include "pays.h"
 #include "pump.h"
+#include "pump_lanes.h"
 
 #define PL_FRAGS 256u	/* fragments a slot holds at most */
 
@@ -64,6 +65,7 @@ struct slot {
 	uint8_t *hdr;			/* of p->hdr_room bytes each */
 	unsigned nruns;
 	uint64_t bytes;			/* of the extents, for progress */
+	uint64_t number;		/* slots that were claimed before */
 	bool busy;			/* claimed and not yet emitted */
 	bool ready;			/* classified */
 };
@@ -149,9 +151,21 @@ struct pl_pump {
 	unsigned processing;		/* slots between claim and ready */
 	int err;
 	struct pl_fault fault;
+
+	/* The thread of the pass changes it with the lock, and reads it without;
+	   what joins is others', too. */
+	struct pump_lanes lanes;
 };
 
 #define STAT_ADD(p, field, n) pl_count(&(p)->stats.field, n)
+
+/* pump.c.  With the lock: note the first failure, */
+void pl_pump_fail(struct pl_pump *p, int err, const struct pl_fault *fault) PL_NONNULL;
+/* read a claimed slot, which is ready then (or written), */
+void pl_slot_process(struct pl_pump *p, struct slot *s, struct packer *packer,
+		     enum pump_packs when) PL_NONNULL_AT(1, 2);
+/* and give it back. */
+void pl_slot_finish(struct pl_pump *p, struct slot *s) PL_NONNULL;
 
 /*
  * pump_claim.c.  With the lock: claim a slot of fragments to read.  NULL: there is
@@ -199,8 +213,8 @@ int pl_stream_due(struct pl_pump *p, size_t bytes) PL_CHECKED PL_NONNULL;
 int pl_stream_fault(struct pl_pump *p, int err, struct pl_fault *fault)
 	PL_CHECKED PL_NONNULL;
 
-/* pump_splice.c.  Whether this source and this sink allow it at all. */
-bool pl_can_splice(const struct pl_pump *p) PL_NONNULL;
+/* pump_splice.c.  Whether this source and this stream allow it at all. */
+bool pl_can_splice(const struct pl_pump *p, int out_fd) PL_NONNULL;
 /* Whether the data of a run go without a copy, */
 bool pl_run_is_spliced(const struct pl_pump *p, const struct frag *r) PL_NONNULL;
 /* and send them. */

@@ -14,14 +14,14 @@
 /* Below this the system calls cost more than the copy. */
 #define MIN_SPLICE 65536u
 
-bool pl_can_splice(const struct pl_pump *p)
+bool pl_can_splice(const struct pl_pump *p, int out_fd)
 {
 	const struct pl_pump_cfg *c = &p->cfg;
 	struct stat src, out;
 
 	return p->sink->splices && c->align == 1 && c->known &&
 	       fstat(c->src_fd, &src) == 0 && S_ISREG(src.st_mode) &&
-	       fstat(c->out_fd, &out) == 0 && S_ISFIFO(out.st_mode);
+	       fstat(out_fd, &out) == 0 && S_ISFIFO(out.st_mode);
 }
 
 bool pl_run_is_spliced(const struct pl_pump *p, const struct frag *r)

@@ -154,7 +154,14 @@ static int event(struct pl_recv *r, struct pl_recv_msg *msg, enum pl_stage *stag
 		return err;
 	/* The writer is idle: what is its is ours. */
 	msg->written_ns = pl_now_ns();
-	msg->dirty_bytes = r->unflushed + r->flushing;
+	msg->dirty_bytes = pl_recv_dirty(r);
+	err = pl_recv_lanes_event(r, msg, !r->head.size);
+	if (err < 0)
+		return err;
+	if (err == PL_RECV_LOST) {
+		r->raw_got = 0;
+		return err;
+	}
 	if (!r->head.size) {
 		r->ended = true;
 		return PL_RECV_END;
@@ -206,6 +213,19 @@ int pl_recv_run(struct pl_recv *r, struct pl_recv_msg *msg,
 			ret = event(r, msg, &stage);
 			break;
 		}
+		if (r->head.type == RECV_FRAME_BARRIER) {
+			ret = pl_recv_barrier(r, &stage);
+			if (ret)
+				break;
+			continue;
+		}
+		if (r->is_lane && !r->whole_bytes) {
+			/* It must say first which lane it is, and since when. */
+			stage = PL_STAGE_PROTOCOL;
+			ret = -EBADMSG;
+			break;
+		}
+		r->at_barrier = false;
 		end = r->head.pos + r->head.size;
 		if (!r->first_ns)
 			r->first_ns = pl_now_ns();
@@ -221,15 +241,21 @@ int pl_recv_run(struct pl_recv *r, struct pl_recv_msg *msg,
 		}
 		RECV_ADD(r, data_bytes, r->head.size);
 		RECV_ADD(r, frames, 1);
+		r->whole_bytes = r->stats.stream_bytes - r->raw_got;
 		if (end > r->stats.image_size)
 			__atomic_store_n(&r->stats.image_size, end, __ATOMIC_RELAXED);
 	}
 	if (ret < 0) {
+		/* A lane may end, and the copy go on: what has come whole counts. */
+		if (r->is_lane)
+			(void)!pl_recv_drain(r);
 		pl_recv_fail(r, ret, stage, r->head.pos);
 		/* The caller tells the peer of the failure: not in between the
 		   writer's answers. */
 		ret = pl_recv_drain(r);
 		*fault = r->fault;
+		/* The caller may close the file. */
+		pl_recv_lanes_stop(r);
 	}
 	pl_direct_end(&r->direct);
 	return ret;
@@ -251,9 +277,12 @@ int pl_recv_expect_digests(struct pl_recv *r)
 int pl_recv_expect(struct pl_recv *r, uint64_t features)
 {
 	if (r->dialect != PL_DIALECT_D1 || features & ~pl_recv_features() ||
-	    (features & PL_FEATURE_PROOF && !r->cfg.proof))
+	    (features & PL_FEATURE_PROOF && !r->cfg.proof) ||
+	    (features & PL_FEATURE_LANES && r->cfg.fill))
 		return -EINVAL;
 	r->features = features;
+	if (features & PL_FEATURE_LANES)
+		pl_recv_lanes_open(r);
 	return 0;
 }
 
@@ -288,12 +317,14 @@ void pl_recv_cancel(struct pl_recv *r)
 	pthread_mutex_lock(&r->lock);
 	pthread_cond_broadcast(&r->done);
 	pthread_mutex_unlock(&r->lock);
+	pl_recv_lanes_wake(r);
 }
 
-void pl_recv_stats(const struct pl_recv *r, struct pl_recv_stats *out)
+void pl_recv_stats(struct pl_recv *r, struct pl_recv_stats *out)
 {
 	pl_read_counters(out, &r->stats, sizeof(*out));
 	out->direct_bytes = __atomic_load_n(&r->direct.bytes, __ATOMIC_RELAXED);
+	pl_recv_lanes_stats(r, out);
 }
 
 static int new_slots(struct pl_recv *r)
@@ -325,7 +356,8 @@ int pl_recv_new(struct pl_recv **out, const struct pl_recv_cfg *c)
 
 	if (c->in_fd < 0 || c->out_fd < 0 || c->reply_fd < -1 || c->slots < 2 || c->slots > 1024 ||
 	    !c->slot_size || c->slot_size % PL_BLOCK || !c->max_frame ||
-	    c->stall_ms > INT32_MAX || c->writers > MAX_WRITERS)
+	    c->stall_ms > INT32_MAX || c->lane_stall_ms > INT32_MAX ||
+	    c->writers > MAX_WRITERS)
 		return -EINVAL;
 	r = calloc(1, sizeof(*r));
 	if (!r)
@@ -344,6 +376,12 @@ int pl_recv_new(struct pl_recv **out, const struct pl_recv_cfg *c)
 	pthread_mutex_init(&r->lock, NULL);
 	pthread_cond_init(&r->work, NULL);
 	pthread_cond_init(&r->done, NULL);
+	pthread_cond_init(&r->planned, NULL);
+	err = pl_recv_lanes_init(r);
+	if (err) {
+		free(r);
+		return err;
+	}
 	err = pl_direct_init(&r->direct, c->out_fd, &c->direct);
 	if (!err)
 		err = new_slots(r);
@@ -363,6 +401,7 @@ void pl_recv_free(struct pl_recv *r)
 {
 	if (!r)
 		return;
+	pl_recv_lanes_fini(r);
 	pl_recv_stop(r);
 	for (unsigned i = 0; r->slot && i < r->cfg.slots; i++)
 		free(r->slot[i].run);
@@ -374,6 +413,7 @@ void pl_recv_free(struct pl_recv *r)
 	pl_huge_fini(&r->huge);
 	if (r->cancel_fd >= 0)
 		close(r->cancel_fd);
+	pthread_cond_destroy(&r->planned);
 	pthread_cond_destroy(&r->done);
 	pthread_cond_destroy(&r->work);
 	pthread_mutex_destroy(&r->lock);

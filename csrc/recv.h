@@ -5,6 +5,9 @@
  * The first marker decides the dialect; another one later is -EBADMSG.  In D2
  * a helper answers DATA once it is written; SYNC, END and failures are the
  * caller's to answer, and nobody else writes to reply_fd while a run returns.
+ *
+ * With PL_FEATURE_LANES, data may come over further streams, too: lanes.  Each has
+ * a reader, a few slots and a writer of its own (recv_lanes.c).
  */
 #ifndef PL_RECV_H
 #define PL_RECV_H
@@ -18,6 +21,10 @@ enum pl_recv_event {
 	PL_RECV_END = 2,
 	PL_RECV_QUESTION = 3,	/* a PROOF frame that asks for nodes: msg->pos, and
 				   pl_recv_proof_data */
+	PL_RECV_LOST = 4,	/* SYNC or END, but lanes have ended before the barrier
+				   (pl_recv_lost), or the sender has given some up.
+				   Answered so, the peer sends again what was lost,
+				   and asks again. */
 };
 
 struct pl_recv_cfg {
@@ -29,6 +36,8 @@ struct pl_recv_cfg {
 				   -ETIMEDOUT (patience.h); 0: never */
 	uint64_t window;	/* dirty bytes of the target kept unwritten at
 				   most, roughly; 0: no rolling writeback */
+	uint32_t lane_stall_ms;	/* a lane that gives nothing for so long, while a
+				   barrier waits for it, has ended; 0: never */
 	uint32_t sparse;	/* 1: zero blocks become holes */
 	uint64_t old_end;	/* the file may hold data below this position; 0: it
 				   is new */
@@ -91,7 +100,7 @@ enum pl_dialect pl_recv_dialect(const struct pl_recv *r) PL_NONNULL;
 int pl_recv_expect_digests(struct pl_recv *r) PL_CHECKED PL_NONNULL;
 /* Between two runs: frames of these features (pl_feature) are taken from now on.
    -EINVAL unless this is D1, the receiver knows them all, and it has what PROOF
-   needs. */
+   needs.  LANES are not for `fill`, which needs to know what a stream passes over. */
 int pl_recv_expect(struct pl_recv *r, uint64_t features) PL_CHECKED PL_NONNULL;
 /*
  * Between two runs, before any data: from now on `proof`, which is borrowed, becomes that
@@ -104,10 +113,22 @@ int pl_recv_expect_proof(struct pl_recv *r, struct pl_proof *proof)
    the event QUESTION; NULL and a length of 0: there is none. */
 const uint8_t *pl_recv_proof_data(const struct pl_recv *r, uint32_t *len)
 	PL_CHECKED PL_NONNULL;
-/* After PL_RECV_END: the stream goes on, with questions and blocks that are sent again. */
+/* After PL_RECV_END: the stream goes on, with questions and blocks that are sent again,
+   without lanes. */
 void pl_recv_reopen(struct pl_recv *r) PL_NONNULL;
+/*
+ * Any thread.  A further stream for data; `number`, 1 to 65535, is the one that its
+ * first frame has.  `fd` is read until END, a failure, or until the lane has ended.
+ * -EINVAL unless lanes are agreed; -EEXIST: there is such a lane; -ENOSPC: too many;
+ * -ECANCELED: nothing is received any more.  From the first one on, everything is
+ * written through the page cache: one descriptor cannot be both ways for several writers.
+ */
+int pl_recv_add_lane(struct pl_recv *r, int fd, uint32_t number) PL_CHECKED PL_NONNULL;
+/* After PL_RECV_LOST: the lanes that have ended since the last call, PL_BARRIER_NAMES
+   at most; how many. */
+unsigned pl_recv_lost(struct pl_recv *r, struct pl_lane_end *out) PL_NONNULL;
 /* Any thread. */
 void pl_recv_cancel(struct pl_recv *r) PL_NONNULL;
-void pl_recv_stats(const struct pl_recv *r, struct pl_recv_stats *out) PL_NONNULL;
+void pl_recv_stats(struct pl_recv *r, struct pl_recv_stats *out) PL_NONNULL;
 
 #endif

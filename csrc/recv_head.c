@@ -55,7 +55,24 @@ static int parse_d1(struct pl_recv *r, enum pl_stage *stage)
 	h->size = wire.size;
 	h->pos = wire.pos;
 	h->type = h->size == PL_SYNC_SIZE ? PL_PACKET_CMD : PL_PACKET_DATA;
-	return h->size == 0 || h->type == PL_PACKET_CMD ? 0 : check_data(r);
+	if (h->size && h->type != PL_PACKET_CMD)
+		return check_data(r);
+	return r->is_lane ? -EBADMSG : 0;
+}
+
+static int parse_barrier(struct pl_recv *r, enum pl_stage *stage)
+{
+	uint32_t size = pl_d1_get(r->raw).size;
+
+	(void)stage;
+	r->head.size = size;
+	r->head.pos = pl_d1_get(r->raw).pos;
+	r->head.type = RECV_FRAME_BARRIER;
+	if (r->is_lane ? size != PL_BARRIER_HEAD :
+			 size < PL_BARRIER_HEAD || size % 2 ||
+			 size > PL_BARRIER_HEAD + 2 * PL_BARRIER_NAMES)
+		return -EPROTO;
+	return 0;
 }
 
 static int parse_proof(struct pl_recv *r, enum pl_stage *stage)
@@ -140,6 +157,7 @@ static const struct kind {
 	{ PL_D2_MARK, PL_DIALECT_D2, 0, parse_d2 },
 	{ PL_D1_COMPRESSED_MARK, PL_DIALECT_D1, PL_FEATURE_COMPRESSED, parse_compressed },
 	{ PL_PROOF_MARK, PL_DIALECT_D1, PL_FEATURE_PROOF, parse_proof },
+	{ PL_BARRIER_MARK, PL_DIALECT_D1, PL_FEATURE_LANES, parse_barrier },
 };
 #define KINDS (sizeof(kinds) / sizeof(*kinds))
 

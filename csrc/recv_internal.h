@@ -16,6 +16,33 @@
 #define RECV_PARTS 256u
 #define RECV_ADD(r, field, n) pl_count(&(r)->stats.field, n)
 
+/* Types of D1's frames that have markers of their own; no type of D2. */
+enum { RECV_FRAME_BARRIER = 1 << 16 };
+/* What a lane's pl_recv_run returns for BARRIER. */
+#define RECV_BARRIER 16
+
+struct recv_barrier {
+	uint32_t sequence;
+	uint32_t count;		/* a lane: its number */
+	bool given_up;		/* lane 0: the sender has given up lanes */
+	uint16_t name[PL_BARRIER_NAMES];
+};
+
+/* The lanes of a receiver; recv_lanes.c. */
+struct recv_lanes {
+	pthread_mutex_t lock;	/* guards all below */
+	pthread_cond_t changed;	/* CLOCK_MONOTONIC */
+	struct recv_lane *lane[PL_LANES];
+	struct pl_lane_end lost[PL_BARRIER_NAMES];
+	unsigned nlost;
+	uint32_t done;		/* the last barrier that all have passed */
+	uint64_t first_ns;	/* when data since the last event began to come */
+	uint64_t dirty_bytes;	/* see pl_recv_msg; at the last barrier */
+	struct pl_recv_stats gone;	/* of lanes that have ended */
+	bool open;		/* lanes may be added */
+	bool used;		/* one was */
+};
+
 struct recv_header {
 	uint32_t mark, type;
 	uint32_t size;		/* of the data */
@@ -66,6 +93,11 @@ struct pl_recv {
 	uint8_t proof_data[PL_NODES_MAX * 8];	/* of the last PROOF frame */
 	uint32_t proof_len;
 	bool claimed;		/* it is a claim, and nothing has come since */
+	bool is_lane;		/* not lane 0: data and barriers only */
+	bool at_barrier;	/* the last frame was one: */
+	struct recv_barrier barrier;
+	uint64_t whole_bytes;	/* of the stream: the frames that have come whole */
+	struct recv_lanes lanes;	/* of lane 0; locks itself */
 
 	/* reader only: recv_place.c */
 	struct pl_huge huge;
@@ -87,11 +119,13 @@ struct pl_recv {
 	uint64_t flush_start, flush_end;	/* written, writeback not started */
 	uint64_t flushing_start, flushing_end;	/* writeback under way */
 	uint64_t unflushed, flushing;	/* bytes in these */
+	bool was_synced;	/* atomic: forget them */
 
 	struct pl_patience peer_takes;	/* of the writer that answers */
 
 	pthread_mutex_t lock;	/* guards all below */
 	pthread_cond_t work, done;
+	pthread_cond_t planned;	/* for pl_recv_share */
 	uint64_t filled, taken, written;	/* slots handed over / begun / finished */
 	bool planning, retiring;	/* a writer does it */
 	bool writer_idle, reader_waits, quit;
@@ -102,8 +136,16 @@ struct pl_recv {
 /* recv_ring.c.  Note a failure; the first one is reported. */
 void pl_recv_fail(struct pl_recv *r, int err, enum pl_stage stage, uint64_t pos)
 	PL_NONNULL;
+/* The same for a failure of one of its lanes. */
+void pl_recv_fail_as(struct pl_recv *r, int err, const struct pl_fault *fault)
+	PL_NONNULL;
+/* The first failure so far, or 0. */
+int pl_recv_failed(struct pl_recv *r) PL_CHECKED PL_NONNULL;
 /* Wake a reader that waits for its peer. */
 void pl_recv_wake(struct pl_recv *r) PL_NONNULL;
+/* Any thread.  Others are about to write to the file, too: nothing is written past the
+   page cache any more, and nothing is known of where the file has no data. */
+void pl_recv_share(struct pl_recv *r) PL_NONNULL;
 /* The slot to fill; NULL after a failure. */
 struct recv_slot *pl_recv_slot(struct pl_recv *r) PL_CHECKED PL_NONNULL;
 /* Give it to the writer. */
@@ -186,5 +228,29 @@ int pl_recv_write(struct pl_recv *r, const struct recv_slot *s, uint64_t *pos)
 /* Buffered, alone (direct.h). */
 int pl_recv_write_buffered(void *ctx, const uint8_t *data, uint32_t len, uint64_t pos)
 	PL_CHECKED PL_NONNULL;
+/* Bytes that may not be on the disk; while the writers are idle. */
+uint64_t pl_recv_dirty(struct pl_recv *r) PL_CHECKED PL_NONNULL;
+
+/*
+ * recv_lanes.c.  Read the BARRIER r->head, and pass it when all lanes have: 0;
+ * RECV_BARRIER for a lane, which has only written what came before it; or -errno.
+ */
+int pl_recv_barrier(struct pl_recv *r, enum pl_stage *stage) PL_CHECKED PL_NONNULL;
+/* At SYNC or END: complete *msg.  0, PL_RECV_LOST, or -EPROTO: no barrier came before
+   it.  After END no lane is read any more. */
+int pl_recv_lanes_event(struct pl_recv *r, struct pl_recv_msg *msg, bool end)
+	PL_CHECKED PL_NONNULL;
+/* Between two runs: lanes may be added from now on. */
+void pl_recv_lanes_open(struct pl_recv *r) PL_NONNULL;
+/* No lane reads or writes any more, nor will one. */
+void pl_recv_lanes_stop(struct pl_recv *r) PL_NONNULL;
+/* A barrier may wait: it looks for failures anew. */
+void pl_recv_lanes_wake(struct pl_recv *r) PL_NONNULL;
+/* The file was synced. */
+void pl_recv_lanes_synced(struct pl_recv *r) PL_NONNULL;
+/* Add those of all lanes. */
+void pl_recv_lanes_stats(struct pl_recv *r, struct pl_recv_stats *to) PL_NONNULL;
+int pl_recv_lanes_init(struct pl_recv *r) PL_CHECKED PL_NONNULL;
+void pl_recv_lanes_fini(struct pl_recv *r) PL_NONNULL;
 
 #endif

@@ -16,6 +16,16 @@
 #include "io.h"
 #include "recv_internal.h"
 
+/* What was synced needs no writeback. */
+static void forget_synced(struct pl_recv *r)
+{
+	if (!__atomic_exchange_n(&r->was_synced, false, __ATOMIC_RELAXED))
+		return;
+	r->flushing_start = r->flushing_end = r->flushing = 0;
+	r->flush_start = r->flush_end = 0;
+	r->unflushed = 0;
+}
+
 /*
  * Start writing back what was written since the last time, and wait for the
  * range before that: at most two half windows are dirty.  An error of
@@ -43,9 +53,15 @@ static void roll(struct pl_recv *r)
 
 void pl_recv_synced(struct pl_recv *r)
 {
-	r->flushing_start = r->flushing_end = r->flushing = 0;
-	r->flush_start = r->flush_end = 0;
-	r->unflushed = 0;
+	/* A lane's writer may be at work: it takes this in itself. */
+	__atomic_store_n(&r->was_synced, true, __ATOMIC_RELAXED);
+	pl_recv_lanes_synced(r);
+}
+
+uint64_t pl_recv_dirty(struct pl_recv *r)
+{
+	forget_synced(r);
+	return r->unflushed + r->flushing;
 }
 
 int pl_recv_write_buffered(void *ctx, const uint8_t *data, uint32_t len, uint64_t pos)
@@ -55,6 +71,7 @@ int pl_recv_write_buffered(void *ctx, const uint8_t *data, uint32_t len, uint64_
 
 	if (err)
 		return err;
+	forget_synced(r);
 	if (r->unflushed == 0 || pos < r->flush_start)
 		r->flush_start = pos;
 	if (pos + len > r->flush_end)

@@ -29,6 +29,9 @@ static bool is_zero_block(const struct pl_recv *r, uint32_t i)
 uint8_t *pl_recv_place(struct pl_recv *r, uint64_t pos, uint32_t left,
 		       uint32_t *room)
 {
+	/* Another lane may write there, before or after. */
+	if (r->features & PL_FEATURE_LANES)
+		return NULL;
 	if (r->page && (pos != r->page_pos + r->page_used ||
 			r->page_used == PL_HUGE))
 		pl_recv_end_page(r);

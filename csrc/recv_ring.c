@@ -32,6 +32,27 @@ void pl_recv_fail(struct pl_recv *r, int err, enum pl_stage stage, uint64_t pos)
 	pthread_mutex_unlock(&r->lock);
 }
 
+void pl_recv_fail_as(struct pl_recv *r, int err, const struct pl_fault *fault)
+{
+	pthread_mutex_lock(&r->lock);
+	if (!r->err) {
+		r->err = err;
+		r->fault = *fault;
+	}
+	pthread_mutex_unlock(&r->lock);
+	pl_recv_wake(r);
+}
+
+int pl_recv_failed(struct pl_recv *r)
+{
+	int err;
+
+	pthread_mutex_lock(&r->lock);
+	err = r->err;
+	pthread_mutex_unlock(&r->lock);
+	return err;
+}
+
 /* The reader waits for a peer, which may wait for an answer that will not come. */
 void pl_recv_wake(struct pl_recv *r)
 {
@@ -70,6 +91,7 @@ static void process(struct pl_recv *r, struct recv_slot *s)
 	err = pl_recv_plan(r, s, &pos);
 	pthread_mutex_lock(&r->lock);
 	r->planning = false;
+	pthread_cond_broadcast(&r->planned);
 	if (r->cfg.writers > 1)
 		pthread_cond_broadcast(&r->work);
 	pthread_mutex_unlock(&r->lock);
@@ -152,6 +174,19 @@ void pl_recv_hand_over(struct pl_recv *r)
 	if (r->writer_idle || r->cfg.writers > 1)
 		pthread_cond_signal(&r->work);
 	pthread_mutex_unlock(&r->lock);
+}
+
+void pl_recv_share(struct pl_recv *r)
+{
+	pthread_mutex_lock(&r->lock);
+	while (r->planning)
+		pthread_cond_wait(&r->planned, &r->lock);
+	/* What is allocated ahead becomes holes later: there may be their data. */
+	pl_ahead_close(&r->ahead);
+	r->ahead.fd = -1;
+	r->written_end = INT64_MAX;
+	pthread_mutex_unlock(&r->lock);
+	pl_direct_refuse(&r->direct);
 }
 
 struct recv_slot *pl_recv_slot(struct pl_recv *r)

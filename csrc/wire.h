@@ -28,6 +28,20 @@ enum pl_dialect { PL_DIALECT_NONE, PL_DIALECT_D1, PL_DIALECT_D2 };
 enum pl_feature {	/* what the two ends of D1 may agree on; a set of bits */
 	PL_FEATURE_COMPRESSED = 1, PL_FEATURE_PROOF = 2, PL_FEATURE_LANES = 4,
 };
+/*
+ * BARRIER (PL_FEATURE_LANES): on lane 0 the sequence, the number of lanes that take
+ * part, and their numbers; on a lane the sequence and the lane's own number.
+ */
+#define PL_BARRIER_MARK 0x4cc0ac52u
+#define PL_BARRIER_HEAD 8u	/* bytes: u32 sequence, u32 count or number */
+#define PL_BARRIER_NAMES 64u	/* lanes that one BARRIER names at most, u16 each */
+#define PL_LANES 16u		/* lanes beside lane 0 at a time, at most */
+/* What the receiver has of a lane that has ended. */
+struct pl_lane_end {
+	uint32_t lane;
+	uint64_t received;	/* bytes of its stream, up to the end of a frame; their
+				   data are written */
+};
 enum pl_packet {	/* D2's types; a SYNC of D1 is a command too */
 	PL_PACKET_DATA = 0, PL_PACKET_CMD = 1, PL_PACKET_DATA_ASYNC = 2,
 };
@@ -74,6 +88,26 @@ static inline uint32_t pl_get32(const void *from)
 
 	memcpy(&value, from, sizeof(value));
 	return le32toh(value);
+}
+
+static inline uint16_t pl_get16(const uint8_t *from)
+{
+	uint16_t value;
+
+	memcpy(&value, from, sizeof(value));
+	return le16toh(value);
+}
+
+static inline void pl_put32(uint8_t *to, uint32_t value)
+{
+	value = htole32(value);
+	memcpy(to, &value, sizeof(value));
+}
+
+static inline void pl_put16(uint8_t *to, uint16_t value)
+{
+	value = htole16(value);
+	memcpy(to, &value, sizeof(value));
 }
 
 static inline void pl_d1_put(uint8_t *to, uint32_t mark, uint32_t size, uint64_t pos)

@@ -38,6 +38,14 @@ cdef extern from "pl.h" nogil:
     ctypedef int (*pl_digest)(void *ctx, const void *data, size_t len,
                               uint8_t *out) noexcept
 
+    enum:
+        PL_LANES
+        PL_BARRIER_NAMES
+
+    struct pl_lane_end:
+        uint32_t lane
+        uint64_t received
+
     int pl_fdatasync(int fd)
 
     uint64_t pl_hash_block(const void *data, size_t len)
@@ -132,6 +140,7 @@ cdef extern from "pl.h" nogil:
         uint32_t slots
         uint32_t readers
         uint32_t stall_ms
+        uint32_t lane_stall_ms
         uint64_t rate
         pl_known *known
         pl_proof *proof
@@ -158,6 +167,7 @@ cdef extern from "pl.h" nogil:
         uint64_t packed_frames
         uint64_t direct_bytes
         uint64_t filled_bytes
+        uint64_t again_bytes
 
     struct pl_fault:
         pl_stage stage
@@ -169,6 +179,7 @@ cdef extern from "pl.h" nogil:
         uint32_t type
         uint32_t command
         int32_t reply
+        uint32_t lane
 
     struct pl_pump:
         pass
@@ -180,6 +191,16 @@ cdef extern from "pl.h" nogil:
     int pl_pump_write(pl_pump *p, const void *buf, size_t len, pl_fault *fault)
     int pl_pump_ask(pl_pump *p, const void *buf, size_t len,
                     uint32_t timeout_ms, pl_fault *fault)
+    int pl_pump_add_lane(pl_pump *p, int fd, uint32_t number)
+
+    struct pl_pump_lane:
+        uint32_t number
+        int32_t err
+        uint64_t bytes
+
+    unsigned pl_pump_get_lanes "pl_pump_lanes"(pl_pump *p, pl_pump_lane *out)
+    int pl_pump_settle(pl_pump *p, const pl_lane_end *ends, unsigned n)
+    int pl_pump_resend(pl_pump *p, pl_fault *fault)
     void pl_pump_limit(pl_pump *p, uint64_t rate)
     void pl_pump_frozen(pl_pump *p, bint frozen)
     void pl_pump_cancel(pl_pump *p)
@@ -189,6 +210,7 @@ cdef extern from "pl.h" nogil:
         PL_RECV_SYNC
         PL_RECV_END
         PL_RECV_QUESTION
+        PL_RECV_LOST
 
     struct pl_recv_cfg:
         int in_fd
@@ -198,6 +220,7 @@ cdef extern from "pl.h" nogil:
         uint32_t max_frame
         uint32_t stall_ms
         uint64_t window
+        uint32_t lane_stall_ms
         uint32_t sparse
         uint64_t old_end
         uint64_t largest
@@ -239,9 +262,11 @@ cdef extern from "pl.h" nogil:
     int pl_recv_expect_proof(pl_recv *r, pl_proof *proof)
     const uint8_t *pl_recv_proof_data(const pl_recv *r, uint32_t *len)
     void pl_recv_reopen(pl_recv *r)
+    int pl_recv_add_lane(pl_recv *r, int fd, uint32_t number)
+    unsigned pl_recv_lost(pl_recv *r, pl_lane_end *out)
     void pl_recv_synced(pl_recv *r)
     void pl_recv_cancel(pl_recv *r)
-    void pl_recv_get_stats "pl_recv_stats"(const pl_recv *r, pl_recv_stats *out)
+    void pl_recv_get_stats "pl_recv_stats"(pl_recv *r, pl_recv_stats *out)
 
     struct pl_ploop:
         int fd

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Types of the native core; _core.pyx has the docstrings, csrc/pl.h the rules."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple, Self, final
 
 from typing_extensions import Buffer
@@ -18,6 +18,8 @@ COMPRESS_NEVER: int
 COMPRESS_AUTO: int
 COMPRESS_ALWAYS: int
 RECV_QUESTION: int
+RECV_LOST: int
+MOST_LANES: int
 SINK_FRAMES: int
 SINK_FILE: int
 SINK_PACKETS: int
@@ -42,6 +44,7 @@ class Fault(OSError):
     type: int
     command: int
     reply: int
+    lane: int
 
 def fdatasync(fd: int) -> None: ...
 def hash_block(data: Buffer) -> int: ...
@@ -118,6 +121,16 @@ class PumpStats(NamedTuple):
     compressed_frames: int
     direct: int
     filled: int
+    again: int
+
+class PumpLane(NamedTuple):
+    number: int
+    error: int
+    sent: int
+
+class LaneEnd(NamedTuple):
+    lane: int
+    received: int
 
 @final
 class Pump:
@@ -149,10 +162,16 @@ class Pump:
         level: int = 1,
         direct: tuple[int, int] | None = None,
         zero_holes: bool = False,
+        lane_stall_ms: int = 0,
     ) -> Self: ...
     def run(self, extents: Extents, flags: int = 0) -> None: ...
     def write(self, data: bytes) -> None: ...
     def ask(self, data: bytes, timeout_ms: int = 0) -> None: ...
+    def add_lane(self, fd: int, number: int) -> None: ...
+    @property
+    def lanes(self) -> list[PumpLane]: ...
+    def settle(self, ends: Sequence[tuple[int, int]]) -> bool: ...
+    def resend(self) -> None: ...
     def limit(self, rate: int) -> None: ...
     def frozen(self, frozen: bool) -> None: ...
     def cancel(self) -> None: ...
@@ -198,8 +217,11 @@ class Receiver:
         direct: tuple[int, int] | None = None,
         writers: int = 1,
         ahead: bool = False,
+        lane_stall_ms: int = 0,
     ) -> Self: ...
     arrival: Arrival
+    def add_lane(self, fd: int, number: int) -> None: ...
+    def lost(self) -> list[LaneEnd]: ...
     def synced(self) -> None: ...
     def run(self) -> tuple[int, int, bytes]: ...
     @property

@@ -24,6 +24,10 @@ PASS_LIVE = <int>PL_PASS_LIVE
 RECV_SYNC = <int>PL_RECV_SYNC
 RECV_END = <int>PL_RECV_END
 RECV_QUESTION = <int>PL_RECV_QUESTION
+RECV_LOST = <int>PL_RECV_LOST
+
+MOST_LANES = <int>PL_LANES
+"""Lanes beside the main stream, at a time."""
 
 COMPRESS_NEVER = <int>PL_COMPRESS_NEVER
 COMPRESS_AUTO = <int>PL_COMPRESS_AUTO
@@ -59,10 +63,11 @@ class Fault(OSError):
     """A failure inside a pump, with the place: `stage` ('read', 'write',
     'hook', 'protocol', 'reply', 'none'), `pos` (byte of the image), `stream`
     (bytes of the stream before it), `frame` (frames before it), `mark`, `size`,
-    `type` and `command` (of the offending header), `reply` (the peer's)."""
+    `type` and `command` (of the offending header), `reply` (the peer's), `lane`
+    (0: the main stream)."""
 
     stage = "none"
-    pos = stream = frame = mark = size = type = command = reply = 0
+    pos = stream = frame = mark = size = type = command = reply = lane = 0
 
 
 cdef _fault(int err, pl_fault *f):
@@ -71,6 +76,7 @@ cdef _fault(int err, pl_fault *f):
     exc.pos, exc.stream, exc.frame = f.pos, f.stream, f.frame
     exc.mark, exc.size = f.mark, f.size
     exc.type, exc.command, exc.reply = f.type, f.command, f.reply
+    exc.lane = f.lane
     return exc
 
 

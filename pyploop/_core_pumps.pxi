@@ -17,6 +17,22 @@ class PumpStats(NamedTuple):
     compressed_frames: int
     direct: int
     filled: int
+    again: int
+
+
+class PumpLane(NamedTuple):
+    """A lane of a sending pump.  error: why it was left out (an errno), or 0.  sent: bytes
+    that its stream has taken."""
+    number: int
+    error: int
+    sent: int
+
+
+class LaneEnd(NamedTuple):
+    """A lane that has ended.  received: bytes of its stream, up to the end of a frame,
+    whose data are written."""
+    lane: int
+    received: int
 
 
 cdef class Pump:
@@ -34,7 +50,7 @@ cdef class Pump:
                   bint async_packets=False, uint32_t window=0, bint digests=False,
                   uint32_t tail=0, int tail_fd=-1, uint64_t tail_pos=0,
                   uint64_t features=0, int compress=0, int level=1, direct=None,
-                  bint zero_holes=False):
+                  bint zero_holes=False, uint32_t lane_stall_ms=0):
         cdef pl_pump_cfg cfg
         memset(&cfg, 0, sizeof(cfg))
         cfg.src_fd, cfg.src_base, cfg.size = src_fd, src_base, size
@@ -49,8 +65,8 @@ cdef class Pump:
             cfg.proof = &proof.p
         if hook is not None:
             cfg.hook, cfg.hook_ctx = hook.fn, hook.ctx
-        cfg.features = features
         cfg.compress, cfg.level = <pl_compress>compress, level
+        cfg.features, cfg.lane_stall_ms = features, lane_stall_ms
         cfg.async_, cfg.window = async_packets, window
         cfg.zero_holes = zero_holes
         if direct is not None:
@@ -99,6 +115,42 @@ cdef class Pump:
         if ret < 0:
             raise _fault(ret, &fault)
 
+    def add_lane(self, int fd, uint32_t number):
+        """From any thread: send data over this stream, too (non-blocking, or a socket).
+        number: 1 to 65535, new, and the one by which the peer knows it.  OSError."""
+        _check(pl_pump_add_lane(self.p, fd, number))
+
+    @property
+    def lanes(self):
+        """The lanes; those that have failed until `settle`."""
+        cdef pl_pump_lane lane[PL_LANES]
+        cdef unsigned n = pl_pump_get_lanes(self.p, lane)
+        return [PumpLane(lane[i].number, -lane[i].err, lane[i].bytes) for i in range(n)]
+
+    def settle(self, ends):
+        """The last control frame is answered, with these LaneEnds.  True: something must
+        go again (`resend`).  OSError (EPROTO): a lane was not sent so many bytes."""
+        cdef pl_lane_end end[PL_BARRIER_NAMES]
+        cdef unsigned n = 0
+        cdef int ret
+        if len(ends) > PL_BARRIER_NAMES:
+            raise ValueError("too many lanes")
+        for lane, received in ends:
+            end[n].lane, end[n].received = lane, received
+            n += 1
+        with nogil:
+            ret = pl_pump_settle(self.p, end, n)
+        return bool(_check(ret))
+
+    def resend(self):
+        """Send what lanes have lost, as the source has it now.  Raises Fault."""
+        cdef pl_fault fault
+        cdef int ret
+        with nogil:
+            ret = pl_pump_resend(self.p, &fault)
+        if ret < 0:
+            raise _fault(ret, &fault)
+
     def limit(self, uint64_t rate):
         """Between two passes: this rate applies from now on; 0: none."""
         pl_pump_limit(self.p, rate)
@@ -118,7 +170,7 @@ cdef class Pump:
         return PumpStats(s.read_bytes, s.data_bytes, s.wire_bytes, s.zero_bytes,
                          s.same_bytes, s.frames, s.done_bytes, s.huge_bytes,
                          s.packed_bytes, s.packed_frames, s.direct_bytes,
-                         s.filled_bytes)
+                         s.filled_bytes, s.again_bytes)
 
 
 class RecvStats(NamedTuple):
@@ -158,7 +210,7 @@ cdef class Receiver:
                   uint32_t slot_size, uint32_t max_frame, uint32_t stall_ms=0,
                   uint64_t window=0, bint sparse=True, uint64_t old_end=0, uint64_t largest=0,
                   int reply_fd=-1, bint fill=False, direct=None, uint32_t writers=1,
-                  bint ahead=False):
+                  bint ahead=False, uint32_t lane_stall_ms=0):
         cdef pl_recv_cfg cfg
         self.md5 = _Md5()
         self.arrival = Arrival(0, 0, 0, 0)
@@ -167,7 +219,7 @@ cdef class Receiver:
         cfg.slots, cfg.slot_size, cfg.max_frame = slots, slot_size, max_frame
         cfg.stall_ms, cfg.window, cfg.sparse = stall_ms, window, sparse
         cfg.old_end = old_end
-        cfg.largest = largest
+        cfg.largest, cfg.lane_stall_ms = largest, lane_stall_ms
         cfg.fill, cfg.writers, cfg.ahead = fill, writers, ahead
         if direct is not None:
             cfg.direct.block, cfg.direct.memory = direct
@@ -183,8 +235,9 @@ cdef class Receiver:
 
     def run(self):
         """Receive until SYNC or END: (RECV_SYNC or RECV_END, pos, SYNC's four
-        bytes).  All before it is written, not durable.  Or until a question about nodes
-        of `proof`: (RECV_QUESTION, level + 1, _).  Raises Fault."""
+        bytes).  All before it is written, not durable.  RECV_LOST: the same, but `lost`
+        has to be answered, and the sender goes on.  Or until a question about nodes of
+        `proof`: (RECV_QUESTION, level + 1, _).  Raises Fault."""
         cdef pl_fault fault
         cdef pl_recv_msg msg
         cdef int ret
@@ -196,6 +249,20 @@ cdef class Receiver:
         self.arrival = Arrival(msg.first_ns, msg.arrived_ns, msg.written_ns,
                                msg.dirty_bytes)
         return ret, msg.pos, PyBytes_FromStringAndSize(<char *>msg.data, 4)
+
+    def add_lane(self, int fd, uint32_t number):
+        """From any thread, once lanes are expected: receive data over this stream, too.
+        OSError (ECANCELED: nothing is received any more)."""
+        cdef int ret
+        with nogil:
+            ret = pl_recv_add_lane(self.r, fd, number)
+        _check(ret)
+
+    def lost(self):
+        """After RECV_LOST: the LaneEnds since the last call."""
+        cdef pl_lane_end end[PL_BARRIER_NAMES]
+        cdef unsigned n = pl_recv_lost(self.r, end)
+        return [LaneEnd(end[i].lane, end[i].received) for i in range(n)]
 
     def synced(self):
         """Between two runs: the file was synced."""

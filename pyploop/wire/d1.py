@@ -8,7 +8,7 @@ frames, and the replies on the feedback channel.
 from __future__ import annotations
 
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from enum import IntFlag
 from typing import NamedTuple
 
@@ -59,6 +59,19 @@ DIFFERS = b"DIFFERS\n"
 MANY_NODES = 256
 """Most nodes in one question."""
 NODE = struct.Struct("<Q")
+BARRIER_MARK = 0x4CC0AC52
+BARRIER_HEAD = struct.Struct("<II")
+"""The sequence, and the number of lanes that are named, or the lane's own.  C makes and
+parses them (csrc/pump_lanes.c, csrc/recv_lanes.c)."""
+LOST_LANES = b"LOSTLANE"
+"""Instead of SUCCESS, where lanes are agreed: lanes have ended before the barrier.  After
+the record of times come LOST_HEAD (their number, and 4 bytes that are sent as 0) and a
+LANE_END for each."""
+LOST_HEAD = struct.Struct("<II")
+LANE_END = struct.Struct("<IIQ")
+"""The lane, 4 bytes that are sent as 0, and the bytes of its stream that have arrived."""
+MANY_LANES = 64
+"""Most lanes in one such answer."""
 
 TIMES = struct.Struct("<7Q")
 PLACE_HEAD = struct.Struct("<16sQI")
@@ -127,6 +140,21 @@ class Place(NamedTuple):
         if count > MANY_THINGS:
             raise ValueError(f"{count} things below a target")
         return cls(boot, room, tuple(THING.iter_unpack(read(count * THING.size))))
+
+
+def pack_lost(ends: Sequence[tuple[int, int]]) -> bytes:
+    """What follows LOST_LANES and the times.  ends: lanes, and bytes that have arrived."""
+    body = (LANE_END.pack(lane, 0, received) for lane, received in ends)
+    return LOST_HEAD.pack(len(ends), 0) + b"".join(body)
+
+
+def unpack_lost(read: Callable[[int], bytes]) -> list[tuple[int, int]]:
+    """read: returns the next bytes of the answer.  ValueError for too many lanes."""
+    count, _ = LOST_HEAD.unpack(read(LOST_HEAD.size))
+    if count > MANY_LANES:
+        raise ValueError(f"{count} lanes have ended")
+    ends = LANE_END.iter_unpack(read(count * LANE_END.size)) if count else ()
+    return [(lane, received) for lane, _, received in ends]
 
 
 def sync(payload: bytes = bytes(SYNC_SIZE), pos: int = 0) -> bytes:

@@ -28,7 +28,7 @@ CSRC = HERE.parents[1] / "csrc"
 PRODUCT = {
     "recv": (
         *("recv", "recv_ring", "recv_head", "recv_unpack", "recv_out", "recv_fill", "recv_place"),
-        *("direct", "ahead", "proof", "bitmap", "hash", "hash_avx2"),
+        *("recv_lanes", "direct", "ahead", "proof", "bitmap", "hash", "hash_avx2"),
     ),
     "reply": ("pump_reply", "patience"),
     "files": ("files_in", "patience"),

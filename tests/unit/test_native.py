@@ -77,6 +77,8 @@ PROGRAMS = [
     ("test_pump_d2", "tsan"),
     ("test_recv", "asan"),
     ("test_recv", "tsan"),
+    ("test_lanes", "asan"),
+    ("test_lanes", "tsan"),
     ("test_huge", "asan"),
     ("test_huge", "tsan"),
     ("test_direct", "asan"),
