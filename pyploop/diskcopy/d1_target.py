@@ -12,6 +12,8 @@ from pyploop import _core
 from pyploop._core import Fault, Known, Pump
 from pyploop.diskcopy import pipe_reader, target_room
 from pyploop.diskcopy.framing import EXACT, NATIVE, PERHAPS_PLOOP, PLOOP, PYPLOOP, Compat, Framing
+from pyploop.diskcopy.lanes import Lanes
+from pyploop.diskcopy.lanes import ended as lane_ends
 from pyploop.diskcopy.proof import Ask, TargetDiffers
 from pyploop.diskcopy.target import Packets, explain_write
 from pyploop.diskcopy.write_mode import OTHER_SIDE
@@ -19,13 +21,13 @@ from pyploop.disks import backing
 from pyploop.disks.backing import Thing
 from pyploop.disks.image import HEADER_FRAME
 from pyploop.disks.source import Source
-from pyploop.errors import ProtocolError, PyploopError, SyncError, WriteError
+from pyploop.errors import ProtocolError, PyploopError, ReadError, SyncError, WriteError
 from pyploop.freeze.deadline import Deadline
 from pyploop.report.events import Reporter
 from pyploop.report.timeline import Heard
 from pyploop.system import descriptors
 from pyploop.system.worker import run_cancellable
-from pyploop.units import BLOCK
+from pyploop.units import BLOCK, format_size
 from pyploop.wire import d1
 
 HELLO_WAIT = 2.0
@@ -53,16 +55,20 @@ class StreamOutput:
         answer_timeout: float,
         compat: Compat = "auto",
         offered: d1.Feature = d1.NO_FEATURES,
+        lanes: Lanes | None = None,
     ) -> None:
         """fd: non-blocking.  feedback: where answers are read.  two_way: `fd` is a
         socket, so answers may come there without `feedback`.  Times in seconds.
-        offered: what a pyploop peer may agree to."""
+        offered: what a pyploop peer may agree to.  lanes: further streams for data, which
+        are offered, too."""
         self.fd = fd
         self.dialect = "D1"
         self.framing = NATIVE
         self.features = d1.NO_FEATURES
         self._compat = compat
-        self._offered = offered
+        self.lanes = lanes
+        self._offered = offered if lanes is None else offered | d1.Feature.LANES
+        self._header: bytes | None = None
         self._feedback = feedback
         self._answers = feedback if feedback is not None else (fd if two_way else None)
         self._report = report
@@ -179,7 +185,9 @@ class StreamOutput:
                     f"({self._offered:#x}); nothing was sent"
                 )
             self.features = d1.Feature(accepted)
-        elif answer != d1.SUCCESS:
+        if self.lanes is not None and not self.features & d1.Feature.LANES:
+            self.lanes.refuse("the receiver takes none")
+        if answer not in (d1.SUCCESS, d1.FEATURES_REPLY):
             raise ProtocolError(
                 f"the receiver answered {answer!r} to the fourth SYNC; nothing was sent"
             )
@@ -262,8 +270,16 @@ class StreamOutput:
             closed = "the receiver closed the stream (see its own message)"
             raise WriteError(closed).follows() from e
 
-    def _answer(self, fd: int, about: str, ask: Ask | None = None) -> None:
+    def _answer(self, fd: int, about: str, ask: Ask | None = None) -> list[tuple[int, int]] | None:
+        """None: all is there.  Else the lanes that have ended, and what arrived of them.
+        TargetDiffers: as `finish`."""
         answer = self._read(fd)
+        if answer == d1.LOST_LANES and self.features & d1.Feature.LANES:
+            self._read_times(fd)
+            try:
+                return d1.unpack_lost(partial(self._read, fd))
+            except ValueError as e:
+                raise ProtocolError(f"the receiver sent a wrong answer to {about}: {e}") from e
         if answer == d1.DIFFERS and self.proof and ask is not None:
             self._read_times(fd)
             raise TargetDiffers(
@@ -279,15 +295,61 @@ class StreamOutput:
         if answer != d1.SUCCESS:
             raise ProtocolError(f"the receiver answered {answer!r} to {about}")
         self._read_times(fd)
+        return None
+
+    def _ask(
+        self, pump: Pump, about: str, write: Callable[[], None], *, ask: Ask | None = None
+    ) -> None:
+        """Write SYNC or END, and wait for the answer.  What lanes have lost goes again
+        first, until nothing was lost."""
+        assert self._answers is not None
+        while True:
+            self._asked = time.monotonic()
+            write()
+            lost = self._answer(self._answers, about, ask)
+            if not self._settle(pump, lost or []):
+                if lost is None:
+                    return
+            elif lost is None:
+                raise ProtocolError(f"the receiver answered {about}, but lanes have lost data")
+            else:
+                self._resend(pump)
+
+    def _settle(self, pump: Pump, ends: list[tuple[int, int]]) -> bool:
+        """True: lanes have ended, and something must go again."""
+        if not self.features & d1.Feature.LANES:
+            return False
+        before = pump.lanes
+        try:
+            lost = pump.settle(ends)
+        except OSError as e:
+            raise ProtocolError("the receiver has more of a lane than was sent") from e
+        for sentence in lane_ends(before, pump.lanes):
+            self._report.info(sentence)
+        return lost
+
+    def _resend(self, pump: Pump) -> None:
+        before = pump.stats.again
+        try:
+            run_cancellable(pump.resend, pump.cancel, self._check_deadline)
+        except Fault as fault:
+            if fault.stage == "read":
+                raise ReadError.of(
+                    f"cannot read the source again at byte {fault.pos}", fault
+                ) from fault
+            raise explain_write(fault) from fault
+        again = format_size(pump.stats.again - before)
+        self._report.info(f"Sent {again} again, which lanes have lost")
+        if self._header is not None:
+            self._write(pump, d1.data(0, self._header))
 
     def sync(self, pump: Pump, waiting: bool, start: bytes) -> str:
         if self.framing.exact and not waiting:
             return "unknown"  # the C tool sends no SYNC after its last block
-        self._asked = time.monotonic()
-        self._write(pump, d1.sync(start))
         if self._answers is not None:
-            self._answer(self._answers, "SYNC")
+            self._ask(pump, "SYNC", lambda: self._write(pump, d1.sync(start)))
             return "acknowledged"
+        self._write(pump, d1.sync(start))
         if not waiting or not self._sync_wait:
             return "unknown"
         self._report.info(
@@ -298,14 +360,18 @@ class StreamOutput:
         return "waited"
 
     def header(self, pump: Pump, data: bytes) -> None:
+        self._header = data
         self._write(pump, d1.data(0, data))
 
     def finish(self, pump: Pump, size: int, start: bytes) -> str:
         if self.framing is PYPLOOP and self._answers is not None:
             # One round trip: the answer to END includes what that to SYNC would say.
-            self._asked = time.monotonic()
-            self._end(pump)
-            self._answer(self._answers, "END", partial(self._ask_nodes, pump))
+            try:
+                self._ask(pump, "END", lambda: self._end(pump), ask=partial(self._ask_nodes, pump))
+            except TargetDiffers:
+                # The receiver has ended the lanes at END, with all that they carried.
+                self._settle(pump, [(lane.number, lane.sent) for lane in pump.lanes])
+                raise
             return "acknowledged"
         self.sync(pump, waiting=False, start=start)
         self._end(pump)

@@ -15,6 +15,7 @@ from collections.abc import Callable
 from pyploop import _core
 from pyploop._core import Fault, Known, Pump
 from pyploop.diskcopy.framing import PLOOP, PYPLOOP
+from pyploop.diskcopy.lanes import Lanes
 from pyploop.diskcopy.target import Packets, explain_write
 from pyploop.diskcopy.write_mode import OTHER_SIDE
 from pyploop.disks.backing import Thing
@@ -42,6 +43,7 @@ class PacketOutput:
     end_is_answered = True
     features = NO_FEATURES
     proof = b""
+    lanes: Lanes | None = None
 
     def __init__(
         self, fd: int, report: Reporter, *, answer_timeout: float, knows_async: bool = False

@@ -179,6 +179,7 @@ class FreezeStage:
         sent.  start: the image's first bytes."""
         c = self._context
         pump, step, proof = c.source_pump.pump, c.recorder.step, c.source_pump.proof
+        header = b""
         if c.source.image_format == "ploop1":
             with step("last blocks"):
                 header = clear_in_use(start)
@@ -196,6 +197,9 @@ class FreezeStage:
         with step("target commit"):
             c.out.before_end = c.session.before_end
             c.summary.acknowledged = c.out.finish(pump, c.source.size, start[:4])
+        if header:
+            # A lane may have lost block 0, which went again without it, and then it again.
+            c.source_pump.note_header(header)
 
     def _write_receipt(self) -> None:
         """WriteError: the target is complete, and the receipt cannot be written."""

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 from pyploop import _core
 from pyploop._core import Fault, Proof, Receiver, RecvStats
 from pyploop.diskcopy import target_room, write_mode
+from pyploop.diskcopy.lanes import LANE_STALL, Lanes
 from pyploop.diskcopy.proof import TRIES
 from pyploop.diskcopy.replies import Answers, Feedback, NoAnswers, Replies
 from pyploop.diskcopy.target_file import Sink
@@ -109,6 +110,7 @@ def receive(
     opened: Callable[[Callable[[], None]], None] = lambda _: None,
     to_device: bool = False,
     write: Write = "auto",
+    lanes: Lanes | None = None,
 ) -> Received:
     """Receive one image into a new file `path`, in the dialect of its marker.
 
@@ -117,7 +119,8 @@ def receive(
     given up; 0: never.  expected: where a failure before the first marker is answered.
     sink: the file that becomes `path`; None: a new one.  owner_undoes: see Sink.
     largest: bytes of the image at most; 0: any.  opened: called with what cancels the receipt
-    from another thread.  to_device: onto the block device `path`.  PyploopError.
+    from another thread.  to_device: onto the block device `path`.  lanes: further streams
+    for the data, if the sender offers to use some.  PyploopError.
     """
     receipt = _Receipt(
         path,
@@ -131,6 +134,7 @@ def receive(
         opened=opened,
         to_device=to_device,
         write=write,
+        lanes=lanes,
     )
     try:
         return receipt.run(stall)
@@ -138,6 +142,9 @@ def receive(
         # An unfinished target is removed before the peer gets the answer.
         receipt.answers.failed(receipt.event, e)
         raise
+    finally:
+        if lanes is not None:
+            lanes.refuse("the copy has ended")
 
 
 class _Target:
@@ -184,9 +191,11 @@ class _Receipt:
         opened: Callable[[Callable[[], None]], None],
         to_device: bool,
         write: Write,
+        lanes: Lanes | None,
     ) -> None:
         self._opened, self._to_device, self._write = opened, to_device, write
         self._sink, self._owner_undoes, self._largest = sink, owner_undoes, largest
+        self._lanes = lanes
         self._path, self._in_fd, self._feedback = path, in_fd, feedback_fd
         self._report = report
         self.answers: Answers = expected or NoAnswers()
@@ -203,6 +212,7 @@ class _Receipt:
             pipe = f", pipe of {format_size(size)}" if size else ""
             report.detail(f"Receiving into {path}{pipe}")
             target = _Target(sink)
+            self._check_lanes(sink)
             mode = self._mode(sink, target)
             pump = _core.Receiver(
                 in_fd=self._in_fd,
@@ -215,6 +225,7 @@ class _Receipt:
                 sparse=True,
                 old_end=sink.old_end,
                 largest=self._largest if isinstance(sink, Sink) else sink.size,
+                lane_stall_ms=int(LANE_STALL * 1000),
                 reply_fd=self._in_fd if descriptors.is_socket(self._in_fd) else -1,
                 fill=sink.old_contents,
                 direct=mode.direct,
@@ -243,6 +254,18 @@ class _Receipt:
         self._report.detail(f"Writing {self._path}: {mode.words}")
         return mode
 
+    def _check_lanes(self, sink: Sink | DeviceSink) -> None:
+        """Several streams are not for every target."""
+        why = ""
+        if sink.old_contents:
+            why = "holes of the source are found in the order of one stream"
+        elif self._write == "direct":
+            why = "O_DIRECT is for one stream (--write direct)"
+        if self._lanes is not None and why:
+            self._lanes.refuse(why)
+            self._lanes = None
+            self._report.detail(f"The data come over one stream: {why}")
+
     def _serve(self, pump: Receiver, sink: Sink | DeviceSink, target: _Target) -> int:
         """Until END; returns the number of SYNCs."""
         syncs, dialect = 0, _core.DIALECT_NONE
@@ -263,6 +286,9 @@ class _Receipt:
                 if not isinstance(sink, Sink):
                     sink.touched = bool(pump.stats.data)
             dialect = self._choose(pump, target, dialect)
+            if event == _core.RECV_LOST:
+                self._go_on_without(pump, sink)
+                continue
             if event == _core.RECV_END:
                 self.event = event
                 if self._agrees(pump, sink):
@@ -278,12 +304,19 @@ class _Receipt:
             self.event = event
             syncs += 1
             run_cancellable(sink.sync)
+            lanes = self._lanes is not None and self._lanes.agreed
+            if lanes:
+                self._root(sink)  # before the answer: lanes write by themselves after it
             self.answers.done(event, _times(pump, sink))
             pump.synced()
-            if self.answers.witness is not None:
-                # So that little of the tree is left for END.
-                self.answers.witness.proof.root(sink.fd)
+            if not lanes:
+                self._root(sink)
             self._report.detail(f"Synced {self._path}: {format_size(pump.stats.data)} so far")
+
+    def _root(self, sink: Sink | DeviceSink) -> None:
+        """So that little of the tree is left for END."""
+        if self.answers.witness is not None:
+            self.answers.witness.proof.root(sink.fd)
 
     def _agrees(self, pump: Receiver, sink: Sink | DeviceSink) -> bool:
         """After END.  False: the target is not what was sent; the sender may send blocks
@@ -301,17 +334,24 @@ class _Receipt:
         pump.reopen()
         return False
 
+    def _go_on_without(self, pump: Receiver, sink: Sink | DeviceSink) -> None:
+        """Lanes have ended: let the sender send again what did not arrive."""
+        ends = pump.lost()
+        for lane, received in ends:
+            self._report.info(f"Lane {lane} has ended; {received} bytes of it had arrived")
+        self.answers.lost(ends, _times(pump, sink))
+
     def _choose(self, pump: Receiver, target: _Target, before: int) -> int:
         """Choose how to answer, once the marker has shown the dialect."""
         if pump.dialect != before:
             if pump.dialect == _core.DIALECT_D1:
-                self.answers = Feedback(pump, self._in_fd, self._feedback, target)
+                self.answers = Feedback(pump, self._in_fd, self._feedback, target, self._lanes)
             elif descriptors.is_socket(self._in_fd):
                 self.answers = Replies(self._in_fd, pump)
         return pump.dialect
 
     def _finished(self, stats: RecvStats, syncs: int, mode: WriteMode) -> Received:
-        written = mode.report(stats.direct)
+        written = mode.report(stats.direct, lanes=self._lanes is not None and self._lanes.used)
         self._report.detail(
             f"Received {self._path}: {format_size(stats.image_size)}, "
             f"{format_size(stats.data)} of data in {stats.frames} frames"
@@ -337,6 +377,8 @@ def explain(fault: Fault, path: str, dialect: int, left: str) -> PyploopError:
     """The error that says why the receiving pump failed.  path: the target.  left: what
     becomes of it, as the end of a sentence."""
     where = f"frame {fault.frame}, byte {fault.stream} of the stream"
+    if fault.lane:
+        where += f" (lane {fault.lane})"
     code = fault.errno
     if fault.stage == "write":
         return WriteError.of(f"cannot write {path} at byte {fault.pos}{left}", fault, path=path)

@@ -6,10 +6,12 @@ from __future__ import annotations
 import contextlib
 import socket
 import time
+from collections.abc import Sequence
 from functools import partial
 from typing import Protocol
 
-from pyploop._core import RECV_END, RECV_SYNC, Receiver
+from pyploop._core import RECV_END, RECV_SYNC, LaneEnd, Receiver
+from pyploop.diskcopy.lanes import Lanes
 from pyploop.diskcopy.proof import Witness
 from pyploop.errors import ParameterError, ProtocolError, PyploopError, WriteError
 from pyploop.system import descriptors
@@ -35,6 +37,9 @@ class Answers(Protocol):
 
     def done(self, event: int, times: d1.Times) -> None:
         """Answer that it is durable.  WriteError: the answer cannot be sent."""
+
+    def lost(self, ends: Sequence[LaneEnd], times: d1.Times) -> None:
+        """Answer that lanes have ended, and that the sender should go on without them."""
 
     def failed(self, event: int, error: PyploopError) -> None:
         """Answer that the copy failed.  Never raises, so that the failure is reported."""
@@ -63,6 +68,9 @@ class NoAnswers:
     def done(self, event: int, times: d1.Times) -> None:
         pass
 
+    def lost(self, ends: Sequence[LaneEnd], times: d1.Times) -> None:
+        raise AssertionError("no lanes are agreed yet")
+
     def failed(self, event: int, error: PyploopError) -> None:
         pass
 
@@ -71,9 +79,17 @@ class Feedback:
     """D1: eight bytes for each SYNC on the feedback descriptor.  A pyploop sender gets
     an answer to END, too, and without a descriptor on the socket of the stream."""
 
-    def __init__(self, pump: Receiver, in_fd: int, feedback: int | None, target: Asked) -> None:
+    def __init__(
+        self,
+        pump: Receiver,
+        in_fd: int,
+        feedback: int | None,
+        target: Asked,
+        lanes: Lanes | None = None,
+    ) -> None:
+        """lanes: further streams for data, which are agreed to."""
         self.dialect = "D1"
-        self._target = target
+        self._target, self._lanes = target, lanes
         self.native = False
         self.features = d1.NO_FEATURES
         """What both ends have agreed on; known before the first data."""
@@ -137,10 +153,13 @@ class Feedback:
     def _offered_features(self, offered: int) -> bool:
         assert self._channel is not None
         self._offered = True
-        self.features = SUPPORTED & d1.Feature(offered)
+        supported = SUPPORTED if self._lanes is None else SUPPORTED | d1.Feature.LANES
+        self.features = supported & d1.Feature(offered)
         if d1.Feature.PROOF in self.features:
             self._keep_proof(self._channel)
         self._pump.expect(self.features)
+        if self._lanes is not None and self.features & d1.Feature.LANES:
+            self._lanes.open(self._pump)
         came = self._pump.arrival
         times = self._record(d1.Times(arrived=came.arrived, written=came.written))
         accepted = d1.ACCEPTED.pack(self.features, 0)
@@ -179,6 +198,11 @@ class Feedback:
         except WriteError:
             self._channel = None
             raise
+
+    def lost(self, ends: Sequence[LaneEnd], times: d1.Times) -> None:
+        assert self._channel is not None
+        answer = d1.LOST_LANES + self._record(times) + d1.pack_lost(ends)
+        descriptors.write_all(self._channel, answer, CANNOT)
 
     def failed(self, event: int, error: PyploopError) -> None:
         channel = self._channel_for(event) if event in (RECV_SYNC, RECV_END) else None
@@ -226,6 +250,9 @@ class Replies:
 
     def done(self, event: int, times: d1.Times) -> None:
         self._say(0)
+
+    def lost(self, ends: Sequence[LaneEnd], times: d1.Times) -> None:
+        raise AssertionError("D2 has no lanes")
 
     def _say(self, code: int) -> None:
         try:

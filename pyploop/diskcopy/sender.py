@@ -210,6 +210,8 @@ class Sender:
             )
 
     def __exit__(self, *exc: object) -> None:
+        if self._out.lanes is not None:
+            self._out.lanes.refuse("the copy has ended")
         self._undo.close()
 
     def cancel(self) -> None:

@@ -20,6 +20,7 @@ from pyploop._core import Bitmap, Extents, Fault, Known, Proof, Pump, PumpStats
 from pyploop.diskcopy import target_room
 from pyploop.diskcopy.compression import NEVER, Compression
 from pyploop.diskcopy.framing import PIECE, Extent
+from pyploop.diskcopy.lanes import LANE_STALL
 from pyploop.diskcopy.options import Options
 from pyploop.diskcopy.proof import Ask, descend
 from pyploop.diskcopy.target import Output, explain_write
@@ -49,6 +50,8 @@ MEMORY = 16 * MIB
 """Bytes of read buffers, whatever the source's size."""
 DIRECT_PIECE = MIB
 """Bytes of one read, when it is written with O_DIRECT: a disk takes large pieces faster."""
+LANES_SLOTS = 24
+"""Each lane keeps one buffer, and others are being read meanwhile."""
 HASH_MEMORY = 16 * MIB
 """Bytes of all hashes, above which one covers more than a block (at most 64 KiB)."""
 
@@ -97,6 +100,8 @@ class SourcePump:
         if self._out.write_mode.direct:
             cluster = max(cluster, DIRECT_PIECE)
         self.pump = self._make_pump(cluster)
+        if self._out.lanes is not None and self._out.features & Feature.LANES:
+            self._out.lanes.open(self.pump)
         if self._gone.is_set():
             self.pump.cancel()
 
@@ -183,9 +188,10 @@ class SourcePump:
             direct=mode.direct,
             zero_holes=self._out.old_contents,
             cluster=cluster,
-            slots=max(4, min(MEMORY // cluster, 8 if cluster == PIECE else 16)),
+            slots=self._slots(cluster),
             readers=readers,
             stall_ms=int(options.stall * 1000),
+            lane_stall_ms=int(LANE_STALL * 1000),
             rate=options.rate,
             known=self._known,
             proof=self.proof,
@@ -200,6 +206,12 @@ class SourcePump:
             tail_fd=-1 if source.tail is None else source.tail.fd,
             tail_pos=0 if source.tail is None else source.tail.pos,
         )
+
+    def _slots(self, cluster: int) -> int:
+        most = 8 if cluster == PIECE else 16
+        if self._out.features & Feature.LANES:
+            most = LANES_SLOTS
+        return max(4, min(MEMORY // cluster, most))
 
     def send(self, batches: list[Batch], flags: int = 0) -> int:
         """Send the batches.  Returns the bytes of payload sent."""

@@ -15,6 +15,7 @@ from typing import Protocol
 
 from pyploop._core import Fault, Known, Pump
 from pyploop.diskcopy.framing import Framing
+from pyploop.diskcopy.lanes import Lanes
 from pyploop.diskcopy.write_mode import WriteMode
 from pyploop.disks.backing import Thing
 from pyploop.disks.source import Source
@@ -54,6 +55,8 @@ class Output(Protocol):
     """How a file or device here is written."""
     old_contents: bool
     """It is full of what it had before: holes of the source must become zeroes there."""
+    lanes: Lanes | None
+    """Further streams that take part, if the peer agrees to Feature.LANES."""
     header_size: int
     """Bytes that `header` takes."""
     deadline: Deadline

@@ -16,6 +16,7 @@ from pyploop._core import Known, Pump
 from pyploop.diskcopy import target_room, write_mode
 from pyploop.diskcopy.d1_target import StreamOutput
 from pyploop.diskcopy.framing import NATIVE, Compat
+from pyploop.diskcopy.lanes import Lanes
 from pyploop.diskcopy.target import Output, Packets
 from pyploop.diskcopy.target_file import Sink, make_durable
 from pyploop.diskcopy.write_mode import Write, WriteMode
@@ -46,6 +47,7 @@ class FileOutput:
     packets = Packets()
     features = NO_FEATURES
     proof = b""
+    lanes: Lanes | None = None
     header_size = HEADER_FRAME
     heard: Heard | None = None
     end_is_answered = True

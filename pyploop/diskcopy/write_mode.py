@@ -41,8 +41,11 @@ class WriteMode:
     ahead: bool = False
     """Room is allocated before it is written."""
 
-    def report(self, direct_bytes: int) -> str:
-        """`words`, after so many bytes were written past the page cache."""
+    def report(self, direct_bytes: int, *, lanes: bool = False) -> str:
+        """`words`, after so many bytes were written past the page cache.  lanes: several
+        streams were written to the target; one descriptor cannot be both ways for them."""
+        if self.direct and lanes:
+            return f"buffered since lanes took part, and {self.words} before that"
         if self.direct and not direct_bytes:
             return f"buffered ({self.words} was refused, or nothing was a whole block)"
         return self.words
