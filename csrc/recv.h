@@ -124,6 +124,8 @@ void pl_recv_reopen(struct pl_recv *r) PL_NONNULL;
  * written through the page cache: one descriptor cannot be both ways for several writers.
  */
 int pl_recv_add_lane(struct pl_recv *r, int fd, uint32_t number) PL_CHECKED PL_NONNULL;
+/* Between two runs: no lane reads or writes any more, and their descriptors may be closed. */
+void pl_recv_end_lanes(struct pl_recv *r) PL_NONNULL;
 /* After PL_RECV_LOST: the lanes that have ended since the last call, PL_BARRIER_NAMES
    at most; how many. */
 unsigned pl_recv_lost(struct pl_recv *r, struct pl_lane_end *out) PL_NONNULL;

@@ -452,6 +452,11 @@ void pl_recv_lanes_stop(struct pl_recv *r)
 	pthread_mutex_unlock(&all->lock);
 }
 
+void pl_recv_end_lanes(struct pl_recv *r)
+{
+	pl_recv_lanes_stop(r);
+}
+
 void pl_recv_lanes_wake(struct pl_recv *r)
 {
 	pthread_mutex_lock(&r->lanes.lock);

@@ -263,6 +263,7 @@ cdef extern from "pl.h" nogil:
     const uint8_t *pl_recv_proof_data(const pl_recv *r, uint32_t *len)
     void pl_recv_reopen(pl_recv *r)
     int pl_recv_add_lane(pl_recv *r, int fd, uint32_t number)
+    void pl_recv_end_lanes(pl_recv *r)
     unsigned pl_recv_lost(pl_recv *r, pl_lane_end *out)
     void pl_recv_synced(pl_recv *r)
     void pl_recv_cancel(pl_recv *r)

@@ -258,6 +258,11 @@ cdef class Receiver:
             ret = pl_recv_add_lane(self.r, fd, number)
         _check(ret)
 
+    def end_lanes(self):
+        """Between two runs: lanes neither read nor write any more."""
+        with nogil:
+            pl_recv_end_lanes(self.r)
+
     def lost(self):
         """After RECV_LOST: the LaneEnds since the last call."""
         cdef pl_lane_end end[PL_BARRIER_NAMES]

@@ -15,6 +15,7 @@ from pyploop.diskcopy import separate_target
 from pyploop.diskcopy.compression import Compression, parse_compression
 from pyploop.diskcopy.framing import COMPATS, Compat
 from pyploop.diskcopy.freeze_policy import Policy, Round
+from pyploop.diskcopy.lanes import Lanes
 from pyploop.diskcopy.options import Options
 from pyploop.diskcopy.sender import Sender
 from pyploop.diskcopy.target import Output
@@ -169,6 +170,8 @@ class Copy:
         """Where a descriptor leads, for the result; empty: to this host, or not known."""
         self.target_path: str | None = None
         """The same for the receipt; None: not known."""
+        self.lanes: Lanes | None = None
+        """Further streams for the data."""
 
     def __enter__(self) -> Copy:
         o = self._options
@@ -245,6 +248,7 @@ class Copy:
             offered=self._offered(),
             to_device=o.to_device,
             write=o.write,
+            lanes=self.lanes,
         ) as out:
             yield out
 

@@ -117,7 +117,9 @@ def places(source: str | os.PathLike[str], target: Target) -> tuple[Place, Place
 
 
 def _push(source: str, to: Place, options: CopyOptions, report: Reporter, done: Done) -> None:
+    from pyploop.api.more_lanes import MoreLanes
     from pyploop.api.remote_host import RemoteHost
+    from pyploop.diskcopy.lanes import Lanes
 
     _check_protocol(options)
     with RemoteHost(to.host, options, report) as there, _undone_there(there):
@@ -128,8 +130,11 @@ def _push(source: str, to: Place, options: CopyOptions, report: Reporter, done: 
             options = replace(options, to_device=False, write=CopyOptions.write)
             copying = Copy(source, lane.wfd, options=options, feedback=lane.rfd, reporter=report)
             copying.target_host, copying.target_path = to.host, to.path
+            copying.lanes = lanes = Lanes()
+            more = MoreLanes(there, lanes, report, sending=True)
             state = ["the source runs", f"a target is on {to.host} only if it is complete"]
-            with _lost(state), there.watched(lane, copying.cancel) as far:
+            watched = there.watched(lane, copying.cancel)
+            with _lost(state), more, watched as far, more.allowed():
                 run_here(copying, done)
                 try:
                     far.result()
@@ -138,8 +143,10 @@ def _push(source: str, to: Place, options: CopyOptions, report: Reporter, done: 
 
 
 def _pull(from_: Place, target: str, options: CopyOptions, report: Reporter, done: Done) -> None:
+    from pyploop.api.more_lanes import MoreLanes
     from pyploop.api.remote_host import RemoteHost, with_specs
     from pyploop.diskcopy import receiver
+    from pyploop.diskcopy.lanes import Lanes
     from pyploop.diskcopy.target_registry import open_sink
     from pyploop.report import checked
     from pyploop.report.results import CopyResult
@@ -158,7 +165,10 @@ def _pull(from_: Place, target: str, options: CopyOptions, report: Reporter, don
         there.ask("source", path=from_.path, options=there.options_for("source"))
         state = ["no target was made", f"{from_.host} lets the source run again by itself"]
         stack.enter_context(_lost(state))
+        lanes = Lanes()
+        more = stack.enter_context(MoreLanes(there, lanes, report, sending=False))
         far = stack.enter_context(there.watched(lane, lane.cut))
+        stack.enter_context(more.allowed())
         unused.pop_all()  # the receiver closes it
         got = receiver.receive(
             target,
@@ -168,6 +178,7 @@ def _pull(from_: Place, target: str, options: CopyOptions, report: Reporter, don
             options.timeout,
             sink=sink,
             write=options.write,
+            lanes=lanes,
         )
         state[0] = f"{target} is complete and was kept"
         try:

@@ -7,6 +7,7 @@ from __future__ import annotations
 import contextlib
 import math
 import shlex
+import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -109,7 +110,9 @@ class RemoteHost:
 
     def __init__(self, host: str, options: CopyOptions, report: Reporter) -> None:
         self.host, self._options, self._report = host, options, report
-        self._lanes = 0
+        self.lanes = 0
+        """Lanes that were asked for; the number of the next one."""
+        self._choice: ssh_cipher.Choice | None = None
         self._undo = contextlib.ExitStack()
 
     def __enter__(self) -> RemoteHost:
@@ -171,15 +174,25 @@ class RemoteHost:
             found[name] = value
         return found
 
-    def lane(self) -> Lane:
-        """Open one more lane."""
+    def round_trip(self) -> float:
+        """Seconds that a short request takes."""
+        begin = time.monotonic()
+        self.ask("check")
+        return time.monotonic() - begin
+
+    def lane(self, gone: Callable[[], bool] = bool) -> Lane:
+        """Open one more lane.  CancelledError: `gone` says that it is not needed any more."""
         o = self._options
-        number, self._lanes = self._lanes, self._lanes + 1
-        token = self.ask("lane", number=number)["token"]
-        aes = self.peer.aes and "aes" in cpu.flags()
-        choice = ssh_cipher.choose(SSH, o.ssh_options, self.host, aes)
+        number, self.lanes = self.lanes, self.lanes + 1
+        token = self.client.call("lane", ASKING, gone, number=number)["token"]
+        if self._choice is None:
+            aes = self.peer.aes and "aes" in cpu.flags()
+            self._choice = ssh_cipher.choose(SSH, o.ssh_options, self.host, aes)
+        choice = self._choice
         options = (*o.ssh_options, *choice.options)
         lane = Lane(self.host, SSH, options, [*self._program, "copy-lane"], token)
+        if number:
+            return lane
         asked = ssh_cipher.PREFERRED if choice.preferred else ""
         self._report.event("connection", cipher=lane.cipher, asked=asked, why=choice.why)
         self._report.info(

@@ -8,6 +8,7 @@ what is frozen is thawed, and an incomplete target is removed.  Data come and go
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -16,6 +17,7 @@ from pyploop.api.copying import Copy, CopyOptions
 from pyploop.copyagent.lanes import Awaited, Lane
 from pyploop.copyagent.permits import Permits
 from pyploop.diskcopy import receiver
+from pyploop.diskcopy.lanes import Lanes
 from pyploop.diskcopy.target_device import DeviceSink
 from pyploop.diskcopy.target_file import Sink
 from pyploop.diskcopy.target_registry import open_sink
@@ -64,6 +66,8 @@ class CopyAgent(Server):
         self._permits = permits
         self._awaited: list[tuple[Awaited, Job[Lane]]] = []
         """Lanes by their numbers; number 0 is the stream with its answers."""
+        self._lanes = Lanes()
+        """All but number 0."""
         self._sink: Sink | DeviceSink | None = None
         """The target, until the stream for it begins."""
         self._target: tuple[str, dict[str, Any]] | None = None
@@ -116,10 +120,32 @@ class CopyAgent(Server):
         if number != len(self._awaited):
             raise ProtocolError(f"agent protocol: lane {number} is not the next one")
         lane = Awaited()
-        job = Job(lane.take)
+        job = Job(lane.take if number == 0 else lambda: self._further(lane, number))
         self._awaited.append((lane, job))
         job.start()
         return {"token": lane.token}
+
+    def _further(self, coming: Awaited, number: int) -> Lane:
+        """A lane beside the first one takes part as soon as it is there."""
+        lane = coming.take()
+        try:
+            if self._target is None:
+                os.set_blocking(lane.wfd, False)
+                self._lanes.add(lane.wfd, number)
+            else:
+                self._lanes.add(lane.rfd, number)
+        except BaseException:
+            lane.close()
+            raise
+        return lane
+
+    def _close_further(self) -> None:
+        """The copy has ended."""
+        self._lanes.refuse("the copy has ended")
+        for awaited, coming in self._awaited[1:]:
+            awaited.close()
+            if coming.over.wait(UNDONE) and coming.failure is None:
+                coming.join().close()
 
     def _first_lane(self) -> Job[Lane]:
         if not self._awaited:
@@ -152,7 +178,8 @@ class CopyAgent(Server):
             lane = first.join()
             unused.pop_all()  # the receiver closes it
 
-        with lane:
+        with lane, contextlib.ExitStack() as further:
+            further.callback(self._close_further)
             return receiver.receive(
                 path,
                 lane.rfd,
@@ -162,6 +189,7 @@ class CopyAgent(Server):
                 sink=sink,
                 write=options.get("write", CopyOptions.write),
                 opened=self._begun,
+                lanes=self._lanes,
             ).fields()
 
     def _source(self, path: str, options: dict[str, Any]) -> dict[str, Any]:
@@ -175,10 +203,12 @@ class CopyAgent(Server):
         return {}
 
     def _sent(self, path: str, options: CopyOptions, first: Job[Lane]) -> dict[str, Any]:
-        with first.join() as lane:
+        with first.join() as lane, contextlib.ExitStack() as further:
+            further.callback(self._close_further)
             copying = Copy(
                 path, lane.wfd, feedback=lane.rfd, options=options, reporter=self._report
             )
+            copying.lanes = self._lanes
             self._begun(copying.cancel)
             with copying:
                 copying.run()

@@ -365,6 +365,8 @@ class StreamOutput:
 
     def finish(self, pump: Pump, size: int, start: bytes) -> str:
         if self.framing is PYPLOOP and self._answers is not None:
+            if self.lanes is not None:
+                self.lanes.refuse("the copy ends")  # the receiver ends them all at END
             # One round trip: the answer to END includes what that to SYNC would say.
             try:
                 self._ask(pump, "END", lambda: self._end(pump), ask=partial(self._ask_nodes, pump))

@@ -11,7 +11,7 @@ from __future__ import annotations
 import errno
 import os
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 from pyploop._core import PumpLane
@@ -36,6 +36,7 @@ class Lanes:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._pump: Pumping | None = None
+        self._moved: Callable[[], int] = lambda: 0
         self._waiting: list[tuple[int, int]] = []
         self._refused = ""
         self.agreed = False
@@ -55,10 +56,11 @@ class Lanes:
             else:
                 self._join(self._pump, fd, number)
 
-    def open(self, pump: Pumping) -> None:
-        """Both ends have agreed: lanes take part from now on."""
+    def open(self, pump: Pumping, moved: Callable[[], int]) -> None:
+        """Both ends have agreed: lanes take part from now on.  moved: the bytes of all streams
+        so far."""
         with self._lock:
-            self._pump = pump
+            self._pump, self._moved = pump, moved
             self.agreed = True
             for fd, number in self._waiting:
                 self._join(pump, fd, number)
@@ -71,6 +73,11 @@ class Lanes:
             why = "the copy has ended" if e.errno in CLOSED else e.strerror
             raise ParameterError(f"lane {number} cannot be added: {why}") from e
         self.used = True
+
+    def moved(self) -> int | None:
+        """The bytes of all streams so far; None: no lane can be added now."""
+        with self._lock:
+            return None if self._pump is None else self._moved()
 
     def refuse(self, why: str) -> None:
         """No lane takes part, now or later."""

@@ -145,6 +145,7 @@ def receive(
     finally:
         if lanes is not None:
             lanes.refuse("the copy has ended")
+            receipt.end_lanes()
 
 
 class _Target:
@@ -201,6 +202,7 @@ class _Receipt:
         self.answers: Answers = expected or NoAnswers()
         self.event = 0
         """The SYNC or END that is not answered yet, or 0."""
+        self._pump: Receiver | None = None
 
     def run(self, stall: float) -> Received:
         path, report = self._path, self._report
@@ -232,6 +234,7 @@ class _Receipt:
                 writers=WRITERS,
                 ahead=mode.ahead,
             )
+            self._pump = pump
             self._opened(pump.cancel)
             syncs = self._serve(pump, sink, target)
             sink.set_size(pump.stats.image_size)
@@ -253,6 +256,12 @@ class _Receipt:
             mode = WriteMode(f"buffered (what lies below it cannot be found: {e})")
         self._report.detail(f"Writing {self._path}: {mode.words}")
         return mode
+
+    def end_lanes(self) -> None:
+        """Their descriptors are not used any more."""
+        if self._pump is not None:
+            self._pump.cancel()
+            self._pump.end_lanes()
 
     def _check_lanes(self, sink: Sink | DeviceSink) -> None:
         """Several streams are not for every target."""

@@ -159,7 +159,7 @@ class Feedback:
             self._keep_proof(self._channel)
         self._pump.expect(self.features)
         if self._lanes is not None and self.features & d1.Feature.LANES:
-            self._lanes.open(self._pump)
+            self._lanes.open(self._pump, lambda: self._pump.stats.stream)
         came = self._pump.arrival
         times = self._record(d1.Times(arrived=came.arrived, written=came.written))
         accepted = d1.ACCEPTED.pack(self.features, 0)

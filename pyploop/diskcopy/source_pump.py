@@ -101,7 +101,7 @@ class SourcePump:
             cluster = max(cluster, DIRECT_PIECE)
         self.pump = self._make_pump(cluster)
         if self._out.lanes is not None and self._out.features & Feature.LANES:
-            self._out.lanes.open(self.pump)
+            self._out.lanes.open(self.pump, lambda: self.pump.stats.wire)
         if self._gone.is_set():
             self.pump.cancel()
 

@@ -164,9 +164,11 @@ def open_output(
     offered: Feature = NO_FEATURES,
     to_device: bool = False,
     write: Write = "auto",
+    lanes: Lanes | None = None,
 ) -> Iterator[Output]:
     """The output that `-d`, `-o` and `-f` name.  ParameterError when it cannot take an
-    image.  Times in seconds.  offered: what a pyploop peer may agree to."""
+    image.  Times in seconds.  offered: what a pyploop peer may agree to.  lanes: as
+    StreamOutput."""
     if target is not None:
         with open_sink(target, report, to_device) as sink:
             yield FileOutput(sink, report, write)
@@ -203,4 +205,5 @@ def open_output(
             answer_timeout=answer_timeout,
             compat=compat,
             offered=offered,
+            lanes=lanes,
         )

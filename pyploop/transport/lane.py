@@ -51,6 +51,10 @@ class Lane:
         """What ssh and the other host printed on stderr."""
         return self._ssh.printed(deadlines.LAST_WORDS)
 
+    def ended(self) -> bool:
+        """ssh has ended, and the connection with it."""
+        return self._ssh.status(0.0) is not None
+
     def cut(self) -> None:
         """From any thread: end ssh, so that each wait for the lane fails."""
         self._ssh.terminate()

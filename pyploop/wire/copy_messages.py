@@ -63,8 +63,8 @@ TARGET_OPTIONS: dict[str, Check] = {
     "timeout": _LONG,
 }
 """The same of the target's host."""
-LANES = 1
-"""Lanes of a copy."""
+LANES = 64
+"""Lanes of a copy, in its whole time.  Number 0 is the stream with its answers."""
 
 _REQUESTS: dict[str, dict[str, Check]] = {
     "check": {},

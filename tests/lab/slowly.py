@@ -12,6 +12,7 @@ import os
 import sys
 
 LONGER = {
+    "api.more_lanes": "STOPPING",
     "api.remote_host": "ASKING LAST UNDOING",
     "bench.far_host": "BESIDE",
     "bench.line": "START",
@@ -54,6 +55,7 @@ LONGER = {
 
 AS_IT_IS = {
     # Pauses: how often one looks, or does it again.
+    "api.more_lanes": "BRIEF LOOK",
     "api.remote_host": "JOINING",
     "cli.main": "RAISED_AGAIN",
     "copyagent.lanes": "LOOK",

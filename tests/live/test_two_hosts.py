@@ -82,20 +82,25 @@ class Scene:
     def point(self) -> Path:
         return self.lab.a.outside(POINT)
 
+    def pids(self, host: Host, what: str) -> list[int]:
+        """Outside, the processes of pyploop on this host whose command has this word, the
+        oldest first."""
+        found = [
+            p
+            for p in Path("/proc").glob("[0-9]*")
+            if what in _pyploop(_words(p)) and _is_on(p, host)
+        ]
+        return sorted((int(p.name) for p in found), key=_begun)
+
     def pid(self, host: Host, what: str) -> int:
-        """Outside, the process of pyploop on this host whose command has this word."""
-        found: list[int] = []
+        """The oldest of them: of the lanes that with the answers."""
+        wait_until(lambda: self.pids(host, what), f"{what} runs on {host.name}", SECONDS)
+        return self.pids(host, what)[0]
 
-        def look() -> bool:
-            found[:] = [
-                int(p.name)
-                for p in Path("/proc").glob("[0-9]*")
-                if what in _pyploop(_words(p)) and _is_on(p, host)
-            ]
-            return len(found) == 1
-
-        wait_until(look, f"{what} runs on {host.name}", SECONDS)
-        return found[0]
+    def ends_writing(self) -> None:
+        for pid, line in self.lab.a.processes().items():
+            if line.startswith("fio"):
+                self.lab.a.run("kill", "-9", pid, check=False)
 
     def is_clean(self) -> None:
         """No host has anything of a copy: the file system can be written to."""
@@ -106,6 +111,13 @@ class Scene:
             assert host.run("pyploop", "thaw", "--list") == ""
             folder = host.folder / "srv"
             assert {p.name for p in folder.iterdir()} <= {"image", "mnt"}, list(folder.iterdir())
+
+
+def _begun(pid: int) -> int:
+    """When it began, in clock ticks."""
+    with contextlib.suppress(OSError):
+        return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19])
+    return 0
 
 
 def _words(process: Path) -> list[str]:
@@ -155,9 +167,7 @@ def scene(lab: Lab) -> Iterator[Scene]:
         wait_until(lambda: list(a.outside(POINT).glob("w.*")), "the writer", SECONDS)
         yield Scene(lab, image, device)
     finally:
-        for pid, line in a.processes().items():
-            if line.startswith("fio"):
-                a.run("kill", "-9", pid, check=False)
+        Scene(lab, image, device).ends_writing()
         if writer is not None:
             end(writer)
         a.run("umount", POINT, check=False)
@@ -326,6 +336,38 @@ def test_a_kill_in_the_first_pass_leaves_nothing_on_either_host(
             assert f"the connection to {there.name} " in got.errors
     finally:
         end(copy.process)
+    scene.is_clean()
+
+
+@pytest.mark.parametrize("way", ["push", "pull"])
+def test_a_further_lane_that_is_killed_costs_only_itself_and_is_replaced(
+    scene: Scene, way: str
+) -> None:
+    here, there = (scene.lab.a, scene.lab.b) if way == "push" else (scene.lab.b, scene.lab.a)
+    places = (
+        (scene.device, "b:/srv/vdb.img") if way == "push" else (f"a:{scene.device}", "/srv/vdb.img")
+    )
+    target = scene.lab.b.folder / "srv/vdb.img"
+    check = comparison(scene.image, target, SIZE)
+    copy = Running(here, *places, "--bwlimit", "3M", "--before-thaw", check)
+    try:
+        first = f"Lane 1 to {there.name} takes part"
+        wait_until(lambda: first in copy.out.read_text(), "a second lane", SECONDS)
+        assert copy.in_phase("first pass")
+        os.kill(scene.pids(here, "ssh pyploop copy-lane")[1], signal.SIGKILL)
+        # As long as so much is written, the copy does not end.
+        again = f"Lane 2 to {there.name} takes part"
+        wait_until(lambda: again in copy.out.read_text(), "another lane", SECONDS)
+        scene.ends_writing()
+        got = copy.wait()
+    finally:
+        end(copy.process)
+    assert got.code == 0, got.errors
+    assert f"Lane 1 to {there.name} was lost" in got.errors
+    assert "Lane 1 has ended" in got.errors
+    assert got.event("summary")["acknowledged"] == "acknowledged"
+    assert got.event("received")["root"] == got.event("summary")["root"]
+    target.unlink()
     scene.is_clean()
 
 

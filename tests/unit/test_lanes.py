@@ -151,7 +151,7 @@ def test_lanes_wait_until_both_ends_have_agreed() -> None:
     lanes, pump = Lanes(), Pump()
     lanes.add(7, 1)
     assert not pump.added
-    lanes.open(pump)
+    lanes.open(pump, lambda: 0)
     lanes.add(8, 2)
     assert pump.added == [(7, 1), (8, 2)]
     lanes.refuse("the copy has ended")
@@ -165,7 +165,7 @@ def test_lanes_wait_until_both_ends_have_agreed() -> None:
 )
 def test_a_lane_that_the_pump_refuses_is_named(error: int, why: str) -> None:
     lanes = Lanes()
-    lanes.open(Pump(error))
+    lanes.open(Pump(error), lambda: 0)
     with pytest.raises(ParameterError, match=f"lane 5 cannot be added: {why}"):
         lanes.add(7, 5)
 

@@ -490,7 +490,8 @@ def asking() -> Iterator[Callable[..., Asking]]:
         ("source", {"path": "x", "options": {}}, "`lane` must come first"),
         ("receive", {}, "after `target`"),
         ("join", {"timeout": 1}, "`join` must come after"),
-        ("lane", {"number": 1}, "number: 1 is not a number from 0 to 0"),
+        ("lane", {"number": 1}, "lane 1 is not the next one"),
+        ("lane", {"number": 64}, "number: 64 is not a number from 0 to 63"),
         ("lane", {"number": -1}, "number: -1"),
     ],
 )
