@@ -175,7 +175,7 @@ class Copy:
 
     def __enter__(self) -> Copy:
         o = self._options
-        options = _internal(o, self._report)
+        options = _internal(o, self._target, self._report)
         if isinstance(self._target, (str, os.PathLike)):
             options.target = os.path.abspath(self._target)
             options.target_host = os.uname().nodename
@@ -403,8 +403,9 @@ def run_here(copying: Copy, done: Done) -> None:
         done.recorder = copying.recorder
 
 
-def check_proof(o: CopyOptions) -> None:
-    """ParameterError for a proof and a receipt that contradict each other, or the protocol."""
+def check_proof(o: CopyOptions, target: Target) -> None:
+    """ParameterError for a proof and a receipt that contradict each other, or the protocol.
+    ParameterError, WriteError for a receipt that cannot be written where it should be."""
     if o.receipt is not None and o.proof == "never":
         raise ParameterError("a receipt (--receipt) needs the proof that --proof never leaves out")
     if o.protocol == "ploop" and (o.receipt is not None or o.proof == "always"):
@@ -412,13 +413,18 @@ def check_proof(o: CopyOptions) -> None:
             "no proof can be kept of what --compat ploop sends, since it may be parts of blocks "
             "(--proof, --receipt)"
         )
+    if o.receipt is not None:
+        from pyploop.diskcopy import receipt  # few ask for one
+
+        path = os.fspath(target) if isinstance(target, (str, os.PathLike)) else None
+        receipt.check_place(os.fspath(o.receipt), path)
 
 
-def _internal(o: CopyOptions, report: Reporter) -> Options:
+def _internal(o: CopyOptions, target: Target, report: Reporter) -> Options:
     """ParameterError for a value that cannot be."""
     if o.readers is not None and not 0 <= o.readers <= 64:
         raise ParameterError(f"readers={o.readers}: it must be 0 to 64")
-    check_proof(o)
+    check_proof(o, target)
     limit = o.freeze_limit
     if limit is None:
         limit = FREEZE_LIMIT if o.max_freeze is None else 2 * o.max_freeze + 1

@@ -122,6 +122,7 @@ def _push(source: str, to: Place, options: CopyOptions, report: Reporter, done: 
     from pyploop.diskcopy.lanes import Lanes
 
     _check_protocol(options)
+    check_proof(options, -1)
     with RemoteHost(to.host, options, report) as there, _undone_there(there):
         there.ask("target", path=to.path, options=there.options_for("target"))
         with there.lane() as lane:
@@ -152,7 +153,7 @@ def _pull(from_: Place, target: str, options: CopyOptions, report: Reporter, don
     from pyploop.report.results import CopyResult
 
     _check_protocol(options)
-    check_proof(options)
+    check_proof(options, target)
     began = time.monotonic()
     options = replace(options, stops=with_specs(options))
     with contextlib.ExitStack() as stack:

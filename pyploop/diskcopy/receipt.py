@@ -5,8 +5,10 @@
 from __future__ import annotations
 
 import base64
+import errno
 import json
 import os
+import stat
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
@@ -16,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from pyploop import __version__, _core
 from pyploop._core import Extents, Fault, Proof, Pump
 from pyploop.disks.source import Source
-from pyploop.errors import FormatError, OpenError, ReadError, WriteError
+from pyploop.errors import FormatError, OpenError, ParameterError, ReadError, WriteError
 from pyploop.system import shared_folder
 from pyploop.system.worker import run_cancellable
 from pyploop.units import BLOCK, MIB
@@ -120,6 +122,35 @@ class Receipt:
     def nodes(self) -> bytes:
         """The hashes of the parts."""
         return base64.b64decode(self.parts, validate=True)
+
+
+def check_place(path: str, target: str | None) -> None:
+    """Before the first byte: WriteError when a receipt cannot be written there; ParameterError
+    when it would replace the target, or a device.  target: its path; None: it has none here."""
+    try:
+        shared_folder.check_links(path)
+        folder = os.path.dirname(path) or "."
+        there = os.path.exists(path)
+        if there and stat.S_ISBLK(os.stat(path).st_mode):
+            raise ParameterError(
+                f"--receipt {path} is a block device, which it would overwrite; nothing was copied",
+                path=path,
+            )
+        if target is not None and os.path.realpath(target) == os.path.realpath(path):
+            raise ParameterError(
+                f"--receipt {path} is the target itself; nothing was copied", path=path
+            )
+        if os.path.isdir(path):
+            raise OSError(errno.EISDIR, os.strerror(errno.EISDIR))
+        if not os.path.isdir(folder):
+            raise OSError(errno.ENOENT, os.strerror(errno.ENOENT))
+        if not os.access(path if there else folder, os.W_OK, effective_ids=True):
+            raise OSError(errno.EACCES, os.strerror(errno.EACCES))
+    except (OSError, OpenError) as e:
+        why = getattr(e, "strerror", None) or e
+        raise WriteError(
+            f"the receipt {path} cannot be written: {why}; nothing was copied", path=path
+        ) from e
 
 
 def of_copy(c: Context) -> Receipt:

@@ -165,6 +165,10 @@ class Sender:
         """Make the checks that need no peer, and begin to track."""
         c = self._context
         separate_target.check(c.source, c.mounts.points, c.out)
+        if (receipt := c.options.receipt) is not None:
+            separate_target.check_receipt(
+                c.source, c.mounts.points, receipt, frozen=c.options.before_thaw is not None
+            )
         c.mounts.try_out()
         if c.options.throttle is not None:
             disk = None if c.source.block is None else c.source.block.disk_dev

@@ -4,9 +4,10 @@ it."""
 
 from __future__ import annotations
 
+import contextlib
 import os
 import stat
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 from pyploop.diskcopy.target import Output
 from pyploop.disks.backing import apart_from, in_words, is_below, of_file
@@ -30,6 +31,38 @@ def check(source: Source, points: Iterable[str], out: Output) -> None:
     )
     out.refuse(error)
     raise error
+
+
+def check_receipt(source: Source, points: Iterable[str], path: str, *, frozen: bool) -> None:
+    """ParameterError when the receipt would be written over the source.  frozen: it is written
+    before the thaw, so it must not lie on what is frozen either."""
+    if os.path.exists(path):
+        with _pinned(path) as fd:
+            if is_below(source, fd):
+                raise ParameterError(
+                    f"--receipt {path} is a file in which {source.path} itself is stored: it would "
+                    "destroy the source; nothing was copied",
+                    path=path,
+                )
+    if not frozen:
+        return
+    with _pinned(os.path.dirname(os.path.realpath(path))) as fd:
+        if both := of_file(fd).things & apart_from(source, points):
+            raise ParameterError(
+                f"--receipt {path} lies on {in_words(both)}, which is frozen when it is written "
+                "for the --before-thaw command; nothing was copied",
+                path=path,
+                hint="name a file on another file system",
+            )
+
+
+@contextlib.contextmanager
+def _pinned(path: str) -> Iterator[int]:
+    fd = os.open(path, os.O_PATH | os.O_CLOEXEC)
+    try:
+        yield fd
+    finally:
+        os.close(fd)
 
 
 def check_output(source: Source, fd: int) -> None:

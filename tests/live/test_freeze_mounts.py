@@ -420,3 +420,17 @@ def test_a_user_who_may_not_freeze_gets_an_error_before_the_first_byte(
     assert (done.returncode, f"cannot freeze {m}" in done.stderr) == (3, True), done.stderr
     assert "First pass" not in done.stdout + done.stderr
     wait_until(lambda: not is_frozen(m), "nothing is frozen")
+
+
+def test_a_receipt_on_what_is_frozen_is_refused_if_it_is_written_before_the_thaw(
+    disk: tuple[str, Path], folder: Path
+) -> None:
+    device, point = disk
+    receipt, target = point / "receipt", folder / "target"
+    words = ["copy", "-s", device, "-d", str(target), "--receipt", str(receipt)]
+    command = [*pyploop_cmd(), *words, "--before-thaw", "true"]
+    done = subprocess.run(command, env=pyploop_env(), capture_output=True, text=True, check=False)
+    assert (done.returncode, "which is frozen when it is written" in done.stderr) == (38, True)
+    assert not target.exists() and not receipt.exists()
+    subprocess.run(command[:-2], env=pyploop_env(), capture_output=True, check=True)
+    assert receipt.exists()

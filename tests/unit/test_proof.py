@@ -671,16 +671,51 @@ def test_a_damaged_receipt_is_not_compared(tmp_path: Path, change: dict[str, obj
         pyploop.verify(target, receipt)
 
 
-def test_a_receipt_that_cannot_be_written_is_an_error_and_the_target_is_kept(
+def test_a_receipt_that_cannot_be_written_any_more_is_an_error_and_the_target_is_kept(
     tmp_path: Path,
 ) -> None:
     data = image(tmp_path / "source", 10_000)
-    options = CopyOptions(receipt=tmp_path / "none" / "receipt")
+    folder = tmp_path / "folder"
+    folder.mkdir()
+
+    def remove(event: object) -> None:
+        if folder.exists():
+            folder.rmdir()
+
     with pytest.raises(
         WriteError, match=r"target is complete, but the receipt .* cannot be written"
     ):
-        pyploop.copy(tmp_path / "source", tmp_path / "target", options=options)
+        pyploop.copy(
+            tmp_path / "source",
+            tmp_path / "target",
+            options=CopyOptions(receipt=folder / "receipt"),
+            on_event=remove,
+        )
     assert (tmp_path / "target").read_bytes() == data
+
+
+@pytest.mark.parametrize(
+    ("name", "kind", "why"),
+    [
+        ("none/receipt", WriteError, "No such file or directory; nothing was copied"),
+        ("folder", WriteError, "Is a directory; nothing was copied"),
+        ("target", ParameterError, "is the target itself"),
+        ("folder/../target", ParameterError, "is the target itself"),
+        ("source", ParameterError, "would destroy the source"),
+        ("link", ParameterError, "would destroy the source"),
+    ],
+)
+def test_a_place_where_a_receipt_cannot_be_is_found_before_the_first_byte(
+    tmp_path: Path, name: str, kind: type[PyploopError], why: str
+) -> None:
+    data = image(tmp_path / "source", 10_000)
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "link").symlink_to("source")
+    options = CopyOptions(receipt=tmp_path / name)
+    with pytest.raises(kind, match=why):
+        pyploop.copy(tmp_path / "source", tmp_path / "target", options=options)
+    assert (tmp_path / "source").read_bytes() == data
+    assert not (tmp_path / "target").exists()
 
 
 def test_what_is_missing_is_an_error_and_not_a_difference(tmp_path: Path) -> None:
