@@ -35,14 +35,15 @@ def parser() -> Parser:
         "--write",
         action="append",
         default=[],
-        metavar="DIR",
-        help="allow targets in this folder; may be given several times",
+        metavar="PATH",
+        help="allow new files in this folder, and this device or those in this folder "
+        "(--to-device); may be given several times",
     )
     add(
         "--stops",
         action="store_true",
-        help="allow -F, --freeze, --before-thaw and --throttle, which run commands and stop "
-        "containers",
+        help="allow -F, --freeze, --mount, --before-thaw and --throttle, which run commands, and "
+        "stop containers and file systems",
     )
     return p
 

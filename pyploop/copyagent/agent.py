@@ -155,8 +155,9 @@ class CopyAgent(Server):
     def _open_target(self, path: str, options: dict[str, Any]) -> dict[str, Any]:
         if self._target is not None or self._job is not None:
             raise ProtocolError("agent protocol: there is one copy in a connection")
-        self._permits.check_target(path)
-        self._sink = open_sink(path, self._report, options.get("to_device", False))
+        path, to_device = os.path.expanduser(path), options.get("to_device", False)
+        self._permits.check_target(path, to_device)
+        self._sink = open_sink(path, self._report, to_device)
         self._target = (path, options)
         return {}
 
@@ -195,6 +196,7 @@ class CopyAgent(Server):
     def _source(self, path: str, options: dict[str, Any]) -> dict[str, Any]:
         if self._target is not None or self._job is not None:
             raise ProtocolError("agent protocol: there is one copy in a connection")
+        path = os.path.expanduser(path)
         self._permits.check_source(path, options)
         stops = [Spec(**stop) for stop in options.pop("stops", ())]
         lane = self._first_lane()

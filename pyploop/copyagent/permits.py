@@ -11,6 +11,9 @@ from typing import Any
 
 from pyploop.errors import ParameterError
 
+_STOPS = ("stops", "before_thaw", "throttle_rate", "mounts")
+"""Options that stop something.  `mounts`: any file system, and not those of the source."""
+
 
 @dataclass(frozen=True)
 class Permits:
@@ -19,9 +22,9 @@ class Permits:
     read: Sequence[str] | None = None
     """Sources, and folders in which they lie."""
     write: Sequence[str] | None = None
-    """Folders for targets."""
+    """Folders for targets, and devices (--to-device)."""
     stops: bool = True
-    """It may stop containers, slow them down, and run commands."""
+    """It may stop containers and any file system, slow them down, and run commands."""
 
     @classmethod
     def of(cls, read: Sequence[str], write: Sequence[str], stops: bool) -> Permits:
@@ -34,20 +37,21 @@ class Permits:
         """ParameterError unless it may be copied with these options."""
         if self.read is not None:
             _check(path, os.path.realpath(path), self.read, "read", "--read")
-        asked = any(options.get(name) for name in ("stops", "before_thaw", "throttle_rate"))
+        asked = any(options.get(name) for name in _STOPS)
         if asked and not self.stops:
             raise ParameterError(
                 "this host's copy-agent may not stop anything and runs no commands; nothing was "
                 "copied",
                 hint="add --stops to the command of the ssh key, or copy without -F, --freeze, "
-                "--before-thaw and --throttle",
+                "--mount, --before-thaw and --throttle",
             )
 
-    def check_target(self, path: str) -> None:
+    def check_target(self, path: str, to_device: bool = False) -> None:
         """ParameterError unless it may be written."""
         if self.write is not None:
-            folder = os.path.realpath(os.path.dirname(path) or ".")
-            _check(path, folder, self.write, "write", "--write")
+            # A new file is never made through a link, but a device may be behind one.
+            name = path if to_device else os.path.dirname(path) or "."
+            _check(path, os.path.realpath(name), self.write, "write", "--write")
 
 
 def _check(path: str, real: str, allowed: Sequence[str], verb: str, option: str) -> None:
