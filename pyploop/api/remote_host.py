@@ -24,6 +24,7 @@ from pyploop.transport import hints, ssh_cipher
 from pyploop.transport.client import Client
 from pyploop.transport.lane import Lane
 from pyploop.wire import copy_messages
+from pyploop.wire import mux as wire
 from pyploop.wire.messages import Check, clipped
 
 SSH = ("ssh",)
@@ -149,7 +150,14 @@ class RemoteHost:
         self._undo.close()
 
     def ask(self, op: str, **args: Any) -> dict[str, Any]:
-        """As Client.call."""
+        """As Client.call.  ParameterError: a path or a command that cannot go over."""
+        try:
+            wire.check_values(args)
+        except ValueError as e:
+            raise ParameterError(
+                f"{self.host} can only be sent texts in UTF-8, and a path or command of this copy "
+                f"is not ({e}); nothing was copied"
+            ) from e
         return self.client.call(op, ASKING, **args)
 
     def options_for(self, side: str) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from pyploop.errors import CancelledError, ProtocolError, PyploopError, ReadErro
 from pyploop.report.events import NOTE
 from pyploop.transport import deadlines
 from pyploop.transport.mux import INBOX, Mux
+from pyploop.transport.place import is_host
 from pyploop.transport.ssh import NoHelloError, Ssh
 from pyploop.transport.ssh_cipher import chosen
 from pyploop.units import MIB
@@ -45,7 +46,7 @@ class Client(ABC):
         """ssh: program and arguments.  options: the user's options for ssh, which come
         before ours.  agent: the command on the host, as words.  `unreachable` when no agent
         answers, or one of another version."""
-        if host.startswith("-"):
+        if not is_host(host):
             raise self.not_a_host(f"{host!r} is not a host name")
         self.host, self.options = host, tuple(options)
         self._on_event = on_event

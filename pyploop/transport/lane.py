@@ -37,8 +37,9 @@ class Lane:
             self._ssh.status()
             printed = self._ssh.printed()
             self.close()
+            why = e.strerror if isinstance(e, OSError) else e
             raise ConnectError(
-                f"the connection to {host} for the data does not come about: {e}"
+                f"the connection to {host} for the data does not come about: {why}"
                 + (f" ({printed})" if printed else "")
             ) from e
         except BaseException:

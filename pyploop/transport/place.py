@@ -11,6 +11,21 @@ _PLACE = re.compile(
 )
 
 
+_SHELL = frozenset("'`\"$;&<>|(){} ")
+"""Characters that are in no name of a host or user, and that a shell would understand: ssh runs
+its ProxyCommand and `Match exec` by one, with the names that it was given.  Newer OpenSSH refuses
+the same."""
+
+
+def is_host(text: str) -> bool:
+    """Whether ssh may be given this as `[user@]host`."""
+    user, at, host = text.rpartition("@")
+    names = [user, host] if at else [host]
+    return "\\" not in host and all(
+        name and name[0] != "-" and name.isprintable() and not _SHELL & {*name} for name in names
+    )
+
+
 class Place(NamedTuple):
     """host: as ssh takes it, with the user; empty: this host."""
 

@@ -37,7 +37,7 @@ HELLO_LIMIT = 64 * KIB
 """Bytes that a login shell may print before the hello."""
 
 _LIMITS = {CONTROL: MAX_CONTROL, DATA: MAX_DATA, CREDIT: 4, END: 0, RESET: 0, PING: 0}
-_HELLO = re.compile(rb"(?:\A|\n)PYPLOOP-AGENT (\d{1,4}) ([0-9A-Za-z.+-]{1,40})\n")
+_HELLO = re.compile(rb"PYPLOOP-AGENT (\d{1,4}) ([0-9A-Za-z.+-]{1,40})\n")
 
 Message = dict[str, Any]
 
@@ -85,7 +85,7 @@ def decode(payload: bytes) -> Message:
         message = json.loads(
             payload.decode(), parse_float=finite, parse_int=integer, parse_constant=_no_constant
         )
-        _check_values(message)
+        check_values(message)
     except (ValueError, RecursionError) as e:
         raise ProtocolError(f"agent protocol: message is not JSON ({e})") from None
     if not isinstance(message, dict):
@@ -97,7 +97,8 @@ def _no_constant(name: str) -> float:
     raise ValueError(f"{name} is not a number")
 
 
-def _check_values(message: Any) -> None:
+def check_values(message: Any) -> None:
+    """ValueError for a text that UTF-8 does not have, and for a value that is nested too deep."""
     level: list[Any] = [message]
     for _ in range(DEEPEST):
         below: list[Any] = []
@@ -135,7 +136,7 @@ def find_pages(data: bytes) -> str:
 
 
 _LANE = re.compile(rb"PYPLOOP-LANE (\d{1,4}) ([0-9a-f]{32})\n")
-_LANE_READY = re.compile(rb"(?:\A|\n)PYPLOOP-LANE-READY\n")
+_LANE_READY = re.compile(rb"PYPLOOP-LANE-READY\n")
 
 
 def lane_hello(token: str) -> bytes:
@@ -168,7 +169,8 @@ class Hello(NamedTuple):
 
 
 def find_hello(data: bytes) -> Hello | None:
-    """The peer's hello, after anything that a login shell has printed before it."""
+    """The peer's hello, after anything that a login shell has printed before it, perhaps without
+    an end of its line."""
     found = _HELLO.search(data)
     if found is None:
         return None

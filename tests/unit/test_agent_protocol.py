@@ -277,7 +277,12 @@ def test_the_hello_is_found_behind_what_a_login_shell_prints() -> None:
     assert (found.major, found.version) == (wire.MAJOR, "0.1.0")
     assert (noise + wire.hello("0.1.0") + b"rest")[found.end :] == b"rest"
     assert wire.find_hello(noise) is None
-    assert wire.find_hello(b"xPYPLOOP-AGENT 1 0.1.0\n") is None
+
+
+def test_what_a_login_shell_prints_need_not_end_its_line() -> None:
+    found = wire.find_hello(b"$ " + wire.hello("0.1.0") + b"rest")
+    assert found == (wire.MAJOR, "0.1.0", len(b"$ " + wire.hello("0.1.0")))
+    assert wire.lane_is_ready(b"$ " + wire.LANE_READY)
 
 
 def test_another_major_version_is_named() -> None:

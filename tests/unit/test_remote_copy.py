@@ -34,7 +34,7 @@ from pyploop.errors import (
 )
 from pyploop.report import checked, event_types
 from pyploop.transport.mux import Mux
-from pyploop.transport.place import Place, place
+from pyploop.transport.place import Place, is_host, place
 from pyploop.units import MIB
 from pyploop.wire import copy_messages
 from pyploop.wire import mux as wire
@@ -107,9 +107,47 @@ def test_a_host_without_a_path_and_two_other_hosts_are_refused(tmp_path: Path) -
         pyploop.copy("db1:/dev/vdb", "db2:/srv/vdb")
 
 
-def test_a_name_that_ssh_would_take_for_an_option_is_refused(image: Path) -> None:
+@pytest.mark.parametrize(
+    "host",
+    ["-oProxyCommand=evil", "u@-h", "-u@h", "@h", "u;x@h", "$(x)", "a b", "a\nb", " ", "h\\"],
+)
+def test_a_name_that_ssh_would_take_for_more_than_a_name_is_refused(image: Path, host: str) -> None:
     with pytest.raises(ParameterError, match="is not a host name"):
-        pyploop.copy(str(image), "-oProxyCommand=evil:/x")
+        pyploop.copy(str(image), f"{host}:/x")
+
+
+def test_names_of_hosts_and_users_of_any_kind_are_taken() -> None:
+    for host in ("db1", "root@db-1.example.com", "fe80::1%eth0", "u@realm@h", "DOM\\u@h", "h_1"):
+        assert is_host(host)
+
+
+def test_a_path_or_a_command_that_is_no_text_is_refused_before_anything_starts(
+    host: Path, image: Path, tmp_path: Path
+) -> None:
+    (host / "disk").write_bytes(b"x" * MIB)
+    options = pyploop.CopyOptions(before_thaw="echo \udcff")
+    for source, target, made in (
+        (str(image), "b:\udcff", None),
+        ("b:\udcff", str(tmp_path / "got"), None),
+        ("b:disk", str(tmp_path / "got"), options),
+    ):
+        with pytest.raises(ParameterError, match="can only be sent texts in UTF-8"):
+            pyploop.copy(source, target, options=made)
+    assert not (tmp_path / "got").exists()
+
+
+def test_a_tilde_is_the_home_of_the_user_there(host: Path, image: Path, tmp_path: Path) -> None:
+    pyploop.copy(str(image), "b:~/pushed")
+    pyploop.copy("b:~/pushed", str(tmp_path / "back"))
+    assert (host / "pushed").read_bytes() == image.read_bytes() == (tmp_path / "back").read_bytes()
+
+
+def test_a_login_shell_that_prints_without_an_end_of_line_is_no_obstacle(
+    host: Path, image: Path
+) -> None:
+    program = script(host, f"printf 'hello '; exec {' '.join(pyploop_cmd())} \"$@\"")
+    pyploop.copy(str(image), "b:there", options=pyploop.CopyOptions(remote_pyploop=program))
+    assert (host / "there").read_bytes() == image.read_bytes()
 
 
 @pytest.mark.parametrize(
@@ -574,8 +612,18 @@ def test_permits_name_what_may_be_read_and_written(tmp_path: Path) -> None:
     for path in ("in/new", "out/../new", "new"):
         with pytest.raises(ParameterError, match="may not write"):
             some.check_target(str(tmp_path / path))
-    with pytest.raises(ParameterError, match="runs no commands"):
-        some.check_source(str(tmp_path / "in/disk"), {"before_thaw": "evil"})
+    for option in ({"before_thaw": "evil"}, {"mounts": ["/"]}):
+        with pytest.raises(ParameterError, match="runs no commands"):
+            some.check_source(str(tmp_path / "in/disk"), option)
+
+
+def test_a_device_behind_a_link_is_not_in_the_folder_of_the_link(tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/disk").symlink_to("/dev/null")
+    for path in ("out/disk", "out/../other"):
+        with pytest.raises(ParameterError, match="may not write"):
+            Permits.of([], [str(tmp_path / "out")], False).check_target(str(tmp_path / path), True)
+    Permits.of([], ["/dev/null"], False).check_target(str(tmp_path / "out/disk"), True)
 
 
 def test_an_agent_that_may_only_read_writes_nothing_and_one_without_limits_does(
