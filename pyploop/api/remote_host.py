@@ -292,6 +292,8 @@ class FarEnd:
         follows = error.peer_failed or self._cancelled
         if not follows:
             return None
+        if not self.job.over.wait(LAST):
+            self._lane.cut()  # it may wait for a half of the lane that nobody serves any more
         self.job.over.wait(UNDOING)
         failure = self.job.failure
         if not isinstance(failure, PyploopError):
