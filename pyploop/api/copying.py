@@ -156,8 +156,11 @@ class Copy:
         on_event: Callable[[Event], None] | None = None,
         reporter: Reporter | None = None,
     ) -> None:
-        """As `copy`, but on this host only.  reporter: for programs that render as our
-        command line does; instead of `on_event` and the logger."""
+        """As `copy`, but source and target are on this host (ParameterError).  reporter: for
+        programs that render as our command line does; instead of `on_event` and the logger."""
+        for one in (source, target):
+            if isinstance(one, str) and ":" in one:
+                _check_here(one)
         self._source, self._target = os.fspath(source), target
         self._options = options or CopyOptions()
         self._compression = _compression(self._options)
@@ -391,6 +394,17 @@ class Done:
     recorder: Recorder | None = None
     """What happened when, at both ends; None: the sender runs on the other host, or it has
     not come to that."""
+
+
+def _check_here(path: str) -> None:
+    from pyploop.transport.place import host_of  # few names have a colon
+
+    if host := host_of(path):
+        raise ParameterError(
+            f"{path} is on another host ({host}), and the steps of a copy are for this one; "
+            "nothing was copied",
+            hint=f"use pyploop.copy(), or for a file here ./{path} or a PathLike",
+        )
 
 
 def run_here(copying: Copy, done: Done) -> None:

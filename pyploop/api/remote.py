@@ -25,7 +25,7 @@ from pyploop.errors import (
     PyploopError,
 )
 from pyploop.report.events import Reporter
-from pyploop.transport.place import Place, place
+from pyploop.transport.place import Here, Place, place
 
 if TYPE_CHECKING:
     from pyploop.api.remote_host import RemoteHost
@@ -129,7 +129,9 @@ def _push(source: str, to: Place, options: CopyOptions, report: Reporter, done: 
             there.ask("receive")
             # How the target is written is the other host's part.
             options = replace(options, to_device=False, write=CopyOptions.write)
-            copying = Copy(source, lane.wfd, options=options, feedback=lane.rfd, reporter=report)
+            copying = Copy(
+                Here(source), lane.wfd, options=options, feedback=lane.rfd, reporter=report
+            )
             copying.target_host, copying.target_path = to.host, to.path
             copying.lanes = lanes = Lanes()
             more = MoreLanes(there, lanes, report, sending=True)

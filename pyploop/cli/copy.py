@@ -44,6 +44,10 @@ def run(args: list[str], level: int) -> int:
         p.error("--to-device needs the device (-d)")
     if o.write != "auto" and o.target is None:
         p.error("--write is for the side that writes the target (-d)")
+    if o.source is None and (o.receipt is not None or o.proof is not None):
+        p.error("--receipt and --proof are for the side that reads the source (-s)")
+    if not o.remote and (o.ssh or o.remote_pyploop != CopyOptions.remote_pyploop):
+        p.error("--ssh and --remote-pyploop are for a SOURCE or TARGET on another host")
     if o.readers is not None and not 0 <= o.readers <= 64:
         p.error("--readers must be 0 to 64")
     with _reporter(o, level) as report:
@@ -77,13 +81,14 @@ def _take_places(p: Parser, o: argparse.Namespace) -> None:
         p.error("name both SOURCE and TARGET, and neither -s nor -d; or only those")
     if o.feedback is not None:
         p.error("-f is for a pipe, and SOURCE and TARGET are given")
+    if (o.out, o.inp) != (1, 0):
+        p.error("-o and -i are for a stream, and SOURCE and TARGET are given")
     o.source, o.target = o.places
-    o.remote = True
-    from pyploop.transport.place import place
+    from pyploop.transport.place import host_of
 
-    with contextlib.suppress(ValueError):  # the copy says it
-        if o.trace is not None and (host := place(o.source).host):
-            p.error(f"--trace is written where the source is: run this on {host}")
+    o.remote = bool(host_of(o.source) or host_of(o.target))
+    if o.trace is not None and (host := host_of(o.source)):
+        p.error(f"--trace is written where the source is: run this on {host}")
     try:
         o.ssh = [word for text in o.ssh for word in shlex.split(text)]
     except ValueError as e:
@@ -160,13 +165,15 @@ def _send(o: argparse.Namespace, report: Reporter) -> None:
     )
     done = Done()
     try:
-        if o.remote:
+        if o.places:
             from pyploop.api import remote
 
             remote.run(o.source, o.target, options=options, report=report, done=done)
         else:
-            target = o.target if local else o.out
-            copying = Copy(o.source, target, options=options, feedback=o.feedback, reporter=report)
+            target = _here(o.target) if local else o.out
+            copying = Copy(
+                _here(o.source), target, options=options, feedback=o.feedback, reporter=report
+            )
             run_here(copying, done)
     finally:
         # Also after a failure, when it is needed most.
@@ -174,6 +181,15 @@ def _send(o: argparse.Namespace, report: Reporter) -> None:
             _write_trace(o.trace, done.recorder, report)
     if o.times:
         _show_times(done.summary, report)
+
+
+def _here(path: str) -> str | os.PathLike[str]:
+    """-s and -d name files on this host, also with a colon."""
+    if ":" not in path:
+        return path
+    from pyploop.transport.place import Here
+
+    return Here(path)
 
 
 def _write_trace(path: str, recorder: Recorder, report: Reporter) -> None:

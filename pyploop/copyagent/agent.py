@@ -27,6 +27,7 @@ from pyploop.system import cpu
 from pyploop.system.jobs import Job
 from pyploop.transport import greeting
 from pyploop.transport.mux import Mux
+from pyploop.transport.place import Here
 from pyploop.transport.server import Server
 from pyploop.wire import copy_messages
 from pyploop.wire import mux as wire
@@ -208,7 +209,7 @@ class CopyAgent(Server):
         with first.join() as lane, contextlib.ExitStack() as further:
             further.callback(self._close_further)
             copying = Copy(
-                path, lane.wfd, feedback=lane.rfd, options=options, reporter=self._report
+                Here(path), lane.wfd, feedback=lane.rfd, options=options, reporter=self._report
             )
             copying.lanes = self._lanes
             self._begun(copying.cancel)

@@ -3,12 +3,12 @@
 
 from __future__ import annotations
 
+import os
 import re
 from typing import NamedTuple
 
-_PLACE = re.compile(
-    r"(?P<user>[^@:/\[\]]+@)?(?:\[(?P<six>[^\]/]+)\]|(?P<host>[^:/\[\]]+)):(?P<path>.*)", re.S
-)
+_PLACE = r"(?s)(?P<user>[^@:/\[\]]+@)?(?:\[(?P<six>[^\]/]+)\]|(?P<host>[^:/\[\]]+)):(?P<path>.*)"
+"""Compiled when it is needed: each copy loads this module."""
 
 
 _SHELL = frozenset("'`\"$;&<>|(){} ")
@@ -33,14 +33,30 @@ class Place(NamedTuple):
     path: str
 
 
+def host_of(text: str) -> str:
+    """The host that such a text names; empty: this one."""
+    found = re.fullmatch(_PLACE, text)
+    return "" if found is None else (found["user"] or "") + (found["six"] or found["host"])
+
+
+class Here(os.PathLike[str]):
+    """A path on this host, whatever it looks like.  (A Path would change how it is written.)"""
+
+    def __init__(self, path: str) -> None:
+        self._path = path
+
+    def __fspath__(self) -> str:
+        return self._path
+
+
 def place(text: str) -> Place:
     """A colon before the first slash makes it a place on another host.  So `./a:b` is here.
     ValueError: there is no path."""
-    found = _PLACE.fullmatch(text)
+    found = re.fullmatch(_PLACE, text)
     if found is None:
         return Place("", text)
     if not found["path"]:
         raise ValueError(
             f"{text!r} names no path on that host (HOST:PATH; ./{text} is a file here)"
         )
-    return Place((found["user"] or "") + (found["six"] or found["host"]), found["path"])
+    return Place(host_of(text), found["path"])

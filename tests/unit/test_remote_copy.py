@@ -157,6 +157,12 @@ def test_a_login_shell_that_prints_without_an_end_of_line_is_no_obstacle(
         (["a", "b", "c"], "name both SOURCE and TARGET"),
         (["a", "b", "-d", "c"], "name both SOURCE and TARGET"),
         (["a", "b", "-f", "0"], "-f is for a pipe"),
+        (["a", "b:c", "-o", "3"], "-o and -i are for a stream"),
+        (["a", "b:c", "-i", "3"], "-o and -i are for a stream"),
+        (["a", "b", "--ssh", "-v"], "are for a SOURCE or TARGET on another host"),
+        (["-s", "a", "-d", "b:c", "--remote-pyploop", "x"], "are for a SOURCE or TARGET on"),
+        (["-d", "b", "--receipt", "x"], "are for the side that reads the source"),
+        (["-d", "b", "--proof", "always"], "are for the side that reads the source"),
         (["db1:/dev/vdb", "b", "--trace", "x"], "run this on db1"),
         (["a", "b:c", "--ssh", "'"], "--ssh: No closing quotation"),
         (["a", "b:c", "--compat", "ploop"], "protocol 'ploop' is for a receiver"),
@@ -167,6 +173,21 @@ def test_words_that_do_not_go_together_are_wrong_options(words: list[str], why: 
     command = [*pyploop_cmd(), "copy", *words]
     done = subprocess.run(command, env=pyploop_env(), capture_output=True, text=True, check=False)
     assert (done.returncode, why in done.stderr) == (38, True), done.stderr
+
+
+def test_the_steps_of_a_copy_are_for_this_host_and_say_so(image: Path, tmp_path: Path) -> None:
+    for source, target in (("db1:/dev/vdb", str(tmp_path / "x")), (str(image), "db1:x")):
+        with pytest.raises(ParameterError, match=r"is on another host \(db1\), and the steps"):
+            pyploop.Copy(source, target)
+    with pyploop.Copy(image, tmp_path / "a:b") as copying:
+        copying.run()
+    assert (tmp_path / "a:b").read_bytes() == image.read_bytes()
+
+
+def test_options_of_old_name_files_with_colons_on_this_host(image: Path, tmp_path: Path) -> None:
+    command = [*pyploop_cmd(), "copy", "-s", str(image), "-d", "a:b"]
+    subprocess.run(command, env=pyploop_env(), cwd=tmp_path, capture_output=True, check=True)
+    assert (tmp_path / "a:b").read_bytes() == image.read_bytes()
 
 
 def test_source_and_target_may_stand_anywhere_among_the_options(
