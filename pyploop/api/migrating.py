@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 from pyploop.api.reporting import make_reporter
+from pyploop.diskcopy.compression import parse_compression
 from pyploop.diskcopy.freeze_policy import OnDeadline, Policy
 from pyploop.diskcopy.options import Options
 from pyploop.errors import (
@@ -83,6 +84,8 @@ class MigrationOptions:
     container go on here."""
     bandwidth: int = 0
     """Bytes per second of a disk while the container runs; 0: no limit."""
+    compress: str = "auto"
+    """When blocks of the disks are compressed on their way: as for CopyOptions."""
     timeout: float = 600.0
     """Fail when the peer is silent for so long; 1 at least."""
 
@@ -187,6 +190,10 @@ def _request(host: str, o: MigrationOptions) -> Request:
         raise MigrateError(VzExitCode.USAGE, "--post-copy needs --live")
     if o.post_copy == "auto" and o.max_suspend is None:
         raise MigrateError(VzExitCode.USAGE, "--post-copy auto needs --max-suspend")
+    try:
+        compression = parse_compression(o.compress)
+    except ValueError as e:
+        raise MigrateError(VzExitCode.USAGE, f"--compress: {e}") from e
     limit = Request.suspend_limit if o.suspend_limit is None else o.suspend_limit
     return Request(
         host=host,
@@ -207,6 +214,7 @@ def _request(host: str, o: MigrationOptions) -> Request:
         copy=Options(
             stall=o.timeout,
             rate=o.bandwidth,
+            compression=compression,
             freeze_limit=limit,  # a disk is frozen while the container is suspended
             policy=Policy(max_freeze=o.max_freeze, deadline=o.deadline, on_deadline=o.on_deadline),
         ),

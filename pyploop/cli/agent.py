@@ -12,6 +12,7 @@ from pyploop.migration.target import page_link
 from pyploop.migration.target.agent import Agent
 from pyploop.runtimes import config, policy
 from pyploop.system import jobs
+from pyploop.transport import lane_handover
 
 
 def parser() -> Parser:
@@ -48,6 +49,9 @@ def run(args: list[str], level: int) -> int:
         agent = Agent(host, rfd, wfd, source)
     except page_link.WantedError as e:
         page_link.hand_over(host, source, e.migration, rfd, wfd)
+        return 0
+    except lane_handover.LaneError as e:
+        lane_handover.hand_over(e.token, rfd, wfd)
         return 0
     agent.serve()
     return 0

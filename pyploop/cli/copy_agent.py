@@ -9,10 +9,10 @@ import sys
 
 from pyploop.cli.arguments import Parser
 from pyploop.cli.copy_lane import free_standard_streams
-from pyploop.copyagent import lanes
-from pyploop.copyagent.agent import CopyAgent, LaneError
+from pyploop.copyagent.agent import CopyAgent
 from pyploop.copyagent.permits import Permits
 from pyploop.system import jobs
+from pyploop.transport import lane_handover
 
 
 def parser() -> Parser:
@@ -59,8 +59,8 @@ def run(args: list[str], level: int) -> int:
     sys.setswitchinterval(0.0005)
     try:
         agent = CopyAgent(rfd, wfd, permits)
-    except LaneError as e:
-        lanes.hand_over(e.token, rfd, wfd)
+    except lane_handover.LaneError as e:
+        lane_handover.hand_over(e.token, rfd, wfd)
         return 0
     agent.serve()
     return 0

@@ -6,7 +6,7 @@ from __future__ import annotations
 import os
 
 from pyploop.cli.arguments import Parser
-from pyploop.copyagent import lanes
+from pyploop.transport import lane_handover
 from pyploop.transport.greeting import first_line
 
 
@@ -23,8 +23,8 @@ def run(args: list[str], level: int) -> int:
     parser().parse_args(args)
     rfd, wfd = os.dup(0), os.dup(1)
     free_standard_streams()
-    token = lanes.token_of(first_line(rfd, "waiting for the token of a lane"))
-    lanes.hand_over(token, rfd, wfd)
+    token = lane_handover.token_of(first_line(rfd, "waiting for the token of a lane"))
+    lane_handover.hand_over(token, rfd, wfd)
     return 0
 
 

@@ -87,6 +87,7 @@ def _options(o: MigrateOptions) -> MigrationOptions:
         max_freeze=o.max_freeze,
         deadline=MigrationOptions.deadline if o.deadline is None else o.deadline,
         bandwidth=o.bwlimit,
+        compress=o.compress,
         timeout=o.timeout,
     )
 

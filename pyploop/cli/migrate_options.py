@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from pyploop.cli.arguments import Parser, parsed
+from pyploop.diskcopy.compression import AUTO, parse_compression
 from pyploop.diskcopy.freeze_policy import OnDeadline, Policy
 from pyploop.errors import VzExitCode
 from pyploop.migration.image_chain import LONGEST
@@ -57,6 +58,7 @@ class MigrateOptions:
     max_freeze: float | None
     deadline: float | None
     bwlimit: int
+    compress: str
     timeout: float
     json: str | None
     trace: str | None
@@ -222,6 +224,14 @@ def parser() -> Parser:
         help="send at most so many bytes per second of a disk while the container runs (K, M, G)",
     )
     add(
+        "--compress",
+        type=parsed(lambda text: parse_compression(text).name, "compression"),
+        default=AUTO.name,
+        metavar="HOW",
+        help="compress blocks of the disks on their way: while more gets through that way (auto), "
+        "never, or zstd or zstd:LEVEL (auto)",
+    )
+    add(
         "--timeout",
         type=parsed(_some_time, "time"),
         default=600.0,
@@ -299,6 +309,7 @@ def parse(args: list[str]) -> MigrateOptions:
         max_freeze=o.max_freeze,
         deadline=o.deadline,
         bwlimit=o.bwlimit,
+        compress=o.compress,
         timeout=o.timeout,
         json=o.json[0] if o.json else None,
         trace=o.trace,

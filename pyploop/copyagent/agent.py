@@ -14,7 +14,6 @@ from typing import Any
 
 from pyploop import __version__
 from pyploop.api.copying import Copy, CopyOptions
-from pyploop.copyagent.lanes import Awaited, Lane
 from pyploop.copyagent.permits import Permits
 from pyploop.diskcopy import receiver
 from pyploop.diskcopy.lanes import Lanes
@@ -26,11 +25,11 @@ from pyploop.freeze.stoppers import Spec
 from pyploop.system import cpu
 from pyploop.system.jobs import Job
 from pyploop.transport import greeting
+from pyploop.transport.lane_handover import Awaited, Lane, LaneError
 from pyploop.transport.mux import Mux
 from pyploop.transport.place import Here
 from pyploop.transport.server import Server
 from pyploop.wire import copy_messages
-from pyploop.wire import mux as wire
 from pyploop.wire.messages import clipped
 
 UNASKED = 60.0
@@ -40,20 +39,11 @@ UNDONE = 120.0
 HINT = "do not run `pyploop copy-agent` by hand: `pyploop copy` on the other host starts it"
 
 
-class LaneError(ProtocolError):
-    """The connection is one for a lane."""
-
-    def __init__(self, token: str) -> None:
-        super().__init__("the connection is one for a lane")
-        self.token = token
-
-
 def greet(rfd: int, wfd: int) -> bytes:
     """As greeting.greet.  LaneError: an ssh key has one command for agents and lanes."""
 
     def other(line: bytes) -> None:
-        if token := wire.find_lane(line):
-            raise LaneError(token)
+        LaneError.check(line)
 
     return greeting.greet(rfd, wfd, hint=HINT, peer="the other host", other=other)
 

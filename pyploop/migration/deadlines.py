@@ -39,6 +39,8 @@ IDLE = 24 * 3600.0
 """The same while something is received.  That has its own limit, `stall`."""
 LONGEST_STALL = 24 * 3600.0
 """For a byte of a stream, whatever `stall` the source asks for."""
+LANE = 10.0
+"""For a lane to come, whose process at this host has said that it is ready."""
 SETTLE_WAIT = 60.0
 """For another process that may still decide where the container runs."""
 UNMOVED = 10.0

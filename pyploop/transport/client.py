@@ -42,10 +42,13 @@ class Client(ABC):
         options: Sequence[str],
         agent: Sequence[str],
         on_event: OnEvent = lambda *_: None,
+        *,
+        on_dead: Callable[[PyploopError], None] | None = None,
     ) -> None:
         """ssh: program and arguments.  options: the user's options for ssh, which come
         before ours.  agent: the command on the host, as words.  `unreachable` when no agent
-        answers, or one of another version."""
+        answers, or one of another version.  on_dead: called once, from any thread, when the
+        connection has ended."""
         if not is_host(host):
             raise self.not_a_host(f"{host!r} is not a host name")
         self.host, self.options = host, tuple(options)
@@ -68,7 +71,7 @@ class Client(ABC):
             early = self._greet()
             self.cipher = chosen(self._ssh.raw_output)
             """Of the connection, empty when ssh did not say."""
-            self._mux = Mux(self._ssh.rfd, self._ssh.wfd, early)
+            self._mux = Mux(self._ssh.rfd, self._ssh.wfd, early, on_dead=on_dead)
         except BaseException:
             self._ssh.terminate()  # no request was sent, so nothing has to be undone
             self.close()

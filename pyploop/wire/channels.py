@@ -34,6 +34,12 @@ def needed(disks: int, trees: int, rounds: int = ROUNDS) -> int:
     return disks + TREE * trees + rounds + OTHERS
 
 
+LANES = 1023
+"""Lanes in one migration at most; each has a number of its own.  A lane that was lost is
+replaced by one with another number."""
+LANES_AT_ONCE = 24
+"""Lanes that an agent keeps open at once."""
+
 PROBE = 32 << 20
 """Bytes of a probe of the connection at most."""
 PROBES = 8

@@ -8,7 +8,6 @@ option that is added to one of them goes over.
 
 from __future__ import annotations
 
-import re
 from typing import Any
 
 from pyploop.wire import messages
@@ -25,6 +24,7 @@ from pyploop.wire.messages import (
     one_of,
     or_none,
     text,
+    token,
     whole,
 )
 
@@ -77,12 +77,6 @@ _REQUESTS: dict[str, dict[str, Check]] = {
 }
 
 
-def _token(value: Any) -> str:
-    if not re.fullmatch("[0-9a-f]{32}", text(value)):
-        raise ValueError(f"{clipped(value, 40)!r} is not a token")
-    return str(value)
-
-
 _ANSWERS: Answers = {
     "check": (
         {
@@ -93,7 +87,7 @@ _ANSWERS: Answers = {
         },
         ("version", "aes", "source_options", "target_options"),
     ),
-    "lane": ({"token": _token}, ("token",)),
+    "lane": ({"token": token}, ("token",)),
     "join": ({"done": flag, "result": known({})}, ("done",)),
 }
 

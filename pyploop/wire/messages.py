@@ -158,6 +158,9 @@ def _named(name: str, check: Check, value: Any) -> Any:
 SIZE = whole(0, LARGEST)
 TIME = number(0.0, LONGEST_TIME)
 _CHANNEL = whole(1, channels.LAST)
+_CHANNEL_OR_LANE = whole(0, channels.LAST)
+"""0: it comes by a lane instead."""
+_LANE = whole(1, channels.LANES)
 _INDEX = whole(0, 1023)
 _MOMENT = number(0.0, 2.0**53)
 _FACTS = known(
@@ -203,7 +206,9 @@ _REQUESTS: dict[str, dict[str, Check]] = {
     "begin": {"migration": text, "stall": number(0.0, 2.0**53), "keep": flag},
     "items": {"channel": _CHANNEL},
     "digests": {"channel": _CHANNEL, "files": list_of(_file)},
-    "disk": {"index": _INDEX, "channel": _CHANNEL, "reuse": flag},
+    "disk": {"index": _INDEX, "channel": _CHANNEL_OR_LANE, "reuse": flag, "lane": _LANE},
+    "lane": {"number": _LANE},
+    "use": {"number": _LANE, "disk": _INDEX},
     "tree": {"index": _INDEX, "channel": _CHANNEL, "last": flag},
     "dump": {
         "channel": _CHANNEL,
@@ -221,8 +226,9 @@ _REQUESTS: dict[str, dict[str, Check]] = {
     "settle": {"migration": text},
     "forget": {"migration": text},
 }
-_OPTIONAL = {"reuse", "number", "parent", "room", "window", "post_copy"}
+_OPTIONAL = {"lane", "reuse", "number", "parent", "room", "window", "post_copy"}
 _VERDICT = re.compile("committed|aborted")
+_TOKEN = re.compile("[0-9a-f]{32}")
 
 
 def request(
@@ -254,6 +260,13 @@ def _verdict(value: Any) -> str:
     return str(value)
 
 
+def token(value: Any) -> str:
+    """Of a lane: 32 hex digits."""
+    if not _TOKEN.fullmatch(text(value)):
+        raise ValueError(f"{clipped(value, 40)!r} is not a token")
+    return str(value)
+
+
 _LAZY = known({"lazy": flag, "why": lambda value: clipped(_is(value, str))})
 _POST_COPY = known({"why": lambda value: clipped(_is(value, str))})
 _FAILED = list_of(lambda value: clipped(_is(value, str)))
@@ -262,6 +275,7 @@ _ANSWERS: Answers = {
     "check": ({"takes": list_of(text), "lazy": _LAZY, "post_copy": _POST_COPY}, ()),
     "busy": ({"busy": number(1.0, 1e6)}, ("busy",)),
     "begin": ({"kept": list_of(text)}, ()),
+    "lane": ({"token": token}, ("token",)),
     "tree": ({"name": text}, ("name",)),
     "join": ({"ended": _MOMENT}, ()),
     "restore": ({"moments": table(_MOMENT), "lazy": _LAZY}, ("moments",)),

@@ -17,7 +17,6 @@ LONGER = {
     "bench.far_host": "BESIDE",
     "bench.line": "START",
     "copyagent.agent": "UNASKED UNDONE",
-    "copyagent.lanes": "COMING HANDING_OVER",
     "diskcopy.d1_target": "HELLO_WAIT",
     "diskcopy.lanes": "LANE_STALL",
     "freeze.cgroup": "FREEZE_DEADLINE",
@@ -25,8 +24,8 @@ LONGER = {
     "freeze.filesystems": "LOCK_DEADLINE",
     "freeze.mounted": "UNMOUNT_DEADLINE",
     "freeze.vzctl": "STATUS_DEADLINE SUSPEND_DEADLINE",
-    "migration.deadlines": "ATTEMPTS CHECKING DUMP_WAIT INTERRUPTED LOADING PROBING REQUEST "
-    "RESTORING RSYNC_ENDING RSYNC_READY RSYNC_VERSION SETTLE_WAIT SETTLING UNASKED UNBEGUN UNDOING "
+    "migration.deadlines": "ATTEMPTS CHECKING DUMP_WAIT INTERRUPTED LANE LOADING PROBING "
+    "REQUEST RESTORING RSYNC_ENDING RSYNC_READY RSYNC_VERSION SETTLE_WAIT SETTLING UNASKED UNBEGUN UNDOING "
     "UNMOVED",
     "migration.target.page_link": "START_SECONDS",
     "runtimes.page_record": "STOPPING",
@@ -46,6 +45,7 @@ LONGER = {
     "trackers.bpf": "BASE_DEADLINE",
     "trackers.dm": "TIMEOUT",
     "transport.deadlines": "CONNECT ENDING HELLO LAST_WORDS SILENCE",
+    "transport.lane_handover": "COMING HANDING_OVER",
     "transport.ssh": "ENDED",
     "transport.ssh_cipher": "SECONDS",
     "undo.ledger": "ANSWER_DEADLINE START_DEADLINE UNDO_TIMEOUT",
@@ -58,7 +58,6 @@ AS_IT_IS = {
     "api.more_lanes": "BRIEF LOOK",
     "api.remote_host": "JOINING",
     "cli.main": "RAISED_AGAIN",
-    "copyagent.lanes": "LOOK",
     "diskcopy.freeze_policy": "BURST PAUSE SMOOTH",
     "diskcopy.lane_policy": "AGAIN FALLEN FULL GROWS SAMPLE",
     "diskcopy.precopy": "RETRY",
@@ -78,6 +77,7 @@ AS_IT_IS = {
     "system.claims": "PAUSE",
     "system.jobs": "TICK",
     "transport.deadlines": "GLANCE PING_EVERY",
+    "transport.lane_handover": "LOOK",
     "undo.watchdog": "LATE RETRY",
     "usage.users": "CLAIM_PAUSE",
     # What a measurement lasts, or is cut into.

@@ -21,7 +21,6 @@ from support import needs, pyploop_cmd, pyploop_env, wait_until
 import pyploop
 from pyploop.api import remote_host
 from pyploop.copyagent import agent as agent_module
-from pyploop.copyagent import lanes
 from pyploop.copyagent.agent import CopyAgent
 from pyploop.copyagent.permits import Permits
 from pyploop.errors import (
@@ -33,6 +32,7 @@ from pyploop.errors import (
     ReadError,
 )
 from pyploop.report import checked, event_types
+from pyploop.transport import lane_handover as lanes
 from pyploop.transport.mux import Mux
 from pyploop.transport.place import Place, is_host, place
 from pyploop.units import MIB
@@ -461,7 +461,7 @@ def test_a_lane_hands_nothing_to_an_agent_of_another_user(tmp_path: Path) -> Non
         assert other.stdout is not None and other.stdout.readline() == "ready\n"
         r, w = os.pipe()
         try:
-            with pytest.raises(ConnectError, match="no pyploop copy-agent of this user"):
+            with pytest.raises(ConnectError, match="no pyploop agent of this user"):
                 lanes.hand_over(token, r, w)
         finally:
             os.close(r)

@@ -5,14 +5,18 @@ vzmigrate."""
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from pyploop.errors import MigrateError, PyploopError, VzExitCode
-from pyploop.migration import image_channels
+from pyploop.migration import deadlines, image_channels
 from pyploop.migration.image_channels import ImageWriter
+from pyploop.migration.source.lane_supply import LaneSupply
+from pyploop.report.events import Reporter
 from pyploop.transport import hints
-from pyploop.transport.client import Client
+from pyploop.transport.client import Client, OnEvent
+from pyploop.transport.lane import Lane
 from pyploop.wire import channels, messages
 from pyploop.wire import mux as wire
 
@@ -24,6 +28,55 @@ class Remote(Client):
     install_ssh = "install it, or set remote.ssh in migrate.toml"
     _channel = 0
     """The last number of a channel that was given."""
+    lanes: LaneSupply | None = None
+    """Further connections for the data; None: all go over this one."""
+
+    def __init__(
+        self,
+        host: str,
+        ssh: Sequence[str],
+        options: Sequence[str],
+        agent: Sequence[str],
+        on_event: OnEvent = lambda *_: None,
+    ) -> None:
+        super().__init__(host, ssh, options, agent, on_event, on_dead=self._cut_lanes)
+        self._words = tuple(ssh), tuple(agent)
+
+    # ---- lanes
+
+    def begin_lanes(self, report: Reporter, disks: int, data: int) -> None:
+        """After the checks: open lanes, if the agent knows them.  data: bytes of all disks."""
+        if "lanes" not in self.capabilities:
+            report.info(
+                f"All data go over one connection: pyploop {self.version} on {self.host} is too "
+                "old for lanes"
+            )
+            return
+        round_trip = min(self._round_trip() for _ in range(2))
+        self.lanes = LaneSupply(self.host, self._lane, round_trip, report)
+        self.lanes.start(disks, data)
+
+    def _round_trip(self) -> float:
+        start = time.monotonic()
+        self.call("clock", deadlines.REQUEST)
+        return time.monotonic() - start
+
+    def _lane(self, number: int, gone: Callable[[], bool]) -> Lane:
+        """Open one: the agent's own command, which an ssh key may be bound to, serves it.
+        PyploopError; CancelledError: `gone` says that it is not needed any more."""
+        token = self.call("lane", deadlines.REQUEST, gone, number=number)["token"]
+        ssh, agent = self._words
+        return Lane(self.host, ssh, self.options, agent, token)
+
+    def _cut_lanes(self, cause: PyploopError) -> None:
+        """The connection has ended, and what goes by lanes ends with it."""
+        if self.lanes is not None:
+            self.lanes.cut()
+
+    def close(self) -> None:
+        super().close()
+        if self.lanes is not None:
+            self.lanes.close()
 
     # ---- errors
 

@@ -86,6 +86,8 @@ class Here:
                 f"pyploop {remote.version} on {request.host} is too old to receive directories",
                 hint="install a newer pyploop there",
             )
+        if sources and not request.check_only:
+            remote.begin_lanes(self.report, len(sources), sum(sizes))
         self.report.info(f"Both hosts are checked; {request.host} has pyploop {remote.version}")
         is_lazy = (
             request.live

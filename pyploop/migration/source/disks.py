@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The disks of one migration, at its source.  All are copied at the same time, through
-channels of one connection: each step is made for all of them."""
+"""The disks of one migration, at its source.  All are copied at the same time, each over a
+lane of its own, or through a channel of the connection: each step is made for all of them."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 
 from pyploop.diskcopy.d1_target import StreamOutput
 from pyploop.diskcopy.freeze_policy import Round
+from pyploop.diskcopy.lanes import Lanes
 from pyploop.diskcopy.options import Options, Summary
 from pyploop.diskcopy.sender import Sender
 from pyploop.disks import opening
@@ -19,14 +20,17 @@ from pyploop.disks.source import Source
 from pyploop.errors import MigrateError, VzExitCode
 from pyploop.migration import deadlines
 from pyploop.migration.source.agent_client import Remote
+from pyploop.migration.source.disk_lanes import CopiedDisk, DiskLanes
 from pyploop.migration.source.remote_digests import RemoteDigests
 from pyploop.report.events import Reporter
 from pyploop.report.timeline import Span
 from pyploop.runtimes import Disk
 from pyploop.system.jobs import in_parallel
 from pyploop.trackers.registry import choose
+from pyploop.transport import deadlines as connection
 from pyploop.units import MIB
 from pyploop.wire import channels
+from pyploop.wire.d1 import NO_FEATURES, Feature
 
 T = TypeVar("T")
 MEASURABLE = 16 * MIB
@@ -66,6 +70,9 @@ class Disks:
         self._wanted = (remote, sources, options, report, kept)
         self._limited = bool(options.rate)
         self._trees = trees
+        self._further: dict[int, Lanes] = {}
+        """Disk -> its further lanes.  Those that go by a channel have none."""
+        self._lanes: DiskLanes | None = None
         self.wire = 0.0
         """Bytes per second of all disks' first passes together; 0 when they do not show the
         connection's speed."""
@@ -77,9 +84,7 @@ class Disks:
         with self._stack:
             for index, source in enumerate(sources):
                 name = f"disk {index}"
-                number, fd = remote.open_channel()
-                self._stack.callback(os.close, fd)
-                args: dict[str, Any] = {"index": index, "channel": number}
+                args, ends = self._stream(index)
                 reused = name in kept and spare > 0
                 if reused:
                     spare -= 1
@@ -89,20 +94,57 @@ class Disks:
                     args["reuse"] = True
                 remote.call("disk", deadlines.REQUEST, **args)
                 out = StreamOutput(
-                    fd,
-                    fd,
+                    *ends,
                     report,
                     two_way=True,
                     sync_wait=0,
                     answer_timeout=options.stall,
                     compat="native",
+                    offered=self._offered(reused),
+                    lanes=self._further.get(index),
                 )
                 sender = Sender(source, choose("auto", source), out, options, report)
                 self._senders.append(self._stack.enter_context(sender))
                 if reused:
                     self._kept[sender] = digests
+            self._share_lanes()
             self._stack = self._stack.pop_all()
         return self
+
+    def _stream(self, index: int) -> tuple[dict[str, Any], tuple[int, int]]:
+        """How a disk goes: arguments of its request, and descriptors for its stream and the
+        answers."""
+        remote = self._wanted[0]
+        if remote.lanes is not None:
+            found = remote.lanes.take(connection.CONNECT)
+            if found is not None:
+                number, lane = found
+                os.set_blocking(lane.wfd, False)
+                self._further[index] = Lanes()
+                return {"index": index, "channel": 0, "lane": number}, (lane.wfd, lane.rfd)
+        number, fd = remote.open_channel()
+        self._stack.callback(os.close, fd)
+        return {"index": index, "channel": number}, (fd, fd)
+
+    def _offered(self, reused: bool) -> Feature:
+        """What the target is asked for.  No proof of a disk of which it has kept a part: it
+        has no digests of what it does not receive."""
+        offered = Feature.COMPRESSED if self._wanted[2].compression else NO_FEATURES
+        return offered if reused else offered | Feature.PROOF
+
+    def _share_lanes(self) -> None:
+        remote, sources, _, report, _ = self._wanted
+        if remote.lanes is None:
+            return
+        disks = [CopiedDisk(n, door, sources[n].size) for n, door in self._further.items()]
+        self._lanes = DiskLanes(remote, remote.lanes, disks, report)
+        self._stack.callback(self._lanes.stop)
+        self._lanes.start()
+
+    def settle_lanes(self) -> None:
+        """Before the freeze: those that are open stay, and no other is opened."""
+        if self._lanes is not None:
+            self._lanes.stop()
 
     def __exit__(self, *exc: object) -> None:
         self._stack.close()

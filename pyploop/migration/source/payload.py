@@ -80,6 +80,10 @@ class Copies:
         self._disks.prepare_freeze()
         self._trees.prepare_last()
 
+    def settle_lanes(self) -> None:
+        """As Disks.settle_lanes."""
+        self._disks.settle_lanes()
+
     @property
     def wire(self) -> float:
         """As Disks.wire."""

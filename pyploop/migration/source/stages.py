@@ -83,6 +83,7 @@ class Ahead:
         images, parent = image_chain.folder_of(move.folder, 0), ahead.parent_folder
         images.mkdir(mode=0o700)
         later = self._choose_post_copy()
+        self.copies.settle_lanes()
         if later and "lazy-rounds" not in remote.capabilities:
             # The page server would be asked for a parent's pages, too, and has none of them.
             ahead.drop_rounds()
@@ -211,6 +212,7 @@ def stopped(move: Move, copies: Copies, running: bool) -> None:
     """A migration that is not live: stop the container, send the last blocks, and start it
     on the target.  running: whether it runs now."""
     copies.copy_while_running()
+    copies.settle_lanes()
     if running:
         move.log_undo("start")
         move.quiet.enter_context(move.report.deferred())

@@ -25,6 +25,8 @@ from pyploop.migration import commit_record, deadlines, locks
 from pyploop.migration.image_channels import open_reader
 from pyploop.migration.target import checks, page_link, resumable_files, wire_probe
 from pyploop.migration.target.incoming import Incoming
+from pyploop.migration.target.incoming_disks import Stream
+from pyploop.migration.target.incoming_lanes import IncomingLanes
 from pyploop.migration.target.settle import settle, settle_dead
 from pyploop.runtimes import Facts, Runtime
 from pyploop.runtimes.config import NAME, HostConfig
@@ -33,6 +35,7 @@ from pyploop.runtimes.registry import make_runtime
 from pyploop.system import contention
 from pyploop.system.jobs import Job
 from pyploop.transport import greeting
+from pyploop.transport.lane_handover import LaneError
 from pyploop.transport.mux import Mux
 from pyploop.transport.server import Server
 from pyploop.wire import channels, messages
@@ -59,6 +62,7 @@ class Agent(Server):
         self._probing: Job[None] | None = None
         self._facts: Facts = {}
         self._locks = contextlib.ExitStack()
+        self._lanes = IncomingLanes()
         requests: dict[str, Callable[..., dict[str, Any]]] = {
             "clock": self._clock,
             "check": self._check,
@@ -69,6 +73,8 @@ class Agent(Server):
             "items": self._items,
             "digests": self._digests,
             "disk": self._disk,
+            "lane": self._lane,
+            "use": self._use,
             "tree": self._tree,
             "dump": self._dump,
             "join": self._join,
@@ -79,7 +85,8 @@ class Agent(Server):
             "settle": self._settle,
             "forget": self._forget,
         }
-        super().__init__(Mux(rfd, wfd, greet(rfd, wfd)), requests)
+        early = greet(rfd, wfd)
+        super().__init__(Mux(rfd, wfd, early, on_dead=lambda _: self._lanes.end()), requests)
 
     def patience(self) -> float:
         """Seconds within which the next request must come."""
@@ -98,6 +105,7 @@ class Agent(Server):
 
     def end(self) -> None:
         failed: list[str] = []
+        self._lanes.end()
         if self._incoming is not None:
             done, self._incoming = self._incoming, None
             if done.ran:
@@ -105,6 +113,7 @@ class Agent(Server):
             elif not done.committed:
                 failed = done.undo()
             # Else it is not known whether the container runs.  settle() finds the journal.
+        self._lanes.close()
         self._mux.close()
         self._locks.close()
         for text in failed:
@@ -221,10 +230,25 @@ class Agent(Server):
         self._receiving().send_digests(files, self._mux.open(channel))
         return {}
 
-    def _disk(self, index: int, channel: int, reuse: bool = False) -> dict[str, Any]:
+    def _disk(self, index: int, channel: int, reuse: bool = False, lane: int = 0) -> dict[str, Any]:
         incoming = self._receiving()
+        if not channel:
+            came, further = self._lanes.take(lane), self._lanes.of_disk(index)
+            stream = Stream(came.rfd, came.wfd, further, self._lanes.reads)
+            incoming.take_disk(index, stream, reuse)
+            return {}
         with self._opened(channel) as fd:
-            incoming.take_disk(index, fd, reuse)
+            incoming.take_disk(index, Stream(fd), reuse)
+        return {}
+
+    def _lane(self, number: int) -> dict[str, Any]:
+        if self._runtime is None or (self._incoming is not None and self._incoming.committed):
+            raise ProtocolError("agent protocol: `lane` must come after `check`, before the commit")
+        return {"token": self._lanes.expect(number)}
+
+    def _use(self, number: int, disk: int) -> dict[str, Any]:
+        self._receiving()
+        self._lanes.use(number, disk)
         return {}
 
     def _tree(self, index: int, channel: int, last: bool) -> dict[str, Any]:
@@ -288,7 +312,9 @@ class Agent(Server):
         if not done.committed:
             raise ProtocolError("agent protocol: `finish` must come after the commit")
         self._incoming = None
-        return {"failed": done.complete()}
+        failed = done.complete()
+        self._lanes.close()
+        return {"failed": failed}
 
     def _undo(self) -> dict[str, Any]:
         done = self._begun()
@@ -299,7 +325,10 @@ class Agent(Server):
         self._incoming = None
         # This ends the jobs that still receive, so that they make nothing more.
         self._mux.reset_channels()
-        return {"failed": done.undo()}
+        self._lanes.end()
+        failed = done.undo()
+        self._lanes.close()
+        return {"failed": failed}
 
     def _not_ours(self, migration: str) -> str:
         """The checked ID of another migration.  ProtocolError when it is the one that this
@@ -333,9 +362,11 @@ HINT = "do not run `pyploop agent` by hand: `pyploop migrate` on the source star
 
 
 def greet(rfd: int, wfd: int) -> bytes:
-    """As greeting.greet.  WantedError: the connection is one for pages."""
+    """As greeting.greet.  WantedError: the connection is one for pages.  LaneError: for a
+    lane."""
 
     def other(line: bytes) -> None:
+        LaneError.check(line)
         if migration := wire.find_pages(line):
             raise page_link.WantedError(migration)
 

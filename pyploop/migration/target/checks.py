@@ -19,10 +19,13 @@ from pyploop.runtimes.lazy_record import LazyRecord
 from pyploop.runtimes.policy import Source
 from pyploop.system import cpu, helpers
 
-CAPABILITIES = ("memory", "tree", "channels", "window", "probe", "post-copy", "lazy-rounds")
+CAPABILITIES = (
+    *("memory", "tree", "channels", "window", "probe", "post-copy", "lazy-rounds"),
+    "lanes",
+)
 """Optional parts of this major version of the protocol: memory rounds, trees, channels
 with a number above channels.LAST_OLD, the window of a channel of memory images, probes
-of the connection, and pages that come after the commit.  `capabilities` adds what this host
+of the connection, pages that come after the commit, and lanes.  `capabilities` adds what this host
 has."""
 
 

@@ -23,7 +23,7 @@ from pyploop.migration.image_chain import check_room, folder_of
 from pyploop.migration.image_channels import ImageReader
 from pyploop.migration.target import checks, resumable_files, resumable_trees
 from pyploop.migration.target.early_restore import EarlyRestore
-from pyploop.migration.target.incoming_disks import IncomingDisks
+from pyploop.migration.target.incoming_disks import IncomingDisks, Stream
 from pyploop.migration.target.incoming_files import IncomingFiles
 from pyploop.migration.target.incoming_items import IncomingItems
 from pyploop.migration.target.incoming_memory import IncomingMemory
@@ -164,14 +164,14 @@ class Incoming:
             raise ProtocolError("agent protocol: the request `items` came twice")
         self._start("items", Job(self._items.receive(fd), lambda: os.close(fd)))
 
-    def take_disk(self, index: int, fd: int, reuse: bool) -> None:
+    def take_disk(self, index: int, stream: Stream, reuse: bool) -> None:
         """Receive one disk, and mount it as soon as it is durable.  reuse: the source sends
         only what differs from the resumable file."""
         self._incoming_disks.check(index)
         if f"disk {index}" in self._jobs:
             raise ProtocolError(f"agent protocol: disk {index} was sent twice")
-        work = self._incoming_disks.receive(index, fd, reuse)
-        self._start(f"disk {index}", Job(work, lambda: os.close(fd)))
+        work = self._incoming_disks.receive(index, stream, reuse)
+        self._start(f"disk {index}", Job(work, stream.close))
 
     def take_tree(self, index: int, fd: int, last: bool) -> str:
         """Receive one pass over a directory tree.  Returns its name for `join`."""

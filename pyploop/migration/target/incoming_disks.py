@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
+from pyploop.diskcopy.lanes import Lanes
 from pyploop.diskcopy.receiver import receive
 from pyploop.errors import ProtocolError, PyploopError
 from pyploop.migration import undo_kinds
@@ -18,6 +20,24 @@ from pyploop.report.events import Reporter
 from pyploop.runtimes import Disk, Facts, Runtime
 from pyploop.system import beneath
 from pyploop.undo.journal import Journal
+
+
+@dataclass(frozen=True)
+class Stream:
+    """How one disk comes."""
+
+    rfd: int
+    wfd: int | None = None
+    """For the answers; None: `rfd` is a channel's socket, and they go there."""
+    lanes: Lanes | None = None
+    """Further streams for its data."""
+    opened: Callable[[Callable[[], None]], None] = lambda _: None
+    """Called with what cancels the receipt."""
+
+    def close(self) -> None:
+        """The descriptors of a lane are the lane's."""
+        if self.wfd is None:
+            os.close(self.rfd)
 
 
 class IncomingDisks:
@@ -50,8 +70,8 @@ class IncomingDisks:
                 f"{len(self._disks)} disks here"
             )
 
-    def receive(self, index: int, fd: int, reuse: bool) -> Callable[[], None]:
-        """Returns the work that receives one disk, mounts it, and closes the descriptor.
+    def receive(self, index: int, stream: Stream, reuse: bool) -> Callable[[], None]:
+        """Returns the work that receives one disk, mounts it, and closes the stream.
         reuse: the source sends only what differs from the resumable file."""
         disk = self._disks[index]
         largest = self._announced[index] if index < len(self._announced) else 0
@@ -67,20 +87,22 @@ class IncomingDisks:
             try:
                 receive(
                     disk.image,
-                    fd,
-                    None,
+                    stream.rfd,
+                    stream.wfd,
                     self._report,
                     self._stall,
                     sink=sink,
                     owner_undoes=True,
                     largest=largest,
+                    opened=stream.opened,
+                    lanes=stream.lanes,
                 )
             except PyploopError as e:
                 # In the disk's stream the source hears only that it failed.
                 self._report.note(f"disk {index}: {e}")
                 raise
             finally:
-                os.close(fd)
+                stream.close()
             self._runtime.mount(disk)
 
         return work

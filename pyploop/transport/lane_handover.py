@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How a lane of a remote copy finds its agent.
+"""How a lane finds its agent, for remote copies and migrations.
 
 A lane is an ssh connection of its own, so the program that it starts is another process than
 the agent.  That process hands the two descriptors of its connection to the agent, and the
@@ -36,6 +36,21 @@ LOOK = 0.5
 _CREDENTIALS = struct.Struct("3i")
 
 
+class LaneError(ProtocolError):
+    """The connection is one for a lane."""
+
+    def __init__(self, token: str) -> None:
+        super().__init__("the connection is one for a lane")
+        self.token = token
+
+    @classmethod
+    def check(cls, line: bytes) -> None:
+        """Raise if this is the first line of such a connection: an agent's command serves
+        them, too, so an ssh key that is bound to it needs no other one."""
+        if token := wire.find_lane(line):
+            raise cls(token)
+
+
 class Awaited:
     """A lane that may come once.  Call `close` on every path."""
 
@@ -65,8 +80,8 @@ class Awaited:
         finally:
             self._listener.close()
         if self._closed:
-            raise ReadError("a lane of the copy is not waited for any more")
-        raise ReadError(f"a lane of the copy has not come within {COMING:g} s").follows()
+            raise ReadError("a lane is not waited for any more")
+        raise ReadError(f"a lane has not come within {COMING:g} s").follows()
 
     def close(self) -> None:
         """From any thread: wait no longer."""
@@ -138,7 +153,7 @@ def hand_over(token: str, rfd: int, wfd: int) -> None:
             socket.send_fds(agent, [token.encode()], [rfd, wfd])
         except OSError as e:
             raise ConnectError.of(
-                "no pyploop copy-agent of this user waits for this lane (each token is good for "
+                "no pyploop agent of this user waits for this lane (each token is good for "
                 f"one lane, within {COMING:g} s)",
                 e,
             ) from e
