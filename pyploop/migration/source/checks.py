@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import os
 import platform
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ from pyploop.migration import deadlines
 from pyploop.migration.memory_policy import MemoryPolicy
 from pyploop.migration.source import host_identity, lazy, memory, post_copy, trees
 from pyploop.migration.source.agent_client import Remote
+from pyploop.migration.source.disks import allocated
 from pyploop.migration.source.payload import check_number
 from pyploop.migration.source.request import Request
 from pyploop.report.events import Reporter
@@ -67,7 +67,7 @@ class Here:
         runtime, request, facts = self.runtime, self.request, self.facts
         copied = runtime.copied(self.disks)
         facts["images"] = [0 if s.is_image else s.size for s in sources]
-        sizes = [_allocated(s.sparse_fd if s.sparse_fd is not None else s.fd) for s in sources]
+        sizes = [allocated(s) for s in sources]
         checked = remote.call(
             "check",
             deadlines.CHECKING,
@@ -168,9 +168,3 @@ def here(host: HostConfig, runtime: Runtime, request: Request, report: Reporter)
     for text in runtime.left_behind():
         report.note(text)
     return Here(runtime, request, report, state.running, facts, runtime.disks(source=True))
-
-
-def _allocated(fd: int) -> int:
-    """Bytes that a copy needs on the target's disk: holes take none."""
-    st = os.fstat(fd)
-    return st.st_blocks * 512

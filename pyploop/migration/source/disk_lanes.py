@@ -31,8 +31,8 @@ class CopiedDisk:
 
     index: int
     lanes: Lanes
-    weight: float
-    """Bytes that it has moved since the last look; before the first byte: those of its data."""
+    data: int
+    """Bytes of its first pass."""
     moved: int = 0
     streams: int = 1
     """The one that its copy began with included."""
@@ -40,11 +40,14 @@ class CopiedDisk:
     def look(self) -> bool:
         """Whether a lane can be added now."""
         moved = self.lanes.moved()
-        if moved is None:
-            return False
-        if moved > self.moved:
-            self.weight, self.moved = moved - self.moved, moved
-        return True
+        if moved is not None:
+            self.moved = moved
+        return moved is not None
+
+    @property
+    def need(self) -> float:
+        """Bytes of the first pass that are left for each stream; more are only guessed."""
+        return max(self.data - self.moved, 1) / self.streams
 
 
 @dataclass
@@ -88,7 +91,7 @@ class DiskLanes:
             if more:
                 self._supply.more(more)
             while taking and (found := self._supply.take(0.0)):
-                self._use(*found, max(taking, key=lambda disk: disk.weight / disk.streams))
+                self._use(*found, max(taking, key=lambda disk: disk.need))
 
     def _look_for_ended(self) -> None:
         for number, one in list(self._open.items()):

@@ -28,7 +28,7 @@ from pyploop.runtimes import Disk
 from pyploop.system.jobs import in_parallel
 from pyploop.trackers.registry import choose
 from pyploop.transport import deadlines as connection
-from pyploop.units import MIB
+from pyploop.units import MIB, SECTOR
 from pyploop.wire import channels
 from pyploop.wire.d1 import NO_FEATURES, Feature
 
@@ -47,6 +47,12 @@ def opened(disks: Sequence[Disk]) -> Iterator[list[Source]]:
             stack.callback(source.close)
             sources.append(source)
         yield sources
+
+
+def allocated(source: Source) -> int:
+    """Bytes that a copy of it sends, and needs on the target's disk: holes take none."""
+    fd = source.fd if source.sparse_fd is None else source.sparse_fd
+    return os.fstat(fd).st_blocks * SECTOR
 
 
 class Disks:
@@ -136,7 +142,7 @@ class Disks:
         remote, sources, _, report, _ = self._wanted
         if remote.lanes is None:
             return
-        disks = [CopiedDisk(n, door, sources[n].size) for n, door in self._further.items()]
+        disks = [CopiedDisk(n, door, allocated(sources[n])) for n, door in self._further.items()]
         self._lanes = DiskLanes(remote, remote.lanes, disks, report)
         self._stack.callback(self._lanes.stop)
         self._lanes.start()
