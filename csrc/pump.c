@@ -130,6 +130,9 @@ int pl_pump_pass(struct pl_pump *p, const struct pl_extent *ext, size_t n,
 	int err = check_pass(p, ext, n, flags);
 
 	*fault = (struct pl_fault){ 0 };
+	pthread_mutex_lock(&p->lock);
+	p->floor = 0;
+	pthread_mutex_unlock(&p->lock);
 	if (!err)
 		err = pl_lanes_barrier(p, false, fault);
 	if (err)
@@ -182,6 +185,8 @@ int pl_pump_pass(struct pl_pump *p, const struct pl_extent *ext, size_t n,
 		p->emitter_waits = false;
 	}
 	assert(p->err || (p->next == p->n && p->claimed == p->emitted));
+	if (p->err && p->cfg.features & PL_FEATURE_RESUME && pl_lanes_unsent(p))
+		p->fault.stage = PL_STAGE_NONE;	/* no memory: it cannot go on */
 	for (unsigned i = 0; i < p->cfg.slots; i++)
 		p->slot[i].busy = p->slot[i].ready = false;
 	pl_direct_end(&p->direct);
@@ -206,7 +211,11 @@ int pl_pump_write(struct pl_pump *p, const void *buf, size_t len,
 	if (!p->sink->put_header || p->sink->take_answers)
 		return -EINVAL;
 	err = pl_lanes_barrier(p, true, fault);
-	return err ? err : pl_stream_write(p, &iov, 1, fault);
+	if (!err)
+		err = pl_stream_write(p, &iov, 1, fault);
+	if (!err)
+		pl_lanes_wrote(p, len);
+	return err;
 }
 
 void pl_pump_limit(struct pl_pump *p, uint64_t rate)
@@ -358,10 +367,12 @@ int pl_pump_new(struct pl_pump **out, const struct pl_pump_cfg *cfg)
 		p->cancel_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
 		err = p->cancel_fd < 0 ? -errno : 0;
 	}
-	if (!err && cfg->features & PL_FEATURE_LANES) {
+	if (!err && cfg->features & (PL_FEATURE_LANES | PL_FEATURE_RESUME)) {
 		p->lanes.wake_fd = eventfd(0, EFD_CLOEXEC | EFD_NONBLOCK);
 		err = p->lanes.wake_fd < 0 ? -errno : 0;
 	}
+	if (!err && cfg->features & PL_FEATURE_RESUME)
+		err = pl_lanes_keep_log(p);
 	if (!err)
 		err = start_threads(p);
 	if (!err) {

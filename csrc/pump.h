@@ -168,6 +168,20 @@ int pl_pump_settle(struct pl_pump *p, const struct pl_lane_end *ends, unsigned n
 	PL_CHECKED PL_NONNULL_AT(1) PL_READS(2, 3);
 /* Send what was lost, as the source has it now.  As pl_pump_pass. */
 int pl_pump_resend(struct pl_pump *p, struct pl_fault *fault) PL_CHECKED PL_NONNULL;
+/*
+ * With PL_FEATURE_RESUME, after the stream has failed (PL_STAGE_WRITE) or its answers
+ * have: go on with `fd`, which leads to the same receiver.  `ends` say what it has of
+ * each lane, lane 0 (the stream that was) among them.  Returns as pl_pump_settle.  All
+ * other lanes are given up: their descriptors may be closed.  The pass that has failed
+ * must be run again from pl_pump_floor on; what it had claimed goes by pl_pump_resend.
+ */
+int pl_pump_relink(struct pl_pump *p, int fd, const struct pl_lane_end *ends, unsigned n)
+	PL_CHECKED PL_NONNULL_AT(1) PL_READS(3, 4);
+/* Of the last pass: nothing below has to be claimed again. */
+uint64_t pl_pump_floor(struct pl_pump *p) PL_NONNULL;
+/* Any thread, with PL_FEATURE_RESUME: the stream has failed, although its descriptor does
+   not say so (-ECONNABORTED), until pl_pump_relink. */
+void pl_pump_disconnect(struct pl_pump *p) PL_NONNULL;
 /* Between two passes; bytes per second, 0: no limit. */
 void pl_pump_limit(struct pl_pump *p, uint64_t rate) PL_NONNULL;
 /* Between two passes: the source is frozen now, or runs again. */

@@ -199,6 +199,8 @@ static int push(struct pl_pump *p, struct pump_lane *l)
 			return 0;	/* pl_lanes_turn takes the slot back */
 		if (__atomic_load_n(&p->cancelled, __ATOMIC_RELAXED))
 			return -ECANCELED;
+		if (__atomic_load_n(&p->lanes.broken, __ATOMIC_RELAXED))
+			return -ECONNABORTED;
 		if (l->slot && is_at_spliced_data(p, l)) {
 			n = splice_some(p, l);
 		} else {
@@ -330,6 +332,8 @@ static int wait(struct pl_pump *p, struct pl_fault *fault)
 	if (pfd[1].revents && read(all->wake_fd, &woken, sizeof(woken)) < 0 &&
 	    errno != EAGAIN)
 		return pl_stream_fault(p, -errno, fault);
+	if (__atomic_load_n(&all->broken, __ATOMIC_RELAXED))
+		return pl_stream_fault(p, -ECONNABORTED, fault);
 	start = pl_now_ns() - start;
 	if (!any_lane(p, is_free))
 		p->waited_ns += start;	/* for the peer, and not for data */
@@ -378,7 +382,7 @@ static uint64_t give(struct pl_pump *p, struct pump_lane *l, struct slot *s)
 
 		l->given += f.hdr_len + f.wire_len;
 		bytes += f.hdr_len + f.wire_len;
-		if (l->number)
+		if (l->log.frame)
 			pl_log_add(&l->log, f.pos, f.len, l->given);
 		l->part = f.last ? 0 : l->part + f.len;
 		l->run += f.last;
@@ -539,7 +543,7 @@ int pl_lanes_barrier(struct pl_pump *p, bool always, struct pl_fault *fault)
 	pthread_mutex_lock(&p->lock);
 	any = pl_lanes_adopt(p);
 	pthread_mutex_unlock(&p->lock);
-	if (!any || !(always || all->sent))
+	if (!any || !all->barriers || !(always || all->sent))
 		return 0;
 	all->sequence++;
 	for (unsigned i = 1; i < all->n; i++)
@@ -569,7 +573,8 @@ static void free_lane(struct pump_lane *l)
 	free(l);
 }
 
-static int new_lane(struct pump_lane **out, struct pl_pump *p, int fd, uint32_t number)
+static int new_lane(struct pump_lane **out, struct pl_pump *p, int fd, uint32_t number,
+		    bool log)
 {
 	struct pump_lane *l = calloc(1, sizeof(*l));
 	int err;
@@ -579,7 +584,7 @@ static int new_lane(struct pump_lane **out, struct pl_pump *p, int fd, uint32_t 
 	l->fd = fd;
 	l->number = number;
 	l->splices = pl_can_splice(p, fd);
-	err = number ? pl_log_init(&l->log, p->cfg.size) : 0;
+	err = log ? pl_log_init(&l->log, p->cfg.size) : 0;
 	if (err) {
 		free_lane(l);
 		return err;
@@ -614,9 +619,9 @@ int pl_pump_add_lane(struct pl_pump *p, int fd, uint32_t number)
 	pthread_mutex_lock(&p->lock);
 	err = check_new(p, number);
 	if (!err)
-		err = new_lane(&l, p, fd, number);
+		err = new_lane(&l, p, fd, number, true);
 	if (!err && !all->lane[0])
-		err = new_lane(&main, p, p->cfg.out_fd, 0);
+		err = new_lane(&main, p, p->cfg.out_fd, 0, false);
 	if (!err) {
 		if (main)
 			all->lane[0] = main;
@@ -629,15 +634,41 @@ int pl_pump_add_lane(struct pl_pump *p, int fd, uint32_t number)
 	return err;
 }
 
+/* It names lane 0 only. */
+static void put_first_barrier(struct pump_lanes *all)
+{
+	pl_put16(all->lane[0]->control + PL_D1_HEADER + PL_BARRIER_HEAD, 0);
+	put_barrier(all->lane[0], ++all->sequence, 1, PL_BARRIER_HEAD + 2, false);
+	all->barriers = true;
+}
+
+int pl_lanes_keep_log(struct pl_pump *p)
+{
+	int err = new_lane(&p->lanes.lane[0], p, p->cfg.out_fd, 0, true);
+
+	if (!err)
+		p->lanes.n = 1;
+	return err;
+}
+
+void pl_lanes_wrote(struct pl_pump *p, size_t len)
+{
+	if (p->lanes.n) {
+		p->lanes.lane[0]->given += len;
+		pl_count(&p->lanes.lane[0]->taken, len);
+	}
+}
+
 bool pl_lanes_adopt(struct pl_pump *p)
 {
 	struct pump_lanes *all = &p->lanes;
 
-	if (all->njoining && !all->n) {
+	if (all->njoining && !all->barriers) {
 		/* Lane 0 was alone, without barriers: what it has sent before comes
 		   first. */
-		pl_put16(all->lane[0]->control + PL_D1_HEADER + PL_BARRIER_HEAD, 0);
-		put_barrier(all->lane[0], ++all->sequence, 1, PL_BARRIER_HEAD + 2, false);
+		if (all->lane[0]->slot)
+			return true;	/* not in the middle of a frame */
+		put_first_barrier(all);
 		all->n = 1;
 	}
 	for (unsigned i = 0; i < all->njoining; i++) {
@@ -729,6 +760,8 @@ int pl_pump_settle(struct pl_pump *p, const struct pl_lane_end *ends, unsigned n
 	}
 	if (err || !all->n)
 		return err;
+	if (all->lane[0]->log.frame)
+		pl_log_forget(&all->lane[0]->log, all->lane[0]->given);
 	pthread_mutex_lock(&p->lock);
 	for (unsigned i = 1; i < all->n; i++) {
 		struct pump_lane *l = all->lane[i];
@@ -743,6 +776,108 @@ int pl_pump_settle(struct pl_pump *p, const struct pl_lane_end *ends, unsigned n
 	all->n = kept;
 	pthread_mutex_unlock(&p->lock);
 	return all->lost.word ? pl_bitmap_next(&all->lost, 0, &run) : 0;
+}
+
+/* ---- a stream that has failed, and goes on over another one */
+
+void pl_pump_disconnect(struct pl_pump *p)
+{
+	__atomic_store_n(&p->lanes.broken, true, __ATOMIC_RELAXED);
+	pl_lanes_wake(p);
+}
+
+uint64_t pl_pump_floor(struct pl_pump *p)
+{
+	uint64_t floor;
+
+	pthread_mutex_lock(&p->lock);
+	floor = p->floor;
+	pthread_mutex_unlock(&p->lock);
+	return floor;
+}
+
+/* What lanes were given is in their logs. */
+static bool was_given(const struct pump_lanes *all, const struct slot *s)
+{
+	for (unsigned i = 0; i < all->n; i++)
+		if (all->lane[i]->slot == s)
+			return true;
+	return false;
+}
+
+int pl_lanes_unsent(struct pl_pump *p)
+{
+	struct pl_bitmap *lost = &p->lanes.lost;
+	int err = lost->word ? 0 : pl_bitmap_init(lost, p->cfg.size, LOST_SHIFT);
+
+	for (unsigned i = 0; i < p->cfg.slots && !err; i++) {
+		const struct slot *s = &p->slot[i];
+
+		if (!s->busy || was_given(&p->lanes, s))
+			continue;
+		for (unsigned f = 0; f < s->nfrags; f++)
+			pl_bitmap_set(lost, s->frag[f].pos,
+				      s->frag[f].pos + s->frag[f].len);
+	}
+	return err;
+}
+
+static void restart(struct pl_pump *p, struct pump_lane *l, int fd)
+{
+	pl_log_forget(&l->log, 0);
+	l->fd = fd;
+	l->err = 0;
+	l->splices = pl_can_splice(p, fd);
+	l->slot = NULL;
+	l->control_len = l->control_off = 0;
+	l->given = 0;
+	__atomic_store_n(&l->taken, 0, __ATOMIC_RELAXED);
+	l->blocked = false;
+	l->takes = (struct pl_patience){ 0 };
+}
+
+int pl_pump_relink(struct pl_pump *p, int fd, const struct pl_lane_end *ends, unsigned n)
+{
+	struct pump_lanes *all = &p->lanes;
+	struct pl_extent run;
+	int err = 0;
+
+	if (!(p->cfg.features & PL_FEATURE_RESUME) || fd < 0 || !end_of(ends, n, 0))
+		return -EINVAL;
+	for (unsigned i = 0; i < all->n; i++) {
+		const struct pl_lane_end *end = end_of(ends, n, all->lane[i]->number);
+
+		if (end && end->received > all->lane[i]->given)
+			return -EPROTO;
+	}
+	for (unsigned i = 0; i < all->n && !err; i++) {
+		const struct pump_lane *l = all->lane[i];
+		const struct pl_lane_end *end = end_of(ends, n, l->number);
+
+		err = lose(p, l, end ? end->received : l->log.since);
+	}
+	if (err)
+		return err;
+	pthread_mutex_lock(&p->lock);
+	for (unsigned i = 1; i < all->n; i++) {
+		free_lane(all->lane[i]);
+		all->lane[i] = NULL;
+	}
+	for (unsigned i = 0; i < all->njoining; i++)
+		free_lane(all->joining[i]);
+	all->n = 1;
+	all->njoining = 0;
+	all->sent = false;
+	__atomic_store_n(&all->broken, false, __ATOMIC_RELAXED);
+	p->cfg.out_fd = fd;
+	p->peer_takes = (struct pl_patience){ 0 };
+	restart(p, all->lane[0], fd);
+	/* A lane of before that the peer takes in only now is not waited for, and
+	   nothing of it is written any more. */
+	if (p->cfg.features & PL_FEATURE_LANES)
+		put_first_barrier(all);
+	pthread_mutex_unlock(&p->lock);
+	return pl_bitmap_next(&all->lost, 0, &run);
 }
 
 int pl_pump_resend(struct pl_pump *p, struct pl_fault *fault)
@@ -765,6 +900,13 @@ int pl_pump_resend(struct pl_pump *p, struct pl_fault *fault)
 		pl_bitmap_clear(lost, 0, at);
 		/* Without flags all of it is sent, whatever `known` says. */
 		err = pl_pump_pass(p, ext, n, 0, fault);
+		/* The stream may fail again. */
+		for (size_t i = 0; err && i < n; i++) {
+			uint64_t from = ext[i].start > p->floor ? ext[i].start : p->floor;
+
+			if (from < ext[i].end)
+				pl_bitmap_set(lost, from, ext[i].end);
+		}
 	}
 	return err;
 }

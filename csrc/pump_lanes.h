@@ -47,7 +47,9 @@ struct pump_lane {
 
 struct pump_lanes {
 	struct pump_lane *lane[PL_LANES + 1];	/* lane 0 first; without gaps */
-	unsigned n;		/* 0: there was never any but lane 0 */
+	unsigned n;		/* 0: there was never any but lane 0, which keeps no log */
+	bool barriers;		/* there was one: each SYNC needs another */
+	bool broken;		/* atomic: pl_pump_disconnect */
 	struct pump_lane *joining[PL_LANES];
 	unsigned njoining;
 	int wake_fd;		/* eventfd: a slot is ready, or a lane joins */
@@ -80,6 +82,12 @@ int pl_lanes_barrier(struct pl_pump *p, bool always, struct pl_fault *fault)
 	PL_CHECKED PL_NONNULL;
 /* Lock held: a pass has ended. */
 void pl_lanes_rest(struct pl_pump *p) PL_NONNULL;
+/* PL_FEATURE_RESUME: lane 0 keeps a log from the beginning. */
+int pl_lanes_keep_log(struct pl_pump *p) PL_CHECKED PL_NONNULL;
+/* A pass has failed: what it claimed and no lane was given is lost, too. */
+int pl_lanes_unsent(struct pl_pump *p) PL_CHECKED PL_NONNULL;
+/* A control frame went into the stream, beside the lanes. */
+void pl_lanes_wrote(struct pl_pump *p, size_t len) PL_NONNULL;
 /* Any thread: the thread of the pass looks around anew. */
 void pl_lanes_wake(struct pl_pump *p) PL_NONNULL;
 void pl_lanes_fini(struct pl_pump *p) PL_NONNULL;

@@ -11,6 +11,7 @@
 #include <errno.h>
 #include <sys/socket.h>
 #include <sys/uio.h>
+#include <unistd.h>
 
 #include "clock.h"
 #include "io.h"
@@ -21,18 +22,22 @@
 int pl_stream_wait(struct pl_pump *p)
 {
 	bool answers = p->sink->take_answers;
-	struct pollfd pfd[2] = {
+	struct pollfd pfd[3] = {
 		{ .fd = p->cancel_fd, .events = POLLIN },
 		{ .fd = p->cfg.out_fd, .events = answers ? POLLOUT | POLLIN : POLLOUT },
+		{ .fd = p->lanes.wake_fd, .events = POLLIN },	/* -1: is not looked at */
 	};
-	uint64_t since = pl_now_ns();
-	int n = pl_patient_poll(&p->peer_takes, pfd, 2, p->cfg.stall_ms);
+	uint64_t since = pl_now_ns(), woken;
+	int n = pl_patient_poll(&p->peer_takes, pfd, 3, p->cfg.stall_ms);
 
 	p->waited_ns += pl_now_ns() - since;
 	if (n < 0)
 		return n;
 	if (pfd[0].revents)
 		return -ECANCELED;
+	if (pfd[2].revents && read(p->lanes.wake_fd, &woken, sizeof(woken)) < 0 &&
+	    errno != EAGAIN)
+		return -errno;
 	if (answers && (pfd[1].revents & POLLIN))
 		return p->sink->take_answers(p);
 	/* POLLERR (reader gone) is left to write(2), which names it. */
@@ -89,6 +94,10 @@ int pl_stream_write(struct pl_pump *p, struct iovec *iov, unsigned n,
 
 		if (__atomic_load_n(&p->cancelled, __ATOMIC_RELAXED)) {
 			err = -ECANCELED;
+			break;
+		}
+		if (__atomic_load_n(&p->lanes.broken, __ATOMIC_RELAXED)) {
+			err = -ECONNABORTED;
 			break;
 		}
 		done = sendmsg(fd, &msg, MSG_DONTWAIT | MSG_NOSIGNAL);

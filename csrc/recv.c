@@ -188,6 +188,28 @@ static int proof_frame(struct pl_recv *r, struct pl_recv_msg *msg)
 	return r->claimed ? 0 : PL_RECV_QUESTION;
 }
 
+/* The connection has failed, and another one may come. */
+static bool is_broken(const struct pl_recv *r, int err, enum pl_stage stage)
+{
+	return r->features & PL_FEATURE_RESUME && !r->is_lane &&
+	       stage == PL_STAGE_READ &&
+	       (err == -ENODATA || err == -ECONNRESET || err == -ECONNABORTED ||
+		err == -EPIPE || err == -EIO);
+}
+
+/* What has come whole is written: PL_RECV_BROKEN, or the failure of that. */
+static int break_off(struct pl_recv *r, enum pl_stage *stage)
+{
+	uint64_t received = r->whole_bytes > r->base_bytes ?
+				    r->whole_bytes - r->base_bytes : 0;
+	int err = pl_recv_drain(r);
+
+	*stage = PL_STAGE_WRITE;
+	if (!err)
+		err = pl_recv_lanes_broken(r, received);
+	return err ? err : PL_RECV_BROKEN;
+}
+
 int pl_recv_run(struct pl_recv *r, struct pl_recv_msg *msg,
 		struct pl_fault *fault)
 {
@@ -245,6 +267,8 @@ int pl_recv_run(struct pl_recv *r, struct pl_recv_msg *msg,
 		if (end > r->stats.image_size)
 			__atomic_store_n(&r->stats.image_size, end, __ATOMIC_RELAXED);
 	}
+	if (ret < 0 && is_broken(r, ret, stage))
+		ret = break_off(r, &stage);
 	if (ret < 0) {
 		/* A lane may end, and the copy go on: what has come whole counts. */
 		if (r->is_lane)
@@ -281,6 +305,7 @@ int pl_recv_expect(struct pl_recv *r, uint64_t features)
 	    (features & PL_FEATURE_LANES && r->cfg.fill))
 		return -EINVAL;
 	r->features = features;
+	r->base_bytes = r->stats.stream_bytes;
 	if (features & PL_FEATURE_LANES)
 		pl_recv_lanes_open(r);
 	return 0;
@@ -308,6 +333,34 @@ void pl_recv_reopen(struct pl_recv *r)
 	r->ended = r->claimed = false;
 	r->raw_got = 0;
 	r->peer_gives = (struct pl_patience){ 0 };
+}
+
+void pl_recv_relink(struct pl_recv *r, int fd)
+{
+	uint64_t woken;
+
+	pthread_mutex_lock(&r->lock);
+	r->cfg.in_fd = fd;
+	__atomic_store_n(&r->broken, false, __ATOMIC_RELAXED);
+	/* But not what a cancel has written. */
+	if (!r->err && read(r->cancel_fd, &woken, sizeof(woken)) < 0)
+		woken = 0;	/* nobody had woken us */
+	pthread_mutex_unlock(&r->lock);
+	r->raw_got = 0;
+	r->proof_len = 0;
+	r->ended = r->claimed = r->at_barrier = false;
+	r->base_bytes = r->whole_bytes = r->stats.stream_bytes;
+	r->peer_gives = (struct pl_patience){ 0 };
+	r->relinked = true;
+	if (r->features & PL_FEATURE_LANES)
+		pl_recv_lanes_open(r);
+}
+
+void pl_recv_disconnect(struct pl_recv *r)
+{
+	__atomic_store_n(&r->broken, true, __ATOMIC_RELAXED);
+	pl_recv_wake(r);
+	pl_recv_lanes_wake(r);
 }
 
 void pl_recv_cancel(struct pl_recv *r)

@@ -25,6 +25,9 @@ enum pl_recv_event {
 				   (pl_recv_lost), or the sender has given some up.
 				   Answered so, the peer sends again what was lost,
 				   and asks again. */
+	PL_RECV_BROKEN = 5,	/* PL_FEATURE_RESUME: the stream has failed.  All that came
+				   whole is written, and no lane reads or writes any more
+				   (pl_recv_lost).  pl_recv_relink goes on. */
 };
 
 struct pl_recv_cfg {
@@ -124,10 +127,18 @@ void pl_recv_reopen(struct pl_recv *r) PL_NONNULL;
  * written through the page cache: one descriptor cannot be both ways for several writers.
  */
 int pl_recv_add_lane(struct pl_recv *r, int fd, uint32_t number) PL_CHECKED PL_NONNULL;
+/*
+ * After PL_RECV_BROKEN, and pl_recv_lost: read from `fd`, which comes from the same sender.
+ * It begins with a frame, and counts its bytes from 0 on.
+ */
+void pl_recv_relink(struct pl_recv *r, int fd) PL_NONNULL;
+/* Any thread, with PL_FEATURE_RESUME: the stream has failed, although its descriptor does
+   not say so, until pl_recv_relink. */
+void pl_recv_disconnect(struct pl_recv *r) PL_NONNULL;
 /* Between two runs: no lane reads or writes any more, and their descriptors may be closed. */
 void pl_recv_end_lanes(struct pl_recv *r) PL_NONNULL;
-/* After PL_RECV_LOST: the lanes that have ended since the last call, PL_BARRIER_NAMES
-   at most; how many. */
+/* After PL_RECV_LOST and PL_RECV_BROKEN: the lanes that have ended since the last call,
+   PL_BARRIER_NAMES at most; how many.  With BROKEN, lane 0 is one. */
 unsigned pl_recv_lost(struct pl_recv *r, struct pl_lane_end *out) PL_NONNULL;
 /* Any thread. */
 void pl_recv_cancel(struct pl_recv *r) PL_NONNULL;

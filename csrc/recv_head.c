@@ -163,7 +163,7 @@ static const struct kind {
 
 uint64_t pl_recv_features(void)
 {
-	uint64_t all = 0;
+	uint64_t all = PL_FEATURE_RESUME;	/* it has no frames */
 
 	for (size_t i = 0; i < KINDS; i++)
 		all |= kinds[i].feature;

@@ -19,7 +19,10 @@ static int wait_readable(struct pl_recv *r)
 
 	if (n < 0)
 		return n;
-	return pfd[0].revents ? -ECANCELED : 0;
+	if (pfd[0].revents)
+		return __atomic_load_n(&r->broken, __ATOMIC_RELAXED) &&
+		       !pl_recv_failed(r) ? -ECONNABORTED : -ECANCELED;
+	return 0;
 }
 
 ssize_t pl_recv_read(struct pl_recv *r, struct iovec *iov, unsigned n,

@@ -97,6 +97,9 @@ struct pl_recv {
 	bool at_barrier;	/* the last frame was one: */
 	struct recv_barrier barrier;
 	uint64_t whole_bytes;	/* of the stream: the frames that have come whole */
+	uint64_t base_bytes;	/* of the stream, from which on `whole` is counted */
+	bool broken;		/* atomic: pl_recv_disconnect */
+	bool relinked;		/* no barrier has come since */
 	struct recv_lanes lanes;	/* of lane 0; locks itself */
 
 	/* reader only: recv_place.c */
@@ -168,7 +171,7 @@ ssize_t pl_recv_read(struct pl_recv *r, struct iovec *iov, unsigned n,
  * READ or PROTOCOL.
  */
 int pl_recv_head(struct pl_recv *r, enum pl_stage *stage) PL_CHECKED PL_NONNULL;
-/* The features whose frames it knows. */
+/* The features that it knows. */
 uint64_t pl_recv_features(void);
 /* Bytes of the next header. */
 uint32_t pl_recv_head_size(const struct pl_recv *r) PL_NONNULL;
@@ -246,6 +249,8 @@ void pl_recv_lanes_open(struct pl_recv *r) PL_NONNULL;
 void pl_recv_lanes_stop(struct pl_recv *r) PL_NONNULL;
 /* A barrier may wait: it looks for failures anew. */
 void pl_recv_lanes_wake(struct pl_recv *r) PL_NONNULL;
+/* The stream has failed: end all lanes, and note what came of them and of lane 0. */
+int pl_recv_lanes_broken(struct pl_recv *r, uint64_t received) PL_CHECKED PL_NONNULL;
 /* The file was synced. */
 void pl_recv_lanes_synced(struct pl_recv *r) PL_NONNULL;
 /* Add those of all lanes. */

@@ -197,8 +197,8 @@ int pl_recv_add_lane(struct pl_recv *r, int fd, uint32_t number)
 		err = all->used ? -ECANCELED : -EINVAL;
 	else if (find(all, number) || was_lost(all, number))
 		err = -EEXIST;
-	else if (i == PL_LANES || all->nlost + PL_LANES > PL_BARRIER_NAMES)
-		err = -ENOSPC;	/* each may be lost before the next answer */
+	else if (i == PL_LANES || all->nlost + PL_LANES >= PL_BARRIER_NAMES)
+		err = -ENOSPC;	/* each may be lost before the next answer, and lane 0 */
 	else
 		err = add(r, &all->lane[i], fd, number);
 	pthread_mutex_unlock(&all->lock);
@@ -283,6 +283,8 @@ static int await(struct pl_recv *r, uint32_t number, uint32_t sequence)
 
 		if (l && l->begun && l->at >= sequence)
 			break;
+		if (__atomic_load_n(&r->broken, __ATOMIC_RELAXED))
+			return -ECONNABORTED;
 		if (l)
 			bytes = __atomic_load_n(&l->in->stats.stream_bytes,
 						__ATOMIC_RELAXED);
@@ -376,11 +378,14 @@ int pl_recv_barrier(struct pl_recv *r, enum pl_stage *stage)
 	if (r->is_lane)
 		return RECV_BARRIER;
 	pthread_mutex_lock(&r->lanes.lock);
-	if (r->barrier.sequence != r->lanes.done + 1) {
+	/* Of another stream, several may have been lost with the first. */
+	if (r->barrier.sequence != r->lanes.done + 1 &&
+	    !(r->relinked && r->barrier.sequence > r->lanes.done)) {
 		*stage = PL_STAGE_PROTOCOL;
 		err = -EPROTO;
 	} else {
 		err = pass(r, &r->barrier);
+		r->relinked = false;
 	}
 	pthread_mutex_unlock(&r->lanes.lock);
 	r->at_barrier = !err;
@@ -462,6 +467,23 @@ void pl_recv_lanes_wake(struct pl_recv *r)
 	pthread_mutex_lock(&r->lanes.lock);
 	pthread_cond_broadcast(&r->lanes.changed);
 	pthread_mutex_unlock(&r->lanes.lock);
+}
+
+int pl_recv_lanes_broken(struct pl_recv *r, uint64_t received)
+{
+	struct recv_lanes *all = &r->lanes;
+	int err = 0;
+
+	pthread_mutex_lock(&all->lock);
+	for (unsigned i = 0; i < PL_LANES && !err; i++)
+		if (all->lane[i])
+			err = retire(all, &all->lane[i]);
+	if (!err)
+		err = note_lost(all, 0, received);
+	pthread_mutex_unlock(&all->lock);
+	if (!err)
+		err = pl_recv_failed(r);
+	return err;
 }
 
 void pl_recv_lanes_synced(struct pl_recv *r)

@@ -201,6 +201,9 @@ cdef extern from "pl.h" nogil:
     unsigned pl_pump_get_lanes "pl_pump_lanes"(pl_pump *p, pl_pump_lane *out)
     int pl_pump_settle(pl_pump *p, const pl_lane_end *ends, unsigned n)
     int pl_pump_resend(pl_pump *p, pl_fault *fault)
+    int pl_pump_relink(pl_pump *p, int fd, const pl_lane_end *ends, unsigned n)
+    uint64_t pl_pump_floor(pl_pump *p)
+    void pl_pump_disconnect(pl_pump *p)
     void pl_pump_limit(pl_pump *p, uint64_t rate)
     void pl_pump_frozen(pl_pump *p, bint frozen)
     void pl_pump_cancel(pl_pump *p)
@@ -211,6 +214,7 @@ cdef extern from "pl.h" nogil:
         PL_RECV_END
         PL_RECV_QUESTION
         PL_RECV_LOST
+        PL_RECV_BROKEN
 
     struct pl_recv_cfg:
         int in_fd
@@ -264,6 +268,8 @@ cdef extern from "pl.h" nogil:
     void pl_recv_reopen(pl_recv *r)
     int pl_recv_add_lane(pl_recv *r, int fd, uint32_t number)
     void pl_recv_end_lanes(pl_recv *r)
+    void pl_recv_relink(pl_recv *r, int fd)
+    void pl_recv_disconnect(pl_recv *r)
     unsigned pl_recv_lost(pl_recv *r, pl_lane_end *out)
     void pl_recv_synced(pl_recv *r)
     void pl_recv_cancel(pl_recv *r)

@@ -25,6 +25,7 @@ RECV_SYNC = <int>PL_RECV_SYNC
 RECV_END = <int>PL_RECV_END
 RECV_QUESTION = <int>PL_RECV_QUESTION
 RECV_LOST = <int>PL_RECV_LOST
+RECV_BROKEN = <int>PL_RECV_BROKEN
 
 MOST_LANES = <int>PL_LANES
 """Lanes beside the main stream, at a time."""

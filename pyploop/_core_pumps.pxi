@@ -35,6 +35,16 @@ class LaneEnd(NamedTuple):
     received: int
 
 
+cdef unsigned _lane_ends(ends, pl_lane_end *end) except? 1000:
+    cdef unsigned n = 0
+    if len(ends) > PL_BARRIER_NAMES:
+        raise ValueError("too many lanes")
+    for lane, received in ends:
+        end[n].lane, end[n].received = lane, received
+        n += 1
+    return n
+
+
 cdef class Pump:
     """The sending pump (csrc/pump.c).  Borrowed descriptors stay open."""
     cdef pl_pump *p
@@ -131,16 +141,31 @@ cdef class Pump:
         """The last control frame is answered, with these LaneEnds.  True: something must
         go again (`resend`).  OSError (EPROTO): a lane was not sent so many bytes."""
         cdef pl_lane_end end[PL_BARRIER_NAMES]
-        cdef unsigned n = 0
+        cdef unsigned n = _lane_ends(ends, end)
         cdef int ret
-        if len(ends) > PL_BARRIER_NAMES:
-            raise ValueError("too many lanes")
-        for lane, received in ends:
-            end[n].lane, end[n].received = lane, received
-            n += 1
         with nogil:
             ret = pl_pump_settle(self.p, end, n)
         return bool(_check(ret))
+
+    def relink(self, int fd, ends):
+        """After a Fault of the stream, or of its answers: go on over this one.  ends:
+        LaneEnds of all streams that were, the main one as lane 0.  As `settle`.  All lanes
+        are given up.  The pass that has failed must be run again from `floor` on."""
+        cdef pl_lane_end end[PL_BARRIER_NAMES]
+        cdef unsigned n = _lane_ends(ends, end)
+        cdef int ret
+        with nogil:
+            ret = pl_pump_relink(self.p, fd, end, n)
+        return bool(_check(ret))
+
+    @property
+    def floor(self):
+        """Of the last run: nothing of its extents below has to be run again."""
+        return pl_pump_floor(self.p)
+
+    def disconnect(self):
+        """From any thread: the stream fails (ECONNABORTED), until `relink`."""
+        pl_pump_disconnect(self.p)
 
     def resend(self):
         """Send what lanes have lost, as the source has it now.  Raises Fault."""
@@ -236,7 +261,8 @@ cdef class Receiver:
     def run(self):
         """Receive until SYNC or END: (RECV_SYNC or RECV_END, pos, SYNC's four
         bytes).  All before it is written, not durable.  RECV_LOST: the same, but `lost`
-        has to be answered, and the sender goes on.  Or until a question about nodes of
+        has to be answered, and the sender goes on.  RECV_BROKEN: the stream broke off
+        (d1.Feature.RESUME); `lost` says what came, and `relink` goes on.  Or until a question about nodes of
         `proof`: (RECV_QUESTION, level + 1, _).  Raises Fault."""
         cdef pl_fault fault
         cdef pl_recv_msg msg
@@ -263,8 +289,16 @@ cdef class Receiver:
         with nogil:
             pl_recv_end_lanes(self.r)
 
+    def relink(self, int fd):
+        """After RECV_BROKEN and `lost`: go on with this stream."""
+        pl_recv_relink(self.r, fd)
+
+    def disconnect(self):
+        """From any thread: the stream breaks off, until `relink`."""
+        pl_recv_disconnect(self.r)
+
     def lost(self):
-        """After RECV_LOST: the LaneEnds since the last call."""
+        """After RECV_LOST and RECV_BROKEN: the LaneEnds since the last call."""
         cdef pl_lane_end end[PL_BARRIER_NAMES]
         cdef unsigned n = pl_recv_lost(self.r, end)
         return [LaneEnd(end[i].lane, end[i].received) for i in range(n)]
