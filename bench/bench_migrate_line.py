@@ -147,8 +147,11 @@ def measure(o: argparse.Namespace, folder: Path) -> None:
         (moved,) = (e for e in events if e["event"] == "moved")
         if o.memory:
             rate = moved["dump_bytes"] / moved["steps"]["dump sent"]
-            print(f"memory, {moved['dump_bytes'] >> 20} MiB in {moved['steps']['dump sent']:.2f} s: "
-                  f"{rate / 1e6:.1f} MB/s, {rate / o.rate:.1%} of the line")  # fmt: skip
+            mib, seconds = moved["dump_bytes"] >> 20, moved["steps"]["dump sent"]
+            print(
+                f"memory, {mib} MiB in {seconds:.2f} s: {rate / 1e6:.1f} MB/s, "
+                f"{rate / o.rate:.1%} of the line"
+            )
         pair.runs_only_on(pair.b)
 
 

@@ -17,6 +17,7 @@ from pyploop.diskcopy.framing import COMPATS, Compat
 from pyploop.diskcopy.freeze_policy import Policy, Round
 from pyploop.diskcopy.lanes import Lanes
 from pyploop.diskcopy.options import Options
+from pyploop.diskcopy.relink import Relink
 from pyploop.diskcopy.sender import Sender
 from pyploop.diskcopy.target import Output
 from pyploop.diskcopy.target_registry import open_output
@@ -113,6 +114,9 @@ class CopyOptions:
     the first where that pays (auto).  A receiver has an option of its own."""
     timeout: float = 600.0
     """Fail when the peer neither takes nor sends a byte for so long; 0: never."""
+    retry: float = 120.0
+    """From or to another host: when the connection is lost, try so long to get another one,
+    and go on with what has not arrived; 0: fail.  Nothing is frozen meanwhile."""
     sync_wait: float = 5.0
     """Wait so long for a peer that cannot answer."""
     protocol: Literal["auto", "ploop", "native", "packets", "packets-async"] = "auto"
@@ -175,6 +179,8 @@ class Copy:
         """The same for the receipt; None: not known."""
         self.lanes: Lanes | None = None
         """Further streams for the data."""
+        self.relink: Relink | None = None
+        """Gives another connection when this one fails."""
 
     def __enter__(self) -> Copy:
         o = self._options
@@ -252,6 +258,7 @@ class Copy:
             to_device=o.to_device,
             write=o.write,
             lanes=self.lanes,
+            relink=self.relink,
         ) as out:
             yield out
 

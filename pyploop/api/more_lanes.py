@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import threading
 import time
 from collections.abc import Iterator
 from types import TracebackType
@@ -49,6 +50,9 @@ class MoreLanes:
         self._missing = 0
         """Lanes that were lost, and not replaced yet."""
         self._failures = 0
+        self._gate = threading.Lock()
+        self._held = False
+        """There is no connection."""
         self._job: Job[None] = Job(self._run)
 
     def __enter__(self) -> MoreLanes:
@@ -76,11 +80,30 @@ class MoreLanes:
             self._over.set()
             self._lanes.refuse("the copy has ended")
 
+    def hold(self) -> None:
+        """From any thread: the connection is lost, and all lanes with it."""
+        with self._gate:
+            self._held = True
+            for number, (lane, _) in list(self._open.items()):
+                lane.cut()
+                del self._open[number]
+                self._ended.append(lane)
+                self._missing += 1
+
+    def go_on(self) -> None:
+        """There is another one, and the copy uses no lane of before."""
+        with self._gate:
+            self._held, self._failures = False, 0
+            for lane in self._ended:
+                lane.close()
+            self._ended.clear()
+
     def _run(self) -> None:
         policy = LanePolicy(self._round_trip)
         while not self._over.wait(LOOK) and self._failures < TRIES:
             moved = self._lanes.moved()
-            if moved is None:
+            if moved is None or self._held:
+                policy.pause()
                 continue  # not yet, or not any more
             self._look_for_ended()
             more = policy.sample(time.monotonic(), moved, 1 + len(self._open))
@@ -89,6 +112,11 @@ class MoreLanes:
                     break
 
     def _look_for_ended(self) -> None:
+        with self._gate:
+            if not self._held:
+                self._take_ended()
+
+    def _take_ended(self) -> None:
         for number, (lane, since) in list(self._open.items()):
             if lane.ended():
                 del self._open[number]
@@ -105,12 +133,29 @@ class MoreLanes:
         if number >= copy_messages.LANES:
             return False
         try:
-            lane = self._there.lane(self._over.is_set)
+            lane = self._there.lane(lambda: self._held or self._over.is_set())
         except CancelledError:
             return False
         except PyploopError as e:
-            self._failures += 1
+            if not self._held:
+                self._failures += 1
             self._report.info(f"The copy goes on without lane {number}: {e}")
+            return False
+        with self._gate:
+            if not self._taken(number, lane):
+                lane.cut()
+                lane.close()
+                return False
+            self._open[number] = (lane, time.monotonic())
+            self._missing = max(0, self._missing - 1)
+        self._report.info(
+            f"Lane {number} to {self._there.host} takes part ({1 + len(self._open)} streams)"
+        )
+        return True
+
+    def _taken(self, number: int, lane: Lane) -> bool:
+        """The lane takes part."""
+        if self._held:
             return False
         try:
             if self._sending:
@@ -121,12 +166,5 @@ class MoreLanes:
         except PyploopError as e:
             self._failures += 1
             self._report.detail(str(e))
-            lane.cut()
-            lane.close()
             return False
-        self._open[number] = (lane, time.monotonic())
-        self._missing = max(0, self._missing - 1)
-        self._report.info(
-            f"Lane {number} to {self._there.host} takes part ({1 + len(self._open)} streams)"
-        )
         return True

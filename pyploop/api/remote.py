@@ -117,6 +117,7 @@ def places(source: str | os.PathLike[str], target: Target) -> tuple[Place, Place
 
 
 def _push(source: str, to: Place, options: CopyOptions, report: Reporter, done: Done) -> None:
+    from pyploop.api.bridge import Bridge
     from pyploop.api.more_lanes import MoreLanes
     from pyploop.api.remote_host import RemoteHost
     from pyploop.diskcopy.lanes import Lanes
@@ -125,6 +126,7 @@ def _push(source: str, to: Place, options: CopyOptions, report: Reporter, done: 
     check_proof(options, -1)
     with RemoteHost(to.host, options, report) as there, _undone_there(there):
         there.ask("target", path=to.path, options=there.options_for("target"))
+        retry = _retry(there, options)
         with there.lane() as lane:
             there.ask("receive")
             # How the target is written is the other host's part.
@@ -135,9 +137,11 @@ def _push(source: str, to: Place, options: CopyOptions, report: Reporter, done: 
             copying.target_host, copying.target_path = to.host, to.path
             copying.lanes = lanes = Lanes()
             more = MoreLanes(there, lanes, report, sending=True)
+            bridge = Bridge(there, lane, more, report, retry)
+            copying.relink = bridge if retry else None
             state = ["the source runs", f"a target is on {to.host} only if it is complete"]
-            watched = there.watched(lane, copying.cancel)
-            with _lost(state), more, watched as far, more.allowed():
+            watched = there.watched(lane, copying.cancel, retry)
+            with _lost(state), contextlib.closing(bridge), more, watched as far, more.allowed():
                 run_here(copying, done)
                 try:
                     far.result()
@@ -146,6 +150,7 @@ def _push(source: str, to: Place, options: CopyOptions, report: Reporter, done: 
 
 
 def _pull(from_: Place, target: str, options: CopyOptions, report: Reporter, done: Done) -> None:
+    from pyploop.api.bridge import Bridge
     from pyploop.api.more_lanes import MoreLanes
     from pyploop.api.remote_host import RemoteHost, with_specs
     from pyploop.diskcopy import receiver
@@ -164,13 +169,16 @@ def _pull(from_: Place, target: str, options: CopyOptions, report: Reporter, don
         unused.enter_context(sink)
         there = stack.enter_context(RemoteHost(from_.host, options, report))
         stack.enter_context(_undone_there(there))
+        retry = _retry(there, options)
         lane = stack.enter_context(there.lane())
         there.ask("source", path=from_.path, options=there.options_for("source"))
         state = ["no target was made", f"{from_.host} lets the source run again by itself"]
         stack.enter_context(_lost(state))
         lanes = Lanes()
-        more = stack.enter_context(MoreLanes(there, lanes, report, sending=False))
-        far = stack.enter_context(there.watched(lane, lane.cut))
+        more = MoreLanes(there, lanes, report, sending=False)
+        bridge = stack.enter_context(contextlib.closing(Bridge(there, lane, more, report, retry)))
+        stack.enter_context(more)
+        far = stack.enter_context(there.watched(lane, bridge.cut, retry))
         stack.enter_context(more.allowed())
         unused.pop_all()  # the receiver closes it
         got = receiver.receive(
@@ -182,7 +190,9 @@ def _pull(from_: Place, target: str, options: CopyOptions, report: Reporter, don
             sink=sink,
             write=options.write,
             lanes=lanes,
+            relink=bridge if retry else None,
         )
+        far.committed = True
         state[0] = f"{target} is complete and was kept"
         try:
             fields = {**far.result(), "source_host": from_.host}
@@ -224,6 +234,11 @@ def _lost(state: list[str]) -> Iterator[None]:
     except ConnectError as e:
         e.add("; ".join(state))
         raise
+
+
+def _retry(there: RemoteHost, options: CopyOptions) -> float:
+    """Seconds for which lost connections are tried again."""
+    return options.retry if options.retry and there.stay(options.retry) else 0.0
 
 
 def _check_protocol(options: CopyOptions) -> None:

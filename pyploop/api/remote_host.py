@@ -7,6 +7,7 @@ from __future__ import annotations
 import contextlib
 import math
 import shlex
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -14,12 +15,18 @@ from typing import Any
 
 from pyploop import __version__, errors
 from pyploop.api.copying import CopyOptions
-from pyploop.errors import CancelledError, ConnectError, ParameterError, PyploopError
+from pyploop.errors import (
+    CancelledError,
+    ConnectError,
+    ParameterError,
+    ProtocolError,
+    PyploopError,
+)
 from pyploop.freeze.stoppers import Spec, parse_spec
 from pyploop.report import checked, event_types
 from pyploop.report.events import ERROR, NOTE, Reporter
 from pyploop.system import cpu
-from pyploop.system.jobs import Job
+from pyploop.system.jobs import TICK, Job
 from pyploop.transport import hints, ssh_cipher
 from pyploop.transport.client import Client
 from pyploop.transport.lane import Lane
@@ -35,6 +42,8 @@ UNDOING = 130.0
 JOINING = 1.0
 """Seconds that one request to wait for the copy's end takes at most: between two of them the
 other host may be asked something else, and its events count anew."""
+FIRST_PAUSE, LONGEST_PAUSE = 0.25, 5.0
+"""Seconds between two attempts to connect again: each pause is twice the one before."""
 LAST = 10.0
 """Seconds for a connection that has no more to do to end."""
 _FAILURES = {
@@ -44,6 +53,13 @@ _FAILURES = {
     and issubclass(kind, PyploopError)
     and kind not in (PyploopError, errors.MigrateError, errors.NotSupportedError)
 }
+
+
+class LostThereError(ConnectError):
+    """The copy there has failed, since it had no connection for too long."""
+
+
+_FAILURES[int(ConnectError.exit_code)] = LostThereError
 
 
 class CopyClient(Client):
@@ -114,6 +130,9 @@ class RemoteHost:
         self.lanes = 0
         """Lanes that were asked for; the number of the next one."""
         self._choice: ssh_cipher.Choice | None = None
+        self._token = ""
+        """With it the agent takes another connection, when this one has failed."""
+        self._reviving = threading.Lock()
         self._undo = contextlib.ExitStack()
 
     def __enter__(self) -> RemoteHost:
@@ -188,19 +207,47 @@ class RemoteHost:
         self.ask("check")
         return time.monotonic() - begin
 
-    def lane(self, gone: Callable[[], bool] = bool) -> Lane:
-        """Open one more lane.  CancelledError: `gone` says that it is not needed any more."""
-        o = self._options
-        number, self.lanes = self.lanes, self.lanes + 1
-        token = self.client.call("lane", ASKING, gone, number=number)["token"]
+    def stay(self, retry: float) -> bool:
+        """Before the copy: let the agent outlive its connection.  retry: seconds for which
+        `revive` is tried.  False: it is too old for that."""
+        try:
+            self._token = self.ask("stay", retry=retry)["token"]
+        except ProtocolError:
+            self._report.info(
+                f"pyploop {self.peer.version} on {self.host} cannot go on after a lost connection"
+            )
+        return bool(self._token)
+
+    def revive(self) -> None:
+        """From any thread: if the connection to the agent has failed, try once to make another
+        one.  ConnectError."""
+        with self._reviving:
+            if not self.client.alive():
+                self.client.reconnect(self._open_lane(self._token).detach())
+
+    def _open_lane(self, token: str) -> Lane:
+        choice = self._chosen()
+        options = (*self._options.ssh_options, *choice.options)
+        return Lane(self.host, SSH, options, [*self._program, "copy-lane"], token)
+
+    def _chosen(self) -> ssh_cipher.Choice:
         if self._choice is None:
             aes = self.peer.aes and "aes" in cpu.flags()
-            self._choice = ssh_cipher.choose(SSH, o.ssh_options, self.host, aes)
-        choice = self._choice
-        options = (*o.ssh_options, *choice.options)
-        lane = Lane(self.host, SSH, options, [*self._program, "copy-lane"], token)
+            self._choice = ssh_cipher.choose(SSH, self._options.ssh_options, self.host, aes)
+        return self._choice
+
+    def next_lane(self, request: str, gone: Callable[[], bool] = bool) -> tuple[int, Lane]:
+        """Open the lane that this request asks for.  Returns its number, too."""
+        number, self.lanes = self.lanes, self.lanes + 1
+        token = self.client.call(request, ASKING, gone, number=number)["token"]
+        return number, self._open_lane(token)
+
+    def lane(self, gone: Callable[[], bool] = bool) -> Lane:
+        """Open one more lane.  CancelledError: `gone` says that it is not needed any more."""
+        number, lane = self.next_lane("lane", gone)
         if number:
             return lane
+        choice = self._chosen()
         asked = ssh_cipher.PREFERRED if choice.preferred else ""
         self._report.event("connection", cipher=lane.cipher, asked=asked, why=choice.why)
         self._report.info(
@@ -245,11 +292,13 @@ class RemoteHost:
         self._report.event(name, **fields)
 
     @contextlib.contextmanager
-    def watched(self, lane: Lane, cancel: Callable[[], None]) -> Iterator[FarEnd]:
+    def watched(
+        self, lane: Lane, cancel: Callable[[], None], retry: float = 0.0
+    ) -> Iterator[FarEnd]:
         """The copy runs there, and here in the body.  cancel: ends it here, when it has
-        failed there; called from another thread.  What the body raises is replaced by the
-        failure there, or of the lane, when it only follows from that."""
-        far = FarEnd(self.client, lane, cancel)
+        failed there; called from another thread.  retry: see `stay`.  What the body raises
+        is replaced by the failure there, or of the lane, when it only follows from that."""
+        far = FarEnd(self, lane, cancel, retry)
         far.job.start()
         try:
             yield far
@@ -264,23 +313,42 @@ class RemoteHost:
 class FarEnd:
     """How the copy goes at the other host.  `job` asks it, in a thread."""
 
-    def __init__(self, client: CopyClient, lane: Lane, cancel: Callable[[], None]) -> None:
-        self._client, self._lane, self._cancel = client, lane, cancel
+    def __init__(
+        self, there: RemoteHost, lane: Lane, cancel: Callable[[], None], retry: float
+    ) -> None:
+        self._there, self._client = there, there.client
+        self._lane, self._cancel, self._retry = lane, cancel, retry
         self._stopped = False
+        self.committed = False
+        """A receiver here has completed its target."""
         self._cancelled = False
         self.job: Job[dict[str, Any]] = Job(self._wait)
 
     def _wait(self) -> dict[str, Any]:
         try:
             while True:
-                answer = self._client.call("join", math.inf, lambda: self._stopped, timeout=JOINING)
+                answer = self._joined()
                 if answer["done"]:
                     return dict(answer.get("result", {}))
+                if answer.get("waits") and self.committed:
+                    # Only the answer to END was lost.
+                    self._there.ask("broken", timeout=JOINING, ends=[], committed=True)
         except PyploopError as e:
             if not e.peer_failed and not self._stopped:
                 self._cancelled = True
                 self._cancel()
             raise
+
+    def _joined(self) -> dict[str, Any]:
+        """Wait for a while.  When the connection is lost, for another one, too."""
+        try:
+            return self._client.call("join", math.inf, lambda: self._stopped, timeout=JOINING)
+        except PyploopError:
+            if not self._retry or self._stopped or self._client.alive():
+                raise
+            if not revived(self._there, self._retry, lambda: self._stopped):
+                raise
+            return {"done": False}
 
     def result(self) -> dict[str, Any]:
         """After the end here: what the other host has to say.  It may still run a command of
@@ -311,6 +379,29 @@ class FarEnd:
         """Ask no more."""
         self._stopped = True
         self.job.end(LAST)
+
+
+def revived(there: RemoteHost, retry: float, gone: Callable[[], bool]) -> bool:
+    """Try so many seconds to have a connection to the agent.  False: there is none, or `gone`
+    says that it is not needed any more."""
+    until, pause = time.monotonic() + retry, FIRST_PAUSE
+    while not gone():
+        try:
+            there.revive()
+            return True
+        except ConnectError:
+            if time.monotonic() >= until:
+                return False
+        rest(min(pause, until - time.monotonic()), gone)
+        pause = min(2 * pause, LONGEST_PAUSE)
+    return False
+
+
+def rest(seconds: float, gone: Callable[[], bool]) -> None:
+    """Sleep, at most until `gone` is true."""
+    until = time.monotonic() + seconds
+    while not gone() and (left := until - time.monotonic()) > 0:
+        time.sleep(min(left, TICK))
 
 
 def _plain(value: Any) -> Any:

@@ -156,6 +156,7 @@ def _send(o: argparse.Namespace, report: Reporter) -> None:
         to_device=o.to_device,
         write=o.write,
         timeout=o.timeout,
+        retry=o.retry,
         sync_wait=o.sync_wait,
         protocol=o.compat,
         ssh_options=o.ssh,

@@ -48,6 +48,16 @@ def parser() -> Parser:
     return p
 
 
+def _let_go(rfd: int, wfd: int) -> None:
+    """The ssh that started us has ended.  What writes to its stderr would die of that."""
+    os.close(rfd)
+    os.close(wfd)
+    null = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(null, 1)
+    os.dup2(null, 2)
+    os.close(null)
+
+
 def run(args: list[str], level: int) -> int:
     o = parser().parse_args(args)
     permits = Permits.of(o.read, o.write, o.stops)
@@ -58,7 +68,7 @@ def run(args: list[str], level: int) -> int:
     # In the frozen time threads take turns; by default one may wait 5 ms for its turn.
     sys.setswitchinterval(0.0005)
     try:
-        agent = CopyAgent(rfd, wfd, permits)
+        agent = CopyAgent(rfd, wfd, permits, lambda: _let_go(rfd, wfd))
     except lane_handover.LaneError as e:
         lane_handover.hand_over(e.token, rfd, wfd)
         return 0

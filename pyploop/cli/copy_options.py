@@ -275,6 +275,14 @@ def parser() -> Parser:
         metavar="TIME",
         help="fail when the peer is silent for so long (600)",
     )
+    add(
+        "--retry",
+        type=parsed(parse_time, "time"),
+        default=CopyOptions.retry,
+        metavar="TIME",
+        help="from or to another host: after a lost connection try so long to get another one, and "
+        "go on; 0: fail (120)",
+    )
     add("--progress", action="store_true", help="show a progress bar on stderr")
     add(
         "--json",

@@ -9,23 +9,26 @@ from __future__ import annotations
 
 import contextlib
 import os
+import queue
+import threading
 from collections.abc import Callable
 from typing import Any
 
 from pyploop import __version__
 from pyploop.api.copying import Copy, CopyOptions
+from pyploop.copyagent.again import SLACK, Waiting
 from pyploop.copyagent.permits import Permits
 from pyploop.diskcopy import receiver
 from pyploop.diskcopy.lanes import Lanes
 from pyploop.diskcopy.target_device import DeviceSink
 from pyploop.diskcopy.target_file import Sink
 from pyploop.diskcopy.target_registry import open_sink
-from pyploop.errors import ExitCode, ProtocolError, PyploopError
+from pyploop.errors import ExitCode, ProtocolError, PyploopError, ReadError
 from pyploop.freeze.stoppers import Spec
 from pyploop.system import cpu
 from pyploop.system.jobs import Job
 from pyploop.transport import greeting
-from pyploop.transport.lane_handover import Awaited, Lane, LaneError
+from pyploop.transport.lane_handover import HANDING_OVER, Awaited, Door, Lane, LaneError
 from pyploop.transport.mux import Mux
 from pyploop.transport.place import Here
 from pyploop.transport.server import Server
@@ -53,10 +56,24 @@ class CopyAgent(Server):
 
     name, peer = "pyploop copy-agent", "other host"
 
-    def __init__(self, rfd: int, wfd: int, permits: Permits) -> None:
-        self._permits = permits
-        self._awaited: list[tuple[Awaited, Job[Lane]]] = []
+    def __init__(
+        self, rfd: int, wfd: int, permits: Permits, detach: Callable[[], None] = lambda: None
+    ) -> None:
+        """detach: called when the connection has ended and another one is waited for."""
+        self._permits, self._detach = permits, detach
+        self._awaited: dict[int, tuple[Awaited, Job[Lane]]] = {}
         """Lanes by their numbers; number 0 is the stream with its answers."""
+        self._main = 0
+        """The lane that has its part now."""
+        self._door: Door | None = None
+        """Where another connection comes, when this one has failed."""
+        self._come: queue.SimpleQueue[Lane] = queue.SimpleQueue()
+        self._connection: Lane | None = None
+        """What has come there."""
+        self._retry = 0.0
+        self._waiting: Waiting | None = None
+        self._answered = False
+        """The other host knows how the copy has ended."""
         self._lanes = Lanes()
         """All but number 0."""
         self._sink: Sink | DeviceSink | None = None
@@ -72,6 +89,10 @@ class CopyAgent(Server):
             "receive": self._receive,
             "source": self._source,
             "join": self._join,
+            "stay": self._stay,
+            "broken": self._broken,
+            "again": self._again,
+            "resume": self._resume,
             "undo": self._undo,
         }
         super().__init__(Mux(rfd, wfd, greet(rfd, wfd)), requests)
@@ -93,9 +114,96 @@ class CopyAgent(Server):
         return {"code": ExitCode.READ, "message": clipped(text)}
 
     def end(self) -> None:
+        if self._door is not None:
+            self._door.close()
         with contextlib.suppress(PyploopError):
             self._undo()
         self._mux.close()
+        if self._connection is not None:
+            self._connection.close()
+
+    # ---- another connection
+
+    def serve(self) -> None:
+        """Answer requests until the connection ends, and each one that takes its place."""
+        try:
+            self.answer_requests()
+            while (lane := self._other_connection()) is not None:
+                if self._connection is not None:
+                    self._connection.close()
+                self._connection = lane
+                self.connect(Mux(lane.rfd, lane.wfd))
+                self.answer_requests()
+        finally:
+            self.end()
+
+    def _other_connection(self) -> Lane | None:
+        """Wait for it as long as the other host tries.  None: it does not come, or is not
+        needed."""
+        if self._door is None or self._job is None or self._ending or self._answered:
+            return None
+        self._mux.close()
+        if self._connection is None:
+            self._detach()
+        with contextlib.suppress(queue.Empty):
+            return self._come.get(timeout=self._retry + SLACK)
+        return None
+
+    def _stay(self, retry: float) -> dict[str, Any]:
+        if self._door is not None or self._job is not None:
+            raise ProtocolError("agent protocol: `stay` must come once, before the copy begins")
+        self._door, self._retry = Door(), retry
+        self._waiting = Waiting(retry, self._close_before)
+        threading.Thread(target=self._watch, args=(self._door,), daemon=True).start()
+        return {"token": self._door.token}
+
+    def _watch(self, door: Door) -> None:
+        for lane in door.each():
+            self._come.put(lane)
+            # The other host has noticed the end of it first.
+            self._mux.end(ReadError("another connection has taken its place"))
+
+    def _close_before(self) -> None:
+        """In the copy: it uses none of the lanes before the present main one."""
+        for number in [n for n in self._awaited if n < self._main]:
+            awaited, coming = self._awaited[number]
+            awaited.close()
+            if coming.over.is_set() and coming.failure is None:
+                coming.join().close()
+
+    def _broken(
+        self, timeout: float, ends: list[dict[str, int]], committed: bool
+    ) -> dict[str, Any]:
+        if self._job is None or self._waiting is None:
+            raise ProtocolError("agent protocol: `broken` must come after `stay` and a copy")
+        ready = False
+        if not self._job.over.is_set():
+            theirs = [(end["lane"], end["received"]) for end in ends]
+            ready = self._waiting.broken(timeout, theirs, committed)
+        if self._job.over.is_set():
+            self._job.join()  # its failure is the answer
+            return {"ready": True, "committed": True, "ends": []}
+        mine = [{"lane": lane, "received": received} for lane, received in self._waiting.ends]
+        return {"ready": ready, "committed": False, "ends": mine if ready else []}
+
+    def _again(self, number: int) -> dict[str, Any]:
+        self._check_number(number)
+        lane = Awaited()
+        job = Job(lane.take)
+        self._awaited[number] = (lane, job)
+        job.start()
+        return {"token": lane.token}
+
+    def _resume(self, number: int) -> dict[str, Any]:
+        if self._waiting is None or number not in self._awaited:
+            raise ProtocolError("agent protocol: `resume` must come after `again`")
+        self._main = number
+        self._waiting.resume(self._awaited[number][1].join(HANDING_OVER))
+        return {}
+
+    def _check_number(self, number: int) -> None:
+        if number != 0 if not self._awaited else number <= max(self._awaited):
+            raise ProtocolError(f"agent protocol: lane {number} is not the next one")
 
     # ---- requests
 
@@ -108,11 +216,10 @@ class CopyAgent(Server):
         }
 
     def _lane(self, number: int) -> dict[str, Any]:
-        if number != len(self._awaited):
-            raise ProtocolError(f"agent protocol: lane {number} is not the next one")
+        self._check_number(number)
         lane = Awaited()
         job = Job(lane.take if number == 0 else lambda: self._further(lane, number))
-        self._awaited.append((lane, job))
+        self._awaited[number] = (lane, job)
         job.start()
         return {"token": lane.token}
 
@@ -133,7 +240,7 @@ class CopyAgent(Server):
     def _close_further(self) -> None:
         """The copy has ended."""
         self._lanes.refuse("the copy has ended")
-        for awaited, coming in self._awaited[1:]:
+        for awaited, coming in [self._awaited[n] for n in self._awaited if n]:
             awaited.close()
             if coming.over.wait(UNDONE) and coming.failure is None:
                 coming.join().close()
@@ -182,6 +289,7 @@ class CopyAgent(Server):
                 write=options.get("write", CopyOptions.write),
                 opened=self._begun,
                 lanes=self._lanes,
+                relink=self._waiting,
             ).fields()
 
     def _source(self, path: str, options: dict[str, Any]) -> dict[str, Any]:
@@ -202,6 +310,7 @@ class CopyAgent(Server):
                 Here(path), lane.wfd, feedback=lane.rfd, options=options, reporter=self._report
             )
             copying.lanes = self._lanes
+            copying.relink = self._waiting
             self._begun(copying.cancel)
             with copying:
                 copying.run()
@@ -217,19 +326,21 @@ class CopyAgent(Server):
         if self._job is None:
             raise ProtocolError("agent protocol: `join` must come after `receive` or `source`")
         if not self._job.over.wait(timeout):
-            return {"done": False}
+            waits = self._waiting is not None and self._waiting.waits
+            return {"done": False, "waits": True} if waits else {"done": False}
+        self._answered = True
         return {"done": True, "result": self._job.join()}
 
     def _undo(self) -> dict[str, Any]:
         """Cancel the copy; returns when it has undone all of its own."""
         self._ending = True
-        for lane, _ in self._awaited:
+        for lane, _ in self._awaited.values():
             lane.close()
         if self._job is None:
-            for _, coming in self._awaited:
+            for _, coming in self._awaited.values():
                 if coming.over.wait(UNDONE) and coming.failure is None:
                     coming.join().close()  # it came, and no copy has used it
-            self._awaited = []
+            self._awaited = {}
             sink, self._sink = self._sink, None
             if sink is not None:
                 sink.__exit__(None, None, None)

@@ -90,10 +90,10 @@ class Approach:
         c, measurements = self._context, self._measurements
         c.report.event("phase", phase="sync", bytes=None)
         sent, unsynced = c.source_pump.stats.data, self._unsynced
-        start = time.monotonic()
+        start, cut = time.monotonic(), c.source_pump.cut_seconds
         with c.recorder.step("target sync"):
             how = self._ask_to_sync(waiting=not measurements.target_was_synced)
-        seconds = time.monotonic() - start
+        seconds = time.monotonic() - start - (c.source_pump.cut_seconds - cut)
         if how in ("acknowledged", "local"):
             measurements.add_target_sync(unsynced, seconds)
         else:

@@ -9,25 +9,25 @@ from collections.abc import Callable
 from functools import partial
 
 from pyploop import _core
-from pyploop._core import Fault, Known, Pump
+from pyploop._core import Known, Pump
 from pyploop.diskcopy import pipe_reader, target_room
 from pyploop.diskcopy.framing import EXACT, NATIVE, PERHAPS_PLOOP, PLOOP, PYPLOOP, Compat, Framing
 from pyploop.diskcopy.lanes import Lanes
-from pyploop.diskcopy.lanes import ended as lane_ends
 from pyploop.diskcopy.proof import Ask, TargetDiffers
+from pyploop.diskcopy.relink import Again, LinkLost, Relink, attempt
+from pyploop.diskcopy.resend import Resend
 from pyploop.diskcopy.target import Packets, explain_write
 from pyploop.diskcopy.write_mode import OTHER_SIDE
 from pyploop.disks import backing
 from pyploop.disks.backing import Thing
 from pyploop.disks.image import HEADER_FRAME
 from pyploop.disks.source import Source
-from pyploop.errors import ProtocolError, PyploopError, ReadError, SyncError, WriteError
+from pyploop.errors import ProtocolError, PyploopError, SyncError, WriteError
 from pyploop.freeze.deadline import Deadline
 from pyploop.report.events import Reporter
 from pyploop.report.timeline import Heard
 from pyploop.system import descriptors
-from pyploop.system.worker import run_cancellable
-from pyploop.units import BLOCK, format_size
+from pyploop.units import BLOCK
 from pyploop.wire import d1
 
 HELLO_WAIT = 2.0
@@ -56,11 +56,13 @@ class StreamOutput:
         compat: Compat = "auto",
         offered: d1.Feature = d1.NO_FEATURES,
         lanes: Lanes | None = None,
+        relink: Relink | None = None,
     ) -> None:
         """fd: non-blocking.  feedback: where answers are read.  two_way: `fd` is a
         socket, so answers may come there without `feedback`.  Times in seconds.
         offered: what a pyploop peer may agree to.  lanes: further streams for data, which
-        are offered, too."""
+        are offered, too.  relink: gives another connection when this one fails, if the
+        peer can go on with it, too."""
         self.fd = fd
         self.dialect = "D1"
         self.framing = NATIVE
@@ -68,6 +70,8 @@ class StreamOutput:
         self._compat = compat
         self.lanes = lanes
         self._offered = offered if lanes is None else offered | d1.Feature.LANES
+        if relink is not None:
+            self._offered |= d1.Feature.RESUME
         self._header: bytes | None = None
         self._feedback = feedback
         self._answers = feedback if feedback is not None else (fd if two_way else None)
@@ -82,7 +86,17 @@ class StreamOutput:
         self.heard: Heard | None = None
         self.proof: bytes = b""
         self.deadline = Deadline(time.monotonic)
+        self._resend = Resend(report, self.deadline, explain_write, relink, self._redirect)
         self.before_end: Callable[[], None] = lambda: None
+
+    @property
+    def resend(self) -> Resend | None:
+        return self._resend if self._resend.agreed else None
+
+    def _redirect(self, again: Again) -> None:
+        self._header = None  # it comes again at the end
+        self.fd = again.wfd
+        self._answers = self._feedback = again.rfd
 
     @property
     def end_is_answered(self) -> bool:
@@ -185,6 +199,7 @@ class StreamOutput:
                     f"({self._offered:#x}); nothing was sent"
                 )
             self.features = d1.Feature(accepted)
+            self._resend.agreed = d1.Feature.RESUME in self.features
         if self.lanes is not None and not self.features & d1.Feature.LANES:
             self.lanes.refuse("the receiver takes none")
         if answer not in (d1.SUCCESS, d1.FEATURES_REPLY):
@@ -255,15 +270,21 @@ class StreamOutput:
 
     def _read(self, fd: int, size: int = d1.REPLY_SIZE) -> bytes:
         limit = time.monotonic() + self._timeout
+        again = self._resend
         try:
             return descriptors.read_exactly(
                 fd,
                 size,
-                lambda: min(limit, self.deadline.at),  # which a cancel moves
+                # which a cancel moves
+                lambda: 0.0 if again.disconnected else min(limit, self.deadline.at),
                 "reading the feedback",
                 self.fd,
             )
-        except ProtocolError as e:
+        except PyploopError as e:
+            if again.agreed and (e.peer_failed or again.disconnected):
+                raise LinkLost(str(e)).follows() from e
+            if not isinstance(e, ProtocolError):
+                raise
             if self._feedback is not None:
                 raise
             # It is the stream itself: a write would fail, too.
@@ -302,46 +323,32 @@ class StreamOutput:
     ) -> None:
         """Write SYNC or END, and wait for the answer.  What lanes have lost goes again
         first, until nothing was lost."""
-        assert self._answers is not None
         while True:
+            assert self._answers is not None
             self._asked = time.monotonic()
-            write()
-            lost = self._answer(self._answers, about, ask)
+            try:
+                write()
+                lost = self._answer(self._answers, about, ask)
+            except LinkLost as e:
+                if self._resend.frozen:
+                    raise
+                self._resend.bridge(pump, e)
+                continue
             if not self._settle(pump, lost or []):
                 if lost is None:
                     return
             elif lost is None:
                 raise ProtocolError(f"the receiver answered {about}, but lanes have lost data")
             else:
-                self._resend(pump)
+                self._resend.run(pump)
+                if self._header is not None:
+                    self._write(pump, d1.data(0, self._header))
 
     def _settle(self, pump: Pump, ends: list[tuple[int, int]]) -> bool:
         """True: lanes have ended, and something must go again."""
-        if not self.features & d1.Feature.LANES:
+        if not self.features & (d1.Feature.LANES | d1.Feature.RESUME):
             return False
-        before = pump.lanes
-        try:
-            lost = pump.settle(ends)
-        except OSError as e:
-            raise ProtocolError("the receiver has more of a lane than was sent") from e
-        for sentence in lane_ends(before, pump.lanes):
-            self._report.info(sentence)
-        return lost
-
-    def _resend(self, pump: Pump) -> None:
-        before = pump.stats.again
-        try:
-            run_cancellable(pump.resend, pump.cancel, self._check_deadline)
-        except Fault as fault:
-            if fault.stage == "read":
-                raise ReadError.of(
-                    f"cannot read the source again at byte {fault.pos}", fault
-                ) from fault
-            raise explain_write(fault) from fault
-        again = format_size(pump.stats.again - before)
-        self._report.info(f"Sent {again} again, which lanes have lost")
-        if self._header is not None:
-            self._write(pump, d1.data(0, self._header))
+        return self._resend.settle(pump, ends)
 
     def sync(self, pump: Pump, waiting: bool, start: bytes) -> str:
         if self.framing.exact and not waiting:
@@ -389,17 +396,11 @@ class StreamOutput:
         self._write(pump, self.proof + d1.end())
 
     def _write(self, pump: Pump, frame: bytes) -> None:
-        try:
-            run_cancellable(lambda: pump.write(frame), pump.cancel, self._check_deadline)
-        except Fault as fault:
+        fault = attempt(lambda: pump.write(frame), pump, self._resend.check_deadline)
+        if fault is not None:
+            if (lost := self._resend.lost(fault)) is not None:
+                raise lost from fault
             raise explain_write(fault) from fault
-
-    def _check_deadline(self) -> None:
-        """A receiver that reads END too late would keep an image that is stale by then."""
-        if self.deadline.passed:
-            raise WriteError(
-                "the receiver did not read the end of the stream in time (--freeze-limit)"
-            )
 
 
 def _readable_before(fd: int, deadline: float) -> bool:

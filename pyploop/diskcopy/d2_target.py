@@ -16,6 +16,7 @@ from pyploop import _core
 from pyploop._core import Fault, Known, Pump
 from pyploop.diskcopy.framing import PLOOP, PYPLOOP
 from pyploop.diskcopy.lanes import Lanes
+from pyploop.diskcopy.resend import Resend
 from pyploop.diskcopy.target import Packets, explain_write
 from pyploop.diskcopy.write_mode import OTHER_SIDE
 from pyploop.disks.backing import Thing
@@ -44,6 +45,7 @@ class PacketOutput:
     features = NO_FEATURES
     proof = b""
     lanes: Lanes | None = None
+    resend: Resend | None = None
 
     def __init__(
         self, fd: int, report: Reporter, *, answer_timeout: float, knows_async: bool = False

@@ -14,9 +14,10 @@ from collections.abc import Iterator
 
 from pyploop.diskcopy.context import Context
 from pyploop.diskcopy.proof import TargetDiffers, frame
+from pyploop.diskcopy.relink import LinkLost
 from pyploop.diskcopy.repairs import FreezeGivenUp
 from pyploop.disks.image import clear_in_use
-from pyploop.errors import DeviceControlError, LoopError
+from pyploop.errors import CommandError, DeviceControlError, LoopError, PyploopError
 from pyploop.freeze import run_command
 from pyploop.freeze.deadline import Limits
 from pyploop.freeze.session import newer
@@ -42,6 +43,11 @@ class FreezeStage:
         self._may_thaw = False
         self._doubt = ""
         """Why the last pass had to compare."""
+        self.untracked = False
+        """The tracker has ended, so no other freeze can follow."""
+        self._end_written = False
+        self._late = False
+        """The source was written to in the freeze whose answer to END was lost."""
         self._stamp: tuple[int, ...] = ()
         """`Writes.begin` at the beginning of the last pass."""
 
@@ -72,6 +78,12 @@ class FreezeStage:
             except FreezeGivenUp as e:
                 self._undo_to_go_on(e)
                 raise
+            except LinkLost as e:
+                if not c.session.can_undo:
+                    raise
+                self._late = self._end_written and self._written()
+                self._undo_to_go_on(e)
+                raise
             if c.options.before_thaw:
                 self._write_receipt()  # the command may compare it with the source
                 with step("before thaw"):
@@ -88,6 +100,24 @@ class FreezeStage:
                 self._write_receipt()
             self._report_end(c.source_pump.stats.data - before)
 
+    def complete_late(self) -> None:
+        """The answer to END was lost, and the connection with it: the source was thawed, and
+        the receiver has said afterwards that its target is complete."""
+        c = self._context
+        c.recorder.stage = "running"
+        if self._late:
+            raise newer("was written to during the last steps")
+        if c.options.before_thaw:
+            raise CommandError(
+                "the target is complete, but the --before-thaw command did not run: the "
+                "connection was lost, so the source was thawed before that was known"
+            )
+        c.summary.acknowledged = "acknowledged"
+        c.report.note("The target is complete: only the receiver's answer to END was lost")
+        self._stop_watching()
+        self._write_receipt()
+        self._report_end(0)
+
     def _stop_watching(self) -> None:
         """While RCU is still expedited: the end of a watch (fanotify, inotify) waits for
         a grace period, else 8 ms each, and a caller that has stopped the source waits
@@ -98,7 +128,7 @@ class FreezeStage:
             c.source.monitor.close()
         c.mounts.cool_down()
 
-    def _undo_to_go_on(self, why: FreezeGivenUp) -> None:
+    def _undo_to_go_on(self, why: PyploopError) -> None:
         """Thaw, for another freeze later.  LoopError when something could not be undone, so
         the source does not run."""
         c = self._context
@@ -117,6 +147,7 @@ class FreezeStage:
         c = self._context
         options, step = c.options, c.recorder.step
         c.source_pump.limit(running=False)
+        self._end_written = False
         scanned = c.tracker.compares_everything and not c.mounts
         limits = None
         if options.freeze_limit and c.stops and not scanned:
@@ -161,6 +192,7 @@ class FreezeStage:
             start = c.source_pump.first_bytes(c.out.header_size)
             if c.tracker.stop_before_end:
                 c.tracker.stop(True)
+                self.untracked = True
         for last in (False, True):
             try:
                 self._end(start)
@@ -196,6 +228,7 @@ class FreezeStage:
                 raise self._still_written()
         with step("target commit"):
             c.out.before_end = c.session.before_end
+            self._end_written = True
             c.summary.acknowledged = c.out.finish(pump, c.source.size, start[:4])
         if header:
             # A lane may have lost block 0, which went again without it, and then it again.
@@ -221,6 +254,8 @@ class FreezeStage:
         if s.predicted is not None and s.frozen_window:
             s.prediction_ratio = s.frozen_window / s.predicted
         s.frozen_bytes = sent
+        if c.out.resend is not None:
+            s.cuts = c.out.resend.cuts
         s.largest_part = c.recorder.advice()
         s.clock_offset, s.clock_error = c.recorder.clock.offset, c.recorder.clock.error
         if c.out.heard is not None:

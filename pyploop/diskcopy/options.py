@@ -107,6 +107,8 @@ class Summary:
     frozen_bytes: int = 0
     freezes_given_up: int = 0
     """Freezes before the last one, which ended with a thaw for a long repair."""
+    cuts: int = 0
+    """Connections that were lost and replaced."""
     completeness: str = "unknown"
     repaired_bytes: int = 0
     repairs: int = 0

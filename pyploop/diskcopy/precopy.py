@@ -92,7 +92,7 @@ class PreCopy:
                 # The target may have data there (Output.prepare).
                 sent += c.source_pump.send([Batch(Extents.of(holes), holes=True)])
         measurements.first_end = time.monotonic()
-        seconds = measurements.first_end - start
+        seconds = measurements.first_end - start - c.source_pump.cut_seconds
         c.summary.first_pass = seconds
         c.report.info(
             f"First pass: {format_size(sent)} in {seconds:.3f} s, "
@@ -124,10 +124,14 @@ class PreCopy:
             batches = c.hot.sift(batches) if sift else c.hot.all(batches)
         total = sum(b.extents.bytes for b in batches)
         c.report.event("phase", phase=f"round {number}", bytes=total)
-        send_start = time.monotonic()
+        send_start, cut = time.monotonic(), c.source_pump.cut_seconds
         sent = c.source_pump.send(batches)
         end = time.monotonic()
         c.recorder.add(f"round {number}", send_start, end)
+        # Without a connection nothing is measured, and --deadline stands still.
+        cut = c.source_pump.cut_seconds - cut
+        measurements.first_end += cut
+        end -= cut
         completeness = c.tracker.check(quiesced=False)
         repaired = self._repair(completeness)
         if beside:

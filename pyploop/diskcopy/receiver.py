@@ -21,7 +21,8 @@ from pyploop._core import Fault, Proof, Receiver, RecvStats
 from pyploop.diskcopy import target_room, write_mode
 from pyploop.diskcopy.lanes import LANE_STALL, Lanes
 from pyploop.diskcopy.proof import TRIES
-from pyploop.diskcopy.replies import Answers, Feedback, NoAnswers, Replies
+from pyploop.diskcopy.relink import Relink
+from pyploop.diskcopy.replies import Answers, Feedback, NoAnswers, Replies, UnansweredError
 from pyploop.diskcopy.target_file import Sink
 from pyploop.diskcopy.write_mode import WRITERS, Write, WriteMode
 from pyploop.disks import backing
@@ -111,6 +112,7 @@ def receive(
     to_device: bool = False,
     write: Write = "auto",
     lanes: Lanes | None = None,
+    relink: Relink | None = None,
 ) -> Received:
     """Receive one image into a new file `path`, in the dialect of its marker.
 
@@ -120,7 +122,8 @@ def receive(
     sink: the file that becomes `path`; None: a new one.  owner_undoes: see Sink.
     largest: bytes of the image at most; 0: any.  opened: called with what cancels the receipt
     from another thread.  to_device: onto the block device `path`.  lanes: further streams
-    for the data, if the sender offers to use some.  PyploopError.
+    for the data, if the sender offers to use some.  relink: gives another connection when
+    this one fails, if the sender can go on with it, too.  PyploopError.
     """
     receipt = _Receipt(
         path,
@@ -135,6 +138,7 @@ def receive(
         to_device=to_device,
         write=write,
         lanes=lanes,
+        relink=relink,
     )
     try:
         return receipt.run(stall)
@@ -193,16 +197,18 @@ class _Receipt:
         to_device: bool,
         write: Write,
         lanes: Lanes | None,
+        relink: Relink | None,
     ) -> None:
         self._opened, self._to_device, self._write = opened, to_device, write
         self._sink, self._owner_undoes, self._largest = sink, owner_undoes, largest
-        self._lanes = lanes
+        self._lanes, self._relink = lanes, relink
         self._path, self._in_fd, self._feedback = path, in_fd, feedback_fd
         self._report = report
         self.answers: Answers = expected or NoAnswers()
         self.event = 0
         """The SYNC or END that is not answered yet, or 0."""
         self._pump: Receiver | None = None
+        self._cancelled = False
 
     def run(self, stall: float) -> Received:
         path, report = self._path, self._report
@@ -235,12 +241,21 @@ class _Receipt:
                 ahead=mode.ahead,
             )
             self._pump = pump
-            self._opened(pump.cancel)
+            self._opened(self._cancel)
             syncs = self._serve(pump, sink, target)
             sink.set_size(pump.stats.image_size)
             run_cancellable(sink.commit)
-            self.answers.done(self.event, _times(pump, sink, named=time.monotonic_ns()))
+            try:
+                self.answers.done(self.event, _times(pump, sink, named=time.monotonic_ns()))
+            except UnansweredError as e:
+                # The sender learns it by the next connection.
+                self._report.info(f"{path} is complete, but the sender does not know yet: {e}")
             return self._finished(pump.stats, syncs, mode)
+
+    def _cancel(self) -> None:
+        self._cancelled = True
+        if self._pump is not None:
+            self._pump.cancel()
 
     def _new_sink(self) -> Sink | DeviceSink:
         if self._to_device:
@@ -295,32 +310,66 @@ class _Receipt:
                 if not isinstance(sink, Sink):
                     sink.touched = bool(pump.stats.data)
             dialect = self._choose(pump, target, dialect)
-            if event == _core.RECV_LOST:
-                self._go_on_without(pump, sink)
+            if event == _core.RECV_BROKEN:
+                self._bridge(pump, sink)
                 continue
-            if event == _core.RECV_END:
-                self.event = event
-                if self._agrees(pump, sink):
+            try:
+                if self._handled(event, pos, payload, pump, sink):
                     return syncs
-                continue
-            if event == _core.RECV_QUESTION:
-                assert self.answers.witness is not None
-                self.answers.witness.answer(pos - 1, pump.proof_data or b"")
-                continue
-            if self.answers.greeted(pos, payload):
-                self._report.detail(f"The sender speaks {self.answers.dialect}")
-                continue
+                syncs += self.event == _core.RECV_SYNC
+            except UnansweredError:
+                pump.disconnect()  # and with that the next run ends
+
+    def _handled(
+        self, event: int, pos: int, payload: bytes, pump: Receiver, sink: Sink | DeviceSink
+    ) -> bool:
+        """Answer what came.  True: it was the end."""
+        if event == _core.RECV_LOST:
+            self._go_on_without(pump, sink)
+            return False
+        if event == _core.RECV_END:
             self.event = event
-            syncs += 1
-            run_cancellable(sink.sync)
-            lanes = self._lanes is not None and self._lanes.agreed
-            if lanes:
-                self._root(sink)  # before the answer: lanes write by themselves after it
-            self.answers.done(event, _times(pump, sink))
-            pump.synced()
-            if not lanes:
-                self._root(sink)
-            self._report.detail(f"Synced {self._path}: {format_size(pump.stats.data)} so far")
+            return self._agrees(pump, sink)
+        if event == _core.RECV_QUESTION:
+            assert self.answers.witness is not None
+            self.answers.witness.answer(pos - 1, pump.proof_data or b"")
+            return False
+        if self.answers.greeted(pos, payload):
+            self._begin(pump)
+            self._report.detail(f"The sender speaks {self.answers.dialect}")
+            return False
+        self.event = event
+        run_cancellable(sink.sync)
+        lanes = self._lanes is not None and self._lanes.agreed
+        if lanes:
+            self._root(sink)  # before the answer: lanes write by themselves after it
+        self.answers.done(event, _times(pump, sink))
+        pump.synced()
+        if not lanes:
+            self._root(sink)
+        self._report.detail(f"Synced {self._path}: {format_size(pump.stats.data)} so far")
+        return False
+
+    # ---- another connection
+
+    def _begin(self, pump: Receiver) -> None:
+        """After each greeting."""
+        if self._relink is not None and _resumes(self.answers):
+            self._relink.begin(pump.disconnect)
+
+    def _bridge(self, pump: Receiver, sink: Sink | DeviceSink) -> None:
+        """The stream broke off, and what came is written: go on with another one."""
+        assert self._relink is not None and isinstance(self.answers, Feedback)
+        ends = pump.lost()
+        for lane, received in ends:
+            stream = f"Lane {lane}" if lane else "The stream"
+            self._report.info(f"{stream} broke off; {received} bytes of it had arrived")
+        why = ReadError(f"the stream ended without END (see the sender's message){sink.left}")
+        again = self._relink.again(why.follows(), ends, lambda: self._cancelled)
+        descriptors.enlarge_pipe(again.rfd)
+        self.answers.redirect(again.wfd)
+        pump.relink(again.rfd)
+        self._relink.over()
 
     def _root(self, sink: Sink | DeviceSink) -> None:
         """So that little of the tree is left for END."""
@@ -354,7 +403,14 @@ class _Receipt:
         """Choose how to answer, once the marker has shown the dialect."""
         if pump.dialect != before:
             if pump.dialect == _core.DIALECT_D1:
-                self.answers = Feedback(pump, self._in_fd, self._feedback, target, self._lanes)
+                self.answers = Feedback(
+                    pump,
+                    self._in_fd,
+                    self._feedback,
+                    target,
+                    self._lanes,
+                    resumes=self._relink is not None,
+                )
             elif descriptors.is_socket(self._in_fd):
                 self.answers = Replies(self._in_fd, pump)
         return pump.dialect
@@ -375,6 +431,10 @@ class _Receipt:
         done = Received(self._path, stats, syncs, answers.native, answers.dialect, written, proof)
         self._report.event("received", **done.fields())
         return done
+
+
+def _resumes(answers: Answers) -> bool:
+    return isinstance(answers, Feedback) and d1.Feature.RESUME in answers.features
 
 
 def _times(pump: Receiver, sink: Sink | DeviceSink, named: int = 0) -> d1.Times:

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 
 from pyploop._core import Extents
 from pyploop.diskcopy.options import Summary
+from pyploop.diskcopy.relink import LinkLost
 from pyploop.diskcopy.source_pump import SourcePump
 from pyploop.errors import LoopError
 from pyploop.report.events import Reporter
@@ -64,7 +65,11 @@ class Repairs:
             if until is not None and self.rate and time.monotonic() + rest / self.rate > until:
                 self.left = Repair(parts[n:], repair.scope)
                 break
-            sent += self._source_pump.send([part])
+            try:
+                sent += self._source_pump.send([part])
+            except LinkLost:  # in the freeze: this part goes by SourcePump.bridge
+                self.left = Repair(parts[n + 1 :], repair.scope)
+                raise
             rest -= costs[n]
             compared += costs[n]
             if compared >= MEANINGFUL and (frozen or not self._limited):

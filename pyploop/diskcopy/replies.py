@@ -7,7 +7,6 @@ import contextlib
 import socket
 import time
 from collections.abc import Sequence
-from functools import partial
 from typing import Protocol
 
 from pyploop._core import RECV_END, RECV_SYNC, LaneEnd, Receiver
@@ -18,6 +17,12 @@ from pyploop.system import descriptors
 from pyploop.wire import d1, d2, d3
 
 CANNOT = "cannot answer the sender"
+
+
+class UnansweredError(WriteError):
+    """The answer did not go out; if the connection has failed, another one may come."""
+
+
 SUPPORTED = d1.Feature.COMPRESSED | d1.Feature.PROOF
 """What our receiver agrees to."""
 
@@ -86,10 +91,13 @@ class Feedback:
         feedback: int | None,
         target: Asked,
         lanes: Lanes | None = None,
+        *,
+        resumes: bool = False,
     ) -> None:
-        """lanes: further streams for data, which are agreed to."""
+        """lanes: further streams for data, which are agreed to.  resumes: so is another
+        connection, when this one fails (`redirect`)."""
         self.dialect = "D1"
-        self._target, self._lanes = target, lanes
+        self._target, self._lanes, self._resumes = target, lanes, resumes
         self.native = False
         self.features = d1.NO_FEATURES
         """What both ends have agreed on; known before the first data."""
@@ -154,9 +162,11 @@ class Feedback:
         assert self._channel is not None
         self._offered = True
         supported = SUPPORTED if self._lanes is None else SUPPORTED | d1.Feature.LANES
+        if self._resumes:
+            supported |= d1.Feature.RESUME
         self.features = supported & d1.Feature(offered)
         if d1.Feature.PROOF in self.features:
-            self._keep_proof(self._channel)
+            self._keep_proof()
         self._pump.expect(self.features)
         if self._lanes is not None and self.features & d1.Feature.LANES:
             self._lanes.open(self._pump, lambda: self._pump.stats.stream)
@@ -166,12 +176,11 @@ class Feedback:
         descriptors.write_all(self._channel, d1.FEATURES_REPLY + times + accepted, CANNOT)
         return True
 
-    def _keep_proof(self, channel: int) -> None:
+    def _keep_proof(self) -> None:
         """It needs the size, and address space for the hashes of all blocks."""
         with contextlib.suppress(OSError):
             if self._size is not None:
-                say = partial(descriptors.write_all, channel, what=CANNOT)
-                self.witness = Witness(self._size, say, self._record)
+                self.witness = Witness(self._size, self._say, self._record)
                 self._pump.expect_proof(self.witness.proof)
                 return
         self.witness = None
@@ -194,15 +203,28 @@ class Feedback:
         if channel is None:
             return
         try:
-            descriptors.write_all(channel, d1.SUCCESS + self._record(times), CANNOT)
+            self._say(d1.SUCCESS + self._record(times))
+        except UnansweredError:
+            raise
         except WriteError:
             self._channel = None
             raise
 
     def lost(self, ends: Sequence[LaneEnd], times: d1.Times) -> None:
+        self._say(d1.LOST_LANES + self._record(times) + d1.pack_lost(ends))
+
+    def _say(self, answer: bytes) -> None:
         assert self._channel is not None
-        answer = d1.LOST_LANES + self._record(times) + d1.pack_lost(ends)
-        descriptors.write_all(self._channel, answer, CANNOT)
+        try:
+            descriptors.write_all(self._channel, answer, CANNOT)
+        except WriteError as e:
+            if d1.Feature.RESUME in self.features:
+                raise UnansweredError(str(e)).follows() from e
+            raise
+
+    def redirect(self, feedback: int) -> None:
+        """Another connection has taken the place of the one that failed."""
+        self._channel = feedback
 
     def failed(self, event: int, error: PyploopError) -> None:
         channel = self._channel_for(event) if event in (RECV_SYNC, RECV_END) else None

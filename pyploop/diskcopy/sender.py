@@ -26,6 +26,7 @@ from pyploop.diskcopy.hot_blocks import HotBlocks
 from pyploop.diskcopy.measurements import Measurements
 from pyploop.diskcopy.options import Options, Summary
 from pyploop.diskcopy.precopy import PreCopy
+from pyploop.diskcopy.relink import LinkLost
 from pyploop.diskcopy.repairs import FreezeGivenUp, Repairs
 from pyploop.diskcopy.source_pump import SourcePump
 from pyploop.diskcopy.target import Output
@@ -93,7 +94,9 @@ class Sender:
                     self.last_blocks(may_thaw=self._context.session.can_undo)
                     self.finish()
                 return
-            except FreezeGivenUp as e:
+            except (FreezeGivenUp, LinkLost) as e:
+                if isinstance(e, LinkLost) and self._bridged(e):
+                    return
                 self.recorder.give_up()
                 self.summary.freezes_given_up += 1
                 if number == FREEZES:
@@ -105,6 +108,20 @@ class Sender:
                     f"The source was thawed, and freeze {number + 1} of {FREEZES} follows: {e}"
                 )
             self._context.repairs.run_left()
+
+    def _bridged(self, lost: LinkLost) -> bool:
+        """The connection was lost in the freeze, which has ended: wait for another one.  True:
+        the copy was complete already, only the receiver's answer to END was lost."""
+        context = self._context
+        if not context.session.can_undo:
+            raise lost
+        if not context.source_pump.bridge(lost):
+            if self._freeze.untracked:
+                lost.add(f"the tracker {self._tracker.name} had ended, so no other freeze follows")
+                raise lost
+            return False
+        self._freeze.complete_late()
+        return True
 
     def __enter__(self) -> Sender:
         """Begin to track, and greet the peer."""

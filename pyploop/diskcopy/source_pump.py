@@ -13,6 +13,7 @@ import mmap
 import os
 import threading
 import time
+from functools import partial
 from typing import TYPE_CHECKING
 
 from pyploop import _core
@@ -23,6 +24,7 @@ from pyploop.diskcopy.framing import PIECE, Extent
 from pyploop.diskcopy.lanes import LANE_STALL
 from pyploop.diskcopy.options import Options
 from pyploop.diskcopy.proof import Ask, descend
+from pyploop.diskcopy.relink import LinkLost, attempt
 from pyploop.diskcopy.target import Output, explain_write
 from pyploop.diskcopy.target_room import Watched
 from pyploop.diskcopy.write_mode import WRITERS
@@ -37,7 +39,6 @@ from pyploop.errors import (
     WriteError,
 )
 from pyploop.report.events import Reporter
-from pyploop.system.worker import run_cancellable
 from pyploop.trackers import Batch, Tracker
 from pyploop.units import BLOCK, MIB, SECTOR, format_size
 from pyploop.wire.d1 import Feature
@@ -74,6 +75,8 @@ class SourcePump:
         self.window_start = time.monotonic()
         """time.monotonic() since which the present marks are collected."""
         self._shared: list[Watched] = []
+        self._left: list[tuple[Extents, int]] = []
+        """Passes, with their flags, that a connection did not take in a freeze."""
         self.pump: Pump
         self.compression = NEVER
         """As it was agreed; known after `begin`."""
@@ -102,6 +105,8 @@ class SourcePump:
         self.pump = self._make_pump(cluster)
         if self._out.lanes is not None and self._out.features & Feature.LANES:
             self._out.lanes.open(self.pump, lambda: self.pump.stats.wire)
+        if self._out.resend is not None:
+            self._out.resend.begin(self.pump)
         if self._gone.is_set():
             self.pump.cancel()
 
@@ -156,6 +161,8 @@ class SourcePump:
         freeze depends on what was the bottleneck before."""
         self.pump.limit(self._options.rate if running else 0)
         self.pump.frozen(not running)
+        if self._out.resend is not None:
+            self._out.resend.frozen = not running
 
     @property
     def stats(self) -> PumpStats:
@@ -216,9 +223,33 @@ class SourcePump:
     def send(self, batches: list[Batch], flags: int = 0) -> int:
         """Send the batches.  Returns the bytes of payload sent."""
         before = self.pump.stats.data
-        for batch in batches:
-            self._run_pass(batch.extents, flags | self._out.framing.flags(batch))
+        self._run([(b.extents, flags | self._out.framing.flags(b)) for b in batches])
         return self.pump.stats.data - before
+
+    def _run(self, passes: list[tuple[Extents, int]]) -> None:
+        """Several passes.  LinkLost, only in the freeze: those that are left are kept for
+        `bridge`."""
+        for n, (extents, flags) in enumerate(passes):
+            try:
+                self._run_pass(extents, flags)
+            except LinkLost:
+                self._left += [(_above(extents, self.pump.floor), flags), *passes[n + 1 :]]
+                raise
+
+    @property
+    def cut_seconds(self) -> float:
+        """Seconds so far without a connection."""
+        return 0.0 if self._out.resend is None else self._out.resend.seconds
+
+    def bridge(self, why: LinkLost) -> bool:
+        """After the freeze, and a failure of the connection in it: as Resend.bridge.  What
+        the passes of the freeze did not come to is sent, too."""
+        assert self._out.resend is not None
+        if self._out.resend.bridge(self.pump, why):
+            return True
+        left, self._left = self._left, []
+        self._run(left)
+        return False
 
     def parts(self) -> tuple[list[Extent], list[Extent]]:
         """(data, holes) of the source, as the first pass treats them."""
@@ -249,11 +280,19 @@ class SourcePump:
             raise CancelledError(f"the copy of {self._source.path} was cancelled")
 
     def _run_pass(self, extents: Extents, flags: int) -> None:
-        pump = self.pump
-        try:
-            run_cancellable(lambda: pump.run(extents, flags), pump.cancel, self._tick)
-        except Fault as fault:
-            raise self._explain(fault) from fault
+        pump, resend = self.pump, self._out.resend
+        while True:
+            fault = attempt(partial(pump.run, extents, flags), pump, self._tick)
+            if fault is None:
+                return
+            lost = None if resend is None else resend.lost(fault)
+            if resend is None or lost is None:
+                raise self._explain(fault) from fault
+            if resend.frozen:
+                raise lost from fault
+            floor = pump.floor
+            resend.bridge(pump, lost)
+            extents = _above(extents, floor)
 
     def _tick(self) -> None:
         self._out.deadline.check()
@@ -299,7 +338,7 @@ class SourcePump:
         TargetDiffers: they are too many."""
         assert self.proof is not None
         before = self.pump.stats.data
-        self._run_pass(Extents.of(descend(self.proof, ask)), 0)
+        self._run([(Extents.of(descend(self.proof, ask)), 0)])
         return self.pump.stats.data - before
 
     def first_bytes(self, size: int) -> bytes:
@@ -309,6 +348,11 @@ class SourcePump:
             memoryview(page) as memory,
         ):
             return bytes(small_reads.read(self._source, memory, 0, size)).ljust(size, b"\0")
+
+
+def _above(extents: Extents, floor: int) -> Extents:
+    """Those parts that lie at `floor` or past it."""
+    return Extents.of([(max(start, floor), end) for start, end in extents if end > floor])
 
 
 def _hash_shift(size: int) -> int:

@@ -16,6 +16,7 @@ from typing import Protocol
 from pyploop._core import Fault, Known, Pump
 from pyploop.diskcopy.framing import Framing
 from pyploop.diskcopy.lanes import Lanes
+from pyploop.diskcopy.resend import Resend
 from pyploop.diskcopy.write_mode import WriteMode
 from pyploop.disks.backing import Thing
 from pyploop.disks.source import Source
@@ -66,6 +67,11 @@ class Output(Protocol):
     the copy ends without a target."""
     heard: Heard | None
     """The times that came with the last answer; None: the peer sends none."""
+
+    @property
+    def resend(self) -> Resend | None:
+        """Lets the copy go on when its connection fails; None: it fails with it.  Known after
+        `announce`."""
 
     @property
     def end_is_answered(self) -> bool:

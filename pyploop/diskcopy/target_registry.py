@@ -17,6 +17,8 @@ from pyploop.diskcopy import target_room, write_mode
 from pyploop.diskcopy.d1_target import StreamOutput
 from pyploop.diskcopy.framing import NATIVE, Compat
 from pyploop.diskcopy.lanes import Lanes
+from pyploop.diskcopy.relink import Relink
+from pyploop.diskcopy.resend import Resend
 from pyploop.diskcopy.target import Output, Packets
 from pyploop.diskcopy.target_file import Sink, make_durable
 from pyploop.diskcopy.write_mode import Write, WriteMode
@@ -48,6 +50,7 @@ class FileOutput:
     features = NO_FEATURES
     proof = b""
     lanes: Lanes | None = None
+    resend: Resend | None = None
     header_size = HEADER_FRAME
     heard: Heard | None = None
     end_is_answered = True
@@ -165,10 +168,11 @@ def open_output(
     to_device: bool = False,
     write: Write = "auto",
     lanes: Lanes | None = None,
+    relink: Relink | None = None,
 ) -> Iterator[Output]:
     """The output that `-d`, `-o` and `-f` name.  ParameterError when it cannot take an
-    image.  Times in seconds.  offered: what a pyploop peer may agree to.  lanes: as
-    StreamOutput."""
+    image.  Times in seconds.  offered: what a pyploop peer may agree to.  lanes,
+    relink: as StreamOutput."""
     if target is not None:
         with open_sink(target, report, to_device) as sink:
             yield FileOutput(sink, report, write)
@@ -206,4 +210,5 @@ def open_output(
             compat=compat,
             offered=offered,
             lanes=lanes,
+            relink=relink,
         )

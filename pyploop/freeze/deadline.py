@@ -82,6 +82,10 @@ class Deadline:
         return 0.0 if self._cancelled else self._at
 
     @property
+    def cancelled(self) -> bool:
+        return self._cancelled
+
+    @property
     def passed(self) -> bool:
         """The limit has passed; false for a cancelled copy, whose steps fail anyway."""
         return not self._cancelled and self._clock() > self._at

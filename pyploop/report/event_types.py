@@ -169,6 +169,19 @@ class Connection(Event):
 
 
 @dataclass(frozen=True, kw_only=True)
+class Cut(Event):
+    """The connection for the data of a copy between two hosts was lost."""
+
+    EVENT: ClassVar = "cut"
+    state: Literal["lost", "retried", "bridged"]
+    """Now; another one did not come about, and is tried again; the copy goes on over
+    another one."""
+    why: str
+    seconds: float
+    """Since it was lost."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class PreDump(Event):
     """Whether memory can be copied ahead."""
 
@@ -346,6 +359,7 @@ IN_JSON: tuple[type[Event], ...] = (
     *(Sending, Phase, Round, Repair, Frozen, Summary, Received, Reused, Tree, PreDump),
     *(
         Connection,
+        Cut,
         LazyRestore,
         Forecast,
         PostCopy,

@@ -126,6 +126,8 @@ class CopyResult:
     """The peer has compared that root with its own, of what it wrote."""
     resent_bytes: int
     """Sent again, since the two were not the same at first."""
+    cuts: int = 0
+    """Connections for the data that were lost and replaced."""
     source_host: str = ""
     """The other host, as it was named, when the source lies there; empty: it lies here."""
     target_host: str = ""

@@ -10,6 +10,7 @@ from typing import Any
 from pyploop.errors import PyploopError, joined
 from pyploop.report.events import ERROR, NOTE
 from pyploop.transport.mux import Mux
+from pyploop.wire import mux as wire
 from pyploop.wire.messages import clipped
 
 MOST_EVENTS = 1000
@@ -21,6 +22,7 @@ class Events:
 
     def __init__(self, mux: Mux) -> None:
         self._mux = mux
+        self._unsent: list[wire.Message] = []
         self._sent = 0
         """Events since the last request.  The peer may not be reading them."""
 
@@ -34,8 +36,19 @@ class Events:
         self._sent += 1
         if self._sent > MOST_EVENTS:
             return
-        with contextlib.suppress(PyploopError):  # the connection's end is reported elsewhere
-            self._mux.send({"event": name, "at": time.monotonic(), "fields": fields})
+        message = {"event": name, "at": time.monotonic(), "fields": fields}
+        try:
+            self._mux.send(message)
+        except PyploopError:  # the connection's end is reported elsewhere
+            self._unsent.append(message)
+
+    def connect(self, mux: Mux) -> None:
+        """Another connection has come: what the one before did not take goes over it."""
+        self._mux = mux
+        unsent, self._unsent, self._sent = self._unsent, [], 0
+        with contextlib.suppress(PyploopError):
+            for message in unsent:
+                mux.send(message)
 
     def line(self, level: int, at: float, text: str) -> None:
         self.event("line", at, {"level": level, "text": clipped(text)})

@@ -219,6 +219,16 @@ class Client(ABC):
         """Whether a request can still be sent."""
         return self._mux is not None and self._mux.failure is None
 
+    def reconnect(self, ssh: Ssh) -> None:
+        """Go on over this connection to the same agent, which has replaced its own end."""
+        with self._lock:
+            mux, old = self._mux, self._ssh
+            self._ssh, self._mux = ssh, Mux(ssh.rfd, ssh.wfd)
+        if mux is not None:
+            mux.close()
+        old.terminate()
+        old.close(deadlines.LAST_WORDS)
+
     # ---- end
 
     def close(self) -> None:

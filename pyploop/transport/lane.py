@@ -60,6 +60,10 @@ class Lane:
         """From any thread: end ssh, so that each wait for the lane fails."""
         self._ssh.terminate()
 
+    def detach(self) -> Ssh:
+        """Its connection, which is the caller's from now on."""
+        return self._ssh
+
     def close(self) -> None:
         self._ssh.close(deadlines.ENDING)
 

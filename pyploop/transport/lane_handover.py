@@ -18,10 +18,12 @@ import contextlib
 import errno
 import hashlib
 import hmac
+import math
 import os
 import socket
 import struct
 import time
+from collections.abc import Iterator
 
 from pyploop.errors import ConnectError, ProtocolError, ReadError
 from pyploop.system import descriptors
@@ -69,19 +71,24 @@ class Awaited:
     def take(self) -> Lane:
         """Wait for the lane.  ReadError: it has not come, or is not waited for any more."""
         try:
-            while not self._closed and (left := self._until - time.monotonic()) > 0:
-                self._listener.settimeout(min(left, LOOK))
-                try:
-                    connection = self._listener.accept()[0]
-                except TimeoutError:
-                    continue
-                if lane := self._handed_over(connection):
-                    return lane
+            if lane := self._next():
+                return lane
         finally:
             self._listener.close()
         if self._closed:
             raise ReadError("a lane is not waited for any more")
         raise ReadError(f"a lane has not come within {COMING:g} s").follows()
+
+    def _next(self) -> Lane | None:
+        while not self._closed and (left := self._until - time.monotonic()) > 0:
+            self._listener.settimeout(min(left, LOOK))
+            try:
+                connection = self._listener.accept()[0]
+            except TimeoutError:
+                continue
+            if lane := self._handed_over(connection):
+                return lane
+        return None
 
     def close(self) -> None:
         """From any thread: wait no longer."""
@@ -107,14 +114,32 @@ class Awaited:
         return None
 
 
+class Door(Awaited):
+    """Connections that may come one after the other, as long as it is open."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._until = math.inf
+
+    def each(self) -> Iterator[Lane]:
+        """Until it is closed."""
+        with self._listener:
+            while lane := self._next():
+                yield lane
+
+
 class Lane:
     """A lane, at the agent.  rfd, wfd: what comes from the peer, and what goes there."""
 
     def __init__(self, rfd: int, wfd: int, connection: socket.socket) -> None:
         self.rfd, self.wfd, self._connection = rfd, wfd, connection
+        self._closed = False
 
     def close(self) -> None:
-        """End it: its process there ends, and ssh with it."""
+        """End it: its process there ends, and ssh with it.  May be called again."""
+        if self._closed:
+            return
+        self._closed = True
         os.close(self.rfd)
         os.close(self.wfd)
         self._connection.close()

@@ -55,20 +55,28 @@ class Server(ABC):
     def serve(self) -> None:
         """Answer requests until the connection ends."""
         try:
-            while True:
-                patience = self.patience()
-                try:
-                    request = self._mux.receive(patience)
-                except PyploopError:
-                    if self._mux.failure is None:  # else the peer knows
-                        self.say(
-                            f"the {self.peer} sent no request for {patience:g} s, so the agent ends"
-                        )
-                    return
-                self._events.asked()
-                self._answer(request)
+            self.answer_requests()
         finally:
             self.end()
+
+    def answer_requests(self) -> None:
+        while True:
+            patience = self.patience()
+            try:
+                request = self._mux.receive(patience)
+            except PyploopError:
+                if self._mux.failure is None:  # else the peer knows
+                    self.say(
+                        f"the {self.peer} sent no request for {patience:g} s, so the agent ends"
+                    )
+                return
+            self._events.asked()
+            self._answer(request)
+
+    def connect(self, mux: Mux) -> None:
+        """Go on with another connection to the same peer."""
+        self._mux = mux
+        self._events.connect(mux)
 
     def _answer(self, request: wire.Message) -> None:
         number, op = request.get("id"), request.get("op")

@@ -63,8 +63,11 @@ TARGET_OPTIONS: dict[str, Check] = {
     "timeout": _LONG,
 }
 """The same of the target's host."""
-LANES = 64
-"""Lanes of a copy, in its whole time.  Number 0 is the stream with its answers."""
+LANES = 4096
+"""Lanes of a copy, in its whole time.  Number 0 is the stream with its answers, until it
+fails."""
+_END = exactly({"lane": whole(0, LANES - 1), "received": SIZE})
+_ENDS = list_of(_END, 64)
 
 _REQUESTS: dict[str, dict[str, Check]] = {
     "check": {},
@@ -73,6 +76,10 @@ _REQUESTS: dict[str, dict[str, Check]] = {
     "receive": {},
     "source": {"path": text, "options": exactly(SOURCE_OPTIONS)},
     "join": {"timeout": TIME},
+    "stay": {"retry": _LONG},
+    "broken": {"timeout": TIME, "ends": _ENDS, "committed": flag},
+    "again": {"number": whole(0, LANES - 1)},
+    "resume": {"number": whole(0, LANES - 1)},
     "undo": {},
 }
 
@@ -88,7 +95,13 @@ _ANSWERS: Answers = {
         ("version", "aes", "source_options", "target_options"),
     ),
     "lane": ({"token": token}, ("token",)),
-    "join": ({"done": flag, "result": known({})}, ("done",)),
+    "join": ({"done": flag, "result": known({}), "waits": flag}, ("done",)),
+    "stay": ({"token": token}, ("token",)),
+    "broken": (
+        {"ready": flag, "committed": flag, "ends": _ENDS},
+        ("ready", "committed", "ends"),
+    ),
+    "again": ({"token": token}, ("token",)),
 }
 
 

@@ -88,6 +88,8 @@ class Feature(IntFlag):
     COMPRESSED = 0x1
     PROOF = 0x2
     LANES = 0x4
+    RESUME = 0x10
+    """The stream may go on over another connection, which the callers of both ends make."""
 
 
 NO_FEATURES = Feature(0)
