@@ -332,13 +332,16 @@ cdef class Proof:
         """Levels of nodes.  The highest has one node."""
         return self.p.levels
 
-    def nodes(self, unsigned level):
-        """The nodes of a level, 16 bytes each, as they were at the last `root`.  One of
-        level 0 stands for PROOF_FANOUT blocks."""
+    def nodes(self, unsigned level, uint64_t first=0, last=None):
+        """The nodes [first, last) of a level, 16 bytes each, as they were at the last `root`;
+        without `last` to its end.  One of level 0 stands for PROOF_FANOUT blocks."""
         if level >= self.p.levels:
             raise IndexError(level)
-        return PyBytes_FromStringAndSize(<char *>self.p.level[level].node,
-                                         self.p.level[level].nodes * PL_HASH128)
+        cdef uint64_t end = self.p.level[level].nodes if last is None else last
+        if first > end or end > self.p.level[level].nodes:
+            raise IndexError(end)
+        return PyBytes_FromStringAndSize(<char *>self.p.level[level].node + first * PL_HASH128,
+                                         (end - first) * PL_HASH128)
 
     def leaves(self, uint64_t first, uint64_t last):
         """The hashes of the blocks [first, last), 8 bytes each."""

@@ -89,7 +89,7 @@ class Witness:
         if not self.refused:
             raise ProtocolError("the sender asked for nodes of a proof that was not refused")
         nodes = [node for (node,) in d1.NODE.iter_unpack(asked)]
-        self._say(b"".join(_children(self.proof, level, node) for node in nodes))
+        self._say(b"".join(children(self.proof, level, node) for node in nodes))
 
     def failure(self, path: str, what: str) -> TargetDiffers:
         """The error of a copy that ends because of a difference."""
@@ -99,14 +99,16 @@ class Witness:
         )
 
 
-def _children(proof: Proof, level: int, node: int) -> bytes:
+def children(proof: Proof, level: int, node: int) -> bytes:
+    """The hashes of a node's children.  ProtocolError: the peer asked for one that is not
+    there."""
     if not 0 <= level < proof.levels or node >= _count(proof, level):
         raise ProtocolError(
             f"the sender asked for node {node} of level {level}, which is not there"
         )
-    first, last = _range(proof, level, node)
+    first, last = child_range(proof, level, node)
     if level:
-        return proof.nodes(level - 1)[first * HASH : last * HASH]
+        return proof.nodes(level - 1, first, last)
     return proof.leaves(first, last)
 
 
@@ -116,7 +118,7 @@ def _count(proof: Proof, level: int) -> int:
     return max(-(-proof.size // unit), 1 if level >= 0 else 0)
 
 
-def _range(proof: Proof, level: int, node: int) -> tuple[int, int]:
+def child_range(proof: Proof, level: int, node: int) -> tuple[int, int]:
     """The children of a node: numbers of nodes of the level below, or of blocks."""
     first = node * FANOUT
     return first, min(first + FANOUT, _count(proof, level - 1))
@@ -136,12 +138,12 @@ def descend(proof: Proof, ask: Ask) -> list[tuple[int, int]]:
         if not nodes:
             break
         size = LEAF if level == 0 else HASH
-        ranges = [_range(proof, level, node) for node in nodes]
+        ranges = [child_range(proof, level, node) for node in nodes]
         theirs = ask(level, nodes, size * sum(last - first for first, last in ranges))
         found: list[int] = []
         at = 0
         for node, (first, last) in zip(nodes, ranges, strict=True):
-            ours = _children(proof, level, node)
+            ours = children(proof, level, node)
             for child in range(last - first):
                 part = slice(child * size, (child + 1) * size)
                 if ours[part] != theirs[at + part.start : at + part.stop]:
