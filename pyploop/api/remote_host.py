@@ -66,6 +66,8 @@ class CopyClient(Client):
     """The connection to the agent.  ConnectError (69): there is none, or it was lost."""
 
     what = "the copy"
+    nothing = "nothing was copied"
+    """What state things are in, after a failure before the first byte."""
     not_in_log = ("progress",)
     install_ssh = "install it (the Debian package openssh-client)"
 
@@ -73,7 +75,7 @@ class CopyClient(Client):
         return ParameterError(text)
 
     def unreachable(self, text: str, hint: str | None = None) -> ConnectError:
-        return ConnectError(f"{text}; nothing was copied", hint=hint)
+        return ConnectError(f"{text}; {self.nothing}", hint=hint)
 
     def no_agent(self, why: str, printed: str, status: int | None) -> ConnectError:
         host, shown = self.host, f" ({printed})" if printed else ""
@@ -125,6 +127,8 @@ class Peer:
 class RemoteHost:
     """The other host; a context manager that connects to it, and ends the connection."""
 
+    client_kind = CopyClient
+
     def __init__(self, host: str, options: CopyOptions, report: Reporter) -> None:
         self.host, self._options, self._report = host, options, report
         self.lanes = 0
@@ -141,7 +145,7 @@ class RemoteHost:
             self._program = program = shlex.split(o.remote_pyploop)
         except ValueError as e:
             raise ParameterError(f"{o.remote_pyploop!r} is not a command: {e}") from e
-        self.client = CopyClient(
+        self.client = self.client_kind(
             self.host, SSH, o.ssh_options, [*program, "copy-agent"], self._on_event
         )
         with contextlib.ExitStack() as undo:
@@ -152,8 +156,8 @@ class RemoteHost:
                 raise
             except PyploopError as e:
                 raise ConnectError(
-                    f"what answers on {self.host} is no pyploop copy-agent: {e}; nothing was "
-                    "copied",
+                    f"what answers on {self.host} is no pyploop copy-agent: {e}; "
+                    f"{self.client.nothing}",
                     hint="the command of this ssh key there must be `pyploop copy-agent`",
                 ) from e
             self.peer = Peer(
@@ -175,7 +179,7 @@ class RemoteHost:
         except ValueError as e:
             raise ParameterError(
                 f"{self.host} can only be sent texts in UTF-8, and a path or command of this copy "
-                f"is not ({e}); nothing was copied"
+                f"is not ({e}); {self.client.nothing}"
             ) from e
         return self.client.call(op, ASKING, **args)
 

@@ -4,10 +4,13 @@
 from __future__ import annotations
 
 import json
+import shlex
 from dataclasses import asdict
 
+from pyploop.api.copying import CopyOptions
 from pyploop.api.verifying import VerifyResult, verify
 from pyploop.cli.arguments import Parser
+from pyploop.cli.copy_options import attached
 from pyploop.errors import one_line
 from pyploop.units import format_size
 
@@ -23,10 +26,20 @@ def parser() -> Parser:
         prog="pyploop verify",
         allow_abbrev=False,
         description="Compare a file or device with the receipt of its copy (copy --receipt), or "
-        "two that nobody writes to. Exit code 0: the same; 1: different; others: as copy.",
+        "two that nobody writes to. One of them may be on another host ([user@]host:path), which "
+        "then reads its own. Exit code 0: the same; 1: different; others: as copy.",
     )
     p.add_argument(
         "--json", action="store_true", help="print one JSON object (schema pyploop.verify/1)"
+    )
+    p.add_argument(
+        "--ssh", action="append", default=[], metavar="OPTS", help="more options for ssh"
+    )
+    p.add_argument(
+        "--remote-pyploop",
+        default=CopyOptions.remote_pyploop,
+        metavar="CMD",
+        help="the command that is pyploop on the other host (pyploop)",
     )
     p.add_argument("path", metavar="FILE", help="file or device to read")
     p.add_argument("other", metavar="RECEIPT|FILE", help="what it must be")
@@ -34,8 +47,13 @@ def parser() -> Parser:
 
 
 def run(args: list[str], level: int) -> int:
-    o = parser().parse_args(args)
-    found = verify(o.path, o.other)
+    p = parser()
+    o = p.parse_args(attached(args))
+    try:
+        ssh = [word for text in o.ssh for word in shlex.split(text)]
+    except ValueError as e:
+        p.error(f"--ssh: {e}")
+    found = verify(o.path, o.other, ssh_options=ssh, remote_pyploop=o.remote_pyploop)
     if o.json:
         print(json.dumps({"schema": SCHEMA, **asdict(found)}))
     elif level >= 0 or not found.same:

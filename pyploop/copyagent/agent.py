@@ -18,6 +18,7 @@ from pyploop import __version__
 from pyploop.api.copying import Copy, CopyOptions
 from pyploop.copyagent.again import SLACK, Waiting
 from pyploop.copyagent.permits import Permits
+from pyploop.copyagent.reading import Reading
 from pyploop.diskcopy import receiver
 from pyploop.diskcopy.lanes import Lanes
 from pyploop.diskcopy.target_device import DeviceSink
@@ -79,6 +80,7 @@ class CopyAgent(Server):
         self._sink: Sink | DeviceSink | None = None
         """The target, until the stream for it begins."""
         self._target: tuple[str, dict[str, Any]] | None = None
+        self._reading = Reading()
         self._ending = False
         self._cancel: Callable[[], None] = lambda: None
         self._job: Job[dict[str, Any]] | None = None
@@ -94,6 +96,9 @@ class CopyAgent(Server):
             "again": self._again,
             "resume": self._resume,
             "undo": self._undo,
+            "look": self._look,
+            "digest": self._digest,
+            "hashes": self._reading.hashes,
         }
         super().__init__(Mux(rfd, wfd, greet(rfd, wfd)), requests)
 
@@ -118,6 +123,7 @@ class CopyAgent(Server):
             self._door.close()
         with contextlib.suppress(PyploopError):
             self._undo()
+            self._reading.close()
         self._mux.close()
         if self._connection is not None:
             self._connection.close()
@@ -316,6 +322,19 @@ class CopyAgent(Server):
                 copying.run()
             return copying.summary
 
+    def _look(self, path: str) -> dict[str, Any]:
+        if self._target is not None or self._job is not None:
+            raise ProtocolError("agent protocol: a connection is for a copy or for a comparison")
+        path = os.path.expanduser(path)
+        self._permits.check_source(path, {})
+        return self._reading.look(path)
+
+    def _digest(self, size: int) -> dict[str, Any]:
+        if self._job is not None:
+            raise ProtocolError("agent protocol: `digest` must come once")
+        self._job = Job(self._reading.digest(size, self._begun)).start()
+        return {}
+
     def _begun(self, cancel: Callable[[], None]) -> None:
         """In the job: from now on `cancel` ends it."""
         self._cancel = cancel
@@ -324,7 +343,7 @@ class CopyAgent(Server):
 
     def _join(self, timeout: float) -> dict[str, Any]:
         if self._job is None:
-            raise ProtocolError("agent protocol: `join` must come after `receive` or `source`")
+            raise ProtocolError("agent protocol: `join` must come after what it waits for")
         if not self._job.over.wait(timeout):
             waits = self._waiting is not None and self._waiting.waits
             return {"done": False, "waits": True} if waits else {"done": False}

@@ -10,7 +10,7 @@ import json
 import os
 import stat
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
@@ -85,16 +85,14 @@ class Receipt:
 
     @classmethod
     def read(cls, path: str) -> Receipt | None:
-        """None: the file is no receipt.  FormatError: it is damaged, or of another version."""
-        try:
-            if not os.path.isfile(path):
-                return None
-            with open(path, "rb") as f:
-                text = f.read(LONGEST + 1)
-        except OSError as e:
-            raise ReadError.of(f"cannot read {path}", e, path=path) from e
-        if not text.startswith(b"{") or b'"pyploop.receipt/' not in text or len(text) > LONGEST:
-            return None
+        """As `parse` of `text_of`."""
+        text = text_of(path)
+        return None if text is None else cls.parse(text, path)
+
+    @classmethod
+    def parse(cls, text: str | bytes, path: str) -> Receipt:
+        """path: where it is, for messages.  FormatError: it is damaged, or of another
+        version."""
         try:
             made = json.loads(text)
             made["unsafe"] = tuple(made["unsafe"])
@@ -122,6 +120,19 @@ class Receipt:
     def nodes(self) -> bytes:
         """The hashes of the parts."""
         return base64.b64decode(self.parts, validate=True)
+
+
+def text_of(path: str) -> bytes | None:
+    """Of a file that is a receipt, perhaps a damaged one; None: it is none.  ReadError."""
+    try:
+        if not os.path.isfile(path):
+            return None
+        with open(path, "rb") as f:
+            text = f.read(LONGEST + 1)
+    except OSError as e:
+        raise ReadError.of(f"cannot read {path}", e, path=path) from e
+    ours = text.startswith(b"{") and b'"pyploop.receipt/' in text and len(text) <= LONGEST
+    return text if ours else None
 
 
 def check_place(path: str, target: str | None) -> None:
@@ -208,8 +219,11 @@ def _parts(proof: Proof) -> tuple[int, str]:
     return unit, base64.b64encode(proof.nodes(level)).decode()
 
 
-def digest(source: Source, size: int) -> Proof:
-    """Read the first `size` bytes of a source into a proof.  ReadError."""
+def digest(
+    source: Source, size: int, opened: Callable[[Callable[[], None]], None] = lambda _: None
+) -> Proof:
+    """Read the first `size` bytes of a source into a proof.  opened: called with what cancels
+    that from another thread.  ReadError."""
     proof = Proof(size)
     if not source.is_device:
         # So that it is what the disk has: a page cache may hide that it has not.
@@ -230,6 +244,7 @@ def digest(source: Source, size: int) -> Proof:
         tail_fd=-1 if tail is None else tail.fd,
         tail_pos=0 if tail is None else tail.pos,
     )
+    opened(pump.cancel)
     extents = Extents.of(_whole_blocks(source.holes()[0], size))
     try:
         run_cancellable(lambda: pump.run(extents), pump.cancel)
@@ -249,12 +264,15 @@ def _whole_blocks(data: list[tuple[int, int]], size: int) -> Iterator[tuple[int,
             yield first, floor
 
 
-def wrong_parts(receipt: Receipt, proof: Proof) -> list[tuple[int, int]]:
-    """The parts of the image, as (start, end), whose hashes are not the receipt's."""
-    level = 0
-    while BLOCK * _core.PROOF_FANOUT ** (level + 1) < receipt.part and level + 1 < proof.levels:
+def wrong_parts(receipt: Receipt, nodes: Callable[[int], bytes]) -> list[tuple[int, int]]:
+    """The parts of an image with another root, as (start, end), whose hashes are not the
+    receipt's.  nodes: the image's of a level."""
+    level, theirs = 0, receipt.nodes
+    if len(theirs) == NODE:
+        return [(0, receipt.size)]
+    while BLOCK * _core.PROOF_FANOUT ** (level + 1) < receipt.part:
         level += 1
-    ours, theirs = proof.nodes(level), receipt.nodes
+    ours = nodes(level)
     found: list[tuple[int, int]] = []
     for i in range(0, len(theirs), NODE):
         if ours[i : i + NODE] != theirs[i : i + NODE]:

@@ -8,8 +8,10 @@ option that is added to one of them goes over.
 
 from __future__ import annotations
 
+import base64
 from typing import Any
 
+from pyploop.units import KIB
 from pyploop.wire import messages
 from pyploop.wire.messages import (
     SIZE,
@@ -69,6 +71,11 @@ fails."""
 _END = exactly({"lane": whole(0, LANES - 1), "received": SIZE})
 _ENDS = list_of(_END, 64)
 
+MOST_NODES = 32
+"""Nodes of a proof whose children are asked for at a time: 128 KiB of hashes."""
+LONGEST_RECEIPT = 128 * KIB
+"""Bytes of one that goes over: it is in one message."""
+
 _REQUESTS: dict[str, dict[str, Check]] = {
     "check": {},
     "target": {"path": text, "options": exactly(TARGET_OPTIONS)},
@@ -81,7 +88,29 @@ _REQUESTS: dict[str, dict[str, Check]] = {
     "again": {"number": whole(0, LANES - 1)},
     "resume": {"number": whole(0, LANES - 1)},
     "undo": {},
+    "look": {"path": text},
+    "digest": {"size": whole(0, (1 << 63) - 1)},
+    "hashes": {"level": whole(0, 15), "nodes": list_of(whole(0, 1 << 63), MOST_NODES)},
 }
+
+
+def _bytes(most: int) -> Check:
+    def check(value: Any) -> bytes:
+        try:
+            found = base64.b64decode(_of_text(value), validate=True)
+        except ValueError as e:
+            raise ValueError(f"not base64 ({e})") from e
+        if len(found) > most:
+            raise ValueError(f"{len(found)} bytes, {most} at most")
+        return found
+
+    return check
+
+
+def _of_text(value: Any) -> str:
+    if type(value) is not str:
+        raise ValueError(f"{clipped(repr(value), 40)} is not a string")
+    return value
 
 
 _ANSWERS: Answers = {
@@ -102,6 +131,15 @@ _ANSWERS: Answers = {
         ("ready", "committed", "ends"),
     ),
     "again": ({"token": token}, ("token",)),
+    "look": (
+        {
+            "size": whole(0, (1 << 63) - 1),
+            "device": flag,
+            "receipt": or_none(_bytes(LONGEST_RECEIPT)),
+        },
+        ("size", "device", "receipt"),
+    ),
+    "hashes": ({"hashes": _bytes(MOST_NODES * 4096)}, ("hashes",)),
 }
 
 

@@ -19,7 +19,9 @@ import pytest
 from support import needs, pyploop_cmd, pyploop_env, wait_until
 
 import pyploop
+from pyploop._core import Proof
 from pyploop.api import remote_host
+from pyploop.api.remote_verifying import There
 from pyploop.copyagent import agent as agent_module
 from pyploop.copyagent.agent import CopyAgent
 from pyploop.copyagent.permits import Permits
@@ -282,6 +284,94 @@ def test_a_copy_that_fails_there_after_its_end_keeps_the_target_and_says_so(
     assert (tmp_path / "got").read_bytes() == image.read_bytes()
 
 
+# ---- comparing
+
+
+@pytest.mark.parametrize("name", ["receipt", "image"])
+def test_an_image_there_is_compared_with_what_is_here_and_the_other_way_round(
+    host: Path, image: Path, tmp_path: Path, name: str
+) -> None:
+    receipt = tmp_path / "receipt"
+    pyploop.copy(str(image), "b:disk", options=pyploop.CopyOptions(receipt=receipt))
+    (host / "receipt").write_bytes(receipt.read_bytes())
+    (host / "image").write_bytes(image.read_bytes())
+    for pair in (("b:disk", str(tmp_path / name)), (str(image), f"b:{name}")):
+        found = pyploop.verify(*pair)
+        assert (found.same, found.why, found.differing) == (True, "", ())
+        assert found == pyploop.verify(image, tmp_path / name)
+    for at in (MIB + 7, 4 * MIB + 511):
+        with open(host / "disk", "r+b") as f:
+            f.seek(at)
+            f.write(b"X")
+    found = pyploop.verify("b:disk", str(tmp_path / name))
+    here = pyploop.verify(host / "disk", tmp_path / name)
+    assert not found.same
+    assert (found.differing, found.root) == (here.differing, here.root)
+    assert len(found.differing) == 2
+
+
+def test_two_images_of_other_sizes_or_with_nothing_in_common_are_different(
+    host: Path, image: Path
+) -> None:
+    size = image.stat().st_size
+    (host / "disk").write_bytes(bytes(b ^ 1 for b in image.read_bytes()))
+    found = pyploop.verify(str(image), "b:disk")
+    assert (found.same, found.differing) == (False, ((0, size),))
+    (host / "disk").write_bytes(b"x")
+    assert "has 1" in pyploop.verify(str(image), "b:disk").why
+    (host / "disk").write_bytes(b"")
+    assert pyploop.verify("b:disk", host / "disk").same
+
+
+def test_what_cannot_be_compared_is_an_error_and_not_a_difference(
+    host: Path, image: Path, tmp_path: Path
+) -> None:
+    (host / "receipt").write_text('{"schema": "pyploop.receipt/1"}')
+    with pytest.raises(DeviceError, match="b: cannot open the source none"):
+        pyploop.verify(str(image), "b:none")
+    with pytest.raises(pyploop.FormatError, match="b:receipt is a receipt that is damaged"):
+        pyploop.verify(str(image), "b:receipt")
+    with pytest.raises(ParameterError, match="both not on this host"):
+        pyploop.verify("b:x", "c:y")
+    with pytest.raises(ParameterError, match="names no path"):
+        pyploop.verify("b:", str(image))
+    with pytest.raises(ConnectError, match=r"no pyploop on b .*; nothing was compared"):
+        pyploop.verify(str(image), "b:x", remote_pyploop="/none")
+
+
+def test_a_name_with_a_colon_can_be_compared_here(image: Path, tmp_path: Path) -> None:
+    (tmp_path / "a:b").write_bytes(image.read_bytes())
+    assert pyploop.verify(tmp_path / "a:b", str(image)).same
+    assert pyploop.verify(f"{tmp_path}/a:b", str(image)).same
+
+
+@pytest.mark.parametrize(
+    ("root", "hashes", "why"),
+    [
+        ("no", b"", "a wrong root"),
+        (["00" * 16], b"", "a wrong root"),
+        ("00" * 16, bytes(7), "7 bytes of hashes"),
+        ("00" * 16, None, "not those of its root"),
+    ],
+)
+def test_answers_about_an_image_there_that_make_no_sense_are_refused(
+    root: Any, hashes: bytes | None, why: str
+) -> None:
+    own = Proof(MIB)
+    own.note(0, b"x" * MIB)
+    own.root()
+
+    def ask(op: str, **args: Any) -> dict[str, Any]:
+        there = own.leaves(0, 256) if hashes is None else hashes
+        return {"done": True, "result": {"root": root}, "hashes": there}
+
+    image = There(ask, "b", {"size": MIB, "device": False})
+    image.start(MIB)
+    with pytest.raises(ProtocolError, match=why):
+        image.root()
+        image.differences(own)
+
+
 # ---- no agent there
 
 
@@ -536,6 +626,9 @@ def asking() -> Iterator[Callable[..., Asking]]:
     ("op", "args", "why"),
     [
         ("begin", {}, "unknown request"),
+        ("digest", {"size": 1}, "must come after `look`"),
+        ("hashes", {"level": 0, "nodes": [0]}, "must come after `digest`"),
+        ("hashes", {"level": 0, "nodes": [0] * 33}, "33 values, 32 at most"),
         (None, {}, "unknown request"),
         ("target", {"path": "x"}, "missing: options"),
         ("target", {"path": 3, "options": {}}, "path: 3 is not a string"),
@@ -614,6 +707,29 @@ def test_an_agent_that_is_asked_nothing_ends(
 def test_an_answer_that_makes_no_sense_ends_the_copy(op: str, value: Any) -> None:
     with pytest.raises(ProtocolError, match=f"a wrong answer to '{op}'"):
         copy_messages.answer(op, value)
+
+
+def test_an_agent_compares_only_what_it_may_read_and_knows_what_is_there(
+    asking: Callable[..., Asking], image: Path, tmp_path: Path
+) -> None:
+    limited = asking(Permits.of([], [str(tmp_path)], False))
+    assert "may not read" in limited.ask("look", {"path": str(image)})["error"]["message"]
+    one = asking(Permits.of([str(tmp_path)], [], False))
+    size = one.ask("look", {"path": str(image)})["ok"]["size"]
+    for op, args, why in (
+        ("look", {"path": str(image)}, "must come once"),
+        ("digest", {"size": size + 1}, f"has {size} bytes"),
+        ("target", {"path": str(tmp_path / "x"), "options": {}}, "may not write"),
+    ):
+        assert why in one.ask(op, args)["error"]["message"]
+    assert "ok" in one.ask("digest", {"size": size})
+    while not (done := one.ask("join", {"timeout": 5})["ok"])["done"]:
+        pass
+    assert done["result"]["root"] == pyploop.verify(image, image).root
+    for level, node in ((0, 5), (5, 0), (1, 1)):
+        answer = one.ask("hashes", {"level": level, "nodes": [node]})
+        assert "which is not there" in answer["error"]["message"]
+    assert "must come once" in one.ask("digest", {"size": 1})["error"]["message"]
 
 
 # ---- what an agent may be asked for
