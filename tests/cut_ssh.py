@@ -6,6 +6,8 @@ The command is a process of its own, which only sees the ends of its pipes when 
 FOLDER/pids/PID: a connection that is up, `agent` or `lane`.  FOLDER/refuse: none comes about.
 FOLDER/cuts/N: where the N-th lane is cut: `up BYTES` (to the other host) or `down BYTES`, and
 `one` or `all` of the connections.  What is under way then is lost.
+FOLDER/log/N: what the N-th lane has carried, in bytes up and down.  FOLDER/there/PID: the
+processes that it has started.
 """
 
 from __future__ import annotations
@@ -28,16 +30,20 @@ def cut_all(folder: Path) -> None:
                 os.kill(pid, signal.SIGKILL)
 
 
-def plan(folder: Path, lane: bool) -> tuple[str, int, bool]:
-    """(direction, bytes, whether all are cut) of this connection."""
-    if lane:
-        for number in range(10000):
-            with contextlib.suppress(FileExistsError):
-                os.close(os.open(folder / "lanes" / str(number), os.O_CREAT | os.O_EXCL))
-                break
-        with contextlib.suppress(FileNotFoundError):
-            direction, size, which = (folder / "cuts" / str(number)).read_text().split()
-            return direction, int(size), which == "all"
+def number_of(folder: Path) -> int:
+    """Of this lane."""
+    for number in range(10000):
+        with contextlib.suppress(FileExistsError):
+            os.close(os.open(folder / "lanes" / str(number), os.O_CREAT | os.O_EXCL))
+            return number
+    raise AssertionError("too many lanes")
+
+
+def plan(folder: Path, number: int) -> tuple[str, int, bool]:
+    """(direction, bytes, whether all are cut) of this lane."""
+    with contextlib.suppress(FileNotFoundError):
+        direction, size, which = (folder / "cuts" / str(number)).read_text().split()
+        return direction, int(size), which == "all"
     return "", 0, False
 
 
@@ -49,7 +55,9 @@ def main() -> None:
         print("ssh: connect to host: No route to host", file=sys.stderr)
         sys.exit(255)
     lane = "copy-lane" in words[-1]
-    direction, left, everything = plan(folder, lane)
+    number = number_of(folder) if lane else -1
+    direction, left, everything = plan(folder, number)
+    carried = {"up": 0, "down": 0}
     (folder / "pids" / str(os.getpid())).write_text("lane" if lane else "agent")
     there = subprocess.Popen(
         ["sh", "-c", words[-1]],
@@ -58,6 +66,7 @@ def main() -> None:
         start_new_session=True,
         cwd=os.environ["HOME"],
     )
+    (folder / "there" / str(there.pid)).touch()
     assert there.stdin is not None and there.stdout is not None
 
     def carry(name: str, source: int, target: int) -> None:
@@ -67,6 +76,7 @@ def main() -> None:
                 if name == direction:
                     data = data[:room]
                     room -= len(data)
+                carried[name] += len(data)
                 view = memoryview(data)
                 while view:
                     view = view[os.write(target, view) :]
@@ -81,6 +91,8 @@ def main() -> None:
     for thread in threads:
         thread.start()
     threads[1].join()
+    if lane:
+        (folder / "log" / str(number)).write_text(f"{carried['up']} {carried['down']}")
     (folder / "pids" / str(os.getpid())).unlink(missing_ok=True)
     os._exit(there.wait())
 

@@ -18,6 +18,7 @@ from pyploop.api.remote_host import (
     LONGEST_PAUSE,
     LostThereError,
     RemoteHost,
+    none_within,
     rest,
 )
 from pyploop.diskcopy.relink import Again
@@ -39,6 +40,8 @@ class Bridge:
         self._lanes = [lane]
         """The last one is in use."""
         self._given_up = False
+        self.is_done: Callable[[], bool] = lambda: False
+        """The receiver there has completed its target."""
 
     def begin(self, disconnect: Callable[[], None]) -> None:
         pass
@@ -68,6 +71,8 @@ class Bridge:
         """One attempt.  None: try again.  over: the copy is cancelled.  start: when the
         connection was lost."""
         there = self._there
+        if self.is_done():
+            return Again(committed=True)
         try:
             there.revive()
             theirs = [{"lane": lane, "received": received} for lane, received in ends]
@@ -84,10 +89,7 @@ class Bridge:
                 raise
             seconds = time.monotonic() - start
             if seconds >= self._retry:
-                raise ConnectError(
-                    f"the connection to {there.host} was lost, and no other one came about "
-                    f"within {self._retry:g} s (--retry): {e}"
-                ) from e
+                raise none_within(there.host, self._retry, e) from e
             self._event("retried", str(e), seconds)
             return None
         os.set_blocking(lane.wfd, False)

@@ -142,6 +142,7 @@ def _push(source: str, to: Place, options: CopyOptions, report: Reporter, done: 
             state = ["the source runs", f"a target is on {to.host} only if it is complete"]
             watched = there.watched(lane, copying.cancel, retry)
             with _lost(state), contextlib.closing(bridge), more, watched as far, more.allowed():
+                bridge.is_done = lambda: far.is_done
                 run_here(copying, done)
                 try:
                     far.result()

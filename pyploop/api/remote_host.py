@@ -29,7 +29,7 @@ from pyploop.system import cpu
 from pyploop.system.jobs import TICK, Job
 from pyploop.transport import hints, ssh_cipher
 from pyploop.transport.client import Client
-from pyploop.transport.lane import Lane
+from pyploop.transport.lane import Lane, NobodyWaitsError
 from pyploop.wire import copy_messages
 from pyploop.wire import mux as wire
 from pyploop.wire.messages import Check, clipped
@@ -56,7 +56,8 @@ _FAILURES = {
 
 
 class LostThereError(ConnectError):
-    """The copy there has failed, since it had no connection for too long."""
+    """The copy there has failed, since it had no connection for too long; or its pyploop has
+    ended."""
 
 
 _FAILURES[int(ConnectError.exit_code)] = LostThereError
@@ -170,6 +171,9 @@ class RemoteHost:
         return self
 
     def __exit__(self, *exc: object) -> None:
+        with contextlib.suppress(PyploopError):
+            if self._token and self.client.alive():
+                self.ask("leave")  # else the agent would wait for us
         self._undo.close()
 
     def ask(self, op: str, **args: Any) -> dict[str, Any]:
@@ -224,10 +228,17 @@ class RemoteHost:
 
     def revive(self) -> None:
         """From any thread: if the connection to the agent has failed, try once to make another
-        one.  ConnectError."""
+        one.  ConnectError; LostThereError: the agent has ended."""
         with self._reviving:
-            if not self.client.alive():
-                self.client.reconnect(self._open_lane(self._token).detach())
+            if self.client.alive():
+                return
+            try:
+                lane = self._open_lane(self._token)
+            except NobodyWaitsError as e:
+                raise LostThereError(
+                    f"the connection to {self.host} was lost, and its pyploop has ended: {e}"
+                ) from e
+            self.client.reconnect(lane.detach())
 
     def _open_lane(self, token: str) -> Lane:
         choice = self._chosen()
@@ -354,6 +365,11 @@ class FarEnd:
                 raise
             return {"done": False}
 
+    @property
+    def is_done(self) -> bool:
+        """It has ended well there."""
+        return self.job.over.is_set() and self.job.failure is None
+
     def result(self) -> dict[str, Any]:
         """After the end here: what the other host has to say.  It may still run a command of
         the user's.  (When it is dead, the connection ends.)"""
@@ -386,19 +402,28 @@ class FarEnd:
 
 
 def revived(there: RemoteHost, retry: float, gone: Callable[[], bool]) -> bool:
-    """Try so many seconds to have a connection to the agent.  False: there is none, or `gone`
-    says that it is not needed any more."""
+    """Try so many seconds to have a connection to the agent.  False: `gone` says that it is not
+    needed any more.  ConnectError: there is none; LostThereError: the agent has ended."""
     until, pause = time.monotonic() + retry, FIRST_PAUSE
     while not gone():
         try:
             there.revive()
             return True
-        except ConnectError:
+        except LostThereError:
+            raise
+        except ConnectError as e:
             if time.monotonic() >= until:
-                return False
+                raise none_within(there.host, retry, e) from e
         rest(min(pause, until - time.monotonic()), gone)
         pause = min(2 * pause, LONGEST_PAUSE)
     return False
+
+
+def none_within(host: str, retry: float, last: PyploopError) -> ConnectError:
+    return ConnectError(
+        f"the connection to {host} was lost, and no other one came about within {retry:g} s "
+        f"(--retry): {last}"
+    )
 
 
 def rest(seconds: float, gone: Callable[[], bool]) -> None:

@@ -73,8 +73,6 @@ class CopyAgent(Server):
         """What has come there."""
         self._retry = 0.0
         self._waiting: Waiting | None = None
-        self._answered = False
-        """The other host knows how the copy has ended."""
         self._lanes = Lanes()
         """All but number 0."""
         self._sink: Sink | DeviceSink | None = None
@@ -92,6 +90,7 @@ class CopyAgent(Server):
             "source": self._source,
             "join": self._join,
             "stay": self._stay,
+            "leave": self._leave,
             "broken": self._broken,
             "again": self._again,
             "resume": self._resume,
@@ -146,8 +145,10 @@ class CopyAgent(Server):
     def _other_connection(self) -> Lane | None:
         """Wait for it as long as the other host tries.  None: it does not come, or is not
         needed."""
-        if self._door is None or self._job is None or self._ending or self._answered:
+        if self._door is None or self._job is None or self._ending:
             return None
+        if self._mux.was_left():
+            return None  # it was killed, or has given up
         self._mux.close()
         if self._connection is None:
             self._detach()
@@ -162,6 +163,11 @@ class CopyAgent(Server):
         self._waiting = Waiting(retry, self._close_before)
         threading.Thread(target=self._watch, args=(self._door,), daemon=True).start()
         return {"token": self._door.token}
+
+    def _leave(self) -> dict[str, Any]:
+        """The other host knows how the copy has ended, and comes no more."""
+        self._ending = True
+        return {}
 
     def _watch(self, door: Door) -> None:
         for lane in door.each():
@@ -347,7 +353,6 @@ class CopyAgent(Server):
         if not self._job.over.wait(timeout):
             waits = self._waiting is not None and self._waiting.waits
             return {"done": False, "waits": True} if waits else {"done": False}
-        self._answered = True
         return {"done": True, "result": self._job.join()}
 
     def _undo(self) -> dict[str, Any]:

@@ -60,7 +60,7 @@ class Resend:
         for sentence in lane_ends(before, after):
             self._report.info(sentence)
 
-    def run(self, pump: Pump) -> None:
+    def run(self, pump: Pump, why: str = "which lanes have lost") -> None:
         """Send what was lost.  LinkLost: only in the freeze."""
         before = pump.stats.again
         fault = attempt(pump.resend, pump, self.check_deadline)
@@ -76,7 +76,7 @@ class Resend:
             self.bridge(pump, lost)
             return
         again = format_size(pump.stats.again - before)
-        self._report.info(f"Sent {again} again, which had not arrived")
+        self._report.info(f"Sent {again} again, {why}")
 
     def check_deadline(self) -> None:
         """A receiver that reads END too late would keep an image that is stale by then."""
@@ -125,5 +125,5 @@ class Resend:
         self._relink.over()
         self._report_ends(before, pump.lanes)
         if lost:
-            self.run(pump)
+            self.run(pump, "which had not arrived")
         return False

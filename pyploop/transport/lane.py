@@ -14,6 +14,10 @@ from pyploop.transport.ssh_cipher import chosen
 from pyploop.wire import mux as wire
 
 
+class NobodyWaitsError(ConnectError):
+    """The other host has answered that no agent there waits for this lane."""
+
+
 class Lane:
     """rfd, wfd: what comes from the other host, and what goes there.  A context manager that
     ends the connection."""
@@ -34,11 +38,13 @@ class Lane:
             os.write(self.wfd, wire.lane_hello(token))
             self._ssh.wait_for(wire.lane_is_ready, "copy-lane", piece=1)
         except (NoHelloError, OSError) as e:
-            self._ssh.status()
+            kind = (
+                NobodyWaitsError if self._ssh.status() == ConnectError.exit_code else ConnectError
+            )
             printed = self._ssh.printed()
             self.close()
             why = e.strerror if isinstance(e, OSError) else e
-            raise ConnectError(
+            raise kind(
                 f"the connection to {host} for the data does not come about: {why}"
                 + (f" ({printed})" if printed else "")
             ) from e

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import collections
 import contextlib
+import errno
 import math
 import os
 import queue
@@ -40,6 +41,8 @@ INBOX = 4 * MIB
 """Bytes of messages that wait to be received.  A peer that sends more floods us."""
 OVERHEAD = 256
 """Bytes that each message counts for in addition to its length."""
+BREAKS = 2.0
+"""Seconds between the ends of both directions when a connection breaks, at most."""
 MERGED = 64 * KIB
 """Bytes up to which small frames of a channel are stored as one: each object costs memory."""
 
@@ -70,6 +73,8 @@ class Mux:
         on_dead: Callable[[PyploopError], None] | None = None,
     ) -> None:
         self._wfd = wfd
+        self._closed = False
+        """By the peer."""
         self._silence, self._on_dead = silence, on_dead
         self._gate = Gate(wfd)
         self._channels: dict[int, Channel] = {}
@@ -218,6 +223,15 @@ class Mux:
         if self._on_dead is not None:
             self._on_dead(cause)
 
+    def was_left(self) -> bool:
+        """After its end: the peer has closed its end, and could still be written to.  So it has
+        ended, and not the connection.  (What is written to it would break that, too.)"""
+        if not self._closed:
+            return False
+        poll = select.poll()
+        poll.register(self._wfd, 0)  # errors and hang-ups are always reported
+        return not poll.poll(BREAKS * 1000)
+
     def write(self, parts: list[bytes]) -> None:
         """Write whole frames, from any thread."""
         poll = select.poll()
@@ -255,6 +269,7 @@ class Mux:
             while True:
                 self._take(wire.parse(self._intake.head()))
         except OSError as e:
+            self._closed = e.errno == errno.ENODATA
             self.end(why_unread(e, self._silence))
         except PyploopError as e:
             self.end(e)

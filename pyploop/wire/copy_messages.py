@@ -84,6 +84,7 @@ _REQUESTS: dict[str, dict[str, Check]] = {
     "source": {"path": text, "options": exactly(SOURCE_OPTIONS)},
     "join": {"timeout": TIME},
     "stay": {"retry": _LONG},
+    "leave": {},
     "broken": {"timeout": TIME, "ends": _ENDS, "committed": flag},
     "again": {"number": whole(0, LANES - 1)},
     "resume": {"number": whole(0, LANES - 1)},

@@ -17,6 +17,7 @@ LONGER = {
     "bench.far_host": "BESIDE",
     "bench.line": "START",
     "copyagent.agent": "UNASKED UNDONE",
+    "copyagent.again": "SLACK",
     "diskcopy.d1_target": "HELLO_WAIT",
     "diskcopy.lanes": "LANE_STALL",
     "freeze.cgroup": "FREEZE_DEADLINE",
@@ -78,6 +79,7 @@ AS_IT_IS = {
     "system.jobs": "TICK",
     "transport.deadlines": "GLANCE PING_EVERY",
     "transport.lane_handover": "LOOK",
+    "transport.mux": "BREAKS",
     "undo.watchdog": "LATE RETRY",
     "usage.users": "CLAIM_PAUSE",
     # What a measurement lasts, or is cut into.

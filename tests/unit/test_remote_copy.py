@@ -643,8 +643,13 @@ def asking() -> Iterator[Callable[..., Asking]]:
         ("receive", {}, "after `target`"),
         ("join", {"timeout": 1}, "`join` must come after"),
         ("lane", {"number": 1}, "lane 1 is not the next one"),
-        ("lane", {"number": 64}, "number: 64 is not a number from 0 to 63"),
+        ("lane", {"number": 4096}, "number: 4096 is not a number from 0 to 4095"),
         ("lane", {"number": -1}, "number: -1"),
+        ("stay", {"retry": -1}, "retry: -1"),
+        ("broken", {"timeout": 1, "ends": [], "committed": False}, "must come after `stay`"),
+        ("broken", {"timeout": 1, "ends": [{"lane": 1}], "committed": False}, "ends"),
+        ("again", {"number": 1}, "lane 1 is not the next one"),
+        ("resume", {"number": 0}, "must come after `again`"),
     ],
 )
 def test_a_request_that_makes_no_sense_is_refused_and_the_agent_goes_on(
@@ -701,6 +706,10 @@ def test_an_agent_that_is_asked_nothing_ends(
         ("lane", {"token": "A" * 32}),
         ("join", {"done": 1}),
         ("join", {"done": True, "result": []}),
+        ("stay", {"token": "0"}),
+        ("broken", {"ready": True, "committed": False}),
+        ("broken", {"ready": True, "committed": False, "ends": [[0, 1]]}),
+        ("broken", {"ready": True, "committed": False, "ends": [{"lane": 0, "received": -1}]}),
         ("join", None),
     ],
 )

@@ -1,0 +1,255 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A copy between two hosts whose connection is lost goes on over another one.  The ssh is a
+program of ours that runs the command on this host, and can be cut (tests/cut_ssh.py)."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support import pyploop_cmd, pyploop_env, wait_until
+
+import pyploop
+from pyploop.errors import ConnectError, PyploopError
+from pyploop.report import event_types
+from pyploop.units import MIB
+
+CUT_SSH = Path(__file__).parent.parent / "cut_ssh.py"
+KILL_ALL = "for p in {0}/pids/*; do kill -9 ${{p##*/}}; rm -f $p; done"
+ONCE = "[ -e {0}/done ] || {{ touch {0}/done; {1}; }}"
+
+
+class Line:
+    """The connections between this host and the other one, `b`, whose home is `home`."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.home = folder / "line", folder / "home"
+        for path in (self.home, *(self.folder / name for name in ("pids", "lanes", "cuts"))):
+            path.mkdir(parents=True)
+        for name in ("log", "there"):
+            (self.folder / name).mkdir()
+
+    def cut(self, lane: int, direction: str, after: int, which: str = "one") -> None:
+        (self.folder / "cuts" / str(lane)).write_text(f"{direction} {after} {which}")
+
+    def carried(self, lane: int) -> tuple[int, int]:
+        """Bytes up and down."""
+        log = self.folder / "log" / str(lane)
+        wait_until(lambda: log.exists() and log.read_text(), "the lane's end")
+        up, down = log.read_text().split()
+        return int(up), int(down)
+
+    def fresh(self) -> None:
+        for name in ("lanes", "log", "cuts"):
+            for path in (self.folder / name).iterdir():
+                path.unlink()
+
+    def up(self, what: str) -> list[int]:
+        """The connections that are up: `agent` or `lane`."""
+        found = []
+        for path in (self.folder / "pids").iterdir():
+            with contextlib.suppress(FileNotFoundError):
+                if path.read_text() == what:
+                    found.append(int(path.name))
+        return found
+
+    def refuse(self) -> None:
+        """No connection comes about from now on."""
+        (self.folder / "refuse").touch()
+
+    def there(self) -> list[int]:
+        """The processes on the other host."""
+        pids = [int(path.name) for path in (self.folder / "there").iterdir()]
+        return [pid for pid in pids if Path(f"/proc/{pid}/cwd").exists()]
+
+    def end(self) -> None:
+        for pid in self.there():
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(pid, signal.SIGKILL)
+
+
+@pytest.fixture
+def line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Line]:
+    made, programs = Line(tmp_path), tmp_path / "bin"
+    programs.mkdir()
+    ssh = f'#!/bin/sh\nexec {sys.executable} -S -E {CUT_SSH} {made.folder} "$@"\n'
+    for name, text in (
+        ("ssh", ssh),
+        ("pyploop", f'#!/bin/sh\nexec {" ".join(pyploop_cmd())} "$@"\n'),
+    ):
+        (programs / name).write_text(text)
+        (programs / name).chmod(0o755)
+    for name, value in pyploop_env().items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("PATH", f"{programs}:{os.environ['PATH']}")
+    monkeypatch.setenv("HOME", str(made.home))
+    yield made
+    made.end()
+
+
+@pytest.fixture
+def image(tmp_path: Path) -> Path:
+    made = tmp_path / "image"
+    made.write_bytes(os.urandom(12 * MIB) + bytes(MIB) + os.urandom(MIB + 512))
+    return made
+
+
+class Copied:
+    """A copy in one of the directions, and what was said of it."""
+
+    def __init__(self, line: Line, image: Path, way: str, **options: Any) -> None:
+        self.events: list[Any] = []
+        there = line.home / "there"
+        if way == "push":
+            self.target, places = there, (str(image), "b:there")
+        else:
+            there.write_bytes(image.read_bytes())
+            self.target = image.parent / "back"
+            places = ("b:there", str(self.target))
+            self.target.unlink(missing_ok=True)
+        self.result = pyploop.copy(
+            *places, options=pyploop.CopyOptions(**options), on_event=self.events.append
+        )
+        source = image if way == "push" else there
+        assert self.target.read_bytes() == source.read_bytes()
+        assert self.result.acknowledged == "acknowledged" and self.result.proven
+        assert not [e for e in self.events if isinstance(e, event_types.Error)]
+
+    @property
+    def states(self) -> list[str]:
+        """Of the connection for the data, but not how often one was tried."""
+        found = [e.state for e in self.events if isinstance(e, event_types.Cut)]
+        return [state for state in found if state != "retried"]
+
+
+WAYS = pytest.mark.parametrize("way", ["push", "pull"])
+TO = {"push": "up", "pull": "down"}
+BACK = {"push": "down", "pull": "up"}
+
+
+@pytest.mark.parametrize(("way", "which"), [("push", "one"), ("pull", "one"), ("push", "all")])
+def test_a_cut_in_the_first_pass_is_bridged_and_only_what_was_under_way_goes_again(
+    line: Line, image: Path, way: str, which: str
+) -> None:
+    """After `all`, the second lane carries the agent's requests."""
+    line.cut(0, TO[way], 5 * MIB, which)
+    line.cut(1 if which == "one" else 2, TO[way], 3 * MIB, which)
+    got = Copied(line, image, way)
+    assert got.states == ["lost", "bridged", "lost", "bridged"]
+    assert got.result.cuts == 2
+    # What the pipes of this line hold, with what the pump has ready: at most so much.
+    assert got.result.wire_bytes < image.stat().st_size + 2 * 4 * MIB
+    wait_until(lambda: not line.there(), "the other host has ended all")
+
+
+@WAYS
+def test_a_cut_of_the_agent_s_connection_alone_does_not_disturb_the_data(
+    line: Line, image: Path, way: str
+) -> None:
+    """In the stop command, so that it is a moment at which the copy runs."""
+    kill = f"grep -l agent {line.folder}/pids/* | while read p; do kill -9 ${{p##*/}}; rm $p; done"
+    stop = pyploop.Stop("cmd", f"{kill}; sleep 0.3", undo="true")
+    got = Copied(line, image, way, stops=[stop])
+    assert (got.states, got.result.cuts) == ([], 0)
+    assert got.result.freezes_given_up == 0
+    assert [e for e in got.events if isinstance(e, event_types.Summary)]
+
+
+@WAYS
+def test_a_cut_in_the_freeze_ends_that_freeze_and_another_one_follows(
+    line: Line, image: Path, way: str, tmp_path: Path
+) -> None:
+    """The stop command writes to the source, so there are last blocks."""
+    log, there = tmp_path / "stops", line.home / "there"
+    write = f"dd if=/dev/urandom of={image if way == 'push' else there} bs=4k count=1 conv=notrunc"
+    cut = ONCE.format(line.folder, KILL_ALL.format(line.folder))
+    stop = pyploop.Stop("cmd", f"echo stop >> {log}; {write}; {cut}", undo=f"echo on >> {log}")
+    got = Copied(line, image, way, stops=[stop])
+    assert log.read_text().split() == ["stop", "on", "stop"]
+    assert got.result.freezes_given_up == 1
+    assert (got.states, got.result.cuts) == (["lost", "bridged"], 1)
+
+
+@WAYS
+def test_a_copy_whose_answer_to_the_end_was_lost_has_succeeded(
+    line: Line, image: Path, way: str, tmp_path: Path
+) -> None:
+    log = tmp_path / "stops"
+    stop = pyploop.Stop("cmd", f"echo stop >> {log}", undo=f"echo on >> {log}")
+    Copied(line, image, way, stops=[stop])
+    up, down = line.carried(0)
+    line.fresh()
+    log.unlink()
+    (line.home / "there").unlink()
+    line.cut(0, BACK[way], (down if way == "push" else up) - 1, "all")
+    got = Copied(line, image, way, stops=[stop])
+    assert got.states == ["lost", "bridged"] if way == "push" else not got.states
+    assert got.result.cuts == 1
+    assert log.read_text().split() == ["stop", "on"]
+    assert got.result.freezes_given_up == 0
+    assert len([e for e in got.events if isinstance(e, event_types.Summary)]) == 1
+
+
+@WAYS
+def test_after_the_time_the_copy_fails_and_leaves_nothing(
+    line: Line, image: Path, way: str, tmp_path: Path
+) -> None:
+    def refuse() -> None:
+        wait_until((line.folder / "lanes/0").exists, "the lane")
+        time.sleep(0.5)
+        line.refuse()
+
+    refusing = threading.Thread(target=refuse)
+    line.cut(0, TO[way], 2 * MIB, "all")
+    refusing.start()
+    began = time.monotonic()
+    with pytest.raises(ConnectError, match=r"within 1 s \(--retry\).*No route to host") as e:
+        Copied(line, image, way, retry=1.0, bandwidth=1 * MIB)
+    refusing.join()
+    assert e.value.exit_code == 69 and time.monotonic() - began > 1
+    assert not (tmp_path / "back").exists()
+    if way == "push":
+        assert not (line.home / "there").exists()
+
+
+def test_without_retry_a_cut_ends_the_copy(line: Line, image: Path) -> None:
+    line.cut(0, "up", 2 * MIB)
+    with pytest.raises(ConnectError, match="the connection to b for the data was lost"):
+        Copied(line, image, "push", retry=0.0)
+    wait_until(lambda: not line.there(), "the other host has ended all")
+
+
+def test_an_agent_that_was_killed_is_not_waited_for(line: Line, image: Path) -> None:
+    def kill() -> None:
+        wait_until((line.folder / "lanes/0").exists, "the lane")
+        time.sleep(1)
+        line.end()
+
+    killer = threading.Thread(target=kill)
+    killer.start()
+    began = time.monotonic()
+    with pytest.raises(ConnectError, match="its pyploop has ended"):
+        Copied(line, image, "push", bandwidth=MIB)
+    killer.join()
+    assert time.monotonic() - began < 60
+    assert not (line.home / "there").exists()
+
+
+def test_a_failure_of_the_other_end_is_not_tried_again(
+    line: Line, image: Path, tmp_path: Path
+) -> None:
+    program = tmp_path / "limited"
+    program.write_text(f'#!/bin/bash\nulimit -f 4096\nexec {" ".join(pyploop_cmd())} "$@"\n')
+    program.chmod(0o755)
+    with pytest.raises(PyploopError, match="File too large") as e:
+        Copied(line, image, "push", remote_pyploop=str(program))
+    assert e.value.exit_code == 7
+    assert not (line.home / "there").exists()
