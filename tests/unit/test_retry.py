@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import random
 import signal
 import sys
 import threading
@@ -105,8 +106,10 @@ def image(tmp_path: Path) -> Path:
 class Copied:
     """A copy in one of the directions, and what was said of it."""
 
-    def __init__(self, line: Line, image: Path, way: str, **options: Any) -> None:
-        self.events: list[Any] = []
+    def __init__(
+        self, line: Line, image: Path, way: str, seen: list[Any] | None = None, **options: Any
+    ) -> None:
+        self.events: list[Any] = [] if seen is None else seen
         there = line.home / "there"
         if way == "push":
             self.target, places = there, (str(image), "b:there")
@@ -253,3 +256,62 @@ def test_a_failure_of_the_other_end_is_not_tried_again(
         Copied(line, image, "push", remote_pyploop=str(program))
     assert e.value.exit_code == 7
     assert not (line.home / "there").exists()
+
+
+# ---- at random moments
+
+
+def cut_at_random(line: Line, chance: random.Random, way: str, size: int) -> list[str]:
+    """Plan one to three cuts.  Returns them in words."""
+    plans = []
+    for lane in sorted(chance.sample(range(4), chance.randint(1, 3))):
+        # Before both ends have greeted each other there is nothing to go on with.
+        direction = TO[way] if not lane or chance.randrange(4) else BACK[way]
+        after = chance.randrange(1000 if not lane else 0, size if direction == TO[way] else 500)
+        which = chance.choice(["one", "all"])
+        line.cut(lane, direction, after, which)
+        plans.append(f"lane {lane} {direction} after {after}: {which}")
+    return plans
+
+
+def begun(event: Any) -> bool:
+    return isinstance(event, event_types.Phase) and event.phase != "comparing"
+
+
+@pytest.mark.parametrize("seed", range(int(os.environ.get("PYPLOOP_CUTS", "2"))))
+def test_cuts_at_random_moments_cost_little_and_no_byte(line: Line, image: Path, seed: int) -> None:
+    """PYPLOOP_CUTS: how many.  Besides, a connection is killed after a random time."""
+    chance = random.Random(seed)
+    way = chance.choice(["push", "pull"])
+    large = seed >= 2
+    if large:
+        image.write_bytes(os.urandom(40 * MIB) + bytes(4 * MIB) + os.urandom(8 * MIB + 1000))
+    size = image.stat().st_size
+    plans = cut_at_random(line, chance, way, size)
+    over, seen = threading.Event(), list[Any]()
+
+    def kill() -> None:
+        for _ in range(chance.randint(0, 2)):
+            wait_until(lambda: over.is_set() or any(map(begun, seen)), "the first pass", 60)
+            if over.wait(chance.uniform(0, 3)):
+                return
+            victims = line.up(chance.choice(["agent", "lane"]))
+            for pid in victims[: chance.choice([1, 9])]:
+                plans.append(f"killed {pid}")
+                (line.folder / "pids" / str(pid)).unlink(missing_ok=True)
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+
+    killer = threading.Thread(target=kill)
+    killer.start()
+    try:
+        got = Copied(line, image, way, seen, bandwidth=chance.choice([0, 20 * MIB]))
+    except BaseException as e:
+        raise AssertionError(f"{way}: {plans}") from e
+    finally:
+        over.set()
+        killer.join()
+    wire = got.result.wire_bytes / size
+    print(f"{seed} {way}: {got.result.cuts} cuts, {wire:.3f} of the data; {plans}")
+    if large:
+        assert wire <= 1.2, plans
