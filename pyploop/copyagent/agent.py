@@ -171,9 +171,10 @@ class CopyAgent(Server):
 
     def _watch(self, door: Door) -> None:
         for lane in door.each():
+            before = self._mux
             self._come.put(lane)
-            # The other host has noticed the end of it first.
-            self._mux.end(ReadError("another connection has taken its place"))
+            # The other host may have noticed its end first.
+            before.end(ReadError("another connection has taken its place"))
 
     def _close_before(self) -> None:
         """In the copy: it uses none of the lanes before the present main one."""

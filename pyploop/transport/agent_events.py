@@ -40,7 +40,10 @@ class Events:
         try:
             self._mux.send(message)
         except PyploopError:  # the connection's end is reported elsewhere
-            self._unsent.append(message)
+            if name == "progress":
+                self._sent -= 1
+            else:
+                self._unsent.append(message)
 
     def connect(self, mux: Mux) -> None:
         """Another connection has come: what the one before did not take goes over it."""

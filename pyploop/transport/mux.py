@@ -196,7 +196,10 @@ class Mux:
     # ---- the connection
 
     def close(self) -> None:
-        """End all channels and threads.  The caller closes the descriptors."""
+        """End all channels and threads.  The caller closes the descriptors.  May be called
+        again."""
+        if self._stop_w < 0:
+            return
         self.end(ReadError("the connection was closed on this host"))
         self._stopping.set()
         with contextlib.suppress(OSError):
@@ -206,6 +209,7 @@ class Mux:
                 t.join()
         os.close(self._stop_r)
         os.close(self._stop_w)
+        self._stop_w = -1
 
     def end(self, cause: PyploopError) -> None:
         """From any thread: mark the connection as dead.  cause: why.  The owner must still
