@@ -29,6 +29,7 @@
 #include "known.h"
 #include "mux_wire.h"
 #include "ploop.h"
+#include "prior.h"
 #include "proof.h"
 #include "pump.h"
 #include "recv.h"

@@ -114,6 +114,9 @@ static int check_pass(const struct pl_pump *p, const struct pl_extent *ext,
 	if ((flags & (PL_PASS_CHANGED | PL_PASS_SKIP_ZERO | PL_PASS_HOLES)) &&
 	    !p->cfg.known)
 		return -EINVAL;
+	if ((flags & PL_PASS_PRIOR) &&
+	    (!p->cfg.known || !p->cfg.prior || (flags & PL_PASS_LIVE)))
+		return -EINVAL;
 	for (size_t i = 0; i < n; i++) {
 		if (ext[i].start < last || ext[i].end <= ext[i].start ||
 		    ext[i].end > p->cfg.size)
@@ -280,6 +283,8 @@ static int check_cfg(const struct pl_pump_cfg *c)
 			 c->cluster % (1ull << c->known->shift)))
 		return -EINVAL;
 	if (c->proof && c->proof->size != c->size)
+		return -EINVAL;
+	if (c->prior && c->prior->size != c->size)
 		return -EINVAL;
 	return 0;
 }

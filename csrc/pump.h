@@ -16,6 +16,7 @@
 
 #include "direct.h"
 #include "known.h"
+#include "prior.h"
 #include "proof.h"
 #include "wire.h"
 
@@ -55,6 +56,9 @@ enum pl_pass_flags {
 	   it may be anything but zeroes.  Lets page cache go into a pipe without
 	   a copy, where that can be. */
 	PL_PASS_LIVE = 32,
+	/* Do not send blocks that `prior` says the target has (needs `known`, and not
+	   LIVE).  Where it has a digest, `known` must assume data. */
+	PL_PASS_PRIOR = 64,
 };
 
 struct pl_pump_cfg {
@@ -86,6 +90,8 @@ struct pl_pump_cfg {
 	struct pl_proof *proof;	/* borrowed, of the same size: becomes that of the
 				   target when all that was sent is written there; NULL:
 				   none.  With it, extents are widened to whole blocks */
+	const struct pl_prior *prior;	/* borrowed, of the same size; NULL: none.  What
+					   it has of a pass is there before that */
 	pl_hook hook;
 	void *hook_ctx;
 	uint64_t features;	/* PL_SINK_FRAMES only: what the peer agreed to

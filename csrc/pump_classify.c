@@ -1,7 +1,8 @@
 /* SPDX-License-Identifier: Apache-2.0 */
 /*
  * What of a slot must be sent.  Blocks that are zero at both ends are not;
- * in a CHANGED pass neither are chunks whose hash is that of what was sent.
+ * in a CHANGED pass neither are chunks whose hash is that of what was sent, nor in
+ * a PRIOR pass blocks that the target had before.
  * Keeps `known` and `proof` true: they describe the target as it will be when
  * this slot's runs have been written.  Slots of one pass are disjoint, but they
  * share words of the bitmap: hence the atomics.
@@ -38,6 +39,16 @@ static void add_run(struct slot *s, uint64_t pos, uint32_t len, uint32_t off,
 	else
 		s->run[s->nruns++] =
 			(struct frag){ .pos = pos, .len = len, .off = off };
+}
+
+/* The target has this block, and it need not say how long the image is. */
+static bool is_prior(const struct pl_pump *p, uint64_t pos, const uint8_t *data,
+		     uint32_t len)
+{
+	if (!(p->flags & PL_PASS_PRIOR) ||
+	    ((p->flags & PL_PASS_LAST) && pos + len == p->cfg.size))
+		return false;
+	return pl_prior_same(p->cfg.prior, pos / PL_BLOCK, data, len);
 }
 
 struct part {		/* of one fragment, within one chunk */
@@ -93,6 +104,10 @@ static void classify_part(struct pl_pump *p, struct slot *s,
 				     zero ? PL_HASH_ZERO :
 				     hash != PL_HASH_UNKNOWN && part.len == len ?
 					    hash : pl_hash_block(data + at, len));
+		if (!zero && is_prior(p, pos, data + at, len)) {
+			STAT_ADD(p, same_bytes, len);
+			continue;
+		}
 		add_run(s, pos, len, part.off + at, pos != f->pos);
 		sent = true;
 	}

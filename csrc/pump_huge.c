@@ -161,7 +161,7 @@ int pl_pump_huge_init(struct pl_pump *p)
 
 	for (unsigned i = 0; i < PUMP_PLACES; i++)
 		p->place[i].page = NO_PAGE;
-	if (p->sink->in_order || !p->cfg.known)
+	if (p->sink->in_order || !p->cfg.known || p->cfg.prior)
 		return 0;
 	pl_huge_init(&p->huge, p->cfg.out_fd, PUMP_PLACES);
 	/* All of it before there are writers. */

@@ -27,6 +27,7 @@ enum pl_dialect { PL_DIALECT_NONE, PL_DIALECT_D1, PL_DIALECT_D2 };
 #define PL_SYNC_SIZE 4u		/* bytes of a SYNC's data, in either dialect */
 enum pl_feature {	/* what the two ends of D1 may agree on; a set of bits */
 	PL_FEATURE_COMPRESSED = 1, PL_FEATURE_PROOF = 2, PL_FEATURE_LANES = 4,
+	PL_FEATURE_DIGESTS = 8,	/* no frames: what goes back after the agreement */
 	PL_FEATURE_RESUME = 16,
 };
 /*

@@ -79,6 +79,28 @@ cdef extern from "pl.h" nogil:
     int pl_proof_differ(const pl_proof *a, const pl_proof *b, uint64_t start,
                         pl_extent *run)
 
+    enum:
+        PL_PRIOR_KEY
+        PL_PRIOR_CELL
+        PL_PRIOR_DIGEST
+        PL_PRIOR_MAX
+
+    struct pl_prior_cell:
+        uint64_t pos
+        uint64_t size
+
+    struct pl_prior:
+        uint64_t size
+
+    int pl_prior_cell_init(pl_prior_cell *c, const uint8_t *random, uint64_t size)
+    void pl_prior_cell_fini(pl_prior_cell *c)
+    void pl_prior_cell_begin(pl_prior_cell *c, uint64_t pos)
+    int pl_prior_cell_read(pl_prior_cell *c, int fd, int copy_fd, uint64_t start,
+                           uint64_t end, pl_proof *proof)
+    uint32_t pl_prior_cell_tell(const pl_prior_cell *c, uint8_t *out, uint32_t *blocks,
+                                uint32_t *digests)
+    int pl_prior_init(pl_prior *p, const uint8_t *random, uint64_t size)
+    void pl_prior_fini(pl_prior *p)
     struct pl_known:
         pl_bitmap nonzero
         uint64_t *hash
@@ -90,6 +112,10 @@ cdef extern from "pl.h" nogil:
     void pl_known_fini(pl_known *k)
     void pl_known_assume_data(pl_known *k, uint64_t start, uint64_t end)
     int pl_known_note(pl_known *k, uint64_t start, const uint8_t *data, uint64_t len)
+
+    int pl_prior_load(pl_prior *p, pl_known *known, uint64_t pos, uint32_t blocks,
+                      uint32_t digests, const uint8_t *data, uint32_t size)
+    void pl_prior_forget(pl_prior *p, uint64_t start, uint64_t end)
 
     ctypedef int (*pl_hook)(void *ctx, uint64_t start, uint64_t end)
 
@@ -111,6 +137,7 @@ cdef extern from "pl.h" nogil:
         PL_PASS_LAST
         PL_PASS_HOOK
         PL_PASS_LIVE
+        PL_PASS_PRIOR
 
     enum pl_stage:
         PL_STAGE_NONE
@@ -144,6 +171,7 @@ cdef extern from "pl.h" nogil:
         uint64_t rate
         pl_known *known
         pl_proof *proof
+        const pl_prior *prior
         pl_hook hook
         void *hook_ctx
         uint64_t features

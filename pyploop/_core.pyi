@@ -12,6 +12,7 @@ PASS_HOLES: int
 PASS_LAST: int
 PASS_HOOK: int
 PASS_LIVE: int
+PASS_PRIOR: int
 RECV_SYNC: int
 RECV_END: int
 COMPRESS_NEVER: int
@@ -25,6 +26,9 @@ SINK_FRAMES: int
 SINK_FILE: int
 SINK_PACKETS: int
 SINK_NONE: int
+PRIOR_KEY: int
+PRIOR_CELL: int
+PRIOR_DIGEST: int
 PROOF_FANOUT: int
 PROOF_ALGORITHM: int
 DIALECT_NONE: int
@@ -107,6 +111,21 @@ class Proof:
     def differences(self, other: Proof) -> Extents: ...
 
 @final
+class PriorCell:
+    def __new__(cls, random: Buffer, size: int, proof: Proof | None = None) -> Self: ...
+    def begin(self, pos: int) -> None: ...
+    def read(self, fd: int, start: int, end: int, copy_fd: int = -1) -> None: ...
+    def tell(self) -> tuple[int, int, bytes]: ...
+
+@final
+class Prior:
+    def __new__(cls, random: Buffer, size: int) -> Self: ...
+    @property
+    def size(self) -> int: ...
+    def load(self, known: Known, pos: int, blocks: int, digests: int, data: Buffer) -> None: ...
+    def forget(self, start: int, end: int) -> None: ...
+
+@final
 class Hook: ...
 
 class PumpStats(NamedTuple):
@@ -164,6 +183,7 @@ class Pump:
         direct: tuple[int, int] | None = None,
         zero_holes: bool = False,
         lane_stall_ms: int = 0,
+        prior: Prior | None = None,
     ) -> Self: ...
     def run(self, extents: Extents, flags: int = 0) -> None: ...
     def write(self, data: bytes) -> None: ...

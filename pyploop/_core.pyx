@@ -5,7 +5,7 @@ and -errno becomes OSError in `_check` / `Fault`, nowhere else."""
 import os
 from typing import NamedTuple
 
-from libc.errno cimport EAGAIN, ENOMEM
+from libc.errno cimport EAGAIN, EINVAL, ENOMEM
 from libc.stdlib cimport free, realloc
 from libc.string cimport memcpy, memset
 from cpython.buffer cimport PyBUF_READ
@@ -20,6 +20,7 @@ PASS_HOLES = <int>PL_PASS_HOLES
 PASS_LAST = <int>PL_PASS_LAST
 PASS_HOOK = <int>PL_PASS_HOOK
 PASS_LIVE = <int>PL_PASS_LIVE
+PASS_PRIOR = <int>PL_PASS_PRIOR
 
 RECV_SYNC = <int>PL_RECV_SYNC
 RECV_END = <int>PL_RECV_END
@@ -41,6 +42,12 @@ SINK_NONE = <int>PL_SINK_NONE
 
 PROOF_FANOUT = <int>PL_PROOF_FANOUT
 PROOF_ALGORITHM = <int>PL_PROOF_ALGORITHM
+
+PRIOR_KEY = <int>PL_PRIOR_KEY
+"""Random bytes that a key is made from."""
+PRIOR_DIGEST = <int>PL_PRIOR_DIGEST
+PRIOR_CELL = <int>PL_PRIOR_CELL
+"""Bytes of the image that are told at a time, from a multiple of this on."""
 
 BPF_RQ = <int>PL_BPF_RQ
 BPF_BIO = <int>PL_BPF_BIO
@@ -394,6 +401,7 @@ cdef int _md5(void *ctx, const void *data, size_t size, uint8_t *out) noexcept w
     return 0
 
 
+include "_core_prior.pxi"
 include "_core_pumps.pxi"
 include "_core_tracking.pxi"
 include "_core_files.pxi"

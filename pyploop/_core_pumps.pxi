@@ -50,6 +50,7 @@ cdef class Pump:
     cdef pl_pump *p
     cdef Known known
     cdef Proof proof
+    cdef Prior prior
     cdef Hook hook
     cdef _Md5 md5
 
@@ -60,7 +61,7 @@ cdef class Pump:
                   bint async_packets=False, uint32_t window=0, bint digests=False,
                   uint32_t tail=0, int tail_fd=-1, uint64_t tail_pos=0,
                   uint64_t features=0, int compress=0, int level=1, direct=None,
-                  bint zero_holes=False, uint32_t lane_stall_ms=0):
+                  bint zero_holes=False, uint32_t lane_stall_ms=0, Prior prior=None):
         cdef pl_pump_cfg cfg
         memset(&cfg, 0, sizeof(cfg))
         cfg.src_fd, cfg.src_base, cfg.size = src_fd, src_base, size
@@ -73,6 +74,9 @@ cdef class Pump:
             cfg.known = &known.k
         if proof is not None:
             cfg.proof = &proof.p
+        self.prior = prior
+        if prior is not None:
+            cfg.prior = &prior.p
         if hook is not None:
             cfg.hook, cfg.hook_ctx = hook.fn, hook.ctx
         cfg.compress, cfg.level = <pl_compress>compress, level
