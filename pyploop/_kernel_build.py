@@ -12,7 +12,7 @@ ffi.cdef(
     static const unsigned long FIFREEZE, FITHAW;
     static const unsigned long BLKGETSIZE64, BLKROGET, BLKSSZGET;
     static const unsigned long LOOP_GET_STATUS64;
-    static const unsigned long FS_IOC_GETVERSION;
+    static const unsigned long FS_IOC_GETVERSION, FICLONE;
     static const int RENAME_NOREPLACE;
     static const unsigned long MS_RDONLY, MS_NOSUID, MS_NODEV, MS_NOEXEC, MS_SYNCHRONOUS;
     static const unsigned long MS_NOATIME, MS_NODIRATIME, MS_RELATIME, MS_STRICTATIME;
@@ -38,6 +38,7 @@ ffi.cdef(
     static const uint64_t FAN_OPEN, FAN_MODIFY, FAN_CLOSE_WRITE, FAN_Q_OVERFLOW;
 
     int pk_ioctl0(int fd, unsigned long request);
+    int pk_ioctl_value(int fd, unsigned long request, unsigned long value);
     int pk_ioctl_u64(int fd, unsigned long request, uint64_t *value);
     int pk_ioctl_int(int fd, unsigned long request, int *value);
     int pk_loop_status(int fd, struct loop_info64 *info);
@@ -111,6 +112,8 @@ ffi.set_source(
 
     static int pk_ioctl0(int fd, unsigned long request)
     { return result(ioctl(fd, request, 0)); }
+    static int pk_ioctl_value(int fd, unsigned long request, unsigned long value)
+    { return result(ioctl(fd, request, value)); }
     static int pk_ioctl_u64(int fd, unsigned long request, uint64_t *value)
     { return result(ioctl(fd, request, value)); }
     static int pk_ioctl_int(int fd, unsigned long request, int *value)

@@ -19,6 +19,7 @@ from pyploop.diskcopy.lanes import Lanes
 from pyploop.diskcopy.options import Options
 from pyploop.diskcopy.relink import Relink
 from pyploop.diskcopy.sender import Sender
+from pyploop.diskcopy.sinks import Wanted
 from pyploop.diskcopy.target import Output
 from pyploop.diskcopy.target_registry import open_output
 from pyploop.diskcopy.write_mode import WRITES, Write
@@ -109,6 +110,15 @@ class CopyOptions:
     """Reading threads beside the sending one, 0 to 64; None: as many as help."""
     to_device: bool = False
     """The target path is a block device, which is overwritten."""
+    update: bool = False
+    """The target is an older copy of the source, and only what differs from it is sent.  It
+    stays as it is until the new one is complete.  If there is none, it is a new file."""
+    inplace: bool = False
+    """With `update`: write into the older copy itself, which needs no room for a second one.
+    After a failure it is neither the older nor the newer state.  A device needs this."""
+    keep_partial: bool | None = None
+    """What a copy that failed has brought stays as TARGET.pyploop-partial, and the next copy
+    to that target goes on from it.  None: from or to another host it does."""
     write: Write = "auto"
     """How the target is written here: past the page cache (direct), through it (buffered), or
     the first where that pays (auto).  A receiver has an option of its own."""
@@ -224,6 +234,7 @@ class Copy:
             raise ParameterError(f"write={o.write!r}: it must be one of {', '.join(WRITES)}")
         if fd is not None and o.to_device:
             raise ParameterError("to_device is for a target that is given by its path")
+        check_update(o)
         if fd is not None and self._feedback is not None:
             descriptors.check_stream(self._feedback, "feedback descriptor")
         compat = _FRAMINGS.get(o.protocol)
@@ -255,7 +266,7 @@ class Copy:
             answer_timeout=timeout,
             compat=compat,
             offered=self._offered(),
-            to_device=o.to_device,
+            wanted=wanted(o),
             write=o.write,
             lanes=self.lanes,
             relink=self.relink,
@@ -268,6 +279,8 @@ class Copy:
         offered = Feature.COMPRESSED if self._compression else NO_FEATURES
         if o.proof in ("auto", "always") or (o.proof is None and o.receipt is not None):
             offered |= Feature.PROOF
+        if o.update or o.keep_partial:
+            offered |= Feature.DIGESTS
         return offered
 
     def __exit__(
@@ -439,6 +452,25 @@ def check_proof(o: CopyOptions, target: Target) -> None:
 
         path = os.fspath(target) if isinstance(target, (str, os.PathLike)) else None
         receipt.check_place(os.fspath(o.receipt), path)
+
+
+def check_update(o: CopyOptions) -> None:
+    """ParameterError for ways to update a target that contradict each other."""
+    if o.inplace and not o.update:
+        raise ParameterError("inplace (--inplace) says how to update a target (--update)")
+    if o.update and o.to_device and not o.inplace:
+        raise ParameterError(
+            "a device can be updated only in place: after a failure it has parts of both states",
+            hint="add --inplace",
+        )
+    if o.update and o.write == "direct":
+        raise ParameterError("an update is written through the page cache (--write)")
+
+
+def wanted(o: CopyOptions) -> Wanted:
+    """What the target is to be."""
+    partial = bool(o.keep_partial) and not o.to_device
+    return Wanted(o.to_device, update=o.update, inplace=o.inplace, partial=partial)
 
 
 def _internal(o: CopyOptions, target: Target, report: Reporter) -> Options:

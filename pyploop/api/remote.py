@@ -15,7 +15,16 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from pyploop.api.copying import Copy, CopyOptions, Done, Target, check_proof, run_here
+from pyploop.api.copying import (
+    Copy,
+    CopyOptions,
+    Done,
+    Target,
+    check_proof,
+    check_update,
+    run_here,
+    wanted,
+)
 from pyploop.api.reporting import make_reporter
 from pyploop.errors import (
     ConnectError,
@@ -90,6 +99,7 @@ def run(
         options = replace(options, compress="auto")
     if options.proof is None and (from_.host or to.host):
         options = replace(options, proof="auto")
+    check_update(options)
     if from_.host:
         _pull(from_, to.path, options, report, done)
     elif to.host:
@@ -125,12 +135,13 @@ def _push(source: str, to: Place, options: CopyOptions, report: Reporter, done: 
     _check_protocol(options)
     check_proof(options, -1)
     with RemoteHost(to.host, options, report) as there, _undone_there(there):
+        options = there.keeping_partial("target")
         there.ask("target", path=to.path, options=there.options_for("target"))
         retry = _retry(there, options)
         with there.lane() as lane:
             there.ask("receive")
             # How the target is written is the other host's part.
-            options = replace(options, to_device=False, write=CopyOptions.write)
+            options = replace(options, to_device=False, inplace=False, write=CopyOptions.write)
             copying = Copy(
                 Here(source), lane.wfd, options=options, feedback=lane.rfd, reporter=report
             )
@@ -156,7 +167,7 @@ def _pull(from_: Place, target: str, options: CopyOptions, report: Reporter, don
     from pyploop.api.remote_host import RemoteHost, with_specs
     from pyploop.diskcopy import receiver
     from pyploop.diskcopy.lanes import Lanes
-    from pyploop.diskcopy.target_registry import open_sink
+    from pyploop.diskcopy.sinks import open_sink
     from pyploop.report import checked
     from pyploop.report.results import CopyResult
 
@@ -166,10 +177,12 @@ def _pull(from_: Place, target: str, options: CopyOptions, report: Reporter, don
     options = replace(options, stops=with_specs(options))
     with contextlib.ExitStack() as stack:
         unused = stack.enter_context(contextlib.ExitStack())
-        sink = open_sink(target, report, options.to_device)
+        keep = options.keep_partial is not False
+        sink = open_sink(target, report, wanted(replace(options, keep_partial=keep)))
         unused.enter_context(sink)
         there = stack.enter_context(RemoteHost(from_.host, options, report))
         stack.enter_context(_undone_there(there))
+        there.keeping_partial("source")
         retry = _retry(there, options)
         lane = stack.enter_context(there.lane())
         there.ask("source", path=from_.path, options=there.options_for("source"))

@@ -10,7 +10,7 @@ import shlex
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from pyploop import __version__, errors
@@ -186,6 +186,13 @@ class RemoteHost:
                 f"is not ({e}); {self.client.nothing}"
             ) from e
         return self.client.call(op, ASKING, **args)
+
+    def keeping_partial(self, side: str) -> CopyOptions:
+        """The options, in which a failed copy leaves a partial file, unless the user has
+        decided, or the other host does not know that as this side."""
+        if self._options.keep_partial is None and "keep_partial" in self.peer.options[side]:
+            self._options = replace(self._options, keep_partial=True)
+        return self._options
 
     def options_for(self, side: str) -> dict[str, Any]:
         """Those options of the copy that the other host needs as its `side` (source or

@@ -48,6 +48,10 @@ def run(args: list[str], level: int) -> int:
         p.error("--receipt and --proof are for the side that reads the source (-s)")
     if not o.remote and (o.ssh or o.remote_pyploop != CopyOptions.remote_pyploop):
         p.error("--ssh and --remote-pyploop are for a SOURCE or TARGET on another host")
+    if o.update and not (o.source and o.target):
+        p.error("--update needs both SOURCE and TARGET: a pipe cannot tell what the target has")
+    if o.keep_partial and not (o.source and o.target):
+        p.error("--keep-partial needs both SOURCE and TARGET")
     if o.readers is not None and not 0 <= o.readers <= 64:
         p.error("--readers must be 0 to 64")
     with _reporter(o, level) as report:
@@ -154,6 +158,9 @@ def _send(o: argparse.Namespace, report: Reporter) -> None:
         cluster=o.cluster,
         readers=o.readers,
         to_device=o.to_device,
+        update=o.update,
+        inplace=o.inplace,
+        keep_partial=o.keep_partial,
         write=o.write,
         timeout=o.timeout,
         retry=o.retry,

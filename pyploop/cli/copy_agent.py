@@ -40,6 +40,11 @@ def parser() -> Parser:
         "(--to-device); may be given several times",
     )
     add(
+        "--update",
+        action="store_true",
+        help="allow --update, which replaces files in the folders of --write",
+    )
+    add(
         "--stops",
         action="store_true",
         help="allow -F, --freeze, --mount, --before-thaw and --throttle, which run commands, and "
@@ -60,7 +65,7 @@ def _let_go(rfd: int, wfd: int) -> None:
 
 def run(args: list[str], level: int) -> int:
     o = parser().parse_args(args)
-    permits = Permits.of(o.read, o.write, o.stops)
+    permits = Permits.of(o.read, o.write, update=o.update, stops=o.stops)
     # Frames go to stdout.  What anything else prints must not mix with them.
     rfd, wfd = os.dup(0), os.dup(1)
     free_standard_streams()

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import argparse
+
 from pyploop.api.copying import CopyOptions
 from pyploop.cli.arguments import Parser, parsed
 from pyploop.cli.stops import StopAction
@@ -260,6 +262,24 @@ def parser() -> Parser:
         action="store_true",
         help="the target is a block device, whose contents are replaced: it must be as large as "
         "the source, and in use by nothing",
+    )
+    add(
+        "--update",
+        action="store_true",
+        help="TARGET is an older copy of SOURCE: send only what differs from it; it stays as it is "
+        "until the new one is complete, and then the new one replaces it",
+    )
+    add(
+        "--inplace",
+        action="store_true",
+        help="with --update: write into the older copy itself, which needs no room for a second "
+        "one; after a failure it is neither the older nor the newer state",
+    )
+    add(
+        "--keep-partial",
+        action=argparse.BooleanOptionalAction,
+        help="if the copy fails, keep what has arrived as TARGET.pyploop-partial, from which the "
+        "same command goes on (the default from or to another host)",
     )
     add(
         "--write",

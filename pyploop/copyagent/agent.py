@@ -15,15 +15,15 @@ from collections.abc import Callable
 from typing import Any
 
 from pyploop import __version__
-from pyploop.api.copying import Copy, CopyOptions
+from pyploop.api.copying import Copy, CopyOptions, check_update, wanted
 from pyploop.copyagent.again import SLACK, Waiting
 from pyploop.copyagent.permits import Permits
 from pyploop.copyagent.reading import Reading
 from pyploop.diskcopy import receiver
 from pyploop.diskcopy.lanes import Lanes
+from pyploop.diskcopy.sinks import open_sink
 from pyploop.diskcopy.target_device import DeviceSink
 from pyploop.diskcopy.target_file import Sink
-from pyploop.diskcopy.target_registry import open_sink
 from pyploop.errors import ExitCode, ProtocolError, PyploopError, ReadError
 from pyploop.freeze.stoppers import Spec
 from pyploop.system import cpu
@@ -266,9 +266,11 @@ class CopyAgent(Server):
     def _open_target(self, path: str, options: dict[str, Any]) -> dict[str, Any]:
         if self._target is not None or self._job is not None:
             raise ProtocolError("agent protocol: there is one copy in a connection")
-        path, to_device = os.path.expanduser(path), options.get("to_device", False)
-        self._permits.check_target(path, to_device)
-        self._sink = open_sink(path, self._report, to_device)
+        path = os.path.expanduser(path)
+        self._permits.check_target(path, options)
+        made = CopyOptions(**options)
+        check_update(made)
+        self._sink = open_sink(path, self._report, wanted(made))
         self._target = (path, options)
         return {}
 

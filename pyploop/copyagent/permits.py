@@ -23,15 +23,17 @@ class Permits:
     """Sources, and folders in which they lie."""
     write: Sequence[str] | None = None
     """Folders for targets, and devices (--to-device)."""
+    update: bool = True
+    """It may replace what it finds in these folders (--update)."""
     stops: bool = True
     """It may stop containers and any file system, slow them down, and run commands."""
 
     @classmethod
-    def of(cls, read: Sequence[str], write: Sequence[str], stops: bool) -> Permits:
+    def of(cls, read: Sequence[str], write: Sequence[str], *, update: bool, stops: bool) -> Permits:
         """By the options of the command.  Without any there are no limits."""
-        if not (read or write or stops):
+        if not (read or write or update or stops):
             return cls()
-        return cls(read, write, stops)
+        return cls(read, write, update=update, stops=stops)
 
     def check_source(self, path: str, options: dict[str, Any]) -> None:
         """ParameterError unless it may be copied with these options."""
@@ -46,11 +48,18 @@ class Permits:
                 "--mount, --before-thaw and --throttle",
             )
 
-    def check_target(self, path: str, to_device: bool = False) -> None:
-        """ParameterError unless it may be written."""
+    def check_target(self, path: str, options: dict[str, Any]) -> None:
+        """ParameterError unless it may be written with these options."""
+        if options.get("update") and not self.update:
+            raise ParameterError(
+                f"this host's copy-agent writes new files only, and replaces none; {path} is as it "
+                "was",
+                path=path,
+                hint="add --update to the command of the ssh key, or copy to a new name",
+            )
         if self.write is not None:
             # A new file is never made through a link, but a device may be behind one.
-            name = path if to_device else os.path.dirname(path) or "."
+            name = path if options.get("to_device") else os.path.dirname(path) or "."
             _check(path, os.path.realpath(name), self.write, "write", "--write")
 
 

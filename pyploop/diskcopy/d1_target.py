@@ -7,6 +7,7 @@ import contextlib
 import time
 from collections.abc import Callable
 from functools import partial
+from typing import TYPE_CHECKING
 
 from pyploop import _core
 from pyploop._core import Known, Pump
@@ -30,6 +31,9 @@ from pyploop.system import descriptors
 from pyploop.units import BLOCK
 from pyploop.wire import d1
 
+if TYPE_CHECKING:
+    from pyploop.diskcopy.prior import Contents
+
 HELLO_WAIT = 2.0
 """Seconds to wait for the first answer on a socket, whose receiver may never
 answer."""
@@ -42,6 +46,7 @@ class StreamOutput:
     packets = Packets()
     write_mode = OTHER_SIDE
     old_contents = False
+    prior: Contents | None = None
     header_size = HEADER_FRAME
 
     def __init__(
@@ -200,6 +205,16 @@ class StreamOutput:
                 )
             self.features = d1.Feature(accepted)
             self._resend.agreed = d1.Feature.RESUME in self.features
+            if d1.Feature.DIGESTS in self.features:
+                from pyploop.diskcopy import prior  # few need it
+
+                self.prior = prior.of_peer(
+                    self._answers,
+                    self.fd,
+                    self._read(self._answers, _core.PRIOR_KEY),
+                    self._timeout,
+                    lambda: self.deadline.at,
+                )
         if self.lanes is not None and not self.features & d1.Feature.LANES:
             self.lanes.refuse("the receiver takes none")
         if answer not in (d1.SUCCESS, d1.FEATURES_REPLY):

@@ -11,6 +11,7 @@ from __future__ import annotations
 import errno
 import time
 from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 from pyploop import _core
 from pyploop._core import Fault, Known, Pump
@@ -30,6 +31,9 @@ from pyploop.system.worker import run_cancellable
 from pyploop.wire import d2, d3
 from pyploop.wire.d1 import NO_FEATURES
 
+if TYPE_CHECKING:
+    from pyploop.diskcopy.prior import Contents
+
 WINDOW = 4096
 """Packets that may be unanswered: 16 MiB in flight if each has 4 KiB."""
 
@@ -46,6 +50,7 @@ class PacketOutput:
     proof = b""
     lanes: Lanes | None = None
     resend: Resend | None = None
+    prior: Contents | None = None
 
     def __init__(
         self, fd: int, report: Reporter, *, answer_timeout: float, knows_async: bool = False

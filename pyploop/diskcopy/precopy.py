@@ -78,16 +78,25 @@ class PreCopy:
         extents = Extents.of(data if size else [])
         c.report.event("phase", phase="first pass", bytes=extents.bytes)
         start = time.monotonic()
+        prior = c.out.prior
         if self._same is None:
             c.source_pump.window_start = start
         with c.recorder.step("first pass"):
             flags = _core.PASS_LAST | (_core.PASS_HOOK if self._hooked else 0)
-            if not c.tracker.compares_everything and c.out.end_is_answered:
+            if not (c.tracker.compares_everything or prior) and c.out.end_is_answered:
                 # A change while it is sent is marked.  A scan would have to know
                 # exactly what was sent.  And a page that was not read from the pipe
                 # before the end would show what is written after the thaw.
                 flags |= _core.PASS_LIVE
-            sent = c.source_pump.send([Batch(extents)], flags)
+            if prior is None:
+                sent = c.source_pump.send([Batch(extents)], flags)
+            else:
+                sent = c.source_pump.send_differences(prior, extents, flags)
+                c.summary.reused_bytes = same = c.source_pump.stats.same
+                c.report.info(
+                    f"The target had {format_size(prior.bytes)} of data, of which "
+                    f"{format_size(same)} are the same"
+                )
             if holes:
                 # The target may have data there (Output.prepare).
                 sent += c.source_pump.send([Batch(Extents.of(holes), holes=True)])

@@ -23,8 +23,9 @@ from pyploop.diskcopy.lanes import LANE_STALL, Lanes
 from pyploop.diskcopy.proof import TRIES
 from pyploop.diskcopy.relink import Relink
 from pyploop.diskcopy.replies import Answers, Feedback, NoAnswers, Replies, UnansweredError
+from pyploop.diskcopy.sinks import Wanted, open_sink
 from pyploop.diskcopy.target_file import Sink
-from pyploop.diskcopy.write_mode import WRITERS, Write, WriteMode
+from pyploop.diskcopy.write_mode import PRIOR, WRITERS, Write, WriteMode
 from pyploop.disks import backing
 from pyploop.errors import (
     NotSupportedError,
@@ -38,11 +39,13 @@ from pyploop.errors import (
 )
 from pyploop.report.events import Reporter
 from pyploop.system import descriptors
+from pyploop.system.descriptors import ANSWER_TIMEOUT
 from pyploop.system.worker import run_cancellable
 from pyploop.units import MIB, SECTOR, format_size
 from pyploop.wire import d1, d2
 
 if TYPE_CHECKING:
+    from pyploop.diskcopy.prior import Holder
     from pyploop.diskcopy.target_device import DeviceSink
 
 SLOTS = 16
@@ -169,13 +172,17 @@ class _Target:
         fstype = self.below.file_systems[0].fstype
         target_room.check_size(self._sink.fd, size, fstype, self._sink.path)
 
+    @property
+    def prior(self) -> Holder | None:
+        return self._sink if self._sink.has_prior else None
+
     def place(self) -> d1.Place:
         left, _ = target_room.of_target(self.below)
         has = os.fstat(self._sink.fd).st_blocks * SECTOR
         return d1.Place(
             backing.boot(),
             d1.UNKNOWN_ROOM if left is None else left + has,
-            tuple(sorted(self.below.things)),
+            tuple(sorted(self.below.things | self._sink.older())),
         )
 
 
@@ -209,9 +216,13 @@ class _Receipt:
         """The SYNC or END that is not answered yet, or 0."""
         self._pump: Receiver | None = None
         self._cancelled = False
+        self._had = 0
+        """Bytes of data that the target had before."""
+        self._stall = 0.0
 
     def run(self, stall: float) -> Received:
         path, report = self._path, self._report
+        self._stall = stall
         with self._sink or self._new_sink() as sink:
             size = descriptors.enlarge_pipe(self._in_fd)
             descriptors.no_delay(self._in_fd)
@@ -242,7 +253,11 @@ class _Receipt:
             )
             self._pump = pump
             self._opened(self._cancel)
-            syncs = self._serve(pump, sink, target)
+            try:
+                syncs = self._serve(pump, sink, target)
+            finally:
+                if self.answers.telling is not None:
+                    self.answers.telling.end()
             sink.set_size(pump.stats.image_size)
             run_cancellable(sink.commit)
             try:
@@ -258,13 +273,12 @@ class _Receipt:
             self._pump.cancel()
 
     def _new_sink(self) -> Sink | DeviceSink:
-        if self._to_device:
-            from pyploop.diskcopy.target_device import DeviceSink  # few need it
-
-            return DeviceSink(self._path, self._report)
-        return Sink(self._path, self._report, owner_undoes=self._owner_undoes)
+        wanted = Wanted(self._to_device)
+        return open_sink(self._path, self._report, wanted, owner_undoes=self._owner_undoes)
 
     def _mode(self, sink: Sink | DeviceSink, target: _Target) -> WriteMode:
+        if sink.has_prior:
+            return PRIOR
         try:
             mode = write_mode.choose(sink.fd, self._path, self._write, target.below)
         except (OSError, SysfsError) as e:  # a device below it was removed just now
@@ -299,6 +313,9 @@ class _Receipt:
                 event, pos, payload = run_cancellable(pump.run, pump.cancel)
             except Fault as fault:
                 self._choose(pump, target, dialect)
+                telling = self.answers.telling
+                if telling is not None and isinstance(telling.failure, PyploopError):
+                    raise telling.failure from fault
                 witness = self.answers.witness
                 if witness is not None and witness.refused and fault.errno == errno.ENODATA:
                     raise witness.failure(self._path, "the sender gave up") from fault
@@ -327,16 +344,17 @@ class _Receipt:
         if event == _core.RECV_LOST:
             self._go_on_without(pump, sink)
             return False
+        if event == _core.RECV_SYNC and self.answers.greeted(pos, payload):
+            self._begin(pump)
+            self._report.detail(f"The sender speaks {self.answers.dialect}")
+            return False
+        self._wait_for_digests(sink)
         if event == _core.RECV_END:
             self.event = event
             return self._agrees(pump, sink)
         if event == _core.RECV_QUESTION:
             assert self.answers.witness is not None
             self.answers.witness.answer(pos - 1, pump.proof_data or b"")
-            return False
-        if self.answers.greeted(pos, payload):
-            self._begin(pump)
-            self._report.detail(f"The sender speaks {self.answers.dialect}")
             return False
         self.event = event
         run_cancellable(sink.sync)
@@ -365,11 +383,24 @@ class _Receipt:
             stream = f"Lane {lane}" if lane else "The stream"
             self._report.info(f"{stream} broke off; {received} bytes of it had arrived")
         why = ReadError(f"the stream ended without END (see the sender's message){sink.left}")
+        if self.answers.telling is not None and not self.answers.telling.over:
+            raise why.follows()  # what the sender has of the digests is not known
         again = self._relink.again(why.follows(), ends, lambda: self._cancelled)
         descriptors.enlarge_pipe(again.rfd)
         self.answers.redirect(again.wfd)
         pump.relink(again.rfd)
         self._relink.over()
+
+    def _wait_for_digests(self, sink: Sink | DeviceSink) -> None:
+        """What the target had is told before anything else is answered."""
+        if not sink.has_prior:
+            return
+        if self.answers.telling is None:
+            raise ProtocolError(
+                f"the sender does not compare what it sends with what {self._path} had{sink.left}"
+            )
+        telling = self.answers.telling
+        self._had = run_cancellable(lambda: telling.wait(self._stall or ANSWER_TIMEOUT))
 
     def _root(self, sink: Sink | DeviceSink) -> None:
         """So that little of the tree is left for END."""
@@ -422,6 +453,7 @@ class _Receipt:
             f"{format_size(stats.data)} of data in {stats.frames} frames"
             + (f", {format_size(stats.huge)} made as huge pages" if stats.huge else "")
             + (f", {format_size(stats.compressed)} came compressed" if stats.compressed else "")
+            + (f"; it had {format_size(self._had)} before" if self._had else "")
             + f"; written: {written}"
         )
         answers = self.answers

@@ -7,7 +7,7 @@ import contextlib
 import socket
 import time
 from collections.abc import Sequence
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from pyploop._core import RECV_END, RECV_SYNC, LaneEnd, Receiver
 from pyploop.diskcopy.lanes import Lanes
@@ -15,6 +15,9 @@ from pyploop.diskcopy.proof import Witness
 from pyploop.errors import ParameterError, ProtocolError, PyploopError, WriteError
 from pyploop.system import descriptors
 from pyploop.wire import d1, d2, d3
+
+if TYPE_CHECKING:
+    from pyploop.diskcopy.prior import Holder, Telling
 
 CANNOT = "cannot answer the sender"
 
@@ -36,6 +39,8 @@ class Answers(Protocol):
     """The peer is a pyploop sender."""
     witness: Witness | None
     """Keeps the proof of what is written, if both ends have agreed to compare it."""
+    telling: Telling | None
+    """Tells the sender what the target had, if both ends have agreed on that."""
 
     def greeted(self, pos: int, payload: bytes) -> bool:
         """A SYNC came.  True: it was a greeting, which this has answered."""
@@ -59,6 +64,10 @@ class Asked(Protocol):
     def place(self) -> d1.Place:
         """Where it lies."""
 
+    @property
+    def prior(self) -> Holder | None:
+        """What it had before; None: nothing."""
+
 
 class NoAnswers:
     """Before the first marker."""
@@ -66,6 +75,7 @@ class NoAnswers:
     dialect = "unknown"
     native = False
     witness: Witness | None = None
+    telling: Telling | None = None
 
     def greeted(self, pos: int, payload: bytes) -> bool:
         return False
@@ -102,6 +112,7 @@ class Feedback:
         self.features = d1.NO_FEATURES
         """What both ends have agreed on; known before the first data."""
         self.witness: Witness | None = None
+        self.telling: Telling | None = None
         self._size: int | None = None
         self._timed = self._offered = False
         self._pump, self._guessed = pump, feedback is None
@@ -167,13 +178,26 @@ class Feedback:
         self.features = supported & d1.Feature(offered)
         if d1.Feature.PROOF in self.features:
             self._keep_proof()
-        self._pump.expect(self.features)
+        before = self._target.prior
+        if before is not None and self._size is not None:
+            self.features |= d1.Feature.DIGESTS & d1.Feature(offered)
+        self._pump.expect(self.features & ~int(d1.Feature.DIGESTS))
         if self._lanes is not None and self.features & d1.Feature.LANES:
             self._lanes.open(self._pump, lambda: self._pump.stats.stream)
         came = self._pump.arrival
         times = self._record(d1.Times(arrived=came.arrived, written=came.written))
-        accepted = d1.ACCEPTED.pack(self.features, 0)
-        descriptors.write_all(self._channel, d1.FEATURES_REPLY + times + accepted, CANNOT)
+        answer = d1.FEATURES_REPLY + times + d1.ACCEPTED.pack(self.features, 0)
+        if d1.Feature.DIGESTS not in self.features:
+            descriptors.write_all(self._channel, answer, CANNOT)
+            return True
+        assert before is not None and self._size is not None
+        from pyploop.diskcopy import prior  # few need it
+
+        key = prior.new_key()
+        descriptors.write_all(self._channel, answer + key, CANNOT)
+        proof = None if self.witness is None else self.witness.proof
+        teller = prior.Teller(before, self._size, key, proof)
+        self.telling = prior.Telling(teller, self._channel, self._pump.cancel)
         return True
 
     def _keep_proof(self) -> None:
@@ -252,6 +276,7 @@ class Replies:
         self.dialect = "D2"
         self.native = False
         self.witness: Witness | None = None
+        self.telling: Telling | None = None
         self._fd, self._pump = fd, pump
         self._first = True
         self._broken = False

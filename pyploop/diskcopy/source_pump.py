@@ -17,7 +17,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from pyploop import _core
-from pyploop._core import Bitmap, Extents, Fault, Known, Proof, Pump, PumpStats
+from pyploop._core import Bitmap, Extents, Fault, Known, Prior, Proof, Pump, PumpStats
 from pyploop.diskcopy import target_room
 from pyploop.diskcopy.compression import NEVER, Compression
 from pyploop.diskcopy.framing import PIECE, Extent
@@ -46,6 +46,7 @@ from pyploop.wire.d1 import Feature
 if TYPE_CHECKING:
     from pyploop.diskcopy.delta import Reused
     from pyploop.diskcopy.digests import Reader
+    from pyploop.diskcopy.prior import Contents
 
 MEMORY = 16 * MIB
 """Bytes of read buffers, whatever the source's size."""
@@ -77,6 +78,10 @@ class SourcePump:
         self._shared: list[Watched] = []
         self._left: list[tuple[Extents, int]] = []
         """Passes, with their flags, that a connection did not take in a freeze."""
+        self._passed = 0
+        """Bytes of earlier passes over parts of the same extents."""
+        self._table: Prior | None = None
+        """Of what the target had."""
         self.pump: Pump
         self.compression = NEVER
         """As it was agreed; known after `begin`."""
@@ -98,6 +103,8 @@ class SourcePump:
         if self._keeps_proof():
             self.proof = Proof(self._source.size)
         self._out.prepare(self._known)
+        if self._out.prior is not None:
+            self._table = self._out.prior.begin(self._source.size)
         self.compression = self._agreed_compression()
         cluster = framing.cluster(self._source, unit)
         if self._out.write_mode.direct:
@@ -201,6 +208,7 @@ class SourcePump:
             lane_stall_ms=int(LANE_STALL * 1000),
             rate=options.rate,
             known=self._known,
+            prior=self._table,
             proof=self.proof,
             hook=self._tracker.hook(),
             async_packets=self._out.packets.unanswered,
@@ -250,6 +258,26 @@ class SourcePump:
         left, self._left = self._left, []
         self._run(left)
         return False
+
+    def send_differences(self, prior: Contents, extents: Extents, flags: int) -> int:
+        """Send what differs from what the target had.  Returns the bytes of payload sent."""
+        assert self._known is not None  # our own frames always need it
+        before = self.pump.stats.data
+        left = list(extents)
+        left.reverse()
+        bits = flags | self._out.framing.flags(Batch(extents)) | _core.PASS_PRIOR
+        for _, end in prior.parts(self._known):
+            part = []
+            while left and left[-1][0] < end:
+                first, last = left.pop()
+                part.append((first, min(last, end)))
+                if last > end:
+                    left.append((end, last))
+            if part:
+                self._run_pass(Extents.of(part), bits)
+                self._passed += self.pump.stats.done
+        self._passed = 0
+        return self.pump.stats.data - before
 
     def parts(self) -> tuple[list[Extent], list[Extent]]:
         """(data, holes) of the source, as the first pass treats them."""
@@ -303,7 +331,7 @@ class SourcePump:
         if pending is not None:
             seconds = max(time.monotonic() - self.window_start, 1e-3)
             dirty = f"dirty {format_size(pending)} ({format_size(pending / seconds)}/s)"
-        self._report.event("progress", done=self.pump.stats.done, dirty=dirty)
+        self._report.event("progress", done=self._passed + self.pump.stats.done, dirty=dirty)
 
     def _explain(self, fault: Fault) -> PyploopError:
         path = self._source.path

@@ -11,7 +11,7 @@ from __future__ import annotations
 import errno
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from pyploop._core import Fault, Known, Pump
 from pyploop.diskcopy.framing import Framing
@@ -26,6 +26,9 @@ from pyploop.report.timeline import Heard
 from pyploop.units import format_size
 from pyploop.wire import d2
 from pyploop.wire.d1 import Feature
+
+if TYPE_CHECKING:
+    from pyploop.diskcopy.prior import Contents
 
 
 @dataclass(frozen=True)
@@ -58,6 +61,9 @@ class Output(Protocol):
     """It is full of what it had before: holes of the source must become zeroes there."""
     lanes: Lanes | None
     """Further streams that take part, if the peer agrees to Feature.LANES."""
+    prior: Contents | None
+    """What the target had before: only what differs is sent in the first pass.  Known after
+    `announce`; None: the target is new, or all of it is overwritten."""
     header_size: int
     """Bytes that `header` takes."""
     deadline: Deadline

@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable
 
 from pyploop.diskcopy.target_file import make_durable
+from pyploop.disks.backing import Thing
 from pyploop.errors import CreateError, ParameterError, PyploopError, SyncError, WriteError
 from pyploop.report.events import Reporter
 from pyploop.system import kernel, sysblock
@@ -30,9 +31,13 @@ class DeviceSink:
     Nothing can be undone here: after a failure the device contains a part of the copy, and
     the message says so."""
 
-    def __init__(self, path: str, report: Reporter | None = None) -> None:
-        """CreateError: it is in use, or cannot be written.  ParameterError: not a device."""
-        self.path = path
+    copied_from = -1
+    unsynced = False  # the page cache of a device that nobody has open is empty
+
+    def __init__(self, path: str, report: Reporter | None = None, *, update: bool = False) -> None:
+        """update: it has an older copy, and only what differs from that is sent.
+        CreateError: it is in use, or cannot be written.  ParameterError: not a device."""
+        self.path, self.has_prior = path, update
         self._report = report or Reporter()
         self.fd = _open(path)
         try:
@@ -45,7 +50,7 @@ class DeviceSink:
             if isinstance(e, OSError):
                 raise _cannot_open(path, e) from e
             raise
-        self.old_contents = True
+        self.old_contents = not update
         self.old_end = self.size
         """It may hold data below this position."""
         self.touched = False
@@ -69,6 +74,10 @@ class DeviceSink:
             path=self.path,
             hint="name a device that is at least as large as the source",
         )
+
+    def older(self) -> set[Thing]:
+        """Nothing but itself."""
+        return set()
 
     def set_size(self, size: int) -> None:
         """The copy ends there; the rest of the device stays as it is."""
@@ -99,7 +108,11 @@ class DeviceSink:
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
         os.close(self.fd)
         if self.touched and isinstance(error, PyploopError):
-            error.add(f"{self.path} contains only a part of the copy, and what it had is lost")
+            error.add(
+                f"{self.path} may have parts of both the older and the newer state (--inplace)"
+                if self.has_prior
+                else f"{self.path} contains only a part of the copy, and what it had is lost"
+            )
 
 
 def _open(path: str) -> int:

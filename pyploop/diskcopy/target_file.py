@@ -22,6 +22,7 @@ from typing import NoReturn
 
 from pyploop._core import fdatasync
 from pyploop.diskcopy import target_name
+from pyploop.disks.backing import Thing
 from pyploop.errors import (
     CreateError,
     Interrupted,
@@ -73,7 +74,17 @@ class Sink:
         """The path of the complete file; empty until it is complete."""
         self.synced_ns = 0
         """time.monotonic_ns() of the last sync's end."""
-        _check_free(path)
+        self.old_contents = False
+        """It is full of what it had before: what is left out must become zeroes."""
+        self.old_end = 0
+        """The file may hold data below this position."""
+        self.has_prior = False
+        """It has older contents, and only what differs from them is to be sent."""
+        self.copied_from = -1
+        """The open file whose data are the older contents where `fd` has holes; -1: none."""
+        self.unsynced = False
+        """With older contents: their writer may have failed."""
+        self._check_name()
         try:
             shared_folder.check_links(path)
             self._dir_fd = os.open(target.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
@@ -90,12 +101,12 @@ class Sink:
             if isinstance(e, OSError):
                 raise CreateError.of(f"cannot create {path}", e, path=path) from e
             raise
-        self.old_contents = False
-        """It is full of what it had before: what is left out must become zeroes."""
-        self.old_end = 0
-        """The file may hold data below this position."""
 
     # ---- before the first byte
+
+    def _check_name(self) -> None:
+        """CreateError when the name exists."""
+        check_free(self.path)
 
     def _create(self) -> int:
         # By its descriptor, the folder stays the same one if it is renamed.
@@ -189,6 +200,10 @@ class Sink:
     def temporary(self) -> str | None:
         """The name of the unfinished file; None: it has none."""
         return self._part
+
+    def older(self) -> set[Thing]:
+        """The file that it will replace, as backing.Below names it."""
+        return set()
 
     # ---- contents
 
@@ -377,7 +392,12 @@ def make_durable(fd: int, path: str) -> None:
         kernel.syncfs(fd, path)
 
 
-def _check_free(path: str) -> None:
+def kind_of(mode: int) -> str:
+    """What it is, in words."""
+    return _KINDS.get(stat.S_IFMT(mode), ("a file", ""))[0]
+
+
+def check_free(path: str) -> None:
     """CreateError when the name exists."""
     try:
         mode = os.lstat(path).st_mode

@@ -19,9 +19,10 @@ from pyploop.diskcopy.framing import NATIVE, Compat
 from pyploop.diskcopy.lanes import Lanes
 from pyploop.diskcopy.relink import Relink
 from pyploop.diskcopy.resend import Resend
+from pyploop.diskcopy.sinks import NEW_FILE, Wanted, open_sink
 from pyploop.diskcopy.target import Output, Packets
 from pyploop.diskcopy.target_file import Sink, make_durable
-from pyploop.diskcopy.write_mode import Write, WriteMode
+from pyploop.diskcopy.write_mode import PRIOR, Write, WriteMode
 from pyploop.disks import backing
 from pyploop.disks.backing import Thing
 from pyploop.disks.image import HEADER_FRAME
@@ -36,6 +37,7 @@ from pyploop.units import SECTOR, format_size
 from pyploop.wire.d1 import NO_FEATURES, Feature
 
 if TYPE_CHECKING:
+    from pyploop.diskcopy.prior import Contents
     from pyploop.diskcopy.target_device import DeviceSink
 
 
@@ -51,6 +53,7 @@ class FileOutput:
     proof = b""
     lanes: Lanes | None = None
     resend: Resend | None = None
+    prior: Contents | None = None
     header_size = HEADER_FRAME
     heard: Heard | None = None
     end_is_answered = True
@@ -64,7 +67,8 @@ class FileOutput:
     ) -> None:
         self._sink = None if isinstance(target, int) else target
         self.device = None if isinstance(target, (int, Sink)) else target
-        self.old_contents = self.device is not None
+        self._holder = self._sink if self._sink is not None and self._sink.has_prior else None
+        self.old_contents = self.device is not None or self._holder is not None
         if isinstance(target, int):
             self.fd, self._name = target, f"the output (descriptor {target})"
         else:
@@ -78,6 +82,8 @@ class FileOutput:
         if isinstance(target, int):
             # O_DIRECT would be a flag of everyone who shares the descriptor.
             self.write_mode = WriteMode("buffered (a descriptor that others may share)")
+        elif self._holder is not None:
+            self.write_mode = PRIOR
         else:
             self.write_mode = write_mode.choose(self.fd, self._name, write, self._below)
 
@@ -91,12 +97,16 @@ class FileOutput:
             left, where = target_room.of_target(found)
             has = os.fstat(self.fd).st_blocks * SECTOR
             target_room.check(source, None if left is None else left + has, where)
+        if self._holder is not None:
+            from pyploop.diskcopy import prior  # few need it
+
+            self.prior = prior.of_file(self._holder, source.size)
         for words in found.unknown:
             self._report.info(f"It is not known where {words} stores its data")
         return 0
 
     def things(self) -> set[Thing] | None:
-        return self._below.things
+        return self._below.things | (set() if self._sink is None else self._sink.older())
 
     def refuse(self, error: PyploopError) -> None:
         pass
@@ -106,7 +116,7 @@ class FileOutput:
         end = os.fstat(self.fd).st_size
         if self.device is not None:
             self.device.touched, end = True, self.device.size
-        if known is not None:
+        if known is not None and self.prior is None:
             known.assume_data(0, end)
 
     def hello(self) -> int:
@@ -145,15 +155,6 @@ class FileOutput:
             raise SyncError.of(f"cannot sync {self._name}", e) from e
 
 
-def open_sink(target: str, report: Reporter, to_device: bool = False) -> Sink | DeviceSink:
-    """A new file, or a device whose contents are replaced.  PyploopError."""
-    if not to_device:
-        return Sink(target, report)
-    from pyploop.diskcopy.target_device import DeviceSink  # few need it
-
-    return DeviceSink(target, report)
-
-
 @contextlib.contextmanager
 def open_output(
     *,
@@ -165,7 +166,7 @@ def open_output(
     answer_timeout: float,
     compat: Compat = "auto",
     offered: Feature = NO_FEATURES,
-    to_device: bool = False,
+    wanted: Wanted = NEW_FILE,
     write: Write = "auto",
     lanes: Lanes | None = None,
     relink: Relink | None = None,
@@ -174,7 +175,7 @@ def open_output(
     image.  Times in seconds.  offered: what a pyploop peer may agree to.  lanes,
     relink: as StreamOutput."""
     if target is not None:
-        with open_sink(target, report, to_device) as sink:
+        with open_sink(target, report, wanted) as sink:
             yield FileOutput(sink, report, write)
         return
     mode = descriptors.check_open(out_fd, "-o").st_mode

@@ -52,6 +52,9 @@ class WriteMode:
 
 
 OTHER_SIDE = WriteMode("")
+PRIOR = WriteMode("buffered (most of the target is read, and little is written)")
+"""Of a target with older contents.  Pages that a read has brought in would be in the way of
+direct writes beside them: the kernel then fails a later fdatasync."""
 
 
 def _buffered(why: str) -> WriteMode:

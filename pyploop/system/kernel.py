@@ -144,6 +144,12 @@ def rename_noreplace(dir_fd: int, old: str, new: str) -> None:
     _check(_lib.pk_rename_noreplace(dir_fd, os.fsencode(old), os.fsencode(new)), new)
 
 
+def clone(fd: int, source: int, path: str) -> None:
+    """The file `fd` becomes one with the contents of the file `source`, and shares its blocks.
+    Most file systems cannot do that (EOPNOTSUPP, EXDEV, EINVAL)."""
+    _check(_lib.pk_ioctl_value(fd, _lib.FICLONE, source), path)
+
+
 MOUNT_FLAGS: dict[str, int] = {
     "ro": _lib.MS_RDONLY,
     "nosuid": _lib.MS_NOSUID,

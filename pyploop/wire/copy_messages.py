@@ -56,11 +56,16 @@ SOURCE_OPTIONS: dict[str, Check] = {
     "reserve": SIZE,
     "cluster": SIZE,
     "readers": whole(0, 64),
+    "update": flag,
+    "keep_partial": flag,
     "timeout": _LONG,
 }
 """Fields of CopyOptions that the source's host needs when that is the other one."""
 TARGET_OPTIONS: dict[str, Check] = {
     "to_device": flag,
+    "update": flag,
+    "inplace": flag,
+    "keep_partial": flag,
     "write": one_of("auto", "direct", "buffered"),
     "timeout": _LONG,
 }

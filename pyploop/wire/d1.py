@@ -48,6 +48,11 @@ FEATURES_REPLY = b"PYPLOOP\x05"
 ACCEPTED = struct.Struct("<QQ")
 """The features that apply from the next frame on, and 8 bytes that are sent as 0."""
 
+CELL_HEAD = struct.Struct("<QII")
+"""With DIGESTS, after ACCEPTED and a key: what the target has, cell by cell.  The position,
+the number of blocks, the number of digests; then a bit for each block, and a digest for each
+bit.  A cell without blocks ends it."""
+
 PROOF_MARK = 0x4CC0AC51
 """Marker of PROOF frames, once both ends have agreed on them."""
 CLAIM = struct.Struct("<QII16s16x")
@@ -88,6 +93,7 @@ class Feature(IntFlag):
     COMPRESSED = 0x1
     PROOF = 0x2
     LANES = 0x4
+    DIGESTS = 0x8
     RESUME = 0x10
     """The stream may go on over another connection, which the callers of both ends make."""
 

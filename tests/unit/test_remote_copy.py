@@ -748,38 +748,43 @@ def test_permits_name_what_may_be_read_and_written(tmp_path: Path) -> None:
     (tmp_path / "in").mkdir()
     (tmp_path / "out").mkdir()
     (tmp_path / "in/link").symlink_to(tmp_path / "out")
-    some = Permits.of([str(tmp_path / "in")], [str(tmp_path / "out")], False)
+    some = Permits.of([str(tmp_path / "in")], [str(tmp_path / "out")], update=False, stops=False)
     some.check_source(str(tmp_path / "in/disk"), {})
-    some.check_target(str(tmp_path / "out/new"))
-    some.check_target(str(tmp_path / "in/link/new"))
+    some.check_target(str(tmp_path / "out/new"), {})
+    some.check_target(str(tmp_path / "in/link/new"), {})
     for path in ("in/../other", "inn", "in/link/disk", "out/new"):
         with pytest.raises(ParameterError, match="may not read"):
             some.check_source(str(tmp_path / path), {})
     for path in ("in/new", "out/../new", "new"):
         with pytest.raises(ParameterError, match="may not write"):
-            some.check_target(str(tmp_path / path))
+            some.check_target(str(tmp_path / path), {})
     for option in ({"before_thaw": "evil"}, {"mounts": ["/"]}):
         with pytest.raises(ParameterError, match="runs no commands"):
             some.check_source(str(tmp_path / "in/disk"), option)
+    with pytest.raises(ParameterError, match="replaces none"):
+        some.check_target(str(tmp_path / "out/new"), {"update": True})
 
 
 def test_a_device_behind_a_link_is_not_in_the_folder_of_the_link(tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out/disk").symlink_to("/dev/null")
+    device = {"to_device": True}
+    out = Permits.of([], [str(tmp_path / "out")], update=False, stops=False)
     for path in ("out/disk", "out/../other"):
         with pytest.raises(ParameterError, match="may not write"):
-            Permits.of([], [str(tmp_path / "out")], False).check_target(str(tmp_path / path), True)
-    Permits.of([], ["/dev/null"], False).check_target(str(tmp_path / "out/disk"), True)
+            out.check_target(str(tmp_path / path), device)
+    null = Permits.of([], ["/dev/null"], update=False, stops=False)
+    null.check_target(str(tmp_path / "out/disk"), device)
 
 
 def test_an_agent_that_may_only_read_writes_nothing_and_one_without_limits_does(
     tmp_path: Path,
 ) -> None:
-    reads = Permits.of([str(tmp_path)], [], False)
+    reads = Permits.of([str(tmp_path)], [], update=False, stops=False)
     with pytest.raises(ParameterError, match="may not write"):
-        reads.check_target(str(tmp_path / "x"))
-    Permits.of([], [], False).check_target(str(tmp_path / "x"))
-    Permits.of([], [], False).check_source("/dev/null", {"before_thaw": "x"})
+        reads.check_target(str(tmp_path / "x"), {})
+    Permits.of([], [], update=False, stops=False).check_target(str(tmp_path / "x"), {})
+    Permits.of([], [], update=False, stops=False).check_source("/dev/null", {"before_thaw": "x"})
 
 
 # ---- what the other host reports
