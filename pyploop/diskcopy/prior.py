@@ -94,8 +94,10 @@ class Teller:
             with contextlib.suppress(OSError):  # then the digests show what the disk has
                 fdatasync(fd)
             os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
-        own = _by_cell(_extents(fd, self._size), self._size)
-        others = _by_cell(_extents(older, self._size) if older >= 0 else iter(()), self._size)
+        own = _ahead(fd, _by_cell(_extents(fd, self._size), self._size))
+        others: Iterator[tuple[int, list[Extent]]] = iter(())
+        if older >= 0:
+            others = _ahead(older, _by_cell(_extents(older, self._size), self._size))
         for pos, parts, copied in _merged(own, others):
             if self._gone:
                 raise CancelledError(f"{self._target.path}: its digests are not needed any more")
@@ -200,6 +202,23 @@ def _by_cell(extents: Iterator[Extent], size: int) -> Iterator[tuple[int, list[E
             start = cut
     if parts:
         yield cell, parts
+
+
+def _ahead(
+    fd: int, cells: Iterator[tuple[int, list[Extent]]]
+) -> Iterator[tuple[int, list[Extent]]]:
+    """The same; the disk reads one cell while the one before it is used.  (Holes end the
+    kernel's own reading ahead.)"""
+    before = None
+    for cell in cells:
+        for start, end in cell[1]:
+            with contextlib.suppress(OSError):
+                os.posix_fadvise(fd, start, end - start, os.POSIX_FADV_WILLNEED)
+        if before is not None:
+            yield before
+        before = cell
+    if before is not None:
+        yield before
 
 
 def _merged(

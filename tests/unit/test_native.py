@@ -71,6 +71,8 @@ PROGRAMS = [
     ("test_hash", "asan"),
     ("test_proof", "asan"),
     ("test_proof", "tsan"),
+    ("test_prior", "asan"),
+    ("test_prior", "tsan"),
     ("test_pump", "asan"),
     ("test_pump", "tsan"),
     ("test_pump_d2", "asan"),

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from fakehost import fake_host
 from support import needs, pyploop_cmd, pyploop_env, wait_until
 
 import pyploop
@@ -41,33 +42,13 @@ from pyploop.units import MIB
 from pyploop.wire import copy_messages
 from pyploop.wire import mux as wire
 
-SSH = """\
-#!/bin/sh
-case " $* " in *" -G "*) exit 1 ;; esac
-for last; do :; done
-cd "$HOME" && exec sh -c "$last"
-"""
-PYPLOOP = f'#!/bin/sh\nexec {" ".join(pyploop_cmd())} "$@"\n'
-
-
 NOBODY = ("setpriv", "--reuid=65534", "--regid=65534", "--clear-groups")
 
 
 @pytest.fixture
 def host(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The folder that is the user's home on the other host."""
-    home, programs = tmp_path / "home", tmp_path / "bin"
-    home.mkdir()
-    programs.mkdir()
-    for name, text in (("ssh", SSH), ("pyploop", PYPLOOP)):
-        (programs / name).write_text(text)
-        (programs / name).chmod(0o755)
-    monkeypatch.setenv("PATH", f"{programs}:{os.environ['PATH']}")
-    monkeypatch.setenv("HOME", str(home))
-    for name, value in pyploop_env().items():
-        if name not in ("PATH", "HOME"):
-            monkeypatch.setenv(name, value)
-    return home
+    return fake_host(tmp_path, monkeypatch)
 
 
 @pytest.fixture
