@@ -4,7 +4,7 @@ failed has left (NAME.pyploop-partial)."""
 
 from __future__ import annotations
 
-import fcntl
+import contextlib
 import os
 import random
 import signal
@@ -421,43 +421,82 @@ def test_after_a_kill_the_next_copy_goes_on_from_what_has_arrived(
 ) -> None:
     source, target, words = places(host, source, tmp_path, way)
     partial = target.with_name("target.pyploop-partial")
-    command = [*pyploop_cmd(), "copy", *words, "--bwlimit", "4M", "--compress", "never"]
-    process = subprocess.Popen(command, start_new_session=True, stderr=subprocess.DEVNULL)
-    try:
-        arrived = 2 * MIB // 512
-        wait_until(lambda: partial.exists() and partial.stat().st_blocks > arrived, "data")
-        pid = process.pid if victim == "copy" else agent_of(process.pid)
-        os.kill(pid, signal.SIGKILL)
-        process.wait(30)
-        wait_until(lambda: not locked(partial), "the receiver ends")
-    finally:
-        process.kill()
-        process.wait()
+    arrived = 2 * MIB // 512
+
+    def has_arrived() -> bool:
+        return partial.exists() and partial.stat().st_blocks > arrived
+
+    with copying(*words, "--bwlimit", "4M") as process:
+        wait_until(has_arrived, "data")
+        kill(process, victim)
     assert not target.exists() and partial.stat().st_blocks > arrived
     done = pyploop.copy(*words)
     assert same(source, target) and not beside(target)
     assert done.reused_bytes > MIB and done.data_bytes < 6 * MIB
 
 
+@pytest.mark.parametrize("number", range(int(os.environ.get("PYPLOOP_KILLS", "2"))))
+def test_a_kill_at_any_moment_and_a_resume_give_the_whole_image(
+    host: Path, source: Path, tmp_path: Path, number: int
+) -> None:
+    chosen = random.Random(number)
+    source, target, words = places(host, source, tmp_path, ("push", "pull")[number % 2])
+    update = number % 3 == 0
+    if update:
+        older(source, target, blocks=1500)
+        before = target.read_bytes()
+    option = ("--update",) * update
+    with copying(*words, *option, "--bwlimit", "8M") as process:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(chosen.uniform(0.2, 2.5))
+        kill(process, chosen.choice(("agent", "copy")))
+    if update:
+        assert same(source, target) or target.read_bytes() == before
+    if update or not target.exists():
+        pyploop.copy(*words, options=CopyOptions(update=update))
+    assert same(source, target) and not beside(target)
+
+
+@contextlib.contextmanager
+def copying(*words: str) -> Iterator[subprocess.Popen[bytes]]:
+    """A copy that runs in the body, and has ended at both ends after it."""
+    command = [*pyploop_cmd(), "copy", *words, "--compress", "never"]
+    process = subprocess.Popen(command, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+    agents = set[int]()
+    try:
+        wait_until(lambda: agent_of(process.pid) or process.poll() is not None, "the agent")
+        agents.add(agent_of(process.pid))
+        yield process
+        process.wait(60)
+        wait_until(lambda: not any(map(runs, agents - {0})), "the agent ends")
+    finally:
+        process.kill()
+        process.wait()
+
+
+def kill(process: subprocess.Popen[bytes], victim: str) -> None:
+    pid = process.pid if victim == "copy" else agent_of(process.pid)
+    if pid and process.poll() is None:
+        os.kill(pid, signal.SIGKILL)
+
+
+def runs(pid: int) -> bool:
+    with contextlib.suppress(OSError):
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    return False
+
+
 def agent_of(pid: int) -> int:
     """The agent that this process has started; a script stands for its ssh."""
-    for path in Path(f"/proc/{pid}/task").glob("*/children"):
-        for child in map(int, path.read_text().split()):
-            words = Path(f"/proc/{child}/cmdline").read_bytes().split(b"\0")
-            if b"copy-agent" in words:
-                return child
-            if found := agent_of(child):
-                return found
+    with contextlib.suppress(OSError):  # they come and go
+        for path in Path(f"/proc/{pid}/task").glob("*/children"):
+            for child in map(int, path.read_text().split()):
+                words = Path(f"/proc/{child}/cmdline").read_bytes().split(b"\0")
+                if b"copy-agent" in words and b"pyploop.cli.main" in words:
+                    return child
+                if found := agent_of(child):
+                    return found
     return 0
-
-
-def locked(path: Path) -> bool:
-    with path.open("rb") as f:
-        try:
-            fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return True
-    return False
 
 
 def test_a_copy_from_another_host_without_a_partial_file_leaves_nothing(
