@@ -22,7 +22,7 @@ import pyploop
 from pyploop import events
 
 MIB = 1 << 20
-MODULES_OF_A_COPY = 90
+MODULES_OF_A_COPY = 91
 """Of pyploop, when `pyploop copy` copies a file.  Each costs up to a millisecond."""
 MODULES_OF_PYTHON = 140
 """The same, of all others: 124 with Python 3.11, and other versions differ a little."""

@@ -33,7 +33,7 @@ import pyploop
 from pyploop import Copy, CopyOptions, _core
 from pyploop.diskcopy import prior
 from pyploop.diskcopy.receiver import receive
-from pyploop.diskcopy.target_registry import Wanted, open_sink
+from pyploop.diskcopy.sinks import Wanted, open_sink
 from pyploop.diskcopy.target_update import InPlaceSink, UpdateSink
 from pyploop.errors import ConnectError, CreateError, ParameterError, ProtocolError
 from pyploop.report.events import Reporter
@@ -460,7 +460,7 @@ def test_a_kill_at_any_moment_and_a_resume_give_the_whole_image(
 @contextlib.contextmanager
 def copying(*words: str) -> Iterator[subprocess.Popen[bytes]]:
     """A copy that runs in the body, and has ended at both ends after it."""
-    command = [*pyploop_cmd(), "copy", *words, "--compress", "never"]
+    command = [*pyploop_cmd(), "copy", *words, "--compress", "never", "--retry", "0"]
     process = subprocess.Popen(command, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
     agents = set[int]()
     try:
