@@ -28,6 +28,10 @@ LONGER = {
     "migration.deadlines": "ATTEMPTS CHECKING DUMP_WAIT INTERRUPTED LANE LOADING PROBING "
     "REQUEST RESTORING RSYNC_ENDING RSYNC_READY RSYNC_VERSION SETTLE_WAIT SETTLING UNASKED "
     "UNBEGUN UNDOING UNMOVED",
+    "migration.deadlines": "ATTEMPTS CHECKING DUMP_WAIT INTERRUPTED LANE LOADING PROBING REQUEST "
+    "RESTORING RSYNC_ENDING RSYNC_READY RSYNC_VERSION SETTLE_WAIT SETTLING UNASKED UNBEGUN UNDOING "
+    "UNMOVED",
+    "migration.source.lane_supply": "STOPPING",
     "migration.target.page_link": "START_SECONDS",
     "runtimes.page_record": "STOPPING",
     "runtimes.lazy_record": "ENDING",
@@ -65,7 +69,9 @@ AS_IT_IS = {
     "freeze.cgroup_freezer": "LONGEST_POLL",
     "migration.commit_record": "POLL",
     "migration.locks": "POLL",
+    "migration.source.disk_lanes": "BRIEF LOOK",
     "migration.source.dump_stream": "LOOK LOOK_UNTOLD",
+    "migration.source.lane_supply": "LONG LOOK",
     "migration.source.suspend_plan": "LATELY PAUSE",
     "migration.source.wire_probe": "SECONDS",
     "report.slow_steps": "LONG LOOK",

@@ -35,9 +35,10 @@ def test_it_goes_on_here_when_the_target_stalls_the_suspended_time(
     with_target(pair, how)
     done = pair.migrate(pair.a, "--live", "--suspend-limit", "2")
     assert done.returncode == 6, done.stderr
-    # Whichever comes first.
+    # Whichever comes first.  The disks go by lanes, which are honest.
     flood = how == "flood" and "a flood of messages" in done.stderr
-    assert flood or "for more than 2 s (--suspend-limit)" in done.stderr
+    late = "for more than 2 s (--suspend-limit)", "the request 'restore' to other failed: no answer"
+    assert flood or any(text in done.stderr for text in late)
     assert "Traceback" not in done.stderr
     (pair.b / f"migrate.toml.{how}").unlink()
     pair.runs_only_on(pair.a)

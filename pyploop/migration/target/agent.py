@@ -11,6 +11,7 @@ import contextlib
 import os
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -234,7 +235,8 @@ class Agent(Server):
         incoming = self._receiving()
         if not channel:
             came, further = self._lanes.take(lane), self._lanes.of_disk(index)
-            stream = Stream(came.rfd, came.wfd, further, self._lanes.reads)
+            failed = partial(self._lanes.drop, came)
+            stream = Stream(came.rfd, came.wfd, further, self._lanes.reads, failed)
             incoming.take_disk(index, stream, reuse)
             return {}
         with self._opened(channel) as fd:

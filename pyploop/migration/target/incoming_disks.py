@@ -33,6 +33,8 @@ class Stream:
     """Further streams for its data."""
     opened: Callable[[Callable[[], None]], None] = lambda _: None
     """Called with what cancels the receipt."""
+    failed: Callable[[], None] = lambda: None
+    """Called when the receipt has failed, so that the source sees the end of the stream."""
 
     def close(self) -> None:
         """The descriptors of a lane are the lane's."""
@@ -100,6 +102,7 @@ class IncomingDisks:
             except PyploopError as e:
                 # In the disk's stream the source hears only that it failed.
                 self._report.note(f"disk {index}: {e}")
+                stream.failed()
                 raise
             finally:
                 stream.close()

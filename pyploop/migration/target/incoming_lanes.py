@@ -89,6 +89,14 @@ class IncomingLanes:
             raise ProtocolError(f"agent protocol: no disk {disk} is received by a lane")
         door.add(self.take(number).rfd, number)
 
+    def drop(self, lane: Lane) -> None:
+        """Close a lane that was taken: nothing reads from it any more."""
+        with self._lock:
+            if lane not in self._used:
+                return
+            self._used.remove(lane)
+        lane.close()
+
     def reads(self, cancel: Callable[[], None]) -> None:
         """cancel: from any thread, ends what reads from lanes.  Called at once when they have
         ended already."""
