@@ -113,6 +113,12 @@ def _fill(path: Path, mib: int) -> None:
         os.fsync(f.fileno())
 
 
+def _say(what: str, size: int, seconds: float, line: float) -> None:
+    rate = size / seconds
+    print(f"{what}, {size >> 20} MiB in {seconds:.2f} s: {rate / 1e6:.1f} MB/s, "
+          f"{rate / line:.1%} of the line")  # fmt: skip
+
+
 def measure(o: argparse.Namespace, folder: Path) -> None:
     anypair.SIZES["ext4"] = (o.size + o.size // 8 + 64) * MIB
     with any_pair(folder) as pair, _ssh(folder, o.round_trip, o.rate) as ssh:
@@ -152,6 +158,7 @@ def measure(o: argparse.Namespace, folder: Path) -> None:
                 f"memory, {mib} MiB in {seconds:.2f} s: {rate / 1e6:.1f} MB/s, "
                 f"{rate / o.rate:.1%} of the line"
             )
+        (pair.a / "pages").unlink(missing_ok=True)
         pair.runs_only_on(pair.b)
 
 

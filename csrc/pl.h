@@ -20,6 +20,7 @@
 
 #include "bitmap.h"
 #include "bpf.h"
+#include "bundle.h"
 #include "files_in.h"
 #include "files_out.h"
 #include "gate.h"

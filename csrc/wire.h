@@ -100,9 +100,23 @@ static inline uint16_t pl_get16(const uint8_t *from)
 	return le16toh(value);
 }
 
+static inline uint64_t pl_get64(const void *from)
+{
+	uint64_t value;
+
+	memcpy(&value, from, sizeof(value));
+	return le64toh(value);
+}
+
 static inline void pl_put32(uint8_t *to, uint32_t value)
 {
 	value = htole32(value);
+	memcpy(to, &value, sizeof(value));
+}
+
+static inline void pl_put64(uint8_t *to, uint64_t value)
+{
+	value = htole64(value);
 	memcpy(to, &value, sizeof(value));
 }
 

@@ -365,6 +365,21 @@ cdef extern from "pl.h" nogil:
     void pl_gate_leave(pl_gate *g)
     void pl_gate_shut(pl_gate *g)
 
+    struct pl_bundle:
+        pass
+    struct pl_bundle_lane:
+        uint32_t number
+        int32_t error
+        bint ended
+
+    int pl_bundle_new(pl_bundle **out, int fd, uint32_t stall_ms)
+    void pl_bundle_free(pl_bundle *b)
+    int pl_bundle_add(pl_bundle *b, int rfd, int wfd, uint32_t number)
+    int pl_bundle_run(pl_bundle *b)
+    void pl_bundle_stop(pl_bundle *b)
+    uint64_t pl_bundle_moved(const pl_bundle *b)
+    unsigned pl_bundle_lanes(pl_bundle *b, pl_bundle_lane *to, unsigned most)
+
     struct pl_files_out_cfg:
         pl_gate *gate
         uint16_t channel

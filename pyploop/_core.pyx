@@ -2,6 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The only door to csrc: the GIL is released around everything that waits,
 and -errno becomes OSError in `_check` / `Fault`, nowhere else."""
+import errno
 import os
 from typing import NamedTuple
 

@@ -209,3 +209,42 @@ cdef class Intake:
 
     def remove(self, FilesIn receiver not None):
         pl_intake_remove(self.i, receiver.f)
+
+
+cdef class Bundle:
+    """One stream of bytes in each direction over several lanes, between a socket here and
+    one at the peer (csrc/bundle.h).  `run` is one thread's, all else any thread's."""
+    cdef pl_bundle *b
+
+    def __cinit__(self, int fd, *, uint32_t stall_ms=0):
+        _check(pl_bundle_new(&self.b, fd, stall_ms))
+
+    def __dealloc__(self):
+        pl_bundle_free(self.b)
+
+    def run(self):
+        """Until the socket's other end is closed, or `stop`.  OSError: the peer broke the
+        protocol."""
+        cdef int ret
+        with nogil:
+            ret = pl_bundle_run(self.b)
+        if ret != -errno.ECANCELED:
+            _check(ret)
+
+    def add(self, int rfd, int wfd, uint32_t number):
+        """OSError: EBUSY: there are too many; ECANCELED: it has ended."""
+        _check(pl_bundle_add(self.b, rfd, wfd, number))
+
+    def stop(self):
+        pl_bundle_stop(self.b)
+
+    @property
+    def moved(self):
+        return pl_bundle_moved(self.b)
+
+    @property
+    def ended(self):
+        """Numbers of lanes that have ended."""
+        cdef pl_bundle_lane lane[32]
+        cdef unsigned i, n = pl_bundle_lanes(self.b, lane, 32)
+        return [lane[i].number for i in range(n) if lane[i].ended]

@@ -15,6 +15,8 @@ SILENCE = 30.0
 """Without a byte from the peer, which pings.  Then the connection is ended."""
 LAST_WORDS = 0.2
 """For ssh to end after its connection, so that all of its output is read."""
+LANE_STALL = 20.0
+"""For a segment to arrive that holds up what the other lanes of a bundle have brought."""
 ENDING = 10.0
 """For the agent to undo, and to end.  Then ssh is killed."""
 GLANCE = 0.5

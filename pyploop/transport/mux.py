@@ -71,10 +71,15 @@ class Mux:
         *,
         silence: float = deadlines.SILENCE,
         on_dead: Callable[[PyploopError], None] | None = None,
+        window: int = wire.WINDOW,
+        at_once: int = AT_ONCE,
     ) -> None:
+        """window: bytes of a channel that may be under way.  at_once: channels that may be
+        open.  Both are the same at both ends."""
         self._wfd = wfd
         self._closed = False
         """By the peer."""
+        self._window, self._at_once = window, at_once
         self._silence, self._on_dead = silence, on_dead
         self._gate = Gate(wfd)
         self._channels: dict[int, Channel] = {}
@@ -142,12 +147,15 @@ class Mux:
         for s in (ours, theirs):
             s.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, MIB)
         try:
-            self._open(number, lambda: _Channel(number, ours, self.write, self.forget))
+            self._open(number, lambda: self._channel(number, ours))
         except PyploopError:
             ours.close()
             theirs.close()
             raise
         return theirs.detach()
+
+    def _channel(self, number: int, ours: socket.socket) -> _Channel:
+        return _Channel(number, ours, self.write, self.forget, window=self._window)
 
     def open_line(self, number: int, window: int, make: Callable[[Line], C]) -> C:
         """Like `open`, for a channel whose bytes the native core moves.  window: bytes that
@@ -173,10 +181,10 @@ class Mux:
             return ProtocolError(
                 f"agent protocol: channel {number} was opened before, and each is used only once"
             )
-        if len(self._channels) >= AT_ONCE and self.failure is None:
+        if len(self._channels) >= self._at_once and self.failure is None:
             return ProtocolError(
-                f"agent protocol: {AT_ONCE} channels are open already, which is the limit (each "
-                "disk has one, each directory tree two)"
+                f"agent protocol: {self._at_once} channels are open already, which is the limit "
+                "(each disk has one, each directory tree two)"
             )
         return self.failure
 
@@ -315,10 +323,12 @@ class _Channel:
         sock: socket.socket,
         write: Callable[[list[bytes]], None],
         forget: Callable[[int], None],
+        *,
+        window: int,
     ) -> None:
         self._number, self._sock, self._write, self._forget = number, sock, write, forget
         self._changed = threading.Condition()
-        self._credit = wire.WINDOW
+        self._credit = self._window = window
         self._incoming: collections.deque[bytearray] = collections.deque()
         self._buffered = 0
         self._finished = False
@@ -331,7 +341,7 @@ class _Channel:
         """Store bytes from the peer."""
         with self._changed:
             self._buffered += len(data)
-            if self._buffered > wire.WINDOW:
+            if self._buffered > self._window:
                 raise ProtocolError(
                     f"agent protocol: the peer sent more than the credit of channel {self._number}"
                 )
@@ -354,10 +364,10 @@ class _Channel:
     def credit(self, n: int) -> None:
         with self._changed:
             self._credit += n
-            if self._credit > wire.WINDOW:
+            if self._credit > self._window:
                 raise ProtocolError(
                     f"agent protocol: the peer granted {self._credit} bytes of credit on channel "
-                    f"{self._number}, and {wire.WINDOW} is the limit"
+                    f"{self._number}, and {self._window} is the limit"
                 )
             self._changed.notify_all()
 

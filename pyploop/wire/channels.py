@@ -37,8 +37,11 @@ def needed(disks: int, trees: int, rounds: int = ROUNDS) -> int:
 LANES = 1023
 """Lanes in one migration at most; each has a number of its own.  A lane that was lost is
 replaced by one with another number."""
-LANES_AT_ONCE = 24
-"""Lanes that an agent keeps open at once."""
+LANES_AT_ONCE = 64
+"""Lanes that an agent keeps open at once, those included that have ended."""
+BULK_AT_ONCE = 8
+"""Channels that are open at once in a connection over several lanes: the window of each may
+wait in memory, and is 16 MiB there."""
 
 PROBE = 32 << 20
 """Bytes of a probe of the connection at most."""

@@ -201,6 +201,7 @@ _REQUESTS: dict[str, dict[str, Check]] = {
         "channel": _CHANNEL,
         "size": whole(1, channels.PROBE),
         "window": whole(2 * MIB, 16 * MIB),
+        "bulk": flag,
     },
     "probed": {},
     "begin": {"migration": text, "stall": number(0.0, 2.0**53), "keep": flag},
@@ -208,8 +209,8 @@ _REQUESTS: dict[str, dict[str, Check]] = {
     "digests": {"channel": _CHANNEL, "files": list_of(_file)},
     "disk": {"index": _INDEX, "channel": _CHANNEL_OR_LANE, "reuse": flag, "lane": _LANE},
     "lane": {"number": _LANE},
-    "use": {"number": _LANE, "disk": _INDEX},
-    "tree": {"index": _INDEX, "channel": _CHANNEL, "last": flag},
+    "use": {"number": _LANE, "disk": or_none(_INDEX)},
+    "tree": {"index": _INDEX, "channel": _CHANNEL, "last": flag, "bulk": flag},
     "dump": {
         "channel": _CHANNEL,
         "number": whole(0, 1023),
@@ -217,6 +218,7 @@ _REQUESTS: dict[str, dict[str, Check]] = {
         "room": SIZE,
         "window": whole(2 * MIB, 16 * MIB),
         "post_copy": number(1.0, LONGEST_TIME),
+        "bulk": flag,
     },
     "join": {"name": text, "timeout": number(0.0, 2.0**53)},
     "restore": {"timeout": TIME},
@@ -226,7 +228,7 @@ _REQUESTS: dict[str, dict[str, Check]] = {
     "settle": {"migration": text},
     "forget": {"migration": text},
 }
-_OPTIONAL = {"lane", "reuse", "number", "parent", "room", "window", "post_copy"}
+_OPTIONAL = {"bulk", "lane", "reuse", "number", "parent", "room", "window", "post_copy"}
 _VERDICT = re.compile("committed|aborted")
 _TOKEN = re.compile("[0-9a-f]{32}")
 

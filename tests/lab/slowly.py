@@ -49,7 +49,7 @@ LONGER = {
     "system.stderr_tail": "DRAINED LAST",
     "trackers.bpf": "BASE_DEADLINE",
     "trackers.dm": "TIMEOUT",
-    "transport.deadlines": "CONNECT ENDING HELLO LAST_WORDS SILENCE",
+    "transport.deadlines": "CONNECT ENDING HELLO LANE_STALL LAST_WORDS SILENCE",
     "transport.lane_handover": "COMING HANDING_OVER",
     "transport.ssh": "ENDED",
     "transport.ssh_cipher": "SECONDS",

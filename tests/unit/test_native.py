@@ -91,6 +91,8 @@ PROGRAMS = [
     ("test_compress", "tsan"),
     ("test_files", "asan"),
     ("test_files", "tsan"),
+    ("test_bundle", "asan"),
+    ("test_bundle", "tsan"),
 ]
 
 

@@ -9,16 +9,23 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from pyploop.errors import MigrateError, PyploopError, VzExitCode
+from pyploop.errors import MigrateError, ProtocolError, PyploopError, VzExitCode
 from pyploop.migration import deadlines, image_channels
 from pyploop.migration.image_channels import ImageWriter
+from pyploop.migration.source import lane_supply
+from pyploop.migration.source.bulk_lanes import BulkLanes
 from pyploop.migration.source.lane_supply import LaneSupply
 from pyploop.report.events import Reporter
+from pyploop.transport import deadlines as connection
 from pyploop.transport import hints
 from pyploop.transport.client import Client, OnEvent
 from pyploop.transport.lane import Lane
+from pyploop.transport.mux import Mux
 from pyploop.wire import channels, messages
 from pyploop.wire import mux as wire
+
+BULK_FIRST = 512
+"""Numbers of lanes from which on they are those of the second connection."""
 
 
 class Remote(Client):
@@ -29,7 +36,9 @@ class Remote(Client):
     _channel = 0
     """The last number of a channel that was given."""
     lanes: LaneSupply | None = None
-    """Further connections for the data; None: all go over this one."""
+    """Further connections for the disks; None: they go over this one."""
+    _bulk: BulkLanes | None = None
+    """The connection over several lanes, for memory and directories.  None: as above."""
 
     def __init__(
         self,
@@ -44,8 +53,9 @@ class Remote(Client):
 
     # ---- lanes
 
-    def begin_lanes(self, report: Reporter, disks: int, data: int) -> None:
-        """After the checks: open lanes, if the agent knows them.  data: bytes of all disks."""
+    def begin_lanes(self, report: Reporter, disks: int, data: int, bulk: int) -> None:
+        """After the checks: open lanes, if the agent knows them.  data: bytes of all disks.
+        bulk: bytes of what comes by channels, memory and directories."""
         if "lanes" not in self.capabilities:
             report.info(
                 f"All data go over one connection: pyploop {self.version} on {self.host} is too "
@@ -53,8 +63,28 @@ class Remote(Client):
             )
             return
         round_trip = min(self._round_trip() for _ in range(2))
-        self.lanes = LaneSupply(self.host, self._lane, round_trip, report)
-        self.lanes.start(disks, data)
+        if disks:
+            self.lanes = LaneSupply(self.host, self._lane, round_trip, report)
+            self.lanes.start(lane_supply.wanted_ahead(disks, data, round_trip))
+        if wanted := lane_supply.wanted_ahead(0, bulk, round_trip):
+            supply = LaneSupply(self.host, self._lane, round_trip, report, first=BULK_FIRST)
+            supply.start(wanted)
+            self._bulk = BulkLanes(self.host, supply, self._use_for_bulk, report)
+
+    def _use_for_bulk(self, number: int, gone: Callable[[], bool]) -> None:
+        self.call("use", deadlines.REQUEST, gone, number=number, disk=None)
+
+    def complete_lanes(self) -> None:
+        """Wait until those lanes are there that are opened ahead."""
+        if self._bulk is not None:
+            self._bulk.complete(connection.CONNECT)
+
+    def settle_lanes(self) -> None:
+        """Before the freeze: those that are open stay, and no other is opened."""
+        if self.lanes is not None:
+            self.lanes.stop()
+        if self._bulk is not None:
+            self._bulk.stop()
 
     def _round_trip(self) -> float:
         start = time.monotonic()
@@ -72,11 +102,20 @@ class Remote(Client):
         """The connection has ended, and what goes by lanes ends with it."""
         if self.lanes is not None:
             self.lanes.cut()
+        if self._bulk is not None:
+            self._bulk.cut(cause)
 
     def close(self) -> None:
         super().close()
         if self.lanes is not None:
             self.lanes.close()
+        if self._bulk is not None:
+            self._bulk.close()
+
+    def _way(self) -> tuple[Mux, dict[str, Any]]:
+        """The connection for a channel with much data, and what its request says of it."""
+        mux = None if self._bulk is None else self._bulk.mux(connection.CONNECT)
+        return (self._live(), {}) if mux is None else (mux, {"bulk": True})
 
     # ---- errors
 
@@ -103,13 +142,25 @@ class Remote(Client):
 
     # ---- channels
 
-    def open_images(self, stall: float, rate: int = 0) -> tuple[dict[str, int], ImageWriter]:
+    def open_images(self, stall: float, rate: int = 0) -> tuple[dict[str, Any], ImageWriter]:
         """(arguments of the request, the sender) for memory images; see open_channel."""
         number = self._next_channel()
-        args, window = {"channel": number}, wire.WINDOW
+        mux, args = self._way()
+        args["channel"], window = number, wire.WINDOW
         if "window" in self.capabilities:
             args["window"] = window = wire.IMAGE_WINDOW
-        return args, image_channels.open_writer(self._live(), number, window, stall, rate)
+        return args, image_channels.open_writer(mux, number, window, stall, rate)
+
+    def open_tree(self) -> tuple[dict[str, Any], int]:
+        """(arguments of the request, a descriptor, which the caller closes) for one pass over
+        a directory; else as open_channel."""
+        number = self._next_channel()
+        mux, args = self._way()
+        args["channel"] = number
+        try:
+            return args, mux.open(number)
+        except ProtocolError:  # that one has not room for many
+            return {"channel": number}, self._live().open(number)
 
     def open_channel(self) -> tuple[int, int]:
         """Returns (the number for a request, a descriptor, which the caller closes).
@@ -144,6 +195,8 @@ class Remote(Client):
             raise
         except (PyploopError, OSError) as e:
             cause = self._mux.failure if self._mux is not None else None
+            if cause is None and self._bulk is not None:
+                cause = self._bulk.failure
             if cause is None or str(cause) in str(e):
                 raise
             raise MigrateError(VzExitCode.COPY_FAILED, f"{self.host}: {cause} ({e})") from e

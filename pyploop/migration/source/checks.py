@@ -12,7 +12,7 @@ from pyploop.disks.source import Source
 from pyploop.errors import MigrateError, VzExitCode
 from pyploop.migration import deadlines
 from pyploop.migration.memory_policy import MemoryPolicy
-from pyploop.migration.source import host_identity, lazy, memory, post_copy, trees
+from pyploop.migration.source import host_identity, lane_supply, lazy, memory, post_copy, trees
 from pyploop.migration.source.agent_client import Remote
 from pyploop.migration.source.disks import allocated
 from pyploop.migration.source.payload import check_number
@@ -86,8 +86,11 @@ class Here:
                 f"pyploop {remote.version} on {request.host} is too old to receive directories",
                 hint="install a newer pyploop there",
             )
-        if sources and not request.check_only:
-            remote.begin_lanes(self.report, len(sources), sum(sizes))
+        if not request.check_only:
+            bulk = sum(facts.get("trees") or ())
+            if request.live:
+                bulk += int(facts.get("memory") or lane_supply.UNKNOWN)
+            remote.begin_lanes(self.report, len(sources), sum(sizes), bulk)
         self.report.info(f"Both hosts are checked; {request.host} has pyploop {remote.version}")
         is_lazy = (
             request.live

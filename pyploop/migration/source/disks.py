@@ -151,6 +151,7 @@ class Disks:
         """Before the freeze: those that are open stay, and no other is opened."""
         if self._lanes is not None:
             self._lanes.stop()
+        self._wanted[0].settle_lanes()
 
     def __exit__(self, *exc: object) -> None:
         self._stack.close()

@@ -27,6 +27,8 @@ LONG = 0.02
 EACH = 10 * WINDOW
 """Bytes that one lane moves on a long line in the time in which another one is opened.  With
 less for it to carry it does not pay."""
+UNKNOWN = 8 * EACH
+"""Bytes that a runtime is taken to have in memory when it does not say."""
 AT_ONCE = 4
 """Lanes that are being opened at the same time on a long line.  sshd may refuse connections
 when ten are not logged in yet (MaxStartups)."""
@@ -54,22 +56,25 @@ class LaneSupply:
         open_one: Callable[[int, Callable[[], bool]], Lane],
         round_trip: float,
         report: Reporter,
+        *,
+        first: int = 1,
     ) -> None:
         """host: for messages.  open_one: opens the lane of a number; its second argument says
-        whether it is needed no more.  round_trip: seconds."""
+        whether it is needed no more.  round_trip: seconds.  first: the first lane's number."""
         self._host, self._open_one, self._report = host, open_one, report
         self.round_trip = round_trip
         self._lock = threading.Lock()
         self._ready: queue.SimpleQueue[tuple[int, Lane]] = queue.SimpleQueue()
         self._all: list[Lane] = []
-        self._wanted = self._number = self._opening = self._opened = 0
+        self._wanted = self._opening = self._opened = 0
+        self._next = first
         self._failures = 0
         self._over = Latch()
         self._jobs: list[Job[None]] = []
 
-    def start(self, disks: int, data: int) -> None:
-        """Begin to open those that are needed from the beginning.  data: bytes of all disks."""
-        self._wanted = wanted_ahead(disks, data, self.round_trip)
+    def start(self, wanted: int) -> None:
+        """Begin to open so many."""
+        self._wanted = wanted
         for _ in range(AT_ONCE if self.round_trip >= LONG else 1):
             self._jobs.append(Job(self._run))
             self._jobs[-1].start()
@@ -88,7 +93,7 @@ class LaneSupply:
             try:
                 return self._ready.get(timeout=max(0.0, min(TICK, left)))
             except queue.Empty:
-                if left <= 0 or not self._comes():
+                if left <= 0 or not self.comes:
                     return None
 
     def failed(self) -> None:
@@ -119,7 +124,21 @@ class LaneSupply:
         for lane in lanes:
             lane.close()
 
-    def _comes(self) -> bool:
+    def complete(self, patience: float) -> None:
+        """Wait until those that are wanted are there, or will not come; so many seconds at
+        most."""
+        deadline = time.monotonic() + patience
+        while self.comes and time.monotonic() < deadline:
+            self._over.wait(LOOK)
+
+    @property
+    def waiting(self) -> bool:
+        """A lane is there that nothing has taken."""
+        return not self._ready.empty()
+
+    @property
+    def comes(self) -> bool:
+        """More are wanted, and may come."""
         with self._lock:
             missing = self._opened < self._wanted and self._failures < TRIES
             return missing and not self._over.is_set()
@@ -136,11 +155,11 @@ class LaneSupply:
         """The number of a lane to open now; 0: none is needed."""
         with self._lock:
             enough = self._opened + self._opening >= self._wanted
-            if enough or self._failures >= TRIES or self._number >= channels.LANES:
+            if enough or self._failures >= TRIES or self._next > channels.LANES:
                 return 0
             self._opening += 1
-            self._number += 1
-            return self._number
+            self._next += 1
+            return self._next - 1
 
     def _open(self, number: int) -> None:
         lane: Lane | None = None

@@ -81,7 +81,7 @@ class Copies:
         self._trees.prepare_last()
 
     def settle_lanes(self) -> None:
-        """As Disks.settle_lanes."""
+        """Before the suspension: the lanes that are open stay, and no other is opened."""
         self._disks.settle_lanes()
 
     @property

@@ -71,10 +71,10 @@ class Rsyncs:
         try:
             client.wait_ready()
             with self._lock:
-                number, fd = self._remote.open_channel()
+                args, fd = self._remote.open_tree()
                 prepared = PreparedRsync(client, fd)
                 try:
-                    args = {"index": index, "channel": number, "last": counts}
+                    args |= {"index": index, "last": counts}
                     prepared.name = self._call("tree", deadlines.REQUEST, **args)["name"]
                 except BaseException:
                     prepared.close()

@@ -28,6 +28,7 @@ def measure(remote: Remote) -> float:
     if CAPABILITY not in remote.capabilities:
         return 0.0
     rate = spent = 0.0
+    remote.complete_lanes()
     try:
         round_trip = min(_round_trip(remote) for _ in range(3))
         for size in SIZES:

@@ -36,6 +36,7 @@ from pyploop.runtimes.registry import make_runtime
 from pyploop.system import contention
 from pyploop.system.jobs import Job
 from pyploop.transport import greeting
+from pyploop.transport.bulk import Bulk
 from pyploop.transport.lane_handover import LaneError
 from pyploop.transport.mux import Mux
 from pyploop.transport.server import Server
@@ -64,6 +65,8 @@ class Agent(Server):
         self._facts: Facts = {}
         self._locks = contextlib.ExitStack()
         self._lanes = IncomingLanes()
+        self._bulk: Bulk | None = None
+        """The connection over several lanes."""
         requests: dict[str, Callable[..., dict[str, Any]]] = {
             "clock": self._clock,
             "check": self._check,
@@ -87,7 +90,13 @@ class Agent(Server):
             "forget": self._forget,
         }
         early = greet(rfd, wfd)
-        super().__init__(Mux(rfd, wfd, early, on_dead=lambda _: self._lanes.end()), requests)
+        super().__init__(Mux(rfd, wfd, early, on_dead=self._dead), requests)
+
+    def _dead(self, cause: PyploopError) -> None:
+        """From any thread: the connection has ended, and with it all that goes by lanes."""
+        self._lanes.end()
+        if self._bulk is not None:
+            self._bulk.mux.end(cause)
 
     def patience(self) -> float:
         """Seconds within which the next request must come."""
@@ -114,7 +123,7 @@ class Agent(Server):
             elif not done.committed:
                 failed = done.undo()
             # Else it is not known whether the container runs.  settle() finds the journal.
-        self._lanes.close()
+        self._close_lanes()
         self._mux.close()
         self._locks.close()
         for text in failed:
@@ -156,7 +165,9 @@ class Agent(Server):
     def _busy(self) -> dict[str, Any]:
         return {"busy": contention.busy()}
 
-    def _probe(self, channel: int, size: int, window: int = wire.WINDOW) -> dict[str, Any]:
+    def _probe(
+        self, channel: int, size: int, window: int = wire.WINDOW, bulk: bool = False
+    ) -> dict[str, Any]:
         if self._runtime is None or self._had_begun:
             raise ProtocolError("agent protocol: `probe` must come after `check`, before `begin`")
         if self._probing is not None and not self._probing.over.is_set():
@@ -164,7 +175,7 @@ class Agent(Server):
         self._probes += 1
         if self._probes > channels.PROBES:
             raise ProtocolError(f"agent protocol: more than {channels.PROBES} probes")
-        images = open_reader(self._mux, channel, window, deadlines.PROBING)
+        images = open_reader(self._through(bulk), channel, window, deadlines.PROBING)
         self._probing = Job(wire_probe.receiver(images, size)).start()
         return {}
 
@@ -248,13 +259,37 @@ class Agent(Server):
             raise ProtocolError("agent protocol: `lane` must come after `check`, before the commit")
         return {"token": self._lanes.expect(number)}
 
-    def _use(self, number: int, disk: int) -> dict[str, Any]:
-        self._receiving()
-        self._lanes.use(number, disk)
+    def _use(self, number: int, disk: int | None) -> dict[str, Any]:
+        if disk is None:
+            came = self._lanes.take(number)
+            self._bulk = self._bulk or Bulk()
+            try:
+                self._bulk.add(came.rfd, came.wfd, number)
+            except OSError as e:
+                raise ProtocolError.of(f"lane {number} cannot be added", e) from e
+        else:
+            self._receiving()
+            self._lanes.use(number, disk)
         return {}
 
-    def _tree(self, index: int, channel: int, last: bool) -> dict[str, Any]:
-        return {"name": self._receiving().take_tree(index, self._mux.open(channel), last)}
+    def _close_lanes(self) -> None:
+        """Nothing comes by them any more."""
+        bulk, self._bulk = self._bulk, None
+        if bulk is not None:
+            bulk.close()
+        self._lanes.close()
+
+    def _through(self, bulk: bool) -> Mux:
+        """The connection that a channel is opened in."""
+        if not bulk:
+            return self._mux
+        if self._bulk is None:
+            raise ProtocolError("agent protocol: there is no lane for a channel")
+        return self._bulk.mux
+
+    def _tree(self, index: int, channel: int, last: bool, bulk: bool = False) -> dict[str, Any]:
+        incoming, mux = self._receiving(), self._through(bulk)
+        return {"name": incoming.take_tree(index, mux.open(channel), last)}
 
     @contextlib.contextmanager
     def _opened(self, channel: int) -> Iterator[int]:
@@ -276,10 +311,11 @@ class Agent(Server):
         room: int = 0,
         window: int = wire.WINDOW,
         post_copy: float = 0.0,
+        bulk: bool = False,
     ) -> dict[str, Any]:
         incoming = self._receiving()
         self._need_live()
-        images = open_reader(self._mux, channel, window, incoming.stall)
+        images = open_reader(self._through(bulk), channel, window, incoming.stall)
         try:
             incoming.take_dump(images, number, parent, room, post_copy)
         except BaseException:
@@ -315,7 +351,7 @@ class Agent(Server):
             raise ProtocolError("agent protocol: `finish` must come after the commit")
         self._incoming = None
         failed = done.complete()
-        self._lanes.close()
+        self._close_lanes()
         return {"failed": failed}
 
     def _undo(self) -> dict[str, Any]:
@@ -327,9 +363,11 @@ class Agent(Server):
         self._incoming = None
         # This ends the jobs that still receive, so that they make nothing more.
         self._mux.reset_channels()
+        if self._bulk is not None:
+            self._bulk.mux.reset_channels()
         self._lanes.end()
         failed = done.undo()
-        self._lanes.close()
+        self._close_lanes()
         return {"failed": failed}
 
     def _not_ours(self, migration: str) -> str:
