@@ -8,8 +8,7 @@ import signal
 import sys
 
 from pyploop.cli.arguments import Parser
-from pyploop.migration.target import page_link
-from pyploop.migration.target.agent import Agent
+from pyploop.migration.target.first_line import WantedError, greet
 from pyploop.runtimes import config, policy
 from pyploop.system import jobs
 from pyploop.transport import lane_handover
@@ -46,12 +45,16 @@ def run(args: list[str], level: int) -> int:
     signal.signal(jobs.INTERRUPT, lambda *_: None)
     source = policy.source_of(o.source, os.environ)
     try:
-        agent = Agent(host, rfd, wfd, source)
-    except page_link.WantedError as e:
+        early = greet(rfd, wfd)
+    except WantedError as e:
+        from pyploop.migration.target import page_link
+
         page_link.hand_over(host, source, e.migration, rfd, wfd)
         return 0
     except lane_handover.LaneError as e:
         lane_handover.hand_over(e.token, rfd, wfd)
         return 0
-    agent.serve()
+    from pyploop.migration.target.agent import Agent
+
+    Agent(host, rfd, wfd, source, early).serve()
     return 0

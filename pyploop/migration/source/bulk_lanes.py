@@ -90,7 +90,7 @@ class BulkLanes:
             if self._bulk is not None:
                 self._look_for_ended(self._bulk)
                 more = policy.sample(time.monotonic(), self._bulk.moved, len(self._open))
-                if more:
+                if more and not self._supply.comes:
                     self._supply.more(more)
             while found := self._supply.take(0.0):
                 self._add(*found)

@@ -88,7 +88,7 @@ class DiskLanes:
             more = policy.sample(time.monotonic(), moved, streams)
             if not taking:
                 continue  # not yet, or not any more
-            if more:
+            if more and not self._supply.comes:
                 self._supply.more(more)
             while taking and (found := self._supply.take(0.0)):
                 self._use(*found, max(taking, key=lambda disk: disk.need))

@@ -24,7 +24,8 @@ from pyploop.errors import (
 )
 from pyploop.migration import commit_record, deadlines, locks
 from pyploop.migration.image_channels import open_reader
-from pyploop.migration.target import checks, page_link, resumable_files, wire_probe
+from pyploop.migration.target import checks, resumable_files, wire_probe
+from pyploop.migration.target.first_line import greet
 from pyploop.migration.target.incoming import Incoming
 from pyploop.migration.target.incoming_disks import Stream
 from pyploop.migration.target.incoming_lanes import IncomingLanes
@@ -35,9 +36,7 @@ from pyploop.runtimes.policy import Source
 from pyploop.runtimes.registry import make_runtime
 from pyploop.system import contention
 from pyploop.system.jobs import Job
-from pyploop.transport import greeting
 from pyploop.transport.bulk import Bulk
-from pyploop.transport.lane_handover import LaneError
 from pyploop.transport.mux import Mux
 from pyploop.transport.server import Server
 from pyploop.wire import channels, messages
@@ -50,8 +49,11 @@ class Agent(Server):
 
     name, peer = "pyploop agent", "source"
 
-    def __init__(self, host: HostConfig, rfd: int, wfd: int, source: Source) -> None:
-        """source: the source, as this host knows it."""
+    def __init__(
+        self, host: HostConfig, rfd: int, wfd: int, source: Source, early: bytes | None = None
+    ) -> None:
+        """source: the source, as this host knows it.  early: what greet() has returned; None:
+        it was not called."""
         self._host, self._source = host, source
         self._live = False
         """A live migration was requested, and this host trusts the source with it."""
@@ -89,7 +91,7 @@ class Agent(Server):
             "settle": self._settle,
             "forget": self._forget,
         }
-        early = greet(rfd, wfd)
+        early = greet(rfd, wfd) if early is None else early
         super().__init__(Mux(rfd, wfd, early, on_dead=self._dead), requests)
 
     def _dead(self, cause: PyploopError) -> None:
@@ -396,18 +398,3 @@ def vz_code(error: PyploopError) -> int:
     if isinstance(error, MigrateError):
         return error.exit_code
     return VzExitCode.LOCKED if isinstance(error, BusyError) else VzExitCode.COPY_FAILED
-
-
-HINT = "do not run `pyploop agent` by hand: `pyploop migrate` on the source starts it"
-
-
-def greet(rfd: int, wfd: int) -> bytes:
-    """As greeting.greet.  WantedError: the connection is one for pages.  LaneError: for a
-    lane."""
-
-    def other(line: bytes) -> None:
-        LaneError.check(line)
-        if migration := wire.find_pages(line):
-            raise page_link.WantedError(migration)
-
-    return greeting.greet(rfd, wfd, hint=HINT, peer="the source", other=other)

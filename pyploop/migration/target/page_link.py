@@ -27,14 +27,6 @@ START_SECONDS = 20.0
 """For the relay to listen."""
 
 
-class WantedError(Exception):
-    """The source wants this connection for the pages of a migration."""
-
-    def __init__(self, migration: str) -> None:
-        super().__init__(migration)
-        self.migration = migration
-
-
 def hand_over(host: HostConfig, source: Source, migration: str, rfd: int, wfd: int) -> None:
     """Returns when the relay does not need the connection any more."""
     try:
