@@ -41,6 +41,8 @@ void pl_ahead_data(struct pl_ahead *a, uint64_t pos, uint32_t len, uint64_t data
 	/* With these bytes, and with the size: past the end no other could write. */
 	pos = a->end > a->run_start ? a->end : pos;
 	a->end = a->run_end + room;
+	if (a->limit && a->end > a->limit)
+		a->end = a->limit;
 	if (a->end > INT64_MAX ||
 	    fallocate(a->fd, 0, (off_t)pos, (off_t)(a->end - pos)) < 0) {
 		/* No room, or no such thing here: it was only to help. */

@@ -16,7 +16,8 @@
 struct pl_ahead {
 	int fd;			/* borrowed; -1: nothing is allocated */
 	uint64_t run_start, run_end;	/* data that came without a gap */
-	uint64_t end;		/* allocated from run_end to here, if that is less */
+	uint64_t end;		/* allocated from run_end to here, if that is more */
+	uint64_t limit;		/* nothing is allocated past it; 0: no limit */
 };
 
 /* Data for [pos, pos + len) are about to be written; the file has nothing at or past

@@ -27,6 +27,7 @@ void pl_pump_fail(struct pl_pump *p, int err, const struct pl_fault *fault)
 	if (err && !p->err) {
 		p->err = err;
 		p->fault = *fault;
+		pthread_cond_broadcast(&p->turn);
 	}
 }
 
@@ -148,7 +149,7 @@ int pl_pump_pass(struct pl_pump *p, const struct pl_extent *ext, size_t n,
 	p->pos = p->floor = 0;
 	p->flags = flags;
 	p->live = (flags & PL_PASS_LIVE) && p->can_splice;
-	p->claimed = p->emitted = 0;
+	p->claimed = p->emitted = p->planned = 0;
 	p->err = 0;
 	p->fault = *fault;
 	pl_direct_begin(&p->direct);
@@ -192,6 +193,7 @@ int pl_pump_pass(struct pl_pump *p, const struct pl_extent *ext, size_t n,
 		p->fault.stage = PL_STAGE_NONE;	/* no memory: it cannot go on */
 	for (unsigned i = 0; i < p->cfg.slots; i++)
 		p->slot[i].busy = p->slot[i].ready = false;
+	pl_ahead_close(&p->ahead);
 	pl_direct_end(&p->direct);
 	pl_lanes_rest(p);
 	if (!p->err)
@@ -333,11 +335,14 @@ int pl_pump_new(struct pl_pump **out, const struct pl_pump_cfg *cfg)
 	p->cfg = *cfg;
 	p->sink = sink_of(cfg->sink);
 	p->cancel_fd = p->lanes.wake_fd = -1;
+	p->ahead.fd = cfg->ahead && cfg->direct.block ? cfg->out_fd : -1;
+	p->ahead.limit = (cfg->size + PL_BLOCK - 1) / PL_BLOCK * PL_BLOCK;
 	pthread_mutex_init(&p->lock, NULL);
 	pthread_mutex_init(&p->rate_lock, NULL);
 	pthread_mutex_init(&p->huge_lock, NULL);
 	pthread_cond_init(&p->work, NULL);
 	pthread_cond_init(&p->done, NULL);
+	pthread_cond_init(&p->turn, NULL);
 	/* A cluster, and what alignment adds before and after it. */
 	p->buf_size = cfg->cluster +
 		      2 * (cfg->align > PL_BLOCK ? cfg->align : PL_BLOCK);
@@ -351,17 +356,18 @@ int pl_pump_new(struct pl_pump **out, const struct pl_pump_cfg *cfg)
 		p->hdr_room += PL_PACKED_HEADER;
 	p->slot = calloc(cfg->slots, sizeof(*p->slot));
 	p->reader = calloc(cfg->readers + 1, sizeof(*p->reader));
-	if (!p->slot || !p->reader || !make_packers(p))
+	p->memory = pl_buf_new(cfg->slots * p->buf_size);
+	if (!p->slot || !p->reader || !p->memory || !make_packers(p))
 		goto nomem;
 	for (unsigned i = 0; i < cfg->slots; i++) {
 		struct slot *s = &p->slot[i];
 
-		s->buf = pl_buf_new(p->buf_size);
+		s->buf = p->memory + i * p->buf_size;
 		s->run = calloc(p->max_runs, sizeof(*s->run));
 		/* Twice: a run of the reserved size takes two frames. */
 		if (p->hdr_size)
 			s->hdr = calloc(2 * p->max_runs, p->hdr_room);
-		if (!s->buf || !s->run || (p->hdr_size && !s->hdr))
+		if (!s->run || (p->hdr_size && !s->hdr))
 			goto nomem;
 	}
 	p->can_splice = pl_can_splice(p, cfg->out_fd);
@@ -405,10 +411,10 @@ void pl_pump_free(struct pl_pump *p)
 		pl_packer_free(p->reader[i].packer);
 	pl_packer_free(p->packer);
 	for (unsigned i = 0; p->slot && i < p->cfg.slots; i++) {
-		pl_buf_free(p->slot[i].buf, p->buf_size);
 		free(p->slot[i].run);
 		free(p->slot[i].hdr);
 	}
+	pl_buf_free(p->memory, p->cfg.slots * p->buf_size);
 	free(p->slot);
 	free(p->reader);
 	pl_pump_huge_fini(p);
@@ -416,6 +422,7 @@ void pl_pump_free(struct pl_pump *p)
 	pl_lanes_fini(p);
 	if (p->cancel_fd >= 0)
 		close(p->cancel_fd);
+	pthread_cond_destroy(&p->turn);
 	pthread_cond_destroy(&p->done);
 	pthread_cond_destroy(&p->work);
 	pthread_mutex_destroy(&p->huge_lock);

@@ -74,6 +74,7 @@ struct pl_pump_cfg {
 	int out_fd;
 	enum pl_sink sink;
 	struct pl_direct_cfg direct;	/* PL_SINK_FILE only */
+	uint32_t ahead;		/* 1: allocate room before direct writes (a new file) */
 	uint32_t zero_holes;	/* PL_SINK_FILE, 1: the target is full of what it had
 				   before, and can make a range zero (a device) */
 	uint32_t cluster;	/* largest frame, cut from an extent's start; a

@@ -32,8 +32,37 @@ static bool zeroed(struct pl_pump *p, const struct frag *r)
 	return true;
 }
 
+/* Room is allocated in the order of the slots (ahead.h), and what they write side by
+   side after that.  A slot whose turn has not come waits for one that is being read. */
+static void make_room(struct pl_pump *p, const struct slot *s)
+{
+	bool failed;
+
+	if (!p->cfg.ahead || !p->cfg.direct.block)
+		return;
+	pthread_mutex_lock(&p->lock);
+	while (p->planned != s->number && !p->err)
+		pthread_cond_wait(&p->turn, &p->lock);
+	failed = p->err != 0;
+	pthread_mutex_unlock(&p->lock);
+	if (failed)
+		return;
+	for (unsigned i = 0; i < s->nruns; i++) {
+		const struct frag *r = &s->run[i];
+
+		pl_ahead_data(&p->ahead, r->pos, r->len, p->written_end);
+		if (r->pos + r->len > p->written_end)
+			p->written_end = r->pos + r->len;
+	}
+	pthread_mutex_lock(&p->lock);
+	p->planned++;
+	pthread_cond_broadcast(&p->turn);
+	pthread_mutex_unlock(&p->lock);
+}
+
 static int emit(struct pl_pump *p, struct slot *s, struct pl_fault *fault)
 {
+	make_room(p, s);
 	for (unsigned i = 0; i < s->nruns; i++) {
 		struct frag *r = &s->run[i];
 		int err;

@@ -6,6 +6,7 @@
 #include <pthread.h>
 #include <sys/uio.h>
 
+#include "ahead.h"
 #include "counters.h"
 #include "huge.h"
 #include "patience.h"
@@ -110,6 +111,7 @@ struct pl_pump {
 	unsigned hdr_room;
 	struct pump_reply reply;	/* of the thread that writes the stream */
 	struct slot *slot;
+	uint8_t *memory;		/* of all slots */
 	int cancel_fd;			/* eventfd: readable once cancelled */
 	bool cancelled;			/* atomic */
 	struct pl_pump_stats stats;	/* atomic, field by field */
@@ -122,6 +124,8 @@ struct pl_pump {
 	uint64_t counted_ns;		/* `pays` knows of all before */
 	uint64_t waited_ns;		/* since then, for the stream */
 	struct pl_direct direct;		/* of a file */
+	struct pl_ahead ahead;			/* these two are of the slot whose turn it is */
+	uint64_t written_end;			/* the file has no data at or past it */
 	pthread_mutex_t rate_lock;		/* guards the next line */
 	uint64_t rate_t0_ns, rate_bytes;
 	struct pl_huge huge;			/* of the thread that has set `making` */
@@ -133,6 +137,7 @@ struct pl_pump {
 	pthread_mutex_t lock;		/* guards all below */
 	pthread_cond_t work;		/* something to claim, or quit */
 	pthread_cond_t done;		/* a slot is ready, or a reader idle */
+	pthread_cond_t turn;		/* `planned` has changed, or the pass has failed */
 	struct reader *reader;
 	unsigned nthreads;
 	unsigned sleeping;		/* readers waiting on `work` */
@@ -148,6 +153,7 @@ struct pl_pump {
 	bool live;			/* PL_PASS_LIVE, and it can be done */
 	unsigned frags_per_slot;
 	uint64_t claimed, emitted;	/* slots, this pass */
+	uint64_t planned;		/* of a file with room ahead */
 	unsigned processing;		/* slots between claim and ready */
 	int err;
 	struct pl_fault fault;

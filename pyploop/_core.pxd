@@ -162,6 +162,7 @@ cdef extern from "pl.h" nogil:
         int out_fd
         pl_sink sink
         pl_direct_cfg direct
+        uint32_t ahead
         uint32_t zero_holes
         uint32_t cluster
         uint32_t slots

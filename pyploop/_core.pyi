@@ -181,6 +181,7 @@ class Pump:
         compress: int = 0,
         level: int = 1,
         direct: tuple[int, int] | None = None,
+        ahead: bool = False,
         zero_holes: bool = False,
         lane_stall_ms: int = 0,
         prior: Prior | None = None,

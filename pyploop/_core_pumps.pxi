@@ -61,7 +61,8 @@ cdef class Pump:
                   bint async_packets=False, uint32_t window=0, bint digests=False,
                   uint32_t tail=0, int tail_fd=-1, uint64_t tail_pos=0,
                   uint64_t features=0, int compress=0, int level=1, direct=None,
-                  bint zero_holes=False, uint32_t lane_stall_ms=0, Prior prior=None):
+                  bint ahead=False, bint zero_holes=False, uint32_t lane_stall_ms=0,
+                  Prior prior=None):
         cdef pl_pump_cfg cfg
         memset(&cfg, 0, sizeof(cfg))
         cfg.src_fd, cfg.src_base, cfg.size = src_fd, src_base, size
@@ -82,7 +83,7 @@ cdef class Pump:
         cfg.compress, cfg.level = <pl_compress>compress, level
         cfg.features, cfg.lane_stall_ms = features, lane_stall_ms
         cfg.async_, cfg.window = async_packets, window
-        cfg.zero_holes = zero_holes
+        cfg.ahead, cfg.zero_holes = ahead, zero_holes
         if direct is not None:
             cfg.direct.block, cfg.direct.memory = direct
         if digests:

@@ -200,6 +200,7 @@ class SourcePump:
             out_fd=self._out.fd,
             sink=self._out.sink,
             direct=mode.direct,
+            ahead=mode.ahead,
             zero_holes=self._out.old_contents,
             cluster=cluster,
             slots=self._slots(cluster),

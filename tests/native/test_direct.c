@@ -224,6 +224,78 @@ static void ahead(void)
 	free(s.data);
 }
 
+struct room {
+	int out;
+	uint64_t most;		/* bytes of the file past what is being claimed */
+};
+
+static int see_room(void *ctx, uint64_t start, uint64_t end)
+{
+	struct room *room = ctx;
+	struct stat st;
+
+	(void)start;
+	OK(fstat(room->out, &st) == 0);
+	if ((uint64_t)st.st_size > end && (uint64_t)st.st_size - end > room->most)
+		room->most = (uint64_t)st.st_size - end;
+	return 0;
+}
+
+/* A local copy, by several threads: room comes before the data, as long as they come
+   without a gap.  What was zero is a hole in the end, and nothing lies past the end. */
+static void copied_ahead(void)
+{
+	size_t data = 12 * MiB, gap = 40 * MiB, size = data + gap + data + 777;
+	uint8_t *image = must_alloc(size), *got = must_alloc(size);
+	struct room room = { .out = disk_file() };
+	struct pl_pump_stats stats;
+	struct pl_fault fault;
+	struct pl_known known;
+	struct pl_pump *p;
+	struct stat st;
+	int src;
+
+	fill_random(image, data);
+	memset(image + 5 * MiB, 0, MiB);
+	memcpy(image + data + gap, image, data);
+	memcpy(image + size - 777, image, 777);
+	src = temp_file(image, size);
+	EQ(pl_known_init(&known, size, 12), 0);
+	EQ(pl_pump_new(&p, &(struct pl_pump_cfg){
+		.src_fd = src, .size = size, .align = 1, .out_fd = room.out,
+		.sink = PL_SINK_FILE, .direct = { 512, 512 }, .ahead = 1,
+		.cluster = 64 * KiB, .slots = 8, .readers = 3, .known = &known,
+		.hook = see_room, .hook_ctx = &room }), 0);
+	for (int pass = 0; pass < 2; pass++) {
+		struct pl_extent all = { 0, size };
+
+		EQ(pl_pump_pass(p, &all, 1, PL_PASS_SKIP_ZERO | PL_PASS_LAST |
+				(pass ? PL_PASS_CHANGED : PL_PASS_HOOK), &fault), 0);
+		OK(!is_direct(room.out));
+		OK(fstat(room.out, &st) == 0);
+		OK((uint64_t)st.st_size >= size && (uint64_t)st.st_size < size + PL_BLOCK);
+		OK((uint64_t)st.st_blocks * 512 < 2 * (data - MiB) + MiB);
+		OK(pread(room.out, got, size, 0) == (ssize_t)size);
+		OK(!memcmp(got, image, size));
+		/* Then a block in the middle, and one in a hole. */
+		image[data / 2 + 10] ^= 1;
+		image[data + gap / 2] = 7;
+		OK(pwrite(src, image, size, 0) == (ssize_t)size);
+	}
+	pl_pump_stats(p, &stats);
+	EQ(stats.data_bytes, 2 * (data - MiB) + 777 + 2 * PL_BLOCK + 777);
+	OK(room.most >= MiB || !stats.direct_bytes);
+	/* One whose read fails: those that wait for their turn behind it end, too. */
+	OK(ftruncate(src, (off_t)data / 2) == 0);
+	EQ(pl_pump_pass(p, &(struct pl_extent){ 0, size }, 1, 0, &fault), -ENODATA);
+	pl_pump_free(p);
+	pl_known_fini(&known);
+	close(room.out);
+	close(src);
+	free(image);
+	free(got);
+}
+
 static void bad_configs(void)
 {
 	static const struct pl_direct_cfg bad[] = {
@@ -244,5 +316,6 @@ int main(void)
 	any_stream(5 * MiB + 123);
 	any_stream(300 * KiB);
 	ahead();
+	copied_ahead();
 	return 0;
 }
