@@ -32,11 +32,14 @@ from common import (
     Sample,
     Samples,
     Step,
+    arguments,
     cleaned_up,
     column,
+    finish,
     folder,
     in_turns,
     installed,
+    noter,
     random_file,
     ratio,
     run,
@@ -136,30 +139,22 @@ def requirements(samples: Samples) -> list[Requirement]:
     ]
 
 
-def arguments() -> argparse.Namespace:
-    p = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
+def options() -> argparse.Namespace:
+    p = arguments(__doc__, repeat=5)
     add = p.add_argument
     add("--size", type=int, default=192, metavar="MIB", help="of the source (192)")
-    add("--repeat", type=int, default=5, metavar="N", help="counted repetitions (5)")
     add("--only", choices=("slow", "fast"), help="one of the lines")
     add("--pyploop", type=shlex.split, default=[sys.executable, "-m", "pyploop.cli.main"])
-    add("--json", type=Path, metavar="FILE", help="all raw figures")
     add("--relay", type=float, metavar="RATE", help=argparse.SUPPRESS)
-    add("-v", "--verbose", action="store_true")
     return p.parse_args()
 
 
-def main() -> None:
-    o = arguments()
+def main() -> int:
+    o = options()
     if o.relay:
         relay(o.relay)
-        return
+        return 0
     results = Results(settings={k: str(v) for k, v in vars(o).items()})
-
-    def note(text: str) -> None:
-        if o.verbose:
-            print(text, file=sys.stderr, flush=True)
-
     with cleaned_up() as stack:
         scratch = stack.enter_context(folder(SHM / f"bench-compress-{os.getpid()}"))
         bench = Bench(scratch, o.size * MIB, o.pyploop)
@@ -170,15 +165,12 @@ def main() -> None:
                     cases[f"{kind}, {line}, {compress}"] = partial(
                         bench.case, kind, line == "slow", compress
                     )
-        samples = results.samples["compress"] = in_turns(cases, o.repeat, note)
+        samples = results.samples["compress"] = in_turns(cases, o.repeat, noter(o))
         print(report(samples))
         if o.only is None:
             results.requirements = requirements(samples)
-            print(*(r.text() for r in results.requirements), sep="\n")
-    print("\nAgain: " + shlex.join(results.command))
-    if o.json:
-        results.write(o.json)
+    return finish(results, o)
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -34,13 +34,16 @@ from common import (
     Samples,
     Step,
     Usage,
+    arguments,
     cleaned_up,
     column,
+    finish,
     folder,
     heat,
     in_turns,
     installed,
     loop_device,
+    noter,
     random_file,
     ratio,
     run,
@@ -250,11 +253,10 @@ def requirements(group: str, samples: Samples) -> list[Requirement]:
     ]
 
 
-def arguments() -> argparse.Namespace:
-    p = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
+def options() -> argparse.Namespace:
+    p = arguments(__doc__, repeat=7)
     add = p.add_argument
     add("--size", type=int, default=2048, metavar="MIB", help="of the source (2048)")
-    add("--repeat", type=int, default=7, metavar="N", help="counted repetitions (7)")
     add("--only", default=",".join(GROUPS), help="of %(default)s")
     add("--skip", default="", metavar="TOOLS", help="tools to leave out, e.g. 'dd pair'")
     add("--target-dir", type=Path, default=Path("/var/tmp"), help="on the disk (%(default)s)")
@@ -268,24 +270,16 @@ def arguments() -> argparse.Namespace:
     add("--pyploop", type=shlex.split, default=[sys.executable, "-m", "pyploop.cli.main"])
     add("--extra", type=shlex.split, default=[], help="options for our sender")
     add("--no-heat", dest="heat", action="store_false", help="leave whole free blocks cold")
-    add("--json", type=Path, metavar="FILE", help="all raw figures")
-    add("--check", action="store_true", help="exit 1 when a requirement is not met")
-    add("-v", "--verbose", action="store_true")
     return p.parse_args()
 
 
 def main() -> int:
-    o = arguments()
+    o = options()
     groups = o.only.split(",")
     if unknown := set(groups) - set(GROUPS):
         raise SystemExit(f"--only: no {', '.join(unknown)}; there are {', '.join(GROUPS)}")
     size = o.size * MIB
-    results = Results(settings={k: str(v) for k, v in vars(o).items()})
-
-    def note(text: str) -> None:
-        if o.verbose:
-            print(text, file=sys.stderr, flush=True)
-
+    results, note = Results(settings={k: str(v) for k, v in vars(o).items()}), noter(o)
     with cleaned_up() as stack:
         name = f"bench-copy-{os.getpid()}"
         memory = stack.enter_context(steady_memory())
@@ -318,13 +312,7 @@ def main() -> int:
             results.samples[group] = samples
             results.requirements += requirements(group, samples)
             print("\n" + report(group, samples), flush=True)
-    print()
-    for requirement in results.requirements:
-        print(requirement.text())
-    print("\nAgain: " + shlex.join(results.command))
-    if o.json:
-        results.write(o.json)
-    return 1 if o.check and not all(r.met for r in results.requirements) else 0
+    return finish(results, o)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,6 @@ import argparse
 import contextlib
 import json
 import os
-import shlex
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -28,12 +27,15 @@ from common import (
     Results,
     Sample,
     Samples,
+    arguments,
     cleaned_up,
     column,
+    finish,
     folder,
     in_turns,
     loop_device,
     mounted,
+    noter,
     random_file,
     ratio,
     steady_memory,
@@ -111,30 +113,21 @@ def report(all_samples: dict[str, Samples], requirements: list[Requirement]) -> 
     return "4k random writes, median (min..max):\n" + table(head, rows)
 
 
-def arguments() -> argparse.Namespace:
-    p = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
+def options() -> argparse.Namespace:
+    p = arguments(__doc__, repeat=9)
     add = p.add_argument
     add("--size", type=int, default=512, metavar="MIB", help="of the device (512)")
-    add("--repeat", type=int, default=9, metavar="N", help="counted repetitions (9)")
     add("--seconds", type=float, default=2.0, help="of one fio run (2)")
     add("--only", default=",".join(WHERE), help="of %(default)s")
-    add("--json", type=Path, metavar="FILE", help="all raw figures")
-    add("--check", action="store_true", help="exit 1 when a requirement is not met")
-    add("-v", "--verbose", action="store_true")
     return p.parse_args()
 
 
 def main() -> int:
-    o = arguments()
+    o = options()
     where = o.only.split(",")
     if unknown := set(where) - set(WHERE):
         raise SystemExit(f"--only: no {', '.join(unknown)}; there are {', '.join(WHERE)}")
-    results = Results(settings={k: str(v) for k, v in vars(o).items()})
-
-    def note(text: str) -> None:
-        if o.verbose:
-            print(text, file=sys.stderr, flush=True)
-
+    results, note = Results(settings={k: str(v) for k, v in vars(o).items()}), noter(o)
     with cleaned_up() as stack:
         results.settings["memory"] = stack.enter_context(steady_memory())
         scratch = stack.enter_context(folder(SHM / f"bench-overhead-{os.getpid()}"))
@@ -147,8 +140,8 @@ def main() -> int:
                 path, size = Path(device), o.size * MIB
                 if kind == "ext4":
                     # Nothing but fio's writes: no lazy initialisation.
-                    options = ["-qF", "-E", "lazy_itable_init=0,lazy_journal_init=0"]
-                    subprocess.run(["mkfs.ext4", *options, device], check=True)
+                    quiet = ["-qF", "-E", "lazy_itable_init=0,lazy_journal_init=0"]
+                    subprocess.run(["mkfs.ext4", *quiet, device], check=True)
                     at = mounts.enter_context(mounted(device, scratch / "mount"))
                     path, size = at / "file", o.size * MIB // 2
                     random_file(path, size)
@@ -169,13 +162,8 @@ def main() -> int:
                     results.requirements.append(Requirement(f"{name}: on / off", on_off, REQUIRED))
                 if kind == "ext4":
                     path.unlink()
-    print(report(results.samples, results.requirements) + "\n")
-    for requirement in results.requirements:
-        print(requirement.text())
-    print("\nAgain: " + shlex.join(results.command))
-    if o.json:
-        results.write(o.json)
-    return 1 if o.check and not all(r.met for r in results.requirements) else 0
+    print(report(results.samples, results.requirements))
+    return finish(results, o)
 
 
 if __name__ == "__main__":

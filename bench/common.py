@@ -7,6 +7,7 @@ signals into exceptions: whatever ends a benchmark, nothing of it stays.
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import ctypes
 import json
@@ -15,6 +16,7 @@ import os
 import re
 import resource
 import select
+import shlex
 import signal
 import subprocess
 import sys
@@ -377,3 +379,39 @@ class Results:
             ],
         }
         path.write_text(json.dumps(document, indent=1) + "\n")
+
+
+# ---- the head of a benchmark
+
+
+def arguments(doc: str | None, *, repeat: int) -> argparse.ArgumentParser:
+    """The options that all of them have.  doc: of the module; repeat: the default."""
+    p = argparse.ArgumentParser(description=(doc or "").split("\n", 1)[0])
+    add = p.add_argument
+    add("--repeat", type=int, default=repeat, metavar="N", help=f"counted repetitions ({repeat})")
+    add("--json", type=Path, metavar="FILE", help="all raw figures")
+    add("--check", action="store_true", help="exit 1 when a requirement is not met")
+    add("-v", "--verbose", action="store_true", help="each run, on stderr")
+    return p
+
+
+def noter(o: argparse.Namespace) -> Callable[[str], None]:
+    """What prints each run, if that was asked for."""
+
+    def note(text: str) -> None:
+        if o.verbose:
+            print(text, file=sys.stderr, flush=True)
+
+    return note
+
+
+def finish(results: Results, o: argparse.Namespace) -> int:
+    """Print the requirements and how to repeat it, and write the figures.  Returns the exit
+    code."""
+    print()
+    for requirement in results.requirements:
+        print(requirement.text())
+    print("\nAgain: " + shlex.join(results.command))
+    if o.json:
+        results.write(o.json)
+    return 1 if o.check and not all(r.met for r in results.requirements) else 0
