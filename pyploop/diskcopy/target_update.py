@@ -125,8 +125,8 @@ class UpdateSink(Sink):
             raise CreateError(
                 f"cannot create {self.path}: another copy writes {self._beside(name)} just now",
                 path=self.path,
-                hint="wait until that copy has ended (after a cut it waits for its connection for a "
-                "while: --retry)",
+                hint="wait until that copy has ended (after a cut it waits for its connection for "
+                "a while: --retry)",
             ) from None
         except OSError:  # no locks there
             return True

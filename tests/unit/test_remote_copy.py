@@ -702,9 +702,9 @@ def test_an_answer_that_makes_no_sense_ends_the_copy(op: str, value: Any) -> Non
 def test_an_agent_compares_only_what_it_may_read_and_knows_what_is_there(
     asking: Callable[..., Asking], image: Path, tmp_path: Path
 ) -> None:
-    limited = asking(Permits.of([], [str(tmp_path)], False))
+    limited = asking(Permits.of([], [str(tmp_path)], update=False, stops=False))
     assert "may not read" in limited.ask("look", {"path": str(image)})["error"]["message"]
-    one = asking(Permits.of([str(tmp_path)], [], False))
+    one = asking(Permits.of([str(tmp_path)], [], update=False, stops=False))
     size = one.ask("look", {"path": str(image)})["ok"]["size"]
     for op, args, why in (
         ("look", {"path": str(image)}, "must come once"),
