@@ -37,6 +37,8 @@ _AS_THERE = ("tracker", "completeness", "acknowledged", "proven", "dialect")
 CLUSTER, SLOTS = MIB, 8
 """Bytes of one read, and reads under way."""
 NODE = 16
+_UNITS = [BLOCK * _core.PROOF_FANOUT**n for n in range(1, 7)]
+"""Bytes of the image that a node stands for, by its level."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -98,7 +100,7 @@ class Receipt:
             made["unsafe"] = tuple(made["unsafe"])
             receipt = cls(**made)
             receipt._check()
-        except (ValueError, TypeError, KeyError) as e:
+        except (ValueError, TypeError, KeyError, RecursionError) as e:
             raise FormatError(
                 f"{path} is a receipt that is damaged, or of another version of pyploop: {e}",
                 path=path,
@@ -111,6 +113,8 @@ class Receipt:
         sizes = (self.size, self.part)
         if not all(isinstance(n, int) and 0 <= n < 1 << 63 for n in sizes) or not self.part:
             raise ValueError(f"sizes {sizes}")
+        if self.part not in _UNITS:
+            raise ValueError(f"parts of {self.part} bytes")
         if len(bytes.fromhex(self.root)) != NODE:
             raise ValueError("the root is not 16 bytes")
         if len(self.nodes) != max(-(-self.size // self.part), 1) * NODE:

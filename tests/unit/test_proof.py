@@ -657,6 +657,8 @@ def test_verify_tells_by_its_exit_code_whether_they_are_the_same(
         {"size": -1},
         {"size": "1"},
         {"part": 0},
+        {"part": 3 * MIB},
+        {"part": 1 << 62},
         {"parts": "!"},
         {"parts": ""},
         {"unsafe": None},
@@ -668,6 +670,13 @@ def test_a_damaged_receipt_is_not_compared(tmp_path: Path, change: dict[str, obj
     paper = json.loads(receipt.read_text())
     receipt.write_text(json.dumps(paper | change))
     with pytest.raises(FormatError, match="is a receipt that is damaged, or of another version"):
+        pyploop.verify(target, receipt)
+
+
+def test_a_receipt_that_is_nested_without_end_is_damaged(tmp_path: Path) -> None:
+    _, target, receipt = copied(tmp_path)
+    receipt.write_text('{"schema": "pyploop.receipt/1", "unsafe": ' + "[" * 500_000)
+    with pytest.raises(FormatError, match="is a receipt that is damaged"):
         pyploop.verify(target, receipt)
 
 
