@@ -52,6 +52,8 @@ def run(args: list[str], level: int) -> int:
         p.error("--update needs both SOURCE and TARGET: a pipe cannot tell what the target has")
     if o.keep_partial and not (o.source and o.target):
         p.error("--keep-partial needs both SOURCE and TARGET")
+    for name in ("json", "trace"):
+        _check_log(p, o, name)
     if o.readers is not None and not 0 <= o.readers <= 64:
         p.error("--readers must be 0 to 64")
     with _reporter(o, level) as report:
@@ -97,6 +99,18 @@ def _take_places(p: Parser, o: argparse.Namespace) -> None:
         o.ssh = [word for text in o.ssh for word in shlex.split(text)]
     except ValueError as e:
         p.error(f"--ssh: {e}")
+
+
+def _check_log(p: Parser, o: argparse.Namespace, name: str) -> None:
+    """--json and --trace replace their file, which must be neither source nor target."""
+    log = getattr(o, name)
+    if log is None or (name == "json" and log == "-"):
+        return
+    if os.path.exists(log) and stat.S_ISBLK(os.stat(log).st_mode):
+        p.error(f"--{name}: {log} is a block device")
+    for path, what in ((o.source, "source"), (o.target, "target")):
+        if path is not None and os.path.realpath(path) == os.path.realpath(log):
+            p.error(f"--{name}: {log} is the {what}")
 
 
 def _receive(o: argparse.Namespace, report: Reporter) -> None:

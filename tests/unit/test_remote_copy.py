@@ -167,6 +167,22 @@ def test_the_steps_of_a_copy_are_for_this_host_and_say_so(image: Path, tmp_path:
     assert (tmp_path / "a:b").read_bytes() == image.read_bytes()
 
 
+@pytest.mark.parametrize("option", ["--json", "--trace"])
+@pytest.mark.parametrize("log", ["image", "link", "got"])
+def test_a_log_never_replaces_the_source_or_the_target(
+    image: Path, tmp_path: Path, option: str, log: str
+) -> None:
+    data = image.read_bytes()
+    (tmp_path / "link").symlink_to("image")
+    command = [*pyploop_cmd(), "copy", "image", "got", option, log]
+    done = subprocess.run(
+        command, env=pyploop_env(), cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, f"{option}: {log} is the" in done.stderr) == (38, True)
+    assert image.read_bytes() == data
+    assert not (tmp_path / "got").exists()
+
+
 def test_options_of_old_name_files_with_colons_on_this_host(image: Path, tmp_path: Path) -> None:
     command = [*pyploop_cmd(), "copy", "-s", str(image), "-d", "a:b"]
     subprocess.run(command, env=pyploop_env(), cwd=tmp_path, capture_output=True, check=True)
