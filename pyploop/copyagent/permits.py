@@ -29,7 +29,9 @@ class Permits:
     """It may stop containers and any file system, slow them down, and run commands."""
 
     @classmethod
-    def of(cls, read: Sequence[str], write: Sequence[str], *, update: bool, stops: bool) -> Permits:
+    def of(
+        cls, read: Sequence[str], write: Sequence[str], stops: bool, update: bool = False
+    ) -> Permits:
         """By the options of the command.  Without any there are no limits."""
         if not (read or write or update or stops):
             return cls()
