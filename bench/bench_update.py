@@ -5,10 +5,10 @@
 
 A sparse image of 16 GiB with 2 GiB of data has changed in 160 MiB, in blocks of 4 KiB that
 lie anywhere in its data.  Two hosts in namespaces with an sshd each (tests/lab/hosts.py).  In
-turns: both sides' data are read once, at the same time; `pyploop copy --update`, with and
-without `--inplace`; `rsync --inplace`.  Before each run the target is the old one again, and
-nothing of either file is in the page cache.  The bytes on the wire are those of the network
-device, both ways.
+turns: both sides' data are read once, at the same time; `pyploop copy --update` of a loop
+device on the image, with and without `--inplace`; `rsync --inplace` of the image.  Before each
+run the target is the old one again, and nothing of either file is in the page cache.  The
+bytes on the wire are those of the network device, both ways.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from common import GIB, MIB, Sample, cleaned_up, column, in_turns, ratio, table
+from common import GIB, MIB, Sample, cleaned_up, column, in_turns, loop_device, ratio, table
 from lab import hosts
 from lab.hosts import Host
 
@@ -86,7 +86,7 @@ def wire(host: Host) -> int:
     raise RuntimeError("the host has no up0")
 
 
-def cases(a: Host, b: Host, old: Path) -> Iterator[tuple[str, Callable[[], Sample]]]:
+def cases(a: Host, b: Host, old: Path, device: str) -> Iterator[tuple[str, Callable[[], Sample]]]:
     source, target = (host.folder / "srv/image" for host in (a, b))
 
     def run(*words: str) -> Callable[[], Sample]:
@@ -111,7 +111,7 @@ def cases(a: Host, b: Host, old: Path) -> Iterator[tuple[str, Callable[[], Sampl
             raise RuntimeError("a file cannot be read")
         return {"seconds": time.monotonic() - start}
 
-    copy = ("pyploop", "-v-1", "copy", "--update", "/srv/image", "b:/srv/image")
+    copy = ("pyploop", "-v-1", "copy", "--update", device, "b:/srv/image")
     yield "read both", read
     yield "pyploop --update --inplace", run(*copy, "--inplace")
     yield "pyploop --update", run(*copy)
@@ -136,7 +136,8 @@ def main() -> None:
         make(old, o.size * MIB, o.data * MIB)
         subprocess.run(["cp", "--sparse=always", old, source], check=True)
         change(source, o.data * MIB, o.changed * MIB)
-        found = dict(cases(lab.a, lab.b, old))
+        device = stack.enter_context(loop_device(source))
+        found = dict(cases(lab.a, lab.b, old, device))
         samples = in_turns(found, o.repeat, lambda text: print(text, file=sys.stderr, flush=True))
     reads = column(samples["read both"], "seconds")
     rows = []
