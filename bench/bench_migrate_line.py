@@ -115,8 +115,10 @@ def _fill(path: Path, mib: int) -> None:
 
 def _say(what: str, size: int, seconds: float, line: float) -> None:
     rate = size / seconds
-    print(f"{what}, {size >> 20} MiB in {seconds:.2f} s: {rate / 1e6:.1f} MB/s, "
-          f"{rate / line:.1%} of the line")  # fmt: skip
+    print(
+        f"{what}, {size >> 20} MiB in {seconds:.2f} s: {rate / 1e6:.1f} MB/s, "
+        f"{rate / line:.1%} of the line"
+    )
 
 
 def measure(o: argparse.Namespace, folder: Path) -> None:
@@ -143,21 +145,12 @@ def measure(o: argparse.Namespace, folder: Path) -> None:
         events = _events(log)
         first = max((e for e in events if e["event"] == "round" and e["number"] == 0),
                     key=lambda e: int(e["sent"]), default=None)  # fmt: skip
-        print(
-            f"round trip {o.round_trip * 1000:g} ms, {o.rate / 1e6:g} MB/s; all of it {total:.2f} s"
-        )
+        print(f"round trip {o.round_trip * 1000:g} ms, {o.rate / 1e6:g} MB/s; in all {total:.2f} s")
         if first is not None and o.size:
-            rate = first["sent"] / first["seconds"]
-            print(f"disk, {first['sent'] >> 20} MiB in {first['seconds']:.2f} s: "
-                  f"{rate / 1e6:.1f} MB/s, {rate / o.rate:.1%} of the line")  # fmt: skip
+            _say("disk", int(first["sent"]), float(first["seconds"]), o.rate)
         (moved,) = (e for e in events if e["event"] == "moved")
         if o.memory:
-            rate = moved["dump_bytes"] / moved["steps"]["dump sent"]
-            mib, seconds = moved["dump_bytes"] >> 20, moved["steps"]["dump sent"]
-            print(
-                f"memory, {mib} MiB in {seconds:.2f} s: {rate / 1e6:.1f} MB/s, "
-                f"{rate / o.rate:.1%} of the line"
-            )
+            _say("memory", int(moved["dump_bytes"]), float(moved["steps"]["dump sent"]), o.rate)
         (pair.a / "pages").unlink(missing_ok=True)
         pair.runs_only_on(pair.b)
 

@@ -15,6 +15,7 @@ import contextlib
 import os
 import select
 import socket
+import stat
 import threading
 import time
 from collections import deque
@@ -145,8 +146,9 @@ def _close(way: _Way) -> None:
         return
     way.closed = True
     for fd, how in ((way.source, socket.SHUT_RD), (way.to, socket.SHUT_WR)):
-        with contextlib.suppress(OSError), socket.socket(fileno=os.dup(fd)) as s:
-            s.shutdown(how)
+        if stat.S_ISSOCK(os.fstat(fd).st_mode):
+            with contextlib.suppress(OSError), socket.socket(fileno=os.dup(fd)) as s:
+                s.shutdown(how)
         with contextlib.suppress(OSError):
             os.close(fd)
 

@@ -28,6 +28,7 @@ LONGER = {
     "migration.deadlines": "ATTEMPTS CHECKING DUMP_WAIT INTERRUPTED LANE LOADING PROBING REQUEST "
     "RESTORING RSYNC_ENDING RSYNC_READY RSYNC_VERSION SETTLE_WAIT SETTLING UNASKED UNBEGUN UNDOING "
     "UNMOVED",
+    "migration.source.bulk_lanes": "STOPPING",
     "migration.source.lane_supply": "STOPPING",
     "migration.target.page_link": "START_SECONDS",
     "runtimes.page_record": "STOPPING",
@@ -66,6 +67,7 @@ AS_IT_IS = {
     "freeze.cgroup_freezer": "LONGEST_POLL",
     "migration.commit_record": "POLL",
     "migration.locks": "POLL",
+    "migration.source.bulk_lanes": "BRIEF FIRST LOOK",
     "migration.source.disk_lanes": "BRIEF LOOK",
     "migration.source.dump_stream": "LOOK LOOK_UNTOLD",
     "migration.source.lane_supply": "LONG LOOK",

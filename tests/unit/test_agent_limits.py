@@ -162,6 +162,8 @@ REQUESTS: dict[str, dict[str, Any]] = {
     "items": {"channel": 1},
     "digests": {"channel": 1, "files": [["conf", 5]]},
     "disk": {"index": 0, "channel": 1, "reuse": False},
+    "lane": {"number": 1},
+    "use": {"number": 1, "disk": 0},
     "tree": {"index": 0, "channel": 1, "last": True},
     "dump": {"channel": 1, "number": 0, "parent": 0, "room": 0},
     "join": {"name": "items", "timeout": 1},

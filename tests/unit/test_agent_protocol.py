@@ -16,7 +16,6 @@ import pytest
 import support
 
 from pyploop.errors import ProtocolError, PyploopError, ReadError
-from pyploop.transport import mux as transport_mux
 from pyploop.transport.mux import Mux
 from pyploop.wire import channels, messages
 from pyploop.wire import mux as wire
@@ -187,7 +186,8 @@ def test_channels_that_are_open_at_once_are_limited(
     pair: tuple[Mux, Mux], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Of each one WINDOW bytes may wait in memory."""
-    monkeypatch.setattr(transport_mux, "AT_ONCE", 2)
+    for end in pair:
+        monkeypatch.setattr(end, "_at_once", 2)
     ends = [end.open(number) for end in pair for number in (1, 2)]
     with pytest.raises(ProtocolError, match="2 channels are open already"):
         pair[0].open(3)

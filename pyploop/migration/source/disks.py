@@ -120,13 +120,14 @@ class Disks:
     def _stream(self, index: int) -> tuple[dict[str, Any], tuple[int, int]]:
         """How a disk goes: arguments of its request, and descriptors for its stream and the
         answers."""
-        remote = self._wanted[0]
+        remote, _, _, report, _ = self._wanted
         if remote.lanes is not None:
             found = remote.lanes.take(connection.CONNECT)
             if found is not None:
                 number, lane = found
                 os.set_blocking(lane.wfd, False)
                 self._further[index] = Lanes()
+                report.info(f"Disk {index} goes over lane {number} to {remote.host}")
                 return {"index": index, "channel": 0, "lane": number}, (lane.wfd, lane.rfd)
         number, fd = remote.open_channel()
         self._stack.callback(os.close, fd)
