@@ -19,6 +19,7 @@ from pyploop.wire.messages import (
     Answers,
     Check,
     clipped,
+    complete,
     exactly,
     flag,
     known,
@@ -34,7 +35,7 @@ FOREVER = 2.0**53
 """Seconds: the largest of a time that the user chooses."""
 _MOST_STOPS = 64
 _LONG = messages.number(0.0, FOREVER)
-_STOP = exactly({"kind": text, "argument": text, "undo": or_none(text), "name": text})
+_STOP = complete({"kind": text, "argument": text, "undo": or_none(text), "name": text})
 
 SOURCE_OPTIONS: dict[str, Check] = {
     "tracker": one_of("auto", "bpf", "ploop", "dm", "scan"),
@@ -73,7 +74,7 @@ TARGET_OPTIONS: dict[str, Check] = {
 LANES = 4096
 """Lanes of a copy, in its whole time.  Number 0 is the stream with its answers, until it
 fails."""
-_END = exactly({"lane": whole(0, LANES - 1), "received": SIZE})
+_END = complete({"lane": whole(0, LANES - 1), "received": SIZE})
 _ENDS = list_of(_END, 64)
 
 MOST_NODES = 32

@@ -126,6 +126,18 @@ def exactly(checks: dict[str, Check]) -> Check:
     return check
 
 
+def complete(checks: dict[str, Check]) -> Check:
+    """The same, and none may be missing."""
+
+    def check(value: Any) -> dict[str, Any]:
+        checked: dict[str, Any] = exactly(checks)(value)
+        if missing := checks.keys() - checked.keys():
+            raise ValueError(f"{sorted(missing)[0]!r} is missing")
+        return checked
+
+    return check
+
+
 def one_of(*words: str) -> Check:
     def check(value: Any) -> str:
         if value not in words:
