@@ -178,6 +178,7 @@ static int proof_frame(struct pl_recv *r, struct pl_recv_msg *msg)
 {
 	struct iovec iov = { r->proof_data, r->head.size };
 	ssize_t n = pl_recv_read(r, &iov, 1, r->head.size);
+	int err;
 
 	if (n < 0)
 		return (int)n;
@@ -185,7 +186,11 @@ static int proof_frame(struct pl_recv *r, struct pl_recv_msg *msg)
 	r->proof_len = r->head.size;
 	r->claimed = !r->head.pos;
 	msg->pos = r->head.pos;
-	return r->claimed ? 0 : PL_RECV_QUESTION;
+	if (r->claimed)
+		return 0;
+	/* What the caller answers is of what is written; and it may read the file. */
+	err = pl_recv_drain(r);
+	return err ? err : PL_RECV_QUESTION;
 }
 
 /* The connection has failed, and another one may come. */

@@ -951,9 +951,166 @@ static void a_cancel_ends_a_pass(void)
 	copy_close(&c, false);
 }
 
+/* ---- streams that begin well, and then have any faults */
+
+#define ROOM (1ull << 20)	/* of the target: `largest` */
+#define AHEAD (48 * KiB)	/* a pipe takes so much without a reader */
+
+/* What each byte of the image is.  Not 0: that is a hole. */
+static uint8_t byte_at(uint64_t pos)
+{
+	return (uint8_t)(1 + (pos * 2654435761u >> 16) % 255);
+}
+
+static void some_data(struct stream *s)
+{
+	static uint8_t data[9000];
+	uint32_t len = 5 + (uint32_t)rnd(rnd(3) ? 300 : sizeof(data) - 5);
+	uint64_t pos = rnd(ROOM - len);
+	struct header h = { PL_PROOF_MARK, 8, 1 };
+
+	for (uint32_t i = 0; i < len; i++)
+		data[i] = byte_at(pos + i);
+	if (rnd(4) == 0 && len > PL_BLOCK) {
+		pos -= pos % PL_BLOCK;
+		memset(data, 0, PL_BLOCK);
+		len = PL_BLOCK;
+	}
+	frame(s, pos, data, len);
+	if (rnd(60) == 0) {	/* a question, at any time */
+		add(s, &h, sizeof(h));
+		add(s, data, 8);
+	}
+}
+
+/* True: a byte of it is another one. */
+static bool spoil(struct stream *s, uint64_t of)
+{
+	if (rnd(of) || !s->len)
+		return false;
+	for (uint64_t i = 1 + rnd(3); i; i--)
+		s->data[rnd(s->len)] ^= (uint8_t)(1u << rnd(8));
+	if (rnd(4) == 0)
+		s->len = rnd(s->len) + 1;
+	return true;
+}
+
+static void main_stream(struct stream *s, uint32_t sequence, const uint16_t *names)
+{
+	struct header claim = { PL_PROOF_MARK, 48, 0 };
+	uint8_t body[48] = { 0 };
+
+	for (uint32_t i = 1; i <= sequence && s->len < AHEAD - 20000; i++) {
+		for (uint64_t n = rnd(3); n; n--)
+			some_data(s);
+		barrier(s, rnd(12) ? i : (uint32_t)rnd(9), names, (uint32_t)rnd(4), rnd(2));
+		if (rnd(2))
+			frame(s, 0, "sync", 4);
+	}
+	add(s, &claim, sizeof(claim));
+	add(s, body, sizeof(body));
+	frame(s, 0, NULL, 0);
+}
+
+static void lane_stream(struct stream *s, uint32_t sequence, uint16_t number)
+{
+	own_barrier(s, 0, number);
+	for (uint32_t i = 1; i <= sequence && s->len < AHEAD - 20000; i++) {
+		for (uint64_t n = rnd(3); n; n--)
+			some_data(s);
+		own_barrier(s, rnd(12) ? i : (uint32_t)rnd(9), number);
+	}
+}
+
+/* It ends, whatever comes; nothing is written past what the target may have; and if no
+   byte was spoilt, what is written is what was sent. */
+static void any_faults(uint64_t number)
+{
+	enum { LANES = 3, MOST_RUNS = 200 };
+	static const uint16_t names[] = { 0, 7, 8, 9 };
+	struct pl_recv_cfg cfg = {
+		.slots = 3, .slot_size = 16 * KiB, .max_frame = 1 << 20, .sparse = 1,
+		.window = 64 * KiB, .reply_fd = -1, .lane_stall_ms = 30, .largest = ROOM,
+	};
+	uint64_t features = PL_FEATURE_LANES | PL_FEATURE_COMPRESSED | PL_FEATURE_PROOF |
+			    (rnd(2) ? PL_FEATURE_RESUME : 0);
+	int fds[LANES + 1][2], out = temp_file(NULL, 0);
+	struct pl_lane_end lost[PL_BARRIER_NAMES];
+	uint32_t rounds = (uint32_t)rnd(6);
+	struct pl_proof proof;
+	struct pl_fault fault;
+	struct pl_recv_msg msg;
+	bool spoilt = false;
+	struct pl_recv *r;
+	uint8_t *got;
+	off_t size;
+	int ret = 0;
+
+	for (unsigned i = 0; i <= LANES; i++)
+		OK(pipe2(fds[i], O_CLOEXEC) == 0);
+	cfg.in_fd = fds[0][0];
+	cfg.out_fd = out;
+	EQ(pl_proof_init(&proof, ROOM), 0);
+	EQ(pl_recv_new(&r, &cfg), 0);
+	agree(r, fds[0][1], features, &proof);
+	for (unsigned i = 0; i <= LANES; i++) {
+		struct stream s = { 0 };
+
+		if (i)
+			lane_stream(&s, rounds, names[i]);
+		else
+			main_stream(&s, rounds, names);
+		spoilt |= number % 4 && spoil(&s, 2);
+		say(fds[i][1], &s);
+		free(s.data);
+		if (rnd(8))	/* else it stays open, and says no more */
+			close(fds[i][1]);
+		else
+			fds[i][1] = -1 - fds[i][1];
+	}
+	if (fds[0][1] < 0)
+		close(-1 - fds[0][1]);
+	for (unsigned i = 1; i <= LANES; i++)
+		if (rnd(5))
+			(void)!pl_recv_add_lane(r, fds[i][0], names[i]);
+	for (unsigned i = 0; i < MOST_RUNS && ret >= 0 && ret != PL_RECV_BROKEN; i++) {
+		uint32_t len;
+
+		ret = pl_recv_run(r, &msg, &fault);
+		if (ret == PL_RECV_LOST || ret == PL_RECV_BROKEN)
+			OK(pl_recv_lost(r, lost) <= PL_BARRIER_NAMES);
+		else if (ret == PL_RECV_SYNC)
+			pl_recv_synced(r);
+		else if (ret == PL_RECV_QUESTION)
+			OK(pl_recv_proof_data(r, &len) && len);
+		else if (ret == PL_RECV_END && rnd(2))
+			pl_recv_reopen(r);
+		else if (ret == PL_RECV_END)
+			break;
+	}
+	pl_recv_end_lanes(r);
+	pl_recv_free(r);
+	size = lseek(out, 0, SEEK_END);
+	OK(size >= 0 && size <= (off_t)ROOM);
+	got = must_alloc((size_t)size);
+	OK(pread(out, got, (size_t)size, 0) == size);
+	for (uint64_t i = 0; !spoilt && i < (uint64_t)size; i++)
+		OK(!got[i] || got[i] == byte_at(i));
+	free(got);
+	pl_proof_fini(&proof);
+	for (unsigned i = 0; i <= LANES; i++) {
+		close(fds[i][0]);
+		if (i && fds[i][1] < 0)
+			close(-1 - fds[i][1]);
+	}
+	close(out);
+}
+
 int main(void)
 {
 	signal(SIGPIPE, SIG_IGN);
+	for (uint64_t i = 0; i < 200; i++)
+		any_faults(i);
 	log_of_a_lane();
 	barriers_need_the_feature();
 	what_a_lane_may_not_say();
