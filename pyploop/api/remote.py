@@ -34,6 +34,7 @@ from pyploop.errors import (
     PyploopError,
 )
 from pyploop.report.events import Reporter
+from pyploop.system import descriptors
 from pyploop.transport.place import Here, Place, place
 
 if TYPE_CHECKING:
@@ -147,7 +148,8 @@ def _push(source: str, to: Place, options: CopyOptions, report: Reporter, done: 
             )
             copying.target_host, copying.target_path = to.host, to.path
             copying.lanes = lanes = Lanes()
-            more = MoreLanes(there, lanes, report, sending=True)
+            size = descriptors.length(source)
+            more = MoreLanes(there, lanes, report, sending=True, size=size)
             bridge = Bridge(there, lane, more, report, retry)
             copying.relink = bridge if retry else None
             state = ["the source runs", f"a target is on {to.host} only if it is complete"]
@@ -185,11 +187,12 @@ def _pull(from_: Place, target: str, options: CopyOptions, report: Reporter, don
         there.keeping_partial("source")
         retry = _retry(there, options)
         lane = stack.enter_context(there.lane())
-        there.ask("source", path=from_.path, options=there.options_for("source"))
+        asked = there.ask("source", path=from_.path, options=there.options_for("source"))
         state = ["no target was made", f"{from_.host} lets the source run again by itself"]
         stack.enter_context(_lost(state))
         lanes = Lanes()
-        more = MoreLanes(there, lanes, report, sending=False)
+        size = asked.get("size", 0)
+        more = MoreLanes(there, lanes, report, sending=False, size=size)
         bridge = stack.enter_context(contextlib.closing(Bridge(there, lane, more, report, retry)))
         stack.enter_context(more)
         far = stack.enter_context(there.watched(lane, bridge.cut, retry))

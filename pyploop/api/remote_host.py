@@ -42,6 +42,8 @@ UNDOING = 130.0
 JOINING = 1.0
 """Seconds that one request to wait for the copy's end takes at most: between two of them the
 other host may be asked something else, and its events count anew."""
+SOONER = 0.2
+"""Part of the time since the copy began that it takes at most: at first lanes are opened."""
 FIRST_PAUSE, LONGEST_PAUSE = 0.25, 5.0
 """Seconds between two attempts to connect again: each pause is twice the one before."""
 LAST = 10.0
@@ -129,12 +131,17 @@ class RemoteHost:
     """The other host; a context manager that connects to it, and ends the connection."""
 
     client_kind = CopyClient
+    has_lanes = True
+    """Data go over connections of their own."""
 
     def __init__(self, host: str, options: CopyOptions, report: Reporter) -> None:
         self.host, self._options, self._report = host, options, report
         self.lanes = 0
         """Lanes that were asked for; the number of the next one."""
         self._choice: ssh_cipher.Choice | None = None
+        self._early: Lane | None = None
+        """Of number 0: it connects already, and waits for its token."""
+        self._round_trip = math.inf
         self._token = ""
         """With it the agent takes another connection, when this one has failed."""
         self._reviving = threading.Lock()
@@ -146,13 +153,16 @@ class RemoteHost:
             self._program = program = shlex.split(o.remote_pyploop)
         except ValueError as e:
             raise ParameterError(f"{o.remote_pyploop!r} is not a command: {e}") from e
-        self.client = self.client_kind(
-            self.host, SSH, o.ssh_options, [*program, "copy-agent"], self._on_event
-        )
         with contextlib.ExitStack() as undo:
+            undo.callback(self._close_early)
+            if self.has_lanes:
+                self._connect_early()
+            self.client = self.client_kind(
+                self.host, SSH, o.ssh_options, [*program, "copy-agent"], self._on_event
+            )
             undo.callback(self.client.close)
             try:
-                answer = self.client.call("check", ASKING)
+                answer = self._quick("check")
             except ConnectError:
                 raise
             except PyploopError as e:
@@ -216,17 +226,22 @@ class RemoteHost:
             found[name] = value
         return found
 
-    def round_trip(self) -> float:
-        """Seconds that a short request takes."""
+    def _quick(self, op: str, gone: Callable[[], bool] = bool, **args: Any) -> dict[str, Any]:
+        """A request that is answered at once."""
         begin = time.monotonic()
-        self.ask("check")
-        return time.monotonic() - begin
+        answer = self.client.call(op, ASKING, gone, **args)
+        self._round_trip = min(self._round_trip, time.monotonic() - begin)
+        return answer
+
+    def round_trip(self) -> float:
+        """Seconds that a short request takes, at least."""
+        return self._round_trip
 
     def stay(self, retry: float) -> bool:
         """Before the copy: let the agent outlive its connection.  retry: seconds for which
         `revive` is tried.  False: it is too old for that."""
         try:
-            self._token = self.ask("stay", retry=retry)["token"]
+            self._token = self._quick("stay", retry=retry)["token"]
         except ProtocolError:
             self._report.info(
                 f"pyploop {self.peer.version} on {self.host} cannot go on after a lost connection"
@@ -247,15 +262,41 @@ class RemoteHost:
                 ) from e
             self.client.reconnect(lane.detach())
 
-    def _open_lane(self, token: str) -> Lane:
-        choice = self._chosen()
-        options = (*self._options.ssh_options, *choice.options)
-        return Lane(self.host, SSH, options, [*self._program, "copy-lane"], token)
+    def _connect_early(self) -> None:
+        """The connection for the data comes about beside the one to the agent.  Which cipher
+        it is asked for supposes that the other CPU has AES, as nearly all have."""
+        self._choice = self._cipher(_has_aes())
+        with contextlib.suppress(ConnectError):  # the agent's connection says it
+            self._early = self._new_lane()
+
+    def _close_early(self) -> None:
+        early, self._early = self._early, None
+        if early is not None:
+            early.cut()
+            early.close()
+
+    def _new_lane(self) -> Lane:
+        options = (*self._options.ssh_options, *self._chosen().options)
+        return Lane(self.host, SSH, options, [*self._program, "copy-lane"])
+
+    def _open_lane(self, token: str, gone: Callable[[], bool] = bool) -> Lane:
+        return self._new_lane().join(token, gone)
+
+    def _first_lane(self, token: str) -> Lane:
+        early = self._early
+        if early is not None and self.peer.aes >= _has_aes():
+            self._early = None  # it closes itself
+            with contextlib.suppress(ConnectError):  # the agent was asked for long
+                return early.join(token)
+        self._close_early()
+        self._choice = self._cipher(self.peer.aes and _has_aes())
+        return self._open_lane(token)
+
+    def _cipher(self, aes: bool) -> ssh_cipher.Choice:
+        return ssh_cipher.choose(SSH, self._options.ssh_options, self.host, aes)
 
     def _chosen(self) -> ssh_cipher.Choice:
-        if self._choice is None:
-            aes = self.peer.aes and "aes" in cpu.flags()
-            self._choice = ssh_cipher.choose(SSH, self._options.ssh_options, self.host, aes)
+        assert self._choice is not None, "nothing is opened before the connection to the agent"
         return self._choice
 
     def next_lane(self, request: str, gone: Callable[[], bool] = bool) -> tuple[int, Lane]:
@@ -264,11 +305,26 @@ class RemoteHost:
         token = self.client.call(request, ASKING, gone, number=number)["token"]
         return number, self._open_lane(token)
 
-    def lane(self, gone: Callable[[], bool] = bool) -> Lane:
-        """Open one more lane.  CancelledError: `gone` says that it is not needed any more."""
-        number, lane = self.next_lane("lane", gone)
-        if number:
-            return lane
+    def tokens(self, count: int, gone: Callable[[], bool] = bool) -> list[tuple[int, str]]:
+        """Numbers and tokens of so many lanes more, or of as many as there may be.
+        CancelledError: `gone` says that they are not needed any more."""
+        first = self.lanes
+        count = min(count, copy_messages.LANES - first)
+        if count <= 0:
+            return []
+        self.lanes += count
+        tokens = self._quick("lanes", gone, number=first, count=count)["tokens"]
+        return list(zip(range(first, first + count), tokens, strict=False))
+
+    def further_lane(self, token: str, gone: Callable[[], bool]) -> Lane:
+        """Open one of them.  ConnectError; also if `gone` says that it is not needed any
+        more."""
+        return self._open_lane(token, gone)
+
+    def lane(self) -> Lane:
+        """Open the first lane."""
+        self.lanes = 1
+        lane = self._first_lane(self._quick("lane", number=0)["token"])
         choice = self._chosen()
         asked = ssh_cipher.PREFERRED if choice.preferred else ""
         self._report.event("connection", cipher=lane.cipher, asked=asked, why=choice.why)
@@ -344,6 +400,7 @@ class FarEnd:
         self.committed = False
         """A receiver here has completed its target."""
         self._cancelled = False
+        self._begin = time.monotonic()
         self.job: Job[dict[str, Any]] = Job(self._wait)
 
     def _wait(self) -> dict[str, Any]:
@@ -363,8 +420,9 @@ class FarEnd:
 
     def _joined(self) -> dict[str, Any]:
         """Wait for a while.  When the connection is lost, for another one, too."""
+        timeout = min(JOINING, SOONER * (time.monotonic() - self._begin))
         try:
-            return self._client.call("join", math.inf, lambda: self._stopped, timeout=JOINING)
+            return self._client.call("join", math.inf, lambda: self._stopped, timeout=timeout)
         except PyploopError:
             if not self._retry or self._stopped or self._client.alive():
                 raise
@@ -438,6 +496,10 @@ def rest(seconds: float, gone: Callable[[], bool]) -> None:
     until = time.monotonic() + seconds
     while not gone() and (left := until - time.monotonic()) > 0:
         time.sleep(min(left, TICK))
+
+
+def _has_aes() -> bool:
+    return "aes" in cpu.flags()
 
 
 def _plain(value: Any) -> Any:

@@ -33,6 +33,7 @@ class _Client(CopyClient):
 
 class _Host(RemoteHost):
     client_kind = _Client
+    has_lanes = False
 
 
 class There:

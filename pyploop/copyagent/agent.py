@@ -26,7 +26,7 @@ from pyploop.diskcopy.target_device import DeviceSink
 from pyploop.diskcopy.target_file import Sink
 from pyploop.errors import ExitCode, ProtocolError, PyploopError, ReadError
 from pyploop.freeze.stoppers import Spec
-from pyploop.system import cpu
+from pyploop.system import cpu, descriptors
 from pyploop.system.jobs import Job
 from pyploop.transport import greeting
 from pyploop.transport.lane_handover import HANDING_OVER, Awaited, Door, Lane, LaneError
@@ -86,6 +86,7 @@ class CopyAgent(Server):
             "check": self._check,
             "target": self._open_target,
             "lane": self._lane,
+            "lanes": self._several,
             "receive": self._receive,
             "source": self._source,
             "join": self._join,
@@ -236,6 +237,12 @@ class CopyAgent(Server):
         job.start()
         return {"token": lane.token}
 
+    def _several(self, number: int, count: int) -> dict[str, Any]:
+        """As many lanes, from that number on."""
+        if number + count > copy_messages.LANES:
+            raise ProtocolError(f"agent protocol: there is no lane {number + count - 1}")
+        return {"tokens": [self._lane(n)["token"] for n in range(number, number + count)]}
+
     def _further(self, coming: Awaited, number: int) -> Lane:
         """A lane beside the first one takes part as soon as it is there."""
         lane = coming.take()
@@ -316,7 +323,7 @@ class CopyAgent(Server):
         lane = self._first_lane()
         made = CopyOptions(stops=stops, **options)
         self._job = Job(lambda: self._sent(path, made, lane)).start()
-        return {}
+        return {"size": descriptors.length(path)}
 
     def _sent(self, path: str, options: CopyOptions, first: Job[Lane]) -> dict[str, Any]:
         with first.join() as lane, contextlib.ExitStack() as further:

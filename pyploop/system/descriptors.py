@@ -195,3 +195,18 @@ def write_all(fd: int, data: bytes, what: str, timeout: float = ANSWER_TIMEOUT) 
     except OSError as e:
         error = WriteError.of(what, e)
         raise (error.follows() if e.errno == errno.EPIPE else error) from e
+
+
+def length(path: str) -> int:
+    """Bytes of a file or a block device; 0: it is neither, or cannot be opened."""
+    try:
+        mode = os.stat(path).st_mode
+        if not (stat.S_ISREG(mode) or stat.S_ISBLK(mode)):
+            return 0  # to open anything else may do something
+        fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        try:
+            return os.lseek(fd, 0, os.SEEK_END)
+        finally:
+            os.close(fd)
+    except OSError:
+        return 0

@@ -5,7 +5,7 @@ copy's own bytes, in both directions."""
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from pyploop.errors import ConnectError
 from pyploop.transport import deadlines
@@ -23,21 +23,30 @@ class Lane:
     ends the connection."""
 
     def __init__(
-        self, host: str, ssh: Sequence[str], options: Sequence[str], lane: Sequence[str], token: str
+        self, host: str, ssh: Sequence[str], options: Sequence[str], lane: Sequence[str]
     ) -> None:
-        """lane: the command on the host, as words.  token: the agent's.  Else as Ssh.
-        ConnectError: it does not come about."""
+        """lane: the command on the host, as words.  Else as Ssh.  It connects by itself from
+        now on; `join` makes it a lane."""
         self.host = host
         try:
             self._ssh = Ssh(host, ssh, options, lane)
         except OSError as e:
             raise ConnectError.of(f"cannot run {ssh[0]} on this host", e, path=ssh[0]) from e
         self.rfd, self.wfd = self._ssh.rfd, self._ssh.wfd
+        self.cipher = ""
+        """Of ssh, once it has joined; empty: it did not say."""
+
+    def join(self, token: str, gone: Callable[[], bool] = bool) -> Lane:
+        """Wait until the agent has it; returns itself.  token: the agent's.  ConnectError: it
+        does not come about, or `gone` says that it is not needed any more.  It is closed
+        then."""
         try:
             # The token is in no command line, where others would see it.
             os.write(self.wfd, wire.lane_hello(token))
-            self._ssh.wait_for(wire.lane_is_ready, "copy-lane", piece=1)
+            self._ssh.wait_for(wire.lane_is_ready, "copy-lane", piece=1, gone=gone)
         except (NoHelloError, OSError) as e:
+            if gone():
+                self.cut()
             kind = (
                 NobodyWaitsError if self._ssh.status() == ConnectError.exit_code else ConnectError
             )
@@ -45,14 +54,14 @@ class Lane:
             self.close()
             why = e.strerror if isinstance(e, OSError) else e
             raise kind(
-                f"the connection to {host} for the data does not come about: {why}"
+                f"the connection to {self.host} for the data does not come about: {why}"
                 + (f" ({printed})" if printed else "")
             ) from e
         except BaseException:
             self.close()
             raise
         self.cipher = chosen(self._ssh.raw_output)
-        """Of ssh; empty: it did not say."""
+        return self
 
     def printed(self) -> str:
         """What ssh and the other host printed on stderr."""

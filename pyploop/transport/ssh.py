@@ -81,11 +81,16 @@ class Ssh:
             descriptors.enlarge_pipe(fd)
 
     def wait_for(
-        self, find: Callable[[bytes], T | None], what: str, piece: int = 4096
+        self,
+        find: Callable[[bytes], T | None],
+        what: str,
+        piece: int = 4096,
+        gone: Callable[[], bool] = bool,
     ) -> tuple[T, bytes]:
         """Read until `find` finds its line, whatever the login shell prints before it.
         Returns what it has found, and all that was read.  piece: bytes of a read; with 1
-        nothing is read beyond that line.  what: that which answers.  NoHelloError."""
+        nothing is read beyond that line.  what: that which answers.  NoHelloError; or `gone`
+        says that it is not needed any more."""
         deadline = time.monotonic() + deadlines.CONNECT
         data = b""
         while (found := find(data)) is None:
@@ -94,6 +99,8 @@ class Ssh:
                     f"the login shell there prints more than {wire.HELLO_LIMIT >> 10} KiB"
                 )
             left = deadline - time.monotonic()
+            if gone():
+                raise NoHelloError("it is not needed any more")
             if left <= 0:
                 raise NoHelloError(f"no answer within {deadlines.CONNECT:g} s")
             if not descriptors.readable(self.rfd, min(left, descriptors.POLL_SLICE)):

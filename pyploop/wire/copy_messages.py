@@ -76,6 +76,8 @@ LANES = 4096
 fails."""
 _END = complete({"lane": whole(0, LANES - 1), "received": SIZE})
 _ENDS = list_of(_END, 64)
+LANES_AT_ONCE = 16
+"""Lanes that one request asks for, at most."""
 
 MOST_NODES = 32
 """Nodes of a proof whose children are asked for at a time: 128 KiB of hashes."""
@@ -86,6 +88,7 @@ _REQUESTS: dict[str, dict[str, Check]] = {
     "check": {},
     "target": {"path": text, "options": exactly(TARGET_OPTIONS)},
     "lane": {"number": whole(0, LANES - 1)},
+    "lanes": {"number": whole(1, LANES - 1), "count": whole(1, LANES_AT_ONCE)},
     "receive": {},
     "source": {"path": text, "options": exactly(SOURCE_OPTIONS)},
     "join": {"timeout": TIME},
@@ -131,6 +134,8 @@ _ANSWERS: Answers = {
         ("version", "aes", "source_options", "target_options"),
     ),
     "lane": ({"token": token}, ("token",)),
+    "lanes": ({"tokens": list_of(token, LANES_AT_ONCE)}, ("tokens",)),
+    "source": ({"size": SIZE}, ()),
     "join": ({"done": flag, "result": known({}), "waits": flag}, ("done",)),
     "stay": ({"token": token}, ("token",)),
     "broken": (

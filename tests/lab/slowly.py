@@ -58,11 +58,11 @@ LONGER = {
 
 AS_IT_IS = {
     # Pauses: how often one looks, or does it again.
-    "api.more_lanes": "BRIEF LOOK",
-    "api.remote_host": "JOINING",
+    "api.more_lanes": "BRIEF LOOK SOON",
+    "api.remote_host": "JOINING SOONER",
     "cli.main": "RAISED_AGAIN",
     "diskcopy.freeze_policy": "BURST PAUSE SMOOTH",
-    "diskcopy.lane_policy": "AGAIN FALLEN FULL GROWS SAMPLE",
+    "diskcopy.lane_policy": "AGAIN FALLEN FILLED FULL GROWS IDLE LINE SAMPLE SHORT SOONEST",
     "diskcopy.precopy": "RETRY",
     "freeze.cgroup_freezer": "LONGEST_POLL",
     "migration.commit_record": "POLL",

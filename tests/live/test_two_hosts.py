@@ -10,8 +10,9 @@ import os
 import re
 import signal
 import subprocess
+import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -50,13 +51,13 @@ class Ended:
 class Running:
     """A copy that a person started on a host."""
 
-    def __init__(self, host: Host, *words: str) -> None:
+    def __init__(self, host: Host, *words: str, program: Sequence[str] = ("pyploop",)) -> None:
         self.host, self.log = host, host.folder / "copy.ndjson"
         self.log.unlink(missing_ok=True)
         self.out = host.folder / "copy.out"
         with self.out.open("w") as out:
             self.process = subprocess.Popen(
-                host.command("pyploop", "-v4", "copy", *words, "--json", self.log),
+                host.command(*program, "-v4", "copy", *words, "--json", self.log),
                 stdin=subprocess.DEVNULL,
                 stdout=out,
                 stderr=out,
@@ -352,7 +353,15 @@ def test_a_further_lane_that_is_killed_costs_only_itself_and_is_replaced(
     )
     target = scene.lab.b.folder / "srv/vdb.img"
     check = comparison(scene.image, target, SIZE)
-    copy = Running(here, *places, "--bwlimit", "3M", "--before-thaw", check)
+    # Else none would be opened while other tests keep the CPUs busy.
+    program = (
+        "from pyploop.diskcopy import lane_policy; lane_policy.IDLE = 0.0; "
+        "from pyploop.cli.main import main; main()"
+    )
+    copy = Running(
+        here, *places, "--bwlimit", "3M", "--before-thaw", check,
+        program=(sys.executable, "-c", program),
+    )  # fmt: skip
     try:
         first = f"Lane 1 to {there.name} takes part"
         wait_until(lambda: first in copy.out.read_text(), "a second lane", SECONDS)

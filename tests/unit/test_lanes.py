@@ -20,7 +20,7 @@ from pyploop import _core
 from pyploop._core import PumpLane
 from pyploop.diskcopy import lanes as lanes_module
 from pyploop.diskcopy.d1_target import StreamOutput
-from pyploop.diskcopy.lane_policy import AGAIN, MOST, WINDOW, LanePolicy
+from pyploop.diskcopy.lane_policy import AGAIN, MOST, SOONEST, WINDOW, LanePolicy
 from pyploop.diskcopy.lanes import Lanes
 from pyploop.diskcopy.options import Options, Summary
 from pyploop.diskcopy.receiver import Received, receive
@@ -69,6 +69,36 @@ def lanes_after(
         now += 0.25
         sent += 0.25 * line.goodput(lanes)
     return lanes, opened
+
+
+@pytest.mark.parametrize(
+    ("round_trip", "size", "lanes"),
+    [
+        (0.0005, 0, 0),
+        (0.01, 0, 0),
+        (0.02, 0, 1),
+        (0.05, 0, 3),
+        (0.1, 0, 7),
+        (0.4, 0, 7),
+        (0.1, 32 << 20, 0),
+        (0.1, 64 << 20, 7),
+    ],
+)
+def test_a_long_line_begins_with_as_many_lanes_as_fill_a_gigabit(
+    round_trip: float, size: int, lanes: int
+) -> None:
+    assert LanePolicy(round_trip).first(size) == lanes
+
+
+def test_no_lane_is_tried_while_the_cpus_are_busy_or_the_copy_is_young() -> None:
+    policy = LanePolicy(0.001)
+    opened = [
+        at for at in range(20) if policy.sample(float(at), at * 10**8, 1, 0.1 if at < 10 else 0.5)
+    ]
+    assert opened[0] == 10
+    policy = LanePolicy(0.001)
+    opened = [at for at in range(20) if policy.sample(float(at), at * 10**8, 1)]
+    assert opened[0] == 1 + SOONEST, "the first byte came at 1"
 
 
 def test_a_long_line_gets_all_lanes_within_seconds() -> None:

@@ -43,7 +43,7 @@ from pyploop.errors import (
 )
 from pyploop.freeze import FileSystems
 from pyploop.report.events import JsonRenderer, Reporter, TextRenderer
-from pyploop.system import descriptors, kernel, mount_table
+from pyploop.system import cpu, descriptors, kernel, mount_table
 from pyploop.system.mount_table import Mount
 from pyploop.system.sysblock import BlockDevice
 from pyploop.system.worker import run_cancellable, wait_for
@@ -580,3 +580,23 @@ def test_a_line_of_the_log_is_written_at_once_so_that_threads_do_not_mix_theirs(
     one = TextRenderer(9, out, out) if renderer == "text" else JsonRenderer(out)
     one.error(1.0, "what went wrong", None)
     assert len(seen) == 1 and seen[0].endswith("\n")
+
+
+def test_the_idle_share_is_that_of_a_second_or_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    ticks = [(0, 0)]
+    monkeypatch.setattr(cpu, "_ticks", lambda: ticks[0])
+    monkeypatch.setattr(os, "cpu_count", lambda: 2)
+    second = 2 * os.sysconf("SC_CLK_TCK")
+    share = cpu.IdleShare()
+    assert share.recent() == 1.0, "not known yet"
+    ticks[0] = (second // 4, second // 2)
+    assert share.recent() == 1.0
+    ticks[0] = (second // 4, second)
+    assert share.recent() == 0.25
+    ticks[0] = (second // 4 + 10, second + 10)
+    assert share.recent() == 0.25, "until there is another second"
+
+
+def test_the_ticks_of_this_machine_grow() -> None:
+    idle, total = cpu._ticks()
+    assert 0 < idle < total

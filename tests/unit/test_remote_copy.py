@@ -436,6 +436,26 @@ def test_a_lane_that_does_not_come_about_ends_the_copy(
     assert not (host / "there").exists()
 
 
+@pytest.mark.parametrize("aes", [True, False])
+def test_a_first_lane_that_connects_too_early_is_made_again(
+    host: Path, image: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, aes: bool
+) -> None:
+    """Its connection ends before its token comes; or it may have the wrong cipher."""
+    begun = tmp_path / "begun"
+    found = json.dumps(["aes"] if aes else [])
+    patch = f"from pyploop.system import cpu; cpu.flags = lambda: {found}"
+    monkeypatch.setattr("pyploop.system.cpu.flags", lambda: ["aes"])
+    program = script(
+        tmp_path,
+        f'[ "$1" != copy-lane ] || [ -e {begun} ] || {{ touch {begun}; exit 3; }}\n'
+        f"exec {sys.executable} -c '{patch}; from pyploop.cli.main import main; main()' \"$@\"",
+    )
+    options = pyploop.CopyOptions(remote_pyploop=program)
+    pyploop.copy(str(image), "b:there", options=options)
+    assert begun.exists()
+    assert (host / "there").read_bytes() == image.read_bytes()
+
+
 # ---- lanes and tokens
 
 
@@ -647,6 +667,9 @@ def asking() -> Iterator[Callable[..., Asking]]:
         ("broken", {"timeout": 1, "ends": [{"lane": 1}], "committed": False}, "ends"),
         ("again", {"number": 1}, "lane 1 is not the next one"),
         ("resume", {"number": 0}, "must come after `again`"),
+        ("lanes", {"number": 1, "count": 2}, "lane 1 is not the next one"),
+        ("lanes", {"number": 4090, "count": 10}, "there is no lane 4099"),
+        ("lanes", {"number": 1, "count": 0}, "count: 0"),
     ],
 )
 def test_a_request_that_makes_no_sense_is_refused_and_the_agent_goes_on(
@@ -656,6 +679,15 @@ def test_a_request_that_makes_no_sense_is_refused_and_the_agent_goes_on(
     answer = end.ask(op, args)
     assert why in answer["error"]["message"], answer
     assert end.ask("check", {})["ok"]["version"] == pyploop.__version__
+
+
+def test_several_lanes_are_asked_for_at_once(asking: Callable[..., Asking]) -> None:
+    agent = asking()
+    first = agent.ask("lane", {"number": 0})["ok"]["token"]
+    tokens = agent.ask("lanes", {"number": 1, "count": 3})["ok"]["tokens"]
+    assert len({first, *tokens}) == 4
+    assert "lane 3 is not" in agent.ask("lane", {"number": 3})["error"]["message"]
+    assert agent.ask("lane", {"number": 4})["ok"]["token"] not in tokens
 
 
 def test_a_target_that_is_given_up_leaves_nothing(

@@ -96,7 +96,7 @@ class Remote(Client):
         PyploopError; CancelledError: `gone` says that it is not needed any more."""
         token = self.call("lane", deadlines.REQUEST, gone, number=number)["token"]
         ssh, agent = self._words
-        return Lane(self.host, ssh, self.options, agent, token)
+        return Lane(self.host, ssh, self.options, agent).join(token, gone)
 
     def _cut_lanes(self, cause: PyploopError) -> None:
         """The connection has ended, and what goes by lanes ends with it."""
