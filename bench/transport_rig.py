@@ -136,14 +136,14 @@ class Rig:
         self, host: Host, kind: str, words: Sequence[str], options: Sequence[str]
     ) -> Sample:
         summary = host.folder / "summary"
-        command = ["pyploop", "-v-1", "copy", *words, "--json", str(summary), *options]
-        sample = self._timed(host.command(*command), kind)
+        command = ["pyploop", "-v4", "copy", *words, "--json", str(summary), *options]
+        sample, done = self._timed(host.command(*command), kind)
         events = [json.loads(line) for line in summary.read_text().splitlines()]
         s = next(e for e in events if e["event"] == "summary")
         sample["first_pass"] = s["first_pass"]
         sample["first_mb_per_s"] = round(s["data_bytes"] / s["first_pass"] / 1e6, 2)
         sample["wire_share"] = round(s["wire_bytes"] / max(s["data_bytes"], 1), 4)
-        sample["streams"] = 1 + sum("takes part" in str(e.get("text")) for e in events)
+        sample["streams"] = 1 + done.count("takes part")
         if self.line.rate:
             # The whole command, and from the first byte to the last one before the rounds.
             sent = s["data_bytes"]
@@ -159,18 +159,18 @@ class Rig:
             f"pyploop -v-1 copy -s {device} -f 4 | "
             f"ssh peer-b pyploop -v-1 copy -d {self.target} -f 1 >{back}"
         )
-        return self._timed(self.a.command("bash", "-c", script), kind)
+        return self._timed(self.a.command("bash", "-c", script), kind)[0]
 
     def dd(self, kind: str) -> Sample:
         script = (
             f"set -o pipefail; dd if={self.devices[kind]} iflag=direct bs=1M status=none | "
             f"ssh peer-b dd of={self.target} bs=1M conv=fdatasync status=none"
         )
-        return self._timed(self.a.command("bash", "-c", script), kind)
+        return self._timed(self.a.command("bash", "-c", script), kind)[0]
 
     def rsync(self, kind: str) -> Sample:
         words = ["rsync", "-W", "-S", "--fsync", self.images[kind], f"peer-b:{self.target}"]
-        return self._timed(self.a.command(*words), kind)
+        return self._timed(self.a.command(*words), kind)[0]
 
     def nbdcopy(self, kind: str) -> Sample:
         """Over TLS, with a key that both know."""
@@ -191,11 +191,12 @@ class Rig:
         with _running(self.b.command(*words, "file", self.target)) as server:
             _listens(lambda: self.b.run("ss", "-Htln"), NBD_PORT, server)
             copy = ["nbdcopy", "--flush", self.devices[kind], uri]
-            return self._timed(self.a.command(*copy), kind)
+            return self._timed(self.a.command(*copy), kind)[0]
 
     # ---- around them
 
-    def _timed(self, command: Sequence[str], kind: str) -> Sample:
+    def _timed(self, command: Sequence[str], kind: str) -> tuple[Sample, str]:
+        """Also what it has printed."""
         before = _cpu(self.a) + _cpu(self.b)
         began = time.monotonic()
         done = subprocess.run(
@@ -205,11 +206,12 @@ class Rig:
         if done.returncode:
             raise RuntimeError(f"{command!r} ended with {done.returncode}: {done.stderr}")
         cpu = _cpu(self.a) + _cpu(self.b) - before
-        return {
+        sample = {
             "seconds": round(seconds, 4),
             "mb_per_s": round(self.sizes[kind] / seconds / 1e6, 2),
             "cpu_per_gib": round(cpu / (self.sizes[kind] / GIB), 4),
         }
+        return sample, done.stdout + done.stderr
 
     def case(self, name: str, kind: str, tool: Callable[[], Sample]) -> Sample:
         """One run of one tool into a new file, compared the first time."""
