@@ -46,10 +46,13 @@ def arguments() -> argparse.Namespace:
     add("--pyploop", type=shlex.split, default=[sys.executable, "-m", "pyploop.cli.main"])
     add("--other", type=shlex.split, default=[], help="another pyploop, for the mode `other`")
     add("--extra", type=shlex.split, default=[], help="options for our sender")
+    add("--other-extra", type=shlex.split, help="the same for that of `other` (as --extra)")
     add("--append", type=Path, metavar="FILE", help="one line of JSON per copy")
     add("--quick", action="store_true", help="a small disk, one repetition, no sleep in 1.11")
     add("-v", "--verbose", action="store_true")
     o = p.parse_args()
+    if o.other_extra is None:
+        o.other_extra = o.extra
     o.loads, o.modes = o.loads.split(","), o.modes.split(",")
     known_modes = (*MODES, OTHER) if o.other else MODES
     for given, known in ((o.loads, LOADS), (o.modes, known_modes)):
@@ -124,6 +127,7 @@ def main() -> int:
             o.pyploop,
             o.extra,
             o.other,
+            o.other_extra,
             c_sleep=not o.quick,
         )
         run = {"run": int(time.time()), "commit": commit(), "kernel": os.uname().release}

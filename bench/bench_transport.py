@@ -53,7 +53,7 @@ OURS, NEVER = "pyploop", "pyploop --compress never"
 LEAST = {"pyploop | ssh | pyploop": 1.3, "dd | ssh | dd": 1.8, "rsync -W -S": 2.0}
 OF_LINE = {FAR[0].name: 0.85, FAR[1].name: 0.90}
 OF_NEVER, OF_SLOW = 0.97, 1.8
-SIZES = {"lan": 1024, "far": 4096, "slow": 192, "forecast": 1024}
+SIZES = {"lan": 1024, "far": 4096, "slow": 384, "forecast": 1024}
 """MiB."""
 Cases = Mapping[str, tuple[str, Callable[[], Sample]]]
 """Name -> the kind of data, and what copies it."""

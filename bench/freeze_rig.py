@@ -71,6 +71,7 @@ class Rig:
     extra: Sequence[str] = ()
     """Options for our sender."""
     other: Sequence[str] = ()
+    other_extra: Sequence[str] = ()
     c_sleep: bool = True
     _stop: Path = field(init=False)
     _peer: Path = field(init=False)
@@ -110,9 +111,11 @@ class Rig:
 
     def _commands(self, mode: str, stop: str) -> tuple[list[str], list[str]]:
         if mode in PYPLOOPS:
-            program = self.pyploop if mode == OURS else self.other
+            program, extra = (
+                (self.pyploop, self.extra) if mode == OURS else (self.other, self.other_extra)
+            )
             send = [*program, "-v-1", "copy", "-s", self.device, "-F", stop]
-            send += ["--json", str(self._events), *self.extra]
+            send += ["--json", str(self._events), *extra]
             receive = [*program, "-v-1", "copy", "-d", str(self.target)]
             return send, [*receive, "--json", str(self._received)]
         receive = fakeploop.c_receiver_cmd(self.target, program=("ploop", "-v-1"))

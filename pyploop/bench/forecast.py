@@ -11,6 +11,8 @@ from pyploop.diskcopy.freeze_policy import Costs, Measured, Round, forecast
 
 WINDOW = 0.05
 """Seconds of writing that the last round before the freeze leaves, when rounds keep up."""
+ROUND_TRIPS = 9
+"""Requests and answers of a remote copy before its first byte, once ssh has connected."""
 FEWEST = 0.002
 """Seconds of that round, at least."""
 
@@ -26,7 +28,7 @@ class Copy:
     rate: float
     """Bytes per second of it."""
     seconds: float | None
-    """Of the whole copy; None: not known, or it never ends."""
+    """Of the whole copy, with its connections; None: not known, or it never ends."""
     freeze: float | None
     """Seconds; None: not known."""
     rest: int
@@ -39,9 +41,10 @@ def expected(
     *,
     dirty: float,
     costs: Costs,
+    setup: float = 0.0,
 ) -> Copy:
     """stages: those that each byte passes, at the same time.  dirty: bytes per second that
-    are written to the source."""
+    are written to the source.  setup: seconds until the first byte."""
     slowest = min((s for s in stages if s.values), key=lambda s: s.median, default=None)
     if slowest is None or slowest.median <= 0:
         return Copy(data, "", 0.0, None, None, 0)
@@ -50,7 +53,7 @@ def expected(
         return Copy(data, slowest.name, rate, None, None, 0)
     first = data / rate
     # Each round sends what was written during the one before: a geometric series.
-    seconds = first / (1 - dirty / rate)
+    seconds = setup + first / (1 - dirty / rate)
     last = max(WINDOW * dirty / rate, FEWEST)
     done = Measured(
         Round(data, first, first),

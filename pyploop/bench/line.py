@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shlex
 import subprocess
 import threading
 import time
@@ -17,7 +18,7 @@ from pyploop.errors import ConnectError, PyploopError
 from pyploop.system import descriptors
 from pyploop.units import MIB
 
-PIPE, ROUND_TRIP = "read into a pipe", "ssh round trip"
+PIPE, CONNECT, ROUND_TRIP = "read into a pipe", "ssh connects", "ssh round trip"
 LANES = (1, 2, 4, 8)
 """Connections at once that are tried."""
 GAIN = 1.1
@@ -94,6 +95,27 @@ class Lane:
         self._process.kill()
         _, printed = self._process.communicate()
         return printed.decode(errors="replace").strip().replace("\n", "; ")
+
+
+def connect(command: Sequence[str], pyploop: Sequence[str]) -> Stage:
+    """Seconds until pyploop there has started and ended, by an ssh of its own.  pyploop: its
+    command there, as words."""
+    values = []
+    try:
+        for _ in range(LEAST):
+            began = time.monotonic()
+            subprocess.run(
+                [*command, shlex.join([*pyploop, "--version"])],
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
+                timeout=START,
+                check=True,
+            )
+            values.append(time.monotonic() - began)
+    except (OSError, subprocess.SubprocessError) as e:
+        return Stage(CONNECT, "s", (), str(e))
+    return Stage(CONNECT, "s", tuple(values), "and pyploop there starts")
 
 
 def round_trip(command: Sequence[str]) -> Stage:

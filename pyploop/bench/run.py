@@ -116,7 +116,7 @@ class _Run:
         there, aes = host.measure(wanted.remote_pyploop, wanted.folder, wanted.seconds)
         self._add(*there)
         command = host.command(aes)
-        self._add(line.round_trip(command))
+        self._add(line.connect(command, wanted.remote_pyploop), line.round_trip(command))
         for stage in line.lanes(command, data, wanted.seconds):
             self._add(stage)
 
@@ -138,7 +138,11 @@ class _Run:
         )
         data = sum(end - start for start, end in opened.holes()[0])
         written = median.get(freezes.WRITTEN, 0.0)
-        return forecast.expected(data, passed, dirty=written, costs=costs)
+        setup = 0.0
+        if self._wanted.host:
+            asked = forecast.ROUND_TRIPS * median.get(line.ROUND_TRIP, 0.0)
+            setup = median.get(line.CONNECT, 0.0) + asked
+        return forecast.expected(data, passed, dirty=written, costs=costs, setup=setup)
 
     def _carried(self, by_name: dict[str, Stage]) -> Stage:
         """What the fastest number of connections carries; with compression, if that is more."""

@@ -39,7 +39,14 @@ def test_a_device_and_the_way_to_a_host_are_measured_and_nothing_stays(tmp_path:
         assert not is_frozen(point)
     found = json.loads(out)
     stages = {s["name"]: s for s in found["stages"]}
-    for name in (source.READ, source.COMPRESS, line.PIPE, line.ROUND_TRIP, freezes.WRITTEN):
+    for name in (
+        source.READ,
+        source.COMPRESS,
+        line.PIPE,
+        line.CONNECT,
+        line.ROUND_TRIP,
+        freezes.WRITTEN,
+    ):
         assert stages[name]["values"], stages[name]
     for name in (freezes.COLD, freezes.WARM):
         assert len(stages[name]["values"]) == LEAST
@@ -48,4 +55,5 @@ def test_a_device_and_the_way_to_a_host_are_measured_and_nothing_stays(tmp_path:
     copy = found["copy"]
     assert copy["limit"].removesuffix(", compressed") in stages
     assert copy["data"] >= 16 * MIB and copy["seconds"] > 0 and copy["freeze"] > 0
+    assert copy["seconds"] > min(stages[line.CONNECT]["values"])
     assert list(there.iterdir()) == []

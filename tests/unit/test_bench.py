@@ -41,6 +41,14 @@ def test_a_copy_is_as_fast_as_its_slowest_stage() -> None:
     assert (copy.limit, copy.rate, copy.seconds) == ("ssh", 1.0 * GIB, 10.0)
 
 
+def test_the_connections_of_a_copy_take_their_time_once() -> None:
+    stages = [rate("ssh", 100.0 * MIB)]
+    alone = forecast.expected(GIB, stages, dirty=50.0 * MIB, costs=Costs())
+    remote = forecast.expected(GIB, stages, dirty=50.0 * MIB, costs=Costs(), setup=1.5)
+    assert alone.seconds is not None and remote.seconds == pytest.approx(alone.seconds + 1.5)
+    assert remote.freeze == alone.freeze
+
+
 def test_what_is_written_meanwhile_is_copied_as_well() -> None:
     copy = forecast.expected(
         GIB, [rate("read", 100.0 * MIB)], dirty=50.0 * MIB, costs=Costs(freeze=0.002)
