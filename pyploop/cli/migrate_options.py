@@ -113,7 +113,7 @@ def parser() -> Parser:
     add(
         "--ssh-mux",
         action="store_true",
-        help="accepted and without effect: there is one connection in any case",
+        help="accepted and without effect: more connections are opened where they help",
     )
     add(
         "--rsync",

@@ -173,6 +173,7 @@ _CHANNEL = whole(1, channels.LAST)
 _CHANNEL_OR_LANE = whole(0, channels.LAST)
 """0: it comes by a lane instead."""
 _LANE = whole(1, channels.LANES)
+_WINDOW = whole(2 * MIB, 32 * MIB)
 _INDEX = whole(0, 1023)
 _MOMENT = number(0.0, 2.0**53)
 _FACTS = known(
@@ -212,7 +213,7 @@ _REQUESTS: dict[str, dict[str, Check]] = {
     "probe": {
         "channel": _CHANNEL,
         "size": whole(1, channels.PROBE),
-        "window": whole(2 * MIB, 16 * MIB),
+        "window": _WINDOW,
         "bulk": flag,
     },
     "probed": {},
@@ -228,7 +229,7 @@ _REQUESTS: dict[str, dict[str, Check]] = {
         "number": whole(0, 1023),
         "parent": whole(0, 1023),
         "room": SIZE,
-        "window": whole(2 * MIB, 16 * MIB),
+        "window": _WINDOW,
         "post_copy": number(1.0, LONGEST_TIME),
         "bulk": flag,
     },

@@ -31,6 +31,9 @@ WINDOW = 2 * MIB
 IMAGE_WINDOW = 16 * MIB
 """The same of a channel of memory images, when both ends know `window`.  ssh's own window
 (2 MiB) and the pipes lie within it, so it is never what slows a long line."""
+BULK_WINDOW = 32 * MIB
+"""The same in a connection over several lanes: on a long line 16 MiB are what 1 Gb/s has
+under way in 130 ms, and the way through the lanes takes its time, too."""
 DEEPEST = 64
 """Levels of nested objects and lists in a message."""
 HELLO_LIMIT = 64 * KIB

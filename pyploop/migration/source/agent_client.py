@@ -148,7 +148,8 @@ class Remote(Client):
         mux, args = self._way()
         args["channel"], window = number, wire.WINDOW
         if "window" in self.capabilities:
-            args["window"] = window = wire.IMAGE_WINDOW
+            window = wire.BULK_WINDOW if "bulk" in args else wire.IMAGE_WINDOW
+            args["window"] = window
         return args, image_channels.open_writer(mux, number, window, stall, rate)
 
     def open_tree(self) -> tuple[dict[str, Any], int]:

@@ -23,7 +23,7 @@ from pyploop.errors import (
     VzExitCode,
 )
 from pyploop.migration import commit_record, deadlines, locks
-from pyploop.migration.image_channels import open_reader
+from pyploop.migration.image_channels import ImageReader, open_reader
 from pyploop.migration.target import checks, resumable_files, wire_probe
 from pyploop.migration.target.first_line import greet
 from pyploop.migration.target.incoming import Incoming
@@ -177,7 +177,7 @@ class Agent(Server):
         self._probes += 1
         if self._probes > channels.PROBES:
             raise ProtocolError(f"agent protocol: more than {channels.PROBES} probes")
-        images = open_reader(self._through(bulk), channel, window, deadlines.PROBING)
+        images = self._images(channel, window, bulk, deadlines.PROBING)
         self._probing = Job(wire_probe.receiver(images, size)).start()
         return {}
 
@@ -281,6 +281,12 @@ class Agent(Server):
             bulk.close()
         self._lanes.close()
 
+    def _images(self, channel: int, window: int, bulk: bool, stall: float) -> ImageReader:
+        most = wire.BULK_WINDOW if bulk else wire.IMAGE_WINDOW
+        if window > most:
+            raise ProtocolError(f"agent protocol: a window of {window} bytes, {most} at most")
+        return open_reader(self._through(bulk), channel, window, stall)
+
     def _through(self, bulk: bool) -> Mux:
         """The connection that a channel is opened in."""
         if not bulk:
@@ -317,7 +323,7 @@ class Agent(Server):
     ) -> dict[str, Any]:
         incoming = self._receiving()
         self._need_live()
-        images = open_reader(self._through(bulk), channel, window, incoming.stall)
+        images = self._images(channel, window, bulk, incoming.stall)
         try:
             incoming.take_dump(images, number, parent, room, post_copy)
         except BaseException:
