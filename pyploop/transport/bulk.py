@@ -24,8 +24,13 @@ from pyploop.wire.channels import BULK_AT_ONCE
 class Bulk:
     """`mux` is the connection.  Call `close` on every path."""
 
-    def __init__(self, on_dead: Callable[[PyploopError], None] | None = None) -> None:
-        """on_dead: as of Mux."""
+    def __init__(
+        self,
+        on_dead: Callable[[PyploopError], None] | None = None,
+        *,
+        at_once: int = BULK_AT_ONCE,
+    ) -> None:
+        """on_dead, at_once: as of Mux."""
         self._ours, self._theirs = socket.socketpair()
         for end in (self._ours, self._theirs):
             end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, MIB)
@@ -33,7 +38,7 @@ class Bulk:
         self._core = Bundle(self._ours.fileno(), stall_ms=int(deadlines.LANE_STALL * 1000))
         self._job: Job[None] = Job(self._run)
         fd = self._theirs.fileno()
-        self.mux = Mux(fd, fd, on_dead=on_dead, window=wire.IMAGE_WINDOW, at_once=BULK_AT_ONCE)
+        self.mux = Mux(fd, fd, on_dead=on_dead, window=wire.IMAGE_WINDOW, at_once=at_once)
         self._job.start()
 
     def _run(self) -> None:

@@ -188,6 +188,12 @@ class Mux:
             )
         return self.failure
 
+    @property
+    def opened(self) -> int:
+        """Channels that are open."""
+        with self._lock:
+            return len(self._channels)
+
     def reset_channels(self) -> None:
         """End all open channels, in both directions.  The connection goes on."""
         with self._lock:

@@ -42,6 +42,11 @@ LANES_AT_ONCE = 64
 BULK_AT_ONCE = 8
 """Channels that are open at once in a connection over several lanes: the window of each may
 wait in memory, and is 16 MiB there."""
+BULK_TREES = 6
+"""Of these for directories: the rest is for memory images, of which one stream comes at a time,
+while the one before may still be ending."""
+BULK_AT_AGENT = 2 * BULK_AT_ONCE
+"""The same for the agent, at which a channel that the source has done with ends later."""
 
 PROBE = 32 << 20
 """Bytes of a probe of the connection at most."""

@@ -4,9 +4,11 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -19,6 +21,7 @@ import pytest
 import support
 from anypair import Pair, any_pair
 from support import MIB, wait_until
+from test_command import with_trees
 
 HERE = Path(__file__).parent
 ROUND_TRIP = 0.06
@@ -109,6 +112,27 @@ def test_lanes_that_die_on_a_long_line_are_replaced_and_nothing_is_missing(pair:
     assert "takes part in the copy of memory and directories" in said
     assert proven(said.splitlines()) == 2
     (pair.a / "pages").unlink()
+    pair.runs_only_on(pair.b)
+
+
+def test_directories_go_over_several_lanes_and_those_that_find_no_room_over_none(
+    pair: Pair,
+) -> None:
+    """In the second connection, where six channels at once are for directories."""
+    number = 10
+    with_trees(pair, number)
+    (pair.a / "tree" / "0" / "large").write_bytes(os.urandom(30 * MIB))
+    large = hashlib.sha256((pair.a / "tree" / "0" / "large").read_bytes()).digest()
+    over_a_long_line(pair)
+    done = pair.migrate(pair.a, "--live", "-vvvv")
+    assert done.returncode == 0, done.stderr
+    assert "takes part in the copy of memory and directories" in done.stdout
+    for n in range(number):
+        assert (pair.b / "tree" / str(n) / "file").read_text() == str(n)
+    came = (pair.b / "tree" / "0" / "large").read_bytes()
+    assert hashlib.sha256(came).digest() == large
+    shutil.rmtree(pair.a / "tree", ignore_errors=True)
+    shutil.rmtree(pair.b / "tree")
     pair.runs_only_on(pair.b)
 
 

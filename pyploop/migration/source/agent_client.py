@@ -9,7 +9,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from pyploop.errors import MigrateError, ProtocolError, PyploopError, VzExitCode
+from pyploop.errors import MigrateError, PyploopError, VzExitCode
 from pyploop.migration import deadlines, image_channels
 from pyploop.migration.image_channels import ImageWriter
 from pyploop.migration.source import lane_supply
@@ -157,11 +157,10 @@ class Remote(Client):
         a directory; else as open_channel."""
         number = self._next_channel()
         mux, args = self._way()
+        if args and mux.opened >= channels.BULK_TREES:
+            mux, args = self._live(), {}
         args["channel"] = number
-        try:
-            return args, mux.open(number)
-        except ProtocolError:  # that one has not room for many
-            return {"channel": number}, self._live().open(number)
+        return args, mux.open(number)
 
     def open_channel(self) -> tuple[int, int]:
         """Returns (the number for a request, a descriptor, which the caller closes).

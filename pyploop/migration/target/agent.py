@@ -264,7 +264,7 @@ class Agent(Server):
     def _use(self, number: int, disk: int | None) -> dict[str, Any]:
         if disk is None:
             came = self._lanes.take(number)
-            self._bulk = self._bulk or Bulk()
+            self._bulk = self._bulk or Bulk(at_once=channels.BULK_AT_AGENT)
             try:
                 self._bulk.add(came.rfd, came.wfd, number)
             except OSError as e:
