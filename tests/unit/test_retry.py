@@ -21,7 +21,7 @@ from support import pyploop_cmd, pyploop_env, wait_until
 import pyploop
 from pyploop.errors import ConnectError, PyploopError
 from pyploop.report import event_types
-from pyploop.units import MIB
+from pyploop.units import BLOCK, MIB
 
 CUT_SSH = Path(__file__).parent.parent / "cut_ssh.py"
 KILL_ALL = "for p in {0}/pids/*; do kill -9 ${{p##*/}}; rm -f $p; done"
@@ -315,3 +315,51 @@ def test_cuts_at_random_moments_cost_little_and_no_byte(line: Line, image: Path,
     print(f"{seed} {way}: {got.result.cuts} cuts, {wire:.3f} of the data; {plans}")
     if large:
         assert wire <= 1.2, plans
+
+
+# ---- an older copy that is brought up to date
+
+
+def outdated(image: Path, target: Path) -> None:
+    """600 blocks differ."""
+    state = bytearray(image.read_bytes())
+    for block in random.Random(3).sample(range(12 * MIB // BLOCK), 600):
+        state[block * BLOCK] ^= 1
+    target.write_bytes(state)
+
+
+def update_of(line: Line, image: Path, way: str) -> tuple[Path, tuple[str, str]]:
+    """(the target, SOURCE and TARGET)."""
+    there, back = line.home / "there", image.parent / "back"
+    outdated(image, there if way == "push" else back)
+    if way == "push":
+        return there, (str(image), "b:there")
+    there.write_bytes(image.read_bytes())
+    return back, ("b:there", str(back))
+
+
+@WAYS
+def test_a_cut_in_the_data_of_an_update_is_bridged(line: Line, image: Path, way: str) -> None:
+    target, places = update_of(line, image, way)
+    line.cut(0, TO[way], MIB)
+    options = pyploop.CopyOptions(update=True, compress="never")
+    done = pyploop.copy(*places, options=options)
+    assert (done.cuts, done.proven) == (1, True)
+    assert target.read_bytes() == image.read_bytes()
+
+
+@WAYS
+def test_a_cut_in_the_digests_of_an_update_leaves_the_older_copy_and_the_next_one_goes_on(
+    line: Line, image: Path, way: str
+) -> None:
+    """What the other end has of them is not known."""
+    target, places = update_of(line, image, way)
+    before = target.read_bytes()
+    line.cut(0, BACK[way], 20_000)
+    with pytest.raises(ConnectError, match="the connection to b for the data was lost"):
+        pyploop.copy(*places, options=pyploop.CopyOptions(update=True))
+    assert target.read_bytes() == before
+    wait_until(lambda: not line.there(), "the other host has ended all")
+    pyploop.copy(*places, options=pyploop.CopyOptions(update=True))
+    assert target.read_bytes() == image.read_bytes()
+    assert not target.with_name(f"{target.name}.pyploop-partial").exists()
