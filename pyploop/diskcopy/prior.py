@@ -17,12 +17,14 @@ import stat
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from typing import NamedTuple, Protocol
 
 from pyploop import _core
 from pyploop._core import Known, Prior, PriorCell, Proof, fdatasync
+from pyploop.diskcopy.write_mode import DEFAULT_ALIGNMENT
 from pyploop.errors import CancelledError, ProtocolError, ReadError, WriteError
-from pyploop.system import descriptors, file_extents
+from pyploop.system import descriptors, file_extents, kernel
 from pyploop.system.jobs import Job
 from pyploop.units import BLOCK, format_size
 from pyploop.wire import d1
@@ -71,13 +73,14 @@ class Holder(Protocol):
 
 
 class Teller:
-    """Reads what the target has."""
+    """Reads what the target has: past the page cache, where that can be, since nobody else
+    reads it, and two cells at a time."""
 
     def __init__(self, target: Holder, size: int, key: bytes, proof: Proof | None) -> None:
         """size: of the image that the target becomes.  proof: it becomes that of what the
         target has."""
         self._target, self._size = target, size
-        self._cell = PriorCell(key, size, proof)
+        self._free = [PriorCell(key, size, proof) for _ in range(2)]
         self._gone = False
         self.bytes = 0
         """Bytes of data so far."""
@@ -94,29 +97,54 @@ class Teller:
             with contextlib.suppress(OSError):  # then the digests show what the disk has
                 fdatasync(fd)
             os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
-        own = _ahead(fd, _by_cell(_extents(fd, self._size), self._size))
+        own = _by_cell(_extents(fd, self._size), self._size)
         others: Iterator[tuple[int, list[Extent]]] = iter(())
-        if older >= 0:
-            others = _ahead(older, _by_cell(_extents(older, self._size), self._size))
-        for pos, parts, copied in _merged(own, others):
-            if self._gone:
-                raise CancelledError(f"{self._target.path}: its digests are not needed any more")
-            self._cell.begin(pos)
-            for start, end in parts:
-                self._cell.read(fd, start, end)
-            for start, end in _without(copied, parts):
-                try:
-                    self._cell.read(older, start, end, fd)
-                except OSError as e:
-                    raise WriteError.of(
-                        f"cannot copy what {self._target.path} has into its new contents, near "
-                        f"byte {start}",
-                        e,
-                    ) from e
-            blocks, digests, data = self._cell.tell()
-            self.bytes += digests * BLOCK
-            if digests:
-                yield Cell(pos, blocks, digests, data)
+        before: Job[Cell] | None = None
+        with contextlib.ExitStack() as stack:
+            read, read_older = stack.enter_context(_reader(fd, self._target.path)), -1
+            if older >= 0:
+                read_older = stack.enter_context(_reader(older, self._target.path))
+                others = _by_cell(_extents(older, self._size), self._size)
+            try:
+                for pos, parts, copied in _merged(own, others):
+                    job = Job(partial(self._read, pos, read, parts, read_older, copied)).start()
+                    if before is not None:
+                        last, before = before, job
+                        yield from self._done(last)
+                    before = job
+                if before is not None:
+                    yield from self._done(before)
+            finally:
+                if before is not None:
+                    before.end()
+
+    def _done(self, job: Job[Cell]) -> Iterator[Cell]:
+        cell = job.join()
+        if self._gone:
+            raise CancelledError(f"{self._target.path}: its digests are not needed any more")
+        self.bytes += cell.digests * BLOCK
+        if cell.digests:
+            yield cell
+
+    def _read(
+        self, pos: int, fd: int, parts: list[Extent], older: int, copied: list[Extent]
+    ) -> Cell:
+        cell = self._free.pop()
+        cell.begin(pos)
+        for start, end in parts:
+            cell.read(fd, start, end)
+        for start, end in _without(copied, parts):
+            try:
+                cell.read(older, start, end, self._target.fd)
+            except OSError as e:
+                raise WriteError.of(
+                    f"cannot copy what {self._target.path} has into its new contents, near byte "
+                    f"{start}",
+                    e,
+                ) from e
+        blocks, digests, data = cell.tell()
+        self._free.append(cell)
+        return Cell(pos, blocks, digests, data)
 
     def tell(self, channel: int) -> None:
         """Send all cells, and the end.  WriteError, CancelledError."""
@@ -175,6 +203,21 @@ class Telling:
         self._job.end()
 
 
+@contextlib.contextmanager
+def _reader(fd: int, path: str) -> Iterator[int]:
+    """A descriptor that reads the same past the page cache; else the same one."""
+    direct = -1
+    with contextlib.suppress(OSError):
+        block, memory = kernel.direct_alignment(fd, path) or DEFAULT_ALIGNMENT
+        if 0 < block <= BLOCK and 0 < memory <= BLOCK and not kernel.is_tmpfs(fd, path):
+            direct = os.open(f"/proc/self/fd/{fd}", os.O_RDONLY | os.O_DIRECT | os.O_CLOEXEC)
+    try:
+        yield fd if direct < 0 else direct
+    finally:
+        if direct >= 0:
+            os.close(direct)
+
+
 def _extents(fd: int, size: int) -> Iterator[Extent]:
     """Where it may have something else than zeroes."""
     st = os.fstat(fd)
@@ -202,23 +245,6 @@ def _by_cell(extents: Iterator[Extent], size: int) -> Iterator[tuple[int, list[E
             start = cut
     if parts:
         yield cell, parts
-
-
-def _ahead(
-    fd: int, cells: Iterator[tuple[int, list[Extent]]]
-) -> Iterator[tuple[int, list[Extent]]]:
-    """The same; the disk reads one cell while the one before it is used.  (Holes end the
-    kernel's own reading ahead.)"""
-    before = None
-    for cell in cells:
-        for start, end in cell[1]:
-            with contextlib.suppress(OSError):
-                os.posix_fadvise(fd, start, end - start, os.POSIX_FADV_WILLNEED)
-        if before is not None:
-            yield before
-        before = cell
-    if before is not None:
-        yield before
 
 
 def _merged(
