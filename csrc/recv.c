@@ -344,8 +344,10 @@ void pl_recv_relink(struct pl_recv *r, int fd)
 {
 	uint64_t woken;
 
-	pthread_mutex_lock(&r->lock);
+	pthread_mutex_lock(&r->lanes.lock);	/* a new lane copies the configuration */
 	r->cfg.in_fd = fd;
+	pthread_mutex_unlock(&r->lanes.lock);
+	pthread_mutex_lock(&r->lock);
 	__atomic_store_n(&r->broken, false, __ATOMIC_RELAXED);
 	/* But not what a cancel has written. */
 	if (!r->err && read(r->cancel_fd, &woken, sizeof(woken)) < 0)

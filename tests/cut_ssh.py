@@ -5,7 +5,8 @@
 The command is a process of its own, which only sees the ends of its pipes when this one ends.
 FOLDER/pids/PID: a connection that is up, `agent` or `lane`.  FOLDER/refuse: none comes about.
 FOLDER/cuts/N: where the N-th lane is cut: `up BYTES` (to the other host) or `down BYTES`, and
-`one` or `all` of the connections.  What is under way then is lost.
+`one` or `all` of the connections, or `off`: all, and none comes about any more.  What is under
+way then is lost.
 FOLDER/log/N: what the N-th lane has carried, in bytes up and down.  FOLDER/there/PID: the
 processes that it has started.
 """
@@ -39,12 +40,12 @@ def number_of(folder: Path) -> int:
     raise AssertionError("too many lanes")
 
 
-def plan(folder: Path, number: int) -> tuple[str, int, bool]:
-    """(direction, bytes, whether all are cut) of this lane."""
+def plan(folder: Path, number: int) -> tuple[str, int, str]:
+    """(direction, bytes, which are cut) of this lane."""
     with contextlib.suppress(FileNotFoundError):
         direction, size, which = (folder / "cuts" / str(number)).read_text().split()
-        return direction, int(size), which == "all"
-    return "", 0, False
+        return direction, int(size), which
+    return "", 0, ""
 
 
 def main() -> None:
@@ -56,7 +57,7 @@ def main() -> None:
         sys.exit(255)
     lane = "copy-lane" in words[-1]
     number = number_of(folder) if lane else -1
-    direction, left, everything = plan(folder, number)
+    direction, left, which = plan(folder, number)
     carried = {"up": 0, "down": 0}
     (folder / "pids" / str(os.getpid())).write_text("lane" if lane else "agent")
     there = subprocess.Popen(
@@ -81,7 +82,9 @@ def main() -> None:
                 while view:
                     view = view[os.write(target, view) :]
                 if name == direction and not room:
-                    if everything:
+                    if which == "off":
+                        (folder / "refuse").touch()
+                    if which != "one":
                         cut_all(folder)
                     os._exit(255)
         os.close(target)

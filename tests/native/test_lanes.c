@@ -19,6 +19,7 @@ struct peer {
 	struct pl_recv *r;
 	struct pl_proof proof;
 	bool reopens;		/* after the first END */
+	int go_on;		/* a byte: there is another stream */
 	int answers;		/* the sender's end of these */
 	int to;
 	int ret;
@@ -42,7 +43,7 @@ static void *peer_main(void *arg)
 		if (p->ret < 0)
 			break;
 		a.event = (uint32_t)p->ret;
-		if (p->ret == PL_RECV_LOST)
+		if (p->ret == PL_RECV_LOST || p->ret == PL_RECV_BROKEN)
 			a.n = pl_recv_lost(p->r, a.lost);
 		else
 			pl_recv_synced(p->r);
@@ -52,6 +53,8 @@ static void *peer_main(void *arg)
 			p->ret = 0;
 		}
 		OK(write(p->to, &a, sizeof(a)) == sizeof(a));
+		if (p->ret == PL_RECV_BROKEN)
+			OK(read(p->go_on, &(char){ 0 }, 1) == 1);
 	} while (p->ret != PL_RECV_END);
 	close(p->to);
 	return NULL;
@@ -124,11 +127,23 @@ struct copy {
 	struct peer peer;
 	struct line line[LINES];
 	unsigned lines;
+	struct line later[LINES];	/* in place of the main one */
+	unsigned cuts, most_cuts;	/* how often it broke, and may */
+	int go_on;
 	uint64_t again;
 };
 
-static void copy_open(struct copy *c, uint64_t size, uint64_t line_seed, bool sock,
-		      bool compressed, uint32_t stall_ms)
+/* A main stream that breaks some time after the greeting. */
+static struct line breaking_line(uint64_t size)
+{
+	return (struct line){
+		.end = rnd(2) ? DROPS : DELIVERS_LATE, .seed = rnd(UINT32_MAX) + 1,
+		.breaks_after = 200 + rnd(size),
+	};
+}
+
+static void copy_open_cut(struct copy *c, uint64_t size, uint64_t line_seed, bool sock,
+			  bool compressed, uint32_t stall_ms, unsigned most_cuts)
 {
 	struct pl_pump_cfg cfg = {
 		.align = 1, .sink = PL_SINK_FRAMES, .cluster = 64 * KiB, .slots = 6,
@@ -142,6 +157,8 @@ static void copy_open(struct copy *c, uint64_t size, uint64_t line_seed, bool so
 	};
 	int back[2];
 
+	if (most_cuts)
+		cfg.features |= PL_FEATURE_RESUME;
 	if (compressed) {
 		cfg.features |= PL_FEATURE_COMPRESSED;
 		cfg.compress = PL_COMPRESS_ALWAYS;
@@ -156,10 +173,16 @@ static void copy_open(struct copy *c, uint64_t size, uint64_t line_seed, bool so
 	c->src = temp_file(c->data, size);
 	c->dst = disk_file();
 	c->main = (struct line){ .breaks_after = UINT64_MAX, .seed = line_seed };
+	if (most_cuts)
+		c->main = breaking_line(size);
+	c->most_cuts = most_cuts;
 	line_open(&c->main, sock);
 	OK(pipe(back) == 0);
 	c->peer.answers = back[0];
 	c->peer.to = back[1];
+	OK(pipe(back) == 0);
+	c->peer.go_on = back[0];
+	c->go_on = back[1];
 	EQ(pl_known_init(&c->known, size, 12), 0);
 	cfg.src_fd = c->src;
 	cfg.size = size;
@@ -176,6 +199,12 @@ static void copy_open(struct copy *c, uint64_t size, uint64_t line_seed, bool so
 	OK(pthread_create(&c->peer.thread, NULL, peer_main, &c->peer) == 0);
 }
 
+static void copy_open(struct copy *c, uint64_t size, uint64_t line_seed, bool sock,
+		      bool compressed, uint32_t stall_ms)
+{
+	copy_open_cut(c, size, line_seed, sock, compressed, stall_ms, 0);
+}
+
 static void copy_add_line(struct copy *c, struct line how, bool sock)
 {
 	struct line *l = &c->line[c->lines];
@@ -190,14 +219,71 @@ static void copy_add_line(struct copy *c, struct line how, bool sock)
 	EQ(pl_pump_add_lane(c->pump, l->sender, number), 0);
 	if (number % 2 == 0)
 		EQ(pl_recv_add_lane(c->peer.r, l->receiver, number), 0);
-	EQ(pl_pump_add_lane(c->pump, l->sender, number), -EEXIST);
+	if (!c->most_cuts)
+		EQ(pl_pump_add_lane(c->pump, l->sender, number), -EEXIST);
+}
+
+static bool was_cut(const struct copy *c, int ret, const struct pl_fault *fault)
+{
+	return c->most_cuts && fault->stage == PL_STAGE_WRITE &&
+	       (ret == -EPIPE || ret == -ECONNRESET);
+}
+
+/* Both ends go on over another stream; what was lost has gone again. */
+static void copy_relink(struct copy *c, const struct answer *broken)
+{
+	struct pl_fault fault;
+	struct answer a;
+	int ret;
+
+	do {
+		struct line *l = &c->later[c->cuts++];
+
+		OK(c->cuts <= LINES);
+		*l = c->cuts < c->most_cuts ?
+			     breaking_line(c->size / 2) :
+			     (struct line){ .breaks_after = UINT64_MAX };
+		line_open(l, rnd(2));
+		if (broken) {
+			a = *broken;
+			broken = NULL;
+		} else if (!take(c->peer.answers, &a, sizeof(a))) {
+			DIE("no answer: %d, stage %d", c->peer.ret, c->peer.fault.stage);
+		}
+		EQ(a.event, PL_RECV_BROKEN);
+		ret = pl_pump_relink(c->pump, l->sender, a.lost, a.n);
+		OK(ret >= 0);
+		pl_recv_relink(c->peer.r, l->receiver);
+		OK(write(c->go_on, "", 1) == 1);
+		ret = pl_pump_resend(c->pump, &fault);
+		OK(!ret || was_cut(c, ret, &fault));
+	} while (ret);
 }
 
 static void copy_pass(struct copy *c, const struct pl_extent *ext, size_t n, unsigned flags)
 {
+	struct pl_extent left[64];
 	struct pl_fault fault;
-	int ret = pl_pump_pass(c->pump, ext, n, flags, &fault);
+	int ret;
 
+	OK(n <= 64);
+	for (;;) {
+		uint64_t floor;
+		size_t k = 0;
+
+		ret = pl_pump_pass(c->pump, ext, n, flags, &fault);
+		if (!ret || !was_cut(c, ret, &fault))
+			break;
+		floor = pl_pump_floor(c->pump);
+		copy_relink(c, NULL);
+		for (size_t i = 0; i < n; i++)
+			if (ext[i].end > floor)
+				left[k++] = (struct pl_extent){
+					ext[i].start > floor ? ext[i].start : floor,
+					ext[i].end };
+		ext = left;
+		n = k;
+	}
 	if (ret)
 		DIE("pass: %d, stage %d, lane %u; the peer: %d, stage %d, lane %u", ret,
 		    fault.stage, fault.lane, c->peer.ret, c->peer.fault.stage,
@@ -213,11 +299,21 @@ static unsigned copy_ask(struct copy *c, bool end)
 
 	pl_d1_put(frame, PL_D1_MARK, end ? 0 : PL_SYNC_SIZE, 0);
 	for (unsigned times = 0;; times++) {
-		EQ(pl_pump_write(c->pump, frame, end ? 16 : 20, &fault), 0);
+		int ret = pl_pump_write(c->pump, frame, end ? 16 : 20, &fault);
+
+		if (ret && was_cut(c, ret, &fault)) {
+			copy_relink(c, NULL);
+			continue;
+		}
+		EQ(ret, 0);
 		if (!take(c->peer.answers, &a, sizeof(a)))
 			DIE("no answer: %d, stage %d, lane %u", c->peer.ret,
 			    c->peer.fault.stage, c->peer.fault.lane);
-		int ret = pl_pump_settle(c->pump, a.lost, a.n);
+		if (a.event == PL_RECV_BROKEN) {
+			copy_relink(c, &a);
+			continue;
+		}
+		ret = pl_pump_settle(c->pump, a.lost, a.n);
 
 		OK(ret >= 0);
 		if (a.event != PL_RECV_LOST) {
@@ -225,7 +321,11 @@ static unsigned copy_ask(struct copy *c, bool end)
 			EQ(ret, 0);
 			return times;
 		}
-		EQ(pl_pump_resend(c->pump, &fault), 0);
+		ret = pl_pump_resend(c->pump, &fault);
+		if (ret && was_cut(c, ret, &fault))
+			copy_relink(c, NULL);
+		else
+			EQ(ret, 0);
 	}
 }
 
@@ -256,6 +356,10 @@ static void copy_close(struct copy *c, bool check)
 				    (unsigned long long)i, (unsigned long long)c->size);
 	}
 	line_close(&c->main);
+	for (unsigned i = 0; i < c->cuts; i++)
+		line_close(&c->later[i]);
+	close(c->go_on);
+	close(c->peer.go_on);
 	for (unsigned i = 0; i < c->lines; i++)
 		line_close(&c->line[i]);
 	close(c->peer.answers);
@@ -328,7 +432,7 @@ static struct line random_line(uint64_t size)
  * Rounds over a source that changes, with lanes that come and go: at the end the
  * target is what the source was, so no block was overtaken by an older one.
  */
-static void random_schedule(uint64_t number)
+static void random_schedule(uint64_t number, unsigned most_cuts)
 {
 	struct pl_extent ext[60];
 	struct joiner j;
@@ -336,8 +440,8 @@ static void random_schedule(uint64_t number)
 	uint64_t size = (rnd(3) + 1) * MiB + (rnd(2) ? rnd(9000) : 0);
 	bool sock = number % 2, stalls = false;
 
-	copy_open(&c, size, number % 3 ? rnd(UINT32_MAX) + 1 : 0, sock,
-		  number % 4 > 1, 300);
+	copy_open_cut(&c, size, number % 3 ? rnd(UINT32_MAX) + 1 : 0, sock,
+		      number % 4 > 1, 300, most_cuts);
 	for (unsigned round = 0; round < 8; round++) {
 		size_t n = 1;
 
@@ -1130,6 +1234,6 @@ int main(void)
 	one_breaks(DELIVERS_LATE);
 	one_breaks(STALLS);
 	for (uint64_t i = 0; i < 40; i++)
-		random_schedule(i);
+		random_schedule(i, i % 2 ? 0 : i % 5);
 	return 0;
 }
