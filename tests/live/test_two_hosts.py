@@ -272,7 +272,8 @@ def frozen(
     places = (
         (scene.device, "b:/srv/vdb.img") if way == "push" else (f"a:{scene.device}", "/srv/vdb.img")
     )
-    copy = Running(here, *places, "-F", WAIT.format(flag=flag, go=go), "--undo", f"rm -f {flag}")
+    words = ("-F", WAIT.format(flag=flag, go=go), "--undo", f"rm -f {flag}", "--retry", "5")
+    copy = Running(here, *places, *words)
     stopped = None
     try:
         wait_until(flag.exists, "the stop command runs", SECONDS)
@@ -324,7 +325,8 @@ def test_a_kill_in_the_first_pass_leaves_no_target_on_either_host(
     places = (
         (scene.device, "b:/srv/vdb.img") if way == "push" else (f"a:{scene.device}", "/srv/vdb.img")
     )
-    copy = Running(here, *places, "--bwlimit", "512K")
+    retry = ("--retry", "0") if victim == "lane" else ()
+    copy = Running(here, *places, "--bwlimit", "512K", *retry)
     try:
         wait_until(lambda: copy.in_phase("first pass"), "the first pass", SECONDS)
         pid = {
@@ -379,6 +381,37 @@ def test_a_further_lane_that_is_killed_costs_only_itself_and_is_replaced(
     assert "Lane 1 has ended" in got.errors
     assert got.event("summary")["acknowledged"] == "acknowledged"
     assert got.event("received")["root"] == got.event("summary")["root"]
+    target.unlink()
+    scene.is_clean()
+
+
+@pytest.mark.parametrize(("way", "what"), [("push", "copy-lane"), ("pull", "copy-")])
+def test_a_lost_connection_is_bridged_and_the_copy_ends_as_any_other(
+    scene: Scene, way: str, what: str
+) -> None:
+    here = scene.lab.a if way == "push" else scene.lab.b
+    places = (
+        (scene.device, "b:/srv/vdb.img") if way == "push" else (f"a:{scene.device}", "/srv/vdb.img")
+    )
+    target = scene.lab.b.folder / "srv/vdb.img"
+    check = comparison(scene.image, target, SIZE)
+    copy = Running(here, *places, "--bwlimit", "3M", "--before-thaw", check)
+    try:
+        wait_until(lambda: copy.in_phase("first pass"), "the first pass", SECONDS)
+        time.sleep(1)
+        for name in ("ssh pyploop copy-lane", "ssh pyploop copy-agent"):
+            for pid in scene.pids(here, name) if what in name else []:
+                os.kill(pid, signal.SIGKILL)
+        wait_until(lambda: '"bridged"' in copy.log.read_text(), "another connection", SECONDS)
+        scene.ends_writing()
+        got = copy.wait()
+    finally:
+        end(copy.process)
+    assert got.code == 0, got.errors
+    summary = got.event("summary")
+    assert (summary["cuts"], summary["acknowledged"]) == (1, "acknowledged"), got.errors
+    assert summary["completeness"] == "complete" and not is_frozen(scene.point)
+    assert got.event("received")["root"] == summary["root"]
     target.unlink()
     scene.is_clean()
 
