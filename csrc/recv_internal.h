@@ -41,6 +41,7 @@ struct recv_lanes {
 	struct pl_recv_stats gone;	/* of lanes that have ended */
 	bool open;		/* lanes may be added */
 	bool used;		/* one was */
+	bool begun;		/* the sender has used one: then it writes barriers */
 };
 
 struct recv_header {

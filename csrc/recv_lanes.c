@@ -71,6 +71,7 @@ static int reach(struct recv_lane *l)
 		l->begun = b->sequence >= all->done;
 		l->from = b->sequence;
 		err = l->begun ? 0 : -ESTALE;
+		all->begun |= l->begun;
 	}
 	if (!err) {
 		l->at = b->sequence;
@@ -400,7 +401,7 @@ int pl_recv_lanes_event(struct pl_recv *r, struct pl_recv_msg *msg, bool end)
 	if (!(r->features & PL_FEATURE_LANES))
 		return 0;
 	pthread_mutex_lock(&all->lock);
-	if (all->used && !r->at_barrier)
+	if (all->begun && !r->at_barrier)
 		ret = -EPROTO;
 	else if (all->nlost || (r->at_barrier && r->barrier.given_up))
 		ret = PL_RECV_LOST;

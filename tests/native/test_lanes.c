@@ -767,11 +767,30 @@ static void what_a_lane_may_not_say(void)
 	add(&bad, &(struct header){ PL_BARRIER_MARK, 8 + 2 * 65, 0 }, 16);
 	refused(&good, &bad, -EPROTO, PL_STAGE_PROTOCOL, 0);
 	bad.len = 0;
+	own_barrier(&good, 1, 7);
+	add(&bad, at_barrier.data, at_barrier.len);
+	frame(&bad, 0, "some data", 9);
 	frame(&bad, 0, NULL, 0);			/* END without a barrier */
 	refused(&good, &bad, -EPROTO, PL_STAGE_PROTOCOL, 0);
 	free(good.data);
 	free(at_barrier.data);
 	free(bad.data);
+}
+
+/* A lane that the sender has never used needs no barrier: it may have come too late there. */
+static void a_lane_that_was_not_used(void)
+{
+	struct stream s = { 0 };
+	struct pl_recv_msg msg;
+	struct pl_fault fault;
+	struct hostile h;
+
+	hostile_open(&h, temp_file(NULL, 0), LONG_STALL);
+	frame(&s, 0, NULL, 0);
+	say(h.main[1], &s);
+	EQ(pl_recv_run(h.r, &msg, &fault), PL_RECV_END);
+	hostile_close(&h);
+	free(s.data);
 }
 
 static void data_before_the_first_frame_of_a_lane(void)
@@ -1220,6 +1239,7 @@ int main(void)
 	what_a_lane_may_not_say();
 	data_before_the_first_frame_of_a_lane();
 	a_lane_that_comes_late();
+	a_lane_that_was_not_used();
 	what_came_of_a_lane_is_counted();
 	barriers_have_an_end();
 	a_full_disk_names_the_lane();
