@@ -60,10 +60,12 @@ AS_IT_IS = {
     # Pauses: how often one looks, or does it again.
     "api.more_lanes": "BRIEF LOOK SOON",
     "api.remote_host": "JOINING SOONER",
+    "api.remote_verifying": "WAIT",
     "cli.main": "RAISED_AGAIN",
     "diskcopy.freeze_policy": "BURST PAUSE SMOOTH",
     "diskcopy.lane_policy": "AGAIN FALLEN FILLED FULL GROWS IDLE LINE SAMPLE SHORT SOONEST",
     "diskcopy.precopy": "RETRY",
+    "diskcopy.prior": "TICK",
     "freeze.cgroup_freezer": "LONGEST_POLL",
     "migration.commit_record": "POLL",
     "migration.locks": "POLL",
