@@ -221,16 +221,17 @@ def test_without_retry_a_cut_ends_the_copy(line: Line, image: Path) -> None:
 
 
 def test_an_agent_that_was_killed_is_not_waited_for(line: Line, image: Path) -> None:
+    seen: list[Any] = []
+
     def kill() -> None:
-        wait_until((line.folder / "lanes/0").exists, "the lane")
-        time.sleep(1)
+        wait_until(lambda: any(map(begun, seen)), "the first pass", 60)
         line.end()
 
     killer = threading.Thread(target=kill)
     killer.start()
     began = time.monotonic()
     with pytest.raises(ConnectError, match="its pyploop has ended"):
-        Copied(line, image, "push", bandwidth=MIB)
+        Copied(line, image, "push", seen, bandwidth=MIB)
     killer.join()
     assert time.monotonic() - began < 60
     assert not (line.home / "there").exists()
