@@ -11,16 +11,10 @@ import os
 import time
 from collections.abc import Callable, Sequence
 
+from pyploop.api.copy_client import LostThereError
+from pyploop.api.far_end import FIRST_PAUSE, JOINING, LONGEST_PAUSE, none_within, rest
 from pyploop.api.more_lanes import MoreLanes
-from pyploop.api.remote_host import (
-    FIRST_PAUSE,
-    JOINING,
-    LONGEST_PAUSE,
-    LostThereError,
-    RemoteHost,
-    none_within,
-    rest,
-)
+from pyploop.api.remote_host import RemoteHost
 from pyploop.diskcopy.relink import Again
 from pyploop.errors import CancelledError, ConnectError, ProtocolError, PyploopError, ReadError
 from pyploop.report.events import Reporter

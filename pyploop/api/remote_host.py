@@ -13,10 +13,11 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
-from pyploop import __version__, errors
+from pyploop import __version__
+from pyploop.api.copy_client import CopyClient, LostThereError
 from pyploop.api.copying import CopyOptions
+from pyploop.api.far_end import UNDOING, FarEnd
 from pyploop.errors import (
-    CancelledError,
     ConnectError,
     ParameterError,
     ProtocolError,
@@ -26,9 +27,7 @@ from pyploop.freeze.stoppers import Spec, parse_spec
 from pyploop.report import checked, event_types
 from pyploop.report.events import ERROR, NOTE, Reporter
 from pyploop.system import cpu
-from pyploop.system.jobs import TICK, Job
-from pyploop.transport import hints, ssh_cipher
-from pyploop.transport.client import Client
+from pyploop.transport import ssh_cipher
 from pyploop.transport.lane import Lane, NobodyWaitsError
 from pyploop.wire import copy_messages
 from pyploop.wire import mux as wire
@@ -37,84 +36,6 @@ from pyploop.wire.messages import Check, clipped
 SSH = ("ssh",)
 ASKING = 330.0
 """Seconds for a request to be answered: a source may lie in an image that is mounted first."""
-UNDOING = 130.0
-"""Seconds for the other host to undo its part."""
-JOINING = 1.0
-"""Seconds that one request to wait for the copy's end takes at most: between two of them the
-other host may be asked something else, and its events count anew."""
-SOONER = 0.2
-"""Part of the time since the copy began that it takes at most: at first lanes are opened."""
-FIRST_PAUSE, LONGEST_PAUSE = 0.25, 5.0
-"""Seconds between two attempts to connect again: each pause is twice the one before."""
-LAST = 10.0
-"""Seconds for a connection that has no more to do to end."""
-_FAILURES = {
-    int(kind.exit_code): kind
-    for kind in vars(errors).values()
-    if isinstance(kind, type)
-    and issubclass(kind, PyploopError)
-    and kind not in (PyploopError, errors.MigrateError, errors.NotSupportedError)
-}
-
-
-class LostThereError(ConnectError):
-    """The copy there has failed, since it had no connection for too long; or its pyploop has
-    ended."""
-
-
-_FAILURES[int(ConnectError.exit_code)] = LostThereError
-
-
-class CopyClient(Client):
-    """The connection to the agent.  ConnectError (69): there is none, or it was lost."""
-
-    what = "the copy"
-    nothing = "nothing was copied"
-    """What state things are in, after a failure before the first byte."""
-    not_in_log = ("progress",)
-    install_ssh = "install it (the Debian package openssh-client)"
-
-    def not_a_host(self, text: str) -> ParameterError:
-        return ParameterError(text)
-
-    def unreachable(self, text: str, hint: str | None = None) -> ConnectError:
-        return ConnectError(f"{text}; {self.nothing}", hint=hint)
-
-    def no_agent(self, why: str, printed: str, status: int | None) -> ConnectError:
-        host, shown = self.host, f" ({printed})" if printed else ""
-        install = (
-            f"install pyploop {__version__} on {host}, so that `ssh {host} pyploop --version` "
-            "prints it, or name the program there (--remote-pyploop)"
-        )
-        if status == 127:
-            return self.unreachable(f"there is no pyploop on {host}{shown}", install)
-        if "unknown command" in printed:
-            return self.unreachable(
-                f"the pyploop on {host} is too old for remote copies: it has no copy-agent", install
-            )
-        if status == 255:  # ssh's own
-            return self.unreachable(
-                f"cannot connect to {host}: {printed or why}",
-                f"`ssh -o BatchMode=yes {host} true` must work: pyploop lets ssh ask nothing",
-            )
-        return self.unreachable(f"no pyploop copy-agent on {host}: {why}{shown}", install)
-
-    def lost(self, error: PyploopError, op: str, why: str) -> PyploopError:
-        if isinstance(error, CancelledError):
-            return error
-        return ConnectError(f"the connection to {self.host} was lost: {why}")
-
-    def failed_there(self, error: Any) -> PyploopError:
-        code, text, peer_failed = copy_messages.failure(error)
-        text, hint = hints.parted(text)
-        kind = _FAILURES.get(code, errors.ProtocolError)
-        # Marked as the other host's words, both of them.
-        failure = kind(f"{self.host}: {text}", hint=hint and f"{self.host}: {hint}")
-        failure.peer_failed = peer_failed
-        return failure
-
-    def checked(self, op: str, value: Any) -> dict[str, Any]:
-        return copy_messages.answer(op, value)
 
 
 @dataclass(frozen=True)
@@ -386,116 +307,6 @@ class RemoteHost:
             raise
         finally:
             far.stop()
-
-
-class FarEnd:
-    """How the copy goes at the other host.  `job` asks it, in a thread."""
-
-    def __init__(
-        self, there: RemoteHost, lane: Lane, cancel: Callable[[], None], retry: float
-    ) -> None:
-        self._there, self._client = there, there.client
-        self._lane, self._cancel, self._retry = lane, cancel, retry
-        self._stopped = False
-        self.committed = False
-        """A receiver here has completed its target."""
-        self._cancelled = False
-        self._begin = time.monotonic()
-        self.job: Job[dict[str, Any]] = Job(self._wait)
-
-    def _wait(self) -> dict[str, Any]:
-        try:
-            while True:
-                answer = self._joined()
-                if answer["done"]:
-                    return dict(answer.get("result", {}))
-                if answer.get("waits") and self.committed:
-                    # Only the answer to END was lost.
-                    self._there.ask("broken", timeout=JOINING, ends=[], committed=True)
-        except PyploopError as e:
-            if not e.peer_failed and not self._stopped:
-                self._cancelled = True
-                self._cancel()
-            raise
-
-    def _joined(self) -> dict[str, Any]:
-        """Wait for a while.  When the connection is lost, for another one, too."""
-        timeout = min(JOINING, SOONER * (time.monotonic() - self._begin))
-        try:
-            return self._client.call("join", math.inf, lambda: self._stopped, timeout=timeout)
-        except PyploopError:
-            if not self._retry or self._stopped or self._client.alive():
-                raise
-            if not revived(self._there, self._retry, lambda: self._stopped):
-                raise
-            return {"done": False}
-
-    @property
-    def is_done(self) -> bool:
-        """It has ended well there."""
-        return self.job.over.is_set() and self.job.failure is None
-
-    def result(self) -> dict[str, Any]:
-        """After the end here: what the other host has to say.  It may still run a command of
-        the user's.  (When it is dead, the connection ends.)"""
-        return self.job.join()
-
-    def cause_of(self, error: PyploopError) -> PyploopError | None:
-        """The failure there that `error` follows from; None: it does not."""
-        follows = error.peer_failed or self._cancelled
-        if not follows:
-            return None
-        if not self.job.over.wait(LAST):
-            self._lane.cut()  # it may wait for a half of the lane that nobody serves any more
-        self.job.over.wait(UNDOING)
-        failure = self.job.failure
-        if not isinstance(failure, PyploopError):
-            return None
-        if not failure.peer_failed:
-            return failure
-        # Both ends say that the other one has gone: it was what is between them.
-        printed = self._lane.printed()
-        return ConnectError(
-            f"the connection to {self._client.host} for the data was lost"
-            + (f" ({printed})" if printed else "")
-        )
-
-    def stop(self) -> None:
-        """Ask no more."""
-        self._stopped = True
-        self.job.end(LAST)
-
-
-def revived(there: RemoteHost, retry: float, gone: Callable[[], bool]) -> bool:
-    """Try so many seconds to have a connection to the agent.  False: `gone` says that it is not
-    needed any more.  ConnectError: there is none; LostThereError: the agent has ended."""
-    until, pause = time.monotonic() + retry, FIRST_PAUSE
-    while not gone():
-        try:
-            there.revive()
-            return True
-        except LostThereError:
-            raise
-        except ConnectError as e:
-            if time.monotonic() >= until:
-                raise none_within(there.host, retry, e) from e
-        rest(min(pause, until - time.monotonic()), gone)
-        pause = min(2 * pause, LONGEST_PAUSE)
-    return False
-
-
-def none_within(host: str, retry: float, last: PyploopError) -> ConnectError:
-    return ConnectError(
-        f"the connection to {host} was lost, and no other one came about within {retry:g} s "
-        f"(--retry): {last}"
-    )
-
-
-def rest(seconds: float, gone: Callable[[], bool]) -> None:
-    """Sleep, at most until `gone` is true."""
-    until = time.monotonic() + seconds
-    while not gone() and (left := until - time.monotonic()) > 0:
-        time.sleep(min(left, TICK))
 
 
 def _has_aes() -> bool:

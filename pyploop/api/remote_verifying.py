@@ -8,8 +8,9 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from pyploop._core import PROOF_FANOUT, Proof
+from pyploop.api.copy_client import CopyClient
 from pyploop.api.copying import CopyOptions
-from pyploop.api.remote_host import CopyClient, RemoteHost
+from pyploop.api.remote_host import RemoteHost
 from pyploop.diskcopy import proof as proofs
 from pyploop.diskcopy.receipt import Receipt
 from pyploop.errors import ConnectError, ProtocolError, PyploopError

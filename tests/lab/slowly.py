@@ -13,7 +13,8 @@ import sys
 
 LONGER = {
     "api.more_lanes": "STOPPING",
-    "api.remote_host": "ASKING LAST UNDOING",
+    "api.far_end": "LAST UNDOING",
+    "api.remote_host": "ASKING",
     "bench.far_host": "BESIDE",
     "bench.line": "START",
     "copyagent.agent": "UNASKED UNDONE",
@@ -59,7 +60,7 @@ LONGER = {
 AS_IT_IS = {
     # Pauses: how often one looks, or does it again.
     "api.more_lanes": "BRIEF LOOK SOON",
-    "api.remote_host": "JOINING SOONER",
+    "api.far_end": "JOINING SOONER",
     "api.remote_verifying": "WAIT",
     "cli.main": "RAISED_AGAIN",
     "diskcopy.freeze_policy": "BURST PAUSE SMOOTH",

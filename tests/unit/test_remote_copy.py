@@ -21,7 +21,7 @@ from support import needs, pyploop_cmd, pyploop_env, wait_until
 
 import pyploop
 from pyploop._core import Proof
-from pyploop.api import remote_host
+from pyploop.api import copy_client
 from pyploop.api.remote_verifying import There
 from pyploop.copyagent import agent as agent_module
 from pyploop.copyagent.agent import CopyAgent
@@ -843,7 +843,7 @@ def test_an_event_of_another_host_has_the_types_of_ours(
 
 
 def test_a_code_that_is_none_of_ours_becomes_a_failure_of_the_protocol() -> None:
-    client = object.__new__(remote_host.CopyClient)
+    client = object.__new__(copy_client.CopyClient)
     client.host = "b"
     for code in (999, -1, True, "1", None, [1]):
         failure = client.failed_there({"code": code, "message": "x\x1b[2J"})
