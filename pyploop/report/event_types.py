@@ -41,7 +41,7 @@ class Event:
     time: float
     """Seconds since the start of the run."""
     host: str = ""
-    """The other host of a remote copy, as it was named, when it happened there."""
+    """The other host, as it was named, when it happened there."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -337,6 +337,22 @@ class Target(Event):
 
 
 @dataclass(frozen=True, kw_only=True)
+class CheckFailed(Event):
+    """A check of a migration has failed, and nothing was started."""
+
+    EVENT: ClassVar = "check-failed"
+    check: str
+    """Its name (docs/reference/checks.md)."""
+    code: int
+    """The exit code, if it is the first one."""
+    message: str
+    hint: str
+    """What to do about it; empty: the message says that already."""
+    number: int
+    """How many have failed."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Error(Event):
     """A failure.  What is raised has the same text, as a rule."""
 
@@ -369,6 +385,7 @@ IN_JSON: tuple[type[Event], ...] = (
         Moved,
         MemoryComplete,
         Target,
+        CheckFailed,
         Error,
     ),
 )

@@ -137,6 +137,10 @@ class TextRenderer:
     def event(self, name: str, at: float, fields: dict[str, Any]) -> None:
         if name == "sending" and self._level >= NOTE:
             self._print(self._err, at, one_line(f"Sending {fields['image']}"))
+        if name == "check-failed" and fields["number"] > 1 and self._level >= ERROR:
+            where = f" on {fields['host']}" if fields["host"] else ""
+            text = one_line(f"Check {fields['check']} failed{where}: {fields['message']}")
+            self._print(self._err, at, joined(text, fields["hint"]))
 
     def line(self, level: int, at: float, text: str) -> None:
         if level <= self._level:

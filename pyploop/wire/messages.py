@@ -343,6 +343,26 @@ def failure(error: Any) -> tuple[int, str]:
     return _CODES.get(known, 1), clipped(text)
 
 
+MOST_FAILED = 64
+"""Failed checks of the target that are shown."""
+
+
+def failed_checks(error: Any) -> list[tuple[str, int, str, str]]:
+    """(name, exit code, message, hint) of each check that has failed on the target.  Empty:
+    the answer reports another failure, or comes of an older agent."""
+    listed = error.get("failed") if isinstance(error, dict) else None
+    found = []
+    for one in listed[:MOST_FAILED] if isinstance(listed, list) else ():
+        code, message = failure(one)
+        name = one.get("name") if isinstance(one, dict) else None
+        if not isinstance(name, str) or not _CHECK.fullmatch(name):
+            return []
+        hint = one.get("hint") or ""
+        found.append((name, code, message, clipped(hint)))
+    return found
+
+
+_CHECK = re.compile(r"[a-z0-9-]{1,40}")
 _CODES = {code: code for code in (1, 2, 6, 7, *range(9, 21))} | {4: 6, 8: 7}
 """The target's exit codes -> ours (docs/internals/migrate.md)."""
 

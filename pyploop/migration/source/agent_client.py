@@ -16,6 +16,7 @@ from pyploop.migration.source import lane_supply
 from pyploop.migration.source.bulk_lanes import BulkLanes
 from pyploop.migration.source.lane_supply import LaneSupply
 from pyploop.report.events import Reporter
+from pyploop.runtimes.checks import ChecksFailedError, Failed
 from pyploop.transport import deadlines as connection
 from pyploop.transport import hints
 from pyploop.transport.client import Client, OnEvent
@@ -132,6 +133,10 @@ class Remote(Client):
         )
 
     def failed_there(self, error: Any) -> MigrateError:
+        if found := messages.failed_checks(error):
+            return ChecksFailedError(
+                [Failed(name, code, text, hint, self.host) for name, code, text, hint in found]
+            )
         code, text = messages.failure(error)
         text, hint = hints.parted(text)
         # Marked as the target's words, both of them: it may be hostile.

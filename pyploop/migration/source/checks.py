@@ -19,6 +19,7 @@ from pyploop.migration.source.payload import check_number
 from pyploop.migration.source.request import Request
 from pyploop.report.events import Reporter
 from pyploop.runtimes import Copied, Disk, Facts, Runtime, lazy_policy
+from pyploop.runtimes.checks import Checks, ChecksFailedError, naming, of
 from pyploop.runtimes.config import HostConfig
 from pyploop.system import cpu
 from pyploop.transport import ssh_cipher
@@ -59,13 +60,17 @@ class Here:
     report: Reporter
     running: bool
     """True: the container runs.  False: it is stopped."""
-    facts: Facts
+    facts: Facts | None
+    """None: a check has failed, and the target cannot check without its result."""
     disks: list[Disk]
+    found: Checks
+    """Has the checks of the source that have failed."""
 
     def there(self, remote: Remote, sources: Sequence[Source]) -> Checked:
         """Let the target check.  sources: the opened disks.  MigrateError."""
         runtime, request, facts = self.runtime, self.request, self.facts
-        copied = runtime.copied(self.disks)
+        assert facts is not None
+        copied = {} if self.found.failed else runtime.copied(self.disks)
         facts["images"] = [0 if s.is_image else s.size for s in sources]
         sizes = [allocated(s) for s in sources]
         checked = remote.call(
@@ -78,14 +83,16 @@ class Here:
             sizes=sizes,
             nodeps=sorted(request.nodeps),
         )
+        self.found.end()
         remote.capabilities = checked.get("takes", [])  # an older agent does not name them
         runtime.peer_takes = frozenset(remote.capabilities)
         if runtime.trees() and "tree" not in remote.capabilities:
-            raise MigrateError(
-                VzExitCode.CANNOT_CONNECT,
-                f"pyploop {remote.version} on {request.host} is too old to receive directories",
-                hint="install a newer pyploop there",
-            )
+            with naming("agent-version"):
+                raise MigrateError(
+                    VzExitCode.CANNOT_CONNECT,
+                    f"pyploop {remote.version} on {request.host} is too old to receive directories",
+                    hint="install a newer pyploop there",
+                )
         if not request.check_only:
             bulk = sum(facts.get("trees") or ())
             if request.live:
@@ -162,12 +169,26 @@ def here(host: HostConfig, runtime: Runtime, request: Request, report: Reporter)
     runtime.drop_exec = request.drop_exec
     if request.live:
         lazy.wait_loaded(host, runtime, report)
-    facts = runtime.check_source(request.live)
-    facts |= {"machine": platform.machine(), "cpu": cpu.flags()}
-    facts["source"] = host_identity.identity(host.state_dir)
-    facts["trees"] = trees.check_source(runtime.trees(), host.rsync)
-    if "lazy" in facts:
-        facts["lazy"]["want"] = request.lazy_restore
+    found = Checks()
+    facts: Facts | None = None
+    try:
+        facts = runtime.check_source(request.live)
+    except MigrateError as e:
+        found.failed += of(e, "other")
+        facts = e.facts if isinstance(e, ChecksFailedError) else None
+    with found.named("tree"):
+        sizes = trees.check_source(runtime.trees(), host.rsync)
+    disks: list[Disk] = []
+    if facts is not None:
+        facts |= {"machine": platform.machine(), "cpu": cpu.flags()}
+        facts["source"] = host_identity.identity(host.state_dir)
+        if "lazy" in facts:
+            facts["lazy"]["want"] = request.lazy_restore
+        disks = runtime.disks(source=True)
+    if found.has("tree"):
+        facts = None
+    elif facts is not None:
+        facts["trees"] = sizes
     for text in runtime.left_behind():
         report.note(text)
-    return Here(runtime, request, report, state.running, facts, runtime.disks(source=True))
+    return Here(runtime, request, report, state.running, facts, disks, found)

@@ -17,7 +17,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator
 
-from pyploop.errors import PyploopError
+from pyploop.errors import MigrateError, PyploopError, VzExitCode
 from pyploop.migration.source import checks, stages
 from pyploop.migration.source.disks import opened
 from pyploop.migration.source.move import Move
@@ -25,6 +25,7 @@ from pyploop.migration.source.request import Request, Result
 from pyploop.migration.source.suspend_plan import SuspendPlan
 from pyploop.report.events import Reporter
 from pyploop.runtimes import Runtime
+from pyploop.runtimes.checks import Checks, ChecksFailedError, naming, of
 from pyploop.runtimes.config import HostConfig
 
 
@@ -35,13 +36,20 @@ def migrate(host: HostConfig, runtime: Runtime, request: Request, report: Report
     with contextlib.ExitStack() as stack:
         with _nothing_changed():
             here = checks.here(host, runtime, request, report)
-            sources = stack.enter_context(opened(here.disks))
-            remote = stack.enter_context(checks.connect(host, request, report))
-            checked = here.there(remote, sources)
-            plan = None
-            if request.live:
-                plan = SuspendPlan(host, runtime, request, report, remote=remote, checked=checked)
-                plan.check()
+            with _all_reported(here.found, report):
+                if here.facts is None:
+                    here.found.end()
+                sources = stack.enter_context(opened(here.disks))
+                with naming("connection"):
+                    remote = stack.enter_context(checks.connect(host, request, report))
+                checked = here.there(remote, sources)
+                plan = None
+                if request.live:
+                    plan = SuspendPlan(
+                        host, runtime, request, report, remote=remote, checked=checked
+                    )
+                    with naming("forecast"):
+                        plan.check()
         if request.check_only:
             return Result(forecast=plan.total if plan else None)
         move = Move(host, runtime, request, report, remote, copied=checked.copied)
@@ -59,6 +67,34 @@ def migrate(host: HostConfig, runtime: Runtime, request: Request, report: Report
             report.note(text)
         move.arrived()
         return move.result
+
+
+@contextlib.contextmanager
+def _all_reported(found: Checks, report: Reporter) -> Iterator[None]:
+    """A failure in the body is reported together with the checks that have failed before."""
+    try:
+        yield
+    except PyploopError as e:
+        if isinstance(e, ChecksFailedError):
+            new = [f for f in e.failed if f not in found.failed]
+        elif isinstance(e, MigrateError):
+            new = of(e, "other")
+        elif not found.failed:
+            raise  # it has an exit code of its own
+        else:
+            new = of(MigrateError(VzExitCode.COPY_FAILED, str(e), path=e.path, hint=e.hint), "disk")
+        failed = [*found.failed, *new]
+        for one in failed:
+            report.event(
+                "check-failed",
+                check=one.name,
+                code=int(one.code),
+                message=one.message,
+                hint=one.hint,
+                host=one.host,
+                number=len(failed),
+            )
+        raise ChecksFailedError(failed) from e
 
 
 @contextlib.contextmanager

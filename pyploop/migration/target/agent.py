@@ -31,6 +31,7 @@ from pyploop.migration.target.incoming_disks import Stream
 from pyploop.migration.target.incoming_lanes import IncomingLanes
 from pyploop.migration.target.settle import settle, settle_dead
 from pyploop.runtimes import Facts, Runtime
+from pyploop.runtimes.checks import Checks, ChecksFailedError
 from pyploop.runtimes.config import NAME, HostConfig
 from pyploop.runtimes.policy import Source
 from pyploop.runtimes.registry import make_runtime
@@ -110,6 +111,10 @@ class Agent(Server):
         return messages.request(op, args)
 
     def failure(self, error: PyploopError) -> dict[str, Any]:
+        if isinstance(error, ChecksFailedError):
+            # An older source knows only the first two.
+            first = error.failed[0].error().with_hint()
+            return {"code": error.exit_code, "message": clipped(first), "failed": error.told()}
         return {"code": vz_code(error), "message": clipped(error.with_hint())}
 
     def bad_request(self, text: str) -> dict[str, Any]:
@@ -152,11 +157,18 @@ class Agent(Server):
             raise ProtocolError(f"agent protocol: {container[:40]!r} is not a container's name")
         chosen = make_runtime(self._host, runtime, container)
         facts = {**facts, "source": resumable_files.source_of(facts, str(self._source))}
+        found = Checks()
         if live:
-            checks.check_trust(self._host, self._source)
+            with found.named("trust"):
+                checks.check_trust(self._host, self._source)
         try:
-            checks.lock(self._host, chosen, self._locks)
-            answer = checks.check_all(self._host, chosen, live, facts, sizes=sizes, nodeps=nodeps)
+            with found.named("lock"):
+                checks.lock(self._host, chosen, self._locks)
+            if found.has("lock"):
+                found.end()
+            answer = checks.check_all(
+                self._host, chosen, live, facts, sizes=sizes, nodeps=nodeps, found=found
+            )
         except BaseException:
             self._locks.close()  # this migration has failed, and others may begin
             raise

@@ -8,11 +8,12 @@ import platform
 from pathlib import Path
 from typing import Any
 
-from pyploop.errors import BusyError, MigrateError, ProtocolError, VzExitCode
+from pyploop.errors import BusyError, MigrateError, ProtocolError, PyploopError, VzExitCode
 from pyploop.migration import locks
 from pyploop.migration.target import incoming_trees, resumable_files, resumable_trees
 from pyploop.migration.target.settle import settle_dead
 from pyploop.runtimes import Facts, Runtime, config, lazy_policy, policy, volumes
+from pyploop.runtimes.checks import Checks
 from pyploop.runtimes.config import HostConfig
 from pyploop.runtimes.lazy_policy import NOT_LIVE, UNABLE, Choice
 from pyploop.runtimes.lazy_record import LazyRecord
@@ -71,45 +72,75 @@ def check_all(
     *,
     sizes: list[int],
     nodeps: list[str],
+    found: Checks,
 ) -> dict[str, Any]:
-    """The answer to `check`.  MigrateError."""
+    """The answer to `check`.  found: has the checks that have failed before.  MigrateError."""
     settle_dead(host, chosen)
+    with found.named("machine"):
+        _check_machine(facts)
+    if live and "cpu" not in nodeps:
+        with found.named("cpu"):
+            _check_cpu(facts)
+    with found.named("other"):
+        chosen.check_target({**facts, "nodeps": nodeps}, live)
+    lazy = Choice(NOT_LIVE)
+    if live:
+        with found.named("busy"):
+            lazy = choose_lazy(host, chosen, facts)
+    _check_room(host, chosen, facts, sizes, found)
+    found.end()
+    return {
+        "disks": [d.image for d in chosen.disks(source=False)],
+        "takes": capabilities(),
+        "lazy": {"lazy": lazy.lazy, "why": lazy.why},
+        "post_copy": {"why": why_no_post_copy(host, chosen, facts) if live else NOT_LIVE},
+    }
+
+
+def _check_machine(facts: Facts) -> None:
     if platform.machine() != facts.get("machine"):
         raise MigrateError(
             VzExitCode.CPU,
             f"this host is a {platform.machine()} machine, and the source is a "
             f"{facts.get('machine')} machine",
         )
-    if live and "cpu" not in nodeps:
-        missing = set(facts.get("cpu") or ()) - set(cpu.flags())
-        if missing:
-            raise MigrateError(
-                VzExitCode.CPU,
-                f"the CPU of this host lacks {' '.join(sorted(missing))}, which the source has "
-                "(--nodeps=cpu ignores that, at your own risk)",
-            )
-    chosen.check_target({**facts, "nodeps": nodeps}, live)
-    lazy = choose_lazy(host, chosen, facts) if live else Choice(NOT_LIVE)
-    disks = chosen.disks(source=False)
-    if len(disks) != len(sizes):
-        raise ProtocolError(
-            f"the container has {len(sizes)} disks on the source, and {len(disks)} in the target's "
-            "configuration",
-            hint="name the same disks in migrate.toml on both hosts",
+
+
+def _check_cpu(facts: Facts) -> None:
+    missing = set(facts.get("cpu") or ()) - set(cpu.flags())
+    if missing:
+        raise MigrateError(
+            VzExitCode.CPU,
+            f"the CPU of this host lacks {' '.join(sorted(missing))}, which the source has "
+            "(--nodeps=cpu ignores that, at your own risk)",
         )
-    there = resumable_files.allocated(host, chosen, facts)
-    for n, (disk, size) in enumerate(zip(disks, sizes, strict=True)):
-        volumes.check_free(disk, max(size - there.get(f"disk {n}", 0), 0))
-    kept = resumable_trees.allocated(
-        host.state_dir, chosen.name, chosen.container, resumable_files.source_of(facts)
-    )
-    incoming_trees.check(host.rsync, chosen.trees(), facts.get("trees") or [], kept)
-    return {
-        "disks": [d.image for d in disks],
-        "takes": capabilities(),
-        "lazy": {"lazy": lazy.lazy, "why": lazy.why},
-        "post_copy": {"why": why_no_post_copy(host, chosen, facts) if live else NOT_LIVE},
-    }
+
+
+def _check_room(
+    host: HostConfig, chosen: Runtime, facts: Facts, sizes: list[int], found: Checks
+) -> None:
+    """ProtocolError when the numbers of disks differ, and no check has said so."""
+    try:
+        disks = chosen.disks(source=False)
+        if len(disks) != len(sizes):
+            raise ProtocolError(
+                f"the container has {len(sizes)} disks on the source, and {len(disks)} in the "
+                "target's configuration",
+                hint="name the same disks in migrate.toml on both hosts",
+            )
+        there = resumable_files.allocated(host, chosen, facts)
+        for n, (disk, size) in enumerate(zip(disks, sizes, strict=True)):
+            with found.named("disk-room"):
+                volumes.check_free(disk, max(size - there.get(f"disk {n}", 0), 0))
+        kept = resumable_trees.allocated(
+            host.state_dir, chosen.name, chosen.container, resumable_files.source_of(facts)
+        )
+        with found.named("tree-room"):
+            incoming_trees.check(host.rsync, chosen.trees(), facts.get("trees") or [], kept)
+    except PyploopError:
+        # What this needs may be what an earlier check has missed.
+        found.end()
+        raise
 
 
 def _wanted(host: HostConfig, facts: Facts) -> lazy_policy.Wanted:

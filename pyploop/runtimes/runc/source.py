@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from pyploop.errors import MigrateError, VzExitCode
 from pyploop.runtimes import Copied, Facts, Item, lazy_memory, memory_in_use
+from pyploop.runtimes.checks import Checks
 from pyploop.runtimes.config import HostConfig
 from pyploop.runtimes.oci import bundles
 from pyploop.runtimes.runc import (
@@ -48,45 +49,68 @@ class SourceSteps(RuncContainer):
         self._own_users = False
 
     def check_source(self, live: bool) -> Facts:
-        config = bundles.read(self._config.bundle)
-        host_fit.check_source(config)
+        found = Checks()
+        with found.named("config-json"):
+            config = bundles.read(self._config.bundle)
+        found.end()
+        with found.named("config-host"):
+            host_fit.check_source(config)
         self._own_users = tmpfs.has_own_users(config)
-        self._check_network(config)
+        with found.named("network-namespace"):
+            self._check_network(config)
         running = self.state().running
-        self._check_places(used=running)
+        with found.named("places"):
+            self._check_places(used=running)
         places = self._moving()
         external = self._config.external
-        sources = contents.check_config(config, self._config.bundle, places, external)
-        facts: Facts = {
-            "mounts": self._places(),
-            "config": config,
-            "paths": sources.paths,
-            "external": list(external),
-            "kinds": sources.kinds,
-        }
+        facts: Facts = {"mounts": self._places(), "config": config, "external": list(external)}
+        with found.named("mounts"):
+            sources = contents.check_config(config, self._config.bundle, places, external)
+            facts |= {"paths": sources.paths, "kinds": sources.kinds}
         self._left += leftovers.annotations_of(config)
-        if running:
-            contents.check_root(self._init(), self._root_of(config))
+        if running and not found.has("mounts"):
+            with found.named("root"):
+                contents.check_root(self._init(), self._root_of(config))
         if live:
+            self._check_live(config, places, external, facts, found)
+        found.end(None if found.has("mounts") or found.has("places") else facts)
+        return facts
+
+    def _check_live(
+        self,
+        config: dict[str, Any],
+        places: contents.Places,
+        external: Sequence[str],
+        facts: Facts,
+        found: Checks,
+    ) -> None:
+        """What only a live migration needs.  Adds to the facts."""
+        with found.named("criu"):
             facts["criu"] = list(criu.version(self._host.criu))
             criu.probe(self._host.criu)
-            freezer = self._freezer()
+        freezer = self._freezer()
+        with found.named("freezer"):
             if freezer is None:
                 raise self._no_freezer()
-            facts["memory"] = self._announced = self._memory_of(freezer)
+        if freezer is None:
+            return
+        facts["memory"] = self._announced = self._memory_of(freezer)
+        with found.named("images-room"):
             self._check_memory(facts)
+        with found.named("stopped"):
             cgroup.check_none_stopped(freezer, self.container)
-            pids = freezer.pids()
-            self._left += members.check(self.container, self._init(), freezer.pids, self.drop_exec)
+        pids = freezer.pids()
+        with found.named("processes"):
+            lost = members.check(self.container, self._init(), freezer.pids, self.drop_exec)
+            self._left += lost
+        with found.named("mounted"):
             contents.check_all_mounted(pids, config, self._config.bundle, places, external)
-            self._left += leftovers.all_of(self.container, pids, config, self._cgroups())
-            self._watchers = leftovers.watchers(pids)
-            files = tmpfs.used_by(self._init())
-            self._left += tmpfs.in_words(files)
-            shared = max(memory_in_use.shared_of(self._cgroups()), sum(f.size for f in files))
-            found = lazy_memory.of_processes(pids, shared)
-            facts["lazy"] = found.told()
-        return facts
+        self._left += leftovers.all_of(self.container, pids, config, self._cgroups())
+        self._watchers = leftovers.watchers(pids)
+        files = tmpfs.used_by(self._init())
+        self._left += tmpfs.in_words(files)
+        shared = max(memory_in_use.shared_of(self._cgroups()), sum(f.size for f in files))
+        facts["lazy"] = lazy_memory.of_processes(pids, shared).told()
 
     def _check_network(self, config: dict[str, Any]) -> None:
         """MigrateError(15) for a container without a network namespace of its own: its sockets

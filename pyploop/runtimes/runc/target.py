@@ -16,6 +16,7 @@ from typing import Any
 
 from pyploop.errors import MigrateError, PyploopError, VzExitCode
 from pyploop.runtimes import Facts
+from pyploop.runtimes.checks import Checks
 from pyploop.runtimes.config import HostConfig, within
 from pyploop.runtimes.oci import bundles, criu_images, destinations
 from pyploop.runtimes.runc import contents, criu, criu_gate, host_fit, tmpfs
@@ -56,6 +57,20 @@ class TargetSteps(RuncContainer):
         self.lazy: LazyRestore = LazyRestore(host.criu, state)
 
     def check_target(self, facts: Facts, live: bool) -> None:
+        found = Checks()
+        with found.named("exists"):
+            self._check_absent()
+        with found.named("same-places"):
+            self._check_same_places(facts)
+        if not found.has("same-places"):
+            self._check_config(facts, live, found)
+        with found.named("private"):
+            self._check_access()
+        if live:
+            self._check_live_target(facts, found)
+        found.end()
+
+    def _check_absent(self) -> None:
         if self._record() is not None:
             raise MigrateError(
                 VzExitCode.EXISTS, f"runc has a container {self.container} on this host already"
@@ -66,6 +81,8 @@ class TargetSteps(RuncContainer):
                 f"{self._config.bundle} has a {bundles.CONFIG} already: move it away",
                 path=self._config.bundle,
             )
+
+    def _check_same_places(self, facts: Facts) -> None:
         mounts = facts.get("mounts")
         if (
             not isinstance(mounts, list)
@@ -77,22 +94,31 @@ class TargetSteps(RuncContainer):
                 f"[container.{self.container}] has another number of disks or trees on this host "
                 "than on the source: they must be the same, in the same order",
             )
-        config = self._fitted(facts.get("config"), facts)
-        self.lazy.limit = bundles.memory_limit(config)
-        contents.check_external(self._config.external, facts.get("kinds") or ())
-        host_fit.check_target(config, live)
-        self._check_access()
-        if not live:
-            return
-        ours, theirs = criu.version(self._host.criu), version_of(facts.get("criu"))
-        if ours < theirs:
-            raise MigrateError(
-                VzExitCode.CHECKPOINT_VERSION,
-                f"CRIU {'.'.join(map(str, ours))} on this host is older than "
-                f"{'.'.join(map(str, theirs))} on the source: install that version or a newer one",
-            )
-        criu.probe(self._host.criu)
-        self._check_memory(facts)
+
+    def _check_config(self, facts: Facts, live: bool, found: Checks) -> None:
+        config: dict[str, Any] | None = None
+        with found.named("policy"):
+            config = self._fitted(facts.get("config"), facts)
+            self.lazy.limit = bundles.memory_limit(config)
+        with found.named("external"):
+            contents.check_external(self._config.external, facts.get("kinds") or ())
+        if config is not None:
+            with found.named("config-host"):
+                host_fit.check_target(config, live)
+
+    def _check_live_target(self, facts: Facts, found: Checks) -> None:
+        with found.named("criu"):
+            ours, theirs = criu.version(self._host.criu), version_of(facts.get("criu"))
+            if ours < theirs:
+                raise MigrateError(
+                    VzExitCode.CHECKPOINT_VERSION,
+                    f"CRIU {'.'.join(map(str, ours))} on this host is older than "
+                    f"{'.'.join(map(str, theirs))} on the source: install that version or a newer "
+                    "one",
+                )
+            criu.probe(self._host.criu)
+        with found.named("images-room"):
+            self._check_memory(facts)
 
     def _fitted(self, config: Any, facts: Facts) -> dict[str, Any]:
         """The source's config.json with the paths of this host."""

@@ -1,0 +1,101 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The checks before a migration: their names, and that all which fail are reported.
+
+After a change of the table:
+
+    python tests/unit/test_checks.py
+"""
+
+from __future__ import annotations
+
+import io
+import json
+
+import pytest
+from support import ROOT
+
+from pyploop.errors import MigrateError, VzExitCode
+from pyploop.migration.source.orchestrator import _all_reported
+from pyploop.report.events import JsonRenderer, Reporter, TextRenderer
+from pyploop.runtimes import checks
+from pyploop.runtimes.checks import CHECKS, Checks, ChecksFailedError, Failed
+from pyploop.wire import messages
+
+PAGE = ROOT / "docs/reference/checks.md"
+
+
+def test_the_page_has_the_table_of_the_code() -> None:
+    assert PAGE.read_text().endswith(f"\n\n{checks.table()}")
+
+
+def test_every_name_is_used_and_is_one_that_the_other_host_takes() -> None:
+    files = [p for p in (ROOT / "pyploop").rglob("*.py") if p.name != "checks.py"]
+    files += (ROOT / "pyploop/migration").rglob("checks.py")
+    text = "".join(p.read_text() for p in files)
+    assert [name for name in CHECKS if f'"{name}"' not in text] == []
+    for name in CHECKS:
+        error = {"failed": [{"name": name, "code": 15, "message": "x", "hint": ""}]}
+        assert messages.failed_checks(error) == [(name, 15, "x", "")]
+
+
+def two() -> Checks:
+    found = Checks()
+    with found.named("trust"):
+        raise MigrateError(VzExitCode.BAD_CONFIG, "not trusted", hint="trust it")
+    with found.named("cpu"):
+        raise MigrateError(VzExitCode.CPU, "another CPU")
+    return found
+
+
+def test_all_that_fail_are_collected_and_the_first_gives_the_exit_code() -> None:
+    with pytest.raises(ChecksFailedError) as e:
+        two().end()
+    assert e.value.exit_code == VzExitCode.BAD_CONFIG
+    assert str(e.value) == "2 checks failed: trust, cpu"
+    assert [f.message for f in e.value.failed] == ["not trusted", "another CPU"]
+
+
+def test_a_single_failure_keeps_its_own_words_and_hint() -> None:
+    with pytest.raises(ChecksFailedError) as e, checks.naming("lock"):
+        raise MigrateError(VzExitCode.LOCKED, "it is locked", path="/x", hint="wait")
+    assert (str(e.value), e.value.hint) == ("it is locked (check lock)", "wait")
+    assert (e.value.exit_code, e.value.path) == (VzExitCode.LOCKED, "/x")
+
+
+def test_what_failed_on_both_hosts_is_reported_one_by_one() -> None:
+    text, lines, report = io.StringIO(), io.StringIO(), Reporter()
+    report.add(TextRenderer(0, text, text))
+    report.add(JsonRenderer(lines))
+    found = Checks()
+    with found.named("stopped"):
+        raise MigrateError(VzExitCode.DUMP_FAILED, "7 is stopped")
+    theirs = [Failed("trust", 15, "not trusted", "trust it", "b")]
+    with pytest.raises(ChecksFailedError) as e, _all_reported(found, report):
+        raise ChecksFailedError([*found.failed, *theirs])
+    assert e.value.exit_code == VzExitCode.DUMP_FAILED
+    assert text.getvalue().splitlines() == [
+        "Check stopped failed: 7 is stopped",
+        "Check trust failed on b: not trusted. Hint: trust it",
+    ]
+    events = [json.loads(line) for line in lines.getvalue().splitlines()]
+    assert [(x["check"], x["code"], x["host"]) for x in events] == [
+        ("stopped", 8, ""),
+        ("trust", 15, "b"),
+    ]
+
+
+@pytest.mark.parametrize("failed", [None, "x", [1], [{"name": 3}], [{"name": "A b"}], [{}]])
+def test_a_list_of_failed_checks_that_is_none_is_not_believed(failed: object) -> None:
+    assert messages.failed_checks({"code": 15, "message": "x", "failed": failed}) == []
+
+
+def test_a_target_with_endless_failures_is_cut_short() -> None:
+    one = {"name": "cpu", "code": 99, "message": "x" * 10000, "hint": ["y"] * 10000}
+    found = messages.failed_checks({"failed": [one] * 1000})
+    assert len(found) == messages.MOST_FAILED
+    assert found[0][1] == 1
+    assert max(len(found[0][2]), len(found[0][3])) <= messages.LONGEST_TEXT + 1
+
+
+if __name__ == "__main__":
+    PAGE.write_text(PAGE.read_text().partition("| check |")[0] + checks.table())
