@@ -62,6 +62,7 @@ ffi.cdef(
     int pk_watch(int file_fd, unsigned int whole, uint64_t mask);
     int pk_read_access(int fd, struct pk_access *found);
     int pk_io_priority(int tid);
+    long long pk_attributes(int dirfd, const char *name);
     int pk_kcmp_files(int one, int other);
     int pk_openat2(int dirfd, const char *path, uint64_t flags, uint64_t mode,
                    uint64_t resolve);
@@ -207,6 +208,14 @@ ffi.set_source(
             .mask = e.mask, .dev = st.st_dev, .inode = st.st_ino, .pid = e.pid };
         return 1;
     }
+    static long long pk_attributes(int dirfd, const char *name)
+    {
+        union { uint32_t word[64]; uint64_t aligned[32]; } x = { { 0 } };
+        if (syscall(SYS_statx, dirfd, name, AT_SYMLINK_NOFOLLOW, 0, &x) < 0)
+            return -errno;
+        return x.aligned[1] & x.aligned[7];  /* stx_attributes, stx_attributes_mask */
+    }
+
     static int pk_io_priority(int tid)
     { return result((int)syscall(SYS_ioprio_get, 1 /* a thread */, tid)); }
     static int pk_kcmp_files(int one, int other)

@@ -203,7 +203,7 @@ def chrome_trace(recorder: Recorder) -> str:
     """The Trace Event Format that chrome://tracing and Perfetto read: one
     process for each end, microseconds since the first span."""
     spans = recorder.spans
-    zero = min((s.start for s in spans), default=0.0)
+    zero = min((min(s.start, s.start + s.seconds) for s in spans), default=0.0)
     pids = {"source": 1, "target": 2}
     events: list[dict[str, Any]] = [
         {"ph": "M", "name": "process_name", "pid": pid, "tid": 0, "args": {"name": side}}
@@ -216,8 +216,9 @@ def chrome_trace(recorder: Recorder) -> str:
             "cat": s.stage,
             "pid": pids[s.side],
             "tid": 1,
-            "ts": round((s.start - zero) * 1e6, 1),
-            "dur": round(s.seconds * 1e6, 1),
+            # What ended before its span was to begin is a moment, at its end.
+            "ts": round((min(s.start, s.start + s.seconds) - zero) * 1e6, 1),
+            "dur": round(max(s.seconds, 0.0) * 1e6, 1),
         }
         for s in spans
     ]

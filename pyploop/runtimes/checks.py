@@ -43,6 +43,49 @@ CHECKS: dict[str, Check] = {
     "stopped": Check("source", True, "no process is stopped by a signal, or traced"),
     "processes": Check("source", True, "all processes descend from the first, in one cgroup"),
     "mounted": Check("source", True, "all that is mounted in the container is migrated"),
+    "io-uring": Check("source", True, "no process uses io_uring"),
+    "bpf": Check("source", True, "no process has BPF programs, links, or maps that CRIU refuses"),
+    "userfaultfd": Check("source", True, "no process has a userfaultfd"),
+    "anonymous-file": Check(
+        "source", True, "no process has another anonymous file that CRIU does not know"
+    ),
+    "memfd-secret": Check("source", True, "no process has secret memory"),
+    "posix-queues": Check("source", True, "no process has a POSIX message queue open"),
+    "outside-file": Check("source", True, "each open file lies on a mount of the container"),
+    "outside-terminal": Check("source", True, "no process has a terminal of the host"),
+    "deleted-file-linked": Check("source", True, "no deleted file in use has another name"),
+    "deleted-file-size": Check(
+        "source", True, "no deleted file in use is larger than CRIU's `ghost-limit` (1 MiB)"
+    ),
+    "vsock": Check("source", True, "no process has a vsock"),
+    "socket-family": Check("source", True, "all sockets are of families that CRIU knows"),
+    "socket-protocol": Check("source", True, "all sockets are of protocols that CRIU knows"),
+    "mptcp": Check("source", True, "no process uses MPTCP"),
+    "netlink-data": Check("source", True, "no netlink socket has data that are not read"),
+    "netlink-link-events": Check(
+        "source", True, "with `link_down`: no netlink socket waits for events of links"
+    ),
+    "outside-socket": Check(
+        "source",
+        True,
+        "all sockets were made in the container, as was the other end of each Unix socket",
+    ),
+    "nested-pid-namespace": Check("source", True, "all processes are in one pid namespace"),
+    "nested-time-namespace": Check("source", True, "all processes are in one time namespace"),
+    "nested-user-namespace": Check("source", True, "all processes are in one user namespace"),
+    "nested-uts-namespace": Check("source", True, "all processes are in one namespace of names"),
+    "nested-ipc-namespace": Check("source", True, "all processes are in one IPC namespace"),
+    "nested-network-namespace": Check("source", True, "all processes are in one network"),
+    "nested-cgroup-namespace": Check("source", True, "all processes are in one cgroup namespace"),
+    "user-namespace-network": Check(
+        "source", True, "the network namespace belongs to the container's user namespace"
+    ),
+    "submount": Check(
+        "source", True, "nothing of the host is mounted below a bind of `config.json`"
+    ),
+    "runc-options": Check("both", True, "runc knows the `options` of `migrate.toml`"),
+    "ext4-mmp": Check("source", True, "no disk has ext4's multiple mount protection"),
+    "immutable-files": Check("source", False, "no file of a tree is immutable or append-only"),
     "tree": Check("source", False, "the trees can be copied, and rsync is installed"),
     "disk": Check("source", False, "the disks can be opened"),
     "connection": Check("source", False, "there is an agent on the target"),
@@ -58,6 +101,10 @@ CHECKS: dict[str, Check] = {
     "external": Check("target", False, "each external path is there, and of the same kind"),
     "private": Check("target", False, "no other user of the target can reach the files"),
     "busy": Check("target", True, "no earlier restore of the container still loads memory"),
+    "cgroups": Check("target", True, "the target has the cgroup version and controllers"),
+    "lsm": Check("target", True, "the target has loaded the AppArmor profiles of the processes"),
+    "seccomp": Check("target", True, "the target's kernel has the actions of the seccomp filters"),
+    "file-system": Check("target", False, "the target's kernel has the file system of each disk"),
     "disk-room": Check("target", False, "there is room for the disks, and nothing in their place"),
     "tree-room": Check("target", False, "there is room for the trees, and nothing in their place"),
 }

@@ -49,6 +49,8 @@ class ContainerConfig:
     disks: tuple[DiskConfig, ...] = ()
     trees: tuple[str, ...] = ()
     """Directories that are moved as they are."""
+    criu_options: tuple[str, ...] = ()
+    """Lines for CRIU's own configuration."""
     external: tuple[str, ...] = ()
     """Paths of the host that the container mounts.  They are not copied: the other host has
     them already."""
@@ -144,6 +146,7 @@ _CONTAINER: dict[str, type] = {
     "options": tuple,
     "stop_timeout": float,
     "external": tuple,
+    "criu_options": tuple,
 }
 _DISK: dict[str, type] = {"image": str, "mount": str, "fstype": str, "options": str}
 COMMANDS = (

@@ -23,7 +23,10 @@ def check_free(tree: Tree, size: int) -> None:
             )
         if any(path.iterdir()):
             raise MigrateError(
-                VzExitCode.EXISTS, f"{path}, where a tree goes, is not empty", path=tree.path
+                VzExitCode.EXISTS,
+                f"{path}, where a tree goes, is not empty",
+                path=tree.path,
+                hint=volumes.LEFT,
             )
     folder = path if path.is_dir() else volumes.existing_parent(tree.path)
     st = os.statvfs(folder)

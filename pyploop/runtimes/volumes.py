@@ -32,6 +32,10 @@ def is_mounted(point: str) -> bool:
     return mount_table.at(point) is not None
 
 
+LEFT = "remove it if it is what an earlier migration has left here (-r no), or was copied from here"
+"""The cure when something is in the place of a disk or tree: the container may come back."""
+
+
 def check_free(disk: Disk, size: int) -> None:
     """On the target: nothing is in the way, and there is room for `size` more
     bytes of data."""
@@ -40,6 +44,7 @@ def check_free(disk: Disk, size: int) -> None:
             VzExitCode.EXISTS,
             f"the image {disk.image} exists on this host already: move it away",
             path=disk.image,
+            hint=LEFT,
         )
     if disk.mount and is_mounted(disk.mount):
         raise MigrateError(

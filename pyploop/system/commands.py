@@ -161,4 +161,5 @@ def run(
 
 def last_words(text: str) -> str:
     """The last three lines of some output, as one."""
-    return "; ".join(line.strip() for line in text.strip().splitlines()[-3:]) or "(silent)"
+    lines = text.strip().splitlines()[-3:]
+    return "; ".join(line.strip() for line in lines) or "it printed nothing"

@@ -285,6 +285,14 @@ def share_files(one: int, other: int) -> bool:
     return int(_lib.pk_kcmp_files(one, other)) <= 0
 
 
+def is_immutable(dir_fd: int, name: str) -> bool:
+    """Whether a file cannot be removed: it is immutable or append-only (chattr)."""
+    return bool(_check(_lib.pk_attributes(dir_fd, os.fsencode(name)), name) & _FIXED)
+
+
+_FIXED = 0x10 | 0x20  # STATX_ATTR_IMMUTABLE, STATX_ATTR_APPEND of linux/stat.h
+
+
 def io_priority(tid: int) -> int:
     """The I/O priority of a thread, as ioprio_get(2) has it; 0: it never set one."""
     return _check(_lib.pk_io_priority(tid))

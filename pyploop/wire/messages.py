@@ -197,6 +197,10 @@ _FACTS = known(
         "ips": list_of(text),
         "checkpoint": or_none(whole(0, 1 << 31)),
         "links": table(_any),
+        "criu_options": list_of(text, 16),
+        "cgroups": list_of(text, 64),
+        "labels": list_of(text, 64),
+        "filtered": flag,
     }
 )
 _REQUESTS: dict[str, dict[str, Check]] = {

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 /* A process of a container that has what CRIU may not dump; it needs no libraries.
  *
- *   odd WHAT [PATH]   gets it, writes "ready" or the errno's text to /state, and waits
+ *   odd WHAT[:PATH]…   gets all of it, writes "ready" or the errno's text to /state, and waits
  */
 #define _GNU_SOURCE
 #include <arpa/inet.h>
@@ -51,21 +51,25 @@ static int unix_to(const char *path, int type, int listening)
 	return connect(fd, (void *)&at, sizeof(at)) < 0 ? -1 : fd;
 }
 
+/* A child that is in namespaces of its own; within them a child of that. */
 static int nested(int flags)
 {
 	int pair[2];
-	char c = 0;
+	char c = 1;
 	pid_t child;
 
-	if (pipe(pair) < 0 || unshare(flags) < 0)
+	if (pipe(pair) < 0 || (child = fork()) < 0)
 		return -1;
-	child = fork();
 	if (child == 0) {
+		c = unshare(flags) == 0 && (flags & CLONE_NEWUSER || fork() >= 0);
 		write(pair[1], &c, 1);
 		for (;;)
 			pause();
 	}
-	return child < 0 ? -1 : (int)read(pair[0], &c, 1);
+	read(pair[0], &c, 1);
+	close(pair[0]);
+	close(pair[1]);
+	return c ? 0 : -1;
 }
 
 static long get(const char *what, const char *path)
@@ -77,7 +81,7 @@ static long get(const char *what, const char *path)
 
 		return syscall(SYS_io_uring_setup, 8, params);
 	}
-	if (!strcmp(what, "netlink") || !strcmp(what, "netlink-data")) {
+	if (!strncmp(what, "netlink", 7)) {
 		int fd = socket(AF_NETLINK, SOCK_RAW, NETLINK_ROUTE);
 		struct sockaddr_nl at = { .nl_family = AF_NETLINK, .nl_groups = strtoul(path, NULL, 0) };
 		struct {
@@ -88,13 +92,7 @@ static long get(const char *what, const char *path)
 
 		if (bind(fd, (void *)&at, sizeof(at)) < 0)
 			return -1;
-		return strcmp(what, "netlink") ? send(fd, &ask, sizeof(ask), 0) : 0;
-	}
-	if (!strcmp(what, "netlink-uevent")) {
-		int fd = socket(AF_NETLINK, SOCK_DGRAM, NETLINK_KOBJECT_UEVENT);
-		struct sockaddr_nl at = { .nl_family = AF_NETLINK, .nl_groups = 1 };
-
-		return bind(fd, (void *)&at, sizeof(at));
+		return !strcmp(what, "netlink-data") ? send(fd, &ask, sizeof(ask), 0) : 0;
 	}
 	if (!strcmp(what, "pidns"))
 		return nested(CLONE_NEWPID);
@@ -126,16 +124,10 @@ static long get(const char *what, const char *path)
 		return socket(AF_VSOCK, SOCK_STREAM, 0);
 	if (!strcmp(what, "packet"))
 		return socket(AF_PACKET, SOCK_RAW, htons(3));
-	if (!strcmp(what, "alg"))
-		return socket(38, SOCK_SEQPACKET, 0);
 	if (!strcmp(what, "raw"))
 		return socket(AF_INET, SOCK_RAW, IPPROTO_ICMP);
-	if (!strcmp(what, "ping"))
-		return socket(AF_INET, SOCK_DGRAM, IPPROTO_ICMP);
 	if (!strcmp(what, "udplite"))
 		return socket(AF_INET, SOCK_DGRAM, IPPROTO_UDPLITE);
-	if (!strcmp(what, "sctp"))
-		return socket(AF_INET, SOCK_STREAM, IPPROTO_SCTP);
 	if (!strcmp(what, "mptcp") || !strcmp(what, "mptcp-listen")) {
 		int fd = socket(AF_INET, SOCK_STREAM, 262);
 		struct sockaddr_in at = { .sin_family = AF_INET, .sin_port = htons(7000) };
@@ -147,11 +139,6 @@ static long get(const char *what, const char *path)
 	if (!strcmp(what, "bpf-map")) {
 		union bpf_attr attr = { .map_type = BPF_MAP_TYPE_ARRAY, .key_size = 4,
 					.value_size = 8, .max_entries = 4 };
-
-		return syscall(SYS_bpf, BPF_MAP_CREATE, &attr, sizeof(attr));
-	}
-	if (!strcmp(what, "bpf-ring")) {
-		union bpf_attr attr = { .map_type = BPF_MAP_TYPE_RINGBUF, .max_entries = 4096 };
 
 		return syscall(SYS_bpf, BPF_MAP_CREATE, &attr, sizeof(attr));
 	}
@@ -196,14 +183,10 @@ static long get(const char *what, const char *path)
 
 		return syscall(444, &attr, 8, 0);
 	}
-	if (!strcmp(what, "fscontext"))
-		return syscall(430, "tmpfs", 0);
 	if (!strcmp(what, "mqueue"))
 		return mq_open("/q", O_CREAT | O_RDWR, 0600, NULL);
 	if (!strcmp(what, "unix-out"))
 		return unix_to(path, SOCK_STREAM, 0);
-	if (!strcmp(what, "unix-out-dgram"))
-		return unix_to(path, SOCK_DGRAM, 0);
 	if (!strcmp(what, "unix-in")) {
 		unix_to("/data/in", SOCK_STREAM, 1);
 		return unix_to("/data/in", SOCK_STREAM, 0);
@@ -212,16 +195,17 @@ static long get(const char *what, const char *path)
 		return unix_to(path, SOCK_STREAM, 1);
 	if (!strcmp(what, "deleted") || !strcmp(what, "deleted-linked") ||
 	    !strcmp(what, "deleted-large") || !strcmp(what, "deleted-sparse")) {
-		int fd = open("/data/one", O_RDWR | O_CREAT, 0600);
+		const char *name = *path ? path : "/data/one";
+		int fd = open(name, O_RDWR | O_CREAT, 0600);
 		static char block[1 << 16];
 
-		if (!strcmp(what, "deleted-linked") && link("/data/one", "/data/two") < 0)
+		if (!strcmp(what, "deleted-linked") && link(name, "/data/two") < 0)
 			return -1;
 		if (!strcmp(what, "deleted-sparse"))
 			ftruncate(fd, 1 << 26);
 		for (int n = 0; n < (strcmp(what, "deleted-large") ? 1 : 32); n++)
 			write(fd, block, sizeof(block));
-		return unlink("/data/one");
+		return unlink(name);
 	}
 	if (!strcmp(what, "deleted-cwd"))
 		return mkdir("/data/cwd", 0700) < 0 || chdir("/data/cwd") < 0 ? -1 : rmdir("/data/cwd");
@@ -234,18 +218,29 @@ static long get(const char *what, const char *path)
 
 		return syscall(SYS_io_setup, 4, &context);
 	}
-	if (!strcmp(what, "tun")) {
-		return open("/dev/net/tun", O_RDWR);
-	}
 	errno = EINVAL;
 	return -1;
 }
 
 int main(int argc, char **argv)
 {
-	const char *what = argc > 1 ? argv[1] : "";
+	for (int n = 1; n < argc; n++) {
+		char *path = strchr(argv[n], ':');
 
-	over(what, get(what, argc > 2 ? argv[2] : ""));
+		if (path)
+			*path++ = 0;
+		if (get(argv[n], path ? path : "") < 0) {
+			over(argv[n], -1);
+			return 1;
+		}
+	}
+	over("", 0);
+	if (argc == 2 && !strcmp(argv[1], "netlink-reader")) {
+		char buffer[65536];
+
+		while (recv(3, buffer, sizeof(buffer), 0) >= 0 || errno == ENOBUFS)
+			;
+	}
 	for (;;)
 		pause();
 }

@@ -8,11 +8,20 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from pyploop.disks import ext4_mmp
 from pyploop.disks.source import Source
 from pyploop.errors import MigrateError, VzExitCode
 from pyploop.migration import deadlines
 from pyploop.migration.memory_policy import MemoryPolicy
-from pyploop.migration.source import host_identity, lane_supply, lazy, memory, post_copy, trees
+from pyploop.migration.source import (
+    host_identity,
+    lane_supply,
+    lazy,
+    memory,
+    post_copy,
+    tree_flags,
+    trees,
+)
 from pyploop.migration.source.agent_client import Remote
 from pyploop.migration.source.disks import allocated
 from pyploop.migration.source.payload import check_number
@@ -178,6 +187,9 @@ def here(host: HostConfig, runtime: Runtime, request: Request, report: Reporter)
         facts = e.facts if isinstance(e, ChecksFailedError) else None
     with found.named("tree"):
         sizes = trees.check_source(runtime.trees(), host.rsync)
+    if request.remove_area and not found.has("tree"):
+        with found.named("immutable-files"):
+            tree_flags.check(runtime.trees())
     disks: list[Disk] = []
     if facts is not None:
         facts |= {"machine": platform.machine(), "cpu": cpu.flags()}
@@ -185,6 +197,9 @@ def here(host: HostConfig, runtime: Runtime, request: Request, report: Reporter)
         if "lazy" in facts:
             facts["lazy"]["want"] = request.lazy_restore
         disks = runtime.disks(source=True)
+        if request.live:
+            with found.named("ext4-mmp"):
+                _check_mmp(disks)
     if found.has("tree"):
         facts = None
     elif facts is not None:
@@ -192,3 +207,22 @@ def here(host: HostConfig, runtime: Runtime, request: Request, report: Reporter)
     for text in runtime.left_behind():
         report.note(text)
     return Here(runtime, request, report, state.running, facts, disks, found)
+
+
+def _check_mmp(disks: list[Disk]) -> None:
+    """MigrateError(15) when the target would wait before it mounts a disk."""
+    for disk in disks:
+        try:
+            seconds = ext4_mmp.seconds(disk.source)
+        except OSError:  # the one who opens it says why
+            continue
+        if seconds:
+            raise MigrateError(
+                VzExitCode.BAD_CONFIG,
+                f"{disk.image} is an ext4 with multiple mount protection (MMP): the target's "
+                f"kernel would wait for {seconds} s before it mounts the copy, with the container "
+                "suspended",
+                path=disk.image,
+                hint=f"stop the container, unmount the disk, run tune2fs -O ^mmp {disk.image}, and "
+                "start it again; or migrate without --live",
+            )

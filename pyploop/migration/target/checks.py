@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import platform
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +13,13 @@ from pyploop.errors import BusyError, MigrateError, ProtocolError, PyploopError,
 from pyploop.migration import locks
 from pyploop.migration.target import incoming_trees, resumable_files, resumable_trees
 from pyploop.migration.target.settle import settle_dead
-from pyploop.runtimes import Facts, Runtime, config, lazy_policy, policy, volumes
+from pyploop.runtimes import Disk, Facts, Runtime, config, lazy_policy, policy, volumes
 from pyploop.runtimes.checks import Checks
 from pyploop.runtimes.config import HostConfig
 from pyploop.runtimes.lazy_policy import NOT_LIVE, UNABLE, Choice
 from pyploop.runtimes.lazy_record import LazyRecord
 from pyploop.runtimes.policy import Source
-from pyploop.system import cpu, helpers
+from pyploop.system import cpu, file_systems, helpers
 
 CAPABILITIES = (
     *("memory", "tree", "channels", "window", "probe", "post-copy", "lazy-rounds"),
@@ -116,6 +117,18 @@ def _check_cpu(facts: Facts) -> None:
         )
 
 
+def _check_file_systems(disks: Sequence[Disk]) -> None:
+    for disk in disks:
+        if disk.fstype and not file_systems.has(disk.fstype):
+            raise MigrateError(
+                VzExitCode.NO_KERNEL,
+                f"the kernel of this host has no file system {disk.fstype}, which the disk "
+                f"{disk.image} needs",
+                path=disk.image,
+                hint="load its module, or correct fstype in migrate.toml",
+            )
+
+
 def _check_room(
     host: HostConfig, chosen: Runtime, facts: Facts, sizes: list[int], found: Checks
 ) -> None:
@@ -128,6 +141,8 @@ def _check_room(
                 "target's configuration",
                 hint="name the same disks in migrate.toml on both hosts",
             )
+        with found.named("file-system"):
+            _check_file_systems(disks)
         there = resumable_files.allocated(host, chosen, facts)
         for n, (disk, size) in enumerate(zip(disks, sizes, strict=True)):
             with found.named("disk-room"):

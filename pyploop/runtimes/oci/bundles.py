@@ -7,6 +7,7 @@ from __future__ import annotations
 import json
 import os
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -46,10 +47,10 @@ def read(bundle: str, name: str = CONFIG) -> dict[str, Any]:
     return config
 
 
-def write(bundle: str, config: dict[str, Any]) -> None:
+def write(bundle: str, config: dict[str, Any], criu_options: Sequence[str] = ()) -> None:
     """Replace config.json: durable, and in one step."""
     _replace(Path(bundle) / CONFIG, json.dumps(config, indent=1))
-    write_criu(bundle)
+    write_criu(bundle, criu_options)
 
 
 def paths_of(config: dict[str, Any]) -> list[str]:
@@ -66,12 +67,13 @@ def memory_limit(config: dict[str, Any]) -> int:
     return limit if isinstance(limit, int) and limit > 0 else 0
 
 
-def write_criu(bundle: str) -> None:
-    """Write CRIU's options for this container.
+def write_criu(bundle: str, options: Sequence[str] = ()) -> None:
+    """Write CRIU's options for this container.  options: more lines.
 
     CRIU must not lock the network itself: the lock would stay in the network namespace,
     which this host made and the container only uses."""
-    (Path(bundle) / CRIU).write_text("network-lock skip\n")
+    lines = ("network-lock skip", *options)
+    (Path(bundle) / CRIU).write_text("".join(f"{line}\n" for line in lines))
 
 
 def forget_hook(bundle: str) -> None:

@@ -114,8 +114,10 @@ class RuncContainer(Configured):
 
     # ---- commands
 
-    def _runc(self) -> list[str]:
-        return [self._host.runc, "--root", self._host.runc_root, "--criu", self._host.criu]
+    def _runc(self, log: Path | None = None) -> list[str]:
+        """log: where runc writes why it failed."""
+        words = [self._host.runc, "--root", self._host.runc_root, "--criu", self._host.criu]
+        return [*words, "--log", str(log)] if log is not None else words
 
     def give_up(self) -> None:
         self._early.drop()

@@ -153,9 +153,12 @@ def check_config(
         found = places.canonical(path)
         if found is not None:
             if places_mounted(places, found) and not os.path.exists(path):
+                leads = (
+                    f": it is a dead link to {os.readlink(path)}" if os.path.islink(path) else ""
+                )
                 raise MigrateError(
                     VzExitCode.BAD_CONFIG,
-                    f"{path}, which config.json binds to {where}, does not exist",
+                    f"{path}, which config.json binds to {where}, does not exist{leads}",
                     path=path,
                 )
             paths[str(source)] = found
@@ -201,8 +204,17 @@ def _kind(path: str) -> list[int]:
         return kind_of(path)
     except OSError as e:
         raise MigrateError(
-            VzExitCode.BAD_CONFIG, f"cannot use the external path {path}: {e.strerror}", path=path
+            VzExitCode.BAD_CONFIG,
+            f"cannot use the external path {path}: {_why_not(path, e)}",
+            path=path,
         ) from e
+
+
+def _why_not(path: str, error: OSError) -> str:
+    """What ls shows is there for a reader, even if it leads nowhere."""
+    if os.path.islink(path):
+        return f"it is a dead link to {os.readlink(path)} ({error.strerror})"
+    return str(error.strerror)
 
 
 # ---- a container that runs
@@ -366,7 +378,7 @@ def check_external(external: Sequence[str], kinds: Sequence[Sequence[int]]) -> N
         except OSError as e:
             raise MigrateError(
                 VzExitCode.BAD_CONFIG,
-                f"cannot use the external path {path} on this host: {e.strerror}",
+                f"cannot use the external path {path} on this host: {_why_not(path, e)}",
                 path=path,
             ) from e
         if ours != list(theirs):

@@ -65,13 +65,46 @@ def probe(criu: str) -> None:
             sleeper.wait()
 
 
+_HARMLESS = ("rlimit: Can't setup RLIMIT_NOFILE for self",)
+"""Errors that CRIU reports where root has no CAP_SYS_RESOURCE, and that it goes on after."""
+_MOST = 2000
+"""Characters of errors that are shown.  The first ones say why, the last ones what followed."""
+_MESSAGE = re.compile(r'level=(?:error|fatal) msg="((?:[^"\\]|\\.)*)"')
+
+
+def why_failed(criu_log: Path, runc_log: Path, output: str) -> str:
+    """Why runc and CRIU have failed, as one line: CRIU's errors, or else runc's, or else the
+    end of the command's output."""
+    return errors_of(criu_log) or runc_errors_of(runc_log) or last_words(output)
+
+
 def errors_of(log: Path) -> str:
-    """The errors in CRIU's log, as one line of 400 characters at most."""
+    """The errors in CRIU's log, as one line."""
+    found = [
+        re.sub(r"^\(\d+\.\d+\)\s*", "", line).strip()
+        for line in _lines(log)
+        if "Error (" in line and not any(words in line for words in _HARMLESS)
+    ]
+    return shortened("; ".join(found))
+
+
+def runc_errors_of(log: Path) -> str:
+    """The errors in runc's log, as one line."""
+    found = [m[1].replace('\\"', '"') for line in _lines(log) if (m := _MESSAGE.search(line))]
+    return shortened("; ".join(x.replace("\\n", "; ") for x in found))
+
+
+def _lines(log: Path) -> list[str]:
     try:
-        lines = log.read_text(errors="replace").splitlines()
+        return log.read_text(errors="replace").splitlines()
     except OSError:
-        return ""
-    return "; ".join(x.split(") ", 1)[-1].strip() for x in lines if "Error" in x)[-400:]
+        return []
+
+
+def shortened(text: str) -> str:
+    """Without the middle of a text that is too long."""
+    half = _MOST // 2
+    return text if len(text) <= _MOST else f"{text[:half]} […] {text[-half:]}"
 
 
 class Restoring:

@@ -69,6 +69,13 @@ def strangers(init: int, members: Sequence[int], proc: str = "/proc") -> list[in
     return [p for p in lost if p in seen and p not in ours and seen[p].state not in "ZX"]
 
 
+def dumped(init: int, members: Sequence[int]) -> list[int]:
+    """Those of the cgroup's processes that a dump has, the first one first.  CRIU leaves out
+    those of `runc exec`."""
+    lost = {*strangers(init, members)}
+    return [init, *(p for p in members if p != init and p not in lost)]
+
+
 @dataclass(frozen=True)
 class Survey:
     """Processes that are in the container's cgroup, or its tree, but not in both."""

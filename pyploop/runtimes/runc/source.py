@@ -20,11 +20,14 @@ from pyploop.runtimes.runc import (
     cgroup,
     contents,
     criu,
+    criu_options,
     host_fit,
     leftovers,
     link_cut,
     members,
     memory_tracking,
+    preflight,
+    preflight_kernel,
     tmpfs,
 )
 from pyploop.runtimes.runc.connections import Connections, own_network
@@ -47,6 +50,8 @@ class SourceSteps(RuncContainer):
         self._announced = 0
         """Bytes of memory, as the target was told."""
         self._own_users = False
+        self._runc_log = Path("/nonexistent")
+        """Of the last checkpoint."""
 
     def check_source(self, live: bool) -> Facts:
         found = Checks()
@@ -105,6 +110,23 @@ class SourceSteps(RuncContainer):
             self._left += lost
         with found.named("mounted"):
             contents.check_all_mounted(pids, config, self._config.bundle, places, external)
+        file = criu_options.file_of(config)
+        own = self._config.criu_options if file == self._criu_file() else ()
+        options = criu_options.of_dump(file, self._config.options, own)
+        view = preflight.View(
+            members.dumped(self._init(), pids),
+            config,
+            self._config.bundle,
+            self._host.criu,
+            cuts_link=bool(self._config.link_down),
+        )
+        preflight.check(found, view, options)
+        with found.named("runc-options"):
+            criu_options.check_runc(self._host.runc, "checkpoint", self._config.options)
+        facts["criu_options"] = criu_options.told(file, self._config.criu_options)
+        facts["cgroups"] = preflight_kernel.controllers(self._cgroups())
+        facts["labels"] = preflight_kernel.labels(pids)
+        facts["filtered"] = preflight_kernel.filtered(pids)
         self._left += leftovers.all_of(self.container, pids, config, self._cgroups())
         self._watchers = leftovers.watchers(pids)
         files = tmpfs.used_by(self._init())
@@ -125,6 +147,10 @@ class SourceSteps(RuncContainer):
                 "uses the network of this host, and cannot be migrated",
                 path=f"{self._config.bundle}/{bundles.CONFIG}",
             )
+
+    def _criu_file(self) -> str:
+        """CRIU's options that pyploop has written when the container came to this host."""
+        return f"{self._config.bundle}/{bundles.CRIU}"
 
     def _no_freezer(self) -> MigrateError:
         return MigrateError(
@@ -185,7 +211,8 @@ class SourceSteps(RuncContainer):
             if self._early.ready(self._host.command_timeout):
                 return
             status, output = self._early.drop() or (-1, "")
-            why = f"{' '.join(argv)} ended with {status}: {last_words(output)}"
+            said = criu.runc_errors_of(self._runc_log) or last_words(output)
+            why = f"{' '.join(argv)} ended with {status}: {said}"
         except OSError as e:  # TimeoutError is one
             self._early.drop(patience=0.0)
             why = f"{' '.join(argv)}: {e.strerror or e}"
@@ -279,7 +306,7 @@ class SourceSteps(RuncContainer):
         except members.LostProcessError:
             raise
         except MigrateError as e:
-            why = criu.errors_of(work_of(images) / "dump.log") or str(e)
+            why = criu.why_failed(work_of(images) / "dump.log", self._runc_log, str(e))
             raise MigrateError(
                 VzExitCode.DUMP_FAILED, f"cannot checkpoint {self.container}: {why}"
             ) from e
@@ -291,9 +318,11 @@ class SourceSteps(RuncContainer):
     def _checkpoint_argv(self, how: str, images: Path, parent: Path | None) -> list[str]:
         """Also makes CRIU's working folder."""
         bundles.forget_hook(self._config.bundle)
+        criu_options.complete(self._criu_file(), self._config.criu_options)
         with contextlib.suppress(FileExistsError):  # by `prepare_dump`
             work_of(images).mkdir(mode=0o700)
-        argv = [*self._runc(), "checkpoint", how]
+        self._runc_log = work_of(images) / "runc.log"
+        argv = [*self._runc(self._runc_log), "checkpoint", how]
         argv += ["--image-path", str(images), "--work-path", str(work_of(images))]
         if parent is not None:
             argv += ["--parent-path", os.path.relpath(parent, images)]

@@ -19,7 +19,16 @@ from pyploop.runtimes import Facts
 from pyploop.runtimes.checks import Checks
 from pyploop.runtimes.config import HostConfig, within
 from pyploop.runtimes.oci import bundles, criu_images, destinations
-from pyploop.runtimes.runc import contents, criu, criu_gate, host_fit, tmpfs
+from pyploop.runtimes.runc import (
+    contents,
+    criu,
+    criu_gate,
+    criu_options,
+    host_fit,
+    preflight_kernel,
+    private_images,
+    tmpfs,
+)
 from pyploop.runtimes.runc.announce import Announcer
 from pyploop.runtimes.runc.cgroup_moves import CgroupMoves
 from pyploop.runtimes.runc.container import RuncContainer
@@ -119,6 +128,16 @@ class TargetSteps(RuncContainer):
             criu.probe(self._host.criu)
         with found.named("images-room"):
             self._check_memory(facts)
+        with found.named("runc-options"):
+            criu_options.check_runc(self._host.runc, "restore", self._config.options)
+        if cgroups := facts.get("cgroups"):  # an older source does not tell
+            with found.named("cgroups"):
+                preflight_kernel.check_cgroups(cgroups)
+        with found.named("lsm"):
+            preflight_kernel.check_labels(facts.get("labels") or ())
+        with found.named("seccomp"):
+            used = bool(facts.get("filtered"))
+            preflight_kernel.check_seccomp(facts.get("config") or {}, used)
 
     def _fitted(self, config: Any, facts: Facts) -> dict[str, Any]:
         """The source's config.json with the paths of this host."""
@@ -165,7 +184,8 @@ class TargetSteps(RuncContainer):
                 "again",
             )
         (Path(self._config.bundle) / bundles.RECEIVED).unlink()
-        bundles.write(self._config.bundle, config)
+        options = criu_options.merged(facts.get("criu_options"), self._config.criu_options)
+        bundles.write(self._config.bundle, config, options)
         self._written = config
         # Before the restore nothing must answer in the container's place.
         self._link(self._config.link_down, VzExitCode.BAD_CONFIG)
@@ -195,6 +215,7 @@ class TargetSteps(RuncContainer):
 
     def check_images(self, images: Path) -> None:
         self._moves.start()
+        private_images.let_read(images.parent, private_images.group_of(self._written or {}))
         if self._written is None:
             raise MigrateError(VzExitCode.BAD_CONFIG, "the source sent the dump before config.json")
         policy = self._config.policy
@@ -285,7 +306,7 @@ class TargetSteps(RuncContainer):
                 return
         if isinstance(restoring.refusal, PyploopError):
             raise restoring.refusal
-        why = criu.errors_of(work / "restore.log") or last_words(output)
+        why = criu.why_failed(work / "restore.log", _runc_log(images), output)
         raise _NotRestoredError(f"cannot restore {self.container}: {why}", restoring.unlocked)
 
     def prepare_undump(self, images: Path) -> str:
@@ -306,7 +327,13 @@ class TargetSteps(RuncContainer):
         return self._early.start(images, "restore", argv, criu_, keep, **_restoring())
 
     def _restore_argv(self, images: Path, work: Path, *options: str) -> list[str]:
-        argv = [*self._runc(), "restore", "--detach", "--bundle", self._config.bundle]
+        argv = [
+            *self._runc(_runc_log(images)),
+            "restore",
+            "--detach",
+            "--bundle",
+            self._config.bundle,
+        ]
         argv += ["--image-path", str(images), "--work-path", str(work)]
         return [*argv, *self._config.options, *options, self.container]
 
@@ -327,7 +354,8 @@ class TargetSteps(RuncContainer):
             raise
         if going is None:
             status, output = early.drop() or (-1, "")
-            raise OSError(f"{' '.join(argv)} ended with {status}: {last_words(output)}")
+            said = criu.runc_errors_of(_runc_log(images)) or last_words(output)
+            raise OSError(f"{' '.join(argv)} ended with {status}: {said}")
         return going
 
     def _let_go(self) -> tuple[Command, socket.socket] | None:
@@ -368,6 +396,10 @@ class TargetSteps(RuncContainer):
         # Of a restore that was killed before it could remove it.  It would be in the way.
         with contextlib.suppress(OSError):
             Path(self._host.runc_root, self.container).rmdir()
+
+
+def _runc_log(images: Path) -> Path:
+    return images.parent / "runc.log"
 
 
 def work_of(images: Path) -> Path:
