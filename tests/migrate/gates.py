@@ -80,6 +80,7 @@ ssize_t pread(int fd, void *to, size_t n, off_t at)
 signal that stops it would end CRIU's when it goes on.)"""
 STEPS = {
     "runc": {
+        "* --help *": "help",
         "* --pre-dump *": "pre-dump",
         "* checkpoint *": "checkpoint",
         "* restore *": "restore",
