@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
+from pyploop.api import explaining
 from pyploop.api.reporting import make_reporter
 from pyploop.diskcopy.compression import parse_compression
 from pyploop.diskcopy.freeze_policy import OnDeadline, Policy
@@ -24,10 +25,10 @@ from pyploop.report.events import Reporter
 from pyploop.report.results import CopyResult, copy_result
 from pyploop.report.timeline import Recorder
 from pyploop.report.timings import Moments
-from pyploop.runtimes import config
-from pyploop.runtimes.config import CTID
+from pyploop.runtimes import Runtime, config
+from pyploop.runtimes.config import CTID, HostConfig
 from pyploop.runtimes.lazy_policy import Wanted
-from pyploop.runtimes.registry import make_runtime
+from pyploop.runtimes.registry import completed, make_runtime
 
 if TYPE_CHECKING:
     from pyploop.report.event_types import Event
@@ -47,6 +48,8 @@ class MigrationOptions:
     """File that says how containers look on this host; None: /etc/pyploop/migrate.toml."""
     check_only: bool = False
     """Check both sides, and change nothing."""
+    explain: bool = False
+    """As `check_only`.  Also log what was found, and how it would move."""
     remove_area: bool = True
     """Remove the container from the source afterwards."""
     keep_dst: bool = False
@@ -132,9 +135,18 @@ def migrate(
     """
     o = options or MigrationOptions()
     report = reporter or make_reporter(on_event)
-    here = config.load(o.config)
+    here = completed(config.load(o.config), o.runtime, container)
     request = _request(host, o)
     runtime = make_runtime(here, o.runtime, container)
+    if o.explain:
+        with explaining.explained(here, runtime, report):
+            return _checked(here, runtime, request, report)
+    return _checked(here, runtime, request, report)
+
+
+def _checked(
+    here: HostConfig, runtime: Runtime, request: Request, report: Reporter
+) -> MigrationResult:
     with recovery.lock(here, runtime):
         if failed := recovery.recover(here, runtime.container, report, locked=True):
             raise MigrateError(
@@ -200,7 +212,7 @@ def _request(host: str, o: MigrationOptions) -> Request:
         live=o.live,
         remove_area=o.remove_area,
         keep_dst=o.keep_dst,
-        check_only=o.check_only,
+        check_only=o.check_only or o.explain,
         nodeps=frozenset(o.skip_checks),
         drop_exec=o.drop_exec,
         pre_dumps=o.memory_rounds,

@@ -71,6 +71,7 @@ def _options(o: MigrateOptions) -> MigrationOptions:
         runtime=o.runtime,
         config=o.config,
         check_only=o.check_only,
+        explain=o.explain,
         remove_area=o.remove_area,
         keep_dst=o.keep_dst,
         skip_checks=o.nodeps,

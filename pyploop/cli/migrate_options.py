@@ -35,6 +35,7 @@ class MigrateOptions:
     config: str | None
     live: bool
     check_only: bool
+    explain: bool
     remove_area: bool
     """Destroy the source's private area once the target runs (`-r`)."""
     keep_dst: bool
@@ -88,6 +89,12 @@ def parser() -> Parser:
         "--dry-run",
         action="store_true",
         help="check both hosts, and change nothing",
+    )
+    add(
+        "--explain",
+        action="store_true",
+        help="as --check-only; also print what the container has, how each part would move, and "
+        "the same as lines for migrate.toml",
     )
     add(
         "-r",
@@ -282,8 +289,8 @@ def parse(args: list[str]) -> MigrateOptions:
         p.error("HOST and CT are missing")
     if o.host is not None and (o.host.startswith("-") or not o.host.strip()):
         p.error(f"{o.host!r} is not a host name")
-    if o.recover and (o.live or o.check_only):
-        p.error("--recover cannot be used with --live or --check-only")
+    if o.recover and (o.live or o.check_only or o.explain):
+        p.error("--recover cannot be used with --live, --check-only or --explain")
     return MigrateOptions(
         host=o.host or "",
         container=o.container or "",
@@ -291,6 +298,7 @@ def parse(args: list[str]) -> MigrateOptions:
         config=o.config,
         live=o.live,
         check_only=o.check_only,
+        explain=o.explain,
         remove_area=o.remove_area == "yes",
         keep_dst=o.keep_dst,
         nodeps=_nodeps(p, o.nodeps),

@@ -15,6 +15,7 @@ from typing import Any
 from pyploop.errors import DeviceControlError, MigrateError, PyploopError, VzExitCode
 from pyploop.runtimes import Runtime, config, lazy_record, page_record, volumes
 from pyploop.runtimes.config import HostConfig
+from pyploop.runtimes.found_config import with_container
 from pyploop.runtimes.registry import make_runtime
 from pyploop.system import beneath, kernel, mount_table, private_folder, removal
 from pyploop.undo import journal
@@ -86,17 +87,22 @@ def _load(named: str | None) -> HostConfig:
 
 def runtime_of(entry: Entry) -> Runtime:
     """The runtime that an entry or a journal's record names."""
-    return make_runtime(_load(entry["config"]), entry["runtime"], entry["container"])
+    host, name = _load(entry["config"]), entry["container"]
+    if entry.get("found"):
+        host = with_container(host, name, entry["found"])
+    return make_runtime(host, entry["runtime"], name)
 
 
 def naming(host: HostConfig, runtime: Runtime) -> dict[str, Any]:
     """The fields that `runtime_of` reads."""
-    return {
+    named = {
         "config": host.path,
         "config_digest": host.digest,
         "runtime": runtime.name,
         "container": runtime.container,
     }
+    found = host.found.get(runtime.container)
+    return {**named, "found": found} if found else named
 
 
 def runs(runtime: Runtime) -> bool:

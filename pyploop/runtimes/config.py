@@ -98,6 +98,10 @@ class HostConfig:
     """It also counts for containers that are not in `containers`."""
     trusted_live: tuple[str, ...] = ()
     """Sources whose memory images are restored here."""
+    trusted_places: tuple[str, ...] = ()
+    """Folders in which such a source may place containers that are not in `containers`."""
+    found: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """Keys of containers that are not in the file (found_config.py)."""
 
     def policy_of(self, name: str) -> Policy:
         known = self.containers.get(name)
@@ -113,6 +117,8 @@ class HostConfig:
                 VzExitCode.NO_CONTAINER,
                 f"the container {name} is not configured on this host: {why}",
                 path=self.path or DEFAULT,
+                hint="`pyploop migrate --explain HOST CT` on the host that runs it prints what to "
+                "write there; or, for runc on a target, write [trust] places",
             ) from None
 
 
@@ -215,7 +221,11 @@ def parse(table: dict[str, Any], path: str) -> HostConfig:
                 values[field_name] = _typed(v, kind, f"{path}: {key}.{name}")
         elif key == "trust":
             where = f"{path}: [trust]"
-            values["trusted_live"] = policies.parse_trust(_table(value, where), where)
+            trust = dict(_table(value, where))
+            if "places" in trust:
+                places = _typed(trust.pop("places"), tuple, f"{where} places")
+                values["trusted_places"] = _paths(places, f"{where} places")
+            values["trusted_live"] = policies.parse_trust(trust, where)
         elif key not in ("container", "policy"):
             raise _bad(f"{path}: unknown key {key!r}")
     if values.get("lazy_restore", HostConfig.lazy_restore) not in WANTED:
@@ -223,15 +233,16 @@ def parse(table: dict[str, Any], path: str) -> HostConfig:
     where = f"{path}: [policy]"
     policy = policies.parse(_table(table.get("policy", {}), where), policies.PLAIN, where)
     containers = {
-        name: _container(name, _table(t, f"{path}: [container.{name}]"), path, policy)
+        name: parse_container(name, _table(t, f"{path}: [container.{name}]"), path, policy)
         for name, t in _table(table.get("container", {}), f"{path}: [container]").items()
     }
     made = HostConfig(path=path, containers=containers, policy=policy, **values)
-    _check_foreign(made)
+    check_foreign(made)
     return made
 
 
-def _container(name: str, table: dict[str, Any], path: str, policy: Policy) -> ContainerConfig:
+def parse_container(name: str, table: dict[str, Any], path: str, policy: Policy) -> ContainerConfig:
+    """One [container.NAME].  path: for the messages."""
     where = f"{path}: [container.{name}]"
     if not NAME.fullmatch(name):
         raise _bad(
@@ -307,9 +318,9 @@ def _check_apart(c: ContainerConfig, where: str) -> None:
             )
 
 
-def _check_foreign(host: HostConfig) -> None:
-    """No folder of pyploop, and nothing of another container, lies among the files of a
-    container: that container decides what is at such a path."""
+def check_foreign(host: HostConfig) -> None:
+    """MigrateError(1) unless no folder of pyploop, and nothing of another container, lies among
+    the files of a container: that container decides what is at such a path."""
     ours = {"state_dir": host.state_dir, "lock_dir": host.lock_dir, "images_dir": host.images_dir}
     for c in host.containers.values():
         for folder in c.foreign():

@@ -3,11 +3,32 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from pyploop.errors import MigrateError, VzExitCode
-from pyploop.runtimes import Runtime
-from pyploop.runtimes.config import CTID, HostConfig
+from pyploop.runtimes import Runtime, found_config
+from pyploop.runtimes.config import CTID, NAME, HostConfig
 
 RUNTIMES = ("vzctl", "runc", "command")
+
+
+def completed(host: HostConfig, name: str | None, container: str) -> HostConfig:
+    """The configuration, with a container of runc's that is not in it.  MigrateError."""
+    if name not in (None, "runc") or container in host.containers or not NAME.fullmatch(container):
+        return host
+    from pyploop.runtimes.runc import discovered
+
+    if not discovered.knows(host.runc_root, container):
+        return host
+    return found_config.with_container(host, container, discovered.table(host.runc_root, container))
+
+
+def accepted(host: HostConfig, container: str, told: Any) -> HostConfig:
+    """On the target: the configuration with a container of runc's as the source has found it.
+    MigrateError(15) when it may not be placed here."""
+    from pyploop.runtimes.runc import discovered
+
+    return found_config.accepted(host, container, told, discovered.link_commands)
 
 
 def make_runtime(host: HostConfig, name: str | None, container: str) -> Runtime:

@@ -198,6 +198,7 @@ _FACTS = known(
         "checkpoint": or_none(whole(0, 1 << 31)),
         "links": table(_any),
         "criu_options": list_of(text, 16),
+        "found": table(_any),
         "cgroups": list_of(text, 64),
         "labels": list_of(text, 64),
         "filtered": flag,

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The commands of docs/tutorial/first-migration.md, on the two hosts of the lab."""
+"""The commands of docs/tutorial/first-migration.md and first-network-migration.md, on the two
+hosts of the lab."""
 
 from __future__ import annotations
 
@@ -51,3 +52,48 @@ def test_the_blocks_of_the_first_migration_run_in_order(two_hosts: Lab) -> None:
     for host in hosts["both"]:
         assert "web" not in host.run("runc", "list")
         assert not host.outside("/srv/web").exists()
+
+
+def test_the_blocks_of_a_migration_with_a_network_run_in_order_and_a_client_stays_connected(
+    two_hosts: Lab,
+) -> None:
+    needs("busybox", "rsync")
+    hosts = {"a": [two_hosts.a], "b": [two_hosts.b], "both": [two_hosts.a, two_hosts.b]}
+    for host in hosts["both"]:
+        give_own_etc(two_hosts, host)
+    outputs: list[str] = []
+    client: subprocess.Popen[str] | None = None
+    try:
+        for block in tutorial.blocks(tutorial.TUTORIAL / "first-network-migration.md"):
+            where = re.match(r"# on (a|b|both)\n", block)
+            assert where, f"it does not say on which host: {block}"
+            if "--check-only" in block:
+                client = subprocess.Popen(
+                    two_hosts.on_client("busybox", "nc", "10.77.0.200", "8080"),
+                    stdin=subprocess.PIPE,
+                    stdout=subprocess.PIPE,
+                    text=True,
+                )
+                assert [answer(client) for _ in range(3)] == ["1", "2", "3"]
+            if "runc delete" in block:
+                assert client is not None and answer(client) == "4"
+            outputs += [typed(host, block) for host in hosts[where[1]]]
+    finally:
+        if client is not None:
+            client.kill()
+            client.communicate()
+    (explained,) = (o for o in outputs if "tree /srv/web/rootfs" in o)
+    assert "found in runc's state" in explained and "Nothing stands in the way" in explained
+    assert "[container.web]" in explained and "web0" in explained
+    assert any("Total suspended time" in o for o in outputs)
+    for host in hosts["both"]:
+        assert "web" not in host.run("runc", "list")
+        assert not host.outside("/srv/web").exists()
+
+
+def answer(client: subprocess.Popen[str]) -> str:
+    """To one more line over the same connection."""
+    assert client.stdin and client.stdout
+    client.stdin.write("next\n")
+    client.stdin.flush()
+    return client.stdout.readline().strip()

@@ -194,6 +194,8 @@ def here(host: HostConfig, runtime: Runtime, request: Request, report: Reporter)
     if facts is not None:
         facts |= {"machine": platform.machine(), "cpu": cpu.flags()}
         facts["source"] = host_identity.identity(host.state_dir)
+        if runtime.container in host.found:
+            facts["found"] = host.found[runtime.container]
         if "lazy" in facts:
             facts["lazy"]["want"] = request.lazy_restore
         disks = runtime.disks(source=True)

@@ -31,10 +31,10 @@ from pyploop.migration.target.incoming_disks import Stream
 from pyploop.migration.target.incoming_lanes import IncomingLanes
 from pyploop.migration.target.settle import settle, settle_dead
 from pyploop.runtimes import Facts, Runtime
-from pyploop.runtimes.checks import Checks, ChecksFailedError
+from pyploop.runtimes.checks import Checks, ChecksFailedError, naming
 from pyploop.runtimes.config import NAME, HostConfig
 from pyploop.runtimes.policy import Source
-from pyploop.runtimes.registry import make_runtime
+from pyploop.runtimes.registry import accepted, make_runtime
 from pyploop.system import contention
 from pyploop.system.jobs import Job
 from pyploop.transport.bulk import Bulk
@@ -155,6 +155,8 @@ class Agent(Server):
             raise ProtocolError("agent protocol: the request `check` came twice")
         if not NAME.fullmatch(container):
             raise ProtocolError(f"agent protocol: {container[:40]!r} is not a container's name")
+        if live and runtime == "runc" and container not in self._host.containers:
+            self._accept(container, facts)
         chosen = make_runtime(self._host, runtime, container)
         facts = {**facts, "source": resumable_files.source_of(facts, str(self._source))}
         found = Checks()
@@ -175,6 +177,15 @@ class Agent(Server):
         # Not before this: all that follows relies on all of these checks.
         self._runtime, self._facts, self._live = chosen, facts, live
         return answer
+
+    def _accept(self, container: str, facts: Facts) -> None:
+        """A container that is not in the configuration, from a source that may place it."""
+        told = facts.get("found")
+        if told and self._host.trusted_places:
+            with naming("trust"):
+                checks.check_trust(self._host, self._source)
+            with naming("policy"):
+                self._host = accepted(self._host, container, told)
 
     def _busy(self) -> dict[str, Any]:
         return {"busy": contention.busy()}

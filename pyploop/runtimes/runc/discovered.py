@@ -1,0 +1,146 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A container that runc knows and migrate.toml does not: what migrate.toml would say.
+
+    root, and binds of folders, on a file system of their own on a loop device   a disk
+    the same elsewhere                                                           a tree
+    binds of files, sockets and devices, and of folders of the system            external
+    network namespace by path                                                    netns
+    the other ends of the container's veth interfaces                            link_down, link_up
+
+It says the same as a [container.NAME] with these keys (`table`), and is read as that is.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import socket
+import struct
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from pyploop.errors import MigrateError, SysfsError, VzExitCode
+from pyploop.runtimes.config import within
+from pyploop.runtimes.oci import bundles
+from pyploop.runtimes.runc import contents
+from pyploop.system import mount_table, network, sysblock
+
+SYSTEM = (
+    *("/bin", "/boot", "/dev", "/etc", "/lib", "/lib64", "/proc", "/run", "/sbin", "/sys"),
+    *("/usr", "/var/run", "/var/lib/dpkg", "/tmp"),
+)
+"""Folders of the host itself.  What a container binds from there is not moved: it must be on the
+target already."""
+_GETLINK, _IFLA_LINK = 18, 5  # RTM_GETLINK; IFLA_LINK
+_LINK = network.LINK
+
+
+def knows(runc_root: str, name: str) -> bool:
+    """Whether runc has a container of this name."""
+    return (Path(runc_root) / name / "state.json").exists()
+
+
+def table(runc_root: str, name: str) -> dict[str, Any]:
+    """The keys of [container.NAME].  MigrateError(10): runc does not say where its bundle is;
+    (15): config.json cannot be read."""
+    bundle = _bundle(runc_root, name)
+    config = bundles.read(bundle)
+    found: dict[str, Any] = {"bundle": bundle}
+    network_path = _network(config)
+    if network_path:
+        found |= {"netns": network_path, **link_commands(network_path)}
+    group = (config.get("linux") or {}).get("cgroupsPath")
+    if isinstance(group, str) and group:
+        found["cgroup"] = group
+    return found | _places(config, bundle)
+
+
+def link_commands(namespace: str) -> dict[str, list[str]]:
+    """The keys for the link of a container with this network namespace; none when it has not
+    exactly one."""
+    links = _links(namespace)
+    if len(links) != 1:
+        return {}
+    words = ["ip", "link", "set", links[0]]
+    return {"link_down": [*words, "down"], "link_up": [*words, "up"]}
+
+
+def _bundle(runc_root: str, name: str) -> str:
+    path = Path(runc_root) / name / "state.json"
+    try:
+        labels = json.loads(path.read_bytes())["config"]["labels"]
+        bundle = next(x.partition("=")[2] for x in labels if x.startswith("bundle="))
+    except (OSError, ValueError, LookupError, TypeError, StopIteration) as e:
+        raise MigrateError(
+            VzExitCode.NO_CONTAINER,
+            f"{path} does not say where the bundle of {name} is ({e})",
+            path=str(path),
+            hint="write [container.NAME] with bundle into migrate.toml",
+        ) from e
+    return str(bundle)
+
+
+def _network(config: Mapping[str, Any]) -> str:
+    """The path of its network namespace; empty: runc makes one."""
+    for namespace in (config.get("linux") or {}).get("namespaces") or ():
+        if namespace.get("type") == "network":
+            return str(namespace.get("path") or "")
+    return ""
+
+
+def _links(namespace: str) -> list[str]:
+    """The names, on this host, of the other ends of the interfaces in the namespace."""
+    found = []
+    with contextlib.suppress(OSError), network.netlink(namespace, network.ROUTE) as asking:
+        for body in network.dump(asking, _GETLINK, _LINK.pack(0, 0, 0, 0, 0)):
+            own = _LINK.unpack_from(body)[2]
+            for kind, value in network.attributes(body[_LINK.size :]):
+                if kind == _IFLA_LINK and (peer := struct.unpack_from("=i", value)[0]) != own:
+                    with contextlib.suppress(OSError):
+                        found.append(socket.if_indextoname(peer))
+    return found
+
+
+def _places(config: Mapping[str, Any], bundle: str) -> dict[str, Any]:
+    root = os.path.normpath(os.path.join(bundle, str((config.get("root") or {}).get("path"))))
+    disks: list[dict[str, str]] = []
+    trees: list[str] = []
+    external: list[str] = []
+    sources = [root]
+    for mount in config.get("mounts") or ():
+        if contents.is_bind(mount):
+            sources.append(os.path.normpath(os.path.join(bundle, str(mount.get("source")))))
+    for path in sources:
+        known = [*(d["mount"] for d in disks), *trees, *external]
+        if any(within(path, one) for one in known):
+            continue
+        disk = _disk(path)
+        if disk is not None:
+            disks.append(disk)
+        elif os.path.isdir(path) and not any(within(path, one) for one in SYSTEM):
+            trees = [t for t in trees if not within(t, path)] + [path]
+        else:
+            external.append(path)
+    found: dict[str, Any] = {}
+    if external:
+        found["external"] = external
+    if disks:
+        found["disk"] = disks
+    if trees:
+        found["tree"] = [{"path": path} for path in trees]
+    return found
+
+
+def _disk(path: str) -> dict[str, str] | None:
+    """The disk on which a path lies.  None: it lies on the host's own file systems."""
+    mounted = mount_table.holding(path)
+    device = mounted.device() if mounted is not None else None
+    if mounted is None or device is None:
+        return None
+    try:
+        image = sysblock.backing_file(sysblock.find(device).disk)
+    except SysfsError:
+        return None
+    return {"image": image, "mount": mounted.point, "fstype": mounted.fstype}
