@@ -3,7 +3,7 @@
 
     root, and binds of folders, on a file system of their own on a loop device   a disk
     the same elsewhere                                                           a tree
-    binds of files, sockets and devices, and of folders of the system            external
+    binds of files, sockets and devices, read-only ones, and of the system's     external
     network namespace by path                                                    netns
     the other ends of the container's veth interfaces                            link_down, link_up
 
@@ -17,7 +17,7 @@ import json
 import os
 import socket
 import struct
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,10 +29,15 @@ from pyploop.system import mount_table, network, sysblock
 
 SYSTEM = (
     *("/bin", "/boot", "/dev", "/etc", "/lib", "/lib64", "/proc", "/run", "/sbin", "/sys"),
-    *("/usr", "/var/run", "/var/lib/dpkg", "/tmp"),
+    *("/usr", "/var/run", "/var/lib/dpkg"),
 )
 """Folders of the host itself.  What a container binds from there is not moved: it must be on the
 target already."""
+TOPS = {
+    *("/", "/home", "/media", "/mnt", "/opt", "/root", "/srv", "/tmp", "/var", "/var/cache"),
+    *("/var/lib", "/var/log", "/var/tmp"),
+}
+"""Folders that belong to no single container.  They themselves are not moved."""
 _GETLINK, _IFLA_LINK = 18, 5  # RTM_GETLINK; IFLA_LINK
 _LINK = network.LINK
 
@@ -54,7 +59,30 @@ def table(runc_root: str, name: str) -> dict[str, Any]:
     group = (config.get("linux") or {}).get("cgroupsPath")
     if isinstance(group, str) and group:
         found["cgroup"] = group
-    return found | _places(config, bundle)
+    found |= _places(config, bundle)
+    _check_alone(runc_root, name, [tree["path"] for tree in found.get("tree", ())])
+    return found
+
+
+def _check_alone(runc_root: str, name: str, trees: Sequence[str]) -> None:
+    """MigrateError(15) when another container of runc's uses a tree, too: it would be removed
+    here afterwards."""
+    for other in sorted({p.name for p in Path(runc_root).iterdir()} - {name}):
+        try:
+            config = json.loads((Path(runc_root) / other / "state.json").read_bytes())["config"]
+        except (OSError, ValueError, LookupError, TypeError):  # another folder, or gone
+            continue
+        used = [config.get("rootfs"), *(m.get("source") for m in config.get("mounts") or ())]
+        for path in (p for p in used if isinstance(p, str) and p.startswith("/")):
+            if tree := next((t for t in trees if within(path, t) or within(t, path)), None):
+                raise MigrateError(
+                    VzExitCode.BAD_CONFIG,
+                    f"{tree} of {name} is used by the container {other}, too ({path}), and would "
+                    "be removed here after the migration",
+                    path=tree,
+                    hint=f"write [container.{name}] into migrate.toml, and the folder into its "
+                    "external, if the target has it already",
+                )
 
 
 def link_commands(namespace: str) -> dict[str, list[str]]:
@@ -108,18 +136,19 @@ def _places(config: Mapping[str, Any], bundle: str) -> dict[str, Any]:
     disks: list[dict[str, str]] = []
     trees: list[str] = []
     external: list[str] = []
-    sources = [root]
+    sources = {root: False}
     for mount in config.get("mounts") or ():
         if contents.is_bind(mount):
-            sources.append(os.path.normpath(os.path.join(bundle, str(mount.get("source")))))
-    for path in sources:
+            path = os.path.normpath(os.path.join(bundle, str(mount.get("source"))))
+            sources[path] = sources.get(path, True) and "ro" in (mount.get("options") or ())
+    for path, read_only in sources.items():
         known = [*(d["mount"] for d in disks), *trees, *external]
         if any(within(path, one) for one in known):
             continue
         disk = _disk(path)
         if disk is not None:
             disks.append(disk)
-        elif os.path.isdir(path) and not any(within(path, one) for one in SYSTEM):
+        elif _movable(path) and not read_only:
             trees = [t for t in trees if not within(t, path)] + [path]
         else:
             external.append(path)
@@ -131,6 +160,11 @@ def _places(config: Mapping[str, Any], bundle: str) -> dict[str, Any]:
     if trees:
         found["tree"] = [{"path": path} for path in trees]
     return found
+
+
+def _movable(path: str) -> bool:
+    ours = path in TOPS or any(within(path, one) for one in SYSTEM)
+    return os.path.isdir(path) and not ours
 
 
 def _disk(path: str) -> dict[str, str] | None:

@@ -23,6 +23,7 @@ from pyploop.runtimes.runc import (
     criu_options,
     host_fit,
     leftovers,
+    link,
     link_cut,
     members,
     memory_tracking,
@@ -118,7 +119,7 @@ class SourceSteps(RuncContainer):
             config,
             self._config.bundle,
             self._host.criu,
-            cuts_link=bool(self._config.link_down),
+            cuts_link=link.plain(self._config.link_down) is not None,
         )
         preflight.check(found, view, options)
         with found.named("runc-options"):
