@@ -33,6 +33,11 @@ class Bridge:
         self._there, self._more, self._report, self._retry = there, more, report, retry
         self._lanes = [lane]
         """The last one is in use."""
+        self._number = self._newest = 0
+        """Of the lane that the copy here uses, and of the last one that was opened for it."""
+        self._arrived: Ends = ()
+        """What has arrived there of the former, once it is known.  Another answer might be about
+        the latter, if that was lost before the copy here has used it."""
         self._given_up = False
         self.is_done: Callable[[], bool] = lambda: False
         """The receiver there has completed its target."""
@@ -73,9 +78,10 @@ class Bridge:
             answer = self._asked(theirs, over, why)
             if answer is None:
                 return Again(committed=True)
-            number, lane = there.next_lane("again", over)
+            self._arrived = self._arrived or answer
+            self._newest, lane = there.next_lane("again", over)
             self._lanes.append(lane)
-            self._resume(number)
+            self._resume(self._newest)
         except (ConnectError, CancelledError) as e:
             if over():
                 raise why from e
@@ -87,7 +93,7 @@ class Bridge:
             self._event("retried", str(e), seconds)
             return None
         os.set_blocking(lane.wfd, False)
-        return Again(lane.rfd, lane.wfd, answer)
+        return Again(lane.rfd, lane.wfd, self._arrived)
 
     def _resume(self, number: int) -> None:
         """ConnectError: it has come to nothing."""
@@ -102,7 +108,9 @@ class Bridge:
         """Wait until the copy there has noticed it, too.  What has arrived there; None: all,
         and the target is complete."""
         while True:
-            answer = self._there.ask("broken", timeout=JOINING, ends=theirs, committed=False)
+            answer = self._there.ask(
+                "broken", timeout=JOINING, number=self._number, ends=theirs, committed=False
+            )
             if answer["committed"]:
                 return None
             if answer["ready"]:
@@ -111,6 +119,7 @@ class Bridge:
                 raise why
 
     def over(self) -> None:
+        self._number, self._arrived = self._newest, ()
         for lane in self._lanes[:-1]:
             lane.cut()
             lane.close()

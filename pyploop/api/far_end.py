@@ -61,7 +61,7 @@ class FarEnd:
                     return dict(answer.get("result", {}))
                 if answer.get("waits") and self.committed:
                     # Only the answer to END was lost.
-                    self._there.ask("broken", timeout=JOINING, ends=[], committed=True)
+                    self._there.ask("broken", timeout=JOINING, number=0, ends=[], committed=True)
         except PyploopError as e:
             if not e.peer_failed and not self._stopped:
                 self._cancelled = True

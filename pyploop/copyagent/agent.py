@@ -186,13 +186,15 @@ class CopyAgent(Server):
                 coming.join().close()
 
     def _broken(
-        self, timeout: float, ends: list[dict[str, int]], committed: bool
+        self, timeout: float, number: int, ends: list[dict[str, int]], committed: bool
     ) -> dict[str, Any]:
         if self._job is None or self._waiting is None:
             raise ProtocolError("agent protocol: `broken` must come after `stay` and a copy")
         ready = False
         if not self._job.over.is_set():
             theirs = [(end["lane"], end["received"]) for end in ends]
+            if number != self._main:
+                theirs = [(0, 0)]  # a lane that is lost already, before it was used there
             ready = self._waiting.broken(timeout, theirs, committed)
         if self._job.over.is_set():
             self._job.join()  # its failure is the answer
@@ -211,8 +213,13 @@ class CopyAgent(Server):
     def _resume(self, number: int) -> dict[str, Any]:
         if self._waiting is None or number not in self._awaited:
             raise ProtocolError("agent protocol: `resume` must come after `again`")
-        self._main = number
-        self._waiting.resume(self._awaited[number][1].join(HANDING_OVER))
+        lane = self._awaited[number][1].join(HANDING_OVER)
+        before, self._main = self._main, number
+        try:
+            self._waiting.resume(lane)
+        except PyploopError:
+            self._main = before
+            raise
         return {}
 
     def _check_number(self, number: int) -> None:

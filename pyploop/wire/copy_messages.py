@@ -94,7 +94,12 @@ _REQUESTS: dict[str, dict[str, Check]] = {
     "join": {"timeout": TIME},
     "stay": {"retry": _LONG},
     "leave": {},
-    "broken": {"timeout": TIME, "ends": _ENDS, "committed": flag},
+    "broken": {
+        "timeout": TIME,
+        "number": whole(0, LANES - 1),
+        "ends": _ENDS,
+        "committed": flag,
+    },
     "again": {"number": whole(0, LANES - 1)},
     "resume": {"number": whole(0, LANES - 1)},
     "undo": {},

@@ -286,9 +286,9 @@ def test_what_a_source_of_0_1_0_sends_is_received(
 
 
 def test_the_window_is_a_number_within_bounds() -> None:
-    for window in (wire.WINDOW, wire.IMAGE_WINDOW):
+    for window in (wire.WINDOW, wire.BULK_WINDOW):
         assert messages.request("dump", {"channel": 1, "window": window})["window"] == window
-    for wrong in (wire.WINDOW - 1, wire.IMAGE_WINDOW + 1, 1 << 40, -1, True, "2097152", None):
+    for wrong in (wire.WINDOW - 1, wire.BULK_WINDOW + 1, 1 << 40, -1, True, "2097152", None):
         with pytest.raises(ProtocolError):
             messages.request("dump", {"channel": 1, "window": wrong})
 

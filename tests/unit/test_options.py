@@ -57,6 +57,9 @@ def words_of(action: argparse.Action) -> list[str]:
     raise AssertionError(f"no value for {option}")
 
 
+NO_VALUE = (argparse._StoreTrueAction, argparse._HelpAction, argparse.BooleanOptionalAction)
+
+
 def single(command: str) -> list[list[str]]:
     """The options of a command that set one value."""
     return [
@@ -64,7 +67,7 @@ def single(command: str) -> list[list[str]]:
         for a in parser_of(command)._actions
         if (
             a.option_strings
-            and not isinstance(a, argparse._StoreTrueAction | argparse._HelpAction)
+            and not isinstance(a, NO_VALUE)
             and not {*AS_THE_C_TOOL, *ADDS_UP} & set(a.option_strings)
         )
         or (command == "migrate" and "-r" in a.option_strings)
@@ -76,7 +79,7 @@ CASES = [(command, words) for command in COMMANDS for words in single(command)]
 
 def test_there_are_options_of_one_value_in_every_command_that_has_any() -> None:
     assert len(CASES) > 25
-    assert {c for c, _ in CASES} == {"copy", "migrate", "agent", "bench", "demo", "status"}
+    assert {c for c, _ in CASES} == {"copy", "migrate", "agent", "bench", "demo", "status", "verify"}
 
 
 @pytest.mark.parametrize(("command", "words"), CASES, ids=lambda x: " ".join([*x]) if x else "")

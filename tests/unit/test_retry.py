@@ -19,6 +19,7 @@ import pytest
 from support import pyploop_cmd, pyploop_env, wait_until
 
 import pyploop
+from pyploop.api.bridge import Bridge
 from pyploop.errors import ConnectError, PyploopError
 from pyploop.report import event_types
 from pyploop.units import BLOCK, MIB
@@ -119,7 +120,8 @@ class Copied:
         )
         source = image if way == "push" else there
         assert self.target.read_bytes() == source.read_bytes()
-        assert self.result.acknowledged == "acknowledged" and self.result.proven
+        assert self.result.acknowledged == "acknowledged"
+        assert self.result.proven == (options.get("proof") != "never")
         assert not [e for e in self.events if isinstance(e, event_types.Error)]
 
     @property
@@ -197,6 +199,27 @@ def test_a_copy_whose_answer_to_the_end_was_lost_has_succeeded(
     assert log.read_text().split() == ["stop", "on"]
     assert got.result.freezes_given_up == 0
     assert len([e for e in got.events if isinstance(e, event_types.Summary)]) == 1
+
+
+@WAYS
+def test_a_lane_that_is_lost_before_it_was_used_here_costs_no_byte(
+    line: Line, image: Path, way: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The other host goes on over it, but its answer is lost, and the lane, too.  Without a
+    proof, which would find what is missing."""
+    resume = Bridge._resume
+
+    def lost(bridge: Bridge, number: int) -> None:
+        resume(bridge, number)
+        if number == 1:
+            time.sleep(0.3)  # it fills the pipes
+            bridge._lanes[-1].cut()
+            raise ConnectError("the answer was lost")
+
+    monkeypatch.setattr(Bridge, "_resume", lost)
+    line.cut(0, TO[way], 600_000)
+    got = Copied(line, image, way, proof="never", compress="never")
+    assert got.states == ["lost", "bridged"]
 
 
 @WAYS
