@@ -239,7 +239,7 @@ class Sink:
         try:
             self._give_name()
         except OSError as e:
-            if not self._is_named():  # a network file system may lose an answer
+            if not self._is_at(self._name):  # a network file system may lose an answer
                 self._keep_aside(e)
         self._complete = self._beside(self._name)
         self._sync_folder()
@@ -249,11 +249,18 @@ class Sink:
         if self._part is None:
             self._link(self.fd, self._name, self._dir_fd)
         else:
+            self._check_part(self._part)
             target_name.give_name(self._dir_fd, self._part, self._name, self._ways)
 
-    def _is_named(self) -> bool:
+    def _check_part(self, part: str) -> None:
+        """OSError: the name of the unfinished file leads to another one, or nowhere."""
+        if not self._is_at(part):
+            raise OSError(f"{self._beside(part)} was removed, moved or replaced meanwhile")
+
+    def _is_at(self, name: str) -> bool:
+        """The name in the folder is that of the open file."""
         try:
-            found = os.stat(self._name, dir_fd=self._dir_fd, follow_symlinks=False)
+            found = os.stat(name, dir_fd=self._dir_fd, follow_symlinks=False)
         except OSError:
             return False
         return os.path.samestat(found, os.fstat(self.fd))
@@ -317,7 +324,7 @@ class Sink:
         """Name it otherwise in the same folder; a file without a name also in a folder
         above, since its own may be removed or read-only.  Returns its path."""
         name = target_name.complete_of(self._dir_fd, self._name)
-        if self._part is not None:
+        if self._part is not None and self._is_at(self._part):
             try:
                 target_name.give_name(self._dir_fd, self._part, name, self._ways)
             except OSError:

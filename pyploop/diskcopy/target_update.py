@@ -26,7 +26,10 @@ from pyploop.units import SECTOR, format_size
 
 PARTIAL = ".pyploop-partial"
 """What the name of a target gets, as long as it is not complete."""
-_OPEN = os.O_NOFOLLOW | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
+_NO_FILE = (errno.ELOOP, errno.EISDIR, errno.ENXIO)
+"""What an open says of a symbolic link, a folder, and a socket."""
+_ANY = os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
+_OPEN = os.O_NOFOLLOW | _ANY
 
 
 class UpdateSink(Sink):
@@ -47,10 +50,19 @@ class UpdateSink(Sink):
             raise
 
     def _check_name(self) -> None:
-        if self._replace:
-            self.replaced = open_old(self.path, os.O_RDONLY)
-        else:
+        if not self._replace:
             check_free(self.path)
+            return
+        self.replaced = open_old(self.path, os.O_RDONLY)
+        try:
+            os.close(os.open(f"/proc/self/fd/{self.replaced}", os.O_WRONLY | _ANY))
+        except OSError as e:
+            if e.errno == errno.EPERM:  # it could not be replaced in the end
+                raise CreateError.of(
+                    f"cannot update {self.path}: it may not be changed (lsattr shows why)",
+                    e,
+                    path=self.path,
+                ) from e
 
     def _create(self) -> int:
         fd = self._open_partial() if self._partial else -1
@@ -67,7 +79,8 @@ class UpdateSink(Sink):
         """What the file begins with."""
         st = os.fstat(fd)
         self.old_end = st.st_size
-        self.has_prior = self.unsynced = st.st_blocks > 0
+        # Some file systems count no blocks, or only later.
+        self.has_prior = self.unsynced = st.st_size > 0
         if self.has_prior:
             self._report.note(
                 f"Going on from {self._beside(self._part or self._name)}, which has "
@@ -95,6 +108,8 @@ class UpdateSink(Sink):
             try:
                 fd = os.open(name, os.O_RDWR | os.O_CREAT | _OPEN, MODE, dir_fd=self._dir_fd)
             except OSError as e:
+                if e.errno in _NO_FILE:
+                    raise self._not_ours(name) from None
                 if e.errno != errno.ENAMETOOLONG:
                     raise
                 self._report.info(f"{self.path} is too long a name for a partial file beside it")
@@ -113,12 +128,7 @@ class UpdateSink(Sink):
         """False: it was removed or got its name meanwhile.  CreateError: it is not ours."""
         st = os.fstat(fd)
         if not stat.S_ISREG(st.st_mode) or st.st_uid != os.geteuid() or st.st_nlink > 1:
-            raise CreateError(
-                f"cannot create {self.path}: {self._beside(name)} is no unfinished copy of this "
-                "user (it was not touched)",
-                path=self.path,
-                hint="remove it, or copy with --no-keep-partial",
-            )
+            raise self._not_ours(name)
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -133,6 +143,14 @@ class UpdateSink(Sink):
         with contextlib.suppress(FileNotFoundError):
             return os.path.samestat(os.stat(name, dir_fd=self._dir_fd), os.fstat(fd))
         return False
+
+    def _not_ours(self, name: str) -> CreateError:
+        return CreateError(
+            f"cannot create {self.path}: {self._beside(name)} is no unfinished copy of this user "
+            "(it was not touched)",
+            path=self.path,
+            hint="remove it, or copy with --no-keep-partial",
+        )
 
     @property
     def left(self) -> str:
@@ -151,7 +169,7 @@ class UpdateSink(Sink):
         old = os.fstat(self.replaced)
         now = os.stat(self._name, dir_fd=self._dir_fd, follow_symlinks=False)
         if not os.path.samestat(old, now):
-            raise OSError(errno.ESTALE, "it was replaced meanwhile", self.path)
+            raise OSError("it was replaced meanwhile")
         with contextlib.suppress(OSError):
             os.fchown(self.fd, old.st_uid, old.st_gid)
         with contextlib.suppress(OSError):
@@ -160,6 +178,7 @@ class UpdateSink(Sink):
             part = target_name.part_of(self._dir_fd, self._name)
             self._link(self.fd, part, self._dir_fd)
             self._part = part
+        self._check_part(self._part)
         os.rename(self._part, self._name, src_dir_fd=self._dir_fd, dst_dir_fd=self._dir_fd)
         self._part = None
 
@@ -172,16 +191,14 @@ class UpdateSink(Sink):
     def _leave_partial(self, part: str, error: BaseException | None) -> None:
         """While it is locked: remove it, unless the next copy can go on from it."""
         self._part = None
-        blocks = os.fstat(self.fd).st_blocks
-        if self._complete or not blocks:
-            with contextlib.suppress(OSError):  # renamed: another one may be there by now
-                if os.path.samestat(os.stat(part, dir_fd=self._dir_fd), os.fstat(self.fd)):
-                    os.unlink(part, dir_fd=self._dir_fd)
+        if not self._is_at(part):
+            return  # it was renamed, and another one may be there by now
+        st = os.fstat(self.fd)
+        if self._complete or not st.st_size:
+            self._unlink(part)
             return
-        words = (
-            f"{self._beside(part)} keeps {format_size(blocks * SECTOR)}, and the same command "
-            "goes on from it"
-        )
+        kept = format_size(st.st_blocks * SECTOR)
+        words = f"{self._beside(part)} keeps {kept}, and the same command goes on from it"
         if isinstance(error, PyploopError):
             error.add(words)
         elif isinstance(error, Interrupted):
@@ -235,6 +252,12 @@ class InPlaceSink(Sink):
             os.utime(self.fd)
         self.sync()
         before_name()
+        if not self._is_at(self._name):
+            raise CreateError(
+                f"{self.path} was moved or replaced while it was updated in place: the update is "
+                "in the file that had this name before",
+                path=self.path,
+            )
         self._complete = self.path
 
     def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
@@ -251,13 +274,19 @@ def open_old(path: str, flags: int) -> int:
     try:
         fd = os.open(path, flags | _OPEN)
     except OSError as e:
+        if e.errno == errno.ELOOP and os.path.islink(path):
+            raise _no_file(path, stat.S_IFLNK) from None
         raise CreateError.of(f"cannot update {path}", e, path=path) from e
     if stat.S_ISREG(os.fstat(fd).st_mode):
         return fd
-    what = kind_of(os.fstat(fd).st_mode)
+    mode = os.fstat(fd).st_mode
     os.close(fd)
-    raise CreateError(
-        f"cannot update {path}: it is {what}",
+    raise _no_file(path, mode)
+
+
+def _no_file(path: str, mode: int) -> CreateError:
+    return CreateError(
+        f"cannot update {path}: it is {kind_of(mode)}",
         path=path,
         hint="name a file, or a block device with --to-device",
     )

@@ -11,6 +11,7 @@ import signal
 import subprocess
 import threading
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -180,7 +181,7 @@ def test_a_target_that_was_replaced_meanwhile_is_not_replaced_again(
 ) -> None:
     target, other = tmp_path / "target", tmp_path / "other"
     older(source, target)
-    why = pytest.raises(CreateError, match=r"cannot be named .*: Stale file handle")
+    why = pytest.raises(CreateError, match=r"cannot be named .*: it was replaced meanwhile")
     with why, Copy(source, target, options=UPDATE) as copying:
         copying.first_pass()
         other.write_bytes(b"mine")
@@ -190,6 +191,38 @@ def test_a_target_that_was_replaced_meanwhile_is_not_replaced_again(
     (kept,) = beside(target)
     assert kept.startswith("target.complete-")
     assert same(source, tmp_path / kept)
+
+
+def test_a_target_that_was_replaced_during_its_update_in_place_is_a_failure(
+    source: Path, tmp_path: Path
+) -> None:
+    target, other = tmp_path / "target", tmp_path / "other"
+    older(source, target)
+    why = pytest.raises(CreateError, match="was moved or replaced while it was updated")
+    with why, Copy(source, target, options=IN_PLACE) as copying:
+        copying.first_pass()
+        other.write_bytes(b"mine")
+        other.replace(target)
+        copying.freeze_and_finish()
+    assert target.read_bytes() == b"mine"
+
+
+@pytest.mark.root
+@pytest.mark.parametrize("flag", ["i", "a"])
+def test_a_target_that_cannot_be_replaced_is_refused_before_the_first_byte(
+    source: Path, tmp_path: Path, flag: str
+) -> None:
+    needs("root")
+    target = tmp_path / "target"
+    older(source, target)
+    if subprocess.run(["chattr", f"+{flag}", target], check=False).returncode:
+        pytest.skip(f"the file system of {tmp_path} has no such attributes")
+    try:
+        with pytest.raises(CreateError, match="it may not be changed"):
+            pyploop.copy(source, target, options=UPDATE)
+    finally:
+        run_command("chattr", f"-{flag}", target)
+    assert not beside(target)
 
 
 def test_the_source_itself_is_no_target_to_update(source: Path) -> None:
@@ -205,8 +238,8 @@ def test_what_is_no_file_is_not_updated(source: Path, tmp_path: Path) -> None:
     (tmp_path / "link").symlink_to(source)
     os.mkfifo(tmp_path / "fifo")
     for options in (UPDATE, IN_PLACE):
-        for name in ("folder", "link", "fifo"):
-            with pytest.raises(CreateError, match=f"cannot update .*{name}"):
+        for name, what in (("folder", "folder"), ("link", "symbolic link"), ("fifo", "named pipe")):
+            with pytest.raises(CreateError, match=f"cannot update .*{name}: it is a {what}"):
                 pyploop.copy(source, tmp_path / name, options=options)
 
 
@@ -323,6 +356,36 @@ def test_a_partial_file_of_another_source_does_no_harm(source: Path, tmp_path: P
     partial.write_bytes(os.urandom(SIZE + MIB))
     pyploop.copy(source, target, options=PARTIAL)
     assert same(source, target) and not beside(target)
+
+
+@pytest.mark.parametrize("options", [PARTIAL, replace(PARTIAL, update=True)])
+def test_the_partial_file_of_another_copy_does_not_get_the_name(
+    source: Path, tmp_path: Path, options: CopyOptions
+) -> None:
+    """Somebody has removed ours, and another copy to the same name has begun."""
+    target, partial = tmp_path / "target", tmp_path / "target.pyploop-partial"
+    if options.update:
+        target.write_bytes(b"older")
+    why = pytest.raises(CreateError, match=r"cannot be named .*removed, moved or replaced")
+    with why, Copy(source, target, options=options) as copying:
+        copying.first_pass()
+        partial.unlink()
+        partial.write_bytes(b"of another copy")
+        copying.freeze_and_finish()
+    assert partial.read_bytes() == b"of another copy"
+    assert target.read_bytes() == b"older" if options.update else not target.exists()
+    assert beside(target) == {partial.name}
+
+
+def test_a_file_of_holes_at_the_partial_name_stays_when_the_copy_is_refused(
+    tmp_path: Path,
+) -> None:
+    source = tmp_path / "target.pyploop-partial"
+    with source.open("wb") as f:
+        f.truncate(MIB)
+    with pytest.raises(ParameterError, match="destroy the source"):
+        pyploop.copy(source, tmp_path / "target", options=PARTIAL)
+    assert source.stat().st_size == MIB
 
 
 def test_the_message_of_the_failure_names_the_partial_file(source: Path, tmp_path: Path) -> None:
