@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Sequence
 
 from pyploop.diskcopy.relink import Again
-from pyploop.errors import ProtocolError, PyploopError
+from pyploop.errors import CreateError, ProtocolError, PyploopError
 from pyploop.system.jobs import TICK
 from pyploop.transport.lane_handover import Lane
 
@@ -32,6 +32,9 @@ class Waiting:
         self._changed = threading.Condition()
         self._disconnect: Callable[[], None] | None = None
         self._given: Again | None = None
+        self.wanted: Callable[[], bool] = lambda: False
+        """Another copy needs what this one has: it ends then, since the one that began it may
+        not exist any more."""
         self._theirs: Ends = ()
         self.ends: Ends = ()
         """What has arrived here; nothing at a sender."""
@@ -52,6 +55,11 @@ class Waiting:
                 while self._given is None:
                     if gone() or time.monotonic() > until:
                         raise why
+                    if self.wanted():
+                        raise CreateError(
+                            "another copy to the same target has begun, while this one waited for "
+                            "its connection"
+                        )
                     self._changed.wait(TICK)
                 return self._given
             finally:

@@ -295,6 +295,8 @@ class CopyAgent(Server):
         path, options = self._target
         sink, self._sink = self._sink, None
         assert sink is not None
+        if self._waiting is not None:
+            self._waiting.wanted = sink.wanted
         self._job = Job(lambda: self._received(path, options, sink, lane)).start()
         return {}
 

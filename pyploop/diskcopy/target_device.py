@@ -75,6 +75,10 @@ class DeviceSink:
             hint="name a device that is at least as large as the source",
         )
 
+    def wanted(self) -> bool:
+        """As Sink.wanted; a device does not show it."""
+        return False
+
     def older(self) -> set[Thing]:
         """Nothing but itself."""
         return set()

@@ -201,6 +201,10 @@ class Sink:
         """The name of the unfinished file; None: it has none."""
         return self._part
 
+    def wanted(self) -> bool:
+        """Another copy to the same target waits for this one to end."""
+        return False
+
     def older(self) -> set[Thing]:
         """The file that it will replace, as backing.Below names it."""
         return set()

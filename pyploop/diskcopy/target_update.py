@@ -14,6 +14,8 @@ import errno
 import fcntl
 import os
 import stat
+import struct
+import time
 from collections.abc import Callable
 
 from pyploop.diskcopy import target_name
@@ -22,12 +24,18 @@ from pyploop.disks.backing import Thing
 from pyploop.errors import CreateError, Interrupted, PyploopError
 from pyploop.report.events import Reporter
 from pyploop.system import kernel, sysblock
+from pyploop.system.jobs import TICK
 from pyploop.units import SECTOR, format_size
 
 PARTIAL = ".pyploop-partial"
 """What the name of a target gets, as long as it is not complete."""
 _NO_FILE = (errno.ELOOP, errno.EISDIR, errno.ENXIO)
 """What an open says of a symbolic link, a folder, and a socket."""
+TAKING_OVER = 3.0
+"""Seconds for a copy that has lost its connection to give way to another one."""
+_FIRST_BYTE = struct.Struct("hh4xqqi4x")
+"""struct flock, with 64 bits."""
+_AT_0 = (os.SEEK_SET, 0, 1, 0)
 _ANY = os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
 _OPEN = os.O_NOFOLLOW | _ANY
 
@@ -129,17 +137,12 @@ class UpdateSink(Sink):
         st = os.fstat(fd)
         if not stat.S_ISREG(st.st_mode) or st.st_uid != os.geteuid() or st.st_nlink > 1:
             raise self._not_ours(name)
-        try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
+        if not _lock(fd):
             raise CreateError(
                 f"cannot create {self.path}: another copy writes {self._beside(name)} just now",
                 path=self.path,
-                hint="wait until that copy has ended (after a cut it waits for its connection for "
-                "a while: --retry)",
-            ) from None
-        except OSError:  # no locks there
-            return True
+                hint="wait until that copy has ended",
+            )
         with contextlib.suppress(FileNotFoundError):
             return os.path.samestat(os.stat(name, dir_fd=self._dir_fd), os.fstat(fd))
         return False
@@ -155,6 +158,9 @@ class UpdateSink(Sink):
     @property
     def left(self) -> str:
         return f"; {self.path} is as it was" if self._replace else super().left
+
+    def wanted(self) -> bool:
+        return _wanted(self.fd)
 
     def older(self) -> set[Thing]:
         if self.replaced < 0:
@@ -227,16 +233,12 @@ class InPlaceSink(Sink):
                     path=self.path,
                     hint=f"detach that (losetup -d {loops[0].path}), or update without --inplace",
                 )
-            try:
-                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
+            if not _lock(fd):
                 raise CreateError(
                     f"cannot update {self.path} in place: another process has locked it",
                     path=self.path,
                     hint="wait until that has ended",
-                ) from None
-            except OSError:  # no locks there
-                pass
+                )
         except BaseException:
             os.close(fd)
             raise
@@ -246,6 +248,9 @@ class InPlaceSink(Sink):
     @property
     def left(self) -> str:
         return ""
+
+    def wanted(self) -> bool:
+        return _wanted(self.fd)
 
     def commit(self, before_name: Callable[[], None] = lambda: None) -> None:
         with contextlib.suppress(OSError):
@@ -267,6 +272,40 @@ class InPlaceSink(Sink):
                 "the same command goes on from there"
             )
         super().__exit__(kind, error, trace)
+
+
+def _lock(fd: int) -> bool:
+    """Lock it as long as it is open.  False: another process has, and does not let it go."""
+    until = time.monotonic() + TAKING_OVER
+    asked = False
+    while True:
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if time.monotonic() >= until:
+                return False
+            if not asked:
+                asked = True
+                with contextlib.suppress(OSError):
+                    fcntl.fcntl(fd, fcntl.F_OFD_SETLK, _FIRST_BYTE.pack(fcntl.F_WRLCK, *_AT_0))
+            time.sleep(TICK)
+        except OSError:  # no locks there
+            return True
+        else:
+            if asked:
+                with contextlib.suppress(OSError):
+                    fcntl.fcntl(fd, fcntl.F_OFD_SETLK, _FIRST_BYTE.pack(fcntl.F_UNLCK, *_AT_0))
+            return True
+
+
+def _wanted(fd: int) -> bool:
+    """Another process waits in `_lock`: it has locked the first byte."""
+    asked = _FIRST_BYTE.pack(fcntl.F_WRLCK, *_AT_0)
+    try:
+        found = fcntl.fcntl(fd, fcntl.F_OFD_GETLK, asked)
+    except OSError:
+        return False
+    return bool(_FIRST_BYTE.unpack(found)[0] != fcntl.F_UNLCK)
 
 
 def open_old(path: str, flags: int) -> int:

@@ -21,6 +21,7 @@ LONGER = {
     "copyagent.again": "SLACK",
     "diskcopy.d1_target": "HELLO_WAIT",
     "diskcopy.lanes": "LANE_STALL",
+    "diskcopy.target_update": "TAKING_OVER",
     "freeze.cgroup": "FREEZE_DEADLINE",
     "freeze.command": "KILL_GRACE",
     "freeze.filesystems": "LOCK_DEADLINE",

@@ -8,6 +8,7 @@ import contextlib
 import os
 import random
 import signal
+import subprocess
 import sys
 import threading
 import time
@@ -234,6 +235,24 @@ def test_after_the_time_the_copy_fails_and_leaves_nothing(
     assert not (tmp_path / "back").exists()
     if way == "push":
         assert not (line.home / "there").exists()
+
+
+@pytest.mark.parametrize("inplace", [False, True])
+def test_an_agent_that_waits_gives_way_to_another_copy(
+    line: Line, image: Path, inplace: bool
+) -> None:
+    """The first copy was killed without a connection, and nobody could say so there."""
+    if inplace:
+        (line.home / "there").write_bytes(bytes(image.stat().st_size))
+    words = ["copy", str(image), "b:there", *(["--update", "--inplace"] if inplace else [])]
+    line.cut(0, "up", 2 * MIB, "off")
+    with subprocess.Popen([*pyploop_cmd(), *words, "--compress", "never"]) as first:
+        wait_until((line.folder / "refuse").exists, "the cut", 60)
+        first.kill()
+    (line.folder / "refuse").unlink()
+    options = pyploop.CopyOptions(update=inplace, inplace=inplace)
+    pyploop.copy(str(image), "b:there", options=options)
+    assert (line.home / "there").read_bytes() == image.read_bytes()
 
 
 def test_without_retry_a_cut_ends_the_copy(line: Line, image: Path) -> None:
