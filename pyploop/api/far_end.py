@@ -73,9 +73,10 @@ class FarEnd:
         timeout = min(JOINING, SOONER * (time.monotonic() - self._begin))
         try:
             return self._client.call("join", math.inf, lambda: self._stopped, timeout=timeout)
-        except PyploopError:
-            if not self._retry or self._stopped or self._client.alive():
+        except ConnectError as e:
+            if not self._retry or self._stopped or isinstance(e, LostThereError):
                 raise
+            # The thread that bridges the data may have made another connection already.
             if not revived(self._there, self._retry, lambda: self._stopped):
                 raise
             return {"done": False}

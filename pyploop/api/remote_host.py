@@ -263,7 +263,7 @@ class RemoteHost:
             if self.client.alive():
                 self._report.detail(f"Waiting for {self.host} to undo its part")
                 self.client.call("undo", UNDOING)
-                return f"so was everything on {self.host}"
+                return f"everything was undone on {self.host}, too"
         except PyploopError as e:
             return f"{self.host} was asked to undo its part, but: {e}"
         return f"the connection to {self.host} was lost, so it undoes its part by itself"

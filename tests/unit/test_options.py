@@ -79,7 +79,15 @@ CASES = [(command, words) for command in COMMANDS for words in single(command)]
 
 def test_there_are_options_of_one_value_in_every_command_that_has_any() -> None:
     assert len(CASES) > 25
-    assert {c for c, _ in CASES} == {"copy", "migrate", "agent", "bench", "demo", "status", "verify"}
+    assert {c for c, _ in CASES} == {
+        "copy",
+        "migrate",
+        "agent",
+        "bench",
+        "demo",
+        "status",
+        "verify",
+    }
 
 
 @pytest.mark.parametrize(("command", "words"), CASES, ids=lambda x: " ".join([*x]) if x else "")
