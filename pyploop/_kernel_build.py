@@ -52,6 +52,7 @@ ffi.cdef(
     int pk_mount(const char *source, const char *point, const char *type,
                  unsigned long flags, const char *data);
     int pk_umount(const char *point, int flags);
+    int pk_clone_mount(const char *path);
     int pk_loop_free(int control_fd);
     int pk_loop_attach(int loop_fd, int file_fd, const char *name);
     int pk_loop_detach(int loop_fd);
@@ -99,6 +100,9 @@ ffi.set_source(
        stable kernel interface. */
     #ifndef SYS_openat2
     #define SYS_openat2 437
+    #endif
+    #ifndef SYS_open_tree  /* since 5.2; its flag OPEN_TREE_CLONE is 1 */
+    #define SYS_open_tree 428
     #endif
     #define RESOLVE_NO_MAGICLINKS 0x02
     #define RESOLVE_NO_SYMLINKS 0x04
@@ -159,6 +163,8 @@ ffi.set_source(
     { return result(mount(source, point, type, flags, data)); }
     static int pk_umount(const char *point, int flags)
     { return result(umount2(point, flags)); }
+    static int pk_clone_mount(const char *path)
+    { return result((int)syscall(SYS_open_tree, AT_FDCWD, path, 1 | O_CLOEXEC)); }
     static int pk_loop_free(int control_fd)
     { return result(ioctl(control_fd, LOOP_CTL_GET_FREE)); }
     /* AUTOCLEAR: it detaches after its last user, so a killed process leaves none. */

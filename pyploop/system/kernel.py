@@ -197,6 +197,12 @@ def umount(point: str, *, lazy: bool = False) -> None:
     _check(_lib.pk_umount(os.fsencode(point), _lib.MNT_DETACH if lazy else 0), point)
 
 
+def clone_mount(path: str) -> int:
+    """open_tree(2): the path on a mount of its own, which nothing is mounted on, and which goes
+    with the descriptor.  ENOSYS: Linux before 5.2."""
+    return _check(_lib.pk_clone_mount(os.fsencode(path)), path)
+
+
 def attach_loop(file_fd: int, name: str) -> tuple[str, int]:
     """A loop device on the open file: its path and an open descriptor.  It
     detaches by itself when it is neither open nor mounted any more."""
