@@ -16,7 +16,7 @@ from typing import Any
 from pyploop.errors import MigrateError, VzExitCode
 from pyploop.freeze.cgroup_freezer import freezer_in
 from pyploop.runtimes import Facts, State, memory_in_use, volumes
-from pyploop.runtimes.config import HostConfig
+from pyploop.runtimes.config import ContainerConfig, HostConfig
 from pyploop.runtimes.configured import Configured
 from pyploop.runtimes.runc import announce, link, tmpfs
 from pyploop.runtimes.runc.cgroup import ContainerCgroup
@@ -36,24 +36,34 @@ class RuncContainer(Configured):
         self.keep_fds: tuple[int, ...] = ()
         self.lock_dir = host.lock_dir
         self._host = host
-        self._config = host.container(container)
-        if not self._config.bundle.startswith("/") or not self._places():
-            raise MigrateError(
-                VzExitCode.USAGE,
-                f"[container.{container}] needs an absolute path as its bundle, and at least one "
-                "disk or tree",
-                path=host.path,
-            )
+        self._config = self._configured()
         # CRIU then gives a deleted file that has other names a new one, for the restore.
         self._early = Early()
         self.dump_writes = "--link-remap" in self._config.options
 
     # ---- what there is
 
+    def _configured(self) -> ContainerConfig:
+        """What this host knows of the container, whatever its state is."""
+        config = self._host.container(self.container)
+        if not config.bundle.startswith("/") or not (config.disks or config.trees):
+            raise MigrateError(
+                VzExitCode.USAGE,
+                f"[container.{self.container}] needs an absolute path as its bundle, and at least "
+                "one disk or tree",
+                path=self._host.path,
+            )
+        return config
+
+    @property
+    def runc_id(self) -> str:
+        """Its name for runc."""
+        return self.container
+
     def _record(self) -> dict[str, Any] | None:
         """runc's own state file, which names the first process and the cgroups.  None: runc
         knows no such container."""
-        path = Path(self._host.runc_root) / self.container / "state.json"
+        path = Path(self._host.runc_root) / self.runc_id / "state.json"
         try:
             record = json.loads(path.read_bytes())
         except FileNotFoundError:
@@ -83,7 +93,7 @@ class RuncContainer(Configured):
         running = started is not None and started == record.get("init_process_start")
         # While this file exists the first process is still runc's own.  A file of the
         # container (a FIFO as /etc/passwd) can make it wait for ever.
-        running &= not Path(self._host.runc_root, self.container, "exec.fifo").exists()
+        running &= not Path(self._host.runc_root, self.runc_id, "exec.fifo").exists()
         freezer = self._freezer()
         frozen = running and freezer is not None and freezer.is_frozen()
         return State(True, running, frozen, mounted)
@@ -148,7 +158,7 @@ class RuncContainer(Configured):
             freezer.kill()
         if self._record() is not None:
             run(
-                [*self._runc(), "delete", "--force", self.container],
+                [*self._runc(), "delete", "--force", self.runc_id],
                 VzExitCode.DUMP_FAILED,
                 self._host.command_timeout,
             )
@@ -171,7 +181,7 @@ class RuncContainer(Configured):
 
     def _run(self) -> None:
         command = [*self._runc(), "run", "--detach", "--bundle", self._config.bundle]
-        command.append(self.container)
+        command.append(self.runc_id)
         run(
             command,
             VzExitCode.RESTORE_FAILED,

@@ -183,8 +183,11 @@ def _text(path: str, most: int = 1 << 14) -> str:
         return ""
 
 
-def pipes_to_outside(pids: Sequence[int], proc: str = "/proc") -> list[str]:
-    """Pipes of which only one end is in the container."""
+def pipes_to_outside(
+    pids: Sequence[int], proc: str = "/proc", known: Sequence[str] = ()
+) -> list[str]:
+    """Pipes of which only one end is in the container.  known: those that lead somewhere on the
+    target, too."""
     ends: dict[str, int] = {}
     users: dict[str, tuple[int, str]] = {}
     for pid in pids:
@@ -200,7 +203,7 @@ def pipes_to_outside(pids: Sequence[int], proc: str = "/proc") -> list[str]:
         f"descriptor {users[pipe][1]} of process {members.named([users[pipe][0]], proc)}, a pipe "
         "whose other end is not in the container: on the target it leads nowhere"
         for pipe, both in ends.items()
-        if both in (stat.S_IRUSR, stat.S_IWUSR)
+        if both in (stat.S_IRUSR, stat.S_IWUSR) and pipe not in known
     ]
 
 
@@ -278,10 +281,16 @@ def keys(container: str, path: str = "/proc/keys") -> list[str]:
 
 
 def all_of(
-    container: str, pids: Sequence[int], config: Mapping[str, Any], cgroups: Mapping[str, str]
+    container: str,
+    pids: Sequence[int],
+    config: Mapping[str, Any],
+    cgroups: Mapping[str, str],
+    streams: Sequence[str] = (),
 ) -> list[str]:
-    """All that a running container would lose, each as a line for the user."""
-    lost = [*settings(pids, allowed_cpus(cgroups)), *pipes_to_outside(pids), *keys(container)]
+    """All that a running container would lose, each as a line for the user.  streams: pipes that
+    are not lost."""
+    pipes = pipes_to_outside(pids, known=streams)
+    lost = [*settings(pids, allowed_cpus(cgroups)), *pipes, *keys(container)]
     lost += [*sockets.settings(pids), *(sockets.groups(pids[0]) if pids else ())]
     return [f"Does not move: {text}" for text in lost + changed_limits(config, cgroups)]
 

@@ -12,6 +12,7 @@ import signal
 import socket
 import subprocess
 import time
+from collections.abc import Mapping
 from typing import Any
 
 from pyploop.runtimes.runc.page_stream import CriuSocket, Stream, enlarge
@@ -50,7 +51,7 @@ class PageDump:
         self._log = order["log"]
         try:
             with open(order["config"], "x") as f:
-                f.write(f"{_own_options()}\nps-socket {sock}\n")
+                f.write(f"{_own_options(order['env'])}\nps-socket {sock}\n")
             self._process = subprocess.Popen(
                 [*order["argv"], "--lazy-pages", "--status-fd", str(word), order["name"]],
                 stdin=subprocess.DEVNULL,
@@ -114,9 +115,9 @@ class PageDump:
             stream.turn(self.socket, [], 0.02)
 
 
-def _own_options() -> str:
-    """What the user's own CRIU_CONFIG_FILE says, which ours takes the place of."""
-    path = os.environ.get("CRIU_CONFIG_FILE")
+def _own_options(environment: Mapping[str, str]) -> str:
+    """What the CRIU_CONFIG_FILE of the dump's environment says, which ours takes the place of."""
+    path = environment.get("CRIU_CONFIG_FILE")
     if not path:
         return ""
     with open(path) as f:

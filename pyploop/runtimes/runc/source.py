@@ -128,12 +128,17 @@ class SourceSteps(RuncContainer):
         facts["cgroups"] = preflight_kernel.controllers(self._cgroups())
         facts["labels"] = preflight_kernel.labels(pids)
         facts["filtered"] = preflight_kernel.filtered(pids)
-        self._left += leftovers.all_of(self.container, pids, config, self._cgroups())
+        streams = self._streams()
+        self._left += leftovers.all_of(self.runc_id, pids, config, self._cgroups(), streams)
         self._watchers = leftovers.watchers(pids)
         files = tmpfs.used_by(self._init())
         self._left += tmpfs.in_words(files)
         shared = max(memory_in_use.shared_of(self._cgroups()), sum(f.size for f in files))
         facts["lazy"] = lazy_memory.of_processes(pids, shared).told()
+
+    def _streams(self) -> Sequence[str]:
+        """Pipes (as /proc names them) whose other ends are on both hosts."""
+        return ()
 
     def _check_network(self, config: dict[str, Any]) -> None:
         """MigrateError(15) for a container without a network namespace of its own: its sockets
@@ -327,7 +332,7 @@ class SourceSteps(RuncContainer):
         argv += ["--image-path", str(images), "--work-path", str(work_of(images))]
         if parent is not None:
             argv += ["--parent-path", os.path.relpath(parent, images)]
-        return [*argv, *self._config.options, self.container]
+        return [*argv, *self._config.options, self.runc_id]
 
     def _page_order(self, images: Path, parent: Path | None) -> dict[str, Any]:
         """For the keeper of the page server."""

@@ -62,8 +62,12 @@ class TargetSteps(RuncContainer):
         self._moves = CgroupMoves()
         self._written: dict[str, Any] | None = None
         """Its config.json, as `placed` has written it."""
-        state = Path(host.runc_root) / container / "state.json"
-        self.lazy: LazyRestore = LazyRestore(host.criu, state)
+        self.lazy: LazyRestore = self._lazy_restore()
+
+    def _lazy_restore(self) -> LazyRestore:
+        return LazyRestore(
+            self._host.criu, Path(self._host.runc_root) / self.runc_id / "state.json"
+        )
 
     def check_target(self, facts: Facts, live: bool) -> None:
         found = Checks()
@@ -206,7 +210,7 @@ class TargetSteps(RuncContainer):
             waits = bool(self._early.argv) and self._early.ready(PREPARING)
         except TimeoutError:
             return False
-        mounted = Path(self._host.runc_root, self.container, "criu-root").exists()
+        mounted = Path(self._host.runc_root, self.runc_id, "criu-root").exists()
         return waits and self._early.kind == criu_gate.VERSION and not mounted
 
     def give_up(self) -> None:
@@ -264,7 +268,7 @@ class TargetSteps(RuncContainer):
                     raise
                 # The images are as they were, and nobody has heard of it.
                 self.lazy.failed(str(e))
-                self.kill()
+                self._clear()
         work_of(images).mkdir(mode=0o700, exist_ok=True)  # runc, started ahead, has made it
         self._restore(images, work_of(images), commit)
 
@@ -335,7 +339,7 @@ class TargetSteps(RuncContainer):
             self._config.bundle,
         ]
         argv += ["--image-path", str(images), "--work-path", str(work)]
-        return [*argv, *self._config.options, *options, self.container]
+        return [*argv, *self._config.options, *options, self.runc_id]
 
     def _waiting(self, images: Path, argv: list[str]) -> tuple[Command, socket.socket]:
         """The restore, and where it asks.  It was started ahead, or is started now.  OSError."""
@@ -387,6 +391,10 @@ class TargetSteps(RuncContainer):
             for path in self._networks():
                 self._announce(path)
 
+    def _clear(self) -> None:
+        """Of a restore that has failed, so that another one may begin."""
+        self.kill()
+
     def abandon(self) -> None:
         # The link goes down first: no packet of the ending processes may reach the peers.
         try:
@@ -395,7 +403,7 @@ class TargetSteps(RuncContainer):
             self.kill()
         # Of a restore that was killed before it could remove it.  It would be in the way.
         with contextlib.suppress(OSError):
-            Path(self._host.runc_root, self.container).rmdir()
+            Path(self._host.runc_root, self.runc_id).rmdir()
 
 
 def _runc_log(images: Path) -> Path:
