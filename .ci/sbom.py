@@ -24,6 +24,8 @@ CALLED = {
     "rsync": "migrate: directories",
     "runc": "migrate: runc containers",
     "criu": "migrate --live: runc containers",
+    "podman": "migrate: Podman's containers",
+    "nftables": "migrate --live: Podman's containers",
 }
 """Debian packages: what they are for."""
 _NAME = re.compile(r"[A-Za-z0-9._-]+")

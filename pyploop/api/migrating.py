@@ -28,12 +28,12 @@ from pyploop.report.timings import Moments
 from pyploop.runtimes import Runtime, config
 from pyploop.runtimes.config import CTID, HostConfig
 from pyploop.runtimes.lazy_policy import Wanted
-from pyploop.runtimes.registry import completed, make_runtime
+from pyploop.runtimes.registry import completed, make_runtime, split
 
 if TYPE_CHECKING:
     from pyploop.report.event_types import Event
 
-RuntimeName = Literal["vzctl", "runc", "command"]
+RuntimeName = Literal["vzctl", "runc", "podman", "command"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -173,6 +173,8 @@ def recover(
     container, which stays suspended.
     """
     here = config.load(config_file)
+    if container:
+        _, container = split(runtime, container)
     if runtime == "vzctl" and container and not CTID.fullmatch(container):
         container = make_runtime(here, runtime, container).container
     return tuple(recovery.recover(here, container or None, reporter or make_reporter(on_event)))

@@ -20,7 +20,7 @@ from pyploop.units import parse_size, parse_time
 if TYPE_CHECKING:
     from pyploop.api.migrating import RuntimeName
 
-RUNTIMES = ("vzctl", "runc", "command")
+RUNTIMES = ("vzctl", "runc", "podman", "command")
 NODEPS = ("cpu", "ipv6")
 """Checks that `--nodeps=` can leave out by name."""
 

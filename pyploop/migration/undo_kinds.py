@@ -90,17 +90,22 @@ def runtime_of(entry: Entry) -> Runtime:
     host, name = _load(entry["config"]), entry["container"]
     if entry.get("found"):
         host = with_container(host, name, entry["found"])
-    return make_runtime(host, entry["runtime"], name)
+    runtime = make_runtime(host, entry["runtime"], name)
+    if instance := entry.get("instance"):
+        runtime.instance = dict(instance)
+    return runtime
 
 
 def naming(host: HostConfig, runtime: Runtime) -> dict[str, Any]:
     """The fields that `runtime_of` reads."""
-    named = {
+    named: dict[str, Any] = {
         "config": host.path,
         "config_digest": host.digest,
         "runtime": runtime.name,
         "container": runtime.container,
     }
+    if runtime.instance:
+        named["instance"] = runtime.instance
     found = host.found.get(runtime.container)
     return {**named, "found": found} if found else named
 

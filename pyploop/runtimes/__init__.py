@@ -3,6 +3,7 @@
 done.
 
     runc     runc and CRIU (package `runc`; `oci` checks what another host sends)
+    podman   Podman, which runs its containers by runc (package `podman`)
     vzctl    OpenVZ (package `vzctl`)
     command  any other runtime, by commands of migrate.toml (module `command`)
 
@@ -161,6 +162,14 @@ class Runtime(Protocol):
     """Its commands take that lock themselves on the target, so pyploop must not hold it
     there."""
 
+    needs_trust: bool
+    """What comes cannot be checked in full, whether the memory comes with it or not: only from
+    sources that this host trusts."""
+
+    instance: dict[str, Any]
+    """What tells this container from another one of the same name, and what is needed to undo
+    its steps later; empty: the name is enough.  JSON.  It is in each journal."""
+
     def state(self) -> State: ...
 
     def disks(self, source: bool) -> list[Disk]:
@@ -180,6 +189,9 @@ class Runtime(Protocol):
 
     peer_takes: frozenset[str]
     """Optional parts of the agent's protocol that the target knows."""
+
+    peer_wants: frozenset[str]
+    """The target's `wants`."""
 
     def check_source(self, live: bool) -> Facts:
         """Check all that can be checked before anything starts.  Returns the source facts."""
@@ -253,6 +265,9 @@ class Runtime(Protocol):
 
     def check_target(self, facts: Facts, live: bool) -> None:
         """Check that the container fits this host, which has none of that name."""
+
+    wants: frozenset[str]
+    """Labels of optional items that this host lacks, as `check_target` has found."""
 
     def destination(self, label: str) -> str:
         """Where the item with this label goes.  MigrateError for an unknown label."""

@@ -85,6 +85,11 @@ class HostConfig:
     runc: str = "runc"
     runc_root: str = "/run/runc"
     criu: str = "criu"
+    podman: str = "podman"
+    podman_binds: tuple[str, ...] = ()
+    """Folders below which the bind mounts of Podman's containers move."""
+    podman_external: tuple[str, ...] = ()
+    """Paths that Podman's containers bind, and that both hosts have."""
     vz_etc: str = "/etc/vz"
     vzctl: str = "vzctl"
     vzlist: str = "vzlist"
@@ -133,6 +138,11 @@ _TOP = {
 _SECTIONS: dict[str, dict[str, tuple[str, type]]] = {
     "remote": {"ssh": ("ssh", tuple), "agent": ("agent", tuple)},
     "runc": {"command": ("runc", str), "root": ("runc_root", str), "criu": ("criu", str)},
+    "podman": {
+        "command": ("podman", str),
+        "binds": ("podman_binds", tuple),
+        "external": ("podman_external", tuple),
+    },
     "rsync": {"command": ("rsync", str)},
     "vzctl": {
         "etc": ("vz_etc", str),

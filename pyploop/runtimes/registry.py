@@ -9,7 +9,16 @@ from pyploop.errors import MigrateError, VzExitCode
 from pyploop.runtimes import Runtime, found_config
 from pyploop.runtimes.config import CTID, NAME, HostConfig
 
-RUNTIMES = ("vzctl", "runc", "command")
+RUNTIMES = ("vzctl", "runc", "podman", "command")
+PREFIX = "podman:"
+"""Before a container's name: it is one of Podman's."""
+
+
+def split(name: str | None, container: str) -> tuple[str | None, str]:
+    """(runtime, container) of what a user writes: `podman:NAME` names the runtime, too."""
+    if container.startswith(PREFIX) and name in (None, "podman"):
+        return "podman", container.removeprefix(PREFIX)
+    return name, container
 
 
 def completed(host: HostConfig, name: str | None, container: str) -> HostConfig:
@@ -33,7 +42,8 @@ def accepted(host: HostConfig, container: str, told: Any) -> HostConfig:
 
 def make_runtime(host: HostConfig, name: str | None, container: str) -> Runtime:
     """The runtime `name`, or that of the configuration for this container.  A number that
-    is not in the configuration is a container of vzctl."""
+    is not in the configuration is a container of vzctl, and `podman:NAME` one of Podman."""
+    name, container = split(name, container)
     if name is None:
         known = host.containers.get(container)
         if known is None and not CTID.fullmatch(container):
@@ -43,6 +53,14 @@ def make_runtime(host: HostConfig, name: str | None, container: str) -> Runtime:
         from pyploop.runtimes.runc.runtime import Runc
 
         return Runc(host, container)
+    if name == "podman":
+        from pyploop.runtimes.podman.runtime import PodmanRuntime
+
+        if not NAME.fullmatch(container):
+            raise MigrateError(
+                VzExitCode.USAGE, f"{container[:80]!r} is not the name of a container of Podman"
+            )
+        return PodmanRuntime(host, container)
     if name == "vzctl":
         from pyploop.runtimes.vzctl.runtime import Vzctl
 

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 NOTHING = "this runtime starts nothing ahead"
 
@@ -12,6 +13,10 @@ class Unprepared:
     """These steps of Runtime, with nothing in them."""
 
     first_image = ""
+    needs_trust = False
+    wants: frozenset[str] = frozenset()
+    peer_wants: frozenset[str] = frozenset()
+    instance: dict[str, Any] = {}  # noqa: RUF012 - never changed
 
     def prepare_dump(self, images: Path, parent: Path | None) -> str:
         return NOTHING

@@ -292,7 +292,15 @@ _POST_COPY = known({"why": lambda value: clipped(_is(value, str))})
 _FAILED = list_of(lambda value: clipped(_is(value, str)))
 _ANSWERS: Answers = {
     "clock": ({"monotonic": _MOMENT}, ("monotonic",)),
-    "check": ({"takes": list_of(text), "lazy": _LAZY, "post_copy": _POST_COPY}, ()),
+    "check": (
+        {
+            "takes": list_of(text),
+            "wants": list_of(text),
+            "lazy": _LAZY,
+            "post_copy": _POST_COPY,
+        },
+        (),
+    ),
     "busy": ({"busy": number(1.0, 1e6)}, ("busy",)),
     "begin": ({"kept": list_of(text)}, ()),
     "lane": ({"token": token}, ("token",)),

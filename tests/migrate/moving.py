@@ -59,13 +59,18 @@ class Migration:
     """`pyploop migrate --live`, started on the host that has the container."""
 
     def __init__(
-        self, lab: Lab, source: Host, *options: str, events: str = "events.ndjson"
+        self,
+        lab: Lab,
+        source: Host,
+        *options: str,
+        events: str = "events.ndjson",
+        name: str = container.NAME,
     ) -> None:
         self.source, self.target = source, lab.other(source)
         self._events = lab.folder / events
         self._events.unlink(missing_ok=True)
         words = ["pyploop", "migrate", "--live", "-t", "--config", container.PYPLOOP_CONFIG]
-        words += ["--json", str(self._events), *options, self.target.name, container.NAME]
+        words += ["--json", str(self._events), *options, self.target.name, name]
         self._process = subprocess.Popen(
             source.command(*words),
             stdin=subprocess.DEVNULL,
@@ -104,16 +109,18 @@ class Migration:
 
 
 @contextlib.contextmanager
-def migration(lab: Lab, source: Host, *options: str) -> Iterator[Migration]:
-    one = Migration(lab, source, *options)
+def migration(
+    lab: Lab, source: Host, *options: str, name: str = container.NAME
+) -> Iterator[Migration]:
+    one = Migration(lab, source, *options, name=name)
     try:
         yield one
     finally:
         one.close()
 
 
-def migrate(lab: Lab, source: Host, *options: str) -> Outcome:
-    with migration(lab, source, *options) as one:
+def migrate(lab: Lab, source: Host, *options: str, name: str = container.NAME) -> Outcome:
+    with migration(lab, source, *options, name=name) as one:
         return one.wait()
 
 

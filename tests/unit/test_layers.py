@@ -30,6 +30,7 @@ FLOORS = (
     ("runtimes",),
     ("runtimes.oci",),
     ("runtimes.runc", "runtimes.vzctl"),
+    ("runtimes.podman",),
     ("runtimes.registry",),
     ("transport",),
     ("migration",),
@@ -63,7 +64,7 @@ IO = {"io", "socket", "subprocess", "select", "selectors", "fcntl", "time", "thr
 
 STANDALONE = (
     *("undo.watchdog", "migration.relay", "system.enclosure"),
-    "runtimes.runc.criu_gate",
+    *("runtimes.runc.criu_gate", "runtimes.podman.criu_stub", "runtimes.podman.interpose"),
 )
 """These are started by their paths with `python -I -S`, without the package."""
 

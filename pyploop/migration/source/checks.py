@@ -95,6 +95,7 @@ class Here:
         self.found.end()
         remote.capabilities = checked.get("takes", [])  # an older agent does not name them
         runtime.peer_takes = frozenset(remote.capabilities)
+        runtime.peer_wants = frozenset(checked.get("wants", []))
         if runtime.trees() and "tree" not in remote.capabilities:
             with naming("agent-version"):
                 raise MigrateError(

@@ -203,7 +203,7 @@ def _page_server(log: Journal) -> PageRecord | None:
 
 def _one(host: HostConfig, log: Journal, report: Reporter) -> list[str]:
     what = f"{log.get('what')}"
-    names = {k: log.get(k) for k in ("config", "config_digest", "runtime", "container")}
+    names = {k: log.get(k) for k in ("config", "config_digest", "runtime", "container", "instance")}
     own = undo_kinds.config_of(names, host)
     migration = commit_record.check_id(log.get("migration"))
     serving = _page_server(log)

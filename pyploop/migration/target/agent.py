@@ -160,7 +160,7 @@ class Agent(Server):
         chosen = make_runtime(self._host, runtime, container)
         facts = {**facts, "source": resumable_files.source_of(facts, str(self._source))}
         found = Checks()
-        if live:
+        if live or chosen.needs_trust:
             with found.named("trust"):
                 checks.check_trust(self._host, self._source)
         try:

@@ -93,6 +93,7 @@ def check_all(
     return {
         "disks": [d.image for d in chosen.disks(source=False)],
         "takes": capabilities(),
+        "wants": sorted(chosen.wants),
         "lazy": {"lazy": lazy.lazy, "why": lazy.why},
         "post_copy": {"why": why_no_post_copy(host, chosen, facts) if live else NOT_LIVE},
     }

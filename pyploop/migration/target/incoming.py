@@ -91,6 +91,8 @@ class Incoming:
             self._folder = Path(host.images_dir) / f"pyploop-{migration}"
             self._log("remove-tree", path=str(self._folder), transient=True)
             private_folder.make_new(self._folder)
+            if runtime.instance:  # `placed` may make more than files
+                self._log("abandon", first=True, **undo_kinds.naming(host, runtime))
             self._memory = IncomingMemory(self._folder, facts.get("memory"))
             self._files = IncomingFiles(host, runtime, self._journal, self._disks, report)
             made.callback(self._files.close)
@@ -237,7 +239,8 @@ class Incoming:
         )
 
     def _log_abandon(self) -> None:
-        if not any(entry["kind"] == "abandon" for entry in self._journal.entries):
+        entries = self._journal.entries
+        if not any(e["kind"] == "abandon" and not e.get("first") for e in entries):
             self._log("abandon", **undo_kinds.naming(self._host, self._runtime))
 
     def _dumped(self, images: Path) -> None:

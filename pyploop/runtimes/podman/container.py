@@ -1,0 +1,105 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A container of Podman on this host, and what both hosts do with it."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+from dataclasses import replace
+from typing import Any
+
+from pyploop.errors import MigrateError, VzExitCode
+from pyploop.runtimes import State
+from pyploop.runtimes.config import ContainerConfig, HostConfig
+from pyploop.runtimes.podman import links
+from pyploop.runtimes.podman.command import Podman
+from pyploop.runtimes.podman.found import Found, find
+from pyploop.runtimes.policy import Policy
+from pyploop.runtimes.runc.container import RuncContainer
+
+ID = re.compile(r"[0-9a-f]{64}")
+STAGE = "pyploop-incoming"
+"""The folder below Podman's graph root in which what comes waits for its place."""
+
+
+class PodmanContainer(RuncContainer):
+    """One container of one host, as Podman and runc know it."""
+
+    needs_trust = True
+    """The target's Podman makes the container from the source's description of it."""
+
+    def __init__(self, host: HostConfig, container: str) -> None:
+        self._podman = Podman(host.podman, host.command_timeout)
+        self._found: Found | None = None
+        self.instance: dict[str, Any] = {}
+        super().__init__(host, container)
+
+    def _configured(self) -> ContainerConfig:
+        """Of what is found here.  On the target nothing is, before it has come."""
+        self._found = found = find(self._podman, self.container)
+        policy = _policy(self._host.policy_of(self.container))
+        made = ContainerConfig(self.container, runtime="podman", policy=policy)
+        if found is None:
+            return made
+        self.instance = {"id": found.id, "volumes": [v.name for v in found.volumes]}
+        moved = [b for b in found.binds if self._is_moved(b)]
+        return replace(
+            made,
+            bundle=found.bundle,
+            trees=(found.upper, *(v.path for v in found.volumes), *moved),
+            stop_timeout=float((found.raw.get("Config") or {}).get("StopTimeout") or 10),
+            link_up=self._link_command(found.namespace, True),
+            link_down=self._link_command(found.namespace, False),
+        )
+
+    def _is_moved(self, path: str) -> bool:
+        """Whether a bind mount lies in one of the configured places."""
+        return any(path.startswith(f"{top.rstrip('/')}/") for top in self._host.podman_binds)
+
+    def _link_command(self, namespace: str, up: bool) -> tuple[str, ...]:
+        """link_up or link_down; empty without links, and for those that cannot be cut."""
+        ends: list[str] = []
+        with contextlib.suppress(OSError, MigrateError):
+            ends = links.host_ends(namespace) if namespace else []
+        return links.set_all(ends, up)
+
+    @property
+    def runc_id(self) -> str:
+        return str(self.instance.get("id") or "")
+
+    def state(self) -> State:
+        if not self.runc_id:
+            return State(self._podman.says_yes("container", "exists", self.container))
+        known = super().state()
+        if known.exists:
+            return known
+        names = (self.runc_id, self.container)
+        return State(any(self._podman.says_yes("container", "exists", n) for n in names))
+
+    def _exists(self) -> bool:
+        """Podman has the container with this ID, whatever its name is."""
+        return bool(self.runc_id) and self._podman.says_yes("container", "exists", self.runc_id)
+
+    def _end_processes(self) -> None:
+        """End them without a packet, and so that Podman does not start them again, whatever
+        its restart policy is."""
+        freezer = self._freezer()
+        if freezer is None:
+            return
+        # Podman notes that its user has stopped the container.  A frozen process gets the
+        # signal when it is killed, too.
+        self._podman.tried("container", "kill", "--signal=CONT", self.runc_id)
+        freezer.kill()
+
+    def stop(self) -> None:
+        seconds = str(round(self._config.stop_timeout))
+        self._podman.run(
+            *("container", "stop", "-t", seconds, self.runc_id),
+            code=VzExitCode.DUMP_FAILED,
+            timeout=self._podman.timeout + self._config.stop_timeout,
+        )
+
+
+def _policy(policy: Policy) -> Policy:
+    """What each container of Podman has, as Podman itself makes it on either host."""
+    return replace(policy, unprotected=(*policy.unprotected, "/proc/asound"))

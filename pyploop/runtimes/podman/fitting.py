@@ -1,0 +1,190 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Whether a container of another host's Podman fits this host.  All of it is checked before
+anything is made here."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import socket
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from pyploop.errors import MigrateError, VzExitCode
+from pyploop.runtimes import Facts
+from pyploop.runtimes.config import within
+from pyploop.runtimes.podman.command import Podman
+from pyploop.runtimes.podman.container import ID
+from pyploop.runtimes.podman.exported import Exported
+from pyploop.runtimes.podman.host import PodmanHost, number_of
+from pyploop.runtimes.podman.movable import refuse
+
+_VOLUME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,255}")
+_MAC = re.compile(r"[0-9a-f]{2}(:[0-9a-f]{2}){5}")
+_PATH = re.compile(r"(/[^/\x00-\x1f]+)+")
+
+
+@dataclass(frozen=True)
+class Coming:
+    """What the source says of the container, checked as far as its form goes."""
+
+    id: str
+    host: Mapping[str, Any]
+    """Its Podman (host.PodmanHost)."""
+    exported: Exported
+    root: str
+    """Its root, as the source's config.json names it."""
+    volumes: Mapping[str, str]
+    """Name -> path on the source."""
+    binds: list[str]
+    """Folders of the source that move to the same place here."""
+    owned: list[str]
+    """Sources of binds that each Podman makes itself."""
+    external: list[str]
+
+    @property
+    def networks(self) -> dict[str, Any]:
+        return dict(self.exported.config.get("newNetworks") or {})
+
+    @property
+    def addresses(self) -> list[str]:
+        """Hardware addresses of its links."""
+        found = []
+        for status in self.exported.network.values():
+            for link in ((status or {}).get("interfaces") or {}).values():
+                found.append(str((link or {}).get("mac_address") or ""))
+        if not all(_MAC.fullmatch(a) for a in found):
+            refuse("the source announces a link of the container without a hardware address")
+        return found
+
+    @property
+    def image(self) -> str:
+        return str(self.exported.config.get("rootfsImageID") or "")
+
+
+def coming(facts: Facts) -> Coming:
+    """MigrateError(15) for what no pyploop sends."""
+    told = facts.get("podman")
+    try:
+        assert isinstance(told, dict)
+        exported = Exported(dict(told["config"]), dict(told["network"]))
+        found = Coming(
+            id=str(exported.config["id"]),
+            host=dict(told["host"]),
+            exported=exported,
+            root=_path(told["root"]),
+            volumes={_name(k): _path(v) for k, v in dict(told["volumes"]).items()},
+            binds=[_path(p) for p in told["binds"]],
+            owned=[_path(p) for p in told["owned"]],
+            external=[_path(p) for p in facts.get("external") or ()],
+        )
+        addresses, image = found.addresses, found.image
+        assert ID.fullmatch(found.id) and ID.fullmatch(image) and addresses is not None
+    except (AssertionError, AttributeError, KeyError, TypeError, ValueError) as e:
+        refuse(f"the source's description of the container is not one: {e!r}")
+    return found
+
+
+def _path(value: Any) -> str:
+    if not isinstance(value, str) or not _PATH.fullmatch(value) or os.path.normpath(value) != value:
+        raise ValueError(f"{str(value)[:80]!r} is not a plain path")
+    return value
+
+
+def _name(value: Any) -> str:
+    if not isinstance(value, str) or not _VOLUME.fullmatch(value):
+        raise ValueError(f"{str(value)[:80]!r} is not the name of a volume")
+    return value
+
+
+def check(podman: Podman, name: str, here: PodmanHost, it: Coming, *, live: bool) -> None:
+    """MigrateError(9) when something of it is here already, (15) when something is missing."""
+    config = it.exported.config
+    if config.get("name") != name:
+        refuse(f"the source describes the container {str(config.get('name'))[:80]!r}")
+    for known in (name, it.id):
+        if podman.says_yes("container", "exists", known):
+            raise MigrateError(
+                VzExitCode.EXISTS,
+                f"Podman has a container {known[:64]} on this host already: rename or remove it",
+            )
+    _check_host(here, it)
+    for volume in it.volumes:
+        if podman.says_yes("volume", "exists", volume):
+            raise MigrateError(
+                VzExitCode.EXISTS,
+                f"Podman has a volume {volume} on this host already: remove it (podman volume rm "
+                f"{volume}), or give it another name",
+            )
+    for network in it.networks:
+        if not podman.says_yes("network", "exists", network):
+            refuse(
+                f"Podman has no network {network} on this host: create it with the same subnet as "
+                f"on the source (podman network create {network})"
+            )
+    if it.networks and live and shutil.which("nft") is None:
+        refuse(
+            "this host has no nft, which keeps the container's new link silent: install nftables"
+        )
+    _check_secrets(podman, config)
+    _check_ports(config)
+
+
+def _check_host(here: PodmanHost, it: Coming) -> None:
+    theirs = str(it.host.get("version") or "")
+    if here.number < number_of(theirs):
+        refuse(
+            f"Podman {here.version} on this host is older than {theirs[:40]} on the source: "
+            "install that version or a newer one"
+        )
+    for key, what in (
+        ("graph_root", "stores containers in"),
+        ("run_root", "keeps its state in"),
+        ("volumes", "stores volumes in"),
+        ("cgroups", "uses cgroups of version"),
+        ("manager", "lets cgroups be made by"),
+    ):
+        ours, other = getattr(here, key), str(it.host.get(key) or "")[:200]
+        if ours != other:
+            refuse(f"Podman {what} {ours} on this host, and {other} on the source: use the same")
+    # What comes is renamed into its place.
+    if it.volumes and not within(here.volumes, here.graph_root):
+        refuse(f"{here.volumes} must lie in {here.graph_root} on this host (volume_path)")
+    if it.volumes and os.path.ismount(here.volumes):
+        refuse(f"{here.volumes} and {here.graph_root} must be on one file system on this host")
+
+
+def _check_secrets(podman: Podman, config: Mapping[str, Any]) -> None:
+    named = [*(config.get("secrets") or ()), *(config.get("secret_env") or {}).values()]
+    for secret in named:
+        name = str(secret.get("name") or "")
+        if not name or podman.tried("secret", "inspect", name)[0]:
+            refuse(
+                f"Podman has no secret {name[:80]} on this host: create it (podman secret create)"
+            )
+
+
+def _check_ports(config: Mapping[str, Any]) -> None:
+    """Published ports are free."""
+    for mapping in config.get("newPortMappings") or config.get("portMappings") or ():
+        first, count = int(mapping.get("host_port") or 0), int(mapping.get("range") or 1)
+        address = str(mapping.get("host_ip") or "0.0.0.0")
+        family = socket.AF_INET6 if ":" in address else socket.AF_INET
+        for protocol in str(mapping.get("protocol") or "tcp").split(","):
+            kind = socket.SOCK_DGRAM if protocol == "udp" else socket.SOCK_STREAM
+            for port in range(first, first + min(count, 1024)):
+                _check_port(family, kind, address, port, protocol)
+
+
+def _check_port(family: int, kind: int, address: str, port: int, protocol: str) -> None:
+    with socket.socket(family, kind) as sock:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            sock.bind((address, port))
+        except OSError as e:
+            refuse(
+                f"the container publishes the {protocol} port {port} on {address}, which this host "
+                f"cannot give it: {e.strerror}"
+            )

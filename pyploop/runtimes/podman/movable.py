@@ -1,0 +1,131 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Whether a container of Podman can be migrated, as far as its own host can tell, and which
+paths of its host it uses.  Each refusal says what to do."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any, NoReturn
+
+from pyploop.errors import MigrateError, VzExitCode
+from pyploop.runtimes.config import ContainerConfig, within
+from pyploop.runtimes.podman.command import Podman
+from pyploop.runtimes.podman.found import Found
+from pyploop.runtimes.podman.host import PodmanHost
+from pyploop.runtimes.runc import contents
+
+
+def refuse(text: str) -> NoReturn:
+    raise MigrateError(VzExitCode.BAD_CONFIG, text)
+
+
+def check(podman: Podman, found: Found, here: PodmanHost) -> None:
+    """MigrateError(15)."""
+    raw, name = found.raw, found.name
+    if pod := raw.get("Pod"):
+        refuse(
+            f"{name} belongs to the pod {str(pod)[:12]}, whose containers share namespaces and "
+            "must move together, which is not possible yet: run it without a pod (podman run "
+            "without --pod) to migrate it"
+        )
+    if raw.get("OCIRuntime") != "runc":
+        refuse(
+            f"{name} is run by {raw.get('OCIRuntime')}, which cannot be migrated: create it again "
+            "with podman --runtime runc"
+        )
+    if not found.upper:
+        refuse(f"{name} has no root of its own that Podman stores (podman run --rootfs?)")
+    if deps := raw.get("Dependencies"):
+        refuse(f"{name} depends on other containers ({', '.join(d[:12] for d in deps)})")
+    host = raw.get("HostConfig") or {}
+    if host.get("Privileged"):
+        refuse(f"{name} is privileged, and has the devices of this host: run it without that")
+    if host.get("UsernsMode") or raw.get("IDMappings") or host.get("IDMappings"):
+        refuse(f"{name} has a user namespace (--userns), which cannot be migrated yet")
+    if host.get("AutoRemove"):
+        refuse(
+            f"{name} would be removed by Podman when its processes end here (--rm), also when the "
+            "migration is rolled back: run it without --rm"
+        )
+    if (raw.get("Config") or {}).get("StopSignal") is None:
+        refuse(f"podman container inspect {name} is not complete")
+    for volume in found.volumes:
+        _check_volume(podman, volume.name, found)
+    if not within(found.upper, here.graph_root):
+        refuse(f"{found.upper} lies outside of Podman's storage {here.graph_root}")
+
+
+def _check_volume(podman: Podman, name: str, found: Found) -> None:
+    volume = podman.inspected("volume", name)
+    if volume is None:
+        refuse(f"the volume {name} of {found.name} does not exist any more")
+    if volume.get("Driver") != "local" or volume.get("Options"):
+        refuse(
+            f"the volume {name} is not a plain folder of this host (driver {volume.get('Driver')}, "
+            f"options {volume.get('Options') or 'none'}), and cannot be migrated"
+        )
+    users = podman.run("ps", "-a", "--no-trunc", f"--filter=volume={name}", "--format={{.ID}}")
+    if others := [u for u in users.split() if u != found.id]:
+        refuse(
+            f"the volume {name} is used by the container {others[0][:12]} too, which would lose "
+            "it: give each container a volume of its own"
+        )
+
+
+def check_exported(config: Mapping[str, Any], found: Found) -> None:
+    """The description is that of this container, and of one that can move."""
+    if config.get("id") != found.id or config.get("name") != found.name:
+        refuse(f"podman exported another container than {found.name}")
+    if config.get("pod") or config.get("Dependencies"):
+        refuse(f"{found.name} depends on other containers")
+
+
+# ---- paths of the host
+
+
+def owned(config: Mapping[str, Any], found: Found, here: PodmanHost) -> list[str]:
+    """Sources of binds that Podman makes itself, on each host its own: /etc/hosts, /dev/shm, …"""
+    tops = (
+        found.bundle,
+        f"{here.run_root}/overlay-containers/{found.id}",
+        f"{here.graph_root}/overlay-containers/{found.id}",
+        "/run/podman-init",
+    )
+    return [s for s in _bound(config) if any(within(s, top) for top in tops)]
+
+
+def _bound(config: Mapping[str, Any]) -> list[str]:
+    mounts = config.get("mounts") or ()
+    return [os.path.normpath(str(m.get("source"))) for m in mounts if contents.is_bind(m)]
+
+
+_HELPERS = ("catatonit",)
+"""Programs of the host that Podman binds into a container (--init)."""
+
+
+def external(
+    config: Mapping[str, Any],
+    found: Found,
+    here: PodmanHost,
+    ours: ContainerConfig,
+    allowed: Sequence[str],
+) -> list[str]:
+    """Paths that the target must have, because they are bound and are not moved.  allowed: those
+    that [podman] external names.  MigrateError(15) for any other."""
+    known = [*owned(config, found, here), *ours.trees]
+    names = []
+    for source in _bound(config):
+        if any(within(source, place) for place in known):
+            continue
+        if source in (os.path.normpath(a) for a in allowed) or (
+            os.path.basename(source) in _HELPERS
+        ):
+            names.append(source)
+            continue
+        refuse(
+            f"{source} of this host is bound into {found.name}, and would not be migrated: write "
+            f'[podman] binds = ["{os.path.dirname(source)}"] into migrate.toml on both hosts if it '
+            f'is a folder that moves, or external = ["{source}"] if the target has it already'
+        )
+    return names

@@ -1,0 +1,227 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The steps of a migration on the source, of a container of Podman."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import IO
+
+from pyploop.errors import MigrateError, VzExitCode
+from pyploop.runtimes import Copied, Facts, Item, copied
+from pyploop.runtimes.checks import Checks
+from pyploop.runtimes.config import HostConfig
+from pyploop.runtimes.oci import bundles
+from pyploop.runtimes.podman import extras, links, movable, restored
+from pyploop.runtimes.podman.command import LONGEST
+from pyploop.runtimes.podman.container import PodmanContainer
+from pyploop.runtimes.podman.exported import export
+from pyploop.runtimes.podman.found import Found
+from pyploop.runtimes.podman.host import look
+from pyploop.runtimes.runc import contents, host_fit, tmpfs
+from pyploop.runtimes.runc.source import SourceSteps, work_of
+from pyploop.system.commands import Command, last_words
+
+IMAGE, LOG = "image.tar", "output"
+"""Labels of the static files."""
+
+
+class PodmanSource(PodmanContainer, SourceSteps):
+    """The source's part of a Runtime."""
+
+    def __init__(self, host: HostConfig, container: str) -> None:
+        super().__init__(host, container)
+        self._images = Path()
+        """Folder of the dump."""
+        self._criu_options: Path | None = None
+        self._log_sent = 0
+        """Bytes of the output that went ahead."""
+        self._files: list[IO[bytes]] = []
+        """Static files without a name, as long as they are needed."""
+
+    # ---- checks
+
+    def check_source(self, live: bool) -> Facts:
+        here = look(self._podman)
+        found = self._need_found()
+        movable.check(self._podman, found, here)
+        if found.status != "running":
+            raise MigrateError(
+                VzExitCode.STOPPED,
+                f"container {found.name} is {found.status}: only a running container of Podman can "
+                "be migrated (without --live, too)",
+                hint=f"podman start {found.name}",
+            )
+        config = bundles.read(found.bundle)
+        host_fit.check_source(config)
+        self._own_users = tmpfs.has_own_users(config)
+        self._check_network(config)
+        self._check_places(used=True)
+        if live and found.namespace:
+            self._need_links(found.namespace)
+        external = movable.external(config, found, here, self._config, self._host.podman_external)
+        contents.check_root(self._init(), found.merged)
+        exported = export(self._podman, found, self._host.criu)
+        movable.check_exported(exported.config, found)
+        facts: Facts = {
+            "config": config,
+            "external": external,
+            "kinds": [contents.kind_of(path) for path in external],
+            "podman": {
+                "host": here.told(),
+                "config": exported.config,
+                "network": exported.network,
+                "root": found.merged,
+                "volumes": {v.name: v.path for v in found.volumes},
+                "binds": [b for b in found.binds if self._is_moved(b)],
+                "owned": movable.owned(config, found, here),
+            },
+        }
+        if live:
+            places = contents.Places([found.merged], self._config.trees[1:])
+            outside = [*external, *movable.owned(config, found, here)]
+            checks = Checks()
+            self._check_live(config, places, outside, facts, checks)
+            checks.end(facts)
+        if not found.log:
+            kind = found.raw["HostConfig"].get("LogConfig", {}).get("Type")
+            self._left.append(
+                f"Does not move: the output so far, which the log driver {kind} keeps on this host"
+            )
+        return facts
+
+    def _need_found(self) -> Found:
+        if self._found is None:
+            raise MigrateError(
+                VzExitCode.NO_CONTAINER, f"Podman has no container {self.container} on this host"
+            )
+        return self._found
+
+    def _need_links(self, namespace: str) -> None:
+        """MigrateError(15) when a link cannot be cut."""
+        try:
+            links.host_ends(namespace)
+        except OSError as e:
+            raise MigrateError(
+                VzExitCode.BAD_CONFIG,
+                f"cannot look at the network of {self.container} ({namespace}): {e.strerror}",
+            ) from e
+
+    def _streams(self) -> Sequence[str]:
+        """Podman's monitor has their other ends, here and there."""
+        found = []
+        for number in range(3):
+            with contextlib.suppress(OSError):
+                found.append(os.readlink(f"/proc/{self._init()}/fd/{number}"))
+        return found
+
+    # ---- static files
+
+    def items(self) -> list[Item]:
+        found, made = self._need_found(), []
+        if IMAGE in self.peer_wants:
+            made.append(Item(IMAGE, self._saved_image(found)))
+        if found.log and (path := self._copied_log(found.log)):
+            made.append(Item(LOG, path))
+        return made
+
+    def _unnamed(self) -> IO[bytes]:
+        """A file without a name on the disk of Podman's storage.  It goes with this process."""
+        folder = os.path.dirname(self._need_found().bundle)
+        file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115 - `discard` or the end closes it
+        self._files.append(file)
+        return file
+
+    def _saved_image(self, found: Found) -> str:
+        file = self._unnamed()
+        name = str(found.raw.get("ImageName") or "")
+        image = str(found.raw["Image"])
+        known = self._podman.tried("image", "inspect", "--format", "{{.Id}}", name)[1].strip()
+        what = name if known == image else image
+        words = [self._podman.program, "image", "save", "--format", "docker-archive", what]
+        # The output of a command is its archive here, and not a text.
+        command = ["sh", "-c", f'exec "$@" >/proc/self/fd/{file.fileno()}', "sh", *words]
+        try:
+            status, output = Command(command, [file.fileno()]).wait(LONGEST)
+        except OSError as e:
+            status, output = -1, e.strerror or str(e)
+        if status:
+            raise MigrateError(
+                VzExitCode.COPY_FAILED,
+                f"{' '.join(words)} ended with {status}: {last_words(output)}",
+            )
+        return f"/proc/self/fd/{file.fileno()}"
+
+    def _copied_log(self, log: str) -> str:
+        """The output so far, which grows meanwhile; empty when there is none."""
+        try:
+            with open(log, "rb") as f:
+                size = os.fstat(f.fileno()).st_size
+                if not size:
+                    return ""
+                file = self._unnamed()
+                shutil.copyfileobj(f, file)
+                file.flush()
+        except OSError as e:
+            raise MigrateError(
+                VzExitCode.COPY_FAILED, f"cannot copy the output {log}: {e.strerror}", path=log
+            ) from e
+        self._log_sent = os.fstat(file.fileno()).st_size
+        return f"/proc/self/fd/{file.fileno()}"
+
+    # ---- suspend and dump
+
+    def _checkpoint_argv(self, how: str, images: Path, parent: Path | None) -> list[str]:
+        argv = super()._checkpoint_argv(how, images, parent)
+        self._criu_options = restored.criu_options(work_of(images))
+        self._images = images
+        return argv
+
+    def _criu_environment(self) -> dict[str, str]:
+        made = super()._criu_environment()
+        if self._criu_options is not None:
+            made["CRIU_CONFIG_FILE"] = str(self._criu_options)
+        return made
+
+    def _check_suspended(self) -> None:
+        super()._check_suspended()
+        found = self._need_found()
+        extras.pack_shm(found.bundle, self._images)
+        if found.log:
+            extras.pack_log(found.log, self._log_sent, self._init(), self._images)
+
+    # ---- afterwards
+
+    def kill(self) -> None:
+        self._end_processes()
+        if self._exists():
+            # The monitor starts the same command, and need not have come to its end.
+            self._podman.tried("container", "cleanup", self.runc_id)
+
+    def start(self) -> None:
+        if not self.state().running:
+            self._podman.run("container", "start", self.runc_id, code=VzExitCode.RESTORE_FAILED)
+
+    def discard(self, remove: bool, known: Copied | None) -> None:
+        self._files.clear()
+        if not remove:
+            return
+        for tree in self._config.trees:
+            copied.check_same(tree, known)
+        if self._exists():
+            self._podman.run(
+                *("container", "rm", "-f", "-t", "0", "--volumes", self.runc_id),
+                code=VzExitCode.DUMP_FAILED,
+            )
+        for name in self.instance.get("volumes", ()):
+            if self._podman.says_yes("volume", "exists", name):
+                self._podman.run("volume", "rm", name, code=VzExitCode.DUMP_FAILED)
+        for path in self._found.binds if self._found is not None else ():
+            if self._is_moved(path):
+                copied.remove_tree(path, known)
+                with contextlib.suppress(OSError):
+                    os.rmdir(path)

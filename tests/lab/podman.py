@@ -1,0 +1,130 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The lab's hosts with Podman: each has its own storage, its own state and the same network,
+whose bridge is the host's.  The container has the address that the client knows."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import tarfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from support import missing, needs
+
+from lab import container, requirements
+from lab.hosts import CONTAINER_IP, CONTAINER_MAC, NET, Host, Lab
+
+NAME = "ct"
+IMAGE = "guest:1"
+VOLUME = "data"
+STORAGE = Path("/var/lib/containers/storage")
+ULIMITS = ("--ulimit", "nofile=20000:20000", "--ulimit", "nproc=10000:10000")
+"""Podman raises these limits, and where root lacks CAP_SYS_RESOURCE runc then fails."""
+LINK = ("--network", "lan", "--ip", CONTAINER_IP, "--mac-address", CONTAINER_MAC)
+_NETWORK = {
+    "name": "lan",
+    "id": "1" * 64,
+    "driver": "bridge",
+    "network_interface": "br0",
+    "created": "2026-01-01T00:00:00Z",
+    "subnets": [{"subnet": f"{NET}.0/24", "gateway": f"{NET}.254"}],
+    "ipv6_enabled": False,
+    "internal": False,
+    "dns_enabled": False,
+    "ipam_options": {"driver": "host-local"},
+}
+_CONFIG = f"""
+[trust]
+live = ["{NET}.0/24"]
+
+[remote]
+agent = ["pyploop", "agent", "--config", "{container.PYPLOOP_CONFIG}"]
+"""
+
+
+def check() -> None:
+    """Skip the test where there can be no such lab; with CI=true that is a failure."""
+    requirements.check()
+    needs("podman", "nft", "tar")
+    if not Path("/usr/lib/podman/netavark").exists():
+        missing("needs netavark (Debian package netavark)")
+
+
+def prepare(host: Host) -> None:
+    """Podman's own places, and the network."""
+    script = "mkdir -p /etc/containers/networks && mount -t tmpfs tmpfs /etc/containers/networks"
+    host.run("sh", "-ec", script)
+    network = host.outside("/etc/containers/networks/lan.json")
+    network.write_text(json.dumps(_NETWORK))
+    host.outside(container.PYPLOOP_CONFIG).write_text(_CONFIG)
+
+
+def import_image(host: Host, guest: Path, tag: str = IMAGE) -> None:
+    """An image with the guest, and a file that the container can change."""
+    archive = host.folder / "image.tar"
+    with tarfile.open(archive, "w") as tar:
+        for folder in ("data", "tmp", "etc"):
+            entry = tarfile.TarInfo(folder)
+            entry.type, entry.mode = tarfile.DIRTYPE, 0o755
+            tar.addfile(entry)
+        tar.add(guest, "guest")
+    host.run("podman", "import", "--quiet", archive, tag)
+
+
+def start(host: Host, *options: str, name: str = NAME, memory: int = 0) -> None:
+    """Run the guest, as a user types it."""
+    words = ["podman", "run", "--detach", "--name", name, *ULIMITS, *options]
+    host.run(*words, IMAGE, "/guest", "5", str(memory >> 20))
+
+
+def remove(host: Host) -> None:
+    """All of Podman's containers, volumes and images of the host."""
+    host.run("podman", "rm", "--all", "--force", "--time", "0", check=False)
+    host.run("podman", "volume", "rm", "--all", "--force", check=False)
+    for mount in reversed(host.mounts()):
+        if mount.startswith(str(STORAGE)):
+            host.run("umount", "--lazy", mount, check=False)
+
+
+@contextlib.contextmanager
+def hosts_with_podman(lab: Lab) -> Iterator[Path]:
+    """Both hosts; the guest's program."""
+    guest = container.build_guest(lab.folder)
+    with contextlib.ExitStack() as stack:
+        for host in (lab.a, lab.b):
+            prepare(host)
+            stack.callback(remove, host)
+        yield guest
+
+
+@contextlib.contextmanager
+def running(lab: Lab, *options: str, memory: int = 0) -> Iterator[None]:
+    """The container, running on host a with the client's address and its data in a volume."""
+    with hosts_with_podman(lab) as guest:
+        import_image(lab.a, guest)
+        start(lab.a, *LINK, "--volume", f"{VOLUME}:/data", *options, memory=memory)
+        yield
+
+
+# ---- what there is
+
+
+def inspect(host: Host, kind: str = "container", name: str = NAME) -> dict[str, Any]:
+    (found,) = json.loads(host.run("podman", kind, "inspect", name))
+    return dict(found)
+
+
+def states(host: Host) -> dict[str, str]:
+    """Name -> what `podman ps` says of it."""
+    found = json.loads(host.run("podman", "ps", "--all", "--format", "json"))
+    return {one["Names"][0]: str(one["State"]) for one in found}
+
+
+def volumes(host: Host) -> list[str]:
+    return host.run("podman", "volume", "ls", "--format", "{{.Name}}").split()
+
+
+def images(host: Host) -> list[str]:
+    return host.run("podman", "images", "--no-trunc", "--quiet").split()

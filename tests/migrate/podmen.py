@@ -1,0 +1,82 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Migrations of a container of Podman, and what must be true of both hosts afterwards."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+import moving
+from lab import podman
+from lab.hosts import SLOWNESS, Host, Lab
+from lab.verify import Client
+from moving import Outcome
+
+from pyploop.migration.source import host_rates
+
+WORD = f"podman:{podman.NAME}"
+_STAY = {
+    "/dev/shm/libpod_lock",
+    "/var/lib/pyploop",
+    "/var/lib/pyploop/migrate",
+    "/var/lib/pyploop/migrate/podman-ct.lazy",
+}
+_OURS = ("/var/lib/pyploop", "/dev/shm", "/run/pyploop/lock/ct")
+
+
+def migrate(lab: Lab, source: Host, *options: str) -> Outcome:
+    return moving.migrate(lab, source, *options, name=WORD)
+
+
+def only_side(lab: Lab) -> Host:
+    """The host that runs the container; the other one's Podman does not know it."""
+    found = {h.name: podman.states(h) for h in (lab.a, lab.b)}
+    running = [h for h in (lab.a, lab.b) if found[h.name] == {podman.NAME: "running"}]
+    empty = [h for h in (lab.a, lab.b) if not found[h.name]]
+    assert len(running) == len(empty) == 1, found
+    return running[0]
+
+
+def debris(host: Host, runs_here: bool) -> dict[str, Any]:
+    """What a migration has left on the host that should not be there."""
+    left: dict[str, Any] = {}
+    files = {f for f in moving.files(host) if f.startswith(_OURS)} - _STAY
+    files = {f for f in files if not f.endswith(host_rates.SUFFIX)}
+    stage = podman.STORAGE / "pyploop-incoming"
+    if host.outside(stage).exists():
+        files.add(str(stage))
+    processes = host.processes()
+    mounts = [m for m in host.mounts() if m.startswith(f"{podman.STORAGE}/overlay/")]
+    volumes = podman.volumes(host)
+    if runs_here:
+        known = ("/guest", "/usr/bin/conmon")
+        processes = {p: c for p, c in processes.items() if not c.startswith(known)}
+        if volumes == [podman.VOLUME]:
+            volumes = []
+        mounts = mounts[1:]
+        checkpoint = podman.inspect(host)["StaticDir"] + "/checkpoint"
+        if host.outside(checkpoint).exists():
+            files.add(checkpoint)
+    tables = [t for t in host.run("nft", "list", "tables").splitlines() if "pyploop" in t]
+    left |= {"files": sorted(files)} if files else {}
+    left |= {"processes": processes} if processes else {}
+    left |= {"mounts": mounts} if mounts else {}
+    left |= {"volumes": volumes} if volumes else {}
+    left |= {"tables": tables} if tables else {}
+    return left
+
+
+def judge(lab: Lab, client: Client) -> Host:
+    """It runs on exactly one host, which is returned; the connection is the first one; nothing
+    that was acknowledged is lost; nothing else is left."""
+    side = only_side(lab)
+    acknowledged = client.verify_database()
+    client.verify_blocks()
+    client.mark()
+    assert client.verify_database() > acknowledged
+    for host in (lab.other(side), side):
+        deadline = time.monotonic() + 5 * SLOWNESS  # the last process may be going yet
+        while (left := debris(host, host is side)) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        assert not left, f"left on host {host.name}: {left}"
+    return side
