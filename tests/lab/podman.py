@@ -35,7 +35,7 @@ _NETWORK = {
     "dns_enabled": False,
     "ipam_options": {"driver": "host-local"},
 }
-_CONFIG = f"""
+CONFIG = f"""
 [trust]
 live = ["{NET}.0/24"]
 
@@ -58,7 +58,7 @@ def prepare(host: Host) -> None:
     host.run("sh", "-ec", script)
     network = host.outside("/etc/containers/networks/lan.json")
     network.write_text(json.dumps(_NETWORK))
-    host.outside(container.PYPLOOP_CONFIG).write_text(_CONFIG)
+    host.outside(container.PYPLOOP_CONFIG).write_text(CONFIG)
 
 
 def import_image(host: Host, guest: Path, tag: str = IMAGE) -> None:

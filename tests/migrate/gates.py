@@ -9,7 +9,7 @@ import contextlib
 import os
 import shutil
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 from lab.hosts import SLOWNESS, Host
@@ -101,11 +101,14 @@ STEPS = {
 class Gates:
     """Of one host."""
 
-    def __init__(self, host: Host, folder: Path) -> None:
+    def __init__(
+        self, host: Host, folder: Path, programs: Mapping[str, Mapping[str, str]] = STEPS
+    ) -> None:
+        self._programs = programs
         self._folder, self._bin = folder, host.folder / "bin"
         words = ["gcc", "-shared", "-fPIC", "-x", "c", "-o", f"{folder}.so", "-"]
         subprocess.run(words, input=_HOLD, text=True, check=True)
-        for name, patterns in STEPS.items():
+        for name, patterns in programs.items():
             script, program = self._bin / name, shutil.which(name)
             if os.path.lexists(script):  # another one has its place already
                 program = str(script.rename(self._bin / f"{name}-behind"))
@@ -154,17 +157,17 @@ class Gates:
             path.unlink()
 
     def close(self) -> None:
-        for name in STEPS:
+        for name in self._programs:
             (self._bin / name).unlink(missing_ok=True)
             if os.path.lexists(self._bin / f"{name}-behind"):
                 (self._bin / f"{name}-behind").rename(self._bin / name)
 
 
 @contextlib.contextmanager
-def gates(host: Host) -> Iterator[Gates]:
+def gates(host: Host, programs: Mapping[str, Mapping[str, str]] = STEPS) -> Iterator[Gates]:
     folder = host.folder / "gates"
     folder.mkdir()
-    made = Gates(host, folder)
+    made = Gates(host, folder, programs)
     try:
         yield made
     finally:
