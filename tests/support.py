@@ -58,6 +58,8 @@ _PACKAGES = {
     "nsenter": "util-linux",
     "ps": "procps",
     "rsync": "rsync",
+    "podman": "podman",
+    "nft": "nftables",
     "busybox": "busybox-static",
     "runc": "runc",
     "ssh": "openssh-client",

@@ -5,7 +5,9 @@ whose bridge is the host's.  The container has the address that the client knows
 from __future__ import annotations
 
 import contextlib
+import io
 import json
+import shutil
 import tarfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -47,7 +49,7 @@ agent = ["pyploop", "agent", "--config", "{container.PYPLOOP_CONFIG}"]
 def check() -> None:
     """Skip the test where there can be no such lab; with CI=true that is a failure."""
     requirements.check()
-    needs("podman", "nft", "tar")
+    needs("podman", "nft", "tar", "busybox")
     if not Path("/usr/lib/podman/netavark").exists():
         missing("needs netavark (Debian package netavark)")
 
@@ -70,17 +72,28 @@ def import_image(host: Host, guest: Path, tag: str = IMAGE) -> None:
             entry.type, entry.mode = tarfile.DIRTYPE, 0o755
             tar.addfile(entry)
         tar.add(guest, "guest")
+        if busybox := shutil.which("busybox"):
+            tar.add(busybox, "bin/busybox")
+            for name in ("sh", "sleep", "cat", "rm", "ls"):
+                entry = tarfile.TarInfo(f"bin/{name}")
+                entry.type, entry.linkname = tarfile.SYMTYPE, "busybox"
+                tar.addfile(entry)
+        note = tarfile.TarInfo("etc/note")
+        note.size = 6
+        tar.addfile(note, io.BytesIO(b"image\n"))
     host.run("podman", "import", "--quiet", archive, tag)
 
 
-def start(host: Host, *options: str, name: str = NAME, memory: int = 0) -> None:
-    """Run the guest, as a user types it."""
-    words = ["podman", "run", "--detach", "--name", name, *ULIMITS, *options]
-    host.run(*words, IMAGE, "/guest", "5", str(memory >> 20))
+def start(host: Host, *options: str, name: str = NAME, memory: int = 0, script: str = "") -> None:
+    """Run the guest, or a script of the shell, as a user types it."""
+    words = ["podman", "run", "--detach", "--name", name, *ULIMITS, *options, IMAGE]
+    command = ["sh", "-c", script] if script else ["/guest", "5", str(memory >> 20)]
+    host.run(*words, *command)
 
 
 def remove(host: Host) -> None:
     """All of Podman's containers, volumes and images of the host."""
+    host.run("podman", "pod", "rm", "--all", "--force", check=False)
     host.run("podman", "rm", "--all", "--force", "--time", "0", check=False)
     host.run("podman", "volume", "rm", "--all", "--force", check=False)
     for mount in reversed(host.mounts()):

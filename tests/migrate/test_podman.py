@@ -5,22 +5,51 @@ them afterwards as if they had always been there."""
 from __future__ import annotations
 
 import os
+import subprocess
 from collections.abc import Iterator
+from pathlib import Path
 
+import moving
 import pytest
-from lab import hosts, podman, verify
-from lab.hosts import Lab
-from podmen import judge, migrate
+from lab import container, hosts, podman, verify
+from lab.hosts import Host, Lab
+from podmen import WORD, debris, judge, migrate, only_side
+from support import run, wait_until
 
-MIGRATIONS = int(os.environ.get("PYPLOOP_MIGRATIONS", "4"))
+MIGRATIONS = int(os.environ.get("PYPLOOP_MIGRATIONS", "2"))
 """Back and forth."""
+ISOLATED = ("--network", "none")
+COUNTING = """
+echo $$ >/data/pid
+rm /etc/note
+echo changed >/etc/changed
+echo shared >/dev/shm/left
+exec 3>/dev/shm/open
+n=0
+while sleep 0.02; do n=$((n + 1)); echo line $n; echo $n >&3; done
+"""
+"""Changes each place that a container can change, and counts."""
+FOREVER = "while sleep 1; do :; done"
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def pair() -> Iterator[Lab]:
     podman.check()
     with hosts.lab() as lab:
         yield lab
+
+
+@pytest.fixture(autouse=True)
+def no_descriptor_is_left() -> None:
+    """Not after each test: the lab has its own (`pair`)."""
+
+
+@pytest.fixture
+def both(pair: Lab) -> Iterator[Lab]:
+    """Two hosts, the first with the image."""
+    with podman.hosts_with_podman(pair) as guest:
+        podman.import_image(pair.a, guest)
+        yield pair
 
 
 def test_a_container_of_podman_goes_back_and_forth_and_podman_knows_it(pair: Lab) -> None:
@@ -41,3 +70,155 @@ def test_a_container_of_podman_goes_back_and_forth_and_podman_knows_it(pair: Lab
                     assert now[key] == before[key], key
                 assert now["HostConfig"] == before["HostConfig"]
                 assert podman.images(here) == [image]
+
+
+def lines(host: Host) -> list[int]:
+    """The numbers that the counting container has printed."""
+    text = host.run("podman", "logs", podman.NAME)
+    return [int(line.split()[1]) for line in text.splitlines()]
+
+
+def test_output_shared_memory_and_changes_of_the_image_move(both: Lab) -> None:
+    podman.start(both.a, *ISOLATED, "--volume=data:/data", script=COUNTING)
+    wait_until(lambda: len(lines(both.a)) > 10, "it counts")
+    done = migrate(both, both.a)
+    assert done.code == 0, done.errors
+    assert only_side(both) is both.b
+    known = len(lines(both.b))
+    wait_until(lambda: len(lines(both.b)) > known, "it goes on counting")
+    numbers = lines(both.b)
+    assert numbers == list(range(1, len(numbers) + 1)), "a line is lost, or twice there"
+    inside = both.b.run("podman", "exec", podman.NAME, "cat", "/etc/changed", "/dev/shm/left")
+    assert inside == "changed\nshared\n"
+    assert "note" not in both.b.run("podman", "exec", podman.NAME, "ls", "/etc").split()
+    counted = both.b.run("podman", "exec", podman.NAME, "cat", "/dev/shm/open").split()
+    assert counted == [str(n) for n in range(1, len(counted) + 1)], "the open file has a hole"
+    assert "Does not move" not in done.out + done.errors
+    assert "C /etc" in both.b.run("podman", "diff", podman.NAME)
+    assert not debris(both.a, runs_here=False)
+
+
+def test_without_live_it_is_stopped_and_started_on_the_other_host(both: Lab) -> None:
+    script = "echo $(cat /data/runs 2>/dev/null) run >/data/runs; exec sleep 600"
+    options = ("--volume=data:/data", "--restart=always", "--stop-timeout=1")
+    podman.start(both.a, *ISOLATED, *options, script=script)
+    word = ["pyploop", "migrate", "--config", container.PYPLOOP_CONFIG, "b", WORD]
+    both.a.run(*word, timeout=moving.SECONDS)
+    assert only_side(both) is both.b
+    runs = both.b.run("podman", "exec", podman.NAME, "cat", "/data/runs")
+    assert runs == "run run\n"
+    assert not debris(both.a, runs_here=False)
+
+
+def test_bind_mounts_move_where_the_configuration_says_so(both: Lab) -> None:
+    for host in (both.a, both.b):
+        with host.outside(container.PYPLOOP_CONFIG).open("a") as f:
+            f.write('[podman]\nbinds = ["/srv/moves"]\nexternal = ["/srv/stays"]\n')
+        host.outside("/srv/stays").mkdir()
+        host.outside("/srv/stays/host").write_text(host.name)
+    folder = both.a.outside("/srv/moves/data")
+    folder.mkdir(parents=True)
+    (folder / "file").write_text("moved")
+    binds = ("--volume=/srv/moves/data:/data", "--volume=/srv/stays:/stays:ro")
+    podman.start(both.a, *ISOLATED, *binds, script=FOREVER)
+    try:
+        done = migrate(both, both.a)
+        assert done.code == 0, done.errors
+        seen = both.b.run("podman", "exec", podman.NAME, "cat", "/data/file", "/stays/host")
+        assert seen == "movedb"
+        assert not folder.exists()
+    finally:
+        podman.remove(both.b)
+        for host in (both.a, both.b):
+            host.run("rm", "-rf", "/srv/moves", "/srv/stays")
+
+
+def test_with_r_no_it_stays_stopped_under_another_name(both: Lab) -> None:
+    podman.start(both.a, *ISOLATED, "--volume=data:/data", "--restart=always", script=FOREVER)
+    done = migrate(both, both.a, "-r", "no")
+    assert done.code == 0, done.errors
+    assert podman.states(both.b) == {podman.NAME: "running"}
+    assert podman.states(both.a) == {f"{podman.NAME}.migrated": "exited"}
+    assert podman.volumes(both.a) == [podman.VOLUME]
+    back = migrate(both, both.b)
+    assert back.code == 9, back.errors
+    assert "on this host already" in back.errors
+    assert podman.states(both.b) == {podman.NAME: "running"}
+
+
+REFUSED = {
+    "a pod": (("--pod=new:together",), "belongs to the pod"),
+    "removed at its end": (("--rm",), "would be removed by Podman"),
+    "privileged": (("--privileged",), "is privileged"),
+    "the host's network": (("--network=host",), "has no network namespace"),
+    "a folder of the host": (("--volume=/srv:/srv",), "[podman] binds ="),
+    "a volume with options": (("--volume=tmp:/tmp",), "is not a plain folder"),
+    "a link that cannot be cut": (("--network=vlan",), "not one end of a veth pair"),
+    "a network that the target lacks": (("--network=only",), "no network only on this host"),
+    "a secret that the target lacks": (("--secret=word",), "no secret word on this host"),
+    "a port that is in use there": (
+        ("--network=lan", "--publish=2222:22"),
+        "cannot give it: Address already in use",
+    ),
+    "a volume that is there": (("--volume=taken:/data",), "has a volume taken on this host"),
+}
+
+
+@pytest.fixture(scope="module")
+def made(pair: Lab) -> Iterator[Lab]:
+    """What the refused containers use."""
+    with podman.hosts_with_podman(pair) as guest:
+        podman.import_image(pair.a, guest)
+        tmpfs = ("--opt", "type=tmpfs", "--opt", "device=tmpfs", "tmp")
+        pair.a.run("podman", "volume", "create", *tmpfs)
+        pair.b.run("podman", "volume", "create", "taken")
+        pair.a.run("podman", "network", "create", "--disable-dns", "only")
+        vlan = ("-d", "macvlan", "-o", "parent=br0", "--subnet=10.78.0.0/24", "vlan")
+        pair.a.run("podman", "network", "create", *vlan)
+        pair.a.run("sh", "-c", "echo secret | podman secret create word -")
+        port = subprocess.Popen(pair.b.command("busybox", "nc", "-l", "-p", "2222"))
+        yield pair
+        for pid, line in pair.b.processes().items():
+            if "nc -l" in line:
+                pair.b.run("kill", pid)
+        port.wait()
+        pair.a.run("podman", "secret", "rm", "word")
+
+
+@pytest.mark.parametrize("what", REFUSED)
+def test_a_container_that_cannot_move_is_refused_before_anything_starts(
+    made: Lab, what: str
+) -> None:
+    options, words = REFUSED[what]
+    if not any("network" in o or "pod" in o for o in options):
+        options = (*ISOLATED, *options)
+    host = made.a
+    host.run("podman", "rm", "--all", "--force", "--time=0")
+    host.run("podman", "pod", "rm", "--all", "--force")
+    podman.start(host, *options, script=FOREVER)
+    done = migrate(made, host)
+    assert words in done.errors
+    assert "the migration has changed nothing on either host" in done.errors
+    assert done.code == (9 if what == "a volume that is there" else 15)
+    assert podman.states(host)[podman.NAME] == "running"
+    assert not podman.states(made.b)
+    assert not debris(made.b, runs_here=False).get("files")
+
+
+def test_without_trust_podman_s_containers_do_not_come_stopped_either(both: Lab) -> None:
+    config = both.b.outside(container.PYPLOOP_CONFIG)
+    config.write_text(config.read_text().replace("live =", "live = [] #"))
+    podman.start(both.a, *ISOLATED, script=FOREVER)
+    word = ["pyploop", "migrate", "--config", container.PYPLOOP_CONFIG, "b", WORD]
+    done = run(*both.a.command(*word), check=False)
+    assert "does not restore memory from" in done
+    assert podman.states(both.a) == {podman.NAME: "running"}
+
+
+def test_the_prefix_and_the_option_name_the_same_runtime(both: Lab) -> None:
+    podman.start(both.a, *ISOLATED, script=FOREVER)
+    for word in ((WORD,), ("--runtime=podman", podman.NAME)):
+        command = ["pyploop", "migrate", "--live", "--check-only"]
+        options = ["--config", container.PYPLOOP_CONFIG, *word[:-1]]
+        both.a.run(*command, *options, "b", word[-1], timeout=moving.SECONDS)
+    assert Path(WORD).name == WORD

@@ -28,8 +28,7 @@ SECONDS = 20
 PODMAN = {
     "* container checkpoint *": "podman-export",
     "* container restore *": "podman-restore",
-    "* container kill *": "podman-kill",
-    "* container cleanup *": "podman-cleanup",
+    "* container stop *": "podman-stop",
     "* container rm *": "podman-rm",
     "* volume rm *": "volume-rm",
     "* image save *": "image-save",
@@ -51,8 +50,7 @@ COMMANDS = {
     ("target", "image-load"): "source",
     ("source", "checkpoint"): "source",
     ("target", "podman-restore"): "turning",
-    ("source", "podman-kill"): "target",
-    ("source", "podman-cleanup"): "target",
+    ("source", "podman-stop"): "target",
     ("source", "podman-rm"): "target",
     ("source", "volume-rm"): "target",
 }

@@ -80,16 +80,11 @@ class PodmanContainer(RuncContainer):
         """Podman has the container with this ID, whatever its name is."""
         return bool(self.runc_id) and self._podman.says_yes("container", "exists", self.runc_id)
 
-    def _end_processes(self) -> None:
-        """End them without a packet, and so that Podman does not start them again, whatever
-        its restart policy is."""
-        freezer = self._freezer()
-        if freezer is None:
-            return
-        # Podman notes that its user has stopped the container.  A frozen process gets the
-        # signal when it is killed, too.
-        self._podman.tried("container", "kill", "--signal=CONT", self.runc_id)
-        freezer.kill()
+    def _hold_processes(self) -> None:
+        """Stop all its processes by a signal, and thaw it: Podman does not end a container that
+        is frozen, and none of them may run again.  Their connections end without a packet."""
+        if freezer := self._freezer():
+            freezer.hold()
 
     def stop(self) -> None:
         seconds = str(round(self._config.stop_timeout))

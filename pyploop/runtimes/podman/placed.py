@@ -105,8 +105,12 @@ def _mount_again(entry: mount_table.Entry, point: str) -> None:
     them, because there are too many for absolute paths."""
     words = [o for o in entry.escaped_options.split(",") if o.partition("=")[0] in KEPT]
     options = ",".join(mount_table.unescape(w) for w in words)
-    home = Path(point).parents[1]
+    lower = entry.option("lowerdir") or ""
+    if all(layer.startswith("/") for layer in lower.split(":")):
+        kernel.mount("overlay", point, "overlay", 0, options)
+        return
     command = ["mount", "-t", "overlay", "overlay", "-o", options, point]
+    home = Path(point).parents[1]
     try:
         done = subprocess.run(command, cwd=home, capture_output=True, timeout=MOUNTING, check=False)
         why = done.stderr.decode(errors="replace").strip() if done.returncode else ""

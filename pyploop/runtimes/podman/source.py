@@ -197,10 +197,14 @@ class PodmanSource(PodmanContainer, SourceSteps):
     # ---- afterwards
 
     def kill(self) -> None:
-        self._end_processes()
-        if self._exists():
-            # The monitor starts the same command, and need not have come to its end.
-            self._podman.tried("container", "cleanup", self.runc_id)
+        if not self._exists():
+            return
+        self._hold_processes()
+        # Podman notes that its user has stopped it.  Else it might start it again, as its
+        # restart policy says, when the processes end.
+        self._podman.run(
+            *("container", "stop", "-t", "0", self.runc_id), code=VzExitCode.DUMP_FAILED
+        )
 
     def start(self) -> None:
         if not self.state().running:
@@ -209,6 +213,11 @@ class PodmanSource(PodmanContainer, SourceSteps):
     def discard(self, remove: bool, known: Copied | None) -> None:
         self._files.clear()
         if not remove:
+            if self._exists() and self._found is not None and self._found.name == self.container:
+                # Its own name would lead to the stale container.
+                self._podman.tried(
+                    "container", "rename", self.runc_id, f"{self.container}.migrated"
+                )
             return
         for tree in self._config.trees:
             copied.check_same(tree, known)

@@ -347,7 +347,7 @@ class PodmanTarget(PodmanContainer, TargetSteps):
         self._written = None
         if self._exists():
             self._cut_anyhow()
-            self._end_processes()
+            self._hold_processes()
             with contextlib.suppress(MigrateError, OSError):
                 spec = bundles.read(self._bundle)
                 self._placed().take_back(str((spec.get("root") or {}).get("path") or ""))

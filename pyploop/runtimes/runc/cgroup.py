@@ -66,6 +66,17 @@ class ContainerCgroup:
             _silence(pid)
         self._end(deadline)
 
+    def hold(self) -> None:
+        """Stop every process in it (SIGSTOP), frozen or not, and thaw it.  None of them runs
+        before it ends.  Their connections end without a packet, as for `kill`."""
+        pids = self.pids()
+        for pid in pids:
+            _silence(pid)
+        for pid in pids:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGSTOP)
+        self.thaw()
+
     def _end(self, deadline: float) -> None:
         while pids := self.pids():
             for pid in pids:
