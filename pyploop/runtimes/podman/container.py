@@ -15,6 +15,7 @@ from pyploop.runtimes.podman import links
 from pyploop.runtimes.podman.command import Podman
 from pyploop.runtimes.podman.found import Found, find
 from pyploop.runtimes.policy import Policy
+from pyploop.runtimes.runc import members
 from pyploop.runtimes.runc.container import RuncContainer
 
 ID = re.compile(r"[0-9a-f]{64}")
@@ -72,13 +73,19 @@ class PodmanContainer(RuncContainer):
             return State(self._podman.says_yes("container", "exists", self.container))
         known = super().state()
         if known.exists:
-            return known
+            return replace(known, suspended=known.suspended or (known.running and self._held()))
         names = (self.runc_id, self.container)
         return State(any(self._podman.says_yes("container", "exists", n) for n in names))
 
     def _exists(self) -> bool:
         """Podman has the container with this ID, whatever its name is."""
         return bool(self.runc_id) and self._podman.says_yes("container", "exists", self.runc_id)
+
+    def _held(self) -> bool:
+        """Whether all its processes are stopped, as `_hold_processes` leaves them."""
+        freezer = self._freezer()
+        found = members.look_at(freezer.pids()) if freezer else {}
+        return bool(found) and all(p.state in "TZX" for p in found.values())
 
     def _hold_processes(self) -> None:
         """Stop all its processes by a signal, and thaw it: Podman does not end a container that

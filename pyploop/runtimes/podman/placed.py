@@ -89,7 +89,7 @@ class Placed:
         self._remove_old()
 
     def tidy(self) -> None:
-        """The container runs: nothing is left but its files."""
+        """All is in its place: remove what was there, and the folders on the way."""
         self._remove_old()
         for folder in (self._stage, self._stage.parent):
             with contextlib.suppress(OSError):

@@ -6,7 +6,6 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -261,6 +260,8 @@ class PodmanTarget(PodmanContainer, TargetSteps):
             extras.unpack_shm(self._config.bundle, self._images)
             log, before = f"{self._config.bundle}/ctr.log", Path(self._stage, LOG)
             extras.unpack_log(log, before, self._images)
+            # Now: nobody would do it for an agent that is killed after the commit.
+            self._placed().tidy()
         except OSError as e:
             raise MigrateError(
                 VzExitCode.RESTORE_FAILED,
@@ -289,10 +290,6 @@ class PodmanTarget(PodmanContainer, TargetSteps):
 
     def release(self) -> None:
         pass  # `_fill` does it
-
-    def undump(self, images: Path, commit: Callable[[], None]) -> None:
-        super().undump(images, commit)
-        self._placed().tidy()
 
     def start(self) -> None:
         """Without a dump: Podman makes the container, and starts it when its files are in their
