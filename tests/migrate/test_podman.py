@@ -4,6 +4,7 @@ them afterwards as if they had always been there."""
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 from collections.abc import Iterator
@@ -108,6 +109,14 @@ def test_without_live_it_is_stopped_and_started_on_the_other_host(both: Lab) -> 
     runs = both.b.run("podman", "exec", podman.NAME, "cat", "/data/runs")
     assert runs == "run run\n"
     assert not debris(both.a, runs_here=False)
+    # It was started by Podman from what it was created with, and is as fit to move as before.
+    both.b.run("podman", "restart", podman.NAME)
+    done = migrate(both, both.b)
+    assert done.code == 0, done.errors
+    both.a.run("podman", "restart", podman.NAME)
+    spec = json.loads(both.a.outside(podman.inspect(both.a)["OCIConfigPath"]).read_text())
+    points = [m["destination"] for m in spec["mounts"]]
+    assert sorted(points) == sorted(set(points)), "something is mounted twice"
 
 
 def test_bind_mounts_move_where_the_configuration_says_so(both: Lab) -> None:
@@ -152,6 +161,10 @@ REFUSED = {
     "privileged": (("--privileged",), "is privileged"),
     "the host's network": (("--network=host",), "has no network namespace"),
     "a folder of the host": (("--volume=/srv:/srv",), "[podman] binds ="),
+    "a systemd unit": (
+        ("--label=PODMAN_SYSTEMD_UNIT=web.service",),
+        "the systemd unit web.service",
+    ),
     "a volume with options": (("--volume=tmp:/tmp",), "is not a plain folder"),
     "a link that cannot be cut": (("--network=vlan",), "not one end of a veth pair"),
     "a network that the target lacks": (("--network=only",), "no network only on this host"),

@@ -28,7 +28,13 @@ FACTS: dict[str, Any] = {
     "external": ["/etc/ssl"],
     "podman": {
         "host": {"version": "4.3.1"},
-        "config": {"id": ID, "name": "web", "rootfsImageID": IMAGE, "newNetworks": {"lan": {}}},
+        "config": {
+            "id": ID,
+            "name": "web",
+            "spec": {},
+            "rootfsImageID": IMAGE,
+            "newNetworks": {"lan": {}},
+        },
         "network": {"lan": {"interfaces": {"eth0": {"mac_address": "02:00:00:00:00:01"}}}},
         "root": "/graph/overlay/x/merged",
         "volumes": {"data": "/graph/volumes/data/_data"},
@@ -129,7 +135,7 @@ def graph(tmp_path: Path) -> Path:
 
 
 def placed(graph: Path) -> Placed:
-    return Placed(str(graph), str(graph / "in"), str(graph / "volumes"), ["data"])
+    return Placed(str(graph), str(graph / "in"), [str(graph / "volumes/data/_data")])
 
 
 def names(*folders: Path) -> list[list[str]]:
@@ -160,7 +166,7 @@ def test_after_the_restore_nothing_is_left_of_the_way(graph: Path) -> None:
 @pytest.mark.parametrize("root", ["/etc", "/graph/overlay/../../etc/merged", "/graph/overlay/l"])
 def test_only_an_overlay_of_podman_s_is_taken_for_the_root(root: str) -> None:
     with pytest.raises(MigrateError, match="not one of its overlays"):
-        Placed("/graph", "/graph/in", "/graph/volumes", []).check_root(root)
+        Placed("/graph", "/graph/in", []).check_root(root)
 
 
 @pytest.mark.parametrize(

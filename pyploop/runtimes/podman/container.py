@@ -42,7 +42,7 @@ class PodmanContainer(RuncContainer):
         made = ContainerConfig(self.container, runtime="podman", policy=policy)
         if found is None:
             return made
-        self.instance = {"id": found.id, "volumes": [v.name for v in found.volumes]}
+        self.instance = {"id": found.id, "volumes": {v.name: v.path for v in found.volumes}}
         moved = [b for b in found.binds if self._is_moved(b)]
         return replace(
             made,

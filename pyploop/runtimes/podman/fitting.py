@@ -81,6 +81,7 @@ def coming(facts: Facts) -> Coming:
             external=[_path(p) for p in facts.get("external") or ()],
         )
         addresses, image = found.addresses, found.image
+        assert isinstance(exported.config["spec"], dict)
         assert ID.fullmatch(found.id) and ID.fullmatch(image) and addresses is not None
     except (AssertionError, AttributeError, KeyError, TypeError, ValueError) as e:
         refuse(f"the source's description of the container is not one: {e!r}")
@@ -111,13 +112,7 @@ def check(podman: Podman, name: str, here: PodmanHost, it: Coming, *, live: bool
                 f"Podman has a container {known[:64]} on this host already: rename or remove it",
             )
     _check_host(here, it)
-    for volume in it.volumes:
-        if podman.says_yes("volume", "exists", volume):
-            raise MigrateError(
-                VzExitCode.EXISTS,
-                f"Podman has a volume {volume} on this host already: remove it (podman volume rm "
-                f"{volume}), or give it another name",
-            )
+    check_volumes(podman, it)
     for network in it.networks:
         if not podman.says_yes("network", "exists", network):
             refuse(
@@ -130,6 +125,17 @@ def check(podman: Podman, name: str, here: PodmanHost, it: Coming, *, live: bool
         )
     _check_secrets(podman, config)
     _check_ports(config)
+
+
+def check_volumes(podman: Podman, it: Coming) -> None:
+    """MigrateError(9) when one of its volumes is here: it would get the container's files."""
+    for volume in it.volumes:
+        if podman.says_yes("volume", "exists", volume):
+            raise MigrateError(
+                VzExitCode.EXISTS,
+                f"Podman has a volume {volume} on this host already: remove it (podman volume rm "
+                f"{volume}), or give it another name",
+            )
 
 
 def _check_host(here: PodmanHost, it: Coming) -> None:

@@ -14,8 +14,8 @@ FOLDER has `order.json`:
     options        further options of `runc restore`
     environment    for runc and CRIU
 
-and `criu`, the path of what runc runs as CRIU.  Started by its path (python -I -S); it imports
-only the standard library.
+`spec.json`, the source's config.json, and `criu`, the path of what runc runs as CRIU.  Started
+by its path (python -I -S); it imports only the standard library.
 """
 
 import contextlib
@@ -34,11 +34,30 @@ def conmon(folder: str, order: dict[str, Any], words: list[str]) -> None:
     os.execv(order["conmon"], [order["conmon"], *words])
 
 
+def complete(folder: str, bundle: str) -> None:
+    """Podman makes config.json from what it knew when the container was created, and adds what
+    is this host's own.  At a start it would add the volumes and more.  Here all else is as it
+    was on the source."""
+    with open(f"{folder}/spec.json") as f:
+        spec = json.load(f)
+    with open(f"{bundle}/config.json") as f:
+        made = json.load(f)
+    spec["root"] = made["root"]
+    own = {m["destination"]: m for m in made["mounts"]}
+    spec["mounts"] = [own.get(m["destination"], m) for m in spec["mounts"]]
+    paths = {n["type"]: n for n in made["linux"]["namespaces"]}
+    spec["linux"]["namespaces"] = [paths.get(n["type"], n) for n in spec["linux"]["namespaces"]]
+    with open(f"{bundle}/config.json.new", "w") as f:
+        json.dump(spec, f)
+    os.replace(f"{bundle}/config.json.new", f"{bundle}/config.json")
+
+
 def runc(folder: str, order: dict[str, Any], words: list[str]) -> None:
     if "restore" not in words:
         os.execv(order["runc"], [order["runc"], *words])
     if not order.get("images"):
         raise SystemExit("pyploop: the container was made, and is not restored")
+    complete(folder, words[words.index("--bundle") + 1])
     words[words.index("--image-path") + 1] = order["images"]
     words[words.index("--work-path") + 1] = order["work"]
     at = words.index("restore") + 1

@@ -48,8 +48,11 @@ def check(podman: Podman, found: Found, here: PodmanHost) -> None:
             f"{name} would be removed by Podman when its processes end here (--rm), also when the "
             "migration is rolled back: run it without --rm"
         )
-    if (raw.get("Config") or {}).get("StopSignal") is None:
-        refuse(f"podman container inspect {name} is not complete")
+    if unit := ((raw.get("Config") or {}).get("Labels") or {}).get("PODMAN_SYSTEMD_UNIT"):
+        refuse(
+            f"{name} is run by the systemd unit {unit}, which would make it again on this host: "
+            "create the container without the unit to migrate it"
+        )
     for volume in found.volumes:
         _check_volume(podman, volume.name, found)
     if not within(found.upper, here.graph_root):

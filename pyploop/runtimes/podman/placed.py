@@ -28,12 +28,12 @@ MOUNTING = 30.0
 class Placed:
     """Of one container."""
 
-    def __init__(self, graph: str, stage: str, at: str, volumes: Sequence[str]) -> None:
+    def __init__(self, graph: str, stage: str, volumes: Sequence[str]) -> None:
         """graph: Podman's graph root, in which all the others lie.  stage: the folder into which
-        they come.  at: that of volumes."""
+        they come.  volumes: the folders of their files."""
         self._graph, self._stage = graph, Path(stage)
         self._volumes = [
-            (self._stage / f"volume-{n}", Path(at, name, "_data")) for n, name in enumerate(volumes)
+            (self._stage / f"volume-{n}", Path(path)) for n, path in enumerate(volumes)
         ]
 
     @contextlib.contextmanager

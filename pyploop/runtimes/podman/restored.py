@@ -44,10 +44,11 @@ class Order:
         options: Sequence[str] = (),
     ) -> None:
         """Replace what is there.  programs: podman, conmon, runc.  The rest is as interpose.py
-        says.  OSError."""
+        says.  spec: the source's config.json.  OSError."""
         shutil.rmtree(self.folder, ignore_errors=True)
         self.folder.mkdir(mode=0o700)
-        self._archive(exported, spec)
+        self._archive(exported)
+        (self.folder / "spec.json").write_text(json.dumps(spec))
         order = {
             "conmon": programs["conmon"],
             "runc": programs["runc"],
@@ -78,12 +79,12 @@ class Order:
         path.write_text(f"#!/bin/sh\n{text}\n")
         path.chmod(0o700)
 
-    def _archive(self, exported: Exported, spec: dict[str, Any]) -> None:
+    def _archive(self, exported: Exported) -> None:
         """What `podman container restore --import` asks for at least."""
         with tarfile.open(self.folder / "made.tar", "w") as tar:
             for name, value in (
                 ("config.dump", exported.config),
-                ("spec.dump", spec),
+                ("spec.dump", exported.config["spec"]),
                 ("network.status", exported.network),
             ):
                 _add(tar, name, json.dumps(value).encode())

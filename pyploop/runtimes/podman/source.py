@@ -219,17 +219,20 @@ class PodmanSource(PodmanContainer, SourceSteps):
                     "container", "rename", self.runc_id, f"{self.container}.migrated"
                 )
             return
-        for tree in self._config.trees:
+        # Another one may have got its name since.
+        ours = self._found is not None and self._found.id == self.runc_id
+        for tree in self._config.trees if ours else ():
             copied.check_same(tree, known)
         if self._exists():
             self._podman.run(
                 *("container", "rm", "-f", "-t", "0", "--volumes", self.runc_id),
                 code=VzExitCode.DUMP_FAILED,
             )
-        for name in self.instance.get("volumes", ()):
+        for name, path in self.instance["volumes"].items():
             if self._podman.says_yes("volume", "exists", name):
+                copied.check_same(path, known)
                 self._podman.run("volume", "rm", name, code=VzExitCode.DUMP_FAILED)
-        for path in self._found.binds if self._found is not None else ():
+        for path in self._found.binds if ours and self._found is not None else ():
             if self._is_moved(path):
                 copied.remove_tree(path, known)
                 with contextlib.suppress(OSError):

@@ -28,6 +28,9 @@ from pyploop.runtimes.runc import contents, criu_gate, host_fit
 from pyploop.runtimes.runc.target import TargetSteps, work_of
 from pyploop.system.commands import Command, last_words
 
+IN_USE = 2
+"""Exit status of `podman image rm` when a container uses it."""
+
 
 class PodmanTarget(PodmanContainer, TargetSteps):
     """The target's part of a Runtime."""
@@ -51,11 +54,9 @@ class PodmanTarget(PodmanContainer, TargetSteps):
         self.wants = frozenset({IMAGE} if wanted else ())
         self.instance = {
             "id": it.id,
-            "volumes": list(it.volumes),
+            "volumes": {v: f"{here.volumes}/{v}/_data" for v in it.volumes},
             "image": it.image if wanted else "",
             "graph": here.graph_root,
-            "run": here.run_root,
-            "at": here.volumes,
         }
         self._config = self._coming_config(it, here)
         self.lazy = self._lazy_restore()
@@ -170,6 +171,7 @@ class PodmanTarget(PodmanContainer, TargetSteps):
         Path(work).mkdir(mode=0o700, exist_ok=True)
         if self._exists():  # of a restore that has failed
             self._clear()
+        fitting.check_volumes(self._podman, it)
         programs = {
             "podman": self._podman.program,
             "conmon": self._here.conmon,
@@ -251,7 +253,7 @@ class PodmanTarget(PodmanContainer, TargetSteps):
 
     def _placed(self) -> Placed:
         known = self.instance
-        return Placed(known["graph"], self._stage, known["at"], known["volumes"])
+        return Placed(known["graph"], self._stage, list(known["volumes"].values()))
 
     def _fill(self) -> None:
         """Put the container's files into the places that Podman has made for them."""
@@ -274,7 +276,7 @@ class PodmanTarget(PodmanContainer, TargetSteps):
         """The config.json that Podman has written here, within the policy."""
         if self._written is None:
             spec = bundles.read(self._config.bundle)
-            volumes = [f"{self.instance['at']}/{v}/_data" for v in self.instance["volumes"]]
+            volumes = list(self.instance["volumes"].values())
             root = str((spec.get("root") or {}).get("path") or "")
             self._placed().check_root(root)
             self._written = self._fitted_spec(spec, root, volumes)
@@ -338,7 +340,12 @@ class PodmanTarget(PodmanContainer, TargetSteps):
         self._clear()
         image = self.instance.get("image")
         if image and self._podman.says_yes("image", "exists", image):
-            self._podman.run("image", "rm", image, code=VzExitCode.RESTORE_FAILED)
+            status, output = self._podman.tried("image", "rm", image)
+            if status not in (0, IN_USE):
+                raise MigrateError(
+                    VzExitCode.RESTORE_FAILED,
+                    f"cannot remove the image {image[:12]}: {last_words(output)}",
+                )
 
     def _clear(self) -> None:
         self._written = None
@@ -352,10 +359,11 @@ class PodmanTarget(PodmanContainer, TargetSteps):
                 *("container", "rm", "-f", "-t", "0", self.runc_id),
                 code=VzExitCode.RESTORE_FAILED,
             )
+            # Only now: the volumes were made with it, and not by somebody else.
+            for volume in self.instance["volumes"]:
+                if self._podman.says_yes("volume", "exists", volume):
+                    self._podman.run("volume", "rm", volume, code=VzExitCode.RESTORE_FAILED)
         links.unblock(self.runc_id)
-        for volume in self.instance["volumes"]:
-            if self._podman.says_yes("volume", "exists", volume):
-                self._podman.run("volume", "rm", volume, code=VzExitCode.RESTORE_FAILED)
 
     @property
     def _bundle(self) -> str:
