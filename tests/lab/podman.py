@@ -91,10 +91,15 @@ def start(host: Host, *options: str, name: str = NAME, memory: int = 0, script: 
     host.run(*words, *command)
 
 
-def remove(host: Host) -> None:
-    """All of Podman's containers, volumes and images of the host."""
+def remove_containers(host: Host) -> None:
+    """All of Podman's containers of the host, with their pods."""
     host.run("podman", "pod", "rm", "--all", "--force", check=False)
     host.run("podman", "rm", "--all", "--force", "--time", "0", check=False)
+
+
+def remove(host: Host) -> None:
+    """All of Podman's containers and volumes of the host."""
+    remove_containers(host)
     host.run("podman", "volume", "rm", "--all", "--force", check=False)
     for mount in reversed(host.mounts()):
         if mount.startswith(str(STORAGE)):

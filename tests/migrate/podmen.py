@@ -37,10 +37,10 @@ def only_side(lab: Lab) -> Host:
     return running[0]
 
 
-def debris(host: Host, runs_here: bool) -> dict[str, Any]:
+def debris(host: Host, runs_here: bool, stays: frozenset[str] = frozenset()) -> dict[str, Any]:
     """What a migration has left on the host that should not be there."""
     left: dict[str, Any] = {}
-    files = {f for f in moving.files(host) if f.startswith(_OURS)} - _STAY
+    files = {f for f in moving.files(host) if f.startswith(_OURS)} - _STAY - stays
     files = {f for f in files if not f.endswith(host_rates.SUFFIX)}
     stage = podman.STORAGE / "pyploop-incoming"
     if host.outside(stage).exists():
@@ -66,7 +66,7 @@ def debris(host: Host, runs_here: bool) -> dict[str, Any]:
     return left
 
 
-def judge(lab: Lab, client: Client) -> Host:
+def judge(lab: Lab, client: Client, stays: frozenset[str] = frozenset()) -> Host:
     """It runs on exactly one host, which is returned; the connection is the first one; nothing
     that was acknowledged is lost; nothing else is left."""
     side = only_side(lab)
@@ -76,7 +76,7 @@ def judge(lab: Lab, client: Client) -> Host:
     assert client.verify_database() > acknowledged
     for host in (lab.other(side), side):
         deadline = time.monotonic() + 5 * SLOWNESS  # the last process may be going yet
-        while (left := debris(host, host is side)) and time.monotonic() < deadline:
+        while (left := debris(host, host is side, stays)) and time.monotonic() < deadline:
             time.sleep(0.05)
         assert not left, f"left on host {host.name}: {left}"
     return side
