@@ -326,7 +326,7 @@ def test_who_keeps_a_container_s_disk_mounted_is_named(
 
 def test_the_folder_of_a_dump_is_not_named_by_what_the_target_shows(tmp_path: Path) -> None:
     host = HostConfig(state_dir=str(tmp_path / "state"), images_dir=str(tmp_path))
-    runtime = cast(Any, SimpleNamespace(name="runc", container="box", keep_fds=()))
+    runtime = cast(Any, SimpleNamespace(name="runc", container="box", keep_fds=(), instance={}))
     request = Request("b", live=True)
     move = Move(host, runtime, request, Reporter(), cast(Any, None), copied={})
     (tmp_path / f"pyploop-{move.id}-out").mkdir()  # by who saw pyploop-ID there
