@@ -36,6 +36,7 @@ from pyploop.errors import (
 from pyploop.report.events import Reporter
 from pyploop.system import descriptors
 from pyploop.transport.place import Here, Place, place
+from pyploop.units import LONGEST
 
 if TYPE_CHECKING:
     from pyploop.api.remote_host import RemoteHost
@@ -133,7 +134,7 @@ def _push(source: str, to: Place, options: CopyOptions, report: Reporter, done: 
     from pyploop.api.remote_host import RemoteHost
     from pyploop.diskcopy.lanes import Lanes
 
-    _check_protocol(options)
+    _check_options(options)
     check_proof(options, -1)
     with RemoteHost(to.host, options, report) as there, _undone_there(there):
         options = there.keeping_partial("target")
@@ -173,7 +174,7 @@ def _pull(from_: Place, target: str, options: CopyOptions, report: Reporter, don
     from pyploop.report import checked
     from pyploop.report.results import CopyResult
 
-    _check_protocol(options)
+    _check_options(options)
     check_proof(options, target)
     began = time.monotonic()
     options = replace(options, stops=with_specs(options))
@@ -258,7 +259,10 @@ def _retry(there: RemoteHost, options: CopyOptions) -> float:
     return options.retry if options.retry and there.stay(options.retry) else 0.0
 
 
-def _check_protocol(options: CopyOptions) -> None:
+def _check_options(options: CopyOptions) -> None:
+    """ParameterError for a value that cannot be between two hosts."""
+    if not 0 <= options.retry <= LONGEST:
+        raise ParameterError(f"retry={options.retry}: it must be 0 to {LONGEST:g} seconds")
     if options.protocol not in ("auto", "native"):
         raise ParameterError(
             f"protocol {options.protocol!r} is for a receiver that was started by hand, and this "

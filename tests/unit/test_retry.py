@@ -21,7 +21,7 @@ from support import pyploop_cmd, pyploop_env, wait_until
 
 import pyploop
 from pyploop.api.bridge import Bridge
-from pyploop.errors import ConnectError, PyploopError
+from pyploop.errors import ConnectError, ParameterError, PyploopError
 from pyploop.report import event_types
 from pyploop.units import BLOCK, MIB
 
@@ -253,6 +253,15 @@ def test_an_agent_that_waits_gives_way_to_another_copy(
     options = pyploop.CopyOptions(update=inplace, inplace=inplace)
     pyploop.copy(str(image), "b:there", options=options)
     assert (line.home / "there").read_bytes() == image.read_bytes()
+
+
+@pytest.mark.parametrize("retry", [-1.0, float("inf"), float("nan"), 1e12])
+def test_a_time_that_cannot_be_is_refused_before_anything_is_connected(
+    line: Line, image: Path, retry: float
+) -> None:
+    with pytest.raises(ParameterError, match="retry="):
+        pyploop.copy(str(image), "b:there", options=pyploop.CopyOptions(retry=retry))
+    assert not list((line.folder / "lanes").iterdir())
 
 
 def test_without_retry_a_cut_ends_the_copy(line: Line, image: Path) -> None:
