@@ -58,6 +58,10 @@ def prepare(host: Host) -> None:
     """Podman's own places, and the network."""
     script = "mkdir -p /etc/containers/networks && mount -t tmpfs tmpfs /etc/containers/networks"
     host.run("sh", "-ec", script)
+    # Else the bridge takes the lowest address of its ports, which come and go with containers,
+    # and the other host looks for this one at an address that is gone.
+    last = int(host.address.rpartition(".")[2])
+    host.run("ip", "link", "set", "br0", "address", f"02:00:0a:4d:01:{last:02x}")
     network = host.outside("/etc/containers/networks/lan.json")
     network.write_text(json.dumps(_NETWORK))
     host.outside(container.PYPLOOP_CONFIG).write_text(CONFIG)
