@@ -128,7 +128,7 @@ _REFUSED = {
     "vsock": ("vsock", "is a vsock"),
     "mptcp": ("mptcp", "is a socket of MPTCP"),
     "netlink-data": ("netlink-data", "with data that it does not read"),
-    "netlink:1": ("netlink-link-events", "is told of changes of links"),
+    "netlink:1": ("netlink-link-events", "gets changes of links"),
     "deleted-linked": ("deleted-file-linked", "/data/one, which was deleted"),
     "deleted-large:/data/large": ("deleted-file-size", "takes 2097152 bytes"),
     "pidns": ("nested-pid-namespace", "a pid namespace of its own"),

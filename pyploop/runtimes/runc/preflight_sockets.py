@@ -53,7 +53,7 @@ def of(
                 text = f"{one} is a socket that was made outside the container"
                 yield Problem("outside-socket", text)
             elif family == socket.AF_NETLINK and one.stat.st_ino in listening:
-                text = f"{one} is a netlink socket that is told of changes of links or neighbours"
+                text = f"{one} is a netlink socket that gets changes of links or neighbours"
                 yield Problem("netlink-link-events", text)
             elif family == socket.AF_UNIX:
                 unix[one.stat.st_ino] = one
