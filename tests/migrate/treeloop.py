@@ -36,11 +36,11 @@ class Loop:
     def alive(self) -> bool:
         return not self.cut
 
-    def open_channel(self) -> tuple[int, int]:
+    def open_tree(self) -> tuple[dict[str, Any], int]:
         ours, theirs = socket.socketpair()
         number = len(self.jobs) + 1
         self._theirs[number] = theirs
-        return number, ours.detach()
+        return {"channel": number}, ours.detach()
 
     @property
     def channels_left(self) -> int:

@@ -639,6 +639,9 @@ def asking() -> Iterator[Callable[..., Asking]]:
         one.close()
 
 
+BROKEN = {"timeout": 1, "number": 0, "committed": False}
+
+
 @pytest.mark.parametrize(
     ("op", "args", "why"),
     [
@@ -663,8 +666,9 @@ def asking() -> Iterator[Callable[..., Asking]]:
         ("lane", {"number": 4096}, "number: 4096 is not a number from 0 to 4095"),
         ("lane", {"number": -1}, "number: -1"),
         ("stay", {"retry": -1}, "retry: -1"),
-        ("broken", {"timeout": 1, "ends": [], "committed": False}, "must come after `stay`"),
-        ("broken", {"timeout": 1, "ends": [{"lane": 1}], "committed": False}, "ends"),
+        ("broken", {**BROKEN, "ends": []}, "must come after `stay`"),
+        ("broken", {**BROKEN, "ends": [{"lane": 1}]}, "ends"),
+        ("broken", {"timeout": 1, "ends": [], "committed": False}, "number"),
         ("again", {"number": 1}, "lane 1 is not the next one"),
         ("resume", {"number": 0}, "must come after `again`"),
         ("lanes", {"number": 1, "count": 2}, "lane 1 is not the next one"),
