@@ -21,7 +21,8 @@
 
 #define MAX_ALIGN 65536u	/* the largest logical block of a disk */
 
-/* Lock held: the first failure is the one that is reported. */
+/* Lock held: the first failure is the one that is reported, and no slot waits for its
+   turn after it. */
 void pl_pump_fail(struct pl_pump *p, int err, const struct pl_fault *fault)
 {
 	if (err && !p->err) {

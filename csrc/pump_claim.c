@@ -81,7 +81,7 @@ struct slot *pl_slot_claim(struct pl_pump *p)
 		return NULL;
 	if (__atomic_load_n(&p->cancelled, __ATOMIC_RELAXED)) {
 		/* Else the caller would take no slot for no extents left. */
-		p->err = -ECANCELED;
+		pl_pump_fail(p, -ECANCELED, &p->fault);
 		return NULL;
 	}
 	s = free_slot(p);
@@ -104,9 +104,10 @@ struct slot *pl_slot_claim(struct pl_pump *p)
 			int err = p->cfg.hook(p->cfg.hook_ctx, piece.start,
 					      piece.end);
 			if (err) {
-				p->err = err;
-				p->fault.stage = PL_STAGE_HOOK;
-				p->fault.pos = piece.start;
+				struct pl_fault fault = {
+					.stage = PL_STAGE_HOOK, .pos = piece.start };
+
+				pl_pump_fail(p, err, &fault);
 				return NULL;
 			}
 		}
