@@ -38,7 +38,7 @@ struct lane {
 	uint32_t done;		/* bytes of head and data that are written */
 	bool busy;
 	bool ack;		/* it shall say what has come */
-	unsigned told;		/* of `lost`: what the peer was told by this lane */
+	unsigned told;		/* of `lost`: how many the peer has been sent by this lane */
 	/* in: the frame that is being read */
 	uint8_t in_head[PL_BUNDLE_HEAD];
 	uint32_t in_got;	/* bytes of head and data that have come */
@@ -79,7 +79,7 @@ struct pl_bundle {
 	uint64_t whole;		/* without a gap */
 	struct gap_run run[GAPS];
 	unsigned runs;
-	uint64_t said_given, said_whole;	/* what the peer was told last */
+	uint64_t said_given, said_whole;	/* what the peer was sent last */
 	uint64_t ack_ns;	/* when it must hear of more; 0: nothing is new */
 };
 

@@ -24,10 +24,10 @@
 #define PL_PRIOR_NH (PL_BLOCK / 8u + 2u)	/* words of the key for NH */
 #define PL_PRIOR_KEY ((PL_PRIOR_NH + 2u * 9u) * 8u)	/* bytes */
 #define PL_PRIOR_DIGEST 16u
-/* Bytes of the image that are told at a time, from a multiple of this on. */
+/* Bytes of the image whose digests are sent at a time, from a multiple of this on. */
 #define PL_PRIOR_CELL (4u << 20)
 #define PL_PRIOR_BLOCKS (PL_PRIOR_CELL / PL_BLOCK)
-/* Bytes of a cell as it is told: a bit for each block, then a digest for each bit. */
+/* Bytes of a cell as it is sent: a bit for each block, then a digest for each bit. */
 #define PL_PRIOR_MAX (PL_PRIOR_BLOCKS / 8u + PL_PRIOR_BLOCKS * PL_PRIOR_DIGEST)
 
 struct pl_prior_key {
@@ -64,7 +64,7 @@ void pl_prior_cell_begin(struct pl_prior_cell *c, uint64_t pos) PL_NONNULL;
  */
 int pl_prior_cell_read(struct pl_prior_cell *c, int fd, int copy_fd, uint64_t start,
 		       uint64_t end, struct pl_proof *proof) PL_CHECKED PL_NONNULL_AT(1);
-/* The cell as it is told: bytes written to `out`, and the number of its blocks and of
+/* The cell as it is sent: bytes written to `out`, and the number of its blocks and of
    the digests among them. */
 uint32_t pl_prior_cell_tell(const struct pl_prior_cell *c, uint8_t out[PL_PRIOR_MAX],
 			    uint32_t *blocks, uint32_t *digests) PL_NONNULL;
@@ -82,7 +82,7 @@ int pl_prior_init(struct pl_prior *p, const uint8_t *random, uint64_t size)
 	PL_CHECKED PL_NONNULL;
 void pl_prior_fini(struct pl_prior *p);
 /*
- * A cell that begins at `pos`, as it was told.  known: assumes data where there are some.
+ * A cell that begins at `pos`, as it was received.  known: assumes data where there are some.
  * Not beside a pass over this cell.  -EINVAL: it is not well-formed.
  */
 int pl_prior_load(struct pl_prior *p, struct pl_known *known, uint64_t pos,

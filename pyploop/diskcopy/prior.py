@@ -186,11 +186,11 @@ class Telling:
 
     @property
     def over(self) -> bool:
-        """All is told, as far as this end knows."""
+        """All digests are sent, as far as this end knows."""
         return self._job.over.is_set() and self._job.failure is None
 
     def wait(self, timeout: float) -> int:
-        """Until all is told; returns the bytes of data that the target had.  ReadError: the
+        """Until all are sent; returns the bytes of data that the target had.  ReadError: the
         sender does not read it; or the failure."""
         try:
             self._job.join(timeout)
