@@ -107,6 +107,39 @@ CHECKS: dict[str, Check] = {
     "file-system": Check("target", False, "the target's kernel has the file system of each disk"),
     "disk-room": Check("target", False, "there is room for the disks, and nothing in their place"),
     "tree-room": Check("target", False, "there is room for the trees, and nothing in their place"),
+    "podman": Check("both", False, "Podman answers"),
+    "podman-rootless": Check("both", False, "it is root's Podman"),
+    "podman-version": Check(
+        "both", False, "Podman is new enough, on the target no older than on the source"
+    ),
+    "podman-storage": Check(
+        "both", False, "Podman stores containers with the driver overlay, in the same places"
+    ),
+    "podman-cgroups": Check("target", False, "both hosts' Podman makes cgroups in the same way"),
+    "podman-runtime": Check("both", False, "the container is run by runc, and the host has runc"),
+    "podman-running": Check("source", False, "the container runs"),
+    "podman-pod": Check("source", False, "the container is in no pod"),
+    "podman-dependencies": Check(
+        "source", False, "the container shares nothing with another container"
+    ),
+    "podman-privileged": Check("source", False, "the container is not privileged"),
+    "podman-users": Check("source", False, "the container has no user namespace"),
+    "podman-rm": Check("source", False, "the container was started without `--rm`"),
+    "podman-systemd": Check("source", False, "no systemd unit makes the container"),
+    "podman-root": Check("source", False, "the container's root is an image of Podman's storage"),
+    "podman-volume": Check(
+        "both",
+        False,
+        "each volume is a plain folder that no other container uses, and the target has none of "
+        "its name",
+    ),
+    "podman-bind": Check("source", False, "each bind mount moves, or is external (`[podman]`)"),
+    "podman-link": Check("source", True, "each of the container's links is a veth"),
+    "podman-description": Check("both", False, "Podman describes the container"),
+    "podman-network": Check("target", False, "Podman has the container's networks"),
+    "podman-nft": Check("target", True, "nft is installed, if the container has a network"),
+    "podman-secret": Check("target", False, "Podman has the container's secrets"),
+    "podman-port": Check("target", False, "the published ports are free"),
 }
 """By name.  A name stays the same in later versions."""
 

@@ -8,12 +8,13 @@ import os
 import re
 import shutil
 import socket
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from pyploop.errors import MigrateError, VzExitCode
 from pyploop.runtimes import Facts
+from pyploop.runtimes.checks import Checks
 from pyploop.runtimes.config import within
 from pyploop.runtimes.podman.command import Podman
 from pyploop.runtimes.podman.container import ID
@@ -100,31 +101,40 @@ def _name(value: Any) -> str:
     return value
 
 
-def check(podman: Podman, name: str, here: PodmanHost, it: Coming, *, live: bool) -> None:
-    """MigrateError(9) when something of it is here already, (15) when something is missing."""
+def check(
+    podman: Podman, name: str, here: PodmanHost, it: Coming, checks: Checks, *, live: bool
+) -> None:
+    """Each that fails is added to `checks`: what is here already, and what is missing."""
     config = it.exported.config
-    if config.get("name") != name:
-        refuse(f"the source describes the container {str(config.get('name'))[:80]!r}")
-    for known in (name, it.id):
+    with checks.named("podman-description"):
+        if config.get("name") != name:
+            refuse(f"the source describes the container {str(config.get('name'))[:80]!r}")
+    with checks.named("exists"):
+        _check_absent(podman, (name, it.id))
+    _check_host(here, it, checks)
+    with checks.named("podman-volume"):
+        check_volumes(podman, it)
+    for network in it.networks:
+        with checks.named("podman-network"):
+            _check_network(podman, network)
+    with checks.named("podman-nft"):
+        if it.networks and live and shutil.which("nft") is None:
+            refuse(
+                "this host has no nft, which keeps the container's new link silent",
+                "install nftables",
+            )
+    _check_secrets(podman, config, checks)
+    _check_ports(config, checks)
+
+
+def _check_absent(podman: Podman, names: Sequence[str]) -> None:
+    for known in names:
         if podman.says_yes("container", "exists", known):
             raise MigrateError(
                 VzExitCode.EXISTS,
-                f"Podman has a container {known[:64]} on this host already: rename or remove it",
+                f"Podman has a container {known[:64]} on this host already",
+                hint="rename or remove it",
             )
-    _check_host(here, it)
-    check_volumes(podman, it)
-    for network in it.networks:
-        if not podman.says_yes("network", "exists", network):
-            refuse(
-                f"Podman has no network {network} on this host: create it with the same subnet as "
-                f"on the source (podman network create {network})"
-            )
-    if it.networks and live and shutil.which("nft") is None:
-        refuse(
-            "this host has no nft, which keeps the container's new link silent: install nftables"
-        )
-    _check_secrets(podman, config)
-    _check_ports(config)
 
 
 def check_volumes(podman: Podman, it: Coming) -> None:
@@ -133,46 +143,68 @@ def check_volumes(podman: Podman, it: Coming) -> None:
         if podman.says_yes("volume", "exists", volume):
             raise MigrateError(
                 VzExitCode.EXISTS,
-                f"Podman has a volume {volume} on this host already: remove it (podman volume rm "
-                f"{volume}), or give it another name",
+                f"Podman has a volume {volume} on this host already",
+                hint=f"remove it (podman volume rm {volume}), or give it another name",
             )
 
 
-def _check_host(here: PodmanHost, it: Coming) -> None:
-    theirs = str(it.host.get("version") or "")
-    if here.number < number_of(theirs):
+def _check_network(podman: Podman, network: str) -> None:
+    if not podman.says_yes("network", "exists", network):
         refuse(
-            f"Podman {here.version} on this host is older than {theirs[:40]} on the source: "
-            "install that version or a newer one"
+            f"Podman has no network {network} on this host",
+            f"create it with the same subnet as on the source (podman network create {network})",
         )
-    for key, what in (
-        ("graph_root", "stores containers in"),
-        ("run_root", "keeps its state in"),
-        ("volumes", "stores volumes in"),
-        ("cgroups", "uses cgroups of version"),
-        ("manager", "lets cgroups be made by"),
+
+
+def _check_host(here: PodmanHost, it: Coming, checks: Checks) -> None:
+    theirs = str(it.host.get("version") or "")
+    with checks.named("podman-version"):
+        if here.number < number_of(theirs):
+            refuse(
+                f"Podman {here.version} on this host is older than {theirs[:40]} on the source",
+                "install that version or a newer one",
+            )
+    for key, check, what in (
+        ("graph_root", "podman-storage", "stores containers in"),
+        ("run_root", "podman-storage", "keeps its state in"),
+        ("volumes", "podman-storage", "stores volumes in"),
+        ("cgroups", "podman-cgroups", "uses cgroups of version"),
+        ("manager", "podman-cgroups", "lets cgroups be made by"),
     ):
         ours, other = getattr(here, key), str(it.host.get(key) or "")[:200]
-        if ours != other:
-            refuse(f"Podman {what} {ours} on this host, and {other} on the source: use the same")
-    # What comes is renamed into its place.
-    if it.volumes and not within(here.volumes, here.graph_root):
-        refuse(f"{here.volumes} must lie in {here.graph_root} on this host (volume_path)")
-    if it.volumes and os.path.ismount(here.volumes):
-        refuse(f"{here.volumes} and {here.graph_root} must be on one file system on this host")
+        with checks.named(check):
+            if ours != other:
+                refuse(
+                    f"Podman {what} {ours} on this host, and {other} on the source",
+                    "use the same on both hosts (/etc/containers/storage.conf, containers.conf)",
+                )
+    with checks.named("podman-storage"):
+        # What comes is renamed into its place.
+        if it.volumes and not within(here.volumes, here.graph_root):
+            refuse(
+                f"{here.volumes} does not lie in {here.graph_root} on this host",
+                "set volume_path in /etc/containers/containers.conf",
+            )
+        if it.volumes and os.path.ismount(here.volumes):
+            refuse(
+                f"{here.volumes} and {here.graph_root} are not on one file system on this host",
+                f"unmount {here.volumes}",
+            )
 
 
-def _check_secrets(podman: Podman, config: Mapping[str, Any]) -> None:
+def _check_secrets(podman: Podman, config: Mapping[str, Any], checks: Checks) -> None:
     named = [*(config.get("secrets") or ()), *(config.get("secret_env") or {}).values()]
     for secret in named:
         name = str(secret.get("name") or "")
-        if not name or podman.tried("secret", "inspect", name)[0]:
-            refuse(
-                f"Podman has no secret {name[:80]} on this host: create it (podman secret create)"
-            )
+        with checks.named("podman-secret"):
+            if not name or podman.tried("secret", "inspect", name)[0]:
+                refuse(
+                    f"Podman has no secret {name[:80]} on this host",
+                    f"create it (podman secret create {name[:80]} FILE)",
+                )
 
 
-def _check_ports(config: Mapping[str, Any]) -> None:
+def _check_ports(config: Mapping[str, Any], checks: Checks) -> None:
     """Published ports are free."""
     for mapping in config.get("newPortMappings") or config.get("portMappings") or ():
         first, count = int(mapping.get("host_port") or 0), int(mapping.get("range") or 1)
@@ -180,8 +212,9 @@ def _check_ports(config: Mapping[str, Any]) -> None:
         family = socket.AF_INET6 if ":" in address else socket.AF_INET
         for protocol in str(mapping.get("protocol") or "tcp").split(","):
             kind = socket.SOCK_DGRAM if protocol == "udp" else socket.SOCK_STREAM
-            for port in range(first, first + min(count, 1024)):
-                _check_port(family, kind, address, port, protocol)
+            with checks.named("podman-port"):
+                for port in range(first, first + min(count, 1024)):
+                    _check_port(family, kind, address, port, protocol)
 
 
 def _check_port(family: int, kind: int, address: str, port: int, protocol: str) -> None:
@@ -192,5 +225,6 @@ def _check_port(family: int, kind: int, address: str, port: int, protocol: str) 
         except OSError as e:
             refuse(
                 f"the container publishes the {protocol} port {port} on {address}, which this host "
-                f"cannot give it: {e.strerror}"
+                f"cannot give it: {e.strerror}",
+                "stop the program that uses it there (ss -lnp), or give the host the address",
             )

@@ -9,6 +9,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from pyploop.errors import MigrateError, VzExitCode
+from pyploop.runtimes.checks import Checks, naming
 from pyploop.runtimes.podman.command import Podman
 
 OLDEST = (4, 0)
@@ -55,9 +56,11 @@ def _runc(host: dict[str, Any]) -> str:
     return shutil.which("runc") or ""
 
 
-def look(podman: Podman) -> PodmanHost:
-    """MigrateError(15) when there is no usable Podman here."""
-    info = podman.info()
+def look(podman: Podman, checks: Checks) -> PodmanHost:
+    """Each check of this host that fails is added.  ChecksFailedError when Podman does not
+    answer."""
+    with naming("podman"):
+        info = podman.info()
     host, store = info.get("host") or {}, info.get("store") or {}
     found = PodmanHost(
         str((info.get("version") or {}).get("Version") or ""),
@@ -71,26 +74,34 @@ def look(podman: Podman) -> PodmanHost:
         str((host.get("conmon") or {}).get("path") or ""),
         _runc(host),
     )
+    for name, (text, hint) in _unfit(found).items():
+        with checks.named(name):
+            raise MigrateError(VzExitCode.BAD_CONFIG, text, hint=hint)
+    return found
+
+
+def _unfit(found: PodmanHost) -> dict[str, tuple[str, str]]:
+    """Check -> what was found, and what to do."""
+    unfit = {}
     if found.rootless:
-        raise MigrateError(
-            VzExitCode.BAD_CONFIG,
-            "this is a rootless Podman, whose containers CRIU cannot restore: only containers of "
-            "root (sudo podman) can be migrated",
+        unfit["podman-rootless"] = (
+            "this is a rootless Podman, whose containers CRIU cannot restore",
+            "make it a container of root (sudo podman)",
         )
     if found.number < OLDEST:
-        raise MigrateError(
-            VzExitCode.BAD_CONFIG,
-            f"Podman {found.version or 'of an unknown version'} is too old: "
-            f"{OLDEST[0]}.{OLDEST[1]} or newer is needed",
+        unfit["podman-version"] = (
+            f"Podman {found.version or 'of an unknown version'} is too old",
+            f"install {OLDEST[0]}.{OLDEST[1]} or newer",
         )
     if found.driver != "overlay":
-        raise MigrateError(
-            VzExitCode.BAD_CONFIG,
-            f"Podman stores its containers with the driver {found.driver}, and only overlay can "
-            "be migrated",
+        unfit["podman-storage"] = (
+            f"Podman stores its containers with the driver {found.driver}, which cannot be "
+            "migrated",
+            'set driver = "overlay" in /etc/containers/storage.conf, and make the containers again',
         )
     if not found.runc:
-        raise MigrateError(
-            VzExitCode.BAD_CONFIG, "this host has no runc, with which Podman restores: install runc"
+        unfit["podman-runtime"] = (
+            "this host has no runc, with which Podman restores",
+            "install runc",
         )
-    return found
+    return unfit

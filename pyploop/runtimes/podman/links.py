@@ -44,7 +44,8 @@ def _named(name: str, kind: bytes, other: int) -> str:
     raise MigrateError(
         VzExitCode.BAD_CONFIG,
         f"the container's link {name} is not one end of a veth pair, and cannot be cut while the "
-        "container is suspended: use a network of the driver bridge",
+        "container is suspended",
+        hint="use a network of the driver bridge",
     )
 
 

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NoReturn
 
 from pyploop.errors import MigrateError, VzExitCode
+from pyploop.runtimes.checks import Checks
 from pyploop.runtimes.config import ContainerConfig, within
 from pyploop.runtimes.podman.command import Podman
 from pyploop.runtimes.podman.found import Found
@@ -16,63 +17,102 @@ from pyploop.runtimes.podman.host import PodmanHost
 from pyploop.runtimes.runc import contents
 
 
-def refuse(text: str) -> NoReturn:
-    raise MigrateError(VzExitCode.BAD_CONFIG, text)
+def refuse(text: str, hint: str = "") -> NoReturn:
+    raise MigrateError(VzExitCode.BAD_CONFIG, text, hint=hint or None)
 
 
-def check(podman: Podman, found: Found, here: PodmanHost) -> None:
-    """MigrateError(15)."""
+def check(podman: Podman, found: Found, here: PodmanHost, checks: Checks) -> None:
+    """Each that fails is added to `checks`."""
     raw, name = found.raw, found.name
-    if pod := raw.get("Pod"):
-        refuse(
-            f"{name} belongs to the pod {str(pod)[:12]}, whose containers share namespaces and "
-            "must move together, which is not possible yet: run it without a pod (podman run "
-            "without --pod) to migrate it"
-        )
-    if raw.get("OCIRuntime") != "runc":
-        refuse(
-            f"{name} is run by {raw.get('OCIRuntime')}, which cannot be migrated: create it again "
-            "with podman --runtime runc"
-        )
-    if not found.upper:
-        refuse(f"{name} has no root of its own that Podman stores (podman run --rootfs?)")
-    if deps := raw.get("Dependencies"):
-        refuse(f"{name} depends on other containers ({', '.join(d[:12] for d in deps)})")
     host = raw.get("HostConfig") or {}
-    if host.get("Privileged"):
-        refuse(f"{name} is privileged, and has the devices of this host: run it without that")
-    if host.get("UsernsMode") or raw.get("IDMappings") or host.get("IDMappings"):
-        refuse(f"{name} has a user namespace (--userns), which cannot be migrated yet")
-    if host.get("AutoRemove"):
-        refuse(
-            f"{name} would be removed by Podman when its processes end here (--rm), also when the "
-            "migration is rolled back: run it without --rm"
-        )
-    if unit := ((raw.get("Config") or {}).get("Labels") or {}).get("PODMAN_SYSTEMD_UNIT"):
-        refuse(
-            f"{name} is run by the systemd unit {unit}, which would make it again on this host: "
-            "create the container without the unit to migrate it"
-        )
+    with checks.named("podman-pod"):
+        if pod := raw.get("Pod"):
+            refuse(
+                f"{name} belongs to the pod {str(pod)[:12]}, whose containers share namespaces and "
+                "must move together, which is not possible yet",
+                "run it without a pod (podman run without --pod)",
+            )
+    with checks.named("podman-runtime"):
+        if raw.get("OCIRuntime") != "runc":
+            refuse(
+                f"{name} is run by {raw.get('OCIRuntime')}, which cannot be migrated",
+                "create it again with podman --runtime runc",
+            )
+    with checks.named("podman-root"):
+        _check_root(found, here)
+    with checks.named("podman-dependencies"):
+        if (deps := raw.get("Dependencies")) and not raw.get("Pod"):
+            refuse(
+                f"{name} depends on other containers ({', '.join(d[:12] for d in deps)})",
+                "run it without --network, --pid or --ipc container:, and without --requires",
+            )
+    with checks.named("podman-privileged"):
+        if host.get("Privileged"):
+            refuse(
+                f"{name} is privileged, and has the devices of this host",
+                "run it without --privileged",
+            )
+    with checks.named("network-namespace"):
+        if host.get("NetworkMode") == "host":
+            refuse(
+                f"{name} uses the network of this host, and cannot be migrated",
+                "run it without --network host",
+            )
+    with checks.named("podman-users"):
+        if host.get("UsernsMode") or raw.get("IDMappings") or host.get("IDMappings"):
+            refuse(
+                f"{name} has a user namespace, which cannot be migrated yet",
+                "run it without --userns, --uidmap, --gidmap and --subuidname",
+            )
+    with checks.named("podman-rm"):
+        if host.get("AutoRemove"):
+            refuse(
+                f"{name} would be removed by Podman when its processes end here (--rm), also when "
+                "the migration is rolled back",
+                "run it without --rm",
+            )
+    with checks.named("podman-systemd"):
+        if unit := ((raw.get("Config") or {}).get("Labels") or {}).get("PODMAN_SYSTEMD_UNIT"):
+            refuse(
+                f"{name} is run by the systemd unit {unit}, which would make it again on this host",
+                "create the container without the unit",
+            )
     for volume in found.volumes:
-        _check_volume(podman, volume.name, found)
+        with checks.named("podman-volume"):
+            _check_volume(podman, volume.name, found)
+
+
+def _check_root(found: Found, here: PodmanHost) -> None:
+    if not found.upper:
+        refuse(
+            f"{found.name} has no root of its own that Podman stores",
+            "run it from an image, without --rootfs",
+        )
     if not within(found.upper, here.graph_root):
-        refuse(f"{found.upper} lies outside of Podman's storage {here.graph_root}")
+        refuse(
+            f"{found.upper} lies outside of Podman's storage {here.graph_root}",
+            "migrate with the storage in which the container was made (storage.conf)",
+        )
 
 
 def _check_volume(podman: Podman, name: str, found: Found) -> None:
     volume = podman.inspected("volume", name)
     if volume is None:
-        refuse(f"the volume {name} of {found.name} does not exist any more")
+        refuse(
+            f"the volume {name} of {found.name} does not exist any more",
+            "create the container again",
+        )
     if volume.get("Driver") != "local" or volume.get("Options"):
         refuse(
             f"the volume {name} is not a plain folder of this host (driver {volume.get('Driver')}, "
-            f"options {volume.get('Options') or 'none'}), and cannot be migrated"
+            f"options {volume.get('Options') or 'none'}), and cannot be migrated",
+            "give the container a volume of the driver local without options",
         )
     users = podman.run("ps", "-a", "--no-trunc", f"--filter=volume={name}", "--format={{.ID}}")
     if others := [u for u in users.split() if u != found.id]:
         refuse(
-            f"the volume {name} is used by the container {others[0][:12]} too, which would lose "
-            "it: give each container a volume of its own"
+            f"the volume {name} is used by the container {others[0][:12]} too, which would lose it",
+            "give each container a volume of its own",
         )
 
 
@@ -113,22 +153,26 @@ def external(
     here: PodmanHost,
     ours: ContainerConfig,
     allowed: Sequence[str],
-) -> list[str]:
-    """Paths that the target must have, because they are bound and are not moved.  allowed: those
-    that [podman] external names.  MigrateError(15) for any other."""
+) -> tuple[list[str], list[str]]:
+    """(paths that the target must have, because they are bound and are not moved; paths of which
+    nobody has said what becomes of them).  allowed: those that [podman] external names."""
     known = [*owned(config, found, here), *ours.trees]
-    names = []
+    named, other = [], []
     for source in _bound(config):
         if any(within(source, place) for place in known):
             continue
         if source in (os.path.normpath(a) for a in allowed) or (
             os.path.basename(source) in _HELPERS
         ):
-            names.append(source)
-            continue
-        refuse(
-            f"{source} of this host is bound into {found.name}, and would not be migrated: write "
-            f'[podman] binds = ["{os.path.dirname(source)}"] into migrate.toml on both hosts if it '
-            f'is a folder that moves, or external = ["{source}"] if the target has it already'
-        )
-    return names
+            named.append(source)
+        else:
+            other.append(source)
+    return named, other
+
+
+def check_bind(source: str, name: str) -> NoReturn:
+    refuse(
+        f"{source} of this host is bound into {name}, and would not be migrated",
+        f'write [podman] binds = ["{os.path.dirname(source)}"] into migrate.toml on both hosts if '
+        f'it is a folder that moves, or external = ["{source}"] if the target has it already',
+    )

@@ -28,6 +28,11 @@ from pyploop.system.commands import Command, last_words
 
 IMAGE, LOG = "image.tar", "output"
 """Labels of the static files."""
+_FIRST = (
+    *("podman-rootless", "podman-version", "podman-storage", "podman-runtime", "podman-running"),
+    *("podman-root", "podman-pod", "podman-privileged", "podman-users", "network-namespace"),
+)
+"""Where one of these fails, what follows could not be checked, or would say it once more."""
 
 
 class PodmanSource(PodmanContainer, SourceSteps):
@@ -46,52 +51,66 @@ class PodmanSource(PodmanContainer, SourceSteps):
     # ---- checks
 
     def check_source(self, live: bool) -> Facts:
-        here = look(self._podman)
-        found = self._need_found()
-        movable.check(self._podman, found, here)
-        if found.status != "running":
-            raise MigrateError(
-                VzExitCode.STOPPED,
-                f"container {found.name} is {found.status}: only a running container of Podman can "
-                "be migrated (without --live, too)",
-                hint=f"podman start {found.name}",
-            )
-        config = bundles.read(found.bundle)
-        host_fit.check_source(config)
+        found, checks = self._need_found(), Checks()
+        here = look(self._podman, checks)
+        movable.check(self._podman, found, here, checks)
+        with checks.named("podman-running"):
+            if found.status != "running":
+                raise MigrateError(
+                    VzExitCode.STOPPED,
+                    f"container {found.name} is {found.status}: only a running container of Podman "
+                    "can be migrated (without --live, too)",
+                    hint=f"podman start {found.name}",
+                )
+        if any(checks.has(name) for name in _FIRST):
+            checks.end()
+        with checks.named("config-json"):
+            config = bundles.read(found.bundle)
+        if checks.has("config-json"):
+            checks.end()
+        with checks.named("config-host"):
+            host_fit.check_source(config)
         self._own_users = tmpfs.has_own_users(config)
-        self._check_network(config)
-        self._check_places(used=True)
+        with checks.named("places"):
+            self._check_places(used=True)
         if live and found.namespace:
-            self._need_links(found.namespace)
-        external = movable.external(config, found, here, self._config, self._host.podman_external)
-        contents.check_root(self._init(), found.merged)
-        exported = export(self._podman, found, self._host.criu)
-        movable.check_exported(exported.config, found)
+            with checks.named("podman-link"):
+                self._need_links(found.namespace)
+        allowed = self._host.podman_external
+        external, unknown = movable.external(config, found, here, self._config, allowed)
+        for path in unknown:
+            with checks.named("podman-bind"):
+                movable.check_bind(path, found.name)
+        with checks.named("root"):
+            contents.check_root(self._init(), found.merged)
         facts: Facts = {
             "config": config,
             "external": external,
             "kinds": [contents.kind_of(path) for path in external],
-            "podman": {
+        }
+        with checks.named("podman-description"):
+            exported = export(self._podman, found, self._host.criu)
+            movable.check_exported(exported.config, found)
+            facts["podman"] = {
                 "host": here.told(),
                 "config": exported.config,
                 "network": exported.network,
                 "root": found.merged,
                 "volumes": {v.name: v.path for v in found.volumes},
                 "binds": [b for b in found.binds if self._is_moved(b)],
-                "owned": movable.owned(config, found, here),
-            },
-        }
+                # The target checks all else even if some binds are refused here.
+                "owned": [*movable.owned(config, found, here), *unknown],
+            }
         if live:
             places = contents.Places([found.merged], self._config.trees[1:])
-            outside = [*external, *movable.owned(config, found, here)]
-            checks = Checks()
+            outside = [*external, *movable.owned(config, found, here), *unknown]
             self._check_live(config, places, outside, facts, checks)
-            checks.end(facts)
         if not found.log:
             kind = found.raw["HostConfig"].get("LogConfig", {}).get("Type")
             self._left.append(
                 f"Does not move: the output so far, which the log driver {kind} keeps on this host"
             )
+        checks.end(facts if "podman" in facts else None)
         return facts
 
     def _need_found(self) -> Found:

@@ -12,7 +12,7 @@ from typing import Any
 
 from pyploop.errors import MigrateError, VzExitCode
 from pyploop.runtimes import LARGEST_FILE, Facts
-from pyploop.runtimes.checks import Checks
+from pyploop.runtimes.checks import Checks, naming
 from pyploop.runtimes.config import ContainerConfig, HostConfig
 from pyploop.runtimes.oci import bundles, config_json, criu_images, destinations
 from pyploop.runtimes.podman import extras, fitting, links
@@ -47,9 +47,11 @@ class PodmanTarget(PodmanContainer, TargetSteps):
     # ---- checks
 
     def check_target(self, facts: Facts, live: bool) -> None:
-        self._here = here = look(self._podman)
-        self._coming = it = fitting.coming(facts)
-        fitting.check(self._podman, self.container, here, it, live=live)
+        found = Checks()
+        self._here = here = look(self._podman, found)
+        with naming("podman-description"):
+            self._coming = it = fitting.coming(facts)
+        fitting.check(self._podman, self.container, here, it, found, live=live)
         wanted = not self._podman.says_yes("image", "exists", it.image)
         self.wants = frozenset({IMAGE} if wanted else ())
         self.instance = {
@@ -60,6 +62,16 @@ class PodmanTarget(PodmanContainer, TargetSteps):
         }
         self._config = self._coming_config(it, here)
         self.lazy = self._lazy_restore()
+        with found.named("exists"):
+            self._check_stage()
+        with found.named("external"):
+            contents.check_external(it.external, facts.get("kinds") or ())
+        self._check_config(facts, live, found)
+        if live:
+            self._check_live_target(facts, found)
+        found.end()
+
+    def _check_stage(self) -> None:
         stage = Path(self._stage)
         if stage.exists() and any(not p.name.endswith(".pyploop-kept") for p in stage.iterdir()):
             raise MigrateError(
@@ -67,17 +79,20 @@ class PodmanTarget(PodmanContainer, TargetSteps):
                 f"{stage} has what an earlier migration of this container has left: remove it",
                 path=str(stage),
             )
-        contents.check_external(it.external, facts.get("kinds") or ())
+
+    def _check_config(self, facts: Facts, live: bool, found: Checks) -> None:
+        it = self._coming
+        assert it is not None
         self._spec = dict(facts.get("config") or {})
-        config = self._fitted_spec(self._spec, it.root, list(it.volumes.values()))
-        self.lazy.limit = bundles.memory_limit(config)
-        namespaces = config["linux"]["namespaces"]
-        config["linux"]["namespaces"] = [{"type": n["type"]} for n in namespaces]
-        host_fit.check_target(config, live)
-        if live:
-            checks = Checks()
-            self._check_live_target(facts, checks)
-            checks.end()
+        config: dict[str, Any] | None = None
+        with found.named("policy"):
+            config = self._fitted_spec(self._spec, it.root, list(it.volumes.values()))
+            self.lazy.limit = bundles.memory_limit(config)
+        if config is not None:
+            namespaces = config["linux"]["namespaces"]
+            config["linux"]["namespaces"] = [{"type": n["type"]} for n in namespaces]
+            with found.named("config-host"):
+                host_fit.check_target(config, live)
 
     @property
     def _stage(self) -> str:
