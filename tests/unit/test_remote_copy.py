@@ -35,6 +35,7 @@ from pyploop.errors import (
     ReadError,
 )
 from pyploop.report import checked, event_types
+from pyploop.transport import deadlines
 from pyploop.transport import lane_handover as lanes
 from pyploop.transport.mux import Mux
 from pyploop.transport.place import Place, is_host, place
@@ -105,8 +106,10 @@ def test_names_of_hosts_and_users_of_any_kind_are_taken() -> None:
 
 
 def test_a_path_or_a_command_that_is_no_text_is_refused_before_anything_starts(
-    host: Path, image: Path, tmp_path: Path
+    host: Path, image: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    # The script is no ssh whose end is the lane's end: the agent has its descriptors.
+    monkeypatch.setattr(deadlines, "ENDING", 0.2)
     (host / "disk").write_bytes(b"x" * MIB)
     options = pyploop.CopyOptions(before_thaw="echo \udcff")
     for source, target, made in (
