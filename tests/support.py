@@ -128,9 +128,14 @@ def run(
     return done.stdout
 
 
-def pyploop_cmd() -> list[str]:
-    """How the tests start `pyploop`: the installed one, by this interpreter."""
-    return [sys.executable, "-m", "pyploop.cli.main"]
+def pyploop_cmd(deadlines: str = "") -> list[str]:
+    """How the tests start `pyploop`: the installed one, by this interpreter.  deadlines: those
+    that are shorter than they are (tests/lab/slowly.py), so that no test sits through them."""
+    if not deadlines:
+        return [sys.executable, "-m", "pyploop.cli.main"]
+    slowly = str(ROOT / "tests" / "lab" / "slowly.py")
+    words = ["env", f"PYPLOOP_DEADLINES={deadlines}", sys.executable, slowly]
+    return [*words, "pyploop.cli.main"]
 
 
 def pyploop_env(extra: Mapping[str, str] | None = None) -> dict[str, str]:

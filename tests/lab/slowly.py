@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """`pyploop` with deadlines that are PYPLOOP_SLOWNESS times as long, for a machine
-that is emulated.
+that is emulated; or with some that PYPLOOP_DEADLINES names, for a test that would sit
+through them (`migration.deadlines.REQUEST=2 transport.deadlines.SILENCE=3`).
 
     slowly.py pyploop.cli.main ARGUMENTS…       (as `python3 -m` would run it)
 """
@@ -140,19 +141,35 @@ AS_IT_IS = {
 in neither table."""
 
 
+def _set(module: str, name: str, value: float) -> None:
+    """Wherever modules have imported it."""
+    before: float = getattr(importlib.import_module(f"pyploop.{module}"), name)
+    for other in [m for n, m in sys.modules.items() if n.startswith("pyploop.")]:
+        if vars(other).get(name) is before:
+            setattr(other, name, value)
+
+
 def slow_down(factor: float) -> None:
-    """Make the deadlines longer, wherever modules have imported them."""
+    """Make the deadlines longer."""
     for module, names in LONGER.items():
         found = importlib.import_module(f"pyploop.{module}")
         for name in names.split():
-            before: float = getattr(found, name)
-            for other in [m for n, m in sys.modules.items() if n.startswith("pyploop.")]:
-                if vars(other).get(name) is before:
-                    setattr(other, name, before * factor)
+            _set(module, name, getattr(found, name) * factor)
+
+
+def set_deadlines(text: str) -> None:
+    """Those that are named, and no others."""
+    for word in text.split():
+        path, _, value = word.partition("=")
+        module, _, name = path.rpartition(".")
+        assert name in LONGER[module].split(), word
+        _set(module, name, float(value))
 
 
 if __name__ == "__main__":
-    slow_down(float(os.environ["PYPLOOP_SLOWNESS"]))
+    set_deadlines(os.environ.pop("PYPLOOP_DEADLINES", ""))
+    if factor := float(os.environ.get("PYPLOOP_SLOWNESS", "0")):
+        slow_down(factor)
     from pyploop.cli.main import program
 
     del sys.argv[1]
