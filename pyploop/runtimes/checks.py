@@ -84,7 +84,9 @@ CHECKS: dict[str, Check] = {
         "source", True, "nothing of the host is mounted below a bind of `config.json`"
     ),
     "runc-options": Check("both", True, "runc knows the `options` of `migrate.toml`"),
-    "ext4-mmp": Check("source", True, "no disk has ext4's multiple mount protection"),
+    "ext4-mmp": Check(
+        "source", True, "the target mounts disks with ext4's multiple mount protection at once"
+    ),
     "immutable-files": Check("source", False, "no file of a tree is immutable or append-only"),
     "tree": Check("source", False, "the trees can be copied, and rsync is installed"),
     "disk": Check("source", False, "the disks can be opened"),

@@ -46,7 +46,7 @@ class Configured(Unprepared):
 
     def mount(self, disk: Disk) -> None:
         others = [place for place in self._places() if place != disk.mount]
-        volumes.mount(disk, others, restricted=True)
+        volumes.mount(disk, others, restricted=True, copied=True)
 
     def release(self) -> None:
         for disk in self.disks(source=False):

@@ -14,6 +14,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from pyploop.disks import ext4_mmp
 from pyploop.errors import MigrateError, VzExitCode
 from pyploop.runtimes import Disk
 from pyploop.runtimes.config import within
@@ -76,10 +77,13 @@ def existing_parent(path: str) -> Path:
     return folder
 
 
-def mount(disk: Disk, foreign: Sequence[str] = (), *, restricted: bool = False) -> None:
+def mount(
+    disk: Disk, foreign: Sequence[str] = (), *, restricted: bool = False, copied: bool = False
+) -> None:
     """Attach the image to a loop device and mount it on its mount point.  foreign: folders
     whose contents came from the source; the mount point must not lie in one.
-    restricted: with nosuid and nodev, until `release`."""
+    restricted: with nosuid and nodev, until `release`.
+    copied: the image has just been copied from a disk that is mounted on another host."""
     options = disk.options
     if disk.fstype in _EXT and mount_options.value_of(options, "errors") is None:
         options += ",errors=remount-ro"  # its own superblock may ask for a panic
@@ -89,6 +93,8 @@ def mount(disk: Disk, foreign: Sequence[str] = (), *, restricted: bool = False) 
     try:
         fd = os.open(disk.image, os.O_RDWR | os.O_CLOEXEC)
         try:
+            if copied:
+                ext4_mmp.clear(fd)
             path, loop = kernel.attach_loop(fd, disk.image)
         finally:
             os.close(fd)

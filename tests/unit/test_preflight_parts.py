@@ -7,6 +7,7 @@ from __future__ import annotations
 import json
 import os
 import struct
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,9 @@ from support import needs, run
 
 from pyploop.disks import ext4_mmp
 from pyploop.errors import MigrateError, VzExitCode
+from pyploop.migration.source.checks import _check_mmp
 from pyploop.report.timeline import Recorder, chrome_trace
+from pyploop.runtimes import Disk
 from pyploop.runtimes.runc import contents, criu, criu_options, preflight_kernel, private_images
 from pyploop.runtimes.runc.preflight import CriuOptions
 from pyploop.runtimes.runc.preflight_files import deleted, descriptors, special
@@ -86,6 +89,62 @@ def test_the_wait_for_a_copy_with_mmp_is_known(tmp_path: Path, options: str, sec
         struct.pack_into("<H", data, 1024 + 0x166, 300)
         image.write_bytes(data)
         assert ext4_mmp.seconds(str(image)) == 2 * 360
+
+
+@pytest.mark.parametrize(
+    "features", ["mmp", "mmp,^metadata_csum", "mmp,metadata_csum_seed", "mmp,bigalloc"]
+)
+def test_e2fsck_accepts_a_copy_whose_mmp_is_cleared(tmp_path: Path, features: str) -> None:
+    needs("mkfs.ext4")
+    image = tmp_path / "image"
+    with image.open("wb") as f:
+        f.truncate(16 << 20)
+    run("mkfs.ext4", "-q", "-F", "-O", features, image)
+    clean = image.read_bytes()
+    at = struct.unpack_from("<Q", clean, 1024 + 0x168)[0] * _block_size(clean)
+    data = bytearray(clean)
+    struct.pack_into("<I", data, at + 4, 7)  # as if it were mounted; its checksum is wrong, too
+    image.write_bytes(data)
+    with image.open("r+b") as f:
+        ext4_mmp.clear(f.fileno())
+    assert image.read_bytes() == clean
+    run("e2fsck", "-f", "-n", image)
+
+
+def _block_size(image: bytes) -> int:
+    return 1024 << int(struct.unpack_from("<I", image, 1024 + 0x18)[0])
+
+
+def test_a_target_that_would_wait_for_mmp_is_refused(tmp_path: Path) -> None:
+    """Its agent is older, or the runtime mounts the disk."""
+    needs("mkfs.ext4")
+    image = tmp_path / "image"
+    with image.open("wb") as f:
+        f.truncate(16 << 20)
+    run("mkfs.ext4", "-q", "-F", "-O", "mmp", image)
+    new, old = frozenset({"tree", "mmp"}), frozenset({"tree"})
+    disk = Disk(str(image), "/mnt", "ext4", "", str(image))
+    _check_mmp([disk], new, "0.2.0 on b")
+    for one, takes in ((disk, old), (replace(disk, mount=""), new)):
+        with pytest.raises(MigrateError, match=r"would wait for 42 s .* pyploop 0.2.0 on b"):
+            _check_mmp([one], takes, "0.2.0 on b")
+
+
+@pytest.mark.parametrize("offset", [0x18, 0x168, 0x38])
+def test_what_is_no_mmp_block_is_not_written(tmp_path: Path, offset: int) -> None:
+    """Of a hostile source: the size of a block, the block's number; no ext4 at all."""
+    needs("mkfs.ext4")
+    image = tmp_path / "image"
+    with image.open("wb") as f:
+        f.truncate(16 << 20)
+    run("mkfs.ext4", "-q", "-F", "-O", "mmp", image)
+    for value in (0, 5, 0xFFFFFFFF):
+        data = bytearray(image.read_bytes())
+        struct.pack_into("<I", data, 1024 + offset, value)
+        image.write_bytes(data)
+        with image.open("r+b") as f:
+            ext4_mmp.clear(f.fileno())
+        assert image.read_bytes() == data
 
 
 # ---- CRIU's options

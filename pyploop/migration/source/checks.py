@@ -95,6 +95,9 @@ class Here:
         self.found.end()
         remote.capabilities = checked.get("takes", [])  # an older agent does not name them
         runtime.peer_takes = frozenset(remote.capabilities)
+        if request.live:
+            with naming("ext4-mmp"):
+                _check_mmp(self.disks, runtime.peer_takes, f"{remote.version} on {request.host}")
         runtime.peer_wants = frozenset(checked.get("wants", []))
         if runtime.trees() and "tree" not in remote.capabilities:
             with naming("agent-version"):
@@ -200,9 +203,6 @@ def here(host: HostConfig, runtime: Runtime, request: Request, report: Reporter)
         if "lazy" in facts:
             facts["lazy"]["want"] = request.lazy_restore
         disks = runtime.disks(source=True)
-        if request.live:
-            with found.named("ext4-mmp"):
-                _check_mmp(disks)
     if found.has("tree"):
         facts = None
     elif facts is not None:
@@ -212,9 +212,12 @@ def here(host: HostConfig, runtime: Runtime, request: Request, report: Reporter)
     return Here(runtime, request, report, state.running, facts, disks, found)
 
 
-def _check_mmp(disks: list[Disk]) -> None:
-    """MigrateError(15) when the target would wait before it mounts a disk."""
+def _check_mmp(disks: list[Disk], peer_takes: frozenset[str], peer: str) -> None:
+    """MigrateError(15) when the target would wait before it mounts a disk: its pyploop is too
+    old, or does not mount the disk itself."""
     for disk in disks:
+        if disk.mount and "mmp" in peer_takes:
+            continue
         try:
             seconds = ext4_mmp.seconds(disk.source)
         except OSError:  # the one who opens it says why
@@ -224,8 +227,8 @@ def _check_mmp(disks: list[Disk]) -> None:
                 VzExitCode.BAD_CONFIG,
                 f"{disk.image} is an ext4 with multiple mount protection (MMP): the target's "
                 f"kernel would wait for {seconds} s before it mounts the copy, with the container "
-                "suspended",
+                f"suspended, because pyploop {peer} cannot prevent that",
                 path=disk.image,
-                hint=f"stop the container, unmount the disk, run tune2fs -O ^mmp {disk.image}, and "
-                "start it again; or migrate without --live",
+                hint="install a newer pyploop there; or stop the container, unmount the disk, run "
+                f"tune2fs -O ^mmp {disk.image}, and start it again",
             )

@@ -23,12 +23,12 @@ from pyploop.system import cpu, file_systems, helpers
 
 CAPABILITIES = (
     *("memory", "tree", "channels", "window", "probe", "post-copy", "lazy-rounds"),
-    "lanes",
+    *("lanes", "mmp"),
 )
 """Optional parts of this major version of the protocol: memory rounds, trees, channels
 with a number above channels.LAST_OLD, the window of a channel of memory images, probes
-of the connection, pages that come after the commit, and lanes.  `capabilities` adds what this host
-has."""
+of the connection, pages that come after the commit, lanes, and disks with ext4's multiple mount
+protection.  `capabilities` adds what this host has."""
 
 
 def capabilities() -> list[str]:
