@@ -136,6 +136,9 @@ CHECKS: dict[str, Check] = {
         "its name",
     ),
     "podman-bind": Check("source", False, "each bind mount moves, or is external (`[podman]`)"),
+    "podman-shared": Check(
+        "source", False, "no other container uses a volume or a bind mount that moves"
+    ),
     "podman-link": Check("source", True, "each of the container's links is a veth"),
     "podman-description": Check("both", False, "Podman describes the container"),
     "podman-network": Check("target", False, "Podman has the container's networks"),

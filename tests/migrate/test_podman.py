@@ -131,6 +131,12 @@ def test_bind_mounts_move_where_the_configuration_says_so(both: Lab) -> None:
     binds = ("--volume=/srv/moves/data:/data", "--volume=/srv/stays:/stays:ro")
     podman.start(both.a, *ISOLATED, *binds, script=FOREVER)
     try:
+        # One that does not even run would lose its folder.
+        create = ("podman", "create", "--name=another", "--volume=/srv/moves:/all")
+        both.a.run(*create, podman.IMAGE, "sh")
+        done = migrate(both, both.a)
+        assert done.code == 15 and "another, too (/srv/moves)" in done.errors
+        both.a.run("podman", "rm", "another")
         done = migrate(both, both.a)
         assert done.code == 0, done.errors
         seen = both.b.run("podman", "exec", podman.NAME, "cat", "/data/file", "/stays/host")

@@ -75,6 +75,21 @@ class Podman:
         found = self._parsed(output)
         return found[0] if isinstance(found, list) and found else None
 
+    def all_inspected(self) -> list[dict[str, Any]]:
+        """The same for all containers, running or not.  MigrateError(15)."""
+        ids = self.run("ps", "--all", "--quiet", "--no-trunc").split()
+        if not ids:
+            return []
+        # It fails when one has gone since, and prints the others.
+        output = self.tried("container", "inspect", *ids)[1]
+        found = self._parsed(output)
+        if not isinstance(found, list):
+            raise MigrateError(
+                VzExitCode.BAD_CONFIG,
+                f"{self.program} container inspect printed no list: {last_words(output)}",
+            )
+        return found
+
     def info(self) -> dict[str, Any]:
         """What `podman info` prints, with `version` beside it."""
         found = self._parsed(self.run("info", "--format", "json"))

@@ -16,7 +16,7 @@ from pyploop.runtimes import Copied, Facts, Item, copied
 from pyploop.runtimes.checks import Checks
 from pyploop.runtimes.config import HostConfig
 from pyploop.runtimes.oci import bundles
-from pyploop.runtimes.podman import extras, links, movable, restored
+from pyploop.runtimes.podman import extras, links, movable, restored, sharing
 from pyploop.runtimes.podman.command import LONGEST
 from pyploop.runtimes.podman.container import PodmanContainer
 from pyploop.runtimes.podman.exported import export
@@ -77,6 +77,8 @@ class PodmanSource(PodmanContainer, SourceSteps):
             with checks.named("podman-link"):
                 self._need_links(found.namespace)
         allowed = self._host.podman_external
+        with checks.named("podman-shared"):
+            self._check_alone()
         external, unknown = movable.external(config, found, here, self._config, allowed)
         for path in unknown:
             with checks.named("podman-bind"):
@@ -119,6 +121,12 @@ class PodmanSource(PodmanContainer, SourceSteps):
                 VzExitCode.NO_CONTAINER, f"Podman has no container {self.container} on this host"
             )
         return self._found
+
+    def _check_alone(self) -> None:
+        """MigrateError(15) when another container uses what is removed when this one has moved."""
+        folders = self._config.trees[1:]
+        moving = {self.runc_id}
+        sharing.check(self._podman, self._host.runc_root, self.container, folders, moving)
 
     def _need_links(self, namespace: str) -> None:
         """MigrateError(15) when a link cannot be cut."""
@@ -240,6 +248,8 @@ class PodmanSource(PodmanContainer, SourceSteps):
             return
         # Another one may have got its name since.
         ours = self._found is not None and self._found.id == self.runc_id
+        if ours:
+            self._check_alone()  # again: somebody may have started another one meanwhile
         for tree in self._config.trees if ours else ():
             copied.check_same(tree, known)
         if self._exists():

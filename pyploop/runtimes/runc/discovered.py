@@ -17,7 +17,7 @@ import json
 import os
 import socket
 import struct
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -67,22 +67,40 @@ def table(runc_root: str, name: str) -> dict[str, Any]:
 def _check_alone(runc_root: str, name: str, trees: Sequence[str]) -> None:
     """MigrateError(15) when another container of runc's uses a tree, too: it would be removed
     here afterwards."""
-    for other in sorted({p.name for p in Path(runc_root).iterdir()} - {name}):
-        try:
-            config = json.loads((Path(runc_root) / other / "state.json").read_bytes())["config"]
-        except (OSError, ValueError, LookupError, TypeError):  # another folder, or gone
-            continue
-        used = [config.get("rootfs"), *(m.get("source") for m in config.get("mounts") or ())]
-        for path in (p for p in used if isinstance(p, str) and p.startswith("/")):
-            if tree := next((t for t in trees if within(path, t) or within(t, path)), None):
-                raise MigrateError(
-                    VzExitCode.BAD_CONFIG,
-                    f"{tree} of {name} is used by the container {other}, too ({path}), and would "
-                    "be removed here after the migration",
-                    path=tree,
-                    hint=f"write [container.{name}] into migrate.toml, and the folder into its "
-                    "external, if the target has it already",
-                )
+    real = {os.path.realpath(t): t for t in trees}
+    for other, path in used(runc_root, {name}):
+        there = os.path.realpath(path)
+        if tree := next((t for r, t in real.items() if shares(there, r)), None):
+            raise MigrateError(
+                VzExitCode.BAD_CONFIG,
+                f"{tree} of {name} is used by the container {other}, too ({path}), and would "
+                "be removed here after the migration",
+                path=tree,
+                hint=f"write [container.{name}] into migrate.toml, and the folder into its "
+                "external, if the target has it already",
+            )
+
+
+def shares(path: str, folder: str) -> bool:
+    """Whether what is bound into a container has a part in the folder.  A container that has the
+    whole host, to look after it, does not count.  Both paths without links."""
+    return within(path, folder) or (within(folder, path) and path not in TOPS)
+
+
+def used(runc_root: str, without: Collection[str]) -> Iterator[tuple[str, str]]:
+    """(container, path): root and binds of each container that runc knows, without those of these
+    names."""
+    with contextlib.suppress(OSError):  # runc has never run here
+        for other in sorted({p.name for p in Path(runc_root).iterdir()} - {*without}):
+            try:
+                config = json.loads((Path(runc_root) / other / "state.json").read_bytes())["config"]
+                paths = [
+                    config.get("rootfs"),
+                    *(m.get("source") for m in config.get("mounts") or ()),
+                ]
+            except (OSError, ValueError, LookupError, TypeError, AttributeError):
+                continue  # another folder, or gone
+            yield from ((other, p) for p in paths if isinstance(p, str) and p.startswith("/"))
 
 
 def link_commands(namespace: str) -> dict[str, list[str]]:
