@@ -256,6 +256,21 @@ def test_without_trust_podman_s_containers_do_not_come_stopped_either(both: Lab)
     assert podman.states(both.a) == {podman.NAME: "running"}
 
 
+def test_a_pause_by_somebody_else_ends_the_migration_and_podman_knows_that_it_goes_on(
+    both: Lab,
+) -> None:
+    script = "head -c 600000 /dev/urandom >/data/much; " + FOREVER
+    podman.start(both.a, *ISOLATED, "--volume=data:/data", script=script)
+    with moving.migration(both, both.a, "--bwlimit=400K", name=WORD) as one:
+        wait_until(lambda: one.phase() == "first pass", "the copy has begun", 40)
+        both.a.run("podman", "pause", podman.NAME)
+        done = one.wait()
+    assert done.code == 8 and "was paused during the migration" in done.errors
+    assert podman.states(both.a) == {podman.NAME: "running"}
+    assert both.a.run("podman", "exec", podman.NAME, "cat", "/etc/note") == "image\n"
+    assert not debris(both.b, runs_here=False).get("files")
+
+
 def test_the_prefix_and_the_option_name_the_same_runtime(both: Lab) -> None:
     podman.start(both.a, *ISOLATED, script=FOREVER)
     for word in ((WORD,), ("--runtime=podman", podman.NAME)):

@@ -233,6 +233,21 @@ class PodmanSource(PodmanContainer, SourceSteps):
             *("container", "stop", "-t", "0", self.runc_id), code=VzExitCode.DUMP_FAILED
         )
 
+    def resume(self) -> None:
+        super().resume()
+        status = self._podman.tried(
+            *("container", "inspect", "--format", "{{.State.Status}}", self.runc_id)
+        )[1]
+        freezer = self._freezer()
+        if status.strip() == "paused" and freezer is not None:
+            # By somebody's `podman pause`, meanwhile.  Podman must know that it runs again, and
+            # resumes only what is frozen.
+            try:
+                freezer.freeze()
+                self._podman.run("container", "unpause", self.runc_id, code=VzExitCode.DUMP_FAILED)
+            finally:
+                freezer.thaw()
+
     def start(self) -> None:
         if not self.state().running:
             self._podman.run("container", "start", self.runc_id, code=VzExitCode.RESTORE_FAILED)
