@@ -278,3 +278,8 @@ def test_the_prefix_and_the_option_name_the_same_runtime(both: Lab) -> None:
         options = ["--config", container.PYPLOOP_CONFIG, *word[:-1]]
         both.a.run(*command, *options, "b", word[-1], timeout=moving.SECONDS)
     assert Path(WORD).name == WORD
+    identity = podman.inspect(both.a)["Id"]
+    refused = moving.migrate(both, both.a, "--check-only", name=identity)
+    assert refused.code == 15 and "is a container of Podman" in refused.errors
+    refused = moving.migrate(both, both.a, "--check-only", name=f"podman:{identity[:12]}")
+    assert refused.code == 15 and f"name it: {WORD}" in refused.errors

@@ -120,6 +120,13 @@ class PodmanSource(PodmanContainer, SourceSteps):
             raise MigrateError(
                 VzExitCode.NO_CONTAINER, f"Podman has no container {self.container} on this host"
             )
+        if self._found.name != self.container:
+            # Locks and records go by the name.
+            raise MigrateError(
+                VzExitCode.BAD_CONFIG,
+                f"{self.container} is the ID of the container {self._found.name}",
+                hint=f"name it: podman:{self._found.name}",
+            )
         return self._found
 
     def _check_alone(self) -> None:

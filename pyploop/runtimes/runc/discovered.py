@@ -52,6 +52,13 @@ def table(runc_root: str, name: str) -> dict[str, Any]:
     (15): config.json cannot be read."""
     bundle = _bundle(runc_root, name)
     config = bundles.read(bundle)
+    if (config.get("annotations") or {}).get("io.container.manager") == "libpod":
+        # As one of runc's it would lose its image, and Podman would not know that it has gone.
+        raise MigrateError(
+            VzExitCode.BAD_CONFIG,
+            f"{name} is a container of Podman",
+            hint=f"pyploop migrate HOST podman:NAME (podman ps --filter id={name[:12]} names it)",
+        )
     found: dict[str, Any] = {"bundle": bundle}
     network_path = _network(config)
     if network_path:
