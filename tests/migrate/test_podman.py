@@ -99,10 +99,27 @@ def test_output_shared_memory_and_changes_of_the_image_move(both: Lab) -> None:
     assert not debris(both.a, runs_here=False)
 
 
+def volume_of(host: Host) -> Path:
+    return host.outside(podman.inspect(host, "volume", podman.VOLUME)["Mountpoint"])
+
+
+def own_volume(host: Host) -> None:
+    """Give the volume's folder an owner, as a database does."""
+    os.chown(volume_of(host), 7, 8)
+    volume_of(host).chmod(0o1750)
+
+
+def check_own_volume(host: Host) -> None:
+    """Podman has not given it another one, as it does for a new volume."""
+    found = volume_of(host).stat()
+    assert (found.st_uid, found.st_gid, found.st_mode & 0o7777) == (7, 8, 0o1750)
+
+
 def test_without_live_it_is_stopped_and_started_on_the_other_host(both: Lab) -> None:
     script = "echo $(cat /data/runs 2>/dev/null) run >/data/runs; exec sleep 600"
     options = ("--volume=data:/data", "--restart=always", "--stop-timeout=1")
-    podman.start(both.a, *ISOLATED, *options, script=script)
+    podman.start(both.a, *ISOLATED, *options, "--volume=data:/again", script=script)
+    own_volume(both.a)
     word = ["pyploop", "migrate", "--config", container.PYPLOOP_CONFIG, "b", WORD]
     both.a.run(*word, timeout=moving.SECONDS)
     assert only_side(both) is both.b
@@ -111,9 +128,11 @@ def test_without_live_it_is_stopped_and_started_on_the_other_host(both: Lab) -> 
     assert not debris(both.a, runs_here=False)
     # It was started by Podman from what it was created with, and is as fit to move as before.
     both.b.run("podman", "restart", podman.NAME)
+    check_own_volume(both.b)
     done = migrate(both, both.b)
     assert done.code == 0, done.errors
     both.a.run("podman", "restart", podman.NAME)
+    check_own_volume(both.a)
     spec = json.loads(both.a.outside(podman.inspect(both.a)["OCIConfigPath"]).read_text())
     points = [m["destination"] for m in spec["mounts"]]
     assert sorted(points) == sorted(set(points)), "something is mounted twice"

@@ -77,7 +77,10 @@ def _found(raw: dict[str, Any]) -> Found:
         namespace=str((raw.get("NetworkSettings") or {}).get("SandboxKey") or ""),
         log=str(log.get("Path") or "") if log.get("Type") in ("k8s-file", "json-file") else "",
         conmon=int(raw["State"].get("ConmonPid") or 0),
-        volumes=tuple(Volume(m["Name"], m["Source"]) for m in mounts if m["Type"] == "volume"),
-        binds=tuple(m["Source"] for m in mounts if m["Type"] == "bind"),
+        # One may be mounted in several places.
+        volumes=tuple(
+            dict.fromkeys(Volume(m["Name"], m["Source"]) for m in mounts if m["Type"] == "volume")
+        ),
+        binds=tuple(dict.fromkeys(m["Source"] for m in mounts if m["Type"] == "bind")),
         raw=raw,
     )

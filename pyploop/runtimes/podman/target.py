@@ -21,6 +21,7 @@ from pyploop.runtimes.podman.container import STAGE, PodmanContainer
 from pyploop.runtimes.podman.exported import Exported
 from pyploop.runtimes.podman.fitting import Coming
 from pyploop.runtimes.podman.host import PodmanHost, look
+from pyploop.runtimes.podman.new_volumes import NewVolumes
 from pyploop.runtimes.podman.placed import Placed
 from pyploop.runtimes.podman.restored import FOLDER, Order
 from pyploop.runtimes.podman.source import IMAGE, LOG
@@ -93,6 +94,10 @@ class PodmanTarget(PodmanContainer, TargetSteps):
             config["linux"]["namespaces"] = [{"type": n["type"]} for n in namespaces]
             with found.named("config-host"):
                 host_fit.check_target(config, live)
+
+    @property
+    def _new_volumes(self) -> NewVolumes:
+        return NewVolumes(self._podman, self.runc_id)
 
     @property
     def _stage(self) -> str:
@@ -187,6 +192,7 @@ class PodmanTarget(PodmanContainer, TargetSteps):
         if self._exists():  # of a restore that has failed
             self._clear()
         fitting.check_volumes(self._podman, it)
+        self._new_volumes.make(it.volumes, it.image)
         programs = {
             "podman": self._podman.program,
             "conmon": self._here.conmon,
@@ -231,6 +237,7 @@ class PodmanTarget(PodmanContainer, TargetSteps):
                     f"podman cannot restore {self.container}: {last_words(output)}",
                 )
             self._cut()
+            self._new_volumes.remove()  # the container has them now
         except OSError as e:  # TimeoutError is one
             self._early.drop(patience=0.0)
             raise MigrateError(
@@ -315,6 +322,7 @@ class PodmanTarget(PodmanContainer, TargetSteps):
             super().start()
             return
         assert self._here is not None
+        self._new_volumes.make(self._coming.volumes, self._coming.image)
         with contextlib.ExitStack() as stack:
             folder = Path(self._stage, FOLDER)
             stack.callback(shutil.rmtree, folder, ignore_errors=True)
@@ -338,6 +346,7 @@ class PodmanTarget(PodmanContainer, TargetSteps):
                 VzExitCode.RESTORE_FAILED,
                 f"podman cannot make {self.container}: {last_words(output)}",
             )
+        self._new_volumes.remove()
         spec = bundles.read(self._config.bundle)
         root = str((spec.get("root") or {}).get("path") or "")
         self._placed().check_root(root)
@@ -364,7 +373,9 @@ class PodmanTarget(PodmanContainer, TargetSteps):
 
     def _clear(self) -> None:
         self._written = None
+        ours = self._new_volumes.remove()
         if self._exists():
+            ours = True
             self._cut_anyhow()
             self._hold_processes()
             with contextlib.suppress(MigrateError, OSError):
@@ -374,10 +385,10 @@ class PodmanTarget(PodmanContainer, TargetSteps):
                 *("container", "rm", "-f", "-t", "0", self.runc_id),
                 code=VzExitCode.RESTORE_FAILED,
             )
-            # Only now: the volumes were made with it, and not by somebody else.
-            for volume in self.instance["volumes"]:
-                if self._podman.says_yes("volume", "exists", volume):
-                    self._podman.run("volume", "rm", volume, code=VzExitCode.RESTORE_FAILED)
+        # Only with one of them: else somebody else has made the volumes.
+        for volume in self.instance["volumes"] if ours else ():
+            if self._podman.says_yes("volume", "exists", volume):
+                self._podman.run("volume", "rm", volume, code=VzExitCode.RESTORE_FAILED)
         links.unblock(self.runc_id)
 
     @property
