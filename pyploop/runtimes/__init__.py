@@ -316,5 +316,9 @@ class Runtime(Protocol):
         """Restore and resume.  Calls `commit` when all that may fail is done, before the
         container runs or answers.  When `commit` raises, the container does not run."""
 
+    def settled(self) -> None:
+        """The container runs here, and its files are about to be removed at the source: write to
+        the disk what was done with them since they came.  OSError."""
+
     def abandon(self) -> None:
         """Undo a restore, also one that failed half-way."""

@@ -32,3 +32,6 @@ class Unprepared:
 
     def give_up(self) -> None:
         pass
+
+    def settled(self) -> None:
+        pass

@@ -9,9 +9,10 @@ from typing import Any
 import pytest
 
 from pyploop.errors import BusyError
-from pyploop.migration import commit_record, deadlines
+from pyploop.migration import commit_record, deadlines, undo_kinds
 from pyploop.migration.target import settle
 from pyploop.runtimes.config import HostConfig
+from pyploop.runtimes.unprepared import Unprepared
 from pyploop.undo.journal import Journal
 
 
@@ -34,7 +35,11 @@ def runs(answer: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     def state(log: Any) -> bool:
         return answer
 
+    def runtime(fields: Any) -> Unprepared:
+        return Unprepared()
+
     monkeypatch.setattr(settle, "_runs", state)
+    monkeypatch.setattr(undo_kinds, "runtime_of", runtime)
 
 
 @pytest.mark.parametrize(

@@ -16,12 +16,16 @@ import pytest
 from support import needs
 
 from pyploop.errors import MigrateError
+from pyploop.migration.target import settle
 from pyploop.runtimes.config import HostConfig
 from pyploop.runtimes.podman import criu_stub, extras, fitting, links
 from pyploop.runtimes.podman.command import Podman
 from pyploop.runtimes.podman.host import number_of
 from pyploop.runtimes.podman.placed import Placed
+from pyploop.runtimes.podman.runtime import PodmanRuntime
 from pyploop.runtimes.registry import make_runtime, split
+from pyploop.system import kernel
+from pyploop.undo.journal import Journal
 
 ID, IMAGE = "a" * 64, "b" * 64
 FACTS: dict[str, Any] = {
@@ -161,6 +165,23 @@ def test_after_the_restore_nothing_is_left_of_the_way(graph: Path) -> None:
     one.put(str(graph / "overlay/l/merged"))
     one.tidy()
     assert not (graph / "in").exists()
+
+
+@pytest.mark.invariant(number=4)
+def test_what_was_renamed_is_on_the_disk_before_the_source_may_remove_its_own(
+    graph: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    synced = []
+
+    def sync(fd: int, path: str) -> None:
+        synced.append(path)
+
+    monkeypatch.setattr(kernel, "syncfs", sync)
+    runtime = PodmanRuntime.__new__(PodmanRuntime)
+    runtime.instance = {"graph": str(graph)}
+    log = Journal.create("a migration", graph, side="target")
+    assert settle.complete(log, runtime) == []
+    assert synced == [str(graph)]
 
 
 @pytest.mark.parametrize("root", ["/etc", "/graph/overlay/../../etc/merged", "/graph/overlay/l"])

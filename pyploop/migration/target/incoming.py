@@ -374,7 +374,7 @@ class Incoming:
         """The container stays: forget how it is undone, and remove what only the migration
         needed.  Returns what could not be removed."""
         self._files.close()
-        failed = complete(self._journal)
+        failed = complete(self._journal, self._runtime)
         self.record.close()
         return failed
 

@@ -33,7 +33,7 @@ def settle(host: HostConfig, migration: str) -> dict[str, Any]:
         if word == commit_record.RAN or (
             word == commit_record.COMMITTED and (log is None or _runs(log))
         ):
-            failed = complete(log.adopt()) if log else []
+            failed = complete(log.adopt(), undo_kinds.runtime_of(log.fields)) if log else []
             return {"verdict": commit_record.COMMITTED, "failed": failed}
         # Committed and not running: the agent was killed before the container could run.
         failed = undo_kinds.undo_all(log.adopt(), bool(log.fields.get("keep"))) if log else []
@@ -83,8 +83,14 @@ def settle_dead(host: HostConfig, runtime: Runtime) -> None:
             )
 
 
-def complete(log: Journal) -> list[str]:
-    """Undo only what the migration needed on its way, and forget the other undo steps."""
+def complete(log: Journal, runtime: Runtime) -> list[str]:
+    """Undo only what the migration needed on its way, and forget the other undo steps.  The source
+    removes its files after this."""
+    failed = []
+    try:
+        runtime.settled()
+    except OSError as e:
+        failed.append(f"{e.filename}: what has come may not be on the disk yet: {e.strerror}")
     guarded = {
         e["images"] for e in log.entries if e["kind"] == "lazy-guard" and lazy_record.in_use(e)
     }
@@ -97,4 +103,4 @@ def complete(log: Journal) -> list[str]:
             Path(entry["kept"]).unlink(missing_ok=True)  # a resumable file that was not used
         if not entry.get("transient") or entry.get("path") in guarded:
             undo_kinds.note_done(log, entry)
-    return undo_kinds.undo_all(log)
+    return failed + undo_kinds.undo_all(log)

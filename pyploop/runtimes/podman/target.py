@@ -27,6 +27,7 @@ from pyploop.runtimes.podman.restored import FOLDER, Order
 from pyploop.runtimes.podman.source import IMAGE, LOG
 from pyploop.runtimes.runc import contents, criu_gate, host_fit
 from pyploop.runtimes.runc.target import TargetSteps, work_of
+from pyploop.system import kernel
 from pyploop.system.commands import Command, last_words
 
 IN_USE = 2
@@ -354,6 +355,16 @@ class PodmanTarget(PodmanContainer, TargetSteps):
         extras.unpack_log(f"{self._config.bundle}/ctr.log", Path(self._stage, LOG), None)
         self._podman.run("container", "start", self.runc_id, code=VzExitCode.RESTORE_FAILED)
         self._placed().tidy()
+
+    def settled(self) -> None:
+        """Its files have been renamed, and a power failure could undo that."""
+        graph = str(self.instance.get("graph") or "")
+        if graph:
+            fd = os.open(graph, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+            try:
+                kernel.syncfs(fd, graph)
+            finally:
+                os.close(fd)
 
     # ---- undo
 
