@@ -21,13 +21,14 @@ from pyploop.runtimes.config import HostConfig
 from pyploop.runtimes.podman import criu_stub, extras, fitting, links
 from pyploop.runtimes.podman.command import Podman
 from pyploop.runtimes.podman.host import number_of
+from pyploop.runtimes.podman.image import Image
 from pyploop.runtimes.podman.placed import Placed
 from pyploop.runtimes.podman.runtime import PodmanRuntime
 from pyploop.runtimes.registry import make_runtime, split
 from pyploop.system import kernel
 from pyploop.undo.journal import Journal
 
-ID, IMAGE = "a" * 64, "b" * 64
+ID, IMAGE, LAYER = "a" * 64, "b" * 64, "c" * 64
 FACTS: dict[str, Any] = {
     "external": ["/etc/ssl"],
     "podman": {
@@ -39,6 +40,7 @@ FACTS: dict[str, Any] = {
             "rootfsImageID": IMAGE,
             "newNetworks": {"lan": {}},
         },
+        "image": {"layers": [f"sha256:{LAYER}"], "names": ["localhost/web:1"]},
         "network": {"lan": {"interfaces": {"eth0": {"mac_address": "02:00:00:00:00:01"}}}},
         "root": "/graph/overlay/x/merged",
         "volumes": {"data": "/graph/volumes/data/_data"},
@@ -50,13 +52,16 @@ FACTS: dict[str, Any] = {
 
 def test_what_a_source_says_of_a_container_is_understood() -> None:
     found = fitting.coming(FACTS)
-    assert (found.id, found.image, found.networks) == (ID, IMAGE, {"lan": {}})
+    assert (found.id, found.networks) == (ID, {"lan": {}})
+    assert found.image == Image(IMAGE, (LAYER,), ("localhost/web:1",))
     assert found.addresses == ["02:00:00:00:00:01"]
 
 
 WRONG: dict[str, tuple[tuple[str, ...], Any]] = {
     "an ID that is a path": (("config", "id"), "../../etc"),
     "an image that is an option": (("config", "rootfsImageID"), "--all"),
+    "a layer that leads upwards": (("image", "layers"), ["../" + LAYER]),
+    "a name of an image that is an option": (("image", "names"), ["--all"]),
     "a volume that leads upwards": (("volumes",), {"../x": "/graph/volumes/x/_data"}),
     "a volume that is an option": (("volumes",), {"--all": "/graph/volumes/x/_data"}),
     "a folder that leads upwards": (("binds",), ["/srv/../etc"]),

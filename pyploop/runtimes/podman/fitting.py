@@ -16,6 +16,7 @@ from pyploop.errors import MigrateError, VzExitCode
 from pyploop.runtimes import Facts
 from pyploop.runtimes.checks import Checks
 from pyploop.runtimes.config import within
+from pyploop.runtimes.podman import image
 from pyploop.runtimes.podman.command import Podman
 from pyploop.runtimes.podman.container import ID
 from pyploop.runtimes.podman.exported import Exported
@@ -35,6 +36,7 @@ class Coming:
     host: Mapping[str, Any]
     """Its Podman (host.PodmanHost)."""
     exported: Exported
+    image: image.Image
     root: str
     """Its root, as the source's config.json names it."""
     volumes: Mapping[str, str]
@@ -60,10 +62,6 @@ class Coming:
             refuse("the source announces a link of the container without a hardware address")
         return found
 
-    @property
-    def image(self) -> str:
-        return str(self.exported.config.get("rootfsImageID") or "")
-
 
 def coming(facts: Facts) -> Coming:
     """MigrateError(15) for what no pyploop sends."""
@@ -75,15 +73,16 @@ def coming(facts: Facts) -> Coming:
             id=str(exported.config["id"]),
             host=dict(told["host"]),
             exported=exported,
+            image=image.parse(str(exported.config["rootfsImageID"]), told["image"]),
             root=_path(told["root"]),
             volumes={_name(k): _path(v) for k, v in dict(told["volumes"]).items()},
             binds=[_path(p) for p in told["binds"]],
             owned=[_path(p) for p in told["owned"]],
             external=[_path(p) for p in facts.get("external") or ()],
         )
-        addresses, image = found.addresses, found.image
+        addresses = found.addresses
         assert isinstance(exported.config["spec"], dict)
-        assert ID.fullmatch(found.id) and ID.fullmatch(image) and addresses is not None
+        assert ID.fullmatch(found.id) and ID.fullmatch(found.image.id) and addresses is not None
     except (AssertionError, AttributeError, KeyError, TypeError, ValueError) as e:
         refuse(f"the source's description of the container is not one: {e!r}")
     return found

@@ -16,18 +16,16 @@ from pyploop.runtimes import Copied, Facts, Item, copied
 from pyploop.runtimes.checks import Checks
 from pyploop.runtimes.config import HostConfig
 from pyploop.runtimes.oci import bundles
-from pyploop.runtimes.podman import extras, links, movable, restored, sharing
-from pyploop.runtimes.podman.command import LONGEST
+from pyploop.runtimes.podman import extras, image, links, movable, restored, sharing
 from pyploop.runtimes.podman.container import PodmanContainer
 from pyploop.runtimes.podman.exported import export
 from pyploop.runtimes.podman.found import Found
 from pyploop.runtimes.podman.host import look
 from pyploop.runtimes.runc import contents, host_fit, tmpfs
 from pyploop.runtimes.runc.source import SourceSteps, work_of
-from pyploop.system.commands import Command, last_words
 
-IMAGE, LOG = "image.tar", "output"
-"""Labels of the static files."""
+LOG = "output"
+"""Label of a static file."""
 _FIRST = (
     *("podman-rootless", "podman-version", "podman-storage", "podman-runtime", "podman-running"),
     *("podman-root", "podman-pod", "podman-privileged", "podman-users", "network-namespace"),
@@ -97,6 +95,7 @@ class PodmanSource(PodmanContainer, SourceSteps):
                 "host": here.told(),
                 "config": exported.config,
                 "network": exported.network,
+                "image": image.find(self._podman, str(found.raw["Image"])).sent(),
                 "root": found.merged,
                 "volumes": {v.name: v.path for v in found.volumes},
                 "binds": [b for b in found.binds if self._is_moved(b)],
@@ -156,9 +155,12 @@ class PodmanSource(PodmanContainer, SourceSteps):
     # ---- static files
 
     def items(self) -> list[Item]:
-        found, made = self._need_found(), []
-        if IMAGE in self.peer_wants:
-            made.append(Item(IMAGE, self._saved_image(found)))
+        found = self._need_found()
+        made: list[Item] = []
+        if image.CONFIG in self.peer_wants:
+            made += image.save(
+                self._podman, str(found.raw["Image"]), self.peer_wants, self._unnamed
+            )
         if found.log and (path := self._copied_log(found.log)):
             made.append(Item(LOG, path))
         return made
@@ -169,26 +171,6 @@ class PodmanSource(PodmanContainer, SourceSteps):
         file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115 - `discard` or the end closes it
         self._files.append(file)
         return file
-
-    def _saved_image(self, found: Found) -> str:
-        file = self._unnamed()
-        name = str(found.raw.get("ImageName") or "")
-        image = str(found.raw["Image"])
-        known = self._podman.tried("image", "inspect", "--format", "{{.Id}}", name)[1].strip()
-        what = name if known == image else image
-        words = [self._podman.program, "image", "save", "--format", "docker-archive", what]
-        # The output of a command is its archive here, and not a text.
-        command = ["sh", "-c", f'exec "$@" >/proc/self/fd/{file.fileno()}', "sh", *words]
-        try:
-            status, output = Command(command, [file.fileno()]).wait(LONGEST)
-        except OSError as e:
-            status, output = -1, e.strerror or str(e)
-        if status:
-            raise MigrateError(
-                VzExitCode.COPY_FAILED,
-                f"{' '.join(words)} ended with {status}: {last_words(output)}",
-            )
-        return f"/proc/self/fd/{file.fileno()}"
 
     def _copied_log(self, log: str) -> str:
         """The output so far, which grows meanwhile; empty when there is none."""

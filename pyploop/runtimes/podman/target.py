@@ -15,8 +15,7 @@ from pyploop.runtimes import LARGEST_FILE, Facts
 from pyploop.runtimes.checks import Checks, naming
 from pyploop.runtimes.config import ContainerConfig, HostConfig
 from pyploop.runtimes.oci import bundles, config_json, criu_images, destinations
-from pyploop.runtimes.podman import extras, fitting, links
-from pyploop.runtimes.podman.command import LONGEST
+from pyploop.runtimes.podman import extras, fitting, image, links
 from pyploop.runtimes.podman.container import STAGE, PodmanContainer
 from pyploop.runtimes.podman.exported import Exported
 from pyploop.runtimes.podman.fitting import Coming
@@ -24,14 +23,11 @@ from pyploop.runtimes.podman.host import PodmanHost, look
 from pyploop.runtimes.podman.new_volumes import NewVolumes
 from pyploop.runtimes.podman.placed import Placed
 from pyploop.runtimes.podman.restored import FOLDER, Order
-from pyploop.runtimes.podman.source import IMAGE, LOG
+from pyploop.runtimes.podman.source import LOG
 from pyploop.runtimes.runc import contents, criu_gate, host_fit
 from pyploop.runtimes.runc.target import TargetSteps, work_of
 from pyploop.system import kernel
 from pyploop.system.commands import Command, last_words
-
-IN_USE = 2
-"""Exit status of `podman image rm` when a container uses it."""
 
 
 class PodmanTarget(PodmanContainer, TargetSteps):
@@ -54,12 +50,14 @@ class PodmanTarget(PodmanContainer, TargetSteps):
         with naming("podman-description"):
             self._coming = it = fitting.coming(facts)
         fitting.check(self._podman, self.container, here, it, found, live=live)
-        wanted = not self._podman.says_yes("image", "exists", it.image)
-        self.wants = frozenset({IMAGE} if wanted else ())
+        known = self._podman.says_yes("image", "exists", it.image.id)
+        self.wants = frozenset() if known else image.lacking(self._podman, it.image)
         self.instance = {
             "id": it.id,
             "volumes": {v: f"{here.volumes}/{v}/_data" for v in it.volumes},
-            "image": it.image if wanted else "",
+            "image": it.image.id,
+            "image_known": known,
+            "image_names": image.free_names(self._podman, it.image),
             "graph": here.graph_root,
         }
         self._config = self._coming_config(it, here)
@@ -136,7 +134,7 @@ class PodmanTarget(PodmanContainer, TargetSteps):
     # ---- files
 
     def destination(self, label: str) -> str:
-        if label not in (IMAGE, LOG):
+        if label != LOG and label not in self.wants:
             raise MigrateError(
                 VzExitCode.COPY_FAILED,
                 f"the source sends the file {label[:80]!r}, which no container of Podman has",
@@ -147,23 +145,19 @@ class PodmanTarget(PodmanContainer, TargetSteps):
         return LARGEST_FILE
 
     def makes(self, facts: Facts) -> list[str]:
-        return []
+        return [f"{self._stage}/{image.ARCHIVE}"] if self.wants else []
 
     def placed(self, facts: Facts) -> None:
-        image = Path(self._stage, IMAGE)
-        if image.exists():
-            self._podman.run(
-                *("image", "load", "--quiet", "--input", str(image)),
-                code=VzExitCode.COPY_FAILED,
-                timeout=LONGEST,
-            )
-            image.unlink()
         assert self._coming is not None
-        if not self._podman.says_yes("image", "exists", self._coming.image):
+        coming = self._coming.image
+        if Path(self._stage, image.CONFIG).exists():
+            image.load(self._podman, coming, Path(self._stage))
+        if not self._podman.says_yes("image", "exists", coming.id):
             raise MigrateError(
                 VzExitCode.COPY_FAILED,
-                f"the image {self._coming.image[:12]} of the container did not come to this host",
+                f"the image {coming.id[:12]} of the container did not come to this host",
             )
+        image.name(self._podman, coming.id, self.instance["image_names"])
 
     # ---- restore
 
@@ -222,9 +216,7 @@ class PodmanTarget(PodmanContainer, TargetSteps):
         """With a name of the image that leads to that image here."""
         config = dict(exported.config)
         name = str(config.get("rootfsImageName") or "")
-        words = ("image", "inspect", "--format", "{{.Id}}", name)
-        known = self._podman.tried(*words)[1].strip() if name else ""
-        if known != config["rootfsImageID"]:
+        if not name or image.id_of(self._podman, name) != config["rootfsImageID"]:
             config["rootfsImageName"] = config["rootfsImageID"]
         return replace(exported, config=config)
 
@@ -373,14 +365,9 @@ class PodmanTarget(PodmanContainer, TargetSteps):
         if not self.runc_id or "graph" not in self.instance:
             return
         self._clear()
-        image = self.instance.get("image")
-        if image and self._podman.says_yes("image", "exists", image):
-            status, output = self._podman.tried("image", "rm", image)
-            if status not in (0, IN_USE):
-                raise MigrateError(
-                    VzExitCode.RESTORE_FAILED,
-                    f"cannot remove the image {image[:12]}: {last_words(output)}",
-                )
+        if known := self.instance.get("image"):
+            names, here = self.instance["image_names"], self.instance["image_known"]
+            image.remove(self._podman, known, names, came=not here)
 
     def _clear(self) -> None:
         self._written = None
