@@ -81,11 +81,36 @@ def coming(facts: Facts) -> Coming:
             external=[_path(p) for p in facts.get("external") or ()],
         )
         addresses = found.addresses
-        assert isinstance(exported.config["spec"], dict)
+        _check_form(exported.config)
         assert ID.fullmatch(found.id) and ID.fullmatch(found.image.id) and addresses is not None
-    except (AssertionError, AttributeError, KeyError, TypeError, ValueError) as e:
+    except (AssertionError, AttributeError, LookupError, TypeError, ValueError) as e:
         refuse(f"the source's description of the container is not one: {e!r}")
     return found
+
+
+def _check_form(config: Mapping[str, Any]) -> None:
+    """What `check` reads of it.  The names become words of Podman's commands."""
+    if not isinstance(config["spec"], dict):
+        raise TypeError("spec is not an object")
+    for network in dict(config.get("newNetworks") or {}):
+        _name(network)
+    for mapping in _ports(config):
+        for key, most in (("host_port", 65535), ("container_port", 65535), ("range", 65535)):
+            if not 0 <= int(mapping.get(key) or 0) <= most:
+                raise ValueError(f"{key} is {str(mapping[key])[:40]}")
+        for key in ("host_ip", "protocol"):
+            if not re.fullmatch(r"[0-9A-Fa-z.:,]{0,64}", mapping.get(key) or ""):
+                raise ValueError(f"{key} is {str(mapping[key])[:80]!r}")
+    for secret in _secrets(config):
+        _name(secret.get("name"))
+
+
+def _ports(config: Mapping[str, Any]) -> list[Any]:
+    return list(config.get("newPortMappings") or config.get("portMappings") or ())
+
+
+def _secrets(config: Mapping[str, Any]) -> list[Any]:
+    return [*(config.get("secrets") or ()), *dict(config.get("secret_env") or {}).values()]
 
 
 def _path(value: Any) -> str:
@@ -96,7 +121,7 @@ def _path(value: Any) -> str:
 
 def _name(value: Any) -> str:
     if not isinstance(value, str) or not _VOLUME.fullmatch(value):
-        raise ValueError(f"{str(value)[:80]!r} is not the name of a volume")
+        raise ValueError(f"{str(value)[:80]!r} is not a name of Podman's")
     return value
 
 
@@ -192,8 +217,7 @@ def _check_host(here: PodmanHost, it: Coming, checks: Checks) -> None:
 
 
 def _check_secrets(podman: Podman, config: Mapping[str, Any], checks: Checks) -> None:
-    named = [*(config.get("secrets") or ()), *(config.get("secret_env") or {}).values()]
-    for secret in named:
+    for secret in _secrets(config):
         name = str(secret.get("name") or "")
         with checks.named("podman-secret"):
             if not name or podman.tried("secret", "inspect", name)[0]:
@@ -205,7 +229,7 @@ def _check_secrets(podman: Podman, config: Mapping[str, Any], checks: Checks) ->
 
 def _check_ports(config: Mapping[str, Any], checks: Checks) -> None:
     """Published ports are free."""
-    for mapping in config.get("newPortMappings") or config.get("portMappings") or ():
+    for mapping in _ports(config):
         first, count = int(mapping.get("host_port") or 0), int(mapping.get("range") or 1)
         address = str(mapping.get("host_ip") or "0.0.0.0")
         family = socket.AF_INET6 if ":" in address else socket.AF_INET
