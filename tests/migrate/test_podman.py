@@ -292,11 +292,15 @@ def test_a_pause_by_somebody_else_ends_the_migration_and_podman_knows_that_it_go
 
 def test_the_prefix_and_the_option_name_the_same_runtime(both: Lab) -> None:
     podman.start(both.a, *ISOLATED, script=FOREVER)
+    images = both.a.outside(podman.inspect(both.a)["StaticDir"]) / "checkpoint"
+    images.mkdir()
+    (images / "inventory.img").write_text("a user's")
     for word in ((WORD,), ("--runtime=podman", podman.NAME)):
         command = ["pyploop", "migrate", "--live", "--check-only"]
         options = ["--config", container.PYPLOOP_CONFIG, *word[:-1]]
         both.a.run(*command, *options, "b", word[-1], timeout=moving.SECONDS)
     assert Path(WORD).name == WORD
+    assert (images / "inventory.img").read_text() == "a user's"
     identity = podman.inspect(both.a)["Id"]
     refused = moving.migrate(both, both.a, "--check-only", name=identity)
     assert refused.code == 15 and "is a container of Podman" in refused.errors

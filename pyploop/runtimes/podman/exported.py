@@ -29,6 +29,9 @@ LARGEST = 1 << 18
 """Bytes of one description at most: it is sent in one message."""
 LEFT = ("dump.log", "stats-dump", "config.dump", "spec.dump", "network.status")
 """What Podman may leave in the container's folder."""
+IMAGES, ASIDE = "checkpoint", "checkpoint.pyploop"
+"""Where Podman wants the images of a checkpoint, and where those are meanwhile that a user has
+kept there."""
 
 
 @dataclass(frozen=True)
@@ -44,7 +47,10 @@ class Exported:
 def export(podman: Podman, found: Found, criu: str) -> Exported:
     """Of a running container.  MigrateError(15)."""
     bundle = Path(found.bundle)
-    before = {name for name in (*LEFT, "checkpoint") if (bundle / name).exists()}
+    before = {name for name in LEFT if (bundle / name).exists()}
+    # With both, an earlier export was killed.
+    if (bundle / IMAGES).exists() and not (bundle / ASIDE).exists():
+        (bundle / IMAGES).rename(bundle / ASIDE)
     with private_folder.scratch() as folder:
         script = folder / "criu"
         words = [sys.executable, "-I", "-S", str(Path(criu_stub.__file__))]
@@ -70,8 +76,9 @@ def export(podman: Podman, found: Found, criu: str) -> Exported:
 
 
 def _tidy(bundle: Path, before: set[str]) -> None:
-    if "checkpoint" not in before:
-        shutil.rmtree(bundle / "checkpoint", ignore_errors=True)
+    shutil.rmtree(bundle / IMAGES, ignore_errors=True)
+    with contextlib.suppress(FileNotFoundError):
+        (bundle / ASIDE).rename(bundle / IMAGES)
     for name in LEFT:
         if name not in before:
             with contextlib.suppress(OSError):
