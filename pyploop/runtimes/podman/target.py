@@ -187,7 +187,7 @@ class PodmanTarget(PodmanContainer, TargetSteps):
         if self._exists():  # of a restore that has failed
             self._clear()
         fitting.check_volumes(self._podman, it)
-        self._new_volumes.make(it.volumes, it.image)
+        self._new_volumes.make(it.volumes, it.image.id)
         programs = {
             "podman": self._podman.program,
             "conmon": self._here.conmon,
@@ -315,7 +315,7 @@ class PodmanTarget(PodmanContainer, TargetSteps):
             super().start()
             return
         assert self._here is not None
-        self._new_volumes.make(self._coming.volumes, self._coming.image)
+        self._new_volumes.make(self._coming.volumes, self._coming.image.id)
         with contextlib.ExitStack() as stack:
             folder = Path(self._stage, FOLDER)
             stack.callback(shutil.rmtree, folder, ignore_errors=True)
