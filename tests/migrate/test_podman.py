@@ -141,13 +141,14 @@ def test_without_live_it_is_stopped_and_started_on_the_other_host(both: Lab) -> 
 def test_bind_mounts_move_where_the_configuration_says_so(both: Lab) -> None:
     for host in (both.a, both.b):
         with host.outside(container.PYPLOOP_CONFIG).open("a") as f:
-            f.write('[podman]\nbinds = ["/srv/moves"]\nexternal = ["/srv/stays"]\n')
+            f.write('[podman]\nbinds = ["/srv/moves"]\nexternal = ["/srv/link"]\n')
         host.outside("/srv/stays").mkdir()
+        host.outside("/srv/link").symlink_to("stays")
         host.outside("/srv/stays/host").write_text(host.name)
     folder = both.a.outside("/srv/moves/data")
     folder.mkdir(parents=True)
     (folder / "file").write_text("moved")
-    binds = ("--volume=/srv/moves/data:/data", "--volume=/srv/stays:/stays:ro")
+    binds = ("--volume=/srv/moves/data:/data", "--volume=/srv/link:/stays:ro")
     podman.start(both.a, *ISOLATED, *binds, script=FOREVER)
     try:
         # One that does not even run would lose its folder.
@@ -164,7 +165,7 @@ def test_bind_mounts_move_where_the_configuration_says_so(both: Lab) -> None:
     finally:
         podman.remove(both.b)
         for host in (both.a, both.b):
-            host.run("rm", "-rf", "/srv/moves", "/srv/stays")
+            host.run("rm", "-rf", "/srv/moves", "/srv/stays", "/srv/link")
 
 
 def test_with_r_no_it_stays_stopped_under_another_name(both: Lab) -> None:

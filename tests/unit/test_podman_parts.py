@@ -5,6 +5,7 @@ exchanged, and what stands in CRIU's place."""
 from __future__ import annotations
 
 import copy
+import ctypes
 import os
 import socket
 import subprocess
@@ -18,7 +19,7 @@ from support import needs
 from pyploop.errors import MigrateError
 from pyploop.migration.target import settle
 from pyploop.runtimes.config import HostConfig
-from pyploop.runtimes.podman import criu_stub, extras, fitting, links
+from pyploop.runtimes.podman import criu_stub, extras, fitting, links, watches
 from pyploop.runtimes.podman.command import Podman
 from pyploop.runtimes.podman.host import number_of
 from pyploop.runtimes.podman.image import Image
@@ -215,6 +216,27 @@ def test_the_output_is_put_together(tmp_path: Path, start: int | None, whole: st
 
 
 # ---- links, CRIU
+
+
+def test_watched_files_of_an_overlay_are_named_for_criu(tmp_path: Path) -> None:
+    """And none with a name that could be another option of CRIU's."""
+    needs("root", "mount")
+    for name in ("lower/tmp/in", "lower/x\nlink-remap", "upper", "work", "merged"):
+        (tmp_path / name).mkdir(parents=True)
+    merged = tmp_path / "merged"
+    layers = ",".join(f"{n}dir={tmp_path / n}" for n in ("lower", "upper", "work"))
+    subprocess.run(["mount", "-t", "overlay", "overlay", "-o", layers, merged], check=True)
+    libc = ctypes.CDLL(None)
+    watch = libc.inotify_init1(os.O_CLOEXEC)
+    try:
+        (merged / "new").mkdir()
+        for name in ("", "tmp", "tmp/in", "new", "x\nlink-remap", "../lower"):
+            assert libc.inotify_add_watch(watch, os.fsencode(merged / name), 0x100) > 0
+        found = watches.paths([os.getpid()])
+        assert found == [str(merged / "new"), str(merged / "tmp")]
+    finally:
+        os.close(watch)
+        subprocess.run(["umount", merged], check=True)
 
 
 def test_several_links_are_set_by_one_command() -> None:

@@ -45,6 +45,10 @@ def complete(folder: str, bundle: str) -> None:
     spec["root"] = made["root"]
     own = {m["destination"]: m for m in made["mounts"]}
     spec["mounts"] = [own.get(m["destination"], m) for m in spec["mounts"]]
+    for mount in spec["mounts"]:
+        # CRIU does not follow a link to what is bound, as runc does at a start.
+        if {"bind", "rbind"} & {*mount.get("options", ())} and os.path.islink(mount["source"]):
+            mount["source"] = os.path.realpath(mount["source"])
     paths = {n["type"]: n for n in made["linux"]["namespaces"]}
     spec["linux"]["namespaces"] = [paths.get(n["type"], n) for n in spec["linux"]["namespaces"]]
     with open(f"{bundle}/config.json.new", "w") as f:

@@ -112,12 +112,12 @@ def environment(folder: Path) -> dict[str, str]:
     }
 
 
-def criu_options(folder: Path) -> Path:
+def criu_options(folder: Path, *lines: str) -> Path:
     """CRIU must not lock the network: Podman makes the namespace, and a lock would stay in it.
-    The links are cut instead.  Returns the file, which also has the options of the user's own
-    CRIU_CONFIG_FILE."""
+    The links are cut instead.  lines: further options.  Returns the file, which also has the
+    options of the user's own CRIU_CONFIG_FILE."""
     file = folder / "criu.conf"
     own = os.environ.get("CRIU_CONFIG_FILE")
     text = Path(own).read_text() if own and own != str(file) else ""
-    file.write_text(f"{text}\nnetwork-lock skip\n")
+    file.write_text("\n".join([text, "network-lock skip", *lines, ""]))
     return file

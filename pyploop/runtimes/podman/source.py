@@ -16,7 +16,7 @@ from pyploop.runtimes import Copied, Facts, Item, copied
 from pyploop.runtimes.checks import Checks
 from pyploop.runtimes.config import HostConfig
 from pyploop.runtimes.oci import bundles
-from pyploop.runtimes.podman import extras, image, links, movable, restored, sharing
+from pyploop.runtimes.podman import extras, image, links, movable, restored, sharing, watches
 from pyploop.runtimes.podman.container import PodmanContainer
 from pyploop.runtimes.podman.exported import export
 from pyploop.runtimes.podman.found import Found
@@ -193,7 +193,10 @@ class PodmanSource(PodmanContainer, SourceSteps):
 
     def _checkpoint_argv(self, how: str, images: Path, parent: Path | None) -> list[str]:
         argv = super()._checkpoint_argv(how, images, parent)
-        self._criu_options = restored.criu_options(work_of(images))
+        freezer = self._freezer()
+        watched = watches.paths([self._init(), *freezer.pids()]) if freezer is not None else []
+        lines = [f"irmap-scan-path {p}" for p in watched]
+        self._criu_options = restored.criu_options(work_of(images), *lines)
         self._images = images
         return argv
 

@@ -124,7 +124,7 @@ class PodmanTarget(PodmanContainer, TargetSteps):
         ours = replace(
             self._config,
             trees=(root, *volumes, *it.binds),
-            external=(*it.external, *it.owned),
+            external=(*it.external, *map(os.path.realpath, it.external), *it.owned),
             netns=own[0] if own else "",
             cgroup=str((spec.get("linux") or {}).get("cgroupsPath") or ""),
             policy=policy,
