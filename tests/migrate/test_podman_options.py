@@ -10,7 +10,7 @@ from collections.abc import Iterator
 import pytest
 from lab import container, hosts, podman
 from lab.hosts import Host, Lab
-from podmen import WORD, debris, only_side
+from podmen import WORD, debris, migrate, only_side
 
 ISOLATED = ("--network", "none")
 FOREVER = "while sleep 1; do :; done"
@@ -86,3 +86,51 @@ def test_only_the_layers_of_an_image_that_the_target_lacks_go(both: Lab) -> None
     finally:
         os.unlink(a.folder / "base.tar")
         a.run("podman", "untag", "taken:1", "taken:1", check=False)
+
+
+RICH = (
+    *("--network=lan:ip=10.77.0.60,mac=02:00:0a:4d:00:60", "--publish=127.0.0.1:8080:80/tcp"),
+    *("--hostname=guest", "--add-host=other:10.77.0.7", "--dns=10.77.0.1", "--dns-search=lan"),
+    *("--label=kind=guest", "--annotation=note=kept", "--env=WORD=kept", "--workdir=/data"),
+    *("--restart=on-failure:3", "--stop-timeout=7", "--stop-signal=SIGINT", "--umask=0027"),
+    *("--health-cmd=/guest || exit 1", "--health-interval=disable", "--health-retries=2"),
+    *("--secret=word,target=/etc/note", "--secret=word,type=env,target=SECRET", "--group-add=7"),
+    *("--read-only", "--tmpfs=/tmp:size=1m,mode=1777", "--volume=data:/data", "--shm-size=2m"),
+    *("--sysctl=kernel.shm_rmid_forced=1", "--cap-drop=ALL", "--cap-add=NET_BIND_SERVICE"),
+    *("--pids-limit=50", "--memory=64m", "--cpu-shares=512", "--oom-score-adj=100"),
+    *("--security-opt=no-new-privileges", "--log-driver=k8s-file", "--log-opt=max-size=1m"),
+)
+"""Options that `podman inspect` shows."""
+OTHERS = {
+    *("Created", "ImageDigest", "NetworkSettings.SandboxKey"),
+    *("State.StartedAt", "State.Restored", "State.RestoredAt", "State.Pid", "State.ConmonPid"),
+    *("State.Health.Status", "GraphDriver.Data.UpperDir", "GraphDriver.Data.MergedDir"),
+    "GraphDriver.Data.WorkDir",
+}
+"""What differs after a migration (docs/internals/podman.md), and nothing else."""
+
+
+def flat(value: object, path: str = "") -> dict[str, object]:
+    """Each leaf of it by its path."""
+    if isinstance(value, dict) and value:
+        return {k: v for key in value for k, v in flat(value[key], f"{path}.{key}").items()}
+    if isinstance(value, list) and value:
+        return {k: v for n, one in enumerate(value) for k, v in flat(one, f"{path}.{n}").items()}
+    return {path.lstrip("."): value}
+
+
+def test_podman_inspect_shows_the_same_container_as_before(both: Lab) -> None:
+    for host in (both.a, both.b):
+        host.run("sh", "-c", "echo secret | podman secret create word -")
+    try:
+        podman.start(both.a, *RICH, script=FOREVER)
+        before = flat(podman.inspect(both.a))
+        done = migrate(both, both.a)
+        assert done.code == 0, done.errors
+        now = flat(podman.inspect(both.b))
+        differ = {k for k in before.keys() | now.keys() if before.get(k) != now.get(k)}
+        assert differ == OTHERS
+    finally:
+        for host in (both.a, both.b):
+            podman.remove(host)
+            host.run("podman", "secret", "rm", "word")
