@@ -316,9 +316,11 @@ class Runtime(Protocol):
         """Restore and resume.  Calls `commit` when all that may fail is done, before the
         container runs or answers.  When `commit` raises, the container does not run."""
 
-    def settled(self) -> None:
+    def settled(self) -> list[str]:
         """The container runs here, and its files are about to be removed at the source: write to
-        the disk what was done with them since they came.  OSError."""
+        the disk what was done with them since they came (OSError).  And make what must not be
+        there before, such as a unit that starts it at boot.  Returns what of that failed, in
+        words."""
 
     def abandon(self) -> None:
         """Undo a restore, also one that failed half-way."""

@@ -127,7 +127,12 @@ CHECKS: dict[str, Check] = {
     "podman-privileged": Check("source", False, "the container is not privileged"),
     "podman-users": Check("source", False, "the container has no user namespace"),
     "podman-rm": Check("source", False, "the container was started without `--rm`"),
-    "podman-systemd": Check("source", False, "no systemd unit makes the container"),
+    "podman-systemd": Check(
+        "both",
+        False,
+        "no systemd unit makes the container, and the target has none of the name of one that "
+        "starts it",
+    ),
     "podman-root": Check("source", False, "the container's root is an image of Podman's storage"),
     "podman-volume": Check(
         "both",

@@ -33,5 +33,5 @@ class Unprepared:
     def give_up(self) -> None:
         pass
 
-    def settled(self) -> None:
-        pass
+    def settled(self) -> list[str]:
+        return []

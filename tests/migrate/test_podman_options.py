@@ -134,3 +134,53 @@ def test_podman_inspect_shows_the_same_container_as_before(both: Lab) -> None:
         for host in (both.a, both.b):
             podman.remove(host)
             host.run("podman", "secret", "rm", "word")
+
+
+UNITS = "/etc/systemd/system"
+
+
+@pytest.fixture
+def units(both: Lab) -> Iterator[Lab]:
+    """Both hosts with a folder of units of their own."""
+    for host in (both.a, both.b):
+        host.run("sh", "-ec", f"mkdir -p {UNITS}; mount -t tmpfs tmpfs {UNITS}")
+    yield both
+    for host in (both.a, both.b):
+        host.run("umount", UNITS)
+
+
+def enabled(host: Host) -> dict[str, str]:
+    """Unit -> whether it is enabled."""
+    names = host.run("sh", "-c", f"cd {UNITS} && ls -d -- *.service 2>/dev/null", check=False)
+    said = {n: host.run("systemctl", "is-enabled", n, check=False) for n in names.split()}
+    return {name: word.strip() for name, word in said.items()}
+
+
+def test_a_unit_of_systemd_goes_along_and_is_enabled_only_where_the_container_runs(
+    units: Lab,
+) -> None:
+    a, b = units.a, units.b
+    podman.start(a, *ISOLATED, script=FOREVER)
+    a.run("sh", "-ec", f"podman generate systemd --name ct >{UNITS}/ct.service")
+    other = f"sed s/^Type=.*/LimitNOFILE=9/ {UNITS}/ct.service >{UNITS}/own.service"
+    a.run("sh", "-ec", f"{other}; systemctl enable ct.service own.service")
+    text = a.outside(f"{UNITS}/ct.service").read_text()
+    # A migration that is refused or fails changes nothing about them.
+    b.outside(f"{UNITS}/ct.service").touch()
+    refused = migrate(units, a)
+    assert refused.code == 9
+    assert "podman-systemd" in refused.errors
+    b.outside(f"{UNITS}/ct.service").unlink()
+    assert enabled(a) == {"ct.service": "enabled", "own.service": "enabled"}
+    done = migrate(units, a)
+    assert done.code == 0, done.errors
+    assert only_side(units) is b
+    assert "Does not move: the systemd unit own.service" in done.out + done.errors
+    assert "'LimitNOFILE=9'" in done.out + done.errors
+    assert enabled(a) == {"own.service": "disabled"}
+    assert enabled(b) == {"ct.service": "enabled"}
+    assert b.outside(f"{UNITS}/ct.service").read_text() == text
+    back = migrate(units, b, "-r", "no")
+    assert back.code == 0, back.errors
+    assert enabled(a) == {"own.service": "disabled", "ct.service": "enabled"}
+    assert enabled(b) == {"ct.service": "disabled"}

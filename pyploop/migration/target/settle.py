@@ -85,10 +85,10 @@ def settle_dead(host: HostConfig, runtime: Runtime) -> None:
 
 def complete(log: Journal, runtime: Runtime) -> list[str]:
     """Undo only what the migration needed on its way, and forget the other undo steps.  The source
-    removes its files after this."""
-    failed = []
+    removes its files after this.  Returns what failed, in words."""
+    failed: list[str] = []
     try:
-        runtime.settled()
+        failed += runtime.settled()
     except OSError as e:
         failed.append(f"{e.filename}: what has come may not be on the disk yet: {e.strerror}")
     guarded = {

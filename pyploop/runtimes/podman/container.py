@@ -11,7 +11,7 @@ from typing import Any
 from pyploop.errors import MigrateError, VzExitCode
 from pyploop.runtimes import State
 from pyploop.runtimes.config import ContainerConfig, HostConfig
-from pyploop.runtimes.podman import links
+from pyploop.runtimes.podman import links, systemd
 from pyploop.runtimes.podman.command import Podman
 from pyploop.runtimes.podman.found import Found, find
 from pyploop.runtimes.policy import Policy
@@ -65,6 +65,11 @@ class PodmanContainer(RuncContainer):
         return links.set_all(ends, up)
 
     @property
+    def _units(self) -> list[systemd.Unit]:
+        """The systemd units that start it."""
+        return [systemd.parse(u) for u in self.instance.get("units") or ()]
+
+    @property
     def runc_id(self) -> str:
         return str(self.instance.get("id") or "")
 
@@ -94,6 +99,7 @@ class PodmanContainer(RuncContainer):
             freezer.hold()
 
     def stop(self) -> None:
+        systemd.stop(self._units, self._podman.timeout + self._config.stop_timeout)
         seconds = str(round(self._config.stop_timeout))
         self._podman.run(
             *("container", "stop", "-t", seconds, self.runc_id),

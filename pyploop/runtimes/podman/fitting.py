@@ -16,7 +16,7 @@ from pyploop.errors import MigrateError, VzExitCode
 from pyploop.runtimes import Facts
 from pyploop.runtimes.checks import Checks
 from pyploop.runtimes.config import within
-from pyploop.runtimes.podman import image
+from pyploop.runtimes.podman import image, systemd
 from pyploop.runtimes.podman.command import Podman
 from pyploop.runtimes.podman.container import ID
 from pyploop.runtimes.podman.exported import Exported
@@ -46,6 +46,8 @@ class Coming:
     owned: list[str]
     """Sources of binds that each Podman makes itself."""
     external: list[str]
+    units: list[systemd.Unit]
+    """systemd units that start it."""
 
     @property
     def networks(self) -> dict[str, Any]:
@@ -79,6 +81,11 @@ def coming(facts: Facts) -> Coming:
             binds=[_path(p) for p in told["binds"]],
             owned=[_path(p) for p in told["owned"]],
             external=[_path(p) for p in facts.get("external") or ()],
+            units=systemd.coming(
+                told.get("units") or (),
+                str(exported.config["id"]),
+                str(exported.config["name"]),
+            ),
         )
         addresses = found.addresses
         _check_form(exported.config)
@@ -138,6 +145,8 @@ def check(
     _check_host(here, it, checks)
     with checks.named("podman-volume"):
         check_volumes(podman, it)
+    with checks.named("podman-systemd"):
+        systemd.check(it.units)
     for network in it.networks:
         with checks.named("podman-network"):
             _check_network(podman, network)

@@ -16,7 +16,16 @@ from pyploop.runtimes import Copied, Facts, Item, copied
 from pyploop.runtimes.checks import Checks
 from pyploop.runtimes.config import HostConfig
 from pyploop.runtimes.oci import bundles
-from pyploop.runtimes.podman import extras, image, links, movable, restored, sharing, watches
+from pyploop.runtimes.podman import (
+    extras,
+    image,
+    links,
+    movable,
+    restored,
+    sharing,
+    systemd,
+    watches,
+)
 from pyploop.runtimes.podman.container import PodmanContainer
 from pyploop.runtimes.podman.exported import export
 from pyploop.runtimes.podman.found import Found
@@ -91,11 +100,19 @@ class PodmanSource(PodmanContainer, SourceSteps):
         with checks.named("podman-description"):
             exported = export(self._podman, found, self._host.criu)
             movable.check_exported(exported.config, found)
+            units = systemd.find(self._podman.timeout, found.id, found.name)
+            self.instance["units"] = [unit.sent() for unit in units]
+            self._left += [
+                f"Does not move: the systemd unit {unit.name}, which is disabled here: {unit.why}"
+                for unit in units
+                if unit.why
+            ]
             facts["podman"] = {
                 "host": here.told(),
                 "config": exported.config,
                 "network": exported.network,
                 "image": image.find(self._podman, str(found.raw["Image"])).sent(),
+                "units": self.instance["units"],
                 "root": found.merged,
                 "volumes": {v.name: v.path for v in found.volumes},
                 "binds": [b for b in found.binds if self._is_moved(b)],
@@ -216,6 +233,7 @@ class PodmanSource(PodmanContainer, SourceSteps):
     # ---- afterwards
 
     def kill(self) -> None:
+        systemd.release(self._units, self._podman.timeout)
         if not self._exists():
             return
         self._hold_processes()
@@ -224,6 +242,7 @@ class PodmanSource(PodmanContainer, SourceSteps):
         self._podman.run(
             *("container", "stop", "-t", "0", self.runc_id), code=VzExitCode.DUMP_FAILED
         )
+        systemd.stop(self._units, self._podman.timeout)
 
     def resume(self) -> None:
         super().resume()
@@ -243,6 +262,7 @@ class PodmanSource(PodmanContainer, SourceSteps):
     def start(self) -> None:
         if not self.state().running:
             self._podman.run("container", "start", self.runc_id, code=VzExitCode.RESTORE_FAILED)
+        systemd.start(self._units, self._podman.timeout)
 
     def discard(self, remove: bool, known: Copied | None) -> None:
         self._files.clear()
@@ -253,6 +273,7 @@ class PodmanSource(PodmanContainer, SourceSteps):
                     "container", "rename", self.runc_id, f"{self.container}.migrated"
                 )
             return
+        systemd.remove(self._units, self._podman.timeout)
         # Another one may have got its name since.
         ours = self._found is not None and self._found.id == self.runc_id
         if ours:

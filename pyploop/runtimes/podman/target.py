@@ -15,7 +15,7 @@ from pyploop.runtimes import LARGEST_FILE, Facts
 from pyploop.runtimes.checks import Checks, naming
 from pyploop.runtimes.config import ContainerConfig, HostConfig
 from pyploop.runtimes.oci import bundles, config_json, criu_images, destinations
-from pyploop.runtimes.podman import extras, fitting, image, links
+from pyploop.runtimes.podman import extras, fitting, image, links, systemd
 from pyploop.runtimes.podman.container import STAGE, PodmanContainer
 from pyploop.runtimes.podman.exported import Exported
 from pyploop.runtimes.podman.fitting import Coming
@@ -59,6 +59,8 @@ class PodmanTarget(PodmanContainer, TargetSteps):
             "image_known": known,
             "image_names": image.free_names(self._podman, it.image),
             "graph": here.graph_root,
+            "units": [unit.sent() for unit in it.units],
+            "health": systemd.interval_of(it.exported.config),
         }
         self._config = self._coming_config(it, here)
         self.lazy = self._lazy_restore()
@@ -348,7 +350,7 @@ class PodmanTarget(PodmanContainer, TargetSteps):
         self._podman.run("container", "start", self.runc_id, code=VzExitCode.RESTORE_FAILED)
         self._placed().tidy()
 
-    def settled(self) -> None:
+    def settled(self) -> list[str]:
         """Its files have been renamed, and a power failure could undo that."""
         graph = str(self.instance.get("graph") or "")
         if graph:
@@ -357,6 +359,22 @@ class PodmanTarget(PodmanContainer, TargetSteps):
                 kernel.syncfs(fd, graph)
             finally:
                 os.close(fd)
+        return self._started_by_systemd() if graph else []
+
+    def _started_by_systemd(self) -> list[str]:
+        """Returns what failed, in words."""
+        failed = []
+        try:
+            if self._units:
+                systemd.install(self._units, self._podman.timeout)
+        except (MigrateError, OSError) as e:
+            failed.append(f"installing the container's systemd unit: {e}")
+        try:
+            if interval := self.instance.get("health"):
+                systemd.watch_health(self._podman, self.runc_id, interval)
+        except MigrateError as e:
+            failed.append(f"starting the container's health checks: {e}")
+        return failed
 
     # ---- undo
 
