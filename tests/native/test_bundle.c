@@ -221,8 +221,8 @@ static void test_what_dead_lanes_lost_goes_again(void)
 
 	for (unsigned i = 0; i < 3; i++)
 		add(p);
-	begin_both(f, p, 120 * MiB, 40 * MiB);
-	for (unsigned turn = 0; turn < 40; turn++) {
+	begin_both(f, p, so_many(120) * MiB, so_many(40) * MiB);
+	for (unsigned turn = 0; turn < so_many(40); turn++) {
 		usleep((useconds_t)rnd(8000));
 		cut(p, turn);
 		until_alive(p->a.b, 2);

@@ -387,7 +387,7 @@ static void random_rounds(uint32_t shift)
 	cfg = config(src, size, out, PL_SINK_FILE);
 	cfg.known = &known;
 	p = new_pump(&cfg);
-	for (int round = 0; round < 60; round++) {
+	for (int round = 0; round < (int)so_many(60); round++) {
 		struct pl_bitmap dirty, holes;
 		struct pl_extent ext[400], run = { 0, 0 };
 		size_t n = 0;

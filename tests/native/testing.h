@@ -58,6 +58,17 @@ static inline void fill_random(void *buf, size_t len)
 	seed = x;
 }
 
+/* How often, or how much, of what is tried that has random orders or bytes.  ThreadSanitizer
+   makes each access expensive; all of it with PYPLOOP_MATRIX (`tests/run nightly`). */
+static inline uint64_t so_many(uint64_t all)
+{
+#ifdef __SANITIZE_THREAD__
+	if (!getenv("PYPLOOP_MATRIX"))
+		return (all + 2) / 3;
+#endif
+	return all;
+}
+
 /* A nameless file of so many bytes. */
 static inline int temp_file(const void *data, size_t len)
 {
