@@ -108,8 +108,9 @@ class Lab:
 
 
 @contextlib.contextmanager
-def lab(parent: Path | None = None) -> Iterator[Lab]:
-    """The whole lab in a new folder (on a disk: images lie in it)."""
+def lab(parent: Path | None = None, deadlines: str = "") -> Iterator[Lab]:
+    """The whole lab in a new folder (on a disk: images lie in it).  deadlines: those of both
+    hosts' pyploop that are other ones (slowly.py)."""
     with contextlib.ExitStack() as stack:
         folder = Path(tempfile.mkdtemp(prefix="pyploop-lab-", dir=parent))
         stack.callback(_remove_tree, folder)
@@ -118,7 +119,9 @@ def lab(parent: Path | None = None) -> Iterator[Lab]:
         (folder / "ssh_config").touch()
         hosts = []
         for name, last in (("a", 11), ("b", 12)):
-            hosts.append(stack.enter_context(_host(folder, name, f"{NET}.{last}", client)))
+            hosts.append(
+                stack.enter_context(_host(folder, name, f"{NET}.{last}", client, deadlines))
+            )
         _write_ssh_config(folder, hosts)
         yield Lab(folder, hosts[0], hosts[1], client)
 
@@ -171,7 +174,7 @@ nsenter --net=/run/netns/ct sh -ec '
 
 
 @contextlib.contextmanager
-def _host(folder: Path, name: str, address: str, client: int) -> Iterator[Host]:
+def _host(folder: Path, name: str, address: str, client: int, deadlines: str) -> Iterator[Host]:
     own = folder / name
     own.mkdir()
     cgroup = f"{folder.name}-{name}"
@@ -196,7 +199,7 @@ def _host(folder: Path, name: str, address: str, client: int) -> Iterator[Host]:
         enter = f"nsenter --target={pid} --net --mount --uts --cgroup --pid"
         _script(own / "enter", f'{join}{path} exec {enter} "$@"\n')
         host = Host(name, address, own, pid, cgroup)
-        stack.enter_context(_sshd(host, folder / "key.pub"))
+        stack.enter_context(_sshd(host, folder / "key.pub", deadlines))
         yield host
 
 
@@ -291,7 +294,7 @@ SetEnv PATH={folder}/bin:/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin
 
 
 @contextlib.contextmanager
-def _sshd(host: Host, key: Path) -> Iterator[None]:
+def _sshd(host: Host, key: Path, deadlines: str) -> Iterator[None]:
     folder = host.folder
     run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", str(folder / "host_key")])
     config = folder / "sshd_config"
@@ -299,10 +302,11 @@ def _sshd(host: Host, key: Path) -> Iterator[None]:
     (folder / "bin").mkdir()
     (folder / "bin" / "criu").symlink_to(criu.program() or "/nonexistent")
     python = f"exec {shlex.quote(sys.executable)}"
-    if SLOWNESS == 1:
+    if SLOWNESS == 1 and not deadlines:
         _script(folder / "bin" / "pyploop", f'{python} -m pyploop.cli.main "$@"\n')
     else:
-        slowly = f"PYPLOOP_SLOWNESS={SLOWNESS} {python} {Path(__file__).with_name('slowly.py')}"
+        changed = f"PYPLOOP_SLOWNESS={SLOWNESS} PYPLOOP_DEADLINES={shlex.quote(deadlines)}"
+        slowly = f"{changed} {python} {Path(__file__).with_name('slowly.py')}"
         _script(folder / "bin" / "pyploop", f'{slowly} pyploop.cli.main "$@"\n')
     with (folder / "sshd.log").open("wb") as log:
         # Dies with the host; waited for here so that it can say why it did not start.

@@ -168,7 +168,7 @@ def set_deadlines(text: str) -> None:
 
 if __name__ == "__main__":
     set_deadlines(os.environ.pop("PYPLOOP_DEADLINES", ""))
-    if factor := float(os.environ.get("PYPLOOP_SLOWNESS", "0")):
+    if (factor := float(os.environ.get("PYPLOOP_SLOWNESS", "1"))) != 1:
         slow_down(factor)
     from pyploop.cli.main import program
 

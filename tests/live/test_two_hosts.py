@@ -132,7 +132,7 @@ def _words(process: Path) -> list[str]:
 
 def _pyploop(words: list[str]) -> list[str]:
     """The arguments of a pyploop, or `ssh` and the command that it runs."""
-    if words[1:3] == ["-m", "pyploop.cli.main"]:
+    if words[2:3] == ["pyploop.cli.main"]:
         return words[3:]
     return ["ssh " + words[-2]] if words[:1] == ["ssh"] and len(words) > 2 else []
 
@@ -153,7 +153,8 @@ def lab() -> Iterator[Lab]:
     needs("root", "loop", "fio", "mkfs.ext4", "ip", "ss", "ssh", "ssh-keygen", "nsenter", "setpriv")
     if not Path("/usr/sbin/sshd").exists():
         missing("needs /usr/sbin/sshd (Debian package openssh-server)")
-    with hosts.lab() as made:
+    # How long an agent waits for a host that was killed, after the seconds of --retry.
+    with hosts.lab(deadlines="copyagent.again.SLACK=1") as made:
         yield made
 
 
