@@ -131,9 +131,14 @@ class Bridge:
         self._given_up = True
         self._lanes[-1].cut()
 
-    def close(self) -> None:
+    def __enter__(self) -> Bridge:
+        return self
+
+    def __exit__(self, kind: object, *exc: object) -> None:
+        """After a failure, the other host may still wait for another connection: its end of a
+        lane is not waited for."""
         for lane in self._lanes:
-            lane.close()
+            lane.__exit__(kind, *exc)
 
     def _event(self, state: str, why: str, seconds: float) -> None:
         self._report.event("cut", state=state, why=why, seconds=seconds)

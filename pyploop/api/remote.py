@@ -155,7 +155,7 @@ def _push(source: str, to: Place, options: CopyOptions, report: Reporter, done: 
             copying.relink = bridge if retry else None
             state = ["the source runs", f"a target is on {to.host} only if it is complete"]
             watched = there.watched(lane, copying.cancel, retry)
-            with _lost(state), contextlib.closing(bridge), more, watched as far, more.allowed():
+            with _lost(state), bridge, more, watched as far, more.allowed():
                 bridge.is_done = lambda: far.is_done
                 run_here(copying, done)
                 try:
@@ -194,7 +194,7 @@ def _pull(from_: Place, target: str, options: CopyOptions, report: Reporter, don
         lanes = Lanes()
         size = asked.get("size", 0)
         more = MoreLanes(there, lanes, report, sending=False, size=size)
-        bridge = stack.enter_context(contextlib.closing(Bridge(there, lane, more, report, retry)))
+        bridge = stack.enter_context(Bridge(there, lane, more, report, retry))
         stack.enter_context(more)
         far = stack.enter_context(there.watched(lane, bridge.cut, retry))
         stack.enter_context(more.allowed())
