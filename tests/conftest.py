@@ -80,19 +80,24 @@ def journals_of_our_own(tmp_path_factory: pytest.TempPathFactory) -> Iterator[No
         yield
 
 
+def _open_descriptors() -> set[str]:
+    """Without that of the look itself."""
+    return {fd for fd in os.listdir("/proc/self/fd") if os.path.lexists(f"/proc/self/fd/{fd}")}
+
+
 @pytest.fixture(autouse=True)
 def no_descriptor_is_left() -> Iterator[None]:
     """A test that leaves a descriptor open fails."""
-    before = set(os.listdir("/proc/self/fd"))
+    before = _open_descriptors()
     yield
     import gc
 
-    left = set(os.listdir("/proc/self/fd")) - before
+    left = _open_descriptors() - before
     deadline = time.monotonic() + 5
     if left:
         gc.collect()
     # A thread that has just ended its work may be about to close one.
-    while (left := left & set(os.listdir("/proc/self/fd"))) and time.monotonic() < deadline:
+    while (left := left & _open_descriptors()) and time.monotonic() < deadline:
         time.sleep(0.01)
     names = {
         fd: os.readlink(f"/proc/self/fd/{fd}")

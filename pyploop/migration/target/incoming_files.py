@@ -133,11 +133,12 @@ class IncomingFiles:
         self._let_go()
 
     def _used(self, name: str, reuse: bool) -> ResumableFile | None:
-        file = self._files.pop(name, None)
+        file = self._files.get(name)
         if reuse and (file is None or name not in self._asked):
             raise ProtocolError(
                 f"agent protocol: {name[:80]!r} cannot be reused: its digests were not requested"
             )
+        self._files.pop(name, None)  # the user's from now on
         if file is not None and not reuse:
             os.close(file.fd)
             Path(file.path).unlink(missing_ok=True)
