@@ -326,8 +326,9 @@ def test_a_kill_in_the_first_pass_leaves_no_target_on_either_host(
     places = (
         (scene.device, "b:/srv/vdb.img") if way == "push" else (f"a:{scene.device}", "/srv/vdb.img")
     )
-    retry = ("--retry", "0") if victim == "lane" else ()
-    copy = Running(here, *places, "--bwlimit", "512K", *retry)
+    # The agent may take a host that was killed for one that comes again.
+    retry = "0" if victim == "lane" else "5"
+    copy = Running(here, *places, "--bwlimit", "512K", "--retry", retry)
     try:
         wait_until(lambda: copy.in_phase("first pass"), "the first pass", SECONDS)
         pid = {
