@@ -210,6 +210,10 @@ class Runtime(Protocol):
     def memory_now(self) -> int:
         """Bytes of memory that the running container uses; 0 when that is not known."""
 
+    def image_folders(self, images: Path) -> dict[str, Path]:
+        """The folders of a dump: what comes before the names of its images on the way -> the
+        folder.  images: the folder that `dump` gets."""
+
     def prepare_dump(self, images: Path, parent: Path | None) -> str:
         """The container is about to be suspended, and then `dump` is called with the same
         arguments: start ahead what it needs, which waits, and has no effect on the container.

@@ -9,7 +9,7 @@ from pyploop.errors import MigrateError, VzExitCode
 from pyploop.runtimes import Runtime, found_config
 from pyploop.runtimes.config import CTID, NAME, HostConfig
 
-RUNTIMES = ("vzctl", "runc", "podman", "command")
+RUNTIMES = ("vzctl", "runc", "podman", "podman-pod", "command")
 PREFIX = "podman:"
 """Before a container's name: it is one of Podman's."""
 
@@ -54,13 +54,23 @@ def make_runtime(host: HostConfig, name: str | None, container: str) -> Runtime:
 
         return Runc(host, container)
     if name == "podman":
+        from pyploop.runtimes.podman.pod_runtime import PodRuntime
         from pyploop.runtimes.podman.runtime import PodmanRuntime
 
         if not NAME.fullmatch(container):
             raise MigrateError(
                 VzExitCode.USAGE, f"{container[:80]!r} is not the name of a container of Podman"
             )
-        return PodmanRuntime(host, container)
+        one = PodmanRuntime(host, container)
+        return PodRuntime(host, container) if one.is_pod() else one
+    if name == "podman-pod":
+        from pyploop.runtimes.podman.pod_runtime import PodRuntime
+
+        if not NAME.fullmatch(container):
+            raise MigrateError(
+                VzExitCode.USAGE, f"{container[:80]!r} is not the name of a pod of Podman"
+            )
+        return PodRuntime(host, container)
     if name == "vzctl":
         from pyploop.runtimes.vzctl.runtime import Vzctl
 

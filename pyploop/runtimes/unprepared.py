@@ -18,6 +18,9 @@ class Unprepared:
     peer_wants: frozenset[str] = frozenset()
     instance: dict[str, Any] = {}  # noqa: RUF012 - never changed
 
+    def image_folders(self, images: Path) -> dict[str, Path]:
+        return {"": images}
+
     def prepare_dump(self, images: Path, parent: Path | None) -> str:
         return NOTHING
 

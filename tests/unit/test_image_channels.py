@@ -107,7 +107,7 @@ def test_a_dump_arrives_as_it_is_and_its_zeroes_are_not_sent(
     budget = Budget(sum(map(len, data.values())))
     job = Job(lambda: reader.receive(place(target, budget=budget))).start()
     with writer:
-        stream_dump(source, writer, Job(lambda: None).start())
+        stream_dump({"": source}, writer, Job(lambda: None).start())
     done = job.join(30)
     assert {p.name: p.read_bytes() for p in target.iterdir()} == data
     assert set(done.names) == set(data)
@@ -126,7 +126,7 @@ def test_a_long_run_of_zeroes_is_no_silence(
     writer, reader = channel(pair)
     job = Job(lambda: reader.receive(place(folders[1]))).start()
     with writer:
-        stream_dump(folders[0], writer, Job(lambda: None).start())
+        stream_dump({"": folders[0]}, writer, Job(lambda: None).start())
     job.join(30)
     assert 64 * KIB <= writer.sent <= MIB // 2
     arrived = folders[1] / "pages-1.img"
@@ -142,12 +142,12 @@ def test_images_from_before_the_dump_are_complete_at_the_target_before_it(
     complete: queue.Queue[str] = queue.Queue()
     job = Job(lambda: reader.receive(place(target, completed=complete.put))).start()
     with writer:
-        sent = send_first(source, writer)
+        sent = send_first({"": source}, writer)
         assert sent == ["descriptors.json"]
         assert complete.get(timeout=30) == "descriptors.json"
         assert (target / "descriptors.json").read_bytes() == b"[]"
         (source / "core.img").write_bytes(b"core")
-        stream_dump(source, writer, Job(lambda: None).start(), sent)
+        stream_dump({"": source}, writer, Job(lambda: None).start(), sent)
     assert set(job.join(30).names) == {"descriptors.json", "core.img"}
     assert complete.get(timeout=30) == "core.img"
 
@@ -169,7 +169,7 @@ def test_pages_are_sent_while_the_dump_is_written(
     job = Job(lambda: reader.receive(place(target))).start()
     dumping = Job(dump).start()
     with writer:
-        sending = Job(lambda: stream_dump(source, writer, dumping)).start()
+        sending = Job(lambda: stream_dump({"": source}, writer, dumping)).start()
         there = target / "pages-1.img"
         support.wait_until(
             lambda: there.exists() and there.stat().st_size == 500_000, "the half arrives"
@@ -193,7 +193,7 @@ def test_a_dump_that_fails_is_not_taken_for_a_whole_one(
     writer, reader = channel(pair)
     job = Job(lambda: reader.receive(place(target))).start()
     with writer, pytest.raises(MigrateError):
-        stream_dump(source, writer, Job(dump).start())
+        stream_dump({"": source}, writer, Job(dump).start())
     with pytest.raises(ReadError, match="ended too early"):
         job.join(10)
 
@@ -220,7 +220,7 @@ def test_a_dump_of_thousands_of_images_arrives(
     writer, reader = channel(pair)
     job = Job(lambda: reader.receive(place(target))).start()
     with writer:
-        stream_dump(source, writer, Job(lambda: None).start())
+        stream_dump({"": source}, writer, Job(lambda: None).start())
     assert len(job.join(30).names) == 2000
     assert all((target / name.format(n)).read_bytes() == b"%d" % n for n in range(2000))
 
@@ -235,7 +235,7 @@ def test_one_connection_carries_round_after_round(
         (target / str(number)).mkdir()
         job = Job(partial(reader.receive, place(target / str(number)))).start()
         with open_writer(pair[0], number, wire.WINDOW, STALL) as writer:
-            stream_dump(source, writer, Job(lambda: None).start())
+            stream_dump({"": source}, writer, Job(lambda: None).start())
         assert job.join(10).data == 5000
     support.wait_until(lambda: not pair[0]._channels, "the source forgets them")
     assert not pair[1]._channels
@@ -264,7 +264,7 @@ def test_a_target_of_0_1_0_receives_what_is_sent(
     fd = pair[1].open(1)
     job = Job(lambda: file_stream.receive(fd, STALL, place(target))).start()
     with open_writer(pair[0], 1, wire.WINDOW, STALL) as writer:
-        stream_dump(source, writer, Job(lambda: None).start())
+        stream_dump({"": source}, writer, Job(lambda: None).start())
     job.join(20)
     assert (target / "pages-1.img").read_bytes() == pages(2000)
     support.wait_until(lambda: not pair[1]._channels, "its channel has ended")
@@ -304,7 +304,7 @@ def test_messages_are_answered_while_images_cross(
     writer, reader = channel(pair, wire.IMAGE_WINDOW)
     job = Job(lambda: reader.receive(place(target))).start()
     with writer:
-        sending = Job(lambda: stream_dump(source, writer, Job(lambda: None).start())).start()
+        sending = Job(lambda: stream_dump({"": source}, writer, Job(lambda: None).start())).start()
         asked = 0
         while not sending.over.is_set():
             pair[0].send({"n": asked})
@@ -324,7 +324,7 @@ def test_images_that_nobody_takes_hold_up_nothing_else(
     (source / "pages-1.img").write_bytes(os.urandom(4 * wire.WINDOW))
     writer, reader = channel(pair)
     with writer:
-        sending = Job(lambda: stream_dump(source, writer, Job(lambda: None).start())).start()
+        sending = Job(lambda: stream_dump({"": source}, writer, Job(lambda: None).start())).start()
         support.wait_until(lambda: writer.sent > wire.WINDOW - wire.MAX_DATA, "it is stuck")
         ours, theirs = pair[0].open(2), pair[1].open(2)
         with socket.socket(fileno=ours) as one, socket.socket(fileno=theirs) as other:
@@ -342,7 +342,7 @@ def stuck(pair: tuple[Mux, Mux], source: Path) -> tuple[ImageWriter, ImageReader
     """A stream that waits for credit."""
     (source / "pages-1.img").write_bytes(os.urandom(2 * wire.WINDOW))
     writer, reader = channel(pair)
-    sending = Job(lambda: stream_dump(source, writer, Job(lambda: None).start())).start()
+    sending = Job(lambda: stream_dump({"": source}, writer, Job(lambda: None).start())).start()
     support.wait_until(lambda: writer.sent > wire.WINDOW - wire.MAX_DATA, "it is stuck")
     return writer, reader, sending
 
@@ -367,7 +367,7 @@ def test_a_stream_to_a_peer_that_reads_nothing_can_be_cancelled(
     """A container that is suspended must not wait for it."""
     (folders[0] / "pages-1.img").write_bytes(os.urandom(2 * MIB))
     writer = open_writer(against[0], 1, wire.IMAGE_WINDOW, STALL)
-    sending = Job(lambda: stream_dump(folders[0], writer, Job(lambda: None).start())).start()
+    sending = Job(lambda: stream_dump({"": folders[0]}, writer, Job(lambda: None).start())).start()
     assert not sending.over.wait(0.3)
     writer.cancel()
     with pytest.raises(WriteError):
@@ -418,7 +418,7 @@ def test_a_connection_that_is_cut_amid_the_stream_ends_both(folders: tuple[Path,
     ends = Mux(a.fileno(), a.fileno()), Mux(b.fileno(), b.fileno())
     writer, reader = channel(ends)
     job = Job(lambda: reader.receive(place(target))).start()
-    sending = Job(lambda: stream_dump(source, writer, Job(lambda: None).start())).start()
+    sending = Job(lambda: stream_dump({"": source}, writer, Job(lambda: None).start())).start()
     support.wait_until(lambda: writer.sent > 4 * MIB, "it is under way")
     a.shutdown(socket.SHUT_RDWR)
     with pytest.raises(WriteError):
@@ -441,7 +441,7 @@ def test_a_full_target_says_so_and_the_source_stops(
     full = Place(lambda _: os.open("/dev/full", os.O_WRONLY))
     job = Job(lambda: reader.receive(full)).start()
     with writer, pytest.raises(WriteError, match="cannot send files"):
-        stream_dump(folders[0], writer, Job(lambda: None).start())
+        stream_dump({"": folders[0]}, writer, Job(lambda: None).start())
     with pytest.raises(WriteError, match=r"pages-1\.img.*No space left"):
         job.join(10)
     pair[0].send({})
@@ -461,7 +461,7 @@ def test_a_target_without_room_for_another_file_fails_as_one_without_room_for_da
         (folders[1] / "last").touch()
         job = Job(work).start()
         with writer, contextlib.suppress(WriteError):  # it may have sent all before
-            stream_dump(folders[0], writer, Job(lambda: None).start())
+            stream_dump({"": folders[0]}, writer, Job(lambda: None).start())
         with pytest.raises(WriteError, match=r"core\.img.*No space left"):
             job.join(10)
         with pytest.raises(WriteError, match=r"folder for memory images.*No space left"):
@@ -477,7 +477,7 @@ def test_a_peer_that_gives_no_credit_is_given_up(
     Job(lambda: [*iter(lambda: against[1].recv(1 << 16), b"")]).start()
     writer = open_writer(against[0], 1, wire.WINDOW, 0.2)
     with writer, pytest.raises(WriteError, match="timed out"):
-        stream_dump(folders[0], writer, Job(lambda: None).start())
+        stream_dump({"": folders[0]}, writer, Job(lambda: None).start())
 
 
 # ---- a peer that breaks the rules

@@ -6,7 +6,7 @@ from __future__ import annotations
 import os
 import select
 import threading
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -25,17 +25,28 @@ LOOK_UNTOLD = 0.01
 """The same when the kernel reports nothing: no more inotify instances are allowed."""
 
 
-def send_first(folder: Path, out: ImageWriter) -> list[str]:
+Folders = Mapping[str, Path]
+"""What comes before the names of its images on the way -> a folder."""
+
+
+def send_first(folders: Folders, out: ImageWriter) -> list[str]:
     """Send the images that are there before the dump begins; returns their names.  No process
     changes them any more, and the target can use them."""
-    first = sorted(p for p in folder.iterdir() if p.is_file())
-    for path in first:
-        out.file(path.name, str(path))
-    return [path.name for path in first]
+    first = [(before + p.name, p) for before, p in _files(folders)]
+    for name, path in first:
+        out.file(name, str(path))
+    return [name for name, _ in first]
 
 
-def stream_dump(folder: Path, out: ImageWriter, dump: Job[Any], sent: Collection[str] = ()) -> None:
-    """Send a folder of CRIU images, which is being written until `dump` has ended.
+def _files(folders: Folders) -> list[tuple[str, Path]]:
+    """Without the link to a pre-dump's folder."""
+    return [(b, p) for b, f in folders.items() for p in sorted(f.iterdir()) if p.is_file()]
+
+
+def stream_dump(
+    folders: Folders, out: ImageWriter, dump: Job[Any], sent: Collection[str] = ()
+) -> None:
+    """Send folders of CRIU images, which are being written until `dump` has ended.
     When the dump fails, its failure is raised here too, and the stream gets no end.
     sent: names of images that were sent before.
 
@@ -44,33 +55,38 @@ def stream_dump(folder: Path, out: ImageWriter, dump: Job[Any], sent: Collection
     files, so they are sent at the end.
     """
     at: dict[str, int] = {}
-    with _Growth(folder, dump) as growth:
+    with _Growth(folders, dump) as growth:
         done = False
         while not done:
             done = growth.wait()
-            for path in (*folder.glob("pages-*.img"), *folder.glob(tmpfs_images.PATTERN)):
-                at[path.name] = out.grown(path.name, path, at.get(path.name, 0))
+            for before, folder in folders.items():
+                for path in (*folder.glob("pages-*.img"), *folder.glob(tmpfs_images.PATTERN)):
+                    name = before + path.name
+                    at[name] = out.grown(name, path, at.get(name, 0))
     dump.join()
-    for path in sorted(folder.iterdir()):
-        if path.name in at:
-            out.complete(path.name, 0o600, at[path.name])
-        elif path.name not in sent and path.is_file():  # and not the link to a pre-dump's folder
-            out.file(path.name, str(path))
+    for before, path in _files(folders):
+        name = before + path.name
+        if name in at:
+            out.complete(name, 0o600, at[name])
+        elif name not in sent:
+            out.file(name, str(path))
     out.end()
 
 
 class _Growth:
-    """Waits until a file of the folder was written to, or the job is over."""
+    """Waits until a file of the folders was written to, or the job is over."""
 
-    def __init__(self, folder: Path, job: Job[Any]) -> None:
+    def __init__(self, folders: Folders, job: Job[Any]) -> None:
         self._job = job
         self._over = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         self._poll = select.poll()
         self._poll.register(self._over, select.POLLIN)
-        self._changes, self._look = -1, LOOK
+        self._changes: list[int] = []
+        self._look = LOOK
         try:
-            self._changes = kernel.watch_writes(str(folder))
-            self._poll.register(self._changes, select.POLLIN)
+            for folder in folders.values():
+                self._changes.append(kernel.watch_writes(str(folder)))
+                self._poll.register(self._changes[-1], select.POLLIN)
         except OSError:
             self._look = LOOK_UNTOLD
         self._watcher = threading.Thread(target=self._watch, daemon=True)
@@ -91,14 +107,14 @@ class _Growth:
     def _close(self) -> None:
         self._watcher.join()
         os.close(self._over)
-        if self._changes >= 0:
-            os.close(self._changes)
+        for fd in self._changes:
+            os.close(fd)
 
     def wait(self) -> bool:
         """Whether the job is over.  Its last writes came before that."""
         ready = dict(self._poll.poll(self._look * 1000))
-        if self._changes in ready:
-            os.read(self._changes, 65536)
+        for fd in ready.keys() & {*self._changes}:
+            os.read(fd, 65536)
         return self._over in ready
 
 

@@ -143,7 +143,7 @@ class Memory:
         self._report.event("phase", phase=f"memory {number}", bytes=None)
         start = self._began = time.monotonic()
         dump = Job(lambda: self._runtime.pre_dump(images, parent))
-        stream = Job(lambda: dump_stream.stream_dump(images, out, dump))
+        stream = Job(lambda: dump_stream.stream_dump({"": images}, out, dump))
         self._jobs += [dump, stream]
         try:
             dump.start()

@@ -82,6 +82,7 @@ class Ahead:
         runtime, remote = move.runtime, move.remote
         images, parent = image_chain.folder_of(move.folder, 0), ahead.parent_folder
         images.mkdir(mode=0o700)
+        folders = runtime.image_folders(images)
         later = self._choose_post_copy()
         self.copies.settle_lanes()
         if later and "lazy-rounds" not in remote.capabilities:
@@ -93,7 +94,7 @@ class Ahead:
         with out, limit, remote.explained():
             dump = Job(lambda: (move.pages or runtime).dump(images, parent))
             sent: list[str] = []
-            stream = Job(lambda: dump_stream.stream_dump(images, out, dump, sent))
+            stream = Job(lambda: dump_stream.stream_dump(folders, out, dump, sent))
             # An agent that does not know memory rounds does not know this argument.
             after: dict[str, Any] = {"parent": ahead.parent} if ahead.parent else {}
             if "memory" in remote.capabilities:
@@ -111,7 +112,7 @@ class Ahead:
             _compare_clocks(move)
             runtime.before_suspend()
             if not later and not why:
-                sent += dump_stream.send_first(images, out)
+                sent += dump_stream.send_first(folders, out)
             move.quiet.enter_context(move.report.deferred())
             start = time.monotonic()
             limit.start()
@@ -133,7 +134,7 @@ class Ahead:
             there = answer["moments"]
         moments = Moments(start, copied, dump.ended, stream.ended, time.monotonic())
         move.quiet.close()
-        tmpfs_images.report(images, move.report)
+        tmpfs_images.report(folders.values(), move.report)
         move.result.lazy = lazy.report_outcome(move.report, answer.get("lazy"), move.request.host)
         return Committed(self, moments, suspended, there, out.sent, out.zeroes)
 

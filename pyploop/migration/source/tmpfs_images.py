@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -45,9 +46,9 @@ _WORDS = {
 }
 
 
-def report(images: Path, report: Reporter) -> None:
+def report(folders: Iterable[Path], report: Reporter) -> None:
     """Say how each tmpfs was packed."""
-    every = packed(images)
+    every = [one for folder in folders for one in packed(folder)]
     for packing, words in _WORDS.items():
         sizes = [one.size for one in every if one.packing == packing]
         if sizes:

@@ -73,6 +73,8 @@ class Podman:
         if status:  # it has gone since
             return None
         found = self._parsed(output)
+        if isinstance(found, dict):  # of a pod
+            return found
         return found[0] if isinstance(found, list) and found else None
 
     def all_inspected(self) -> list[dict[str, Any]]:

@@ -37,7 +37,7 @@ class PodmanContainer(RuncContainer):
 
     def _configured(self) -> ContainerConfig:
         """Of what is found here.  On the target nothing is, before it has come."""
-        self._found = found = find(self._podman, self.container)
+        self._found = found = self._find()
         policy = _policy(self._host.policy_of(self.container))
         made = ContainerConfig(self.container, runtime="podman", policy=policy)
         if found is None:
@@ -52,6 +52,9 @@ class PodmanContainer(RuncContainer):
             link_up=self._link_command(found.namespace, True),
             link_down=self._link_command(found.namespace, False),
         )
+
+    def _find(self) -> Found | None:
+        return find(self._podman, self.container)
 
     def _is_moved(self, path: str) -> bool:
         """Whether a bind mount lies in one of the configured places."""
@@ -81,6 +84,10 @@ class PodmanContainer(RuncContainer):
             return replace(known, suspended=known.suspended or (known.running and self._held()))
         names = (self.runc_id, self.container)
         return State(any(self._podman.says_yes("container", "exists", n) for n in names))
+
+    def is_pod(self) -> bool:
+        """Podman has no container of this name, but a pod."""
+        return self._found is None and self._podman.says_yes("pod", "exists", self.container)
 
     def _exists(self) -> bool:
         """Podman has the container with this ID, whatever its name is."""

@@ -44,6 +44,12 @@ class Found:
     """Paths of this host that the user binds into it."""
     raw: dict[str, Any]
     """All that was printed."""
+    infra: str = ""
+    """The ID of its pod's infra container, when the pod moves as one."""
+    together: tuple[str, ...] = ()
+    """The IDs of the containers that move with it."""
+    elsewhere: tuple[str, ...] = ()
+    """Folders of volumes and binds that one of those brings."""
 
 
 def find(podman: Podman, name: str) -> Found | None:

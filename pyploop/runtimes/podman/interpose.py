@@ -12,6 +12,7 @@ FOLDER has `order.json`:
     images, work   folders, instead of those that Podman names; `images` may be missing: then
                    the restore fails, and Podman has only made the container
     options        further options of `runc restore`
+    shm            what is bound to /dev/shm, when a pod shares it
     environment    for runc and CRIU
 
 `spec.json`, the source's config.json, and `criu`, the path of what runc runs as CRIU.  Started
@@ -34,20 +35,24 @@ def conmon(folder: str, order: dict[str, Any], words: list[str]) -> None:
     os.execv(order["conmon"], [order["conmon"], *words])
 
 
-def complete(folder: str, bundle: str) -> None:
+def complete(folder: str, bundle: str, shm: str) -> None:
     """Podman makes config.json from what it knew when the container was created, and adds what
     is this host's own.  At a start it would add the volumes and more.  Here all else is as it
-    was on the source."""
+    was on the source.  shm: of the pod, for which Podman does not look at a restore."""
     with open(f"{folder}/spec.json") as f:
         spec = json.load(f)
     with open(f"{bundle}/config.json") as f:
         made = json.load(f)
     spec["root"] = made["root"]
+    if "cgroupsPath" in made["linux"]:  # a pod has another ID here
+        spec["linux"]["cgroupsPath"] = made["linux"]["cgroupsPath"]
     own = {m["destination"]: m for m in made["mounts"]}
     spec["mounts"] = [own.get(m["destination"], m) for m in spec["mounts"]]
     for mount in spec["mounts"]:
+        if shm and mount["destination"] == "/dev/shm":
+            mount["source"] = shm
         # CRIU does not follow a link to what is bound, as runc does at a start.
-        if {"bind", "rbind"} & {*mount.get("options", ())} and os.path.islink(mount["source"]):
+        elif {"bind", "rbind"} & {*mount.get("options", ())} and os.path.islink(mount["source"]):
             mount["source"] = os.path.realpath(mount["source"])
     paths = {n["type"]: n for n in made["linux"]["namespaces"]}
     spec["linux"]["namespaces"] = [paths.get(n["type"], n) for n in spec["linux"]["namespaces"]]
@@ -61,7 +66,7 @@ def runc(folder: str, order: dict[str, Any], words: list[str]) -> None:
         os.execv(order["runc"], [order["runc"], *words])
     if not order.get("images"):
         raise SystemExit("pyploop: the container was made, and is not restored")
-    complete(folder, words[words.index("--bundle") + 1])
+    complete(folder, words[words.index("--bundle") + 1], order["shm"])
     words[words.index("--image-path") + 1] = order["images"]
     words[words.index("--work-path") + 1] = order["work"]
     at = words.index("restore") + 1

@@ -26,11 +26,12 @@ def check(podman: Podman, found: Found, here: PodmanHost, checks: Checks) -> Non
     raw, name = found.raw, found.name
     host = raw.get("HostConfig") or {}
     with checks.named("podman-pod"):
-        if pod := raw.get("Pod"):
+        if (pod := raw.get("Pod")) and not found.together:
+            known = podman.inspected("pod", str(pod)) or {}
             refuse(
-                f"{name} belongs to the pod {str(pod)[:12]}, whose containers share namespaces and "
-                "must move together, which is not possible yet",
-                "run it without a pod (podman run without --pod)",
+                f"{name} belongs to the pod {known.get('Name') or str(pod)[:12]}, whose containers "
+                "share namespaces and move together",
+                f"migrate the pod: pyploop migrate HOST podman:{known.get('Name') or 'POD'}",
             )
     with checks.named("podman-runtime"):
         if raw.get("OCIRuntime") != "runc":
@@ -41,7 +42,8 @@ def check(podman: Podman, found: Found, here: PodmanHost, checks: Checks) -> Non
     with checks.named("podman-root"):
         _check_root(found, here)
     with checks.named("podman-dependencies"):
-        if (deps := raw.get("Dependencies")) and not raw.get("Pod"):
+        deps = [d for d in raw.get("Dependencies") or () if d != found.infra]
+        if deps and (found.infra or not raw.get("Pod")):
             refuse(
                 f"{name} depends on other containers ({', '.join(d[:12] for d in deps)})",
                 "run it without --network, --pid or --ipc container:, and without --requires",
@@ -109,7 +111,7 @@ def _check_volume(podman: Podman, name: str, found: Found) -> None:
             "give the container a volume of the driver local without options",
         )
     users = podman.run("ps", "-a", "--no-trunc", f"--filter=volume={name}", "--format={{.ID}}")
-    if others := [u for u in users.split() if u != found.id]:
+    if others := [u for u in users.split() if u not in (found.id, *found.together)]:
         refuse(
             f"the volume {name} is used by the container {others[0][:12]} too, which would lose it",
             "give each container a volume of its own",
@@ -120,7 +122,7 @@ def check_exported(config: Mapping[str, Any], found: Found) -> None:
     """The description is that of this container, and of one that can move."""
     if config.get("id") != found.id or config.get("name") != found.name:
         refuse(f"podman exported another container than {found.name}")
-    if config.get("pod") or config.get("Dependencies"):
+    if (config.get("pod") and not found.together) or config.get("Dependencies"):
         refuse(f"{found.name} depends on other containers")
 
 
@@ -129,12 +131,18 @@ def check_exported(config: Mapping[str, Any], found: Found) -> None:
 
 def owned(config: Mapping[str, Any], found: Found, here: PodmanHost) -> list[str]:
     """Sources of binds that Podman makes itself, on each host its own: /etc/hosts, /dev/shm, …"""
-    tops = (
+    tops: tuple[str, ...] = (
         found.bundle,
         f"{here.run_root}/overlay-containers/{found.id}",
         f"{here.graph_root}/overlay-containers/{found.id}",
         "/run/podman-init",
+        *found.elsewhere,
     )
+    if found.infra:
+        tops += (
+            f"{here.run_root}/overlay-containers/{found.infra}",
+            f"{here.graph_root}/overlay-containers/{found.infra}",
+        )
     return [s for s in _bound(config) if any(within(s, top) for top in tops)]
 
 

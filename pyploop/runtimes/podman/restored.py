@@ -42,9 +42,11 @@ class Order:
         images: Path | None = None,
         work: Path | None = None,
         options: Sequence[str] = (),
+        pod: tuple[str, str] = ("", ""),
     ) -> None:
         """Replace what is there.  programs: podman, conmon, runc.  The rest is as interpose.py
-        says.  spec: the source's config.json.  OSError."""
+        says.  spec: the source's config.json.  pod: the ID of the pod that it becomes a part of, and
+        the folder that is its /dev/shm.  OSError."""
         shutil.rmtree(self.folder, ignore_errors=True)
         self.folder.mkdir(mode=0o700)
         self._archive(exported)
@@ -56,6 +58,7 @@ class Order:
             "images": str(images or ""),
             "work": str(work or ""),
             "options": list(options),
+            "shm": pod[1],
             "environment": {},
         }
         if work is not None:
@@ -69,6 +72,7 @@ class Order:
             [
                 *(programs["podman"], "--conmon", str(self.folder / "conmon")),
                 *("container", "restore", f"--import={self.folder / 'made.tar'}", *OPTIONS),
+                *([f"--pod={pod[0]}"] if pod[0] else ()),
             ]
         )
         # What it gets as --criu (early.py) is for runc, and Podman has no such option.

@@ -9,7 +9,7 @@ import shutil
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 from pyploop.errors import MigrateError, VzExitCode
 from pyploop.runtimes import Copied, Facts, Item, copied
@@ -76,7 +76,7 @@ class PodmanSource(PodmanContainer, SourceSteps):
         if checks.has("config-json"):
             checks.end()
         with checks.named("config-host"):
-            host_fit.check_source(config)
+            host_fit.check_source(self._alone(config))
         self._own_users = tmpfs.has_own_users(config)
         with checks.named("places"):
             self._check_places(used=True)
@@ -130,6 +130,10 @@ class PodmanSource(PodmanContainer, SourceSteps):
             )
         checks.end(facts if "podman" in facts else None)
         return facts
+
+    def _alone(self, config: dict[str, Any]) -> dict[str, Any]:
+        """config.json without what it shares with containers that move, too."""
+        return config
 
     def _need_found(self) -> Found:
         if self._found is None:

@@ -40,6 +40,8 @@ class PodmanTarget(PodmanContainer, TargetSteps):
         self._spec: dict[str, Any] = {}
         """The source's config.json."""
         self._images: Path = Path()
+        self._pod = ("", "")
+        """The ID of its pod on this host, and the folder that is its /dev/shm, if it is shared."""
         self.wants: frozenset[str] = frozenset()
 
     # ---- checks
@@ -205,6 +207,7 @@ class PodmanTarget(PodmanContainer, TargetSteps):
                 images=images,
                 work=Path(work),
                 options=options,
+                pod=self._pod,
             )
         except OSError as e:
             return f"{e.filename}: {e.strerror}"
@@ -333,6 +336,7 @@ class PodmanTarget(PodmanContainer, TargetSteps):
                 self._spec,
                 programs=programs,
                 close=self.keep_fds,
+                pod=self._pod,
             )
             words = [str(folder / "restore"), "--criu", self._host.criu]
             _, output = Command(words, self.keep_fds).wait(self._host.command_timeout)

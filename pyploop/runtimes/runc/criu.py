@@ -112,9 +112,12 @@ class Restoring:
     stands between runc and CRIU (criu_gate.py) ends the half-restored container, which has not
     run yet, when the answer is no, or when this process is gone."""
 
-    def __init__(self, unlock: Callable[[], None]) -> None:
-        """unlock: called before the network is unlocked.  When it raises, the answer is no."""
-        self._unlock = unlock
+    def __init__(
+        self, unlock: Callable[[], None], resume: Callable[[], None] = lambda: None
+    ) -> None:
+        """unlock: called before the network is unlocked.  resume: before the container runs.
+        When one raises, the answer is no."""
+        self._unlock, self._resume = unlock, resume
         self.refusal: BaseException | None = None
         self.unlocked = False
 
@@ -147,6 +150,8 @@ class Restoring:
             if step == "network-unlock":
                 self._unlock()
                 self.unlocked = True
+            else:
+                self._resume()
         except BaseException as e:
             self.refusal = e
             return False

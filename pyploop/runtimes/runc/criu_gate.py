@@ -16,6 +16,10 @@ standard library.
 For a dump each request waits that may touch the container.  For a restore two wait: the one for
 CRIU's version, because runc mounts the root after the answer, and the restore itself.
 
+The containers of a pod run together or not at all.  So there may be a link `agreed` in FOLDER.
+When pyploop has ended after all of them were restored, the file to which it leads is there, and
+the container runs.
+
 CRIU reports each step to runc, and to its action script if it has one.  At these two steps it
 goes on whatever they answer, so the container is killed when it must not run.  For the same
 reason CRIU is killed when this process is (PDEATHSIG), and has a copy of this end of its
@@ -31,7 +35,7 @@ import sys
 from collections.abc import Iterator
 from typing import NoReturn
 
-LINE = "line"
+LINE, AGREED = "line", "agreed"
 GO, NO = b"go", b"no"
 FEATURES, VERSION = 9, 10  # of CRIU's rpc.proto, enum criu_req_type
 ASKS = ("network-unlock", "pre-resume")
@@ -148,20 +152,22 @@ def lend_folders(request: bytes) -> None:
                 os.close(found)
 
 
-def asked(line: socket.socket, step: str) -> bool:
+def asked(line: socket.socket, step: str, agreed: str) -> bool:
     """Whether pyploop lets the restore go on."""
-    try:
+    answer = b""
+    with contextlib.suppress(OSError):
         line.send(step.encode())
-        return line.recv(16) == GO
-    except OSError:
-        return False
+        answer = line.recv(16)
+    # Without an answer pyploop was killed.  Others of the pod may run then.
+    return answer == GO if answer else step == ASKS[-1] and os.path.exists(agreed)
 
 
 class Relay:
     """Between runc and CRIU."""
 
-    def __init__(self, runc: socket.socket, criu: socket.socket, pid: int) -> None:
+    def __init__(self, runc: socket.socket, criu: socket.socket, pid: int, agreed: str) -> None:
         self._runc, self._criu, self._pid = runc, criu, pid
+        self._agreed = agreed
         self._init = 0
 
     def end(self) -> NoReturn:
@@ -187,7 +193,7 @@ class Relay:
                 break
             answer = self._answer()
             if restore and step != _RESUMED:
-                if not answer or (step in ASKS and not asked(line, step)):
+                if not answer or (step in ASKS and not asked(line, step, self._agreed)):
                     self.end()
             elif not answer:
                 if restore:  # all is done; CRIU would wait for ever
@@ -230,7 +236,7 @@ def main() -> None:
         runc.send(answer)
         os._exit(0)  # at once
     lend_folders(request)
-    Relay(runc, criu, pid).run(request, line, what == "restore")
+    Relay(runc, criu, pid, f"{folder}/{AGREED}").run(request, line, what == "restore")
 
 
 if __name__ == "__main__":

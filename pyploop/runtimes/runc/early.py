@@ -49,6 +49,9 @@ class Early:
         """Of the request that waits (criu_gate.py)."""
         self.advanced = False
         """Whether it has gone on once."""
+        self.agreed: Path | None = None
+        """A file: when it is there, a restored container runs even if this process has ended
+        (criu_gate.py)."""
 
     def start(
         self,
@@ -72,6 +75,8 @@ class Early:
         try:
             folder.mkdir(mode=0o700)
             script = self._write(folder, what, criu)
+            if self.agreed is not None:
+                (folder / criu_gate.AGREED).symlink_to(self.agreed)
             self._listen(folder)
             waiting = list(argv)
             waiting[waiting.index("--criu") + 1] = str(script)

@@ -290,7 +290,7 @@ class TargetSteps(RuncContainer):
                     announcer.forget_unanswered()
                     announcer.send()
 
-        restoring = criu.Restoring(unlock)
+        restoring = criu.Restoring(unlock, self._resuming)
         with contextlib.ExitStack() as sockets:
             announcers = self._announcers(sockets)
             try:
@@ -312,6 +312,9 @@ class TargetSteps(RuncContainer):
             raise restoring.refusal
         why = criu.why_failed(work / "restore.log", _runc_log(images), output)
         raise _NotRestoredError(f"cannot restore {self.container}: {why}", restoring.unlocked)
+
+    def _resuming(self) -> None:
+        """Committed, and restored: it is about to run.  When this raises, it does not."""
 
     def prepare_undump(self, images: Path) -> str:
         root = os.path.join(self._config.bundle, str((self._written or {})["root"]["path"]))

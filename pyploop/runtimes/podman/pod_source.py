@@ -1,0 +1,253 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The steps of a migration on the source, of a pod of Podman."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from pyploop.errors import MigrateError, VzExitCode
+from pyploop.runtimes import Copied, Disk, Facts, Item
+from pyploop.runtimes.checks import Checks, ChecksFailedError, naming
+from pyploop.runtimes.podman import extras, loopback
+from pyploop.runtimes.podman import pod as pods
+from pyploop.runtimes.podman.exported import export
+from pyploop.runtimes.podman.host import look
+from pyploop.runtimes.podman.member import Member
+from pyploop.runtimes.podman.pod import Pod
+from pyploop.runtimes.podman.pods import LABEL, PodSteps, all_of, folder_of
+from pyploop.runtimes.runc import cgroup, link_cut
+from pyploop.runtimes.runc.cgroup import ContainerCgroup
+from pyploop.runtimes.runc.connections import Connections
+from pyploop.system.jobs import Job
+
+MOST = 32
+"""Containers of a pod."""
+
+
+class PodCgroup(ContainerCgroup):
+    """The cgroups of all its containers."""
+
+    def __init__(self, cgroups: list[ContainerCgroup]) -> None:
+        self._all = cgroups
+        self.order = ("", "")
+
+    def is_frozen(self) -> bool:
+        return all(c.is_frozen() for c in self._all)
+
+    def pids(self) -> list[int]:
+        return [pid for c in self._all for pid in c.pids()]
+
+    def freeze(self) -> None:
+        for one in self._all:
+            one.freeze()
+
+    def thaw(self) -> None:
+        for one in self._all:
+            one.thaw()
+
+
+class PodSource(PodSteps):
+    """The source's part of a Runtime."""
+
+    _images = Path()
+
+    def _need(self) -> Pod:
+        if self._pod is None:
+            raise MigrateError(
+                VzExitCode.NO_CONTAINER, f"Podman has no pod {self.container} on this host"
+            )
+        return self._pod
+
+    # ---- checks
+
+    def check_source(self, live: bool) -> Facts:
+        pod, checks = self._need(), Checks()
+        here = look(self._podman, checks)
+        with naming("podman-description"):
+            exported = export(self._podman, pod.infra, self._host.criu)
+        with checks.named("podman-pod"):
+            pods.check(pod, exported.config)
+            if len(self.members) > MOST:
+                raise MigrateError(
+                    VzExitCode.BAD_CONFIG, f"the pod {pod.name} has more than {MOST} containers"
+                )
+        if live:
+            with checks.named("podman-pod"):
+                pods.check_ipc(pod)
+            if pod.infra.namespace:
+                with checks.named("podman-link"):
+                    self.members[0]._need_links(pod.infra.namespace)
+        every: list[Facts | None] = []
+        for member in self.members:
+            try:
+                every.append(member.check_source(live))
+            except MigrateError as e:
+                if not isinstance(e, ChecksFailedError):
+                    raise
+                # Some are about the host, and fail for each container.
+                checks.failed += [f for f in e.failed if f not in checks.failed]
+                every.append(e.facts)
+        self._known = {"pod": pod.id, "infra": pod.infra.name}
+        facts: Facts = {
+            "pod": {
+                **pods.told(pod, exported),
+                "description": {
+                    "host": here.told(),
+                    "config": exported.config,
+                    "network": exported.network,
+                    "root": pod.infra.merged,
+                    "volumes": {},
+                    "binds": [],
+                    "owned": [],
+                },
+            },
+            "members": [[m.container, f] for m, f in zip(self.members, every, strict=True)],
+        }
+        if live:
+            facts["memory"] = sum(int((f or {}).get("memory") or 0) for f in every)
+        checks.end(facts if None not in every else None)
+        return facts
+
+    def left_behind(self) -> list[str]:
+        return [
+            f"{line} ({member.container})"
+            for member in self.members
+            for line in member.left_behind()
+        ]
+
+    def copied(self, disks: list[Disk]) -> Copied:
+        found: Copied = {}
+        for member in self.members:
+            found |= member.copied([])
+        return found
+
+    def items(self) -> list[Item]:
+        made = []
+        for n, member in enumerate(self.members):
+            wants = (LABEL.fullmatch(label) for label in self.peer_wants)
+            member.peer_wants = frozenset(w[2] for w in wants if w and int(w[1]) == n)
+            made += [replace(i, label=f"{n}.{i.label}") for i in member.items()]
+        return made
+
+    # ---- suspend and dump
+
+    def memory_now(self) -> int:
+        return sum(m.memory_now() for m in self.members)
+
+    def prepare_dump(self, images: Path, parent: Path | None) -> str:
+        for n, member in enumerate(self.members):
+            folder = folder_of(images, n)
+            folder.mkdir(mode=0o700, parents=True)
+            if why := member.prepare_dump(folder, None):
+                self.give_up()
+                return f"{member.container}: {why}"
+        return ""
+
+    def before_suspend(self) -> None:
+        pods.check_ipc(self._need())
+        for member in self.members:
+            member.before_suspend()
+
+    def _cgroup(self) -> PodCgroup:
+        found = []
+        for member in self.members:
+            freezer = member._freezer()
+            if freezer is None:
+                raise member._ended() if not member.state().running else member._no_freezer()
+            found.append(freezer)
+        return PodCgroup(found)
+
+    def suspend(self) -> None:
+        pod, every = self._need(), self._cgroup()
+
+        def down() -> None:
+            self._link(False, pod.pid)
+
+        try:
+            if not pod.pid or "net" not in pod.shared:
+                cgroup.freeze(every, pod.name)
+                return
+            with Connections(pod.pid) as connections:
+                cgroup.freeze(every, pod.name)
+                link_cut.cut(every, pod.name, connections, down, skip_in_flight=False)
+            loopback.close(pod.pid)
+        except OSError as e:
+            raise MigrateError(
+                VzExitCode.DUMP_FAILED,
+                f"cannot list the connections of the pod {pod.name}: {e.strerror}",
+            ) from e
+
+    def resume(self) -> None:
+        # Do all of it, whatever fails.
+        pid = self._pod.pid if self._pod is not None else 0
+        steps: list[Any] = []
+        if pid:
+            steps += [lambda: loopback.open_again(pid), lambda: self._link(True, pid)]
+        steps += [_thaw(member) for member in self.members]
+        all_of(steps, ["the pod"] * (len(steps) - len(self.members)) + self._names())
+        if pid and self.members:
+            self.members[0]._announce(f"/proc/{pid}/ns/net", resumed=True)
+
+    def _names(self) -> list[str]:
+        return [m.container for m in self.members]
+
+    def why_no_pre_dump(self) -> str:
+        return "the memory of a pod moves while it is suspended"
+
+    def pre_dump(self, images: Path, parent: Path | None) -> float | None:
+        raise MigrateError(VzExitCode.DUMP_FAILED, self.why_no_pre_dump())
+
+    def dump(self, images: Path, parent: Path | None = None) -> None:
+        pod = self._need()
+        pods.check_ipc(pod)
+        jobs = []
+        for n, member in enumerate(self.members):
+            folder = folder_of(images, n)
+            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            jobs.append(Job(_dumping(member, folder)).start())
+        if "ipc" in pod.shared:
+            extras.pack_shm(pod.infra.bundle, folder_of(images, 0))
+        # All of them end, whatever fails: a dump that is cut off damages its container.
+        all_of([job.join for job in jobs], self._names())
+
+    # ---- afterwards
+
+    def kill(self) -> None:
+        for member in self.members:
+            member.kill()
+
+    def stop(self) -> None:
+        for member in self.members:
+            member.stop()
+        if self._pod is not None:
+            self._podman.run(
+                *("container", "stop", "-t", "0", self._pod.infra.id), code=VzExitCode.DUMP_FAILED
+            )
+
+    def discard(self, remove: bool, copied: Copied | None) -> None:
+        for member in self.members:
+            member.discard(remove, copied)
+        if not self._known or not self._podman.says_yes("pod", "exists", self._known["pod"]):
+            return
+        if not remove:
+            self._podman.run(
+                *("pod", "stop", "-t", "0", self._known["pod"]), code=VzExitCode.DUMP_FAILED
+            )
+            return
+        self._podman.run(
+            *("pod", "rm", "-f", "-t", "0", self._known["pod"]), code=VzExitCode.DUMP_FAILED
+        )
+
+
+def _thaw(member: Member) -> Any:
+    def thaw() -> None:
+        if freezer := member._freezer():
+            freezer.thaw()
+
+    return thaw
+
+
+def _dumping(member: Member, folder: Path) -> Any:
+    return lambda: member.dump(folder, None)
