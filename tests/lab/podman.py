@@ -19,6 +19,8 @@ from lab import container, requirements
 from lab.hosts import CONTAINER_IP, CONTAINER_MAC, NET, Host, Lab
 
 NAME = "ct"
+POD, INFRA, PEER = "together", "together-infra", "peer"
+COUNTING = "n=0; while sleep 0.05; do n=$((n+1)); echo line $n; done"
 IMAGE = "guest:1"
 VOLUME = "data"
 STORAGE = Path("/var/lib/containers/storage")
@@ -130,6 +132,23 @@ def running(lab: Lab, *options: str, memory: int = 0) -> Iterator[None]:
         yield
 
 
+def start_pod(host: Host, *options: str, link: tuple[str, ...] = LINK) -> None:
+    """A pod of two: the guest, with the client's address and its data in a volume, and a shell
+    that counts.  options: for both."""
+    host.run("podman", "pod", "create", "--name", POD, "--infra-name", INFRA, *link)
+    start(host, "--pod", POD, "--volume", f"{VOLUME}:/data", *options)
+    start(host, "--pod", POD, *options, name=PEER, script=COUNTING)
+
+
+@contextlib.contextmanager
+def running_pod(lab: Lab, *options: str) -> Iterator[None]:
+    """The pod, running on host a."""
+    with hosts_with_podman(lab) as guest:
+        import_image(lab.a, guest)
+        start_pod(lab.a, *options)
+        yield
+
+
 # ---- what there is
 
 
@@ -139,7 +158,7 @@ def inspect(host: Host, kind: str = "container", name: str = NAME) -> dict[str, 
 
 
 def states(host: Host) -> dict[str, str]:
-    """Name -> what `podman ps` says of it."""
+    """Name -> what `podman ps` says of it, infra containers included."""
     found = json.loads(host.run("podman", "ps", "--all", "--format", "json"))
     return {one["Names"][0]: str(one["State"]) for one in found}
 

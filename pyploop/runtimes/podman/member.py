@@ -50,24 +50,19 @@ class Member(PodmanRuntime):
 
     # ---- on the target
 
-    def join(self, pod: Pod, agreed: Path) -> None:
-        """The pod is there.  agreed: as Early has it."""
-        shm = f"{pod.infra.bundle}/shm" if "ipc" in pod.shared else ""
-        self._pod, self._infra = (pod.id, shm), pod.infra.id
+    def join(self, pod: Pod, theirs: str, agreed: Path) -> None:
+        """The pod is there.  theirs: the ID of its infra container on the source.  agreed: as
+        Early has it."""
+        shared = f"/{theirs}/userdata/shm"
+        mounts = self._spec.get("mounts") or ()
+        used = any(str(m.get("source")).endswith(shared) for m in mounts)
+        self._pod = (pod.id, f"{pod.infra.bundle}/shm" if used else "")
+        self._infra = pod.infra.id
         self._early.agreed = agreed
 
     def _named(self, exported: Exported) -> Exported:
-        config = copy.deepcopy(super()._named(exported).config)
-        config["pod"], shm = self._pod
-        spec = config["spec"]
-        mounts = [m for m in spec.get("mounts") or () if m.get("destination") != "/dev/shm"]
-        if shm:
-            # Podman would give it one of its own at its next start.
-            options = ["bind", "private", "nosuid", "noexec", "nodev"]
-            mount = {"destination": "/dev/shm", "type": "bind", "source": shm}
-            mounts.append({**mount, "options": options})
-        spec["mounts"] = mounts
-        return replace(exported, config=config)
+        named = super()._named(exported)
+        return replace(named, config={**named.config, "pod": self._pod[0]})
 
     def _fitted_spec(self, spec: Any, root: str, volumes: list[str]) -> dict[str, Any]:
         spec = self._alone(spec)

@@ -111,38 +111,36 @@ def check(pod: Pod, config: Mapping[str, Any]) -> None:
 
 _SYSCTLS = {"net.ipv4.ping_group_range": "0 0"}
 """Podman's own."""
-_PLAIN: dict[str, Any] = {
-    "Binds": "volumes",
-    "Devices": "devices",
-    "Tmpfs": "tmpfs",
-    "VolumesFrom": "volumes of other containers",
-    "SecurityOpt": "security options",
-    "Memory": "a memory limit",
-    "MemorySwap": "a memory limit",
-    "NanoCpus": "a CPU limit",
-    "CpuQuota": "a CPU limit",
-    "CpuShares": "CPU shares",
-    "CpusetCpus": "a CPU set",
-    "CpusetMems": "a CPU set",
-    "BlkioWeight": "an I/O weight",
-    "BlkioDeviceReadBps": "an I/O limit",
-    "Privileged": "privileges",
-    "UsernsMode": "a user namespace",
-    "AutoRemove": "--rm",
+_TAKEN = {
+    *("Id", "Name", "Created", "CreateCommand", "ExitPolicy", "State", "Hostname", "Labels"),
+    *("CreateCgroup", "CgroupParent", "CgroupPath", "CreateInfra", "InfraContainerID"),
+    *("InfraConfig", "SharedNamespaces", "NumContainers", "Containers", "Namespace"),
+    *("LockNumber", "RestartPolicy"),
 }
-"""What the infra container must not have, and which word says so."""
+_TAKEN_INFRA = {
+    *("PortBindings", "StaticIP", "StaticMAC", "DNSServer", "DNSSearch", "DNSOption"),
+    *("NoManageHosts", "HostAdd", "Networks"),
+}
+"""What `words` makes again, of what `podman pod inspect` prints."""
+_USUAL = {"pid_ns": "private", "userns": "host", "uts_ns": "private"}
+_PLAIN = ("Binds", "Tmpfs", "VolumesFrom", "SecurityOpt", "Devices", "Privileged", "UsernsMode")
+"""Of the infra container: what must be empty."""
 
 
 def _odd(pod: Pod, config: Mapping[str, Any]) -> list[str]:
+    """Names of options that `words` does not make again.  A newer Podman may have more."""
+    infra = pod.raw.get("InfraConfig") or {}
+    found = [k for k, v in pod.raw.items() if v and k not in _TAKEN]
+    found += [k for k, v in infra.items() if v and k not in _TAKEN_INFRA and _USUAL.get(k) != v]
     host = pod.infra.raw.get("HostConfig") or {}
-    found = [word for key, word in _PLAIN.items() if host.get(key)]
-    if (host.get("RestartPolicy") or {}).get("Name") not in (None, "", "no"):
-        found.append("a restart policy")
+    found += [key for key in _PLAIN if host.get(key)]
     linux = (config.get("spec") or {}).get("linux") or {}
-    if any(_SYSCTLS.get(k) != v for k, v in (linux.get("sysctl") or {}).items()):
-        found.append("sysctls")
+    sysctls = linux.get("sysctl") or {}
+    found += [k for k, v in sysctls.items() if _SYSCTLS.get(k) != v]
+    if pod.raw.get("RestartPolicy") not in (None, "", "no"):
+        found.append("RestartPolicy")
     if str(pod.raw.get("CgroupParent") or "") not in ("/libpod_parent", "machine.slice"):
-        found.append("a cgroup parent")
+        found.append("CgroupParent")
     return list(dict.fromkeys(found))
 
 

@@ -10,6 +10,7 @@ from typing import Any
 from pyploop.errors import MigrateError, VzExitCode
 from pyploop.runtimes import Copied, Disk, Facts, Item
 from pyploop.runtimes.checks import Checks, ChecksFailedError, naming
+from pyploop.runtimes.config import HostConfig
 from pyploop.runtimes.podman import extras, loopback
 from pyploop.runtimes.podman import pod as pods
 from pyploop.runtimes.podman.exported import export
@@ -51,7 +52,9 @@ class PodCgroup(ContainerCgroup):
 class PodSource(PodSteps):
     """The source's part of a Runtime."""
 
-    _images = Path()
+    def __init__(self, host: HostConfig, container: str) -> None:
+        super().__init__(host, container)
+        self._left: list[str] = []
 
     def _need(self) -> Pod:
         if self._pod is None:
@@ -105,13 +108,20 @@ class PodSource(PodSteps):
             },
             "members": [[m.container, f] for m, f in zip(self.members, every, strict=True)],
         }
+        shm = Path(pod.infra.bundle, "shm")
+        if "ipc" in pod.shared and shm.is_dir() and any(shm.iterdir()):
+            self._left.append(
+                "The containers share /dev/shm. It moves, but a container that Podman restarts on "
+                "the target has one of its own from then on"
+            )
         if live:
             facts["memory"] = sum(int((f or {}).get("memory") or 0) for f in every)
         checks.end(facts if None not in every else None)
         return facts
 
     def left_behind(self) -> list[str]:
-        return [
+        left, self._left = self._left, []
+        return left + [
             f"{line} ({member.container})"
             for member in self.members
             for line in member.left_behind()
@@ -227,7 +237,7 @@ class PodSource(PodSteps):
             )
 
     def discard(self, remove: bool, copied: Copied | None) -> None:
-        for member in self.members:
+        for member in reversed(self.members):  # the first ones bring what others use, too
             member.discard(remove, copied)
         if not self._known or not self._podman.says_yes("pod", "exists", self._known["pod"]):
             return

@@ -142,7 +142,7 @@ class PodTarget(PodSteps):
         self._link(False, pod.pid)
         links.unblock(infra.id)
         for member in self.members:
-            member.join(pod, agreed)
+            member.join(pod, infra.id, agreed)
         return pod
 
     def prepare_undump(self, images: Path) -> str:
@@ -202,7 +202,9 @@ class PodTarget(PodSteps):
     def abandon(self) -> None:
         if not self._known:
             return
-        all_of([m.abandon for m in self.members], [m.container for m in self.members])
+        # The first ones bring what others use, too.
+        last_first = self.members[::-1]
+        all_of([m.abandon for m in last_first], [m.container for m in last_first])
         self._remove()
         if self._infra is not None:
             links.unblock(self._infra.id)

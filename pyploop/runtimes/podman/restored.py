@@ -45,8 +45,8 @@ class Order:
         pod: tuple[str, str] = ("", ""),
     ) -> None:
         """Replace what is there.  programs: podman, conmon, runc.  The rest is as interpose.py
-        says.  spec: the source's config.json.  pod: the ID of the pod that it becomes a part of, and
-        the folder that is its /dev/shm.  OSError."""
+        says.  spec: the source's config.json.  pod: the ID of the pod that it becomes a part of,
+        and the folder that is its /dev/shm.  OSError."""
         shutil.rmtree(self.folder, ignore_errors=True)
         self.folder.mkdir(mode=0o700)
         self._archive(exported)
