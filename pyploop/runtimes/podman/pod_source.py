@@ -11,7 +11,7 @@ from pyploop.errors import MigrateError, VzExitCode
 from pyploop.runtimes import Copied, Disk, Facts, Item
 from pyploop.runtimes.checks import Checks, ChecksFailedError, naming
 from pyploop.runtimes.config import HostConfig
-from pyploop.runtimes.podman import extras, loopback
+from pyploop.runtimes.podman import extras, image, loopback
 from pyploop.runtimes.podman import pod as pods
 from pyploop.runtimes.podman.exported import export
 from pyploop.runtimes.podman.host import look
@@ -100,6 +100,7 @@ class PodSource(PodSteps):
                     "host": here.told(),
                     "config": exported.config,
                     "network": exported.network,
+                    "image": image.find(self._podman, str(pod.infra.raw["Image"])).sent(),
                     "root": pod.infra.merged,
                     "volumes": {},
                     "binds": [],

@@ -65,10 +65,11 @@ class PodTarget(PodSteps):
             except ChecksFailedError as e:
                 checks.failed += [f for f in e.failed if f not in checks.failed]
                 continue
-            image = str(its["podman"]["config"].get("rootfsImageID"))
-            if image not in images:
-                wants |= {f"{n}.{label}" for label in member.wants}
+            image = member.instance["image"]
+            if image in images:
+                member.wants = frozenset()  # it comes with another one
             images.add(image)
+            wants |= {f"{n}.{label}" for label in member.wants}
         self.wants = frozenset(wants)
         checks.end()
 
@@ -107,7 +108,12 @@ class PodTarget(PodSteps):
         return ""
 
     def makes(self, facts: Facts) -> list[str]:
-        return []
+        its = zip(self.members, self._facts, strict=True)
+        return [path for m, f in its for path in m.makes(f)]
+
+    def settled(self) -> None:
+        for member in self.members:
+            member.settled()
 
     def folders(self) -> list[str]:
         return []

@@ -152,7 +152,7 @@ class PodmanSource(PodmanContainer, SourceSteps):
     def _check_alone(self) -> None:
         """MigrateError(15) when another container uses what is removed when this one has moved."""
         folders = self._config.trees[1:]
-        moving = {self.runc_id}
+        moving = {self.runc_id, *(self._found.together if self._found else ())}
         sharing.check(self._podman, self._host.runc_root, self.container, folders, moving)
 
     def _need_links(self, namespace: str) -> None:
