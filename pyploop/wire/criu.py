@@ -62,7 +62,7 @@ OLD_SECCOMP_MODE = 11
 class Thread(IntEnum):
     """thread_core_entry of core.proto"""
 
-    POLICY, CREDS, SECCOMP_MODE, SECCOMP_FILTER = 4, 10, 11, 12
+    POLICY, PDEATH_SIG, CREDS, SECCOMP_MODE, SECCOMP_FILTER = 4, 8, 10, 11, 12
 
 
 class Creds(IntEnum):

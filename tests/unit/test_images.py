@@ -241,6 +241,10 @@ ATTACKS: dict[str, tuple[Change, str]] = {
         lambda m: m.update({"userns-7.img": [{1: [{1: 0, 2: 0, 3: 1}]}]}),
         "other uidMappings",
     ),
+    "a signal when CRIU ends": (
+        lambda m: m["core-1.img"][0][5].update({8: 9}),
+        "a signal when its parent ends",
+    ),
     "two first processes": (lambda m: m["pstree.img"][1].update({2: 0}), "2 first processes"),
     "no first process": (lambda m: m["pstree.img"][0].update({2: 5}), "0 first processes"),
     "a process without a core": (lambda m: m.pop("core-6.img"), "no core-6.img"),

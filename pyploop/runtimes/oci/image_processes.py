@@ -63,6 +63,16 @@ class Processes:
                 self._namespaces(self._images.only(f"ids-{pid}.img", "ids"), host)
             elif task is roots[0]:
                 self._images.refuse("has a first process without namespaces of its own")
+        self._check_parent(roots[0].number32(Task.PID))
+
+    def _check_parent(self, pid: int | None) -> None:
+        """The first process's parent is CRIU, which ends when the container runs."""
+        thread = self._images.only(f"core-{pid}.img", "core").message(Core.THREAD)
+        if thread is not None and thread.number32(Thread.PDEATH_SIG):
+            self._images.refuse(
+                "has a first process that gets a signal when its parent ends (prctl "
+                "PR_SET_PDEATHSIG), so it would end at once: run it without that"
+            )
 
     def _has_ended(self, name: str) -> bool:
         task = self._images.only(name, "core").message(Core.TC)
