@@ -120,6 +120,8 @@ static long get(const char *what, const char *path)
 		return nested(CLONE_NEWCGROUP);
 	if (!strcmp(what, "timens"))
 		return nested(0x80);
+	if (!strcmp(what, "xdp"))
+		return socket(AF_XDP, SOCK_RAW, 0);
 	if (!strcmp(what, "vsock"))
 		return socket(AF_VSOCK, SOCK_STREAM, 0);
 	if (!strcmp(what, "packet"))

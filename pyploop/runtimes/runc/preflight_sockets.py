@@ -23,6 +23,7 @@ _PROTOCOLS = {
     *(socket.IPPROTO_TCP, socket.IPPROTO_UDP, socket.IPPROTO_UDPLITE),
     *(socket.IPPROTO_ICMP, socket.IPPROTO_ICMPV6),
 }
+_SO_DOMAIN = 39  # asm-generic/socket.h
 _SIOCGSKNS = 0x894C  # linux/sockios.h
 _LINKS, _NEIGHBOURS = 1, 4  # RTMGRP_LINK, RTMGRP_NEIGH
 AGAIN = 0.1
@@ -80,9 +81,16 @@ def _taken(one: Descriptor) -> socket.socket:
     """A duplicate of the socket.  OSError."""
     pidfd = os.pidfd_open(one.pid)
     try:
-        return socket.socket(fileno=kernel.take_descriptor(pidfd, one.number))
+        fd = kernel.take_descriptor(pidfd, one.number)
     finally:
         os.close(pidfd)
+    try:
+        return socket.socket(fileno=fd)
+    except OSError:  # its family has no getsockname(2), which Python asks
+        asking = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM, 0, fileno=fd)
+        with contextlib.closing(asking):
+            family = asking.getsockopt(socket.SOL_SOCKET, _SO_DOMAIN)
+            return socket.socket(family, socket.SOCK_RAW, 0, fileno=os.dup(fd))
 
 
 def _inode(path: str) -> int:
