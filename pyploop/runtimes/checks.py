@@ -109,6 +109,9 @@ CHECKS: dict[str, Check] = {
     "file-system": Check("target", False, "the target's kernel has the file system of each disk"),
     "disk-room": Check("target", False, "there is room for the disks, and nothing in their place"),
     "tree-room": Check("target", False, "there is room for the trees, and nothing in their place"),
+    "limits": Check(
+        "both", True, "root can read the processes' limits, and set them on the target"
+    ),
     "podman": Check("both", False, "Podman answers"),
     "podman-rootless": Check("both", False, "it is root's Podman"),
     "podman-version": Check(
@@ -126,6 +129,10 @@ CHECKS: dict[str, Check] = {
     ),
     "podman-privileged": Check("source", False, "the container is not privileged"),
     "podman-users": Check("source", False, "the container has no user namespace"),
+    "podman-namespaces": Check(
+        "source", False, "the container has pid, IPC and host name to itself"
+    ),
+    "podman-mount": Check("source", False, "no overlay and no image is mounted in the container"),
     "podman-rm": Check("source", False, "the container was started without `--rm`"),
     "podman-systemd": Check(
         "both",
@@ -146,9 +153,12 @@ CHECKS: dict[str, Check] = {
     ),
     "podman-link": Check("source", True, "each of the container's links is a veth"),
     "podman-description": Check("both", False, "Podman describes the container"),
-    "podman-network": Check("target", False, "Podman has the container's networks"),
+    "podman-network": Check(
+        "target", False, "Podman has the networks, and their addresses are free"
+    ),
     "podman-nft": Check("target", True, "nft is installed, if the container has a network"),
     "podman-secret": Check("target", False, "Podman has the container's secrets"),
+    "podman-log": Check("target", False, "the container's log driver works"),
     "podman-port": Check("target", False, "the published ports are free"),
 }
 """By name.  A name stays the same in later versions."""

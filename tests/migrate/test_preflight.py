@@ -126,6 +126,7 @@ _REFUSED = {
     "secret-map": ("memfd-secret", "a mapping of process"),
     "mqueue": ("posix-queues", "is the POSIX message queue /q"),
     "vsock": ("vsock", "is a vsock"),
+    "xdp": ("socket-family", "is a socket of the family 44"),
     "mptcp": ("mptcp", "is a socket of MPTCP"),
     "netlink-data": ("netlink-data", "with data that it does not read"),
     "netlink:1": ("netlink-link-events", "gets changes of links"),
@@ -165,6 +166,11 @@ def there(what: str) -> bool:
     if what == "vsock":
         with contextlib.suppress(OSError):
             socket.socket(socket.AF_VSOCK, socket.SOCK_STREAM).close()
+            return True
+        return False
+    if what == "xdp":
+        with contextlib.suppress(OSError):
+            socket.socket(44, socket.SOCK_RAW).close()
             return True
         return False
     return what != "mptcp" or Path("/proc/sys/net/mptcp").exists()
@@ -376,6 +382,27 @@ def test_other_cgroups_on_the_target_are_named(scene: Scene) -> None:
         assert "cgroup v2, and the container uses v1" in refused(scene)["cgroups"]
     finally:
         b.run("umount", "/sys/fs/cgroup")
+
+
+def test_what_the_target_s_kernel_and_root_cannot_restore_is_named(scene: Scene) -> None:
+    """The target's kernel knows no action of seccomp, and its root may not raise limits."""
+    a, b = scene.lab.a, scene.lab.b
+    rules = [{"names": ["swapon"], "action": "SCMP_ACT_ERRNO"}]
+    seccomp = {"defaultAction": "SCMP_ACT_ALLOW", "syscalls": rules}
+    scene.start({"linux": {"seccomp": seccomp}})
+    config = a.outside(container.PYPLOOP_CONFIG)
+    weak = '"prlimit", "--core=3:3", "setpriv", "--bounding-set=-sys_resource", '
+    config.write_text(config.read_text().replace('agent = ["', f'agent = [{weak}"'))
+    actions = "/proc/sys/kernel/seccomp/actions_avail"
+    b.outside("/srv/actions").write_text("allow log\n")
+    b.run("mount", "--bind", "/srv/actions", actions)
+    try:
+        found = refused(scene)
+    finally:
+        b.run("umount", actions)
+    assert set(found) == {"seccomp", "limits"}
+    assert "no seccomp errno" in found["seccomp"]
+    assert "core (here 3, there " in found["limits"]
 
 
 def test_an_immutable_file_of_a_tree_is_named_unless_the_source_keeps_it(scene: Scene) -> None:

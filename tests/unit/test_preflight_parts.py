@@ -6,7 +6,12 @@ from __future__ import annotations
 
 import json
 import os
+import resource
+import socket
 import struct
+import subprocess
+import sys
+from contextlib import nullcontext as nothing
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,7 +23,15 @@ from pyploop.errors import MigrateError, VzExitCode
 from pyploop.migration.source.checks import _check_mmp
 from pyploop.report.timeline import Recorder, chrome_trace
 from pyploop.runtimes import Disk
-from pyploop.runtimes.runc import contents, criu, criu_options, preflight_kernel, private_images
+from pyploop.runtimes.runc import (
+    contents,
+    criu,
+    criu_options,
+    limits,
+    preflight_kernel,
+    preflight_sockets,
+    private_images,
+)
 from pyploop.runtimes.runc.preflight import CriuOptions
 from pyploop.runtimes.runc.preflight_files import deleted, descriptors, special
 from pyploop.system import file_systems
@@ -59,6 +72,59 @@ def test_an_action_of_seccomp_that_the_target_s_kernel_lacks_is_named(tmp_path: 
     preflight_kernel.check_seccomp({}, True, str(actions))
     with pytest.raises(MigrateError, match="no seccomp filters"):
         preflight_kernel.check_seccomp({}, True, str(tmp_path / "none"))
+
+
+def test_root_without_the_capability_may_not_read_the_limits_of_others() -> None:
+    needs("root", "setpriv")
+    code = "from pyploop.runtimes.runc import limits; limits.check_readable([{pid}])"
+    words = ["setpriv", "--bounding-set=-sys_resource", sys.executable, "-c"]
+    other = ["setpriv", "--reuid=65534", "--regid=65534", "--clear-groups", "cat"]
+    for command, refused in ((other, True), (["cat"], False)):
+        with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+            assert process.stdin is not None and process.stdout is not None
+            process.stdin.write(b"x")
+            process.stdin.flush()
+            process.stdout.read(1)  # it is the other user's now
+            done = subprocess.run(
+                [*words, code.format(pid=process.pid)], capture_output=True, text=True, check=False
+            )
+            assert ("may not read the limits of process" in done.stderr) is refused, done.stderr
+            process.stdin.close()
+
+
+def test_higher_limits_than_root_may_set_are_named() -> None:
+    found = limits.highest([os.getpid()])
+    assert set(found) == set(limits.NAMES.values())
+    limits.check(found, may_raise=False)
+    core = resource.getrlimit(resource.RLIMIT_CORE)[1]
+    with pytest.raises(MigrateError, match="would lower limits") if core != -1 else nothing():
+        limits.check({"CORE": -1}, may_raise=False)
+    limits.check({"CORE": -1, "NOFILE": 1 << 40}, may_raise=True)
+    with pytest.raises(MigrateError, match=f"nofile .*there {1 << 40}"):
+        limits.check({"NOFILE": 1 << 40}, may_raise=False)
+
+
+def test_a_socket_of_a_protocol_that_criu_does_not_know_is_named(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """SCTP's, as a kernel with it shows it; that of this machine may have none."""
+
+    class Sctp:
+        family, type, proto = socket.AF_INET, socket.SOCK_STREAM, 132
+
+        def __enter__(self) -> Sctp:
+            return self
+
+        def __exit__(self, *_: object) -> None: ...
+
+    monkeypatch.setattr(preflight_sockets, "_taken", lambda _one: Sctp())
+    own = os.stat("/proc/self/ns/net").st_ino
+    monkeypatch.setattr(preflight_sockets, "_network_of", lambda _copy: own)
+    with socket.socket() as ours:
+        files = [f for f in descriptors([os.getpid()]) if f.number == ours.fileno()]
+        (problem,) = preflight_sockets.of(files, [os.getpid()], False, False)
+    assert problem.check == "socket-protocol"
+    assert "of the protocol 132" in problem.what
 
 
 def test_runc_s_controllers_stand_for_v2_only_without_those_of_v1() -> None:

@@ -27,6 +27,7 @@ def check_source(config: Mapping[str, Any]) -> None:
             VzExitCode.BAD_CONFIG,
             "config.json has process.terminal: the container's terminal belongs to a program of "
             "this host, and cannot be migrated (docs/internals/criu.md)",
+            hint="start the container without a terminal (podman run without --tty)",
         )
     for namespace in (config.get("linux") or {}).get("namespaces") or ():
         if namespace.get("path") and namespace.get("type") != "network":

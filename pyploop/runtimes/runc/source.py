@@ -23,6 +23,7 @@ from pyploop.runtimes.runc import (
     criu_options,
     host_fit,
     leftovers,
+    limits,
     link,
     link_cut,
     members,
@@ -122,6 +123,9 @@ class SourceSteps(RuncContainer):
             cuts_link=link.plain(self._config.link_down) is not None,
         )
         preflight.check(found, view, options)
+        with found.named("limits"):
+            limits.check_readable(pids)
+        facts["limits"] = limits.highest(pids)
         with found.named("runc-options"):
             criu_options.check_runc(self._host.runc, "checkpoint", self._config.options)
         facts["criu_options"] = criu_options.told(file, self._config.criu_options)

@@ -25,6 +25,7 @@ from pyploop.runtimes.runc import (
     criu_gate,
     criu_options,
     host_fit,
+    limits,
     preflight_kernel,
     private_images,
     tmpfs,
@@ -137,6 +138,8 @@ class TargetSteps(RuncContainer):
         if cgroups := facts.get("cgroups"):  # an older source does not tell
             with found.named("cgroups"):
                 preflight_kernel.check_cgroups(cgroups)
+        with found.named("limits"):
+            limits.check(facts.get("limits") or {})
         with found.named("lsm"):
             preflight_kernel.check_labels(facts.get("labels") or ())
         with found.named("seccomp"):
