@@ -13,7 +13,7 @@ from pathlib import Path
 import moving
 import pytest
 from lab import container, hosts, podman, verify
-from lab.hosts import Host, Lab
+from lab.hosts import CONTAINER_IP, Host, Lab
 from podmen import WORD, debris, judge, migrate, only_side
 from support import wait_until
 
@@ -54,7 +54,9 @@ def both(pair: Lab) -> Iterator[Lab]:
 
 
 def test_a_container_of_podman_goes_back_and_forth_and_podman_knows_it(pair: Lab) -> None:
-    with podman.running(pair, "--label", "kind=guest", "--restart=always"):
+    setting = "net.ipv4.ip_unprivileged_port_start"
+    options = ("--label", "kind=guest", "--restart=always", f"--sysctl={setting}=77")
+    with podman.running(pair, *options):
         before = podman.inspect(pair.a)
         (image,) = podman.images(pair.a)
         here = pair.a
@@ -71,6 +73,8 @@ def test_a_container_of_podman_goes_back_and_forth_and_podman_knows_it(pair: Lab
                     assert now[key] == before[key], key
                 assert now["HostConfig"] == before["HostConfig"]
                 assert podman.images(here) == [image]
+                file = f"/proc/sys/{setting.replace('.', '/')}"
+                assert here.run("podman", "exec", podman.NAME, "cat", file) == "77\n"
 
 
 def lines(host: Host) -> list[int]:
@@ -186,16 +190,18 @@ REFUSED: dict[str, tuple[tuple[str, ...], dict[tuple[str, str], str]]] = {
         (
             *("--rm", "--label=PODMAN_SYSTEMD_UNIT=web.service", "--volume=tmp:/tmp"),
             *("--volume=/srv:/srv", "--network=only", "--network=vlan", "--secret=word"),
-            *("--publish=2222:22", "--volume=taken:/data"),
+            *("--publish=2222:22", "--volume=taken:/data", "--volume=mounted:/mounted"),
+            *(f"--network=lan:ip={CONTAINER_IP}", "--network=differs", "--tty"),
         ),
         {
             ("podman-rm", ""): "would be removed by Podman",
             ("podman-systemd", ""): "the systemd unit web.service",
-            ("podman-volume", ""): "the volume tmp is not a plain folder",
+            ("podman-volume", ""): "the folder of the volume mounted",
+            ("config-host", ""): "config.json has process.terminal",
             ("podman-link", ""): "not one end of a veth pair",
             ("podman-bind", ""): "/srv of this host is bound into ct",
             ("podman-volume", "b"): "has a volume taken on this host",
-            ("podman-network", "b"): "no network only on this host",
+            ("podman-network", "b"): "none of the network differs on this host (10.80.0.0/24)",
             ("podman-secret", "b"): "no secret word on this host",
             ("podman-port", "b"): "cannot give it: Address already in use",
         },
@@ -210,7 +216,27 @@ REFUSED: dict[str, tuple[tuple[str, ...], dict[tuple[str, str], str]]] = {
     ),
     "the host's network": (
         ("--network=host",),
-        {("network-namespace", ""): "uses the network of this host"},
+        {
+            ("network-namespace", ""): "uses the network of this host",
+        },
+    ),
+    "another container, and users": (
+        ("--requires=other", "--uidmap=0:100000:5000", *ISOLATED),
+        {
+            ("podman-dependencies", ""): "depends on other containers",
+            ("podman-users", ""): "has a user namespace",
+        },
+    ),
+    "an overlay, and the host's namespaces": (
+        ("--volume=/etc:/mnt:O", "--pid=host", "--ipc=host", "--uts=host", *ISOLATED),
+        {
+            ("podman-mount", ""): "an overlay is mounted on /mnt",
+            ("podman-namespaces", ""): "--pid host, --ipc host, --uts host",
+        },
+    ),
+    "settings without a network": (
+        ("--sysctl=net.ipv4.ip_unprivileged_port_start=77", *ISOLATED),
+        {("config-host", "b"): "sets net.ipv4.ip_unprivileged_port_start"},
     ),
 }
 """What a container has -> the checks that fail, on which host, and what they say."""
@@ -224,6 +250,14 @@ def made(pair: Lab) -> Iterator[Lab]:
         tmpfs = ("--opt", "type=tmpfs", "--opt", "device=tmpfs", "tmp")
         pair.a.run("podman", "volume", "create", *tmpfs)
         pair.b.run("podman", "volume", "create", "taken")
+        pair.a.run("podman", "volume", "create", "mounted")
+        folder = podman.STORAGE / "volumes/mounted/_data"
+        pair.a.run("mount", "-t", "tmpfs", "tmpfs", folder)
+        for host, subnet in ((pair.a, "10.79.0.0/24"), (pair.b, "10.80.0.0/24")):
+            host.run("podman", "network", "create", f"--subnet={subnet}", "differs")
+        podman.import_image(pair.b, guest)
+        lodger = ("--network=lan", f"--ip={CONTAINER_IP}")
+        podman.start(pair.b, *lodger, name="lodger", script=FOREVER)
         pair.a.run("podman", "network", "create", "--disable-dns", "only")
         vlan = ("-d", "macvlan", "-o", "parent=br0", "--subnet=10.78.0.0/24", "vlan")
         pair.a.run("podman", "network", "create", *vlan)
@@ -235,6 +269,7 @@ def made(pair: Lab) -> Iterator[Lab]:
                 pair.b.run("kill", pid)
         port.wait()
         pair.a.run("podman", "secret", "rm", "word")
+        pair.a.run("umount", folder)
 
 
 @pytest.fixture
@@ -247,6 +282,8 @@ def empty(made: Lab) -> Iterator[Lab]:
 def test_all_that_stands_in_the_way_is_named_before_anything_starts(empty: Lab, what: str) -> None:
     options, wanted = REFUSED[what]
     host = empty.a
+    if "--requires=other" in options:
+        podman.start(host, *ISOLATED, name="other", script=FOREVER)
     podman.start(host, *options, script=FOREVER)
     done = migrate(empty, host)
     failed: dict[tuple[str, str], str] = {}
@@ -262,8 +299,14 @@ def test_all_that_stands_in_the_way_is_named_before_anything_starts(empty: Lab, 
     assert "the migration has changed nothing on either host" in done.errors
     assert done.code == 15
     assert podman.states(host)[podman.NAME] == "running"
-    assert not podman.states(empty.b)
+    assert podman.states(empty.b) == {"lodger": "running"}
     assert not debris(empty.b, runs_here=False).get("files")
+    if "b" in {where for _, where in wanted} and not any("none" in o for o in options):
+        assert "no network only on this host" in failed["podman-network", "b"]
+        assert (
+            f"lodger of this host has the address {CONTAINER_IP}" in failed["podman-network", "b"]
+        )
+        assert "the volume tmp is not a plain folder" in failed["podman-volume", ""]
 
 
 def test_without_trust_podman_s_containers_do_not_come_stopped_either(both: Lab) -> None:

@@ -58,7 +58,7 @@ _VALUES = re.compile(r"(mode|ptmxmode|uid|gid)=[0-9]{1,10}|(size|nr_inodes)=[0-9
 _MORE = {
     "tmpfs": {"tmpcopyup", "notmpcopyup"},
     "devpts": {"newinstance"},
-    "bind": {"bind", "rbind"},
+    "bind": {"bind", "rbind", "nocopy"},  # the last one is Podman's own
 }
 _SYSCTL = re.compile(r"[a-z0-9_-]+(\.[A-Za-z0-9_-]+)+")
 _UNIFIED = re.compile(r"(cpu|cpuset|memory|pids)\.[a-z_.]{1,40}")

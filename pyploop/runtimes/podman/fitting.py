@@ -16,7 +16,7 @@ from pyploop.errors import MigrateError, VzExitCode
 from pyploop.runtimes import Facts
 from pyploop.runtimes.checks import Checks
 from pyploop.runtimes.config import within
-from pyploop.runtimes.podman import image, systemd
+from pyploop.runtimes.podman import image, networks, systemd
 from pyploop.runtimes.podman.command import Podman
 from pyploop.runtimes.podman.container import ID
 from pyploop.runtimes.podman.exported import Exported
@@ -25,6 +25,7 @@ from pyploop.runtimes.podman.movable import refuse
 
 _VOLUME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,255}")
 _MAC = re.compile(r"[0-9a-f]{2}(:[0-9a-f]{2}){5}")
+JOURNAL = "/run/systemd/journal/socket"
 _PATH = re.compile(r"(/[^/\x00-\x1f]+)+")
 
 
@@ -48,6 +49,8 @@ class Coming:
     external: list[str]
     units: list[systemd.Unit]
     """systemd units that start it."""
+    known: dict[str, Any]
+    """The source's networks (networks.sent)."""
 
     @property
     def networks(self) -> dict[str, Any]:
@@ -86,6 +89,7 @@ def coming(facts: Facts) -> Coming:
                 str(exported.config["id"]),
                 str(exported.config["name"]),
             ),
+            known=dict(told.get("networks") or {}),
         )
         addresses = found.addresses
         _check_form(exported.config)
@@ -147,9 +151,12 @@ def check(
         check_volumes(podman, it)
     with checks.named("podman-systemd"):
         systemd.check(it.units)
-    for network in it.networks:
+    for network in sorted(it.networks):
         with checks.named("podman-network"):
-            _check_network(podman, network)
+            status = it.exported.network.get(network)
+            networks.check(podman, network, it.known.get(network), status or {})
+    with checks.named("podman-log"):
+        _check_log(config)
     with checks.named("podman-nft"):
         if it.networks and live and shutil.which("nft") is None:
             refuse(
@@ -181,11 +188,11 @@ def check_volumes(podman: Podman, it: Coming) -> None:
             )
 
 
-def _check_network(podman: Podman, network: str) -> None:
-    if not podman.says_yes("network", "exists", network):
+def _check_log(config: Mapping[str, Any]) -> None:
+    if config.get("logDriver") == "journald" and not os.path.exists(JOURNAL):
         refuse(
-            f"Podman has no network {network} on this host",
-            f"create it with the same subnet as on the source (podman network create {network})",
+            f"the container's output goes to journald, and this host has no {JOURNAL}",
+            "start systemd-journald on this host, or run the container with another --log-driver",
         )
 
 

@@ -110,12 +110,42 @@ def _check_volume(podman: Podman, name: str, found: Found) -> None:
             f"options {volume.get('Options') or 'none'}), and cannot be migrated",
             "give the container a volume of the driver local without options",
         )
+    path = str(volume.get("Mountpoint") or "")
+    if os.path.ismount(path):
+        refuse(
+            f"something is mounted on {path}, the folder of the volume {name}, and Podman could "
+            "not remove the volume here after the migration",
+            f"stop the container, unmount {path}, and copy the files into the volume; or bind a "
+            "folder of that file system (podman run --volume FOLDER:..., [podman] binds)",
+        )
     users = podman.run("ps", "-a", "--no-trunc", f"--filter=volume={name}", "--format={{.ID}}")
     if others := [u for u in users.split() if u not in (found.id, *found.together)]:
         refuse(
             f"the volume {name} is used by the container {others[0][:12]} too, which would lose it",
             "give each container a volume of its own",
         )
+
+
+def check_namespaces(config: Mapping[str, Any], name: str) -> None:
+    """MigrateError(15) when one that each container must have is the host's."""
+    found = {n.get("type") for n in (config.get("linux") or {}).get("namespaces") or ()}
+    if shared := [f"--{kind} host" for kind in ("pid", "ipc", "uts") if kind not in found]:
+        words = ", ".join(shared)
+        refuse(
+            f"{name} shares namespaces with this host ({words}), and cannot leave them",
+            f"run it without {words}",
+        )
+
+
+def check_mounts(config: Mapping[str, Any], name: str) -> None:
+    """MigrateError(15) for a mount whose files lie in a folder that only Podman knows."""
+    for mount in config.get("mounts") or ():
+        if mount.get("type") == "overlay":
+            refuse(
+                f"an overlay is mounted on {mount.get('destination')} in {name} (a volume with :O, "
+                "or an image), and would not be migrated",
+                "run it with a plain volume there",
+            )
 
 
 def check_exported(config: Mapping[str, Any], found: Found) -> None:
@@ -179,8 +209,15 @@ def external(
 
 
 def check_bind(source: str, name: str) -> NoReturn:
-    refuse(
-        f"{source} of this host is bound into {name}, and would not be migrated",
-        f'write [podman] binds = ["{os.path.dirname(source)}"] into migrate.toml on both hosts if '
-        f'it is a folder that moves, or external = ["{source}"] if the target has it already',
-    )
+    above = os.path.dirname(source)
+    ready = f'write external = ["{source}"] into [podman] of migrate.toml on both hosts'
+    if within(source, "/sys/fs/cgroup"):
+        cure = "run it with --systemd=false"
+    elif not os.path.isdir(source) or above == "/" or source.startswith(("/dev/", "/sys/")):
+        cure = f"if the target has it already, {ready}; else bind a folder below another one"
+    else:
+        cure = (
+            f'write binds = ["{above}"] into [podman] of migrate.toml on both hosts, if it is to '
+            f"move; if the target has it already, {ready}"
+        )
+    refuse(f"{source} of this host is bound into {name}, and would not be migrated", cure)

@@ -21,6 +21,7 @@ from pyploop.runtimes.podman import (
     image,
     links,
     movable,
+    networks,
     restored,
     sharing,
     systemd,
@@ -38,6 +39,7 @@ LOG = "output"
 _FIRST = (
     *("podman-rootless", "podman-version", "podman-storage", "podman-runtime", "podman-running"),
     *("podman-root", "podman-pod", "podman-privileged", "podman-users", "network-namespace"),
+    "podman-dependencies",
 )
 """Where one of these fails, what follows could not be checked, or would say it once more."""
 
@@ -75,6 +77,12 @@ class PodmanSource(PodmanContainer, SourceSteps):
             config = bundles.read(found.bundle)
         if checks.has("config-json"):
             checks.end()
+        with checks.named("podman-mount"):
+            movable.check_mounts(config, found.name)
+        with checks.named("podman-namespaces"):
+            movable.check_namespaces(config, found.name)
+        if checks.has("podman-mount") or checks.has("podman-namespaces"):
+            checks.end()
         with checks.named("config-host"):
             host_fit.check_source(self._alone(config))
         self._own_users = tmpfs.has_own_users(config)
@@ -111,6 +119,7 @@ class PodmanSource(PodmanContainer, SourceSteps):
                 "host": here.told(),
                 "config": exported.config,
                 "network": exported.network,
+                "networks": networks.sent(self._podman, exported.config.get("newNetworks") or {}),
                 "image": image.find(self._podman, str(found.raw["Image"])).sent(),
                 "units": self.instance["units"],
                 "root": found.merged,

@@ -15,7 +15,7 @@ from pyploop.runtimes import LARGEST_FILE, Facts
 from pyploop.runtimes.checks import Checks, naming
 from pyploop.runtimes.config import ContainerConfig, HostConfig
 from pyploop.runtimes.oci import bundles, config_json, criu_images, destinations
-from pyploop.runtimes.podman import extras, fitting, image, links, systemd
+from pyploop.runtimes.podman import extras, fitting, image, links, networks, systemd
 from pyploop.runtimes.podman.container import STAGE, PodmanContainer
 from pyploop.runtimes.podman.exported import Exported
 from pyploop.runtimes.podman.fitting import Coming
@@ -43,6 +43,8 @@ class PodmanTarget(PodmanContainer, TargetSteps):
         self._pod = ("", "")
         """The ID of its pod on this host, and the folder that is its /dev/shm, if it is shared."""
         self.wants: frozenset[str] = frozenset()
+        self._settings: dict[str, str] = {}
+        """Of its network namespace."""
 
     # ---- checks
 
@@ -97,6 +99,10 @@ class PodmanTarget(PodmanContainer, TargetSteps):
             config["linux"]["namespaces"] = [{"type": n["type"]} for n in namespaces]
             with found.named("config-host"):
                 host_fit.check_target(config, live)
+            self._settings = networks.settings(config)
+            if live and not it.networks:
+                with found.named("config-host"):
+                    networks.check_settings(config)
 
     @property
     def _new_volumes(self) -> NewVolumes:
@@ -254,6 +260,7 @@ class PodmanTarget(PodmanContainer, TargetSteps):
                 link_down=self._link_command(str(paths[0]), False),
             )
             self._link(self._config.link_down, VzExitCode.RESTORE_FAILED)
+            networks.set_all(str(paths[0]), self._settings)
         links.unblock(self.runc_id)
 
     def _awaits_root(self) -> bool:
