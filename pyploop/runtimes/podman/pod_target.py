@@ -111,9 +111,8 @@ class PodTarget(PodSteps):
         its = zip(self.members, self._facts, strict=True)
         return [path for m, f in its for path in m.makes(f)]
 
-    def settled(self) -> None:
-        for member in self.members:
-            member.settled()
+    def settled(self) -> list[str]:
+        return [text for member in self.members for text in member.settled()]
 
     def folders(self) -> list[str]:
         return []
