@@ -12,6 +12,8 @@ from pyploop.runtimes.config import CTID, NAME, HostConfig
 RUNTIMES = ("vzctl", "runc", "podman", "podman-pod", "command")
 PREFIX = "podman:"
 """Before a container's name: it is one of Podman's."""
+REFUSED = {"docker:": "Docker", "lxc:": "LXC"}
+"""The same of engines whose containers cannot be migrated."""
 
 
 def split(name: str | None, container: str) -> tuple[str | None, str]:
@@ -43,6 +45,14 @@ def accepted(host: HostConfig, container: str, told: Any) -> HostConfig:
 def make_runtime(host: HostConfig, name: str | None, container: str) -> Runtime:
     """The runtime `name`, or that of the configuration for this container.  A number that
     is not in the configuration is a container of vzctl, and `podman:NAME` one of Podman."""
+    for prefix, engine in REFUSED.items() if name is None else ():
+        if container.startswith(prefix):
+            raise MigrateError(
+                VzExitCode.USAGE,
+                f"containers of {engine} cannot be migrated: the page Docker and LXC "
+                "(docs/internals/docker-lxc.md) says why",
+                hint="run the container by Podman (podman:NAME) or by runc",
+            )
     name, container = split(name, container)
     if name is None:
         known = host.containers.get(container)
