@@ -67,9 +67,9 @@ class PodmanSource(PodmanContainer, SourceSteps):
             if found.status != "running":
                 raise MigrateError(
                     VzExitCode.STOPPED,
-                    f"container {found.name} is {found.status}: only a running container of Podman "
-                    "can be migrated (without --live, too)",
-                    hint=f"podman start {found.name}",
+                    f"container {found.name} is {found.status}: Podman exports the description "
+                    "that another host needs only of a running container, without --live, too",
+                    hint=f"podman start {found.name}, and podman stop on the other host afterwards",
                 )
         if any(checks.has(name) for name in _FIRST):
             checks.end()
