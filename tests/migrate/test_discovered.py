@@ -7,6 +7,7 @@ import subprocess
 import tomllib
 from collections.abc import Iterator
 
+import moving
 import pytest
 import support
 from lab import container, verify
@@ -98,6 +99,10 @@ def test_it_moves_without_a_configuration_and_back(two_hosts: Lab, unknown: str)
             done = migrate(two_hosts, source)
             assert done.code == 0, done.errors
             assert judge(two_hosts, client, before) is two_hosts.other(source)
+    # Without --live, too: it is stopped, and started there.
+    words = ["pyploop", "migrate", "--config", container.PYPLOOP_CONFIG, "b", container.NAME]
+    a.run(*words, timeout=moving.SECONDS)
+    assert only_side(two_hosts) is b
 
 
 @pytest.mark.parametrize("unknown", ["tree"], indirect=True)
@@ -109,4 +114,7 @@ def test_a_place_that_the_target_does_not_give_is_refused(two_hosts: Lab, unknow
     forget(two_hosts.b, text=PLACES.replace('live = ["10.', 'live = ["11.'))
     done = migrate(two_hosts, two_hosts.a)
     assert (done.code, "does not restore memory from" in done.errors) == (15, True), done.errors
+    words = ["pyploop", "migrate", "--config", container.PYPLOOP_CONFIG, "b", container.NAME]
+    with pytest.raises(RuntimeError, match="ct is not configured on this host"):
+        two_hosts.a.run(*words)
     assert only_side(two_hosts) is two_hosts.a

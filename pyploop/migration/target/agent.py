@@ -30,7 +30,7 @@ from pyploop.migration.target.incoming import Incoming
 from pyploop.migration.target.incoming_disks import Stream
 from pyploop.migration.target.incoming_lanes import IncomingLanes
 from pyploop.migration.target.settle import settle, settle_dead
-from pyploop.runtimes import Facts, Runtime
+from pyploop.runtimes import Facts, Runtime, policy
 from pyploop.runtimes.checks import Checks, ChecksFailedError, naming
 from pyploop.runtimes.config import NAME, HostConfig
 from pyploop.runtimes.policy import Source
@@ -155,8 +155,8 @@ class Agent(Server):
             raise ProtocolError("agent protocol: the request `check` came twice")
         if not NAME.fullmatch(container):
             raise ProtocolError(f"agent protocol: {container[:40]!r} is not a container's name")
-        if live and runtime == "runc" and container not in self._host.containers:
-            self._accept(container, facts)
+        if runtime == "runc" and container not in self._host.containers:
+            self._accept(container, facts, live)
         chosen = make_runtime(self._host, runtime, container)
         facts = {**facts, "source": resumable_files.source_of(facts, str(self._source))}
         found = Checks()
@@ -178,10 +178,12 @@ class Agent(Server):
         self._runtime, self._facts, self._live = chosen, facts, live
         return answer
 
-    def _accept(self, container: str, facts: Facts) -> None:
-        """A container that is not in the configuration, from a source that may place it."""
+    def _accept(self, container: str, facts: Facts, live: bool) -> None:
+        """A container that is not in the configuration, from a source that may place it.
+        Without --live no other trust is asked for, so from others it is only not known."""
         told = facts.get("found")
-        if told and self._host.trusted_places:
+        trusted = live or policy.trusts(self._host.trusted_live, self._source)
+        if told and self._host.trusted_places and trusted:
             with naming("trust"):
                 checks.check_trust(self._host, self._source)
             with naming("policy"):
