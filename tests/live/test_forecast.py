@@ -94,7 +94,10 @@ def test_a_copy_approaches_its_freeze_again_when_something_took_its_time_meanwhi
             sender.converge()
             rounds = len(sender.summary.rounds)
             for number, step in enumerate([sender.converge, *[sender.prepare_freeze] * 2]):
-                (point / f"file-{number}").write_bytes(bytes([number + 1]) * 3 * MIB)
+                with (point / f"file-{number}").open("wb") as file:
+                    file.write(bytes([number + 1]) * 3 * MIB)
+                    file.flush()
+                    os.fsync(file.fileno())  # what is not on the device is no round's
                 step()
                 # At least one more, which had the file.
                 assert sum(r["sent"] for r in sender.summary.rounds[rounds:]) >= 3 * MIB

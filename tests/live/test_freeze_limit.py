@@ -117,6 +117,7 @@ def test_end_is_not_written_late_into_a_pipe_that_was_full(bench: Bench) -> None
     """The receiver takes nothing until the source has been undone."""
     with stopped_at(bench, "END begins", *LIMIT) as made:
         wait_until(made.at_step, made.words("arrives"))
+        wait_until(lambda: not unread(made.receiver.pid), "the receiver has read all of it")
         made.receiver.send_signal(signal.SIGSTOP)
         wait_until(lambda: stands_still(made.receiver.pid), "the receiver has stopped")
         ours = fill_pipe_of(made.receiver.pid)
@@ -137,6 +138,14 @@ def stands_still(pid: int) -> bool:
     return all(s.rpartition(")")[2].split()[0] == "T" for s in stats)
 
 
+def unread(pid: int) -> int:
+    """Bytes in the pipe that is that process's stdin."""
+    ours = os.open(f"/proc/{pid}/fd/0", os.O_RDONLY | os.O_NONBLOCK)
+    (found,) = struct.unpack("i", fcntl.ioctl(ours, 0x541B, bytes(4)))  # FIONREAD
+    os.close(ours)
+    return int(found)
+
+
 def fill_pipe_of(pid: int) -> int:
     """The reading end of that process's stdin; its pipe is full of zeroes."""
     ours = os.open(f"/proc/{pid}/fd/0", os.O_RDONLY | os.O_NONBLOCK)
@@ -145,6 +154,5 @@ def fill_pipe_of(pid: int) -> int:
         while True:
             os.write(writer, bytes(4096))
     os.close(writer)
-    (found,) = struct.unpack("i", fcntl.ioctl(ours, 0x541B, bytes(4)))  # FIONREAD
-    assert found
+    assert unread(pid)
     return ours

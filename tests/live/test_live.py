@@ -216,6 +216,7 @@ def test_trimmed_blocks_arrive_as_zeroes(folder: Path, via: str) -> None:
         fio(point, "w", *WRITES, f"--size={size // 4}"),
     ):
         over = threading.Event()
+        stop, held = folder / "stop", folder / "held"
 
         def churn() -> None:
             while not over.is_set():
@@ -223,14 +224,22 @@ def test_trimmed_blocks_arrive_as_zeroes(folder: Path, via: str) -> None:
                 os.sync()
                 (point / "junk").unlink()
                 run("fstrim", point, check=False)
+                while stop.exists() and not over.is_set():
+                    held.touch()
+                    time.sleep(0.01)
 
         thread = threading.Thread(target=churn)
         thread.start()
         try:
 
             def once(target: Path) -> Copied:
+                # A trim that has begun goes on while the file system is frozen.
+                wait = f"touch {stop}; while [ ! -e {held} ]; do sleep 0.01; done"
+                words = (*BPF, "-F", wait, "--undo", f"rm -f {stop} {held}")
                 check = comparison(image, target, size)
-                return written(proven(copy(device, target, *BPF, "--before-thaw", check, via=via)))
+                return written(
+                    proven(copy(device, target, *words, "--before-thaw", check, via=via))
+                )
 
             repeat(f"fstrim {via}", folder, once)
         finally:

@@ -307,11 +307,14 @@ def test_a_target_that_differs_after_blocks_were_sent_again_fails_at_both_ends(
 ) -> None:
     image(tmp_path / "source", 200_000)
     flip = Flip(100_000)
+    frame_of_a_block = d1.HEADER.pack(d1.MARK, BLOCK, 0)[:8]
 
     def harm(data: bytes) -> bytes:
-        """Once, and once more in the block that is sent again."""
-        if not flip.times and len(data) == d1.HEADER.size + BLOCK:
-            return data[:1000] + bytes([data[1000] ^ 1]) + data[1001:]
+        """Once, and once more in the block that is sent again, which comes alone or behind
+        other bytes."""
+        again = -1 if flip.times else data.find(frame_of_a_block)
+        if again >= 0 and (at := again + d1.HEADER.size) < len(data):
+            return data[:at] + bytes([data[at] ^ 1]) + data[at + 1 :]
         return flip(data)
 
     with (
