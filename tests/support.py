@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NoReturn
+from typing import NoReturn, TypeVar
 
 import pytest
 
@@ -99,6 +99,14 @@ def needs(*things: str) -> None:
 
 def _which(program: str) -> str | None:
     return shutil.which(program, path=os.environ.get("PATH", "") + ":/usr/sbin:/sbin")
+
+
+_Cell = TypeVar("_Cell")
+
+
+def telling(cells: Sequence[_Cell], *numbers: int) -> list[_Cell]:
+    """Those cells of a matrix, counted from 0; all of them with PYPLOOP_MATRIX."""
+    return list(cells) if os.environ.get("PYPLOOP_MATRIX") else [cells[n] for n in numbers]
 
 
 # ---- commands

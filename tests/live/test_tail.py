@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from support import MIB, loop_device, needs, pyploop_cmd, pyploop_env, run
+from support import MIB, loop_device, needs, pyploop_cmd, pyploop_env, run, telling
 from support_live import copy, random_file, succeeded, work_dir
 
 pytestmark = pytest.mark.root
@@ -35,16 +35,19 @@ def cut(image: Path, size: int) -> Path:
 @pytest.mark.parametrize("via", ["local", "pipe"])
 @pytest.mark.parametrize(
     ("sector", "size"),
-    [
-        (4096, 8 * MIB),
-        (4096, 8 * MIB + 512),
-        (4096, 8 * MIB + 7 * 512),
-        (4096, 512),  # less than one sector
-        (4096, 4096 + 512),
-        (2048, 8 * MIB + 512),
-        (65536, 8 * MIB + 512),
-        (65536, 8 * MIB + 15 * 4096),
-    ],
+    telling(
+        [
+            (4096, 8 * MIB),
+            (4096, 8 * MIB + 512),
+            (4096, 8 * MIB + 7 * 512),
+            (4096, 512),  # less than one sector
+            (4096, 4096 + 512),
+            (2048, 8 * MIB + 512),
+            (65536, 8 * MIB + 512),
+            (65536, 8 * MIB + 15 * 4096),
+        ],
+        *(0, 2, 3, 5, 7),
+    ),
 )
 def test_a_device_with_part_of_a_sector_at_its_end_is_read_to_the_end(
     sector: int, size: int, via: str, folder: Path
