@@ -20,6 +20,7 @@ from typing import Any
 
 from pyploop.runtimes.podman import interpose
 from pyploop.runtimes.podman.exported import Exported
+from pyploop.runtimes.runc import loopback
 
 FOLDER = "podman"
 """Beside the images."""
@@ -62,7 +63,7 @@ class Order:
             "environment": {},
         }
         if work is not None:
-            order["environment"] = environment(self.folder)
+            order["environment"] = environment(self.folder, loopback.options(self.folder, spec))
         (self.folder / "order.json").write_text(json.dumps(order))
         here = shlex.quote(str(self.folder))
         python = shlex.join([sys.executable, "-I", "-S", str(Path(interpose.__file__))])
@@ -104,15 +105,15 @@ def _add(tar: tarfile.TarFile, name: str, data: bytes) -> None:
     tar.addfile(entry, io.BytesIO(data))
 
 
-def environment(folder: Path) -> dict[str, str]:
-    """For a CRIU that conmon starts with an empty environment."""
+def environment(folder: Path, lines: Sequence[str] = ()) -> dict[str, str]:
+    """For a CRIU that conmon starts with an empty environment.  lines: further options."""
     from pyploop.runtimes.runc import tmpfs
 
     made = tmpfs.environment(tmpfs.PLAIN)
     return {
         "PATH": made["PATH"],
         "PYPLOOP_TMPFS": made["PYPLOOP_TMPFS"],
-        "CRIU_CONFIG_FILE": str(criu_options(folder)),
+        "CRIU_CONFIG_FILE": str(criu_options(folder, *lines)),
     }
 
 
