@@ -89,6 +89,8 @@ def test_output_shared_memory_and_changes_of_the_image_move(both: Lab) -> None:
     done = migrate(both, both.a)
     assert done.code == 0, done.errors
     assert only_side(both) is both.b
+    flags = both.b.run("podman", "exec", podman.NAME, "cat", "/sys/class/net/lo/flags")
+    assert int(flags, 16) & 1, "lo is down"
     known = len(lines(both.b))
     wait_until(lambda: len(lines(both.b)) > known, "it goes on counting")
     numbers = lines(both.b)

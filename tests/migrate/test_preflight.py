@@ -329,8 +329,12 @@ def test_a_user_namespace_with_a_network_of_the_host_s_is_named(scene: Scene) ->
 
 def test_a_container_with_users_and_a_network_of_its_own_moves(scene: Scene) -> None:
     own_users(scene, network=False)
-    scene.lab.b.outside("/srv").chmod(0o755)
+    b = scene.lab.b
+    b.outside("/srv").chmod(0o755)
     scene.moves()
+    init = json.loads(b.run("runc", "state", container.NAME))["pid"]
+    link = b.run("nsenter", f"--net=/proc/{init}/ns/net", "ip", "-o", "link", "show", "lo")
+    assert "LOOPBACK,UP" in link, "127.0.0.1 is gone"
 
 
 def test_criu_s_options_move_with_the_container_and_can_be_set(

@@ -5,6 +5,7 @@ down.  Then no connection over lo could be restored, and the container's 127.0.0
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -25,3 +26,13 @@ def options(folder: Path, config: Mapping[str, Any]) -> list[str]:
     script.write_text(_SCRIPT)
     script.chmod(0o700)
     return [f"action-script {script}"]
+
+
+def environment(folder: Path, config: Mapping[str, Any]) -> dict[str, str]:
+    """The same for a CRIU that reads no file of ours, with what the user's own says."""
+    lines = options(folder, config)
+    if not lines:
+        return {}
+    own, file = os.environ.get("CRIU_CONFIG_FILE"), folder / "lo.conf"
+    file.write_text("\n".join([Path(own).read_text() if own else "", *lines, ""]))
+    return {"CRIU_CONFIG_FILE": str(file)}

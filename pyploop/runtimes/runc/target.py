@@ -26,6 +26,7 @@ from pyploop.runtimes.runc import (
     criu_options,
     host_fit,
     limits,
+    loopback,
     preflight_kernel,
     private_images,
     tmpfs,
@@ -333,8 +334,12 @@ class TargetSteps(RuncContainer):
         return why
 
     def _start(self, images: Path, argv: list[str]) -> str:
-        keep, criu_ = self.keep_fds, self._host.criu
-        return self._early.start(images, "restore", argv, criu_, keep, **_restoring())
+        keep, criu_, made = self.keep_fds, self._host.criu, _restoring()
+        try:
+            made["env"] |= loopback.environment(images.parent, self._written or {})
+        except OSError as e:
+            return f"{e.filename}: {e.strerror}"
+        return self._early.start(images, "restore", argv, criu_, keep, **made)
 
     def _restore_argv(self, images: Path, work: Path, *options: str) -> list[str]:
         argv = [
