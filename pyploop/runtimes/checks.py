@@ -49,6 +49,7 @@ CHECKS: dict[str, Check] = {
     "anonymous-file": Check(
         "source", True, "no process has another anonymous file that CRIU does not know"
     ),
+    "packet-pipe": Check("source", True, "no process has a pipe of packets (O_DIRECT)"),
     "memfd-secret": Check("source", True, "no process has secret memory"),
     "posix-queues": Check("source", True, "no process has a POSIX message queue open"),
     "outside-file": Check("source", True, "each open file lies on a mount of the container"),

@@ -169,6 +169,11 @@ static long get(const char *what, const char *path)
 		close(fd);
 		return p == MAP_FAILED ? -1 : (*p = 1);
 	}
+	if (!strcmp(what, "packets")) {
+		int pair[2];
+
+		return pipe2(pair, O_DIRECT);
+	}
 	if (!strcmp(what, "memfd"))
 		return memfd_create("x", 0);
 	if (!strcmp(what, "perf")) {

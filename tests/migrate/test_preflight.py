@@ -122,6 +122,7 @@ _REFUSED = {
     "userfault": ("userfaultfd", "is of the kind userfaultfd"),
     "perf": ("anonymous-file", "is of the kind perf_event"),
     "landlock": ("anonymous-file", "is of the kind landlock-ruleset"),
+    "packets": ("packet-pipe", "is a pipe of packets"),
     "secret": ("memfd-secret", "is secret memory"),
     "secret-map": ("memfd-secret", "a mapping of process"),
     "mqueue": ("posix-queues", "is the POSIX message queue /q"),

@@ -31,6 +31,7 @@ CURES = {
     "bpf": "end the program that uses BPF, or migrate without --live",
     "userfaultfd": "end the program, or migrate without --live",
     "anonymous-file": "end the program, or migrate without --live",
+    "packet-pipe": "end the program, or migrate without --live",
     "memfd-secret": "end the program, or migrate without --live",
     "posix-queues": "close the message queue, or migrate without --live",
     "outside-file": "start the container with standard input and output on /dev/null, or on a pipe",

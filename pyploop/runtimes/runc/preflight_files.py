@@ -47,6 +47,16 @@ class Descriptor:
     """The number of the mount on which it lies."""
     proc: str = "/proc"
 
+    def is_packets(self) -> bool:
+        if not self.link.startswith("pipe:"):
+            return False
+        with (
+            contextlib.suppress(OSError),
+            open(f"{self.proc}/{self.pid}/fdinfo/{self.number}") as f,
+        ):
+            return any(x.startswith("flags:") and int(x.split()[1], 8) & os.O_DIRECT for x in f)
+        return False
+
     def __str__(self) -> str:
         return f"descriptor {self.number} of process {members.named([self.pid], self.proc)}"
 
@@ -116,6 +126,8 @@ def special(
     for one in every:
         if one.link.startswith(_SECRET):
             yield Problem("memfd-secret", f"{one} is secret memory (memfd_secret)")
+        if isinstance(one, Descriptor) and one.is_packets():
+            yield Problem("packet-pipe", f"{one} is a pipe of packets (O_DIRECT)")
         if not one.link.startswith(_ANONYMOUS):
             continue
         kind = one.link.removeprefix(_ANONYMOUS).strip("[]").partition(":")[0]
