@@ -4,6 +4,7 @@ done.
 
     runc     runc and CRIU (package `runc`; `oci` checks what another host sends)
     podman   Podman, which runs its containers by runc (package `podman`)
+    podman-pod   one of Podman's pods, by the steps of its containers
     vzctl    OpenVZ (package `vzctl`)
     command  any other runtime, by commands of migrate.toml (module `command`)
 

@@ -124,7 +124,11 @@ CHECKS: dict[str, Check] = {
     "podman-cgroups": Check("target", False, "both hosts' Podman makes cgroups in the same way"),
     "podman-runtime": Check("both", False, "the container is run by runc, and the host has runc"),
     "podman-running": Check("source", False, "the container runs"),
-    "podman-pod": Check("source", False, "the container is in no pod"),
+    "podman-pod": Check(
+        "source",
+        False,
+        "the container is in no pod, or the whole pod moves and can be made again on the target",
+    ),
     "podman-dependencies": Check(
         "source", False, "the container shares nothing with another container"
     ),

@@ -10,7 +10,7 @@ import contextlib
 import gc
 import os
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import pytest
@@ -19,7 +19,7 @@ from gates import STEPS, Gates, gates
 from lab import container, hosts, podman, verify
 from lab.hosts import Host, Lab
 from moving import DEAD_LOCK, kill, migration, recover
-from podmen import WORD, judge, migrate, only_side
+from podmen import CONTAINER, POD, Moved, judge, migrate, only_side
 from reused import Reused
 from support import wait_until
 
@@ -34,6 +34,9 @@ PODMAN = {
     "* image save *": "image-save",
     "* image load *": "image-load",
     "* info *": "podman-info",
+    "* pod create *": "pod-create",
+    "* container start *": "infra-start",
+    "* pod rm *": "pod-rm",
 }
 PROGRAMS = {"podman": PODMAN, "runc": STEPS["runc"], "criu": STEPS["criu"]}
 WRONG: dict[str, tuple[str, str | int]] = {
@@ -55,6 +58,12 @@ COMMANDS = {
     ("source", "volume-rm"): "target",
 }
 """Command -> where the container is then; turning: where the restore has brought it."""
+OF_PODS = {
+    **COMMANDS,
+    ("target", "pod-create"): "source",
+    ("target", "infra-start"): "source",
+    ("source", "pod-rm"): "target",
+}
 PLACES = {
     "while checking": ("target", "criu-check-before"),
     "while copying": ("", ""),
@@ -76,20 +85,31 @@ DISTURBANCES = {
 COMMITTED = ("restored, not yet told", "source being removed")
 ASKED = ("before the restore",)
 ORDINARY = {
-    ("dump made", "agent killed"),
-    ("restored, not yet told", "orchestrator killed"),
-    ("podman-restore", "fails"),
+    ("container", "dump made", "agent killed"),
+    ("container", "restored, not yet told", "orchestrator killed"),
+    ("container", "podman-restore", "fails"),
+    ("pod", "before the restore", "agent killed"),
+    ("pod", "podman-restore", "fails"),
 }
-"""The rest with PYPLOOP_MATRIX=1."""
+
+
+KINDS = {"container": CONTAINER, "pod": POD}
+LAST = {("pod", step): 2 for step in ("podman-restore", "checkpoint", "podman-stop", "podman-rm")}
+"""Of a pod the second container's command goes wrong."""
 
 
 @dataclass
 class Scene:
     """The container runs on a; in use by the client, as since the first migration."""
 
+    kind: str
     lab: Lab
     client: verify.Client
     gates: dict[str, Gates]
+
+    @property
+    def what(self) -> Moved:
+        return KINDS[self.kind]
 
     def patience(self, seconds: int | None) -> None:
         """command_timeout of both hosts."""
@@ -107,40 +127,54 @@ class Scene:
         """(where it runs, whether that took --recover), all faults gone."""
         self.mend()
         recovered = bool(recover(self.lab.a).strip())
-        return only_side(self.lab), recovered
+        return only_side(self.lab, self.what), recovered
 
 
 @contextlib.contextmanager
-def scene(number: int) -> Iterator[Scene]:
+def scene(kind: str) -> Iterator[Scene]:
     podman.check()
     with contextlib.ExitStack() as stack:
         lab = stack.enter_context(hosts.lab())
-        stack.enter_context(podman.running(lab, "--restart=always"))
+        run = podman.running_pod if kind == "pod" else podman.running
+        stack.enter_context(run(lab, "--restart=always"))
         client = stack.enter_context(verify.client(lab))
         at = {
             "source": stack.enter_context(gates(lab.a, PROGRAMS)),
             "target": stack.enter_context(gates(lab.b, PROGRAMS)),
         }
         client.load(2)
-        yield Scene(lab, client, at)
+        yield Scene(kind, lab, client, at)
+
+
+def _scenes_of(kind: str) -> Callable[[int], contextlib.AbstractContextManager[Scene]]:
+    return lambda _: scene(kind)
 
 
 @pytest.fixture(scope="module")
-def scenes() -> Iterator[Reused[Scene]]:
+def every() -> Iterator[dict[str, Reused[Scene]]]:
     before = set(os.listdir("/proc/self/fd"))
-    made = Reused(scene)
+    made = {kind: Reused(_scenes_of(kind)) for kind in KINDS}
     try:
         yield made
     finally:
-        made.close()
+        for one in made.values():
+            one.close()
     gc.collect()
     left = set(os.listdir("/proc/self/fd")) - before
     assert not left, f"descriptors left open: {left}"
 
 
+@pytest.fixture
+def scenes(every: dict[str, Reused[Scene]], kind: str) -> Reused[Scene]:
+    for other, one in every.items():
+        if other != kind:
+            one.close()  # two labs at once are too much for a small machine
+    return every[kind]
+
+
 @pytest.fixture(autouse=True)
 def no_descriptor_is_left() -> None:
-    """Not after each test: the lab has its own (`scenes`)."""
+    """Not after each test: the lab has its own (`every`)."""
 
 
 @pytest.fixture
@@ -150,6 +184,11 @@ def here(scenes: Reused[Scene]) -> Scene:
     taken.mend()
     taken.lab.b.run("podman", "rmi", "--all")
     return taken
+
+
+def dead_lock(kind: str) -> str:
+    """Of an agent that was killed before it had a record."""
+    return DEAD_LOCK.replace("ct.lck", f"{podman.POD}.lck") if kind == "pod" else DEAD_LOCK
 
 
 def end(
@@ -165,26 +204,28 @@ def end(
     succeeds."""
     host, recovered = s.settle()
     side = "source" if host is s.lab.a else "target"
-    assert judge(s.lab, s.client, stays) is host
+    assert judge(s.lab, s.client, stays, s.what) is host
     if side == "source":
         assert not podman.images(s.lab.b), "the image stayed on the target"
     name = signal.Signals(-code).name if code < 0 else str(code)
-    table.note("podman", row, column, f"{side}, {name}" + (", `--recover`" if recovered else ""))
+    title = "podman, a pod" if s.what is POD else "podman"
+    table.note(title, row, column, f"{side}, {name}" + (", `--recover`" if recovered else ""))
     assert (code == 0) == (side == "target" and not recovered) or code in (8, -signal.SIGKILL)
     if side == "target":
-        assert migrate(s.lab, host).code == 0
-        assert judge(s.lab, s.client) is s.lab.a
+        assert migrate(s.lab, host, what=s.what).code == 0
+        assert judge(s.lab, s.client, what=s.what) is s.lab.a
     scenes.fit()
     return side, recovered
 
 
 @pytest.mark.parametrize(
-    ("side", "step", "wrong"),
+    ("kind", "side", "step", "wrong"),
     [
-        (side, step, wrong)
-        for side, step in COMMANDS
+        (kind, side, step, wrong)
+        for kind in KINDS
+        for side, step in (OF_PODS if kind == "pod" else COMMANDS)
         for wrong in WRONG
-        if table.ALL or (step, wrong) in ORDINARY
+        if table.ALL or (kind, step, wrong) in ORDINARY
     ],
 )
 @pytest.mark.invariant(number=4)
@@ -194,12 +235,12 @@ def test_a_command_of_podman_that_goes_wrong(
     when, action = WRONG[wrong]
     if action == "hang":
         here.patience(SECONDS)
-    here.gates[side].fail(step, action, when, 1)
-    done = migrate(here.lab, here.lab.a)
+    here.gates[side].fail(step, action, when, LAST.get((here.kind, step), 1))
+    done = migrate(here.lab, here.lab.a, what=here.what)
     assert "Traceback" not in done.errors
     assert step in here.gates[side].happened(), f"{step} was not reached: {done.errors}"
     where, recovered = end(scenes, here, f"{side}: {step}", wrong, done.code)
-    expected = COMMANDS[side, step]
+    expected = OF_PODS[side, step]
     if expected == "turning":
         expected = "target" if wrong == "done, but fails" else "source"
     assert where == expected
@@ -207,8 +248,14 @@ def test_a_command_of_podman_that_goes_wrong(
 
 
 @pytest.mark.parametrize(
-    ("place", "disturbance"),
-    [(p, d) for p in PLACES for d in DISTURBANCES if table.ALL or (p, d) in ORDINARY],
+    ("kind", "place", "disturbance"),
+    [
+        (kind, place, how)
+        for kind in KINDS
+        for place in PLACES
+        for how in DISTURBANCES
+        if table.ALL or (kind, place, how) in ORDINARY
+    ],
 )
 @pytest.mark.invariant(number=4)
 def test_a_process_that_goes_while_podman_s_container_moves(
@@ -219,7 +266,8 @@ def test_a_process_that_goes_while_podman_s_container_moves(
     lab = here.lab
     if gate:
         here.gates[side].close_gate(gate)
-    with migration(lab, lab.a, *(() if gate else ("--bwlimit", "200K")), name=WORD) as moving:
+    slowly = () if gate else ("--bwlimit", "200K")
+    with migration(lab, lab.a, *slowly, name=here.what.word) as moving:
         if gate:
             here.gates[side].wait(gate)
         else:
@@ -230,7 +278,7 @@ def test_a_process_that_goes_while_podman_s_container_moves(
         done = moving.wait()
     assert "Traceback" not in done.errors
     unrecorded = (place, disturbance) == ("while checking", "agent killed")
-    stays = frozenset({DEAD_LOCK} if unrecorded else ())
+    stays = frozenset({dead_lock(here.kind)} if unrecorded else ())
     where, recovered = end(scenes, here, place, disturbance, done.code, stays=stays)
     if place in COMMITTED:
         assert where == "target"
