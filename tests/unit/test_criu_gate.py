@@ -103,9 +103,10 @@ class Programs:
             )
             path.chmod(0o755)
 
-    def waiting(self, what: Literal["dump", "restore"]) -> Early:
+    def waiting(self, what: Literal["dump", "restore"], agreed: Path | None = None) -> Early:
         """A runc that waits with CRIU's last request."""
         early = Early()
+        early.agreed = agreed
         kind = {"dump": 1, "restore": 2}[what]
         argv = [str(self.runc), "--criu", "criu", "--kind", str(kind)]
         assert not early.start(self.images, what, argv, str(self.criu), ())
@@ -202,6 +203,23 @@ def test_a_refused_restore_ends_the_container_before_it_runs(programs: Programs)
     assert str(restoring.refusal) == "no" and not restoring.unlocked
     assert programs.ended("container") and programs.ended("criu")
     assert programs.reached("setup-namespaces") and not programs.reached("network-unlock")
+
+
+@pytest.mark.invariant(number=4)
+@pytest.mark.parametrize("agreed", [False, True])
+def test_without_an_answer_before_it_runs_it_runs_only_if_all_of_its_pod_may(
+    programs: Programs, tmp_path: Path, agreed: bool
+) -> None:
+    file = tmp_path / "all"
+    command, line = programs.waiting("restore", file).go()
+    with line:
+        assert line.recv(64) == b"network-unlock"
+        line.send(criu_gate.GO)
+        assert line.recv(64) == b"pre-resume"
+        if agreed:
+            file.touch()
+    assert (command.wait(SECONDS)[0] == 0) == agreed
+    assert programs.ended("container") == (not agreed)
 
 
 @pytest.mark.invariant(number=4)
