@@ -15,7 +15,9 @@ from pyploop.errors import MigrateError, VzExitCode
 from pyploop.system import network
 
 _TABLE = "pyploop_pod"
-_RULES = f"""table inet {_TABLE} {{
+_RULES = f"""table inet {_TABLE}
+delete table inet {_TABLE}
+table inet {_TABLE} {{
  chain in {{
   type filter hook input priority -400; policy drop;
  }}
@@ -25,7 +27,6 @@ _RULES = f"""table inet {_TABLE} {{
 
 def close(pid: int) -> None:
     """In the network of that process.  MigrateError(8)."""
-    open_again(pid)
     done = _nft(pid, "-f", "-", text=_RULES)
     if done.returncode:
         raise MigrateError(

@@ -11,7 +11,7 @@ from pyploop.errors import MigrateError, VzExitCode
 from pyploop.runtimes import Copied, Disk, Facts, Item
 from pyploop.runtimes.checks import Checks, ChecksFailedError, naming
 from pyploop.runtimes.config import HostConfig
-from pyploop.runtimes.podman import extras, image, loopback
+from pyploop.runtimes.podman import extras, image, loopback, networks
 from pyploop.runtimes.podman import pod as pods
 from pyploop.runtimes.podman.exported import export
 from pyploop.runtimes.podman.host import look
@@ -100,6 +100,9 @@ class PodSource(PodSteps):
                     "host": here.told(),
                     "config": exported.config,
                     "network": exported.network,
+                    "networks": networks.sent(
+                        self._podman, exported.config.get("newNetworks") or {}
+                    ),
                     "image": image.find(self._podman, str(pod.infra.raw["Image"])).sent(),
                     "root": pod.infra.merged,
                     "volumes": {},
@@ -157,7 +160,14 @@ class PodSource(PodSteps):
         return ""
 
     def before_suspend(self) -> None:
-        pods.check_ipc(self._need())
+        pod, now = self._need(), self._look()
+        if now is None or now.id != pod.id or {*now.ids} != {*pod.ids}:
+            raise MigrateError(
+                VzExitCode.DUMP_FAILED,
+                f"the pod {pod.name} has other containers now than when the migration began",
+                hint="migrate it again",
+            )
+        pods.check_ipc(pod)
         for member in self.members:
             member.before_suspend()
 
@@ -218,10 +228,14 @@ class PodSource(PodSteps):
             folder = folder_of(images, n)
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
             jobs.append(Job(_dumping(member, folder)).start())
-        if "ipc" in pod.shared:
-            extras.pack_shm(pod.infra.bundle, folder_of(images, 0))
+        shared = "ipc" in pod.shared
+
+        def pack() -> None:
+            if shared:
+                extras.pack_shm(pod.infra.bundle, folder_of(images, 0))
+
         # All of them end, whatever fails: a dump that is cut off damages its container.
-        all_of([job.join for job in jobs], self._names())
+        all_of([pack, *(job.join for job in jobs)], ["/dev/shm", *self._names()])
 
     # ---- afterwards
 
@@ -247,6 +261,14 @@ class PodSource(PodSteps):
                 *("pod", "stop", "-t", "0", self._known["pod"]), code=VzExitCode.DUMP_FAILED
             )
             return
+        now = self._look()
+        if now is not None and now.id == self._known["pod"] and now.members:
+            raise MigrateError(
+                VzExitCode.LOCKED,
+                f"the pod {now.name} has got the container {now.members[0]} since, which has not "
+                "moved",
+                hint="move or remove that container, and run `pyploop migrate --recover`",
+            )
         self._podman.run(
             *("pod", "rm", "-f", "-t", "0", self._known["pod"]), code=VzExitCode.DUMP_FAILED
         )

@@ -218,6 +218,13 @@ class PodTarget(PodSteps):
         pod = self._pod or self._look()
         if pod is None or pod.infra.name != self._known["infra"]:
             return
+        now = self._look()
+        if now is not None and (others := {*now.members} - {m.container for m in self.members}):
+            raise MigrateError(
+                VzExitCode.RESTORE_FAILED,
+                f"the pod {now.name} has got the container {min(others)} on this host since",
+                hint="move or remove that container",
+            )
         with contextlib.suppress(MigrateError, OSError):
             self._link(False, pod.pid)
         self._podman.run(*("pod", "rm", "-f", "-t", "0", pod.id), code=VzExitCode.RESTORE_FAILED)
