@@ -285,3 +285,21 @@ def test_a_process_that_goes_while_podman_s_container_moves(
     elif place not in ASKED:
         assert where == "source"
     assert recovered <= (disturbance == "orchestrator killed")
+
+
+@pytest.mark.skipif(not table.ALL, reason="with PYPLOOP_MATRIX=1")
+@pytest.mark.parametrize("kind", ["pod"])
+def test_a_container_that_comes_to_the_pod_meanwhile_stays_and_so_does_the_pod(
+    scenes: Reused[Scene], here: Scene
+) -> None:
+    lab = here.lab
+    here.gates["source"].close_gate("checkpoint-before")
+    with migration(lab, lab.a, name=here.what.word) as moving:
+        here.gates["source"].wait("checkpoint-before")
+        podman.start(lab.a, "--pod", podman.POD, name="late", script=podman.COUNTING)
+        here.gates["source"].open_gate("checkpoint-before")
+        done = moving.wait()
+    assert "has other containers now than when the migration began" in done.errors
+    assert podman.states(lab.a)["late"] == "running"
+    lab.a.run("podman", "rm", "--force", "--time", "0", "late")
+    assert end(scenes, here, "dump started ahead", "another container", done.code)[0] == "source"

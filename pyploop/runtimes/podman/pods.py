@@ -14,7 +14,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from pyploop.errors import MigrateError, VzExitCode
+from pyploop.errors import MigrateError, PyploopError, VzExitCode
 from pyploop.runtimes import Disk, Lazy, Pages, State, Tree
 from pyploop.runtimes.config import HostConfig
 from pyploop.runtimes.podman import pod as pods
@@ -159,7 +159,7 @@ def all_of(steps: Iterable[Any], names: Sequence[str]) -> None:
     for name, step in zip(names, steps, strict=True):
         try:
             step()
-        except (OSError, MigrateError) as e:
+        except (OSError, PyploopError) as e:
             failed.append((name, e))
     if failed:
         _, first = failed[0]
