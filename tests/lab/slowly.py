@@ -39,6 +39,7 @@ LONGER = {
     "runtimes.runc.cgroup": "DEADLINE",
     "runtimes.podman.command": "LONGEST",
     "runtimes.podman.extras": "DRAINED TIMEOUT",
+    "runtimes.podman.networks": "TIMEOUT",
     "runtimes.podman.placed": "MOUNTING",
     "runtimes.runc.criu": "PROBE_TIMEOUT",
     "runtimes.runc.criu_options": "TIMEOUT",

@@ -38,6 +38,130 @@ def test_every_name_is_used_and_is_one_that_the_other_host_takes() -> None:
         assert messages.failed_checks(error) == [(name, 15, "x", "")]
 
 
+P, F, M = (f"migrate/test_{n}.py" for n in ("preflight", "checks_fire", "podman"))
+U = "unit/test_preflight_parts.py"
+FIRES = {
+    **dict.fromkeys(
+        [
+            "stopped",
+            "processes",
+            "trust",
+            "exists",
+            "io-uring",
+            "bpf",
+            "userfaultfd",
+            "anonymous-file",
+            "memfd-secret",
+            "posix-queues",
+            "outside-file",
+            "outside-terminal",
+            "deleted-file-linked",
+            "deleted-file-size",
+            "vsock",
+            "socket-family",
+            "mptcp",
+            "netlink-data",
+            "netlink-link-events",
+            "outside-socket",
+            "nested-pid-namespace",
+            "nested-time-namespace",
+            "nested-user-namespace",
+            "nested-uts-namespace",
+            "nested-ipc-namespace",
+            "nested-network-namespace",
+            "nested-cgroup-namespace",
+            "user-namespace-network",
+            "submount",
+            "runc-options",
+            "file-system",
+            "immutable-files",
+            "cgroups",
+            "seccomp",
+            "limits",
+        ],
+        P,
+    ),
+    **dict.fromkeys(
+        [
+            "config-json",
+            "config-host",
+            "network-namespace",
+            "mounts",
+            "root",
+            "images-room",
+            "tree",
+            "connection",
+            "machine",
+            "cpu",
+            "policy",
+            "same-places",
+        ],
+        F,
+    ),
+    **dict.fromkeys(
+        [
+            "podman-pod",
+            "podman-dependencies",
+            "podman-privileged",
+            "podman-users",
+            "podman-namespaces",
+            "podman-mount",
+            "podman-rm",
+            "podman-systemd",
+            "podman-volume",
+            "podman-bind",
+            "podman-link",
+            "podman-network",
+            "podman-secret",
+            "podman-port",
+        ],
+        M,
+    ),
+    # Stand-ins: this machine cannot be in that state.
+    "socket-protocol": U,
+    "lsm": U,
+}
+"""Check -> the test file that makes it fire, by its name or (`lsm`) by what it says."""
+UNNAMED = {
+    "other",
+    "places",
+    "criu",
+    "freezer",
+    "mounted",
+    "ext4-mmp",
+    "disk",
+    "agent-version",
+    "forecast",
+    "lock",
+    "external",
+    "private",
+    "busy",
+    "disk-room",
+    "tree-room",
+    "podman",
+    "podman-rootless",
+    "podman-version",
+    "podman-storage",
+    "podman-cgroups",
+    "podman-runtime",
+    "podman-running",
+    "podman-root",
+    "podman-description",
+    "podman-nft",
+    "podman-log",
+    "podman-shared",
+}
+"""Those that no test calls by name yet.  A new check must not come here."""
+
+
+def test_each_check_has_a_test_in_which_it_fires() -> None:
+    assert FIRES.keys() | UNNAMED == CHECKS.keys()
+    assert not FIRES.keys() & UNNAMED
+    texts = {f: (ROOT / "tests" / f).read_text() for f in set(FIRES.values())}
+    texts[U] += '"lsm"' if "check_labels" in texts[U] else ""
+    assert [n for n, f in FIRES.items() if f'"{n}"' not in texts[f]] == []
+
+
 def two() -> Checks:
     found = Checks()
     with found.named("trust"):

@@ -8,7 +8,7 @@ import ipaddress
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
-from pyploop.errors import MigrateError, VzExitCode
+from pyploop.errors import VzExitCode
 from pyploop.runtimes.podman.command import Podman
 from pyploop.runtimes.podman.movable import refuse
 from pyploop.system.commands import run
@@ -108,14 +108,3 @@ def set_all(namespace: str, wanted: Mapping[str, str]) -> None:
         file = "/proc/sys/" + (name if "/" in name else name.replace(".", "/"))
         script = ["sh", "-c", 'printf %s "$2" >"$1"', "sh", file, value]
         run(["nsenter", f"--net={namespace}", *script], VzExitCode.RESTORE_FAILED, TIMEOUT)
-
-
-def check_settings(config: Mapping[str, Any]) -> None:
-    """MigrateError(15): those of a namespace that CRIU makes anew would get lost."""
-    if lost := settings(config):
-        raise MigrateError(
-            VzExitCode.BAD_CONFIG,
-            f"the container has no network and sets {', '.join(sorted(lost))}, which CRIU does not "
-            "restore",
-            hint="run it with a network or without these --sysctl, or migrate without --live",
-        )

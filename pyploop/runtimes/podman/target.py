@@ -6,6 +6,7 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -100,9 +101,6 @@ class PodmanTarget(PodmanContainer, TargetSteps):
             with found.named("config-host"):
                 host_fit.check_target(config, live)
             self._settings = networks.settings(config)
-            if live and not it.networks:
-                with found.named("config-host"):
-                    networks.check_settings(config)
 
     @property
     def _new_volumes(self) -> NewVolumes:
@@ -319,6 +317,13 @@ class PodmanTarget(PodmanContainer, TargetSteps):
 
     def release(self) -> None:
         pass  # `_fill` does it
+
+    def undump(self, images: Path, commit: Callable[[], None]) -> None:
+        super().undump(images, commit)
+        if not self._config.link_up:
+            # CRIU has made the namespace, in which nothing comes in yet, and sets none of them.
+            with contextlib.suppress(MigrateError):  # it is committed
+                networks.set_all(f"/proc/{self._init()}/ns/net", self._settings)
 
     def start(self) -> None:
         """Without a dump: Podman makes the container, and starts it when its files are in their
