@@ -188,7 +188,7 @@ def test_a_cut_that_lasts_too_long_loses_the_container_and_nobody_runs_it(
         verify.client(lab) as client,
     ):
         s = Scene(lab, client, at, set())
-        with following(s, "--post-copy-timeout", "8") as one:
+        with following(s, "--post-copy-timeout", "4") as one:
             cut(lab.a)
             try:
                 at.open_gate("memory")
@@ -200,7 +200,7 @@ def test_a_cut_that_lasts_too_long_loses_the_container_and_nobody_runs_it(
         assert "did not all come to" in done.errors
         over(lab)
         now = status(lab.b)
-        assert now["state"] == "lost" and "could not be reached for 8 s" in now["text"], now
+        assert now["state"] == "lost" and "could not be reached for 4 s" in now["text"], now
         assert container.state(lab.a) == "absent"
         assert lab.a.outside(container.IMAGE).exists(), "its disk here is for a person to remove"
         lab.b.run("runc", "delete", container.NAME)
