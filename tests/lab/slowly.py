@@ -41,6 +41,7 @@ LONGER = {
     "runtimes.podman.extras": "DRAINED TIMEOUT",
     "runtimes.podman.networks": "TIMEOUT",
     "runtimes.podman.placed": "MOUNTING",
+    "runtimes.podman.pod": "_TIMEOUT",
     "runtimes.runc.criu": "PROBE_TIMEOUT",
     "runtimes.runc.criu_options": "TIMEOUT",
     "runtimes.runc.early": "STOPPING",
