@@ -65,6 +65,12 @@ class Thread(IntEnum):
     POLICY, PDEATH_SIG, CREDS, SECCOMP_MODE, SECCOMP_FILTER = 4, 8, 10, 11, 12
 
 
+class Seccomp(IntEnum):
+    """seccomp_entry and seccomp_filter of seccomp.proto"""
+
+    FILTERS, FLAGS = 1, 3
+
+
 class Creds(IntEnum):
     """creds.proto"""
 

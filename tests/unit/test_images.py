@@ -4,6 +4,7 @@ than the container is not.  The images here are written by this file's own encod
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import struct
 from collections.abc import Callable
@@ -28,6 +29,7 @@ Change = Callable[[Images], object]
 
 COMMON = 0x54564319
 MAGIC = {
+    "seccomp": 0x64413049,
     "inventory": 0x58313116,
     "pstree": 0x50273030,
     "core": 0x55053847,
@@ -325,6 +327,15 @@ def test_a_process_needs_a_seccomp_filter_when_the_configuration_has_one(tmp_pat
     for name in ("core-1.img", "core-6.img", "core-7.img"):
         made[name][0][5] |= {11: 2, 12: 0}
     check(tmp_path, made, config)
+    made["core-7.img"] = [task()]  # a thread
+    for flags, gets in ((0, False), (1, True)):  # SECCOMP_FILTER_FLAG_TSYNC
+        made["seccomp.img"] = [{1: [{1: b"", 3: flags}]}]
+        with contextlib.nullcontext() if gets else pytest.raises(MigrateError, match="core-7"):
+            check(tmp_path, made, config)
+    made["pstree.img"].append({1: 7, 2: 1, 3: 1, 4: 1, 5: 7})  # which is another process, too
+    with pytest.raises(MigrateError, match="without a seccomp filter"):
+        check(tmp_path, made, config)
+    made["pstree.img"].pop()
     made["core-1.img"][0][3][11] = 0
     with pytest.raises(MigrateError, match="seccomp mode of an old image"):
         check(tmp_path, made, config)

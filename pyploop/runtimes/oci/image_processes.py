@@ -10,11 +10,12 @@ from typing import Any
 
 from pyploop.runtimes.oci.image_files import Images
 from pyploop.wire import criu
-from pyploop.wire.criu import Core, Creds, Inventory, Task, Thread
+from pyploop.wire.criu import Core, Creds, Inventory, Seccomp, Task, Thread
 from pyploop.wire.protobuf import Message
 
 _REALTIME = (1, 2, 6)
 """SCHED_FIFO, SCHED_RR, SCHED_DEADLINE."""
+_TSYNC = 1  # SECCOMP_FILTER_FLAG_TSYNC
 _SETS = {
     "bounding": Creds.BOUNDING,
     "permitted": Creds.PERMITTED,
@@ -32,6 +33,10 @@ class Processes:
         self._linux, self._process = config["linux"], config["process"]
         self._kinds = {n["type"] for n in self._linux["namespaces"]}
         self._caps = {k: _bits(v) for k, v in self._process["capabilities"].items()}
+        self._leaders: dict[str, int] = {}
+        """Image of a thread -> the process, without the image of each process's first thread."""
+        self._for_all: dict[int, bool] = {}
+        """Process -> whether its seccomp filter is for all its threads."""
         self._any_cap = 0
         for bits in self._caps.values():
             self._any_cap |= bits
@@ -50,6 +55,8 @@ class Processes:
         for task in tasks:
             pid = task.number32(Task.PID)
             for thread in (pid, *task.numbers32(Task.THREADS)):
+                if thread != pid and pid:
+                    self._leaders[f"core-{thread}.img"] = pid
                 if f"core-{thread}.img" in names:
                     continue
                 # CRIU writes any number as the thread of a process that has ended, and
@@ -63,6 +70,8 @@ class Processes:
                 self._namespaces(self._images.only(f"ids-{pid}.img", "ids"), host)
             elif task is roots[0]:
                 self._images.refuse("has a first process without namespaces of its own")
+        for task in tasks:  # whoever else claims it as a thread
+            self._leaders.pop(f"core-{task.number32(Task.PID)}.img", None)
         self._check_parent(roots[0].number32(Task.PID))
 
     def _check_parent(self, pid: int | None) -> None:
@@ -123,13 +132,31 @@ class Processes:
             mode, task = thread.number32(Thread.SECCOMP_MODE), core.message(Core.TC)
             if task is not None and task.number32(criu.OLD_SECCOMP_MODE) is not None:
                 self._images.refuse("has the seccomp mode of an old image, which CRIU would prefer")
-            if mode not in (1, 2) or (mode == 2 and thread.number32(Thread.SECCOMP_FILTER) is None):
+            none = mode not in (1, 2) or (mode == 2 and _filter_of(thread) is None)
+            if none and not (not mode and self._gets_filter(self._images.name)):
                 self._images.refuse(
                     "has a process without a seccomp filter, but config.json has one"
                 )
         ahead = thread.number32(Thread.POLICY) in _REALTIME
         if ahead and not self._any_cap & _bits(["CAP_SYS_NICE"]):
             self._images.refuse("has a process with real-time priority, but without CAP_SYS_NICE")
+
+    def _gets_filter(self, name: str) -> bool:
+        """Whether the image is of a thread that gets its process's filter.  CRIU writes no filter
+        for a thread that has the same one, and marks that as one for all threads."""
+        leader = self._leaders.get(name)
+        if leader is None:
+            return False
+        if leader not in self._for_all:
+            core = self._images.only(f"core-{leader}.img", "core")
+            number = _filter_of(core.message(Core.THREAD) or Message(b""))
+            flags = 0
+            if number is not None:
+                filters = self._images.only("seccomp.img", "seccomp").messages(Seccomp.FILTERS)
+                flags = next((f.number32(Seccomp.FLAGS) or 0 for f in filters[number:]), 0)
+            self._for_all[leader] = bool(flags & _TSYNC)
+            self._images.name = name
+        return self._for_all[leader]
 
     def _labels(self, creds: Message) -> None:
         profile = self._process.get("apparmorProfile") or self._process.get("selinuxLabel")
@@ -143,6 +170,13 @@ class Processes:
             )
         if creds.text(Creds.LSM_SOCKCREATE) not in (None, "", self._process.get("selinuxLabel")):
             self._images.refuse("has a process that gives its sockets a label")
+
+
+def _filter_of(thread: Message) -> int | None:
+    """The number of its filter in seccomp.img."""
+    if thread.number32(Thread.SECCOMP_MODE) != 2:
+        return None
+    return thread.number32(Thread.SECCOMP_FILTER)
 
 
 def _bits(names: Iterable[str]) -> int:
