@@ -62,6 +62,10 @@ class MigrationOptions:
     """More words for rsync, which copies a root that is a directory."""
     drop_exec: bool = False
     """Processes of `runc exec`, which cannot be moved, end with the move."""
+    networks: Iterable[str] = ()
+    """Of a container of Podman on the target, instead of its own: NAME[:ip=ADDRESS]."""
+    publish: Iterable[str] = ()
+    """Its published ports there, instead of its own: [ADDRESS:]HOST:CONTAINER[/udp]."""
     memory_rounds: int = MemoryPolicy.max_rounds
     """Copy memory ahead in so many rounds at most; 0: not at all."""
     lazy_restore: Wanted = "auto"
@@ -217,6 +221,8 @@ def _request(host: str, o: MigrationOptions) -> Request:
         check_only=o.check_only or o.explain,
         nodeps=frozenset(o.skip_checks),
         drop_exec=o.drop_exec,
+        networks=tuple(o.networks),
+        publish=tuple(o.publish),
         pre_dumps=o.memory_rounds,
         lazy_restore=o.lazy_restore,
         post_copy=o.post_copy,

@@ -78,6 +78,8 @@ def _options(o: MigrateOptions) -> MigrationOptions:
         ssh_options=o.ssh,
         rsync_options=o.rsync,
         drop_exec=o.drop_exec,
+        networks=o.networks,
+        publish=o.publish,
         memory_rounds=o.pre_dumps,
         lazy_restore=o.lazy_restore,
         post_copy=o.post_copy,

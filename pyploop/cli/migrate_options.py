@@ -46,6 +46,10 @@ class MigrateOptions:
     verbose: int
     drop_exec: bool
     """Processes of `runc exec` end with the move."""
+    networks: tuple[str, ...]
+    """Of a container of Podman on the target, instead of its own."""
+    publish: tuple[str, ...]
+    """Its published ports there, instead of its own."""
     pre_dumps: int
     """Rounds of memory before the freeze at most."""
     lazy_restore: Wanted
@@ -166,6 +170,23 @@ def parser() -> Parser:
         "--drop-exec",
         action="store_true",
         help="end processes of `runc exec`, which cannot be moved, instead of failing",
+    )
+    add(
+        "--network",
+        dest="networks",
+        action="append",
+        default=[],
+        metavar="NAME[:ip=ADDRESS]",
+        help="a container of Podman: its network on the target, instead of its own; once for each "
+        "that it has. If its address changes, its TCP connections end",
+    )
+    add(
+        "--publish",
+        action="append",
+        default=[],
+        metavar="[ADDRESS:]HOST:CT[/udp]",
+        help="a container of Podman: publish this port on the target, instead of its own ones; "
+        "may be repeated",
     )
     add(
         "--lazy-restore",
@@ -307,6 +328,8 @@ def parse(args: list[str]) -> MigrateOptions:
         times=o.times,
         verbose=min(o.verbose, 4),
         drop_exec=o.drop_exec,
+        networks=tuple(o.networks),
+        publish=tuple(o.publish),
         pre_dumps=o.pre_dumps,
         lazy_restore=o.lazy_restore,
         post_copy=o.post_copy,

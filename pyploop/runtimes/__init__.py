@@ -194,6 +194,9 @@ class Runtime(Protocol):
     peer_wants: frozenset[str]
     """The target's `wants`."""
 
+    def rewire(self, networks: Sequence[str], ports: Sequence[str]) -> None:
+        """--network, --publish: before `check_source`.  MigrateError(1) when they cannot be."""
+
     def check_source(self, live: bool) -> Facts:
         """Check all that can be checked before anything starts.  Returns the source facts."""
 

@@ -3,8 +3,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+from pyploop.errors import MigrateError, VzExitCode
 
 NOTHING = "this runtime starts nothing ahead"
 
@@ -12,6 +15,8 @@ NOTHING = "this runtime starts nothing ahead"
 class Unprepared:
     """These steps of Runtime, with nothing in them."""
 
+    name: str
+    container: str
     first_image = ""
     needs_trust = False
     wants: frozenset[str] = frozenset()
@@ -35,6 +40,14 @@ class Unprepared:
 
     def give_up(self) -> None:
         pass
+
+    def rewire(self, networks: Sequence[str], ports: Sequence[str]) -> None:
+        if networks or ports:
+            raise MigrateError(
+                VzExitCode.USAGE,
+                "--network and --publish are for containers of Podman: "
+                f"{self.container} is run by {self.name}",
+            )
 
     def settled(self) -> list[str]:
         return []

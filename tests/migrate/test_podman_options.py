@@ -3,8 +3,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
+import subprocess
 from collections.abc import Iterator
 
 import pytest
@@ -184,3 +186,48 @@ def test_a_unit_of_systemd_goes_along_and_is_enabled_only_where_the_container_ru
     assert back.code == 0, back.errors
     assert enabled(a) == {"own.service": "disabled", "ct.service": "enabled"}
     assert enabled(b) == {"ct.service": "disabled"}
+
+
+ECHO = f"busybox nc -l -p 80 -e cat & {FOREVER}"
+
+
+@contextlib.contextmanager
+def connected(lab: Lab) -> Iterator[None]:
+    """A connection to the container's port 80, by its address."""
+    words = lab.on_client("busybox", "nc", hosts.CONTAINER_IP, "80")
+    with subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as client:
+        assert client.stdin is not None and client.stdout is not None
+        try:
+            client.stdin.write(b"hello\n")
+            client.stdin.flush()
+            assert client.stdout.readline() == b"hello\n"
+            yield
+        finally:
+            client.kill()
+
+
+def test_a_container_gets_another_network_address_and_port_on_the_target(both: Lab) -> None:
+    a, b = both.a, both.b
+    podman.start(a, *podman.LINK, "--publish=8080:80", script=ECHO)
+    b.run("podman", "network", "create", "--disable-dns", "--subnet=10.79.0.0/24", "other")
+    try:
+        options = ("--network", "other:ip=10.79.0.9", "--publish", "127.0.0.1:8090:81/udp")
+        refused = migrate(both, a, "--check-only", "--network", "none:ip=10.79.0.9")
+        assert "Podman has no network none on this host" in refused.errors
+        with connected(both):
+            done = migrate(both, a, *options)
+        assert done.code == 0, done.errors
+        assert "loses 10.77.0.100 (--network): its TCP connections end" in done.out
+        assert only_side(both) is b
+        networks = podman.inspect(b)["NetworkSettings"]
+        assert list(networks["Networks"]) == ["other"]
+        assert networks["Networks"]["other"]["IPAddress"] == "10.79.0.9"
+        assert networks["Ports"] == {"81/udp": [{"HostIp": "127.0.0.1", "HostPort": "8090"}]}
+        inside = b.run("podman", "exec", podman.NAME, "busybox", "ip", "-4", "addr")
+        assert "10.79.0.9/24" in inside and "10.77.0.100" not in inside
+        b.run("podman", "restart", "--time=0", podman.NAME)
+        again = podman.inspect(b)["NetworkSettings"]["Networks"]["other"]
+        assert again["IPAddress"] == "10.79.0.9"
+    finally:
+        podman.remove(b)
+        b.run("podman", "network", "rm", "--force", "other")

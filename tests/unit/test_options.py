@@ -22,6 +22,8 @@ ADDS_UP = {
     "--nodeps",
     "--ssh",
     "--rsync",
+    "--network",
+    "--publish",
     "-v",
     "--read",
     "--write",

@@ -24,6 +24,9 @@ class Request:
     nodeps: frozenset[str] = frozenset()
     drop_exec: bool = False
     """See Runtime."""
+    networks: tuple[str, ...] = ()
+    publish: tuple[str, ...] = ()
+    """See Runtime."""
     pre_dumps: int = MemoryPolicy.max_rounds
     """Memory rounds before the freeze, at most."""
     lazy_restore: Wanted = "auto"

@@ -51,6 +51,8 @@ class Coming:
     """systemd units that start it."""
     known: dict[str, Any]
     """The source's networks (networks.sent)."""
+    readdressed: bool
+    """It loses an address, and with it its TCP connections."""
 
     @property
     def networks(self) -> dict[str, Any]:
@@ -90,6 +92,7 @@ def coming(facts: Facts) -> Coming:
                 str(exported.config["name"]),
             ),
             known=dict(told.get("networks") or {}),
+            readdressed=bool(told.get("readdressed")),
         )
         addresses = found.addresses
         _check_form(exported.config)

@@ -44,10 +44,12 @@ class Order:
         work: Path | None = None,
         options: Sequence[str] = (),
         pod: tuple[str, str] = ("", ""),
+        close_tcp: bool = False,
     ) -> None:
         """Replace what is there.  programs: podman, conmon, runc.  The rest is as interpose.py
         says.  spec: the source's config.json.  pod: the ID of the pod that it becomes a part of,
-        and the folder that is its /dev/shm.  OSError."""
+        and the folder that is its /dev/shm.  close_tcp: restore TCP connections closed, as their
+        addresses are not here.  OSError."""
         shutil.rmtree(self.folder, ignore_errors=True)
         self.folder.mkdir(mode=0o700)
         self._archive(exported)
@@ -63,7 +65,8 @@ class Order:
             "environment": {},
         }
         if work is not None:
-            order["environment"] = environment(self.folder, loopback.options(self.folder, spec))
+            lines = [*loopback.options(self.folder, spec), *(["tcp-close"] if close_tcp else [])]
+            order["environment"] = environment(self.folder, lines)
         (self.folder / "order.json").write_text(json.dumps(order))
         here = shlex.quote(str(self.folder))
         python = shlex.join([sys.executable, "-I", "-S", str(Path(interpose.__file__))])

@@ -25,10 +25,11 @@ from pyploop.runtimes.podman import (
     restored,
     sharing,
     systemd,
+    wanted,
     watches,
 )
 from pyploop.runtimes.podman.container import PodmanContainer
-from pyploop.runtimes.podman.exported import export
+from pyploop.runtimes.podman.exported import Exported, export
 from pyploop.runtimes.podman.found import Found
 from pyploop.runtimes.podman.host import look
 from pyploop.runtimes.runc import contents, host_fit, tmpfs
@@ -52,12 +53,28 @@ class PodmanSource(PodmanContainer, SourceSteps):
         self._images = Path()
         """Folder of the dump."""
         self._criu_options: Path | None = None
+        self._wanted = wanted.NOTHING
+        self._lost: list[str] = []
+        """Addresses that the container will not have there."""
         self._log_sent = 0
         """Bytes of the output that went ahead."""
         self._files: list[IO[bytes]] = []
         """Static files without a name, as long as they are needed."""
 
     # ---- checks
+
+    def rewire(self, networks: Sequence[str], ports: Sequence[str]) -> None:
+        self._wanted = wanted.parse(networks, ports)
+
+    def _rewired(self, exported: Exported) -> Exported:
+        """As --network and --publish say.  MigrateError(15)."""
+        self._lost = self._wanted.lost(exported)
+        if self._lost:
+            wanted.check_sockets(self._init(), self._lost)
+            self._left.append(
+                f"The container loses {', '.join(self._lost)} (--network): its TCP connections end"
+            )
+        return self._wanted.put_into(exported)
 
     def check_source(self, live: bool) -> Facts:
         found, checks = self._need_found(), Checks()
@@ -108,6 +125,10 @@ class PodmanSource(PodmanContainer, SourceSteps):
         with checks.named("podman-description"):
             exported = export(self._podman, found, self._host.criu)
             movable.check_exported(exported.config, found)
+            with checks.named("podman-network"):
+                exported = self._rewired(exported)
+            # Of other networks only the target knows what they are.
+            kept = () if self._wanted.networks else exported.config.get("newNetworks") or ()
             units = systemd.find(self._podman.timeout, found.id, found.name)
             self.instance["units"] = [unit.sent() for unit in units]
             self._left += [
@@ -119,9 +140,10 @@ class PodmanSource(PodmanContainer, SourceSteps):
                 "host": here.told(),
                 "config": exported.config,
                 "network": exported.network,
-                "networks": networks.sent(self._podman, exported.config.get("newNetworks") or {}),
+                "networks": networks.sent(self._podman, kept),
                 "image": image.find(self._podman, str(found.raw["Image"])).sent(),
                 "units": self.instance["units"],
+                "readdressed": bool(self._lost),
                 "root": found.merged,
                 "volumes": {v.name: v.path for v in found.volumes},
                 "binds": [b for b in found.binds if self._is_moved(b)],

@@ -212,6 +212,7 @@ class PodmanTarget(PodmanContainer, TargetSteps):
                 work=Path(work),
                 options=options,
                 pod=self._pod,
+                close_tcp=it.readdressed,
             )
         except OSError as e:
             return f"{e.filename}: {e.strerror}"
