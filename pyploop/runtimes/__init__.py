@@ -188,6 +188,9 @@ class Runtime(Protocol):
     """--drop-exec: processes in the container that its first process has not started may
     end with the migration."""
 
+    keeps_source: bool
+    """-r no: the container stays here, stopped.  Set before `check_source`."""
+
     peer_takes: frozenset[str]
     """Optional parts of the agent's protocol that the target knows."""
 

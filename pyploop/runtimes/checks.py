@@ -138,7 +138,9 @@ CHECKS: dict[str, Check] = {
         "source", False, "the container has pid, IPC and host name to itself"
     ),
     "podman-mount": Check("source", False, "no overlay and no image is mounted in the container"),
-    "podman-rm": Check("source", False, "the container was started without `--rm`"),
+    "podman-rm": Check(
+        "source", False, "a container that was started with `--rm` moves with `--live` and `-r yes`"
+    ),
     "podman-systemd": Check(
         "both",
         False,

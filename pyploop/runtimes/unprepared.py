@@ -19,6 +19,7 @@ class Unprepared:
     container: str
     first_image = ""
     needs_trust = False
+    keeps_source = False
     wants: frozenset[str] = frozenset()
     peer_wants: frozenset[str] = frozenset()
     instance: dict[str, Any] = {}  # noqa: RUF012 - never changed

@@ -199,7 +199,6 @@ REFUSED: dict[str, tuple[tuple[str, ...], dict[tuple[str, str], str]]] = {
             *(f"--network=lan:ip={CONTAINER_IP}", "--network=differs", "--tty"),
         ),
         {
-            ("podman-rm", ""): "would be removed by Podman",
             ("podman-systemd", ""): "the systemd unit web.service",
             ("podman-volume", ""): "the folder of the volume mounted",
             ("config-host", ""): "config.json has process.terminal",
@@ -212,11 +211,10 @@ REFUSED: dict[str, tuple[tuple[str, ...], dict[tuple[str, str], str]]] = {
         },
     ),
     "what can be moved nowhere": (
-        ("--pod=new:together", "--privileged", "--rm"),
+        ("--pod=new:together", "--privileged"),
         {
             ("podman-pod", ""): "belongs to the pod",
             ("podman-privileged", ""): "is privileged",
-            ("podman-rm", ""): "would be removed by Podman",
         },
     ),
     "the host's network": (

@@ -10,9 +10,11 @@ import subprocess
 from collections.abc import Iterator
 
 import pytest
+from gates import gates
 from lab import container, hosts, podman
 from lab.hosts import Host, Lab
 from podmen import WORD, debris, migrate, only_side
+from support import wait_until
 
 ISOLATED = ("--network", "none")
 FOREVER = "while sleep 1; do :; done"
@@ -231,3 +233,26 @@ def test_a_container_gets_another_network_address_and_port_on_the_target(both: L
     finally:
         podman.remove(b)
         b.run("podman", "network", "rm", "--force", "other")
+
+
+def test_a_container_that_removes_itself_moves_and_does_so_on_the_target(both: Lab) -> None:
+    a, b = both.a, both.b
+    podman.start(a, *ISOLATED, "--rm", "--volume=data:/data", script=FOREVER)
+    refused = migrate(both, a, "--check-only", "-r", "no")
+    assert refused.code == 15
+    assert "(--rm), and could not stay" in refused.errors
+    # A restore that fails leaves nothing there, and here it runs on.
+    with gates(b, {"podman": {"* container restore *": "restore"}}) as restore:
+        restore.fail("restore", 3, "before", 1)
+        failed = migrate(both, a)
+        assert failed.code == 7, failed.errors
+        assert only_side(both) is a
+        assert not debris(b, runs_here=False)
+    done = migrate(both, a)
+    assert done.code == 0, done.errors
+    assert only_side(both) is b
+    assert not debris(a, runs_here=False)
+    assert podman.volumes(b) == [podman.VOLUME]
+    b.run("podman", "stop", "--time=0", podman.NAME)
+    wait_until(lambda: not podman.states(b), "podman has removed it")
+    assert podman.volumes(b) == [podman.VOLUME]

@@ -180,6 +180,7 @@ def here(host: HostConfig, runtime: Runtime, request: Request, report: Reporter)
             hint="run `pyploop migrate --recover` if an earlier migration has suspended it",
         )
     runtime.drop_exec = request.drop_exec
+    runtime.keeps_source = not request.remove_area
     runtime.rewire(request.networks, request.publish)
     if request.live:
         lazy.wait_loaded(host, runtime, report)

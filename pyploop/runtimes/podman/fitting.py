@@ -55,6 +55,12 @@ class Coming:
     """It loses an address, and with it its TCP connections."""
 
     @property
+    def removes_itself(self) -> bool:
+        """Podman removes it when its processes end (--rm)."""
+        annotations = self.exported.config["spec"].get("annotations") or {}
+        return annotations.get("io.podman.annotations.autoremove") == "TRUE"
+
+    @property
     def networks(self) -> dict[str, Any]:
         return dict(self.exported.config.get("newNetworks") or {})
 

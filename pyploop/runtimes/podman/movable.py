@@ -66,13 +66,6 @@ def check(podman: Podman, found: Found, here: PodmanHost, checks: Checks) -> Non
                 f"{name} has a user namespace, which cannot be migrated yet",
                 "run it without --userns, --uidmap, --gidmap and --subuidname",
             )
-    with checks.named("podman-rm"):
-        if host.get("AutoRemove"):
-            refuse(
-                f"{name} would be removed by Podman when its processes end here (--rm), also when "
-                "the migration is rolled back",
-                "run it without --rm",
-            )
     with checks.named("podman-systemd"):
         if unit := ((raw.get("Config") or {}).get("Labels") or {}).get("PODMAN_SYSTEMD_UNIT"):
             refuse(
@@ -82,6 +75,26 @@ def check(podman: Podman, found: Found, here: PodmanHost, checks: Checks) -> Non
     for volume in found.volumes:
         with checks.named("podman-volume"):
             _check_volume(podman, volume.name, found)
+
+
+def check_removal(found: Found, *, live: bool, stays: bool) -> None:
+    """MigrateError(15) when Podman would remove the container (--rm) before that is wanted: its
+    processes end before the last pass unless the migration is live, and in any case at its end.
+    stays: it is to be kept here."""
+    if not (found.raw.get("HostConfig") or {}).get("AutoRemove"):
+        return
+    if found.raw.get("Pod"):
+        refuse(
+            f"{found.name} removes itself (--rm), and belongs to a pod",
+            "run the containers of the pod without --rm",
+        )
+    if live and not stays:
+        return
+    refuse(
+        f"{found.name} is removed by Podman when its processes end here (--rm)"
+        + (", and could not stay" if live else ", before all of it has moved"),
+        "migrate it with --live and -r yes, or run it without --rm",
+    )
 
 
 def _check_root(found: Found, here: PodmanHost) -> None:

@@ -105,6 +105,11 @@ def _mount_again(entry: mount_table.Entry, point: str) -> None:
     them, because there are too many for absolute paths."""
     words = [o for o in entry.escaped_options.split(",") if o.partition("=")[0] in KEPT]
     options = ",".join(mount_table.unescape(w) for w in words)
+    # Of a container that removes itself (--rm), which Podman mounts with `volatile`: the kernel's
+    # note that the overlay was not synced before it was unmounted, for which it refuses to mount
+    # it again.  Nothing was written there yet.
+    work = Path(point).parents[1] / str(entry.option("workdir"))
+    shutil.rmtree(work / "work/incompat/volatile", ignore_errors=True)
     lower = entry.option("lowerdir") or ""
     if all(layer.startswith("/") for layer in lower.split(":")):
         kernel.mount("overlay", point, "overlay", 0, options)

@@ -80,6 +80,8 @@ class PodmanSource(PodmanContainer, SourceSteps):
         found, checks = self._need_found(), Checks()
         here = look(self._podman, checks)
         movable.check(self._podman, found, here, checks)
+        with checks.named("podman-rm"):
+            movable.check_removal(found, live=live, stays=self.keeps_source)
         with checks.named("podman-running"):
             if found.status != "running":
                 raise MigrateError(
@@ -316,8 +318,9 @@ class PodmanSource(PodmanContainer, SourceSteps):
         for tree in self._config.trees if ours else ():
             copied.check_same(tree, known)
         if self._exists():
+            # With --rm Podman may be doing it just now.
             self._podman.run(
-                *("container", "rm", "-f", "-t", "0", "--volumes", self.runc_id),
+                *("container", "rm", "-f", "-t", "0", "--ignore", "--volumes", self.runc_id),
                 code=VzExitCode.DUMP_FAILED,
             )
         for name, path in self.instance["volumes"].items():

@@ -65,6 +65,7 @@ class PodmanTarget(PodmanContainer, TargetSteps):
             "image_names": image.free_names(self._podman, it.image),
             "graph": here.graph_root,
             "units": [unit.sent() for unit in it.units],
+            "removes_itself": it.removes_itself,
             "health": systemd.interval_of(it.exported.config),
         }
         self._config = self._coming_config(it, here)
@@ -240,7 +241,8 @@ class PodmanTarget(PodmanContainer, TargetSteps):
                     f"podman cannot restore {self.container}: {last_words(output)}",
                 )
             self._cut()
-            self._new_volumes.remove()  # the container has them now
+            if not self.instance.get("removes_itself"):
+                self._new_volumes.remove()  # the container has them now
         except OSError as e:  # TimeoutError is one
             self._early.drop(patience=0.0)
             raise MigrateError(
@@ -376,6 +378,8 @@ class PodmanTarget(PodmanContainer, TargetSteps):
                 kernel.syncfs(fd, graph)
             finally:
                 os.close(fd)
+        if self.instance.get("removes_itself"):
+            self._new_volumes.remove()
         return self._started_by_systemd() if graph else []
 
     def _started_by_systemd(self) -> list[str]:
@@ -415,7 +419,7 @@ class PodmanTarget(PodmanContainer, TargetSteps):
                 spec = bundles.read(self._bundle)
                 self._placed().take_back(str((spec.get("root") or {}).get("path") or ""))
             self._podman.run(
-                *("container", "rm", "-f", "-t", "0", self.runc_id),
+                *("container", "rm", "-f", "-t", "0", "--ignore", self.runc_id),
                 code=VzExitCode.RESTORE_FAILED,
             )
         # Only with one of them: else somebody else has made the volumes.
