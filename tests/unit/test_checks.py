@@ -52,6 +52,7 @@ FIRES = {
             "userfaultfd",
             "anonymous-file",
             "memfd-secret",
+            "packet-pipe",
             "posix-queues",
             "outside-file",
             "outside-terminal",
