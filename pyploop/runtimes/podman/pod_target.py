@@ -54,7 +54,7 @@ class PodTarget(PodSteps):
         name = str(told["infra"])
         fitting.check(self._podman, name, here, self._infra, checks, live=live)
         pause = self._podman.run("images", "--quiet", f"--filter=reference={pods.PAUSE}").strip()
-        self._known = {"pod": "", "infra": name, "pause": bool(pause)}
+        self._known = {"pod": "", "infra": name, "pause": bool(pause), "blocked": self._infra.id}
         self.members = [Member(self._host, n, None) for n, _ in members]
         self._facts = tuple({**facts_of, "source": facts.get("source")} for _, facts_of in members)
         images: set[str] = set()
@@ -211,8 +211,8 @@ class PodTarget(PodSteps):
         last_first = self.members[::-1]
         all_of([m.abandon for m in last_first], [m.container for m in last_first])
         self._remove()
-        if self._infra is not None:
-            links.unblock(self._infra.id)
+        if blocked := self._known.get("blocked"):
+            links.unblock(blocked)
 
     def _remove(self) -> None:
         pod = self._pod or self._look()
