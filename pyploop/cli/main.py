@@ -30,6 +30,7 @@ Usage: pyploop [-v...] [--version] COMMAND ...
 Commands:
        copy    copy a disk that is in use, or receive such a copy
        migrate move a container to another host, live
+       trust   let a host send running containers to this one
        status  show how much of a container's memory is still to be loaded
        verify  compare a target with the receipt of its copy, or with its source
        sync    fsync files, as vzfsync does
@@ -44,8 +45,8 @@ Command = Callable[[list[str], int], int]
 
 
 COMMANDS = (
-    *("copy", "copy-agent", "copy-lane", "migrate", "agent", "status", "sync", "thaw", "info"),
-    *("verify", "bench", "demo"),
+    *("copy", "copy-agent", "copy-lane", "migrate", "agent", "trust", "status", "sync", "thaw"),
+    *("info", "verify", "bench", "demo"),
 )
 
 

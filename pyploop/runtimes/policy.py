@@ -164,7 +164,7 @@ def parse_trust(table: Mapping[str, Any], where: str) -> tuple[str, ...]:
         raise MigrateError(VzExitCode.USAGE, f"{where}: unknown key {other[0]!r}")
     live = _words(table.get("live", []), f"{where}.live", None)
     for entry in live:
-        if "/" in entry and _network(entry) is None:
+        if "/" in entry and network(entry) is None:
             raise MigrateError(
                 VzExitCode.USAGE, f"{where}.live: {entry!r} is not a network (ADDRESS/BITS)"
             )
@@ -181,11 +181,12 @@ def trusts(live: tuple[str, ...], source: Source) -> bool:
         return False
     if isinstance(address, ipaddress.IPv6Address) and address.ipv4_mapped is not None:
         address = address.ipv4_mapped
-    networks = [n for n in map(_network, live) if n is not None]
+    networks = [n for n in map(network, live) if n is not None]
     return any(address.version == n.version and address in n for n in networks)
 
 
-def _network(entry: str) -> ipaddress.IPv4Network | ipaddress.IPv6Network | None:
+def network(entry: str) -> ipaddress.IPv4Network | ipaddress.IPv6Network | None:
+    """An entry of `live` that is an address or a network; None: it is a name."""
     try:
         return ipaddress.ip_network(entry, strict=False)
     except ValueError:

@@ -830,7 +830,7 @@ def test_a_source_that_lies_about_a_running_container_gets_nothing_restored(
         # Not trusted any more, or not yet.
         bundle.write_text(json.dumps(innocent))
         settings.write_text(text.replace("[trust]", "").replace("live = [", "# live = ["))
-        refused_live(15, 'write [trust] live = ["10.77.0.11"] in /srv/pyploop.toml on this host')
+        refused_live(15, "run on this host: pyploop trust 10.77.0.11")
         settings.write_text(text)
 
         restart(lambda c: None)

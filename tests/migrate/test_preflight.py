@@ -106,7 +106,7 @@ def test_all_checks_that_fail_on_both_hosts_are_listed_and_nothing_starts(
     lines = done.errors.splitlines()
     assert lines[0].startswith("Check stopped failed: ") and f"run kill -CONT {pid}" in lines[0]
     assert lines[1].startswith("Check processes failed: ")
-    assert lines[2].startswith("Check trust failed on b: this host does not restore memory")
+    assert lines[2].startswith("Check trust failed on b: this host takes no memory from")
     assert lines[3].startswith("Check exists failed on b: /srv/ct has a config.json already")
     assert lines[4].startswith("4 checks failed: stopped, processes, trust, exists; the migration")
     assert only_side(scene.lab) is a

@@ -27,6 +27,7 @@ ADDS_UP = {
     "-v",
     "--read",
     "--write",
+    "--places",
 }
 VALUES = ("1", "1M", "auto")
 
@@ -88,6 +89,7 @@ def test_there_are_options_of_one_value_in_every_command_that_has_any() -> None:
         "bench",
         "demo",
         "status",
+        "trust",
         "verify",
     }
 

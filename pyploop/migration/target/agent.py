@@ -162,7 +162,7 @@ class Agent(Server):
         found = Checks()
         if live or chosen.needs_trust:
             with found.named("trust"):
-                checks.check_trust(self._host, self._source)
+                checks.check_trust(self._host, self._source, chosen.name)
         try:
             with found.named("lock"):
                 checks.lock(self._host, chosen, self._locks)
@@ -185,7 +185,7 @@ class Agent(Server):
         trusted = live or policy.trusts(self._host.trusted_live, self._source)
         if told and self._host.trusted_places and trusted:
             with naming("trust"):
-                checks.check_trust(self._host, self._source)
+                checks.check_trust(self._host, self._source, "runc")
             with naming("policy"):
                 self._host = accepted(self._host, container, told)
 

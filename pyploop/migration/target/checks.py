@@ -36,21 +36,26 @@ def capabilities() -> list[str]:
     return [*CAPABILITIES, *(["tmpfs"] if helpers.has_tar() else [])]
 
 
-def check_trust(host: HostConfig, source: Source) -> None:
-    """MigrateError(15) unless this host restores memory from this source.  Memory images
-    say which processes a restore makes, root's on this host too.  No check of the images
-    can be complete."""
-    if not policy.trusts(host.trusted_live, source):
-        entry = source.name or source.address or "NAME"
-        how = "" if entry != "NAME" else ", and start the agent with --source NAME"
-        raise MigrateError(
-            VzExitCode.BAD_CONFIG,
-            f"this host does not restore memory from {source}, because the sender of a memory "
-            "image can become root here. If you trust the source with that, write "
-            f'[trust] live = ["{entry}"] in {host.path or config.DEFAULT} on this host{how}. '
-            "Without --live no trust is needed",
-            path=host.path or config.DEFAULT,
-        )
+def check_trust(host: HostConfig, source: Source, runtime: str) -> None:
+    """MigrateError(15) unless this host takes such a container from this source.  Memory images
+    say which processes a restore makes, root's on this host too, and Podman's description of a
+    container has commands that run here.  No check of either can be complete."""
+    if policy.trusts(host.trusted_live, source):
+        return
+    entry = f"--key {source.name}" if source.name else source.address or "--key NAME"
+    how = "" if source.name or source.address else " (and its key starts the agent with --source)"
+    what, why = "memory", "the sender of a memory image can become root here"
+    without = ". Without --live no trust is needed"
+    if runtime.startswith("podman"):
+        what = "containers of Podman"
+        why = "Podman makes them as the source describes them, which can make it root here"
+        without = ""
+    raise MigrateError(
+        VzExitCode.BAD_CONFIG,
+        f"this host takes no {what} from {source}, because {why}. If you trust the source with "
+        f"that, run on this host: pyploop trust {entry}{how}{without}",
+        path=host.path or config.DEFAULT,
+    )
 
 
 def lock(host: HostConfig, runtime: Runtime, taken: contextlib.ExitStack) -> None:

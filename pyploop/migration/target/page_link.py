@@ -30,7 +30,7 @@ START_SECONDS = 20.0
 def hand_over(host: HostConfig, source: Source, migration: str, rfd: int, wfd: int) -> None:
     """Returns when the relay does not need the connection any more."""
     try:
-        checks.check_trust(host, source)
+        checks.check_trust(host, source, "runc")
         relay = _relay(Path(host.state_dir), migration)
     except (MigrateError, OpenError) as e:
         _say(wfd, one_line(f"NO {e}")[:300])
