@@ -4,7 +4,6 @@ hosts of the lab."""
 
 from __future__ import annotations
 
-import re
 import subprocess
 
 import tutorial
@@ -39,17 +38,14 @@ def typed(host: Host, block: str) -> str:
 
 def test_the_blocks_of_the_first_migration_run_in_order(two_hosts: Lab) -> None:
     needs("busybox")
-    hosts = {"a": [two_hosts.a], "b": [two_hosts.b], "both": [two_hosts.a, two_hosts.b]}
-    for host in hosts["both"]:
+    hosts = {"a": two_hosts.a, "b": two_hosts.b}
+    for host in hosts.values():
         give_own_etc(two_hosts, host)
-    outputs = []
-    for block in tutorial.blocks(tutorial.TUTORIAL / "first-migration.md"):
-        where = re.match(r"# on (a|b|both)\n", block)
-        assert where, f"it does not say on which host: {block}"
-        outputs += [typed(host, block) for host in hosts[where[1]]]
+    page = tutorial.TUTORIAL / "first-migration.md"
+    outputs = [typed(hosts[where], block) for where, block in tutorial.steps(page)]
     assert any("Total suspended time" in o for o in outputs)
     assert any("none is missing" in o for o in outputs)
-    for host in hosts["both"]:
+    for host in hosts.values():
         assert "web" not in host.run("runc", "list")
         assert not host.outside("/srv/web").exists()
 
@@ -58,15 +54,13 @@ def test_the_blocks_of_a_migration_with_a_network_run_in_order_and_a_client_stay
     two_hosts: Lab,
 ) -> None:
     needs("busybox", "rsync")
-    hosts = {"a": [two_hosts.a], "b": [two_hosts.b], "both": [two_hosts.a, two_hosts.b]}
-    for host in hosts["both"]:
+    hosts = {"a": two_hosts.a, "b": two_hosts.b}
+    for host in hosts.values():
         give_own_etc(two_hosts, host)
     outputs: list[str] = []
     client: subprocess.Popen[str] | None = None
     try:
-        for block in tutorial.blocks(tutorial.TUTORIAL / "first-network-migration.md"):
-            where = re.match(r"# on (a|b|both)\n", block)
-            assert where, f"it does not say on which host: {block}"
+        for where, block in tutorial.steps(tutorial.TUTORIAL / "first-network-migration.md"):
             if "--check-only" in block:
                 client = subprocess.Popen(
                     two_hosts.on_client("busybox", "nc", "10.77.0.200", "8080"),
@@ -77,7 +71,7 @@ def test_the_blocks_of_a_migration_with_a_network_run_in_order_and_a_client_stay
                 assert [answer(client) for _ in range(3)] == ["1", "2", "3"]
             if "runc delete" in block:
                 assert client is not None and answer(client) == "4"
-            outputs += [typed(host, block) for host in hosts[where[1]]]
+            outputs.append(typed(hosts[where], block))
     finally:
         if client is not None:
             client.kill()
@@ -86,7 +80,7 @@ def test_the_blocks_of_a_migration_with_a_network_run_in_order_and_a_client_stay
     assert "found in runc's state" in explained and "Nothing stands in the way" in explained
     assert "[container.web]" in explained and "web0" in explained
     assert any("Total suspended time" in o for o in outputs)
-    for host in hosts["both"]:
+    for host in hosts.values():
         assert "web" not in host.run("runc", "list")
         assert not host.outside("/srv/web").exists()
 

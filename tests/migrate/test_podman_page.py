@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 
 import tutorial
@@ -26,11 +25,7 @@ def test_the_blocks_of_the_page_about_podman_run_in_order(two_hosts: Lab) -> Non
         host.outside("/etc/containers/containers.conf").write_text(_LIMITS)
         host.outside(Path("/etc/containers/networks")).mkdir(exist_ok=True)
     try:
-        outputs = []
-        for block in tutorial.blocks(PAGE):
-            where = re.match(r"# on (a|b)\n", block)
-            assert where, f"it does not say on which host: {block}"
-            outputs.append(typed(hosts[where[1]], block))
+        outputs = [typed(hosts[where], block) for where, block in tutorial.steps(PAGE)]
         assert any("Total suspended time" in o for o in outputs)
         assert outputs[-1].endswith("hello from the volume\n")
         assert podman.states(two_hosts.b) == {"web": "running"}
