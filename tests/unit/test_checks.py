@@ -107,7 +107,6 @@ FIRES = {
             "podman-users",
             "podman-namespaces",
             "podman-mount",
-            "podman-rm",
             "podman-systemd",
             "podman-volume",
             "podman-bind",
@@ -118,6 +117,7 @@ FIRES = {
         ],
         M,
     ),
+    "podman-rm": "migrate/test_podman_options.py",
     # Stand-ins: this machine cannot be in that state.
     "socket-protocol": U,
     "lsm": U,
