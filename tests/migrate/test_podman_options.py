@@ -241,8 +241,7 @@ def test_a_container_that_removes_itself_moves_and_does_so_on_the_target(both: L
     refused = migrate(both, a, "--check-only", "-r", "no")
     assert refused.code == 15
     assert "(--rm), and could not stay" in refused.errors
-    failed = [e["check"] for e in refused.events if e["event"] == "check-failed"]
-    assert failed == ["podman-rm"]
+    assert [e["check"] for e in refused.events if e["event"] == "check-failed"] == ["podman-rm"]
     # A restore that fails leaves nothing there, and here it runs on.
     with gates(b, {"podman": {"* container restore *": "restore"}}) as restore:
         restore.fail("restore", 3, "before", 1)
