@@ -39,7 +39,7 @@ def capabilities() -> list[str]:
 def check_trust(host: HostConfig, source: Source, runtime: str) -> None:
     """MigrateError(15) unless this host takes such a container from this source.  Memory images
     say which processes a restore makes, root's on this host too, and Podman's description of a
-    container has commands that run here.  No check of either can be complete."""
+    container names files that are written here.  No check of either can be complete."""
     if policy.trusts(host.trusted_live, source):
         return
     entry = f"--key {source.name}" if source.name else source.address or "--key NAME"
