@@ -83,6 +83,7 @@ def main() -> int:
         assert "web" in b.does("podman ps --format '{{.Names}}'")
         assert not a.does("podman ps --all --format '{{.Names}}'")
         b.does("podman rm --force --time 0 web; podman volume rm site")
+        a.does("rm -r /srv/web")
         outputs = follow(RUNC, hosts)
         assert any("Nothing stands in the way" in o for o in outputs)
         for host in hosts.values():
