@@ -123,7 +123,8 @@ class HostConfig:
                 f"the container {name} is not configured on this host: {why}",
                 path=self.path or DEFAULT,
                 hint="`pyploop migrate --explain HOST CT` on the host that runs it prints what to "
-                "write there; or, for runc on a target, write [trust] places",
+                "write there. Or, for runc on a target, let the source choose a place: pyploop "
+                "trust SOURCE --places FOLDER",
             ) from None
 
 

@@ -6,7 +6,7 @@ from __future__ import annotations
 from typing import Any
 
 from pyploop.errors import MigrateError, VzExitCode
-from pyploop.runtimes import Runtime, found_config
+from pyploop.runtimes import Runtime, config, found_config
 from pyploop.runtimes.config import CTID, NAME, HostConfig
 
 RUNTIMES = ("vzctl", "runc", "podman", "podman-pod", "command")
@@ -57,7 +57,15 @@ def make_runtime(host: HostConfig, name: str | None, container: str) -> Runtime:
     if name is None:
         known = host.containers.get(container)
         if known is None and not CTID.fullmatch(container):
-            host.container(container)  # raises: the name is unknown
+            file = host.path or config.DEFAULT
+            raise MigrateError(
+                VzExitCode.NO_CONTAINER,
+                f"this host has no container {container}: runc does not know it, and {file} does "
+                "not describe it",
+                path=file,
+                hint=f"`runc list` shows runc's. If it is one of Podman (`podman ps`), write "
+                f"{PREFIX}{container}",
+            )
         name = known.runtime if known else "vzctl"
     if name == "runc":
         from pyploop.runtimes.runc.runtime import Runc

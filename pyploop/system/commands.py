@@ -150,6 +150,12 @@ def run(
             except BaseException as e:
                 failure = e
         status, output = command.wait(timeout)
+    except FileNotFoundError as e:
+        raise MigrateError(
+            code,
+            f"cannot run `{' '.join(words)}`: there is no program {words[0]} on this host",
+            hint="install it, or write its path into migrate.toml",
+        ) from e
     except OSError as e:  # TimeoutError is one
         raise MigrateError(code, f"{' '.join(words)}: {e.strerror or e}") from e
     if failure is not None:

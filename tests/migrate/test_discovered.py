@@ -87,7 +87,7 @@ def test_what_was_found_is_explained_and_the_toml_says_the_same(
     forget(a)
     said, _ = explained(two_hosts)
     assert said.startswith("10\n"), said
-    assert "ct is not configured on this host" in said and "write [trust] places" in said
+    assert "ct is not configured on this host" in said and "pyploop trust SOURCE --places" in said
 
 
 @pytest.mark.parametrize("unknown", ["disk"], indirect=True)

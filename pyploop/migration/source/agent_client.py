@@ -25,6 +25,8 @@ from pyploop.transport.mux import Mux
 from pyploop.wire import channels, messages
 from pyploop.wire import mux as wire
 
+NO_PROGRAM = 127
+"""The exit status of a shell that finds no such program."""
 BULK_FIRST = 512
 """Numbers of lanes from which on they are those of the second connection."""
 
@@ -127,9 +129,17 @@ class Remote(Client):
         return MigrateError(VzExitCode.CANNOT_CONNECT, text, hint=hint)
 
     def no_agent(self, why: str, printed: str, status: int | None) -> MigrateError:
+        text = f"no pyploop agent on {self.host}: {why}" + (f" ({printed})" if printed else "")
+        if status == NO_PROGRAM:
+            return self.unreachable(
+                text,
+                f"install pyploop on {self.host}. If it is there, write its path into remote.agent "
+                "in migrate.toml on this host",
+            )
         return self.unreachable(
-            f"no pyploop agent on {self.host}: {why}" + (f" ({printed})" if printed else ""),
-            f"`ssh {self.host} pyploop agent </dev/null` must print a line PYPLOOP-AGENT …",
+            text,
+            f"`ssh -o BatchMode=yes {self.host} pyploop agent </dev/null` must print a line "
+            "PYPLOOP-AGENT …, and ask nothing",
         )
 
     def failed_there(self, error: Any) -> MigrateError:

@@ -37,6 +37,8 @@ def version(criu: str) -> tuple[int, ...]:
             VzExitCode.NO_KERNEL,
             f"{criu} has the version {result[0]}.{result[1]}; {OLDEST[0]}.{OLDEST[1]} or newer is "
             "needed",
+            hint="install a newer one (on Debian, `debian/install-host runc` in pyploop's source "
+            "does), or write runc.criu into migrate.toml",
         )
     return result
 
