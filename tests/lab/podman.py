@@ -100,8 +100,10 @@ def start(host: Host, *options: str, name: str = NAME, memory: int = 0, script: 
 def remove_containers(host: Host) -> None:
     """All of Podman's containers of the host, with their pods."""
     host.run("podman", "pod", "rm", "--all", "--force", "--time", "0", check=False)
-    # Podman removes none on which another depends, unless it is told to.
-    host.run("podman", "rm", "--all", "--force", "--depend", "--time", "0", check=False)
+    for _ in range(3):  # one on which another depends stays until that one is gone
+        host.run("podman", "rm", "--all", "--force", "--time", "0", check=False)
+        if not host.run("podman", "ps", "--all", "--quiet").strip():
+            break
 
 
 def remove(host: Host) -> None:
