@@ -143,7 +143,7 @@ def migrate(
     request = _request(host, o)
     runtime = make_runtime(here, o.runtime, container)
     if o.explain:
-        with explaining.explained(here, runtime, report):
+        with explaining.explained(here, runtime, report, host):
             return _checked(here, runtime, request, report)
     return _checked(here, runtime, request, report)
 

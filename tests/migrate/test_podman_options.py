@@ -7,12 +7,15 @@ import contextlib
 import json
 import os
 import subprocess
+import tomllib
 from collections.abc import Iterator
+from typing import Any
 
+import moving
 import pytest
 from gates import gates
 from lab import container, hosts, podman
-from lab.hosts import Host, Lab
+from lab.hosts import CONTAINER_IP, CONTAINER_MAC, Host, Lab
 from podmen import WORD, debris, migrate, only_side
 from support import wait_until
 
@@ -249,11 +252,86 @@ def test_a_container_that_removes_itself_moves_and_does_so_on_the_target(both: L
         assert failed.code == 7, failed.errors
         assert only_side(both) is a
         assert not debris(b, runs_here=False)
-    done = migrate(both, a)
-    assert done.code == 0, done.errors
+    # A setting of its network that cannot be made after the commit is reported.
+    with gates(b, {"nsenter": {"* /proc/sys/net/ipv4/ping_group_range *": "set"}}) as setting:
+        setting.fail("set", 3)
+        done = migrate(both, a)
+    assert done.code == 8, done.errors
+    assert "setting sysctls of the container's network: " in done.errors
     assert only_side(both) is b
     assert not debris(a, runs_here=False)
     assert podman.volumes(b) == [podman.VOLUME]
     b.run("podman", "stop", "--time=0", podman.NAME)
     wait_until(lambda: not podman.states(b), "podman has removed it")
     assert podman.volumes(b) == [podman.VOLUME]
+
+
+def explained(lab: Lab, word: str) -> tuple[str, dict[str, Any]]:
+    """What --explain says, and the lines for migrate.toml in it."""
+    words = ["pyploop", "migrate", "--live", "--explain", "--config", container.PYPLOOP_CONFIG]
+    done = subprocess.run(
+        lab.a.command(*words, lab.b.address, word),
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+        timeout=moving.SECONDS,
+        check=False,
+    )
+    said = done.stdout
+    text = said[said.index("[trust]") :]
+    keys = "\n".join(x for x in text.splitlines() if x.startswith("[") or " = [" in x)
+    return f"{done.returncode}\n{said}{done.stderr}", tomllib.loads(keys)
+
+
+def test_explain_says_what_it_has_what_becomes_of_it_and_what_migrate_toml_needs(
+    both: Lab,
+) -> None:
+    a, b = both.a, both.b
+    before = b.outside(container.PYPLOOP_CONFIG).read_text()
+    folder = a.outside("/srv/moves/data")
+    folder.mkdir(parents=True)
+    for host in (a, b):
+        host.outside("/srv/stays").write_text("")
+        host.run("sh", "-c", "echo secret | podman secret create word -")
+    binds = ("--volume=/srv/moves/data:/data", "--volume=/srv/stays:/stays")
+    options = (*binds, "--volume=data:/more", "--secret=word", "--publish=2222:22")
+    podman.start(a, *podman.LINK, *options, "--cap-add=SYS_NICE", script=FOREVER)
+    try:
+        said, toml = explained(both, WORD)
+        assert said.startswith("15\nPodman's container ct has on this host:"), said
+        for words in (
+            "  image localhost/guest:1 (",
+            "  volume data, /var/lib/containers/storage/volumes/data/_data: copied while",
+            "  bind /srv/moves/data: nothing says what becomes of it",
+            f"  network lan ({CONTAINER_IP}, {CONTAINER_MAC}): the same addresses",
+            "  published port 2222 to 22/tcp: published by the target",
+            "  secret word: not copied; the target must have it",
+            "/storage/overlay-containers/",
+            "dumped by CRIU while suspended",
+        ):
+            assert words in said, (words, said)
+        assert toml["trust"] == {"live": [a.address]}
+        assert toml["podman"] == {"binds": ["/srv/moves"], "external": ["/srv/stays"]}
+        assert "CAP_SYS_NICE" in toml["policy"]["capabilities"]
+        assert toml["policy"].keys() == {"capabilities"}
+        # With the lines that were printed, nothing stands in the way.
+        lines = [
+            f"[{section}]\n" + "\n".join(f"{k} = {json.dumps(v)}" for k, v in keys.items())
+            for section, keys in toml.items()
+            if section != "trust"
+        ]
+        for host in (a, b):
+            with host.outside(container.PYPLOOP_CONFIG).open("a") as f:
+                f.write("\n".join(lines) + "\n")
+        said, toml = explained(both, WORD)
+        assert said.startswith("0\n") and "Nothing stands in the way" in said, said
+        assert "bind /srv/moves/data: copied while it runs" in said
+        assert "bind /srv/stays: not copied; the target must have it" in said
+        assert toml == {"trust": {"live": [a.address]}}
+        assert podman.states(a) == {podman.NAME: "running"} and not podman.states(b)
+    finally:
+        podman.remove(a)
+        for host in (a, b):
+            host.run("podman", "secret", "rm", "word")
+            host.run("rm", "-rf", "/srv/moves", "/srv/stays")
+            host.outside(container.PYPLOOP_CONFIG).write_text(before)

@@ -8,7 +8,7 @@ import os
 from collections.abc import Iterator
 
 import pytest
-from lab import hosts, podman, verify
+from lab import container, hosts, podman, verify
 from lab.hosts import Host, Lab
 from podmen import POD, debris, judge, migrate, only_side
 from support import wait_until
@@ -151,3 +151,11 @@ def test_one_container_of_a_pod_is_refused_and_the_command_for_the_pod_named(bot
     assert done.code == 15
     assert f"belongs to the pod {podman.POD}" in done.errors
     assert f"pyploop migrate HOST podman:{podman.POD}" in done.errors
+    # The pod as a whole is explained, and nothing stands in its way.
+    words = ["pyploop", "migrate", "--live", "--explain", "--config", container.PYPLOOP_CONFIG]
+    said = both.a.run(*words, "b", POD.word, timeout=90)
+    assert said.startswith(f"Podman's pod {podman.POD} has on this host:\n  2 containers:")
+    for name in (podman.NAME, podman.PEER):
+        assert f"  {name}: changes of the image, " in said
+    assert f"  {podman.NAME}: volume data, " in said
+    assert "Nothing stands in the way" in said and "[trust]" in said

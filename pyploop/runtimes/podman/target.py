@@ -45,6 +45,8 @@ class PodmanTarget(PodmanContainer, TargetSteps):
         """The ID of its pod on this host, and the folder that is its /dev/shm, if it is shared."""
         self.wants: frozenset[str] = frozenset()
         self._settings: dict[str, str] = {}
+        self._unset: list[str] = []
+        """Settings of its network that could not be set, in words."""
         """Of its network namespace."""
 
     # ---- checks
@@ -325,8 +327,10 @@ class PodmanTarget(PodmanContainer, TargetSteps):
         super().undump(images, commit)
         if not self._config.link_up:
             # CRIU has made the namespace, in which nothing comes in yet, and sets none of them.
-            with contextlib.suppress(MigrateError):  # it is committed
+            try:
                 networks.set_all(f"/proc/{self._init()}/ns/net", self._settings)
+            except MigrateError as e:  # it is committed
+                self._unset.append(f"setting sysctls of the container's network: {e}")
 
     def start(self) -> None:
         """Without a dump: Podman makes the container, and starts it when its files are in their
@@ -380,7 +384,7 @@ class PodmanTarget(PodmanContainer, TargetSteps):
                 os.close(fd)
         if self.instance.get("removes_itself"):
             self._new_volumes.remove()
-        return self._started_by_systemd() if graph else []
+        return [*self._unset, *(self._started_by_systemd() if graph else ())]
 
     def _started_by_systemd(self) -> list[str]:
         """Returns what failed, in words."""
