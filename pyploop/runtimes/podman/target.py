@@ -34,6 +34,9 @@ from pyploop.system.commands import Command, last_words
 class PodmanTarget(PodmanContainer, TargetSteps):
     """The target's part of a Runtime."""
 
+    _unset: tuple[str, ...] = ()
+    """What could not be set after the commit, in words."""
+
     def __init__(self, host: HostConfig, container: str) -> None:
         super().__init__(host, container)
         self._here: PodmanHost | None = None
@@ -45,8 +48,6 @@ class PodmanTarget(PodmanContainer, TargetSteps):
         """The ID of its pod on this host, and the folder that is its /dev/shm, if it is shared."""
         self.wants: frozenset[str] = frozenset()
         self._settings: dict[str, str] = {}
-        self._unset: list[str] = []
-        """Settings of its network that could not be set, in words."""
         """Of its network namespace."""
 
     # ---- checks
@@ -330,7 +331,7 @@ class PodmanTarget(PodmanContainer, TargetSteps):
             try:
                 networks.set_all(f"/proc/{self._init()}/ns/net", self._settings)
             except MigrateError as e:  # it is committed
-                self._unset.append(f"setting sysctls of the container's network: {e}")
+                self._unset = (f"setting sysctls of the container's network: {e}",)
 
     def start(self) -> None:
         """Without a dump: Podman makes the container, and starts it when its files are in their
