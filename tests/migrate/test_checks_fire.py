@@ -119,3 +119,15 @@ def test_other_places_and_no_way_to_the_target_are_named(scene: Scene) -> None:
         assert ("same-places", "b") in failed(scene)
     finally:
         b.outside(container.PYPLOOP_CONFIG).write_text(text)
+
+
+def test_what_is_in_the_way_on_the_target_is_named(scene: Scene) -> None:
+    b = scene.lab.b
+    root = b.outside(container.ROOTFS)
+    root.mkdir(parents=True)
+    (root / "file").write_text("of another container")
+    root.parent.chmod(0o777)
+    try:
+        assert failed(scene) == {("private", "b"), ("tree-room", "b")}
+    finally:
+        b.run("rm", "-rf", BUNDLE)

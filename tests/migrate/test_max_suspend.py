@@ -93,6 +93,7 @@ def test_check_only_says_what_would_be_refused(pair: Pair) -> None:  # noqa: F81
     assert done.returncode == 6
     assert "Forecast of the suspended time: " in done.stdout
     assert "the migration has changed nothing on either host" in done.stderr
+    assert "(check forecast)" in done.stderr
     words = ("--live", "--check-only", "--max-suspend", "1ms", "--on-deadline", "freeze")
     assert pair.migrate(pair.a, *words).returncode == 0
     pair.runs_only_on(pair.a)

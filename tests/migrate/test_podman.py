@@ -165,6 +165,8 @@ def test_bind_mounts_move_where_the_configuration_says_so(both: Lab) -> None:
         both.a.run(*create, podman.IMAGE, "sh")
         done = migrate(both, both.a)
         assert done.code == 15 and "another, too (/srv/moves)" in done.errors
+        refused = [e["check"] for e in done.events if e["event"] == "check-failed"]
+        assert refused == ["podman-shared"]
         both.a.run("podman", "rm", "another")
         done = migrate(both, both.a)
         assert done.code == 0, done.errors

@@ -226,7 +226,9 @@ def test_a_bind_from_elsewhere_is_refused_until_it_is_external_or_a_tree(scene: 
     configure(scene, external, a, b)
     scene.refused(15, shared, "No such file")
     b.outside(shared).touch()
-    scene.refused(15, f"{shared} is a file on this host, but a folder on the source")
+    scene.refused(
+        15, f"{shared} is a file on this host, but a folder on the source", "(check external)"
+    )
     b.outside(shared).unlink()
     b.outside(shared).mkdir()
     (b.outside(shared) / "of-b").touch()
@@ -345,7 +347,7 @@ def test_a_tmpfs_made_within_it_moves_and_other_mounts_are_refused(scene: Scene)
     scene.exec("mount", "/data", "/tmp/again", "bind", "")
     words = "lowerdir=/dev,upperdir=/data/upper,workdir=/data/work"
     scene.exec("mount", "overlay", "/tmp/over", "overlay", words)
-    scene.refused(15, "/tmp/over", "overlay")
+    scene.refused(15, "/tmp/over", "overlay", "Check mounted failed")
     scene.start()
     scene.exec("mount", "none", "/tmp", "tmpfs", "")
     scene.exec("mount", "/data", "/tmp/bound", "bind", "")

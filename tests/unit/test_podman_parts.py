@@ -18,10 +18,12 @@ from support import needs
 
 from pyploop.errors import MigrateError
 from pyploop.migration.target import settle
+from pyploop.runtimes.checks import Checks
 from pyploop.runtimes.config import HostConfig
-from pyploop.runtimes.podman import criu_stub, extras, fitting, links, watches
+from pyploop.runtimes.podman import criu_stub, extras, fitting, links, movable, watches
 from pyploop.runtimes.podman.command import Podman
-from pyploop.runtimes.podman.host import number_of
+from pyploop.runtimes.podman.found import Found
+from pyploop.runtimes.podman.host import PodmanHost, number_of
 from pyploop.runtimes.podman.image import Image
 from pyploop.runtimes.podman.placed import Placed
 from pyploop.runtimes.podman.runtime import PodmanRuntime
@@ -278,3 +280,36 @@ def test_anything_else_is_criu_s_to_answer(tmp_path: Path) -> None:
             check=True,
         )
     assert done.stdout.startswith("criu swrk ")
+
+
+# ---- checks for states that the test hosts cannot be in: no crun and no journald is there
+
+
+def test_a_container_of_another_runtime_is_refused(tmp_path: Path) -> None:
+    raw = {"OCIRuntime": "crun", "HostConfig": {}}
+    found = Found(ID, "web", "running", "", "", str(tmp_path), "", "", 0, (), (), raw)
+    here = PodmanHost("4.3.1", "/g", "/r", "/v", "overlay", "v1", "cgroupfs", False, "", "")
+    checks = Checks()
+    movable.check(Podman("/no/podman", 1.0), found, here, checks)
+    (failed,) = [f for f in checks.failed if f.name == "podman-runtime"]
+    assert "web is run by crun" in failed.message and "--runtime runc" in failed.hint
+
+
+def test_output_for_journald_needs_journald_on_the_target(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    facts = copy.deepcopy(FACTS)
+    facts["podman"]["config"] |= {"logDriver": "journald", "newNetworks": {}}
+    here = PodmanHost("4.3.1", "/g", "/r", "/v", "overlay", "v1", "cgroupfs", False, "", "")
+    answers = tmp_path / "podman"
+    answers.write_text("#!/bin/sh\nexit 1\n")  # nothing of that name is here
+    answers.chmod(0o755)
+    journal = tmp_path / "socket"
+    monkeypatch.setattr(fitting, "JOURNAL", str(journal))
+    for there in (False, True):
+        if there:
+            journal.touch()
+        checks = Checks()
+        podman = Podman(str(answers), 10.0)
+        fitting.check(podman, "web", here, fitting.coming(facts), checks, live=True)
+        assert checks.has("podman-log") is not there

@@ -10,6 +10,7 @@ from typing import Any
 
 from pyploop.errors import MigrateError, VzExitCode
 from pyploop.runtimes import State
+from pyploop.runtimes.checks import naming
 from pyploop.runtimes.config import ContainerConfig, HostConfig
 from pyploop.runtimes.podman import links, systemd
 from pyploop.runtimes.podman.command import Podman
@@ -54,7 +55,8 @@ class PodmanContainer(RuncContainer):
         )
 
     def _find(self) -> Found | None:
-        return find(self._podman, self.container)
+        with naming("podman"):  # the first that asks it, on either host
+            return find(self._podman, self.container)
 
     def _is_moved(self, path: str) -> bool:
         """Whether a bind mount lies in one of the configured places."""
