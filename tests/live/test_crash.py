@@ -17,7 +17,7 @@ from functools import partial
 from pathlib import Path
 
 import pytest
-from support import MIB, is_frozen, loop_device, needs, wait_until
+from support import MIB, is_frozen, loop_device, needs, telling, wait_until
 from support_live import (
     REPEAT,
     Copy,
@@ -142,8 +142,11 @@ def test_a_sender_killed_at_any_moment_leaves_nothing(bench: Bench, via: str) ->
         recovered(bench)
 
 
-@ways
-@pytest.mark.parametrize("group", [False, True])
+KILLED = [("pipe", False), ("pipe", True), ("local", False), ("local", True)]
+"""How it is copied, and whether the sender's process group is killed, too."""
+
+
+@pytest.mark.parametrize(("via", "group"), telling(KILLED, 0, 3))
 @pytest.mark.invariant(number=3)
 def test_a_sender_killed_while_frozen_is_thawed_by_its_watchdog(
     bench: Bench, via: str, group: bool
@@ -211,8 +214,14 @@ def test_a_killed_receiver_ends_the_sender_with_7_and_thaws(bench: Bench, when: 
     recovered(bench)
 
 
-@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
-@pytest.mark.parametrize("when", ["first pass", "frozen"])
+SIGNALS = [
+    (when, signum)
+    for when in ("first pass", "frozen")
+    for signum in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+]
+
+
+@pytest.mark.parametrize(("when", "signum"), telling(SIGNALS, 2, 3, 4))
 @pytest.mark.invariant(number=3)
 def test_a_signal_undoes_everything(bench: Bench, signum: signal.Signals, when: str) -> None:
     marker = bench.folder / "stopping"

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from support import MIB, loop_device, needs, partition, run
+from support import MIB, loop_device, needs, partition, run, telling
 from support_live import (
     LIVE_SIZE,
     REPEAT,
@@ -111,7 +111,7 @@ def test_ext4_on_a_direct_io_loop_arrives_as_it_was_frozen(folder: Path, via: st
     live_file_system(folder, via, case="ext4 dio", direct=True)
 
 
-@both_ways
+@pytest.mark.parametrize("via", telling(["pipe", "local"], 0))
 def test_xfs_under_random_writes_arrives_as_it_was_frozen(folder: Path, via: str) -> None:
     needs("mkfs.xfs")
     live_file_system(folder, via, case="xfs", fstype="xfs")
@@ -124,8 +124,10 @@ def test_the_middle_of_a_file_arrives_as_it_was_frozen(folder: Path, via: str) -
     )
 
 
-@both_ways
-@pytest.mark.parametrize("read", ["auto", "device"])
+DEEP = [("pipe", "auto"), ("pipe", "device"), ("local", "auto"), ("local", "device")]
+
+
+@pytest.mark.parametrize(("via", "read"), telling(DEEP, 1, 2))
 @pytest.mark.invariant(number=1)
 def test_a_raw_device_under_deep_queues_arrives_as_it_was_stopped(
     folder: Path, via: str, read: str

@@ -22,10 +22,10 @@ from lab.hosts import SLOWNESS, Host, Lab
 from memory_scene import Scene, scene, status
 from moving import SECONDS, files, judge, kill, migrate, migration, recover
 from reused import Reused
-from support import MIB, wait_until
+from support import MIB, telling, wait_until
 
 MEMORY = 96 * MIB
-KILLS = 10 if table.ALL else 2
+KILLS = 10 if table.ALL else 1
 GUARD, DAEMON = "runc.lazy_guard", "lazy-pages"
 ALWAYS = ("--lazy-restore", "always")
 
@@ -178,7 +178,8 @@ def test_the_configuration_of_the_target_wins(scenes: Reused[Scene], here: Scene
 
 
 @pytest.mark.parametrize(
-    ("step", "action"), [("criu-lazy-pages", 3), ("criu-lazy-pages", "die"), ("restore", 3)]
+    ("step", "action"),
+    telling([("criu-lazy-pages", 3), ("criu-lazy-pages", "die"), ("restore", 3)], 1, 2),
 )
 def test_what_cannot_be_restored_lazily_is_restored_eagerly_from_the_same_images(
     scenes: Reused[Scene], here: Scene, step: str, action: str | int
