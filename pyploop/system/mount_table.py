@@ -43,6 +43,8 @@ class Entry:
     source: str
     escaped_options: str
     """Of the file system, not of this mount; special characters are in octal."""
+    own_options: tuple[str, ...] = ()
+    """Of this mount."""
 
     @property
     def options(self) -> str:
@@ -116,6 +118,7 @@ def read(path: Path = OWN) -> list[Entry]:
                 rest[0],
                 unescape(rest[1]),
                 rest[2] if len(rest) > 2 else "",
+                tuple(fields[5].split(",")),
             )
         )
     return found

@@ -29,6 +29,7 @@ from pyploop.runtimes.runc import (
     loopback,
     preflight_kernel,
     private_images,
+    restored_mounts,
     tmpfs,
 )
 from pyploop.runtimes.runc.announce import Announcer
@@ -280,6 +281,7 @@ class TargetSteps(RuncContainer):
         argv = self._restore_argv(images, work, *options)
 
         def unlock() -> None:
+            restored_mounts.check(images, self._init())
             commit()
             # If the agent is killed here, the restore ends too.  A link that came up after
             # that would answer the peers with resets, in the container's place.
