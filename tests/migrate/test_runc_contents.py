@@ -359,6 +359,48 @@ def test_a_tmpfs_made_within_it_moves_and_other_mounts_are_refused(scene: Scene)
     assert "/tmp/bound" in b.run("cat", f"/proc/{pid}/mountinfo")
 
 
+_LOOSEN = """#!/usr/bin/python3
+import ctypes, os
+if os.environ["CRTOOLS_SCRIPT_ACTION"] == "post-restore":
+    libc = ctypes.CDLL(None)
+    with open(f"/proc/{os.environ['CRTOOLS_INIT_PID']}/ns/mnt") as namespace:
+        assert libc.setns(namespace.fileno(), 0x20000) == 0
+    remount_bind = ctypes.c_ulong(32 | 4096)
+    assert libc.mount(None, b"/proc/sys", None, remount_bind, None) == 0
+"""
+"""What makes a read-only mount of the restored container writable."""
+
+
+def test_a_mount_that_criu_restores_writable_is_read_only_before_the_container_runs(
+    scene: Scene,
+) -> None:
+    b = scene.lab.b
+    scene.start()
+    b.outside("/srv/loosen").write_text(_LOOSEN)
+    b.outside("/srv/loosen").chmod(0o755)
+    b.outside("/srv/loosen.conf").write_text("action-script /srv/loosen\n")
+    program = b.folder / "bin" / "criu"
+    real = program.readlink()
+    program.unlink()
+    program.write_text(f'#!/bin/sh\nCRIU_CONFIG_FILE=/srv/loosen.conf exec {real} "$@"\n')
+    program.chmod(0o755)
+
+    def options(host: Host) -> list[str]:
+        (pid, *_) = scene.processes(host)
+        lines = host.run("cat", f"/proc/{pid}/mountinfo").splitlines()
+        (found,) = [line.split()[5] for line in lines if line.split()[4] == "/proc/sys"]
+        return found.split(",")
+
+    try:
+        before = options(scene.lab.a)
+        assert "ro" in before
+        scene.moves()
+        assert options(b) == before
+    finally:
+        program.unlink()
+        program.symlink_to(real)
+
+
 # ---- processes
 
 
