@@ -140,7 +140,13 @@ class FsType(IntEnum):
 class File(IntEnum):
     """file_entry of fdinfo.proto; its type, and that of regfile.proto"""
 
-    TYPE, REGULAR, REGULAR_EXTERNAL, TYPE_EXTERNAL = 1, 3, 9, 16
+    TYPE, REGULAR, INET, REGULAR_EXTERNAL, TYPE_EXTERNAL = 1, 3, 4, 9, 16
+
+
+class InetSocket(IntEnum):
+    """inet_sk_entry of sk-inet.proto"""
+
+    PORT, PEER_PORT, SOURCE, PEER = 7, 8, 11, 12
 
 
 CAPABILITIES = (

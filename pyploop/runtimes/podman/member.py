@@ -105,6 +105,9 @@ class Member(PodmanRuntime):
     def _let_go(self) -> Any:
         return TargetSteps._let_go(self) if self._filled else super()._let_go()
 
+    def _hold_packets(self, images: Path) -> str:
+        return ""  # the pod does it, until all of them are restored
+
     def _resuming(self) -> None:
         self.resuming()
 

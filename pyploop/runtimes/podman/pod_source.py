@@ -11,14 +11,14 @@ from pyploop.errors import MigrateError, VzExitCode
 from pyploop.runtimes import Copied, Disk, Facts, Item
 from pyploop.runtimes.checks import Checks, ChecksFailedError, naming
 from pyploop.runtimes.config import HostConfig
-from pyploop.runtimes.podman import extras, image, loopback, networks
+from pyploop.runtimes.podman import extras, image, networks
 from pyploop.runtimes.podman import pod as pods
 from pyploop.runtimes.podman.exported import export
 from pyploop.runtimes.podman.host import look
 from pyploop.runtimes.podman.member import Member
 from pyploop.runtimes.podman.pod import Pod
 from pyploop.runtimes.podman.pods import LABEL, PodSteps, all_of, folder_of
-from pyploop.runtimes.runc import cgroup, link_cut
+from pyploop.runtimes.runc import cgroup, link_cut, local_packets
 from pyploop.runtimes.runc.cgroup import ContainerCgroup
 from pyploop.runtimes.runc.connections import Connections
 from pyploop.system.jobs import Job
@@ -193,7 +193,7 @@ class PodSource(PodSteps):
             with Connections(pod.pid) as connections:
                 cgroup.freeze(every, pod.name)
                 link_cut.cut(every, pod.name, connections, down, skip_in_flight=False)
-            loopback.close(pod.pid)
+            local_packets.close(f"/proc/{pod.pid}/ns/net")
         except OSError as e:
             raise MigrateError(
                 VzExitCode.DUMP_FAILED,
@@ -205,7 +205,11 @@ class PodSource(PodSteps):
         pid = self._pod.pid if self._pod is not None else 0
         steps: list[Any] = []
         if pid:
-            steps += [lambda: loopback.open_again(pid), lambda: self._link(True, pid)]
+            namespace = f"/proc/{pid}/ns/net"
+            steps += [
+                lambda: local_packets.open_again(namespace),
+                lambda: self._link(True, pid),
+            ]
         steps += [_thaw(member) for member in self.members]
         all_of(steps, ["the pod"] * (len(steps) - len(self.members)) + self._names())
         if pid and self.members:

@@ -22,6 +22,7 @@ from pyploop.runtimes.podman.member import Member
 from pyploop.runtimes.podman.movable import refuse
 from pyploop.runtimes.podman.pod import Pod
 from pyploop.runtimes.podman.pods import IMAGE, LABEL, PodSteps, all_of, folder_of
+from pyploop.runtimes.runc import local_packets
 from pyploop.system.jobs import Job
 
 AGREED = "agreed"
@@ -185,6 +186,15 @@ class PodTarget(PodSteps):
             raise MigrateError(
                 VzExitCode.RESTORE_FAILED, f"podman does not restore {self.container}: {e.strerror}"
             ) from e
+        folders = [folder_of(images, n) for n in range(len(self.members))]
+        if pod.pid and local_packets.available() and local_packets.in_images(folders):
+            local_packets.close(namespace := f"/proc/{pod.pid}/ns/net")
+            committed = commit
+
+            def commit() -> None:
+                local_packets.open_again(namespace)
+                committed()
+
         both = Together(len(self.members), commit, images.parent / AGREED)
         jobs = []
         for n, member in enumerate(self.members):

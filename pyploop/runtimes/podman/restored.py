@@ -65,7 +65,10 @@ class Order:
             "environment": {},
         }
         if work is not None:
-            lines = [*loopback.options(self.folder, spec), *(["tcp-close"] if close_tcp else [])]
+            assert images is not None
+            hold = images.parent / loopback.HOLD
+            lines = loopback.options(self.folder, spec, hold)
+            lines += ["tcp-close"] if close_tcp else []
             order["environment"] = environment(self.folder, lines)
         (self.folder / "order.json").write_text(json.dumps(order))
         here = shlex.quote(str(self.folder))

@@ -18,7 +18,8 @@ from pyploop.freeze.cgroup_freezer import freezer_in
 from pyploop.runtimes import Facts, State, memory_in_use, volumes
 from pyploop.runtimes.config import ContainerConfig, HostConfig
 from pyploop.runtimes.configured import Configured
-from pyploop.runtimes.runc import announce, link, tmpfs
+from pyploop.runtimes.oci import bundles
+from pyploop.runtimes.runc import announce, link, local_packets, tmpfs
 from pyploop.runtimes.runc.cgroup import ContainerCgroup
 from pyploop.runtimes.runc.early import Early
 from pyploop.system.commands import run
@@ -153,9 +154,23 @@ class RuncContainer(Configured):
         with contextlib.suppress(OSError):
             announce.addresses(namespace, resumed=resumed)
 
+    def _let_packets_in(self) -> None:
+        """After a dump or a restore, perhaps of a process that is gone.  MigrateError(8)."""
+        paths = [f"/proc/{self._init()}/ns/net"]
+        with contextlib.suppress(MigrateError, AttributeError, KeyError, TypeError):
+            # It is there, and stays, when the container has ended.
+            found = bundles.read(self._config.bundle)["linux"]["namespaces"]
+            paths = [str(n["path"]) for n in found if n["type"] == "network" and n.get("path")]
+            paths = paths or [f"/proc/{self._init()}/ns/net"]
+        for path in paths:
+            if os.path.exists(path):
+                local_packets.open_again(path)
+
     def kill(self) -> None:
         if freezer := self._freezer():
             freezer.kill()
+        with contextlib.suppress(MigrateError):
+            self._let_packets_in()
         if self._record() is not None:
             run(
                 [*self._runc(), "delete", "--force", self.runc_id],

@@ -58,4 +58,5 @@ def _accepted(
         freezer.thaw()
         time.sleep(ACCEPT_PAUSE)
         cgroup.freeze(freezer, container)
+        connections.thawed()
     return connections.unaccepted()

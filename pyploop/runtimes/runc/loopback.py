@@ -6,31 +6,48 @@ down.  Then no connection over lo could be restored, and the container's 127.0.0
 from __future__ import annotations
 
 import os
+import shlex
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from pyploop.runtimes.runc import local_packets
+
+HOLD = "hold-packets"
+"""A file beside the images with rules for nft: no packet comes in while sockets are restored."""
 _SCRIPT = """#!/bin/sh
-[ "$CRTOOLS_SCRIPT_ACTION" = post-setup-namespaces ] || exit 0
-exec nsenter --net="/proc/$CRTOOLS_INIT_PID/ns/net" ip link set lo up
+in_network() { exec nsenter --net="/proc/$CRTOOLS_INIT_PID/ns/net" "$@"; }
+case "$CRTOOLS_SCRIPT_ACTION" in
+post-setup-namespaces)
+    (in_network ip link set lo up) || exit 1
+    [ ! -e {hold} ] || in_network nft -f {hold} ;;
+network-unlock)
+    [ ! -e {hold} ] || in_network nft delete table inet {table} ;;
+esac
+exit 0
 """
 
 
-def options(folder: Path, config: Mapping[str, Any]) -> list[str]:
+def options(folder: Path, config: Mapping[str, Any], hold: Path) -> list[str]:
     """Lines of CRIU's options for a restore; none when the namespace is there already.  folder: for
-    the script, which CRIU starts as root.  config: config.json.  OSError."""
+    the script, which CRIU starts as root.  config: config.json.  hold: the rules are there if
+    packets must be held.  OSError."""
     namespaces = (config.get("linux") or {}).get("namespaces") or ()
     if not any(n.get("type") == "network" and not n.get("path") for n in namespaces):
         return []
     script = folder / "lo"
-    script.write_text(_SCRIPT)
+    words = {"hold": shlex.quote(str(hold)), "table": local_packets.TABLE}
+    text = _SCRIPT
+    for name, word in words.items():
+        text = text.replace(f"{{{name}}}", word)
+    script.write_text(text)
     script.chmod(0o700)
     return [f"action-script {script}"]
 
 
 def environment(folder: Path, config: Mapping[str, Any]) -> dict[str, str]:
     """The same for a CRIU that reads no file of ours, with what the user's own says."""
-    lines = options(folder, config)
+    lines = options(folder, config, folder / HOLD)
     if not lines:
         return {}
     own, file = os.environ.get("CRIU_CONFIG_FILE"), folder / "lo.conf"

@@ -26,6 +26,7 @@ from pyploop.runtimes.runc import (
     limits,
     link,
     link_cut,
+    local_packets,
     members,
     memory_tracking,
     preflight,
@@ -249,28 +250,39 @@ class SourceSteps(RuncContainer):
         """A packet taken in after its socket is dumped would be lost, so the link is down
         before the dump; and after the freeze, with nothing under way."""
         init = self._init()
-        if not self._config.link_down or not own_network(init):
+        if not own_network(init):
             cgroup.freeze(freezer, self.container)
             self._link(self._config.link_down, VzExitCode.DUMP_FAILED)
             return
         with Connections(init) as connections:
             cgroup.freeze(freezer, self.container)
-            link_cut.cut(
-                freezer,
-                self.container,
-                connections,
-                lambda: self._link(self._config.link_down, VzExitCode.DUMP_FAILED),
-                skip_in_flight="--skip-in-flight" in self._config.options,
-            )
+            if self._config.link_down:
+                link_cut.cut(
+                    freezer,
+                    self.container,
+                    connections,
+                    lambda: self._link(self._config.link_down, VzExitCode.DUMP_FAILED),
+                    skip_in_flight="--skip-in-flight" in self._config.options,
+                )
+            local = connections.local()
+        if local and local_packets.available():
+            local_packets.close(f"/proc/{init}/ns/net")
+        elif local:
+            self._left.append(local_packets.MISSING)
 
     def resume(self) -> None:
-        # Do both, whatever fails: a failed checkpoint leaves the link down and the cgroup frozen.
+        # Do all, whatever fails: a failed checkpoint leaves the link down and the cgroup frozen.
         try:
-            self._link(self._config.link_up, VzExitCode.DUMP_FAILED)
-            self._announce(f"/proc/{self._init()}/ns/net", resumed=True)
+            with contextlib.ExitStack() as stack:
+                stack.callback(self._link_up_again)
+                self._let_packets_in()
         finally:
             if freezer := self._freezer():
                 freezer.thaw()
+
+    def _link_up_again(self) -> None:
+        self._link(self._config.link_up, VzExitCode.DUMP_FAILED)
+        self._announce(f"/proc/{self._init()}/ns/net", resumed=True)
 
     def why_no_pre_dump(self) -> str:
         return memory_tracking.problem(self._host.criu)

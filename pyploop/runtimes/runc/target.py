@@ -26,6 +26,7 @@ from pyploop.runtimes.runc import (
     criu_options,
     host_fit,
     limits,
+    local_packets,
     loopback,
     preflight_kernel,
     private_images,
@@ -279,8 +280,13 @@ class TargetSteps(RuncContainer):
 
     def _restore(self, images: Path, work: Path, commit: Callable[[], None], *options: str) -> None:
         argv = self._restore_argv(images, work, *options)
+        held = self._hold_packets(images)
 
         def unlock() -> None:
+            if held:
+                # All sockets are there.  First, for nobody would do it if this process were
+                # killed after the commit.
+                local_packets.open_again(held)
             restored_mounts.check(images, self._init())
             commit()
             # If the agent is killed here, the restore ends too.  A link that came up after
@@ -318,6 +324,17 @@ class TargetSteps(RuncContainer):
             raise restoring.refusal
         why = criu.why_failed(work / "restore.log", _runc_log(images), output)
         raise _NotRestoredError(f"cannot restore {self.container}: {why}", restoring.unlocked)
+
+    def _hold_packets(self, images: Path) -> str:
+        """While sockets are restored that are connected with each other.  Returns the network
+        namespace, or nothing: then the script for its loopback does it, if need be."""
+        if not local_packets.available() or not local_packets.in_images([images]):
+            return ""
+        for path in self._networks():
+            local_packets.close(path)
+            return path
+        (images.parent / loopback.HOLD).write_text(local_packets.RULES)
+        return ""
 
     def _resuming(self) -> None:
         """Committed, and restored: it is about to run.  When this raises, it does not."""
