@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """The mounts of a container that is restored, and has not run yet, against those of its dump.
 
-CRIU can restore a read-only mount writable: with binds of one file system inside each other, one
-gets the flags of another, and CRIU reports no error.  So what is really mounted is looked at
-before the migration is committed.  A mount that lacks a restriction gets it here; when it does
-not, the container is not restored, and goes on on the source.
+CRIU can restore a read-only mount writable, without an error: it does not remount a bind whose
+flags are those of another bind that contains it, though it binds it from the host.  So what is
+really mounted is looked at before the migration is committed.  A mount that lacks a restriction
+gets it here; when it does not, the container is not restored, and goes on on the source.
 """
 
 from __future__ import annotations
