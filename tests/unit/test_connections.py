@@ -229,3 +229,39 @@ def test_the_frames_are_those_of_the_standards() -> None:
     assert (total & 0xFFFF) + (total >> 16) == 0xFFFF
     assert frame[54:56] == b"\x88\x00" and frame[58:62] == b"\x20\x00\x00\x00"
     assert frame[62:78] == six.ip and frame[78:] == b"\x02\x01" + MAC
+
+
+@pytest.mark.parametrize("server", ["127.0.0.1", "::"])
+def test_a_connection_is_local_when_both_ends_are_in_the_namespace(server: str) -> None:
+    """A server of both families has its peer's address in another form."""
+    needs("unshare")
+    code = f"""
+import socket, subprocess, sys
+subprocess.run(["ip", "link", "set", "lo", "up"], check=True)
+six = {server!r} == "::"
+s = socket.create_server(({server!r}, 5000), family=socket.AF_INET6 if six else socket.AF_INET,
+    dualstack_ipv6=six)
+print("ready", flush=True)
+sys.stdin.readline()
+c = socket.create_connection(("127.0.0.1", 5000))
+a = s.accept()[0]
+c.setblocking(False)
+try:
+    while True: c.send(bytes(1 << 16))
+except BlockingIOError: pass
+print("full", flush=True)
+sys.stdin.readline()
+"""
+    words = ["unshare", "--net", sys.executable, "-c", code]
+    with subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as made:
+        assert made.stdin is not None and made.stdout is not None
+        assert made.stdout.readline() == "ready\n"
+        with Connections(made.pid) as connections:
+            assert not connections.local(), "nothing is connected"
+            made.stdin.write("\n")
+            made.stdin.flush()
+            assert made.stdout.readline() == "full\n"
+            connections.thawed()
+            assert connections.local()
+            assert connections.unacknowledged() == 0, "nobody waits for a frozen peer"
+        made.stdin.close()
