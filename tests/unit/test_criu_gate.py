@@ -201,7 +201,8 @@ def test_a_refused_restore_ends_the_container_before_it_runs(programs: Programs)
         status, _ = restoring.serve(command, line, SECONDS)
     assert status != 0
     assert str(restoring.refusal) == "no" and not restoring.unlocked
-    assert programs.ended("container") and programs.ended("criu")
+    wait_until(lambda: programs.ended("container"), "the container has ended", SECONDS)
+    wait_until(lambda: programs.ended("criu"), "CRIU has ended", SECONDS)
     assert programs.reached("setup-namespaces") and not programs.reached("network-unlock")
 
 
@@ -219,7 +220,10 @@ def test_without_an_answer_before_it_runs_it_runs_only_if_all_of_its_pod_may(
         if agreed:
             file.touch()
     assert (command.wait(SECONDS)[0] == 0) == agreed
-    assert programs.ended("container") == (not agreed)
+    if agreed:
+        assert not programs.ended("container")
+    else:
+        wait_until(lambda: programs.ended("container"), "the container has ended", SECONDS)
 
 
 @pytest.mark.invariant(number=4)
@@ -227,7 +231,8 @@ def test_a_restore_that_has_nobody_to_ask_ends_the_container(programs: Programs)
     command, line = programs.waiting("restore").go()
     line.close()
     assert command.wait(SECONDS)[0] != 0
-    assert programs.ended("container") and programs.ended("criu")
+    wait_until(lambda: programs.ended("container"), "the container has ended", SECONDS)
+    wait_until(lambda: programs.ended("criu"), "CRIU has ended", SECONDS)
     assert not programs.reached("network-unlock")
 
 
