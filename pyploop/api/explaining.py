@@ -12,7 +12,6 @@ from pyploop.report.events import Reporter
 from pyploop.runtimes import Runtime
 from pyploop.runtimes.config import HostConfig
 from pyploop.runtimes.found_config import keys_of, toml
-from pyploop.runtimes.podman import explained as of_podman
 
 PODMAN = {"podman": "container", "podman-pod": "pod"}
 """Runtimes of Podman -> what they move."""
@@ -60,6 +59,8 @@ def _memory(runtime: Runtime, report: Reporter) -> None:
 
 @contextlib.contextmanager
 def _of_podman(host: HostConfig, runtime: Runtime, report: Reporter, target: str) -> Iterator[None]:
+    from pyploop.runtimes.podman import explained as of_podman
+
     parts, needed = of_podman.lines(host, runtime.container)
     if parts:
         kind = PODMAN[runtime.name]
