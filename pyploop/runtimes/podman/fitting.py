@@ -114,7 +114,7 @@ def _check_form(config: Mapping[str, Any]) -> None:
         raise TypeError("spec is not an object")
     for network in dict(config.get("newNetworks") or {}):
         _name(network)
-    for mapping in _ports(config):
+    for mapping in ports(config):
         for key, most in (("host_port", 65535), ("container_port", 65535), ("range", 65535)):
             if not 0 <= int(mapping.get(key) or 0) <= most:
                 raise ValueError(f"{key} is {str(mapping[key])[:40]}")
@@ -125,7 +125,8 @@ def _check_form(config: Mapping[str, Any]) -> None:
         _name(secret.get("name"))
 
 
-def _ports(config: Mapping[str, Any]) -> list[Any]:
+def ports(config: Mapping[str, Any]) -> list[Any]:
+    """Published ports, as Podman describes them."""
     return list(config.get("newPortMappings") or config.get("portMappings") or ())
 
 
@@ -254,7 +255,7 @@ def _check_secrets(podman: Podman, config: Mapping[str, Any], checks: Checks) ->
 
 def _check_ports(config: Mapping[str, Any], checks: Checks) -> None:
     """Published ports are free."""
-    for mapping in _ports(config):
+    for mapping in ports(config):
         first, count = int(mapping.get("host_port") or 0), int(mapping.get("range") or 1)
         address = str(mapping.get("host_ip") or "0.0.0.0")
         family = socket.AF_INET6 if ":" in address else socket.AF_INET

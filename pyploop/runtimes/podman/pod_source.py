@@ -3,9 +3,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 from pyploop.errors import MigrateError, VzExitCode
 from pyploop.runtimes import Copied, Disk, Facts, Item
@@ -203,20 +204,15 @@ class PodSource(PodSteps):
     def resume(self) -> None:
         # Do all of it, whatever fails.
         pid = self._pod.pid if self._pod is not None else 0
-        steps: list[Any] = []
+        namespace = f"/proc/{pid}/ns/net"
+        steps: list[tuple[str, Callable[[], object]]] = []
         if pid:
-            namespace = f"/proc/{pid}/ns/net"
-            steps += [
-                lambda: local_packets.open_again(namespace),
-                lambda: self._link(True, pid),
-            ]
-        steps += [_thaw(member) for member in self.members]
-        all_of(steps, ["the pod"] * (len(steps) - len(self.members)) + self._names())
+            steps.append(("the pod", partial(local_packets.open_again, namespace)))
+            steps.append(("the pod", partial(self._link, True, pid)))
+        steps += [(m.container, partial(_thaw, m)) for m in self.members]
+        all_of(steps)
         if pid and self.members:
-            self.members[0]._announce(f"/proc/{pid}/ns/net", resumed=True)
-
-    def _names(self) -> list[str]:
-        return [m.container for m in self.members]
+            self.members[0]._announce(namespace, resumed=True)
 
     def why_no_pre_dump(self) -> str:
         return "the memory of a pod moves while it is suspended"
@@ -227,11 +223,12 @@ class PodSource(PodSteps):
     def dump(self, images: Path, parent: Path | None = None) -> None:
         pod = self._need()
         pods.check_ipc(pod)
-        jobs = []
+        steps: list[tuple[str, Callable[[], object]]] = []
         for n, member in enumerate(self.members):
             folder = folder_of(images, n)
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-            jobs.append(Job(_dumping(member, folder)).start())
+            job = Job(partial(member.dump, folder, None)).start()
+            steps.append((member.container, job.join))
         shared = "ipc" in pod.shared
 
         def pack() -> None:
@@ -239,7 +236,7 @@ class PodSource(PodSteps):
                 extras.pack_shm(pod.infra.bundle, folder_of(images, 0))
 
         # All of them end, whatever fails: a dump that is cut off damages its container.
-        all_of([pack, *(job.join for job in jobs)], ["/dev/shm", *self._names()])
+        all_of([("/dev/shm", pack), *steps])
 
     # ---- afterwards
 
@@ -278,13 +275,6 @@ class PodSource(PodSteps):
         )
 
 
-def _thaw(member: Member) -> Any:
-    def thaw() -> None:
-        if freezer := member._freezer():
-            freezer.thaw()
-
-    return thaw
-
-
-def _dumping(member: Member, folder: Path) -> Any:
-    return lambda: member.dump(folder, None)
+def _thaw(member: Member) -> None:
+    if freezer := member._freezer():
+        freezer.thaw()

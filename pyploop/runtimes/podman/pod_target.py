@@ -7,6 +7,7 @@ import contextlib
 import os
 import threading
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -79,9 +80,7 @@ class PodTarget(PodSteps):
         try:
             told, members = dict(facts["pod"]), [(str(n), dict(f)) for n, f in facts["members"]]
             self._infra = fitting.coming({"podman": told["description"]})
-            config = self._infra.exported.config
-            ports = config.get("newPortMappings") or config.get("portMappings")
-            self._words = tuple(pods.words(told, ports))
+            self._words = tuple(pods.words(told, fitting.ports(self._infra.exported.config)))
             names = [n for n, _ in members]
             if told["name"] != self.container or len({*names}) != len(names):
                 raise ValueError("names")
@@ -199,7 +198,8 @@ class PodTarget(PodSteps):
         jobs = []
         for n, member in enumerate(self.members):
             member.resuming = both.run
-            jobs.append(Job(both.each(_restoring(member, folder_of(images, n), both.unlock))))
+            restore = partial(member.undump, folder_of(images, n), both.unlock)
+            jobs.append(Job(both.each(restore)))
         for job in jobs:
             job.start()
         both.end(jobs)
@@ -218,8 +218,7 @@ class PodTarget(PodSteps):
         if not self._known:
             return
         # The first ones bring what others use, too.
-        last_first = self.members[::-1]
-        all_of([m.abandon for m in last_first], [m.container for m in last_first])
+        all_of((m.container, m.abandon) for m in reversed(self.members))
         self._remove()
         if blocked := self._known.get("blocked"):
             links.unblock(blocked)
@@ -297,7 +296,3 @@ class OtherFailedError(MigrateError):
 
     def __init__(self) -> None:
         super().__init__(VzExitCode.RESTORE_FAILED, "another container of the pod was not restored")
-
-
-def _restoring(member: Member, folder: Path, unlock: Callable[[], None]) -> Callable[[], None]:
-    return lambda: member.undump(folder, unlock)

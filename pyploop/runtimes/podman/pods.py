@@ -8,9 +8,8 @@ same time where the containers are suspended.  docs/internals/podman.md says wha
 
 from __future__ import annotations
 
-import contextlib
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -153,10 +152,11 @@ def folder_of(images: Path, number: int) -> Path:
     return images.parent / f"pod-{number}" / images.name
 
 
-def all_of(steps: Iterable[Any], names: Sequence[str]) -> None:
-    """Run each, whatever the others do; then raise the first failure, with all of their words."""
+def all_of(steps: Iterable[tuple[str, Callable[[], object]]]) -> None:
+    """Run each, whatever the others do; then raise the first failure, with all of their words.
+    steps: (whose it is, what to do)."""
     failed: list[tuple[str, BaseException]] = []
-    for name, step in zip(names, steps, strict=True):
+    for name, step in steps:
         try:
             step()
         except (OSError, PyploopError) as e:
@@ -168,14 +168,3 @@ def all_of(steps: Iterable[Any], names: Sequence[str]) -> None:
         raise MigrateError(
             first.exit_code, "; ".join(f"{name}: {e}" for name, e in failed), hint=first.hint
         )
-
-
-@contextlib.contextmanager
-def of_member(name: str) -> Any:
-    """A failure in the body names the container."""
-    try:
-        yield
-    except MigrateError as e:
-        if name not in str(e):
-            e.add(f"that was the container {name}")
-        raise
