@@ -4,42 +4,15 @@ has moved, and the others would lose them."""
 
 from __future__ import annotations
 
-import os
 from collections.abc import Collection, Iterable, Iterator
-from typing import NamedTuple
 
 from pyploop.errors import MigrateError, VzExitCode
 from pyploop.runtimes.podman.command import Podman
 from pyploop.runtimes.runc import discovered
 
 
-class Use(NamedTuple):
-    """One folder that another container uses."""
-
-    folder: str
-    container: str
-    path: str
-    """What that container uses: the folder, or one in it or above it."""
-
-
-def find(
-    podman: Podman, runc_root: str, folders: Iterable[str], moving: Collection[str]
-) -> Use | None:
-    """The first of the folders that a container uses whose ID is not in `moving`, running or
-    stopped.  MigrateError(15)."""
-    real = {os.path.realpath(f): f for f in folders}
-    if not real:
-        return None
-    for container, path in _used(podman, runc_root, moving):
-        there = os.path.realpath(path)
-        for folder, written in real.items():
-            if discovered.shares(there, folder):
-                return Use(written, container, path)
-    return None
-
-
 def _used(podman: Podman, runc_root: str, moving: Collection[str]) -> Iterator[tuple[str, str]]:
-    """(container, path): what is bound into them, volumes too."""
+    """(container, path): what is bound into them, volumes too, running or stopped."""
     known = set(moving)
     for raw in podman.all_inspected():
         if raw.get("Id") in moving:
@@ -55,8 +28,9 @@ def _used(podman: Podman, runc_root: str, moving: Collection[str]) -> Iterator[t
 def check(
     podman: Podman, runc_root: str, name: str, folders: Iterable[str], moving: Collection[str]
 ) -> None:
-    """MigrateError(15) when there is one.  name: the container's."""
-    if use := find(podman, runc_root, folders, moving):
+    """MigrateError(15) when a container whose ID is not in `moving` uses one of the folders.
+    name: that of the container which has them."""
+    if use := discovered.first_use(folders, _used(podman, runc_root, moving)):
         raise MigrateError(
             VzExitCode.BAD_CONFIG,
             f"{use.folder} of {name} is used by the container {use.container}, too ({use.path}), "

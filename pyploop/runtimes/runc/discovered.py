@@ -17,9 +17,9 @@ import json
 import os
 import socket
 import struct
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from pyploop.errors import MigrateError, SysfsError, VzExitCode
 from pyploop.runtimes.config import within
@@ -74,21 +74,41 @@ def table(runc_root: str, name: str) -> dict[str, Any]:
 def _check_alone(runc_root: str, name: str, trees: Sequence[str]) -> None:
     """MigrateError(15) when another container of runc's uses a tree, too: it would be removed
     here afterwards."""
-    real = {os.path.realpath(t): t for t in trees}
-    for other, path in used(runc_root, {name}):
+    if use := first_use(trees, used(runc_root, {name})):
+        raise MigrateError(
+            VzExitCode.BAD_CONFIG,
+            f"{use.folder} of {name} is used by the container {use.container}, too ({use.path}), "
+            "and would be removed here after the migration",
+            path=use.folder,
+            hint=f"write [container.{name}] into migrate.toml, and the folder into its "
+            "external, if the target has it already",
+        )
+
+
+class Use(NamedTuple):
+    """One folder that another container uses."""
+
+    folder: str
+    container: str
+    path: str
+    """What that container uses: the folder, or one in it or above it."""
+
+
+def first_use(folders: Iterable[str], others: Iterable[tuple[str, str]]) -> Use | None:
+    """The first of the folders in which another container has a part.  others: (container, path
+    that is bound into it); it is not asked without a folder."""
+    real = {os.path.realpath(f): f for f in folders}
+    if not real:
+        return None
+    for container, path in others:
         there = os.path.realpath(path)
-        if tree := next((t for r, t in real.items() if shares(there, r)), None):
-            raise MigrateError(
-                VzExitCode.BAD_CONFIG,
-                f"{tree} of {name} is used by the container {other}, too ({path}), and would "
-                "be removed here after the migration",
-                path=tree,
-                hint=f"write [container.{name}] into migrate.toml, and the folder into its "
-                "external, if the target has it already",
-            )
+        for folder, written in real.items():
+            if _shares(there, folder):
+                return Use(written, container, path)
+    return None
 
 
-def shares(path: str, folder: str) -> bool:
+def _shares(path: str, folder: str) -> bool:
     """Whether what is bound into a container has a part in the folder.  A container that has the
     whole host, to look after it, does not count.  Both paths without links."""
     return within(path, folder) or (within(folder, path) and path not in TOPS)
