@@ -19,7 +19,7 @@ from typing import Any
 
 from pyploop.errors import MigrateError, VzExitCode
 from pyploop.runtimes.podman.command import Podman
-from pyploop.system.commands import Command, last_words
+from pyploop.system.commands import Command, run
 
 FOLDER = Path("/etc/systemd/system")
 """The standard place of an administrator's units."""
@@ -223,7 +223,7 @@ def watch_health(podman: Podman, container: str, interval: float) -> None:
     words = ["systemd-run", "--unit", container, f"--on-unit-inactive={interval:g}s"]
     words += ["--timer-property=AccuracySec=1s", f"--setenv=PATH={os.environ.get('PATH', '')}"]
     program = shutil.which(podman.program) or podman.program
-    _run(timeout, [*words, program, "healthcheck", "run", container])
+    run([*words, program, "healthcheck", "run", container], VzExitCode.DUMP_FAILED, timeout)
     _systemctl(timeout, "start", "--no-block", f"{container}.service")
 
 
@@ -250,15 +250,4 @@ def _says(timeout: float, *words: str) -> str:
 
 
 def _systemctl(timeout: float, *words: str) -> None:
-    _run(timeout, ["systemctl", *words])
-
-
-def _run(timeout: float, words: list[str]) -> None:
-    try:
-        status, output = Command(words).wait(timeout)
-    except OSError as e:  # TimeoutError is one
-        status, output = -1, e.strerror or str(e)
-    if status:
-        raise MigrateError(
-            VzExitCode.DUMP_FAILED, f"{' '.join(words)} ended with {status}: {last_words(output)}"
-        )
+    run(["systemctl", *words], VzExitCode.DUMP_FAILED, timeout)

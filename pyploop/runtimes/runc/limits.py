@@ -13,6 +13,7 @@ from typing import Any
 
 from pyploop.errors import MigrateError, VzExitCode
 from pyploop.runtimes.runc import members
+from pyploop.system import sysblock
 
 NAMES = {
     "Max cpu time": "CPU",
@@ -74,7 +75,9 @@ def _higher(a: int, b: int) -> int:
 def check(theirs: Mapping[str, Any], may_raise: bool | None = None) -> None:
     """MigrateError(15) when a restore on this host would lower a limit.  theirs: as of
     `highest`.  may_raise: root can set higher limits than its own; None: ask the kernel."""
-    if _may_raise() if may_raise is None else may_raise:
+    if may_raise is None:
+        may_raise = sysblock.has_capability(_SYS_RESOURCE)
+    if may_raise:
         return
     low = []
     for name in NAMES.values():
@@ -95,10 +98,3 @@ def check(theirs: Mapping[str, Any], may_raise: bool | None = None) -> None:
 
 def _word(limit: int) -> str:
     return "unlimited" if limit == UNLIMITED else str(limit)
-
-
-def _may_raise() -> bool:
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith("CapEff:"):
-            return bool(int(line.split()[1], 16) >> _SYS_RESOURCE & 1)
-    return False

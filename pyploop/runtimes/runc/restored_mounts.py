@@ -16,7 +16,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from pyploop.errors import MigrateError, VzExitCode
-from pyploop.system import mount_table
+from pyploop.system import kernel, mount_table
 from pyploop.wire import criu
 from pyploop.wire.criu import Mount
 from pyploop.wire.protobuf import Malformed, Message
@@ -24,7 +24,6 @@ from pyploop.wire.protobuf import Malformed, Message
 RESTRICTIONS = {"ro": 1, "nosuid": 2, "nodev": 4, "noexec": 8}
 """Option in mountinfo -> MS_ flag of mount(2), which is also what CRIU's images have."""
 _ALL = sum(RESTRICTIONS.values())
-_MS_REMOUNT, _MS_BIND = 32, 4096
 _CLONE_FS, _CLONE_NEWNS = 0x200, 0x20000
 _FIRST_PROCESS = 1
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -116,8 +115,7 @@ def _restrict(pid: int, flags: Mapping[str, int]) -> None:
                 _check(_libc.unshare(_CLONE_FS), "unshare")
                 _check(_libc.setns(namespace.fileno(), _CLONE_NEWNS), "setns")
             for point, all_of_it in flags.items():
-                change = ctypes.c_ulong(_MS_REMOUNT | _MS_BIND | all_of_it)
-                _check(_libc.mount(None, os.fsencode(point), None, change, None), point)
+                kernel.remount(point, all_of_it)
         except OSError as e:
             failed.append(e)
 
