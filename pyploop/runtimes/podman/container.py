@@ -14,7 +14,7 @@ from pyploop.runtimes.checks import naming
 from pyploop.runtimes.config import ContainerConfig, HostConfig
 from pyploop.runtimes.podman import links, systemd
 from pyploop.runtimes.podman.command import Podman
-from pyploop.runtimes.podman.found import Found, find
+from pyploop.runtimes.podman.found import Found, find, lies_in
 from pyploop.runtimes.policy import Policy
 from pyploop.runtimes.runc import members
 from pyploop.runtimes.runc.container import RuncContainer
@@ -60,7 +60,7 @@ class PodmanContainer(RuncContainer):
 
     def _is_moved(self, path: str) -> bool:
         """Whether a bind mount lies in one of the configured places."""
-        return any(path.startswith(f"{top.rstrip('/')}/") for top in self._host.podman_binds)
+        return lies_in(path, self._host.podman_binds)
 
     def _link_command(self, namespace: str, up: bool) -> tuple[str, ...]:
         """link_up or link_down; empty without links, and for those that cannot be cut."""

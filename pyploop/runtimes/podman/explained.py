@@ -16,7 +16,7 @@ from pyploop.runtimes.oci import bundles
 from pyploop.runtimes.podman import pod as pods
 from pyploop.runtimes.podman import systemd
 from pyploop.runtimes.podman.command import Podman
-from pyploop.runtimes.podman.found import Found, find
+from pyploop.runtimes.podman.found import Found, find, lies_in
 from pyploop.runtimes.policy import Policy
 
 _HOW = "while it runs; the last changes while it is suspended"
@@ -52,7 +52,7 @@ def _container(host: HostConfig, podman: Podman, found: Found) -> Iterator[str]:
     for volume in found.volumes:
         yield f"volume {volume.name}, {volume.path}: copied {_HOW}"
     for path in found.binds:
-        yield f"bind {path}: {_bind(host, path)}"
+        yield f"bind {path}: {_bind(host, path) or 'nothing says what becomes of it'}"
     secrets = (raw.get("Config") or {}).get("Secrets") or ()
     for secret in secrets:
         yield f"secret {secret.get('Name')}: not copied; the target must have it"
@@ -69,11 +69,12 @@ def _container(host: HostConfig, podman: Podman, found: Found) -> Iterator[str]:
 
 
 def _bind(host: HostConfig, path: str) -> str:
-    if any(path.startswith(f"{top.rstrip('/')}/") for top in host.podman_binds):
+    """What becomes of it, as migrate.toml says; empty: nothing is said."""
+    if lies_in(path, host.podman_binds):
         return f"copied {_HOW} ([podman] binds)"
     if path in map(os.path.normpath, host.podman_external):
         return "not copied; the target must have it ([podman] external)"
-    return "nothing says what becomes of it"
+    return ""
 
 
 def _network(found: Found) -> Iterator[str]:
@@ -100,7 +101,7 @@ def _network(found: Found) -> Iterator[str]:
 
 def _toml(host: HostConfig, every: Sequence[Found]) -> list[str]:
     binds = [b for found in every for b in found.binds]
-    unknown = [b for b in dict.fromkeys(binds) if _bind(host, b).startswith("nothing")]
+    unknown = [b for b in dict.fromkeys(binds) if not _bind(host, b)]
     moves = [os.path.dirname(b) for b in unknown if _may_move(b)]
     stays = [b for b in unknown if not _may_move(b)]
     return [

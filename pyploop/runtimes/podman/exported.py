@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import re
 import shlex
 import shutil
 import sys
@@ -32,6 +33,18 @@ LEFT = ("dump.log", "stats-dump", "config.dump", "spec.dump", "network.status")
 IMAGES, ASIDE = "checkpoint", "checkpoint.pyploop"
 """Where Podman wants the images of a checkpoint, and where those are meanwhile that a user has
 kept there."""
+NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,255}")
+"""Of a volume, a network or a secret."""
+MAC = re.compile(r"[0-9a-f]{2}(:[0-9a-f]{2}){5}")
+
+
+@dataclass(frozen=True)
+class Link:
+    """A link of the container, as Podman has made it."""
+
+    name: str
+    mac: str
+    addresses: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -42,6 +55,19 @@ class Exported:
     """Its ContainerConfig (config.dump)."""
     network: dict[str, Any]
     """Name of a network -> its links and addresses (network.status)."""
+
+    @property
+    def links(self) -> list[Link]:
+        """Sorted by their names."""
+        found = []
+        for status in self.network.values():
+            for name, link in ((status or {}).get("interfaces") or {}).items():
+                nets = [
+                    str((s or {}).get("ipnet") or "") for s in (link or {}).get("subnets") or ()
+                ]
+                addresses = tuple(net.partition("/")[0] for net in nets)
+                found.append(Link(name, str((link or {}).get("mac_address") or ""), addresses))
+        return sorted(found, key=lambda link: link.name)
 
 
 def export(podman: Podman, found: Found, criu: str) -> Exported:

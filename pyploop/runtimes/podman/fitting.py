@@ -19,12 +19,10 @@ from pyploop.runtimes.config import within
 from pyploop.runtimes.podman import image, networks, systemd
 from pyploop.runtimes.podman.command import Podman
 from pyploop.runtimes.podman.container import ID
-from pyploop.runtimes.podman.exported import Exported
+from pyploop.runtimes.podman.exported import MAC, NAME, Exported
 from pyploop.runtimes.podman.host import PodmanHost, number_of
 from pyploop.runtimes.podman.movable import refuse
 
-_VOLUME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,255}")
-_MAC = re.compile(r"[0-9a-f]{2}(:[0-9a-f]{2}){5}")
 JOURNAL = "/run/systemd/journal/socket"
 _PATH = re.compile(r"(/[^/\x00-\x1f]+)+")
 
@@ -67,11 +65,8 @@ class Coming:
     @property
     def addresses(self) -> list[str]:
         """Hardware addresses of its links."""
-        found = []
-        for status in self.exported.network.values():
-            for link in ((status or {}).get("interfaces") or {}).values():
-                found.append(str((link or {}).get("mac_address") or ""))
-        if not all(_MAC.fullmatch(a) for a in found):
+        found = [link.mac for link in self.exported.links]
+        if not all(MAC.fullmatch(a) for a in found):
             refuse("the source announces a link of the container without a hardware address")
         return found
 
@@ -141,7 +136,7 @@ def _path(value: Any) -> str:
 
 
 def _name(value: Any) -> str:
-    if not isinstance(value, str) or not _VOLUME.fullmatch(value):
+    if not isinstance(value, str) or not NAME.fullmatch(value):
         raise ValueError(f"{str(value)[:80]!r} is not a name of Podman's")
     return value
 

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -50,6 +51,11 @@ class Found:
     """The IDs of the containers that move with it."""
     elsewhere: tuple[str, ...] = ()
     """Folders of volumes and binds that one of those brings."""
+
+
+def lies_in(path: str, places: Sequence[str]) -> bool:
+    """Whether a bind mount lies in one of the places that migrate.toml names."""
+    return any(path.startswith(f"{top.rstrip('/')}/") for top in places)
 
 
 def find(podman: Podman, name: str) -> Found | None:

@@ -33,6 +33,12 @@ class PodmanHost:
     runc: str
     """Its programs, the second for containers that run by runc."""
 
+    def folders_of(self, container: str) -> tuple[str, str]:
+        """Where Podman keeps its own files for a container, by its ID: while it runs; always."""
+        tops = (self.run_root, self.graph_root)
+        run, graph = (f"{top}/overlay-containers/{container}" for top in tops)
+        return run, graph
+
     def told(self) -> dict[str, Any]:
         """For the source facts."""
         return asdict(self)

@@ -80,9 +80,7 @@ class Member(PodmanRuntime):
         """Sources of binds in the folders that Podman has made for this host's infra container."""
         here = self._here
         assert here is not None
-        tops = [
-            f"{top}/overlay-containers/{self._infra}" for top in (here.run_root, here.graph_root)
-        ]
+        tops = here.folders_of(self._infra)
         sources = [os.path.normpath(str(m.get("source"))) for m in spec.get("mounts") or ()]
         return [s for s in sources if any(within(s, top) for top in tops)]
 

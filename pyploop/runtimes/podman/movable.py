@@ -176,16 +176,12 @@ def owned(config: Mapping[str, Any], found: Found, here: PodmanHost) -> list[str
     """Sources of binds that Podman makes itself, on each host its own: /etc/hosts, /dev/shm, …"""
     tops: tuple[str, ...] = (
         found.bundle,
-        f"{here.run_root}/overlay-containers/{found.id}",
-        f"{here.graph_root}/overlay-containers/{found.id}",
+        *here.folders_of(found.id),
         "/run/podman-init",
         *found.elsewhere,
     )
     if found.infra:
-        tops += (
-            f"{here.run_root}/overlay-containers/{found.infra}",
-            f"{here.graph_root}/overlay-containers/{found.infra}",
-        )
+        tops += here.folders_of(found.infra)
     return [s for s in _bound(config) if any(within(s, top) for top in tops)]
 
 

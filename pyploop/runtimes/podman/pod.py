@@ -16,7 +16,7 @@ from typing import Any
 from pyploop.errors import MigrateError, VzExitCode
 from pyploop.runtimes.config import NAME
 from pyploop.runtimes.podman.command import Podman
-from pyploop.runtimes.podman.exported import Exported
+from pyploop.runtimes.podman.exported import MAC, Exported
 from pyploop.runtimes.podman.found import Found, find
 from pyploop.runtimes.podman.movable import refuse
 from pyploop.system.commands import run
@@ -198,7 +198,6 @@ def told(pod: Pod, exported: Exported) -> dict[str, Any]:
 # ---- on the target
 
 _ADDRESS = re.compile(r"[0-9a-f.:]{2,45}")
-_MAC = re.compile(r"[0-9a-f]{2}(:[0-9a-f]{2}){5}")
 _WORD = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.:/-]{0,253}")
 
 
@@ -249,7 +248,7 @@ def _networks(networks: dict[str, Any]) -> list[str]:
         return ["--network=none"]
     made = []
     for name, link in networks.items():
-        options = [f"mac={_checked(_MAC, link['mac'])}"] if link["mac"] else []
+        options = [f"mac={_checked(MAC, link['mac'])}"] if link["mac"] else []
         for address in link["ips"]:
             kind = "ip6" if ":" in _checked(_ADDRESS, address) else "ip"
             options.append(f"{kind}={address}")

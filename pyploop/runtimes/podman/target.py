@@ -118,7 +118,7 @@ class PodmanTarget(PodmanContainer, TargetSteps):
         staged = [f"{self._stage}/volume-{n}" for n in range(len(it.volumes))]
         return replace(
             self._config,
-            bundle=f"{here.graph_root}/overlay-containers/{it.id}/userdata",
+            bundle=f"{here.folders_of(it.id)[1]}/userdata",
             trees=(f"{self._stage}/root", *staged, *it.binds),
             external=tuple(it.external),
         )

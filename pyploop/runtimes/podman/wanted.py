@@ -5,18 +5,15 @@
 from __future__ import annotations
 
 import ipaddress
-import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, TypeVar
 
 from pyploop.errors import MigrateError, VzExitCode
-from pyploop.runtimes.podman.exported import Exported
+from pyploop.runtimes.podman.exported import MAC, NAME, Exported
 
 T = TypeVar("T")
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,255}")
-_MAC = re.compile(r"[0-9a-f]{2}(:[0-9a-f]{2}){5}")
 _LISTENS = "0A"
 """A TCP socket's state in /proc/PID/net/tcp."""
 
@@ -35,7 +32,7 @@ class Network:
 def parse_network(text: str) -> Network:
     """NAME[:ip=ADDRESS][,mac=ADDRESS], as for `podman run --network`.  ValueError."""
     name, _, options = text.partition(":")
-    if not _NAME.fullmatch(name):
+    if not NAME.fullmatch(name):
         raise ValueError(f"{name!r} is not the name of a network")
     found = Network(name)
     for option in options.split(",") if options else ():
@@ -43,7 +40,7 @@ def parse_network(text: str) -> Network:
         if key == "ip":
             address = str(ipaddress.ip_address(value))
             found = replace(found, addresses=(*found.addresses, address))
-        elif key == "mac" and _MAC.fullmatch(value.lower()):
+        elif key == "mac" and MAC.fullmatch(value.lower()):
             found = replace(found, mac=value.lower())
         else:
             raise ValueError(f"{option!r} is neither ip=ADDRESS nor mac=ADDRESS")
@@ -71,26 +68,6 @@ def parse_port(text: str) -> dict[str, Any]:
 
 
 @dataclass(frozen=True)
-class Link:
-    """A link of the container, as Podman has made it here."""
-
-    name: str
-    mac: str
-    addresses: tuple[str, ...]
-
-
-def links(exported: Exported) -> list[Link]:
-    """Sorted by their names."""
-    found = []
-    for status in exported.network.values():
-        for name, link in ((status or {}).get("interfaces") or {}).items():
-            nets = [str((s or {}).get("ipnet") or "") for s in (link or {}).get("subnets") or ()]
-            addresses = tuple(net.partition("/")[0] for net in nets)
-            found.append(Link(name, str((link or {}).get("mac_address") or ""), addresses))
-    return sorted(found, key=lambda link: link.name)
-
-
-@dataclass(frozen=True)
 class Wanted:
     """What the user wants instead of what the container has; empty: nothing else."""
 
@@ -102,7 +79,7 @@ class Wanted:
         if not self.networks:
             return []
         kept = {address for network in self.networks for address in network.addresses}
-        return sorted({a for link in links(exported) for a in link.addresses} - kept)
+        return sorted({a for link in exported.links for a in link.addresses} - kept)
 
     def put_into(self, exported: Exported) -> Exported:
         """The description of the container with it.  MigrateError(15)."""
@@ -137,7 +114,7 @@ def _parsed(option: str, parse_one: Callable[[str], T], texts: Sequence[str]) ->
 
 
 def _with_networks(exported: Exported, networks: Sequence[Network]) -> Exported:
-    before = links(exported)
+    before = exported.links
     if len(before) != len(networks):
         raise _refusal(
             f"--network names {len(networks)} networks instead of {len(before)}, which the "
