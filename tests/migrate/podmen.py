@@ -4,11 +4,13 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import moving
-from lab import podman
+import pytest
+from lab import hosts, podman
 from lab.hosts import SLOWNESS, Host, Lab
 from lab.verify import Client
 from moving import Outcome
@@ -108,3 +110,36 @@ def judge(
             time.sleep(0.05)
         assert not left, f"left on host {host.name}: {left}"
     return side
+
+
+# ---- fixtures: a test module takes those that it needs (`pair = podmen.pair`)
+
+
+@pytest.fixture(scope="module")
+def pair() -> Iterator[Lab]:
+    """Two hosts without Podman's places."""
+    podman.check()
+    with hosts.lab() as lab:
+        yield lab
+
+
+@pytest.fixture
+def both(pair: Lab) -> Iterator[Lab]:
+    """Two hosts, the first with the image."""
+    with podman.hosts_with_podman(pair) as guest:
+        podman.import_image(pair.a, guest)
+        yield pair
+
+
+@pytest.fixture(scope="module")
+def pair_with_image() -> Iterator[Lab]:
+    """Two hosts for all tests of the module, the first with the image."""
+    podman.check()
+    with hosts.lab() as lab, podman.hosts_with_podman(lab) as guest:
+        podman.import_image(lab.a, guest)
+        yield lab
+
+
+@pytest.fixture(autouse=True)
+def no_descriptor_is_left() -> None:
+    """Not after each test: the lab has its own (`pair`)."""

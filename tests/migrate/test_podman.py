@@ -11,9 +11,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import moving
+import podmen
 import pytest
 import table
-from lab import container, hosts, podman, verify
+from lab import container, podman, verify
 from lab.hosts import CONTAINER_IP, Host, Lab
 from podmen import WORD, debris, judge, migrate, only_side
 from support import wait_until
@@ -34,24 +35,8 @@ while sleep 0.02; do n=$((n + 1)); echo line $n; echo $n >&3; done
 FOREVER = "while sleep 1; do :; done"
 
 
-@pytest.fixture(scope="module")
-def pair() -> Iterator[Lab]:
-    podman.check()
-    with hosts.lab() as lab:
-        yield lab
-
-
-@pytest.fixture(autouse=True)
-def no_descriptor_is_left() -> None:
-    """Not after each test: the lab has its own (`pair`)."""
-
-
-@pytest.fixture
-def both(pair: Lab) -> Iterator[Lab]:
-    """Two hosts, the first with the image."""
-    with podman.hosts_with_podman(pair) as guest:
-        podman.import_image(pair.a, guest)
-        yield pair
+pair, both = podmen.pair, podmen.both
+no_descriptor_is_left = podmen.no_descriptor_is_left
 
 
 def test_a_container_of_podman_moves_under_load_and_podman_knows_it(pair: Lab) -> None:

@@ -6,8 +6,9 @@ from __future__ import annotations
 import shutil
 from collections.abc import Iterator
 
+import podmen
 import pytest
-from lab import container, hosts, podman
+from lab import container, podman
 from lab.hosts import Lab
 from podmen import WORD, migrate
 
@@ -27,23 +28,13 @@ exec {podman} "$@"
 """A Podman that says of itself that it is old, rootless and set up otherwise."""
 
 
-@pytest.fixture(scope="module")
-def pair() -> Iterator[Lab]:
-    podman.check()
-    with hosts.lab() as lab, podman.hosts_with_podman(lab) as guest:
-        podman.import_image(lab.a, guest)
-        yield lab
+pair, no_descriptor_is_left = podmen.pair_with_image, podmen.no_descriptor_is_left
 
 
 @pytest.fixture(autouse=True)
 def empty(pair: Lab) -> Iterator[None]:
     yield
     podman.remove_containers(pair.a)
-
-
-@pytest.fixture(autouse=True)
-def no_descriptor_is_left() -> None:
-    """Not after each test: the lab has its own (`pair`)."""
 
 
 def failed(pair: Lab) -> set[tuple[str, str]]:

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import moving
+import podmen
 import pytest
 from gates import gates
 from lab import container, hosts, podman
@@ -23,17 +24,7 @@ ISOLATED = ("--network", "none")
 FOREVER = "while sleep 1; do :; done"
 
 
-@pytest.fixture(scope="module")
-def pair() -> Iterator[Lab]:
-    podman.check()
-    with hosts.lab() as lab, podman.hosts_with_podman(lab) as guest:
-        podman.import_image(lab.a, guest)
-        yield lab
-
-
-@pytest.fixture(autouse=True)
-def no_descriptor_is_left() -> None:
-    """Not after each test: the lab has its own (`pair`)."""
+pair, no_descriptor_is_left = podmen.pair_with_image, podmen.no_descriptor_is_left
 
 
 @pytest.fixture

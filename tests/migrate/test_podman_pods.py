@@ -5,10 +5,10 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Iterator
 
+import podmen
 import pytest
-from lab import container, hosts, podman, verify
+from lab import container, podman, verify
 from lab.hosts import Host, Lab
 from podmen import POD, debris, judge, migrate, only_side
 from support import wait_until
@@ -26,24 +26,8 @@ while :; do n=$((n + 1)); echo $n; echo $n >/dev/shm/n; sleep 0.01; done | nc 12
 """Each number goes to the other container by one connection over the loopback."""
 
 
-@pytest.fixture(scope="module")
-def pair() -> Iterator[Lab]:
-    podman.check()
-    with hosts.lab() as lab:
-        yield lab
-
-
-@pytest.fixture(autouse=True)
-def no_descriptor_is_left() -> None:
-    """Not after each test: the lab has its own (`pair`)."""
-
-
-@pytest.fixture
-def both(pair: Lab) -> Iterator[Lab]:
-    """Two hosts, the first with the image."""
-    with podman.hosts_with_podman(pair) as guest:
-        podman.import_image(pair.a, guest)
-        yield pair
+pair, both = podmen.pair, podmen.both
+no_descriptor_is_left = podmen.no_descriptor_is_left
 
 
 def lines(host: Host) -> list[int]:
