@@ -68,7 +68,7 @@ WRONG: dict[str, tuple[tuple[str, ...], Any]] = {
     "a volume that leads upwards": (("volumes",), {"../x": "/graph/volumes/x/_data"}),
     "a port of no network": (("config", "newPortMappings"), [{"host_port": 10**30}]),
     "a port on an odd address": (("config", "newPortMappings"), [{"host_ip": "\0"}]),
-    "a port that is none": (("config", "newPortMappings"), ["80"]),
+    "a port that is only a text": (("config", "newPortMappings"), ["80"]),
     "a network that is an option": (("config", "newNetworks"), {"--help": {}}),
     "networks in a list": (("config", "newNetworks"), ["lan"]),
     "a secret that is an option": (("config", "secret_env"), {"A": {"name": "--help"}}),

@@ -70,7 +70,7 @@ class Processes:
                 self._namespaces(self._images.only(f"ids-{pid}.img", "ids"), host)
             elif task is roots[0]:
                 self._images.refuse("has a first process without namespaces of its own")
-        for task in tasks:  # whoever else claims it as a thread
+        for task in tasks:  # also if another process names it as one of its threads
             self._leaders.pop(f"core-{task.number32(Task.PID)}.img", None)
         self._check_parent(roots[0].number32(Task.PID))
 

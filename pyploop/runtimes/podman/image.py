@@ -137,7 +137,7 @@ def save(
 
 @contextlib.contextmanager
 def _output(podman: Podman, words: Sequence[str]) -> Iterator[IO[bytes]]:
-    """What a command of Podman writes.  MigrateError(6), also for an archive that is none."""
+    """What a command of Podman writes.  MigrateError(6), also when that is not an archive."""
     what = f"{podman.program} {' '.join(words)}"
     read, write = os.pipe()
     with os.fdopen(read, "rb", 0) as pipe:
