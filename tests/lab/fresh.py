@@ -149,14 +149,10 @@ def _host(folder: Path, base: Path, name: str, last: int, client: int) -> Iterat
             address=address,
         )
         kinds = ["--net", "--mount", "--uts", "--ipc", "--cgroup", "--propagation=private"]
-        wire = (
-            f"ip link add to-{name} type veth peer name up0 netns $PID;"
-            f"ip link set to-{name} master lan; ip link set to-{name} up"
+        join = hosts.joining(f"{folder.name}-{name}", controllers)
+        pid = stack.enter_context(
+            hosts._namespaces(kinds, script, join, hosts.uplink(name, client))
         )
-        uplink = ["nsenter", f"--net=/proc/{client}/ns/net", "sh", "-ec", wire]
-        cgroup = f"{folder.name}-{name}"
-        join = "".join(f"echo $$ >{hosts.CGROUPS}/{c}/{cgroup}/cgroup.procs\n" for c in controllers)
-        pid = stack.enter_context(hosts._namespaces(kinds, script, join, uplink))
         clean = {"PATH": _PATH, "HOME": "/root", "LC_ALL": "C.UTF-8"}
         pip = {**_PIP, "PIP_CERT": "/root/certificates.pem"}
         for script, net, more in (("enter", "--net", {}), ("online", "", pip)):

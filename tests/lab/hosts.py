@@ -20,7 +20,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -173,6 +173,20 @@ nsenter --net=/run/netns/ct sh -ec '
 """
 
 
+def uplink(name: str, client: int) -> list[str]:
+    """The command that connects a host's namespace ($PID) with the client's bridge."""
+    wire = (
+        f"ip link add to-{name} type veth peer name up0 netns $PID;"
+        f"ip link set to-{name} master lan; ip link set to-{name} up"
+    )
+    return ["nsenter", f"--net=/proc/{client}/ns/net", "sh", "-ec", wire]
+
+
+def joining(cgroup: str, controllers: Iterable[str]) -> str:
+    """Lines of a shell script that then runs in the cgroup."""
+    return "".join(f"echo $$ >{CGROUPS}/{c}/{cgroup}/cgroup.procs\n" for c in controllers)
+
+
 @contextlib.contextmanager
 def _host(folder: Path, name: str, address: str, client: int, deadlines: str) -> Iterator[Host]:
     own = folder / name
@@ -188,13 +202,8 @@ def _host(folder: Path, name: str, address: str, client: int, deadlines: str) ->
             container=CONTAINER_IP,
         )
         kinds = ["--net", "--mount", "--uts", "--cgroup", "--propagation=private", "--mount-proc"]
-        wire = (
-            f"ip link add to-{name} type veth peer name up0 netns $PID;"
-            f"ip link set to-{name} master lan; ip link set to-{name} up"
-        )
-        uplink = ["nsenter", f"--net=/proc/{client}/ns/net", "sh", "-ec", wire]
-        join = "".join(f"echo $$ >{CGROUPS}/{c}/{cgroup}/cgroup.procs\n" for c in controllers)
-        pid = stack.enter_context(_namespaces(kinds, script, join, uplink))
+        join = joining(cgroup, controllers)
+        pid = stack.enter_context(_namespaces(kinds, script, join, uplink(name, client)))
         path = f"PATH={shlex.quote(str(own))}/bin:$PATH"
         enter = f"nsenter --target={pid} --net --mount --uts --cgroup --pid"
         _script(own / "enter", f'{join}{path} exec {enter} "$@"\n')
