@@ -31,7 +31,7 @@ from pyploop.runtimes.podman import (
 from pyploop.runtimes.podman.container import PodmanContainer
 from pyploop.runtimes.podman.exported import Exported, export
 from pyploop.runtimes.podman.found import Found
-from pyploop.runtimes.podman.host import look
+from pyploop.runtimes.podman.host import PodmanHost, look
 from pyploop.runtimes.runc import contents, host_fit, tmpfs
 from pyploop.runtimes.runc.source import SourceSteps, work_of
 
@@ -124,38 +124,13 @@ class PodmanSource(PodmanContainer, SourceSteps):
             "external": external,
             "kinds": [contents.kind_of(path) for path in external],
         }
+        # The target checks all else even if some binds are refused here.
+        owned = [*movable.owned(config, found, here), *unknown]
         with checks.named("podman-description"):
-            exported = export(self._podman, found, self._host.criu)
-            movable.check_exported(exported.config, found)
-            with checks.named("podman-network"):
-                exported = self._rewired(exported)
-            # Of other networks only the target knows what they are.
-            kept = () if self._wanted.networks else exported.config.get("newNetworks") or ()
-            units = systemd.find(self._podman.timeout, found.id, found.name)
-            self.instance["units"] = [unit.sent() for unit in units]
-            self._left += [
-                f"Does not move: the systemd unit {unit.name}, which is disabled here: {unit.why}"
-                for unit in units
-                if unit.why
-            ]
-            facts["podman"] = {
-                "host": here.told(),
-                "config": exported.config,
-                "network": exported.network,
-                "networks": networks.sent(self._podman, kept),
-                "image": image.find(self._podman, str(found.raw["Image"])).sent(),
-                "units": self.instance["units"],
-                "readdressed": bool(self._lost),
-                "root": found.merged,
-                "volumes": {v.name: v.path for v in found.volumes},
-                "binds": [b for b in found.binds if self._is_moved(b)],
-                # The target checks all else even if some binds are refused here.
-                "owned": [*movable.owned(config, found, here), *unknown],
-            }
+            facts["podman"] = self._description(found, here, owned, checks)
         if live:
             places = contents.Places([found.merged], self._config.trees[1:])
-            outside = [*external, *movable.owned(config, found, here), *unknown]
-            self._check_live(config, places, outside, facts, checks)
+            self._check_live(config, places, [*external, *owned], facts, checks)
         if not found.log:
             kind = found.raw["HostConfig"].get("LogConfig", {}).get("Type")
             self._left.append(
@@ -163,6 +138,38 @@ class PodmanSource(PodmanContainer, SourceSteps):
             )
         checks.end(facts if "podman" in facts else None)
         return facts
+
+    def _description(
+        self, found: Found, here: PodmanHost, owned: list[str], checks: Checks
+    ) -> dict[str, Any]:
+        """What the target's Podman needs to make the container.  owned: sources of binds that it
+        makes itself.  MigrateError(15)."""
+        exported = export(self._podman, found, self._host.criu)
+        movable.check_exported(exported.config, found)
+        with checks.named("podman-network"):
+            exported = self._rewired(exported)
+        # Of other networks only the target knows what they are.
+        kept = () if self._wanted.networks else exported.config.get("newNetworks") or ()
+        units = systemd.find(self._podman.timeout, found.id, found.name)
+        self.instance["units"] = [unit.sent() for unit in units]
+        self._left += [
+            f"Does not move: the systemd unit {unit.name}, which is disabled here: {unit.why}"
+            for unit in units
+            if unit.why
+        ]
+        return {
+            "host": here.told(),
+            "config": exported.config,
+            "network": exported.network,
+            "networks": networks.sent(self._podman, kept),
+            "image": image.find(self._podman, str(found.raw["Image"])).sent(),
+            "units": self.instance["units"],
+            "readdressed": bool(self._lost),
+            "root": found.merged,
+            "volumes": {v.name: v.path for v in found.volumes},
+            "binds": [b for b in found.binds if self._is_moved(b)],
+            "owned": owned,
+        }
 
     def _alone(self, config: dict[str, Any]) -> dict[str, Any]:
         """config.json without what it shares with containers that move, too."""
